@@ -1,0 +1,1 @@
+"""From MLflow to tidy frames, figures and reports; imports no torch."""

@@ -1,0 +1,1 @@
+"""Speed, as ratios within one run; figures with hardware and spread go to RESULTS.md."""

@@ -1,0 +1,10 @@
+from .config import RunConfig as RunConfig
+from .config import UserError as UserError
+from .data import Dataset as Dataset
+from .data import load_dataset as load_dataset
+from .engine import EpochRecord as EpochRecord
+from .engine import RunResult as RunResult
+from .engine import train as train
+from .engine import train_and_evaluate as train_and_evaluate
+from .evaluate import evaluate as evaluate
+from .tracking import load_run as load_run

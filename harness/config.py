@@ -1,0 +1,140 @@
+"""One training run as a value: every setting named, typed and checked when it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+Model = Literal["mlp", "linear"]
+Head = Literal["gaussian", "relu"]
+Latent = Literal["stochastic", "deterministic"]
+KLNormalization = Literal["pixels", "batch", "latent", "sum"]
+
+SWEPT = (
+    "latent_size",
+    "kl_weight",
+    "kl_normalization",
+    "kl_warmup_epochs",
+    "learning_rate",
+    "seed",
+)
+"""Fields that runs of one stack may differ in; all others fix tensor shapes or the graph."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message names it, what is allowed, what to do.
+
+    Command lines print the message alone and exit with code 2.
+    """
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one run; together with a dataset they determine every number of it.
+
+    Attributes:
+        model: "mlp", or "linear": no hidden layers and no output sigmoid (pPCA as a VAE).
+        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        latent_size: number of latents L.
+        head: "gaussian": mean and log-variance from a linear layer; "relu": the blog's mean and
+            standard deviation behind a ReLU.
+        latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
+        kl_weight: factor of the KL term as the user writes it; 0 trains on the error alone.
+        kl_normalization: what the KL sum is divided by: batch x "pixels", "batch",
+            batch x "latent", or 1 ("sum").
+        kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
+        learning_rate: Adam's step size.
+        batch_size: images per step; an incomplete last batch is left out of its epoch.
+        epochs: passes over the training split.
+        seed: key of the initial weights, the batch order and the noise.
+    """
+
+    model: Model = "mlp"
+    hidden: tuple[int, ...] = (256, 64)
+    latent_size: int = 10
+    head: Head = "gaussian"
+    latent: Latent = "stochastic"
+    kl_weight: float = 1.0
+    kl_normalization: KLNormalization = "pixels"
+    kl_warmup_epochs: int = 0
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    epochs: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        _one_of("model", self.model, Model)
+        _one_of("head", self.head, Head)
+        _one_of("latent", self.latent, Latent)
+        _one_of("kl_normalization", self.kl_normalization, KLNormalization)
+        for width in self.hidden:
+            _whole("hidden", width, at_least=1)
+        _whole("latent_size", self.latent_size, at_least=1)
+        _whole("kl_warmup_epochs", self.kl_warmup_epochs, at_least=0)
+        _whole("batch_size", self.batch_size, at_least=1)
+        _whole("epochs", self.epochs, at_least=1)
+        _whole("seed", self.seed, at_least=0)
+        _number("kl_weight", self.kl_weight, "a finite number >= 0", lambda v: v >= 0)
+        _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
+        if self.latent == "deterministic" and self.kl_weight != 0:
+            raise UserError(
+                f"kl_weight={self.kl_weight} with latent='deterministic': a plain autoencoder has "
+                "no KL term; set kl_weight=0"
+            )
+
+    @classmethod
+    def seed_recipe(cls, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
+        """Return the blog's recipe (`head="relu"`, 10 latents, weight 1 / pixels), with changes."""
+        return cls(head="relu", **changes)
+
+    def replace(self, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
+        """Return a copy with some fields changed and everything checked again."""
+        return replace(self, **changes)
+
+    def static(self) -> tuple[Any, ...]:
+        """Return the values that all runs of one stack must share."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in SWEPT)
+
+    def to_json(self) -> str:
+        """Return the configuration as a JSON object, field by field."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Read a configuration written by `to_json`.
+
+        Raises:
+            UserError: the text is no JSON object, or its fields are not those of this class.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"configuration is not JSON ({error})") from None
+        names = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            given = set(values) if isinstance(values, dict) else {type(values).__name__}
+            raise UserError(
+                f"configuration has unknown fields {sorted(given - names)} and lacks "
+                f"{sorted(names - given)}; it was written by another version of the harness"
+            )
+        return cls(**values)
+
+
+def _one_of(name: str, value: object, allowed: Any) -> None:  # noqa: ANN401 - a Literal type
+    choices = get_args(allowed)
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _whole(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise UserError(f"{name}={value!r}: give a whole number >= {at_least}")
+
+
+def _number(name: str, value: object, allowed: str, holds: Any) -> None:  # noqa: ANN401
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not holds(value):  # type: ignore[arg-type]
+        raise UserError(f"{name}={value!r}: give {allowed}")

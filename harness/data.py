@@ -1,0 +1,176 @@
+"""Image datasets as uint8 tensors that live on the training device, split once and for all."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.config import UserError
+from harness.streams import generator
+
+SPLIT_SEED = 0
+"""Seed of the permutation that makes the splits; the same for every run, whatever its own seed."""
+
+DIGITS_SPLIT = (1280, 256)
+"""Training and validation images of digits; the other 261 of the 1,797 are for testing."""
+
+VALIDATION_IMAGES = 5_000
+"""Taken from the 60,000 training images of the MNIST family, whose own test split is kept."""
+
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = ("digits", *TORCHVISION)
+
+BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
+"""What torchvision raises for files that are absent, unreachable, cut short or not IDX."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one part of a dataset.
+
+    Attributes:
+        images: uint8, shape (N, D).
+        labels: class of each image, int64, shape (N,).
+        largest: grey value that stands for 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+    largest: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
+        return self.images[rows].to(dtype) / self.largest
+
+    def head(self, images: int) -> Split:
+        """Return the first images of the split, which is in random order."""
+        return replace(self, images=self.images[:images], labels=self.labels[:images])
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split with its tensors on the device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in three fixed parts.
+
+    Attributes:
+        name: as given to `load_dataset`.
+        image_shape: (channels, height, width).
+        classes: number of classes.
+        train: what is trained on.
+        val: what settings are chosen on.
+        test: what is read once, at the end.
+        digest: SHA-256 of the pixels of all images, in the source's order.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: int
+    train: Split
+    val: Split
+    test: Split
+    digest: str
+
+    @property
+    def pixels(self) -> int:
+        """D: values of an image, all channels."""
+        return math.prod(self.image_shape)
+
+    def to(self, device: torch.device) -> Dataset:
+        """Return the dataset with its tensors on the device."""
+        parts = {part: getattr(self, part).to(device) for part in ("train", "val", "test")}
+        return replace(self, **parts)
+
+
+def load_dataset(name: str = "digits", root: str | Path = "data") -> Dataset:
+    """Load a dataset and split it.
+
+    digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, inside scikit-learn; no file needed.
+    mnist, fashion_mnist, kmnist: 28 x 28 pixels, read by torchvision from `root`, where they are
+    downloaded to if missing.
+
+    Raises:
+        UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.
+    """
+    if name == "digits":
+        return _digits()
+    if name in TORCHVISION:
+        return _torchvision(name, Path(root))
+    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}")
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
+    whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
+    train, val, test = _parts(whole, *DIGITS_SPLIT)
+    return Dataset("digits", (1, 8, 8), 10, train, val, test, _digest(images))
+
+
+def _torchvision(name: str, root: Path) -> Dataset:
+    official, test = (_read(name, root, train=train) for train in (True, False))
+    train, val, _ = _parts(official, len(official) - VALIDATION_IMAGES, VALIDATION_IMAGES)
+    digest = _digest(official.images, test.images)
+    return Dataset(name, (1, 28, 28), 10, train, val, test, digest)
+
+
+def _read(name: str, root: Path, *, train: bool) -> Split:
+    """Read one official part through torchvision, downloading it if it is not there."""
+    import torchvision
+
+    source = getattr(torchvision.datasets, TORCHVISION[name])
+    folder = root / source.__name__ / "raw"
+    try:
+        try:
+            part = source(root, train=train)
+        except RuntimeError as error:  # torchvision's word for files that are not there
+            if "not found" not in str(error):
+                raise
+            part = source(root, train=train, download=True)
+        _expect(part.data, part.targets, 60_000 if train else 10_000)
+    except BROKEN as error:
+        names = ", ".join(Path(url).stem for url, _ in source.resources)
+        reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
+        raise UserError(
+            f"{name}: no usable data in {folder.resolve()} ({reason}). Offline, put the files "
+            f"{names} there (as they are or as .gz), or name the folder that holds "
+            f"{source.__name__}/raw with --data-dir; a broken file: delete it first."
+        ) from error
+    return Split(part.data.flatten(1), part.targets.long(), largest=255)
+
+
+def _expect(images: Tensor, labels: Tensor, count: int) -> None:
+    if images.shape != (count, 28, 28) or labels.shape != (count,):
+        raise ValueError(
+            f"expected {count:,} images of 28 x 28 and as many labels, found images "
+            f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
+        )
+
+
+def _parts(whole: Split, train: int, val: int) -> tuple[Split, Split, Split]:
+    order = torch.from_numpy(generator(SPLIT_SEED, "split").permutation(len(whole)))
+    rows = order.split([train, val, len(whole) - train - val])
+    first, second, third = (
+        replace(whole, images=whole.images[part], labels=whole.labels[part]) for part in rows
+    )
+    return first, second, third
+
+
+def _digest(*images: Tensor) -> str:
+    whole = hashlib.sha256()
+    for part in images:
+        whole.update(np.ascontiguousarray(part.numpy()).data)
+    return whole.hexdigest()

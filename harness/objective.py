@@ -1,0 +1,131 @@
+"""The training objective and the quantities around it, as pure functions.
+
+Symbols as everywhere in the project: D pixels, L latents, B images of a batch, S stacked runs.
+The loss of a run is SSE / (B D) + kl_weight * KL / c with KL summed over batch and latents and c
+set by `kl_normalization`; times D it is SSE + beta * rate per image, which is an exact negative
+ELBO, up to scale and constant, for a Gaussian decoder of variance beta / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harness.config import RunConfig
+
+
+def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence of a diagonal Gaussian posterior from N(0, I), latent by latent.
+
+    KL = (mean^2 + exp(log_variance) - log_variance - 1) / 2   (Kingma & Welling 2013, appendix B)
+
+    Args:
+        mean: posterior means, shape (S, B, L).
+        log_variance: logarithms of the posterior variances, shape (S, B, L).
+
+    Returns:
+        KL in nats, shape (S, B, L), never negative beyond rounding.
+    """
+    return (mean.square() + log_variance.exp() - log_variance - 1) / 2
+
+
+def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
+
+    Args:
+        x: pixels in [0, 1], shape (S, B, D).
+        reconstruction: decoder means, shape (S, B, D).
+
+    Returns:
+        SSE in pixel^2, shape (S, B).
+    """
+    return (x - reconstruction).square().sum(-1)
+
+
+def kl_scale(config: RunConfig, pixels: int) -> float:
+    """Return c, what the KL sum over batch and latents is divided by in the loss.
+
+    pixels: B D; batch: B; latent: B L; sum: 1.
+    """
+    return {
+        "pixels": config.batch_size * pixels,
+        "batch": config.batch_size,
+        "latent": config.batch_size * config.latent_size,
+        "sum": 1,
+    }[config.kl_normalization]
+
+
+def beta(config: RunConfig, pixels: int) -> float:
+    """Return the weight that the KL really has beside the summed squared error.
+
+    beta = kl_weight * D * B / c, with c = `kl_scale` (Higgins et al. 2017, up to their 1/2).
+    """
+    return config.kl_weight * pixels * config.batch_size / kl_scale(config, pixels)
+
+
+def decoder_variance(config: RunConfig, pixels: int) -> float:
+    """Return the variance of the Gaussian decoder that makes the loss an ELBO: beta / 2, pixel^2.
+
+    (Lucas et al. 2019; Rybkin et al. 2021.)
+    """
+    return beta(config, pixels) / 2
+
+
+def betas(configs: Sequence[RunConfig], pixels: int) -> Tensor:
+    """Return `beta` of each run, float64, shape (S,)."""
+    return torch.tensor([beta(c, pixels) for c in configs], dtype=torch.float64)
+
+
+def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:
+    """Return the factor of beta at each step of an epoch: min(1, t / T), linear warm-up.
+
+    t counts steps from the start of training, T is the number of steps in the warm-up epochs;
+    without warm-up the factor is 1.
+
+    Args:
+        configs: the runs.
+        epoch: epoch, counted from 1.
+        steps: steps of an epoch.
+
+    Returns:
+        float64, shape (steps, S).
+    """
+    done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64).unsqueeze(1)
+    length = torch.tensor([c.kl_warmup_epochs * steps for c in configs], dtype=torch.float64)
+    return torch.where(length > 0, done / length.clamp(min=1), 1.0).clamp(max=1.0)
+
+
+def loss(error: Tensor, rate: Tensor, beta: Tensor, pixels: int) -> Tensor:
+    """Return what is minimised, in pixel^2 per pixel: (SSE + beta * rate) / D.
+
+    Equal to SSE / (B D) + kl_weight * KL / c of the whole batch.
+
+    Args:
+        error: SSE of an image, mean over the batch, shape (S,).
+        rate: KL of an image summed over latents, mean over the batch, nats, shape (S,).
+        beta: shape (S,).
+        pixels: D.
+
+    Returns:
+        Shape (S,), one loss per run.
+    """
+    return (error + beta * rate) / pixels
+
+
+def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
+    """Negative log-likelihood of an image under a Gaussian decoder of the given variance.
+
+    -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance)
+
+    Args:
+        mse: squared error per pixel, z drawn from q(z|x), shape (S,).
+        variance: decoder variance in pixel^2, shape (S,).
+        pixels: D.
+
+    Returns:
+        nats per image, shape (S,).
+    """
+    return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)

@@ -1,0 +1,211 @@
+"""The variational autoencoder: a stack of S runs (`VAE`) and one plain run (`SingleVAE`).
+
+Runs of different latent sizes share a stack by padding: beyond its own latent size a run has
+posterior mean 0 and variance 1, hence KL 0, and decoder weights 0, which get no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness import streams
+from harness.config import RunConfig, UserError
+from harness.nn import MLP, Linear
+
+MIN_VARIANCE = 1e-8
+"""Floor of the blog's posterior variance (its 1e-8 inside the logarithm), pixel-free units."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z|x) = N(mean, diag(exp(log_variance))), both of shape (..., B, L)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    @classmethod
+    def from_head(cls, output: Tensor, head: str) -> Posterior:
+        """Read an encoder's output (..., B, 2 L) as a posterior.
+
+        gaussian: the halves are mean and log-variance.
+        relu: the halves behind a ReLU are mean and standard deviation sigma, as in the blog;
+        log_variance = ln(sigma^2 + 1e-8).
+        """
+        if head == "gaussian":
+            return cls(*output.chunk(2, dim=-1))
+        mean, sigma = output.relu().chunk(2, dim=-1)
+        return cls(mean, (sigma.square() + MIN_VARIANCE).log())
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Reparameterise: z = mean + exp(log_variance / 2) * eps, shape (..., B, L)."""
+        return self.mean + (self.log_variance / 2).exp() * eps
+
+
+class SingleVAE(nn.Module):
+    """One run as a plain module of `torch.nn` layers.
+
+    Args:
+        config: the run's configuration.
+        image_shape: (channels, height, width).
+    """
+
+    def __init__(self, config: RunConfig, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.image_shape = image_shape
+        pixels = math.prod(image_shape)
+        hidden = config.hidden if config.model == "mlp" else ()
+        self.encoder = _mlp((pixels, *hidden, 2 * config.latent_size))
+        self.decoder = _mlp((config.latent_size, *reversed(hidden), pixels))
+        if config.model == "mlp":
+            self.decoder.append(nn.Sigmoid())
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Map images (B, D) or (B, C, H, W), pixels in [0, 1], to their posterior (B, L)."""
+        return Posterior.from_head(self.encoder(x.flatten(1)), self.config.head)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map latents (B, L) to decoder means (B, D)."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct images from their posterior means: (B, ...) to the same shape."""
+        return self.decode(self.encode(x).mean).reshape(x.shape)
+
+
+class VAE(nn.Module):
+    """A stack of S independent runs with equal static settings.
+
+    Args:
+        runs: the single runs, in stack order; their weights are copied.
+
+    Raises:
+        UserError: the runs differ in a setting that fixes tensor shapes.
+    """
+
+    def __init__(self, runs: Sequence[SingleVAE]) -> None:
+        super().__init__()
+        self.configs = tuple(run.config for run in runs)
+        self.image_shape = runs[0].image_shape
+        if len({(run.config.static(), run.image_shape) for run in runs}) > 1:
+            raise UserError("runs of one stack must agree in model, batch_size, epochs and data")
+        sizes = [c.latent_size for c in self.configs]
+        self.latent_size = max(sizes)
+        self.encoder = MLP(_stack([_padded_encoder(r, self.latent_size) for r in runs]))
+        self.decoder = MLP(_stack([_padded_decoder(r, self.latent_size) for r in runs]))
+        used = torch.arange(self.latent_size) < torch.tensor(sizes).unsqueeze(1)
+        self.register_buffer("used_latents", used.unsqueeze(1))  # (S, 1, L)
+        self.padded = not bool(used.all())
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Map images (S, B, D), pixels in [0, 1], to their posteriors (S, B, L)."""
+        posterior = Posterior.from_head(self.encoder(x), self.configs[0].head)
+        if not self.padded:
+            return posterior
+        return Posterior(
+            posterior.mean * self.used_latents, posterior.log_variance * self.used_latents
+        )
+
+    def reparameterize(self, posterior: Posterior, eps: Tensor) -> Tensor:
+        """Return the latents that the decoder sees, (S, B, L): a sample, or the mean itself."""
+        if self.configs[0].latent == "deterministic":
+            return posterior.mean
+        return posterior.sample(eps)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map latents (S, B, L) to decoder means (S, B, D)."""
+        output = self.decoder(z)
+        return output.sigmoid() if self.configs[0].model == "mlp" else output
+
+    def run(self, index: int) -> SingleVAE:
+        """Copy one run out of the stack as a plain module on the CPU."""
+        config = self.configs[index]
+        single = _empty(config, self.image_shape).to(self.decoder.layers[0].weight.dtype)
+        head = self.encoder.layers[-1]
+        kept = torch.arange(self.latent_size) < config.latent_size
+        columns = torch.cat([kept, kept])
+        with torch.no_grad():
+            for own, stacked in _pairs(single, self):
+                weight, bias = stacked.weight[index].cpu(), stacked.bias[index].cpu()
+                if stacked is head:
+                    weight, bias = weight[:, columns], bias[columns]
+                if stacked is self.decoder.layers[0]:
+                    weight = weight[kept]
+                own.weight.copy_(weight.T)
+                own.bias.copy_(bias)
+        return single
+
+
+def initial(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
+    """Return an untrained run with weights and biases U(-1, 1) / sqrt(inputs) from its stream.
+
+    This is PyTorch's default for linear layers, hence the blog's.
+    """
+    run = _empty(config, image_shape)
+    stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
+    with torch.no_grad():
+        for layer in _linears(run):
+            bound = 1 / math.sqrt(layer.in_features)
+            for parameter in (layer.weight, layer.bias):
+                drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    return run
+
+
+def _empty(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
+    with torch.device("meta"):  # leaves PyTorch's global random state alone
+        run = SingleVAE(config, image_shape)
+    return run.to_empty(device="cpu")
+
+
+def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _linears(run: SingleVAE) -> list[nn.Linear]:
+    return [m for m in (*run.encoder, *run.decoder) if isinstance(m, nn.Linear)]
+
+
+def _pairs(run: SingleVAE, stack: VAE) -> list[tuple[nn.Linear, Linear]]:
+    return list(zip(_linears(run), (*stack.encoder.layers, *stack.decoder.layers), strict=True))
+
+
+Layers = list[tuple[Tensor, Tensor]]
+"""Weight (in, out) and bias (out,) of each layer of one run."""
+
+
+def _layers(modules: nn.Sequential) -> Layers:
+    return [(m.weight.detach().T, m.bias.detach()) for m in modules if isinstance(m, nn.Linear)]
+
+
+def _padded_encoder(run: SingleVAE, latent_size: int) -> Layers:
+    *hidden, (weight, bias) = _layers(run.encoder)
+    missing = latent_size - run.config.latent_size
+    halves = (2, run.config.latent_size)
+    weight = functional.pad(weight.unflatten(1, halves), (0, missing)).flatten(1)
+    bias = functional.pad(bias.unflatten(0, halves), (0, missing)).flatten()
+    return [*hidden, (weight, bias)]
+
+
+def _padded_decoder(run: SingleVAE, latent_size: int) -> Layers:
+    (weight, bias), *rest = _layers(run.decoder)
+    missing = latent_size - run.config.latent_size
+    return [(functional.pad(weight, (0, 0, 0, missing)), bias), *rest]
+
+
+def _stack(runs: Sequence[Layers]) -> list[Linear]:
+    return [
+        Linear(torch.stack([w for w, _ in layer]), torch.stack([b for _, b in layer]))
+        for layer in zip(*runs, strict=True)
+    ]

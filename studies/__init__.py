@@ -1,0 +1,1 @@
+"""Studies: one page each, run as `python -m studies.NAME`."""
