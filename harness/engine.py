@@ -104,6 +104,9 @@ def train(
     check_stack(configs, data)
     target = resolve_device(device)
     data = data.to(target)
+    torch.set_flush_denormal(
+        True
+    )  # Adam's moments decay into denormals, which a CPU computes slowly
     model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
     update = _adam(model)
     probe = data.train.head(len(data.val))
@@ -179,16 +182,16 @@ def _epoch(
     model: VAE, update: Callable[[], object], data: Dataset, epoch: int
 ) -> tuple[int, Tensor]:
     """Train one epoch; return the images seen by all runs and the last warm-up factors."""
-    configs, weight = model.configs, model.decoder.layers[0].weight
-    batch = configs[0].batch_size
+    configs, batch = model.configs, model.configs[0].batch_size
+    device, dtype = model.device, model.dtype
     order = streams.batches(configs, len(data.train), epoch)
-    noise = streams.noise(configs, "noise", order.shape[1], epoch).to(weight)
+    noise = streams.noise(configs, "noise", order.shape[1], epoch).to(device, dtype)
     warmup = objective.kl_warmup(configs, epoch, order.shape[1] // batch)
-    betas = (warmup * objective.betas(configs, data.pixels)).to(weight)
-    rows = order.to(weight.device)
+    betas = (warmup * objective.betas(configs, data.pixels)).to(device, dtype)
+    rows = order.to(device)
     for step, beta in enumerate(betas):
         now = slice(step * batch, (step + 1) * batch)
-        x = data.train.pixels(rows[:, now], weight.dtype)
+        x = data.train.pixels(rows[:, now], dtype)
         losses(model, x, noise[:, now], beta).sum().backward()
         update()
         model.zero_grad()

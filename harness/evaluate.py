@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from harness import objective, streams
 from harness.data import Dataset, Split
@@ -50,7 +51,7 @@ def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
     Returns:
         pixel^2, shape (S, C); NaN for a class without images.
     """
-    member = torch.nn.functional.one_hot(labels, classes).to(mse)
+    member = functional.one_hot(labels, classes).to(mse)
     return mse @ member / member.sum(0)
 
 
@@ -109,7 +110,7 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
         that the run does not have are absent.
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
-    data = data.to(stack.used_latents.device)
+    data = data.to(stack.device)
     val = measure(stack, data.val, evaluation_noise(stack, "val", data), data.classes)
     test_noise = evaluation_noise(stack, "test", data)
     test = measure(stack, data.test, test_noise, data.classes, variance=val["mse"])
@@ -123,7 +124,7 @@ def evaluation_noise(stack: VAE, part: str, data: Dataset) -> Tensor:
     """Return the posterior noise of a split, shape (S, N, L), the same at every epoch."""
     images = len(getattr(data, part))
     drawn = streams.noise(stack.configs, f"evaluate/{part}", images)
-    return drawn.to(stack.decoder.layers[0].weight)
+    return drawn.to(stack.device, stack.dtype)
 
 
 def to_arrays(metrics: Metrics) -> dict[str, np.ndarray]:

@@ -91,6 +91,9 @@ class VAE(nn.Module):
         UserError: the runs differ in a setting that fixes tensor shapes.
     """
 
+    used_latents: Tensor
+    """Which latents belong to a run and which are padding, bool, shape (S, 1, L)."""
+
     def __init__(self, runs: Sequence[SingleVAE]) -> None:
         super().__init__()
         self.configs = tuple(run.config for run in runs)
@@ -102,8 +105,18 @@ class VAE(nn.Module):
         self.encoder = MLP(_stack([_padded_encoder(r, self.latent_size) for r in runs]))
         self.decoder = MLP(_stack([_padded_decoder(r, self.latent_size) for r in runs]))
         used = torch.arange(self.latent_size) < torch.tensor(sizes).unsqueeze(1)
-        self.register_buffer("used_latents", used.unsqueeze(1))  # (S, 1, L)
+        self.register_buffer("used_latents", used.unsqueeze(1))
         self.padded = not bool(used.all())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.parameters()).dtype
 
     def encode(self, x: Tensor) -> Posterior:
         """Map images (S, B, D), pixels in [0, 1], to their posteriors (S, B, L)."""
@@ -128,7 +141,7 @@ class VAE(nn.Module):
     def run(self, index: int) -> SingleVAE:
         """Copy one run out of the stack as a plain module on the CPU."""
         config = self.configs[index]
-        single = _empty(config, self.image_shape).to(self.decoder.layers[0].weight.dtype)
+        single = _empty(config, self.image_shape).to(self.dtype)
         head = self.encoder.layers[-1]
         kept = torch.arange(self.latent_size) < config.latent_size
         columns = torch.cat([kept, kept])
