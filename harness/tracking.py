@@ -1,0 +1,309 @@
+"""The edge to MLflow, and the only import of it: write runs, read runs, load a model back.
+
+Runs are written through `MlflowClient` alone, without the global active run, and metrics in one
+batch per run and several epochs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as DatasetEntity
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.exceptions import MlflowException
+
+from harness.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from harness.data import Dataset
+    from harness.vae import SingleVAE
+
+BATCH = 1000
+"""Metric values of one write, MLflow's largest batch."""
+
+TRAINING_VIEW = "custom_model_development"
+"""Kind of an experiment that MLflow's page opens with runs and charts instead of its GenAI view."""
+
+logging.getLogger("mlflow").setLevel(logging.ERROR)
+logging.getLogger("alembic").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store: its client, its address and where artifacts of new experiments go."""
+
+    client: MlflowClient
+    uri: str
+    artifacts: Path | None
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run read back from MLflow; `metrics` are its last logged values."""
+
+    run_id: str
+    config: RunConfig
+    metrics: dict[str, float]
+    model: SingleVAE = field(repr=False)
+
+
+def project_root() -> Path:
+    """Return where databases and artifacts go by default: the repository, or where one stands."""
+    repository = Path(__file__).resolve().parents[1]
+    return repository if (repository / "pyproject.toml").exists() else Path.cwd()
+
+
+def connect(uri: str | None = None) -> Store:
+    """Open a tracking store, creating the database if it is not there yet.
+
+    Args:
+        uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
+
+    Raises:
+        UserError: the store cannot be opened or created.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
+    if not uri.startswith("sqlite:"):
+        return Store(_client(uri), uri, artifacts=None)
+    database = Path(uri.removeprefix("sqlite:///")).absolute()
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock"):  # processes that create the tables together break them
+            client = _client(uri)
+            with sqlite3.connect(database) as connection:
+                connection.execute("pragma journal_mode=WAL")  # halves the cost of a write
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        raise _no_store(uri, error) from error
+    return Store(client, uri, artifacts=database.parent / "mlruns")
+
+
+def _client(uri: str) -> MlflowClient:
+    try:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # any driver's error: SQLAlchemy's, requests', MLflow's
+        raise _no_store(uri, error) from error
+    return client
+
+
+def _no_store(uri: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"tracking location {uri} cannot be used ({reason}); give a writable place with "
+        "--tracking-uri, for instance sqlite:///mlflow.db, or a running server's address"
+    )
+
+
+def open_experiment(store: Store, name: str, description: str) -> str:
+    """Return the id of an experiment, creating it with its description if need be."""
+    location = None if store.artifacts is None else (store.artifacts / name).as_uri()
+    tags = {"mlflow.note.content": description, "mlflow.experimentKind": TRAINING_VIEW}
+    try:
+        return store.client.create_experiment(name, location, tags)
+    except MlflowException as error:
+        found = store.client.get_experiment_by_name(name)
+        if found is None:
+            raise _no_store(store.uri, error) from error
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"experiment {name!r} was deleted in MLflow; restore it there, or delete it for "
+                "good with `mlflow gc`"
+            ) from None
+        return found.experiment_id
+
+
+class RunLog:
+    """One MLflow run being written; metrics are kept and sent in large batches.
+
+    Args:
+        store: where to write.
+        experiment_id: experiment of the run.
+        name: shown in the run table.
+        tags: added to host and process.
+        params: any values; written as text.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        experiment_id: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, object],
+    ) -> None:
+        self._client = store.client
+        place = {"host": socket.gethostname(), "process": str(os.getpid())}
+        run = self._client.create_run(experiment_id, tags={**tags, **place}, run_name=name)
+        self.run_id: str = run.info.run_id
+        self._client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        self._waiting: list[Metric] = []
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Keep the metrics of a step; they are sent once a batch is full, or by `flush`."""
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
+        if len(self._waiting) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send all metrics that are waiting."""
+        for start in range(0, len(self._waiting), BATCH):
+            self._client.log_batch(self.run_id, metrics=self._waiting[start : start + BATCH])
+        self._waiting.clear()
+
+    def dataset(self, data: Dataset) -> None:
+        """Log the dataset as the run's input; MLflow keeps 36 characters of its digest."""
+        counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
+        profile = json.dumps({"image_shape": data.image_shape, "images": counts})
+        context = InputTag("mlflow.data.context", "training")
+        source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
+        entity = DatasetEntity(data.name, data.digest[:36], "code", source, profile=profile)
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(entity, [context])])
+
+    def picture(self, key: str, picture: np.ndarray, step: int) -> None:
+        """Log an image of a step; MLflow shows the steps of one key as a slider."""
+        self._client.log_image(self.run_id, picture, key=key, step=step)
+
+    def figure(self, figure: Figure, path: str) -> None:
+        """Log a figure as an artifact."""
+        self._client.log_figure(self.run_id, figure, path, save_kwargs={"dpi": 150})
+
+    def text(self, text: str, path: str) -> None:
+        """Log a text as an artifact."""
+        self._client.log_text(self.run_id, text, path)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self._client.set_tag(self.run_id, name, value)
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the run's page shows."""
+        self.tag("mlflow.note.content", markdown)
+
+    def model(self, model: SingleVAE) -> None:
+        """Log weights and configuration, from which `load_run` rebuilds the model."""
+        from harness.storage import save_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, Path(folder))
+            self._client.log_artifacts(self.run_id, folder, "model")
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Send what is waiting and close the run: FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._client.set_terminated(self.run_id, status)
+
+
+def log_best_model(store: Store, run: RunLog, model: SingleVAE, images: np.ndarray) -> None:
+    """Log a model that maps images to reconstructions, with signature and example, pickle-free.
+
+    Args:
+        store: where the run is.
+        run: the open run that the model belongs to.
+        model: the trained run.
+        images: example input, float32, shape (B, C, H, W).
+    """
+    import torch
+
+    with torch.no_grad():
+        output = model(torch.from_numpy(images)).numpy()
+    pins = [f"{package}=={version(package)}" for package in ("torch", "numpy")]
+    mlflow.set_tracking_uri(store.uri)
+    with mlflow.start_run(run_id=run.run_id):
+        mlflow.pytorch.log_model(
+            model,
+            name="best_model",
+            input_example=images,
+            signature=mlflow.models.infer_signature(images, output),
+            pip_requirements=pins,
+        )
+
+
+def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[dict[str, Any]]:
+    """Return the runs of an experiment as plain values, oldest first; none if it is not there.
+
+    Returns:
+        One dict per run: run_id, name, status, host, and dicts `params` (text), `metrics` (last
+        values) and `tags`.
+    """
+    found = store.client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = store.client.search_runs(
+            [found.experiment_id],
+            filter_string,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return [_plain(run) for run in runs]
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    return {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "params": dict(run.data.params),
+        "metrics": dict(run.data.metrics),
+        "tags": dict(run.data.tags),
+    }
+
+
+def read_history(store: Store, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """Return the (epoch, value) pairs of a metric of a run."""
+    return [(m.step, m.value) for m in store.client.get_metric_history(run_id, metric)]
+
+
+def kill_runs(store: Store, run_ids: Iterable[str], reason: str) -> None:
+    """Close runs whose process is gone, as KILLED, with the reason as a tag."""
+    for run_id in run_ids:
+        store.client.set_tag(run_id, "reason", reason)
+        store.client.set_terminated(run_id, "KILLED")
+
+
+def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+    """Rebuild a run's model from its artifacts, without pickle.
+
+    Raises:
+        UserError: there is no such run, or its model files are missing or broken.
+    """
+    from harness.storage import load_model
+
+    store = connect(tracking_uri)
+    try:
+        run = store.client.get_run(run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path="model", dst_path=folder, tracking_uri=store.uri
+            )
+            model = load_model(Path(folder) / "model")
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"run {run_id} of {store.uri} cannot be loaded ({reason})") from error
+    return TrackedRun(run_id, model.config, dict(run.data.metrics), model)
