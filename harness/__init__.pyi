@@ -1,3 +1,7 @@
+from . import engine as engine
+from . import objective as objective
+from . import pictures as pictures
+from . import tracking as tracking
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError
 from .data import Dataset as Dataset

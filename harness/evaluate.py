@@ -134,8 +134,8 @@ def to_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
 
 
 def finite(values: dict[str, float]) -> dict[str, float]:
-    """Leave out the metrics that a run does not have (NaN)."""
-    return {name: value for name, value in values.items() if not np.isnan(value)}
+    """Leave out the metrics that a run does not have, or has no number for (NaN, inf)."""
+    return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
 def _forward(model: VAE, split: Split, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

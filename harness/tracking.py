@@ -32,9 +32,8 @@ from harness.config import RunConfig, UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from matplotlib.figure import Figure
 
-    from harness.data import Dataset
+    from harness.data import Dataset, Split
     from harness.vae import SingleVAE
 
 BATCH = 1000
@@ -184,13 +183,9 @@ class RunLog:
         """Log an image of a step; MLflow shows the steps of one key as a slider."""
         self._client.log_image(self.run_id, picture, key=key, step=step)
 
-    def figure(self, figure: Figure, path: str) -> None:
-        """Log a figure as an artifact."""
-        self._client.log_figure(self.run_id, figure, path, save_kwargs={"dpi": 150})
-
-    def text(self, text: str, path: str) -> None:
-        """Log a text as an artifact."""
-        self._client.log_text(self.run_id, text, path)
+    def folder(self, folder: Path) -> None:
+        """Log every file of a folder as an artifact."""
+        self._client.log_artifacts(self.run_id, str(folder))
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -214,28 +209,22 @@ class RunLog:
         self._client.set_terminated(self.run_id, status)
 
 
-def log_best_model(store: Store, run: RunLog, model: SingleVAE, images: np.ndarray) -> None:
-    """Log a model that maps images to reconstructions, with signature and example, pickle-free.
-
-    Args:
-        store: where the run is.
-        run: the open run that the model belongs to.
-        model: the trained run.
-        images: example input, float32, shape (B, C, H, W).
-    """
+def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split) -> None:
+    """Log a model from images to reconstructions in an open run, with signature and example."""
     import torch
 
+    images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.image_shape)
     with torch.no_grad():
-        output = model(torch.from_numpy(images)).numpy()
-    pins = [f"{package}=={version(package)}" for package in ("torch", "numpy")]
+        output = model.float()(images)
+    example = images.numpy()
     mlflow.set_tracking_uri(store.uri)
     with mlflow.start_run(run_id=run.run_id):
         mlflow.pytorch.log_model(
             model,
             name="best_model",
-            input_example=images,
-            signature=mlflow.models.infer_signature(images, output),
-            pip_requirements=pins,
+            input_example=example,
+            signature=mlflow.models.infer_signature(example, output.numpy()),
+            pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "numpy")],
         )
 
 
@@ -280,11 +269,18 @@ def read_history(store: Store, run_id: str, metric: str) -> list[tuple[int, floa
     return [(m.step, m.value) for m in store.client.get_metric_history(run_id, metric)]
 
 
-def kill_runs(store: Store, run_ids: Iterable[str], reason: str) -> None:
-    """Close runs whose process is gone, as KILLED, with the reason as a tag."""
-    for run_id in run_ids:
-        store.client.set_tag(run_id, "reason", reason)
-        store.client.set_terminated(run_id, "KILLED")
+def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[int]) -> None:
+    """Close what dead processes left: every run of the trials, and the study's open summary.
+
+    Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.
+    """
+    dead = {str(number) for number in trials}
+    for run in read_runs(store, experiment, f"tags.study = '{study}'"):
+        tags, status = run["tags"], run["status"]
+        left_open = tags["role"] == "summary" and status == "RUNNING"
+        if left_open or (tags.get("trial") in dead and status != "KILLED"):
+            store.client.set_tag(run["run_id"], "reason", "its process is gone")
+            store.client.set_terminated(run["run_id"], "KILLED")
 
 
 def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:

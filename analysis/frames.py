@@ -1,0 +1,111 @@
+"""From MLflow to tidy data frames, and from frames to means, intervals and paired differences.
+
+A frame of runs has one row per configuration and seed; its columns are the settings, the derived
+`beta` and `decoder_variance`, and the last value of every metric. Seeds are the repetitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from harness import tracking
+
+LEVEL = 0.95
+"""Coverage of every interval."""
+
+
+def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> pd.DataFrame:
+    """Load the finished runs of a study, one row each, numbers as numbers.
+
+    Args:
+        experiment: MLflow experiment, "STUDY-DATASET".
+        study: name of the study, as tagged.
+        tracking_uri: MLflow tracking URI; None means the default store.
+
+    Returns:
+        Columns run_id, name, every parameter and every metric, those of the test split under
+        their plain names; empty if nothing has finished.
+    """
+    store = tracking.connect(tracking_uri)
+    mine = f"tags.study = '{study}' and tags.role = 'run' and attributes.status = 'FINISHED'"
+    return tidy(tracking.read_runs(store, experiment, mine))
+
+
+def tidy(runs: list[dict]) -> pd.DataFrame:
+    """Turn run records of `tracking.read_runs` into a frame, parameters cast from text."""
+    rows = [{"run_id": r["run_id"], "name": r["name"], **r["params"], **r["metrics"]} for r in runs]
+    frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/"))
+    return frame.apply(_numbers) if rows else frame
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    try:
+        return pd.to_numeric(column)
+    except (ValueError, TypeError):
+        return column
+
+
+def half_width(values: pd.Series | np.ndarray) -> float:
+    """Half width of the Student t interval of a mean: t_{n-1} * s / sqrt(n); NaN for n = 1."""
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def along_axis(frame: pd.DataFrame, axis: str, metrics: list[str]) -> pd.DataFrame:
+    """Average over seeds at each value of an axis.
+
+    Returns:
+        One row per value, in order; for each metric its mean under its own name and the half
+        width of its interval under "NAME±"; `seeds` counts the runs.
+    """
+    grouped = frame.groupby(axis, sort=True)
+    columns = {"seeds": grouped.size()}
+    for metric in metrics:
+        columns[metric] = grouped[metric].mean()
+        columns[f"{metric}±"] = grouped[metric].apply(half_width)
+    return pd.DataFrame(columns).reset_index()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of means with its interval; `half_width` NaN with a single seed."""
+
+    mean: float
+    half_width: float
+    seeds: int
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval excludes 0."""
+        return abs(self.mean) > self.half_width
+
+
+def paired_difference(
+    frame: pd.DataFrame, axis: str, first: object, second: object, metric: str
+) -> Difference:
+    """Compare two values of an axis seed by seed: metric at `first` minus metric at `second`.
+
+    The streams give equal seeds equal batches and noise, which the pairing takes out.
+    """
+    by_seed = frame.pivot_table(index="seed", columns=axis, values=metric)
+    gap = (by_seed[first] - by_seed[second]).dropna()
+    return Difference(float(gap.mean()), half_width(gap), len(gap))
+
+
+def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> object:
+    """Return the axis value with the lowest mean of a metric; chosen on validation data."""
+    return frame.groupby(axis)[metric].mean().idxmin()
+
+
+def class_errors(frame: pd.DataFrame) -> pd.Series:
+    """Return the mean test `mse` of each class over the frame's runs, worst class first."""
+    columns = [c for c in frame.columns if c.startswith("mse_class/")]
+    means = frame[columns].mean().rename(lambda c: int(c.removeprefix("mse_class/")))
+    return means.sort_values(ascending=False)

@@ -1,0 +1,42 @@
+"""Tables as text: a frame of means and half widths in, formatted cells out."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3}
+"""Decimals of a metric; others have 2."""
+
+
+def cells(means: pd.DataFrame) -> pd.DataFrame:
+    """Format a frame of `frames.along_axis`: "mean ± half width" where there is an interval."""
+    out = {}
+    for name in means.columns:
+        half = means.get(f"{name}±")
+        if name.endswith("±") or name == "seeds":
+            continue
+        if half is None or name in ("decoder_variance", "beta"):
+            out[name] = [_plain(v) for v in means[name]]
+        else:
+            digits = DIGITS.get(name.removeprefix("val/"), 2)
+            out[name] = [_pair(m, h, digits) for m, h in zip(means[name], half, strict=True)]
+    return pd.DataFrame(out)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _pair(mean: float, half: float, digits: int) -> str:
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def markdown(formatted: pd.DataFrame) -> str:
+    """Write formatted cells as a Markdown table."""
+    header = "| " + " | ".join(formatted.columns) + " |"
+    rule = "|" + " --: |" * len(formatted.columns)
+    rows = ["| " + " | ".join(row) + " |" for row in formatted.itertuples(index=False)]
+    return "\n".join([header, rule, *rows])

@@ -1,0 +1,87 @@
+"""What a study shows in the terminal: the plan, live progress, the table and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from analysis import tables
+
+if TYPE_CHECKING:
+    from harness.engine import EpochRecord
+    from studies.options import Plan
+    from studies.summary import Outcome
+
+
+@dataclass(frozen=True)
+class Console:
+    """A terminal, or a log file without one: then a line per finished stack instead of a bar."""
+
+    out: rich.console.Console = field(default_factory=lambda: rich.console.Console(highlight=False))
+
+    def plan(self, plan: Plan, pixels: int) -> None:
+        """Say what will be trained."""
+        runs, axis = plan.runs, plan.study.axis.field
+        values = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in plan.configs)
+        seeds = len(runs) // len(plan.configs)
+        self.out.print(f"[bold]{plan.study.question.strip().splitlines()[0]}[/bold]")
+        self.out.print(
+            f"{len(plan.configs)} values of {axis} ({values}) x {seeds} seeds = {len(runs)} runs "
+            f"of {runs[0].epochs} epochs on {plan.dataset} ({pixels} pixels), study {plan.name!r}"
+        )
+
+    @contextmanager
+    def progress(self, plan: Plan, left: int) -> Iterator[Callable[[EpochRecord], None]]:
+        """Show training as it goes; yields what is to be called after every epoch."""
+        runs = plan.runs
+        seeds = len(runs) // len(plan.configs)
+        if left == 0:
+            self.out.print("Every run is finished already; nothing is trained again.")
+        elif left < len(plan.configs):
+            self.out.print(f"{len(plan.configs) - left} values are finished; {left} are left.")
+        bar = Progress(
+            TextColumn("run-epochs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+            console=self.out,
+            disable=not self.out.is_terminal or left == 0,
+        )
+        with bar:
+            task = bar.add_task("training", total=left * seeds * runs[0].epochs, now="starting")
+
+            def on_epoch(record: EpochRecord) -> None:
+                width, last = len(record.model.configs), record.epoch == runs[0].epochs
+                best = min(record.val.get("neg_elbo", [float("nan")]))
+                speed = f"{record.images_per_second:,.0f} images/s"
+                now = f"epoch {record.epoch}/{runs[0].epochs} of {width} runs, {speed}"
+                bar.update(task, advance=width, now=now)
+                if last and not self.out.is_terminal:
+                    self.out.print(f"{now}, best validation neg_elbo {best:.2f}")
+
+            yield on_epoch
+
+    def outcome(self, plan: Plan, outcome: Outcome, tracking_uri: str | None) -> None:
+        """Show the table, the answer, and where to look further."""
+        formatted = tables.cells(outcome.table)
+        table = Table(title=f"{plan.study.name} on {plan.dataset}", box=rich.box.SIMPLE_HEAD)
+        for name in formatted.columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in formatted.itertuples(index=False):
+            table.add_row(*row)
+        self.out.print(table)
+        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
+        self.out.print(f"\nFigures and tables: {outcome.folder}", soft_wrap=True)
+        where = "" if tracking_uri is None else f" --backend-store-uri {tracking_uri}"
+        link = f"/#/experiments/{outcome.experiment_id}?workflowType=machine_learning"
+        self.out.print(
+            f"Every run: .venv/bin/mlflow ui -w 1{where}, then http://127.0.0.1:5000{link}",
+            soft_wrap=True,
+        )
