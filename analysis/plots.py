@@ -52,7 +52,10 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     for panel, metric in zip(panels.flat, ("neg_elbo", "mse", "rate", "active_units"), strict=True):
         line(panel, frame, axis, metric)
         mark_calibration(panel, frame, axis)
-    panels[1, 1].set_ylim(bottom=0)
+        focus(panel, frame, axis, metric)
+    for panel in panels[0]:
+        panel.set_xlabel("")
+    panels[1, 1].set_ylim(0, frame["latent_size"].max() * 1.05)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     sns.despine(figure)
@@ -89,6 +92,18 @@ def scale_axis(panel: Axes, values: pd.Series) -> None:
         panel.set_xscale("log")
 
 
+def focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
+    """Keep weight 0, whose rate nothing bounds, from flattening the rest; say where it lies."""
+    rest, zero = frame.loc[frame[axis] != 0, metric], frame.loc[frame[axis] == 0, metric]
+    if axis != "kl_weight" or zero.empty or rest.empty:
+        return
+    span = rest.max() - rest.min()
+    if zero.mean() > rest.max() + span:
+        panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
+        note = f"kl_weight = 0: {zero.mean():.3g}, above"
+        panel.annotate(note, (0.2, 0.97), xycoords="axes fraction", va="top", color=GREY)
+
+
 def mark_calibration(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
     """Mark where the mean `calibration_ratio` crosses 1: the weight agrees with the noise left."""
     ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
@@ -103,19 +118,29 @@ def rate_distortion(frame: pd.DataFrame, axis: str) -> Figure:
     """Plot test distortion against rate, one point a run, with lines of equal `neg_elbo`."""
     figure, panel = canvas(8, 6)
     means = frame.groupby(axis)[["rate", "distortion"]].mean()
-    iso_lines(panel, frame)
+    shown = _bounded(frame, axis)
+    iso_lines(panel, shown)
     panel.plot(means["rate"], means["distortion"], color=GREY, lw=1, zorder=2)
     colors = sns.color_palette("viridis", len(means))
     for color, value in zip(colors, means.index, strict=True):
-        runs = frame[frame[axis] == value]
+        runs, point = frame[frame[axis] == value], means.loc[value]
         panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
-        point = means.loc[value]
-        panel.plot(*point, "o", color=color, ms=9, mec="white", zorder=4, label=f"{value:.3g}")
+        off = f", rate {point['rate']:.3g}" if value not in set(shown[axis]) else ""
+        label = f"{value:.3g}{off}"
+        panel.plot(*point, "o", color=color, ms=9, mec="white", zorder=4, label=label)
     panel.set_xlabel(LABELS["rate"])
     panel.set_ylabel(LABELS["distortion"])
     figure.legend(title=LABELS.get(axis, axis), loc="outside right upper", frameon=False)
     sns.despine(figure)
     return figure
+
+
+def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """Leave out weight 0 if its rate, which nothing bounds, is more than twice all others'."""
+    if axis != "kl_weight" or frame[axis].nunique() < 2:
+        return frame
+    rest = frame[frame[axis] != 0]
+    return rest if frame["rate"].max() > 2 * rest["rate"].max() else frame
 
 
 def iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
@@ -124,7 +149,7 @@ def iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
     low, high = frame["distortion"].min(), frame["distortion"].max()
     margin = 0.06 * (high - low) + 1e-9
     panel.set(xlim=tuple(rates), ylim=(low - margin, high + margin))
-    step = 10.0 ** np.floor(np.log10(high - low + 1e-9))
+    step = 10.0 ** np.floor(np.log10(high - low + 1e-9)) * 2
     for total in np.arange(np.floor(low / step) * step, high + rates[1] + step, step):
         panel.plot(rates, total - rates, color=GREY, lw=0.5, alpha=0.4, zorder=1)
     panel.plot([], [], color=GREY, lw=0.5, label=f"equal neg_elbo,\nevery {step:g} nats")

@@ -65,6 +65,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hidden, list | tuple):
+            raise UserError(f"hidden={self.hidden!r}: give a list of whole numbers >= 1")
         object.__setattr__(self, "hidden", tuple(self.hidden))
         _one_of("model", self.model, Model)
         _one_of("head", self.head, Head)

@@ -105,7 +105,7 @@ class VAE(nn.Module):
         self.encoder = MLP(_stack([_padded_encoder(r, self.latent_size) for r in runs]))
         self.decoder = MLP(_stack([_padded_decoder(r, self.latent_size) for r in runs]))
         used = torch.arange(self.latent_size) < torch.tensor(sizes).unsqueeze(1)
-        self.register_buffer("used_latents", used.unsqueeze(1))
+        self.register_buffer("used_latents", used.unsqueeze(1).to(self.device))
         self.padded = not bool(used.all())
 
     @property
@@ -174,9 +174,8 @@ def initial(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
 
 
 def _empty(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
-    with torch.device("meta"):  # leaves PyTorch's global random state alone
-        run = SingleVAE(config, image_shape)
-    return run.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
+        return SingleVAE(config, image_shape)
 
 
 def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,20 @@ if TYPE_CHECKING:
     from studies.summary import Outcome
 
 
+COLUMNS = ("decoder_variance", "val/neg_elbo", "mse", "rate", "calibration_ratio", "active_units")
+"""Columns of the table beside the axis; with them it fits 80 characters."""
+
+
+def _terminal() -> rich.console.Console:
+    width = None if sys.stdout.isatty() else 100
+    return rich.console.Console(highlight=False, width=width)
+
+
 @dataclass(frozen=True)
 class Console:
     """A terminal, or a log file without one: then a line per finished stack instead of a bar."""
 
-    out: rich.console.Console = field(default_factory=lambda: rich.console.Console(highlight=False))
+    out: rich.console.Console = field(default_factory=_terminal)
 
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""
@@ -71,11 +81,12 @@ class Console:
     def outcome(self, plan: Plan, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer, and where to look further."""
         formatted = tables.cells(outcome.table)
-        table = Table(title=f"{plan.study.name} on {plan.dataset}", box=rich.box.SIMPLE_HEAD)
-        for name in formatted.columns:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in formatted.itertuples(index=False):
-            table.add_row(*row)
+        table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        shown = formatted[[plan.study.axis.field, *COLUMNS]]
+        for name in shown.columns:
+            table.add_column(name.replace("_", "_\n", 1), justify="right", no_wrap=True)
+        for row in shown.itertuples(index=False):
+            table.add_row(*(cell.replace(" ± ", "±") for cell in row))
         self.out.print(table)
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
         self.out.print(f"\nFigures and tables: {outcome.folder}", soft_wrap=True)

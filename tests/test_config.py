@@ -1,0 +1,134 @@
+"""A RunConfig is checked when made, survives JSON, and says what a stack must share."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from harness.config import SWEPT, RunConfig, UserError
+
+WRONG = [
+    ("model", "cnn"),
+    ("head", "GAUSSIAN"),
+    ("latent", None),
+    ("kl_normalization", "mean"),
+    ("hidden", (256, 0)),
+    ("hidden", (256, 6.5)),
+    ("hidden", 256),
+    ("latent_size", 0),
+    ("latent_size", 2.0),
+    ("latent_size", True),
+    ("kl_weight", -1e-9),
+    ("kl_weight", math.nan),
+    ("kl_weight", math.inf),
+    ("kl_weight", "1"),
+    ("kl_weight", True),
+    ("kl_warmup_epochs", -1),
+    ("learning_rate", 0.0),
+    ("learning_rate", math.inf),
+    ("batch_size", 0),
+    ("epochs", 0),
+    ("seed", -1),
+    ("seed", 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{n}={v}" for n, v in WRONG])
+def test_a_wrong_value_is_refused_with_its_name(name, value):
+    with pytest.raises(UserError, match=f"^{name}="):
+        RunConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("model", "mlp, linear"),
+        ("head", "gaussian, relu"),
+        ("latent", "stochastic, deterministic"),
+        ("kl_normalization", "pixels, batch, latent, sum"),
+    ],
+)
+def test_the_message_lists_the_choices(name, choices):
+    with pytest.raises(UserError, match=choices):
+        RunConfig(**{name: "other"})
+
+
+def test_a_plain_autoencoder_has_no_kl_weight():
+    with pytest.raises(UserError, match="set kl_weight=0"):
+        RunConfig(latent="deterministic")
+    assert RunConfig(latent="deterministic", kl_weight=0).kl_weight == 0
+
+
+def test_replace_checks_again():
+    with pytest.raises(UserError, match="^epochs="):
+        RunConfig().replace(epochs=0)
+
+
+def test_a_config_is_a_value():
+    config = RunConfig(hidden=[8, 4])
+    assert config == RunConfig(hidden=(8, 4))
+    assert hash(config) == hash(RunConfig(hidden=(8, 4)))
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1
+
+
+def test_the_seed_recipe_is_the_blogs():
+    assert RunConfig.seed_recipe() == RunConfig(
+        model="mlp",
+        hidden=(256, 64),
+        latent_size=10,
+        head="relu",
+        latent="stochastic",
+        kl_weight=1.0,
+        kl_normalization="pixels",
+        kl_warmup_epochs=0,
+        learning_rate=1e-3,
+        batch_size=32,
+    )
+    assert RunConfig.seed_recipe(seed=4).seed == 4
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_swept_fields_leave_the_stack_as_it_is(name):
+    value = "sum" if name == "kl_normalization" else getattr(RunConfig(), name) + 1
+    assert RunConfig(**{name: value}).static() == RunConfig().static()
+
+
+def test_every_other_field_splits_stacks():
+    other = {
+        "model": "linear",
+        "hidden": (8,),
+        "head": "relu",
+        "latent": "deterministic",
+        "batch_size": 16,
+        "epochs": 2,
+    }
+    assert set(other) | set(SWEPT) == {f.name for f in fields(RunConfig)}
+    base = RunConfig(kl_weight=0)
+    for name, value in other.items():
+        assert base.replace(**{name: value}).static() != base.static(), name
+
+
+def test_json_gives_the_config_back():
+    config = RunConfig.seed_recipe(hidden=(7, 5), kl_weight=0.1 + 0.2, kl_normalization="sum")
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_json_of_another_version_is_refused_with_the_differences():
+    values = json.loads(RunConfig().to_json())
+    values["width"] = values.pop("hidden")
+    with pytest.raises(UserError, match=r"unknown fields \['width'\] and lacks \['hidden'\]"):
+        RunConfig.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null"])
+def test_what_is_no_config_is_refused(text):
+    with pytest.raises(UserError, match="^configuration "):
+        RunConfig.from_json(text)
+
+
+def test_json_with_a_wrong_value_is_refused():
+    values = json.loads(RunConfig().to_json()) | {"batch_size": "32"}
+    with pytest.raises(UserError, match="^batch_size="):
+        RunConfig.from_json(json.dumps(values))

@@ -1,0 +1,148 @@
+"""The objective against torch.distributions, the textbook loss and SCIENCE.md's table."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from harness import objective
+from harness.config import RunConfig
+
+MODES = ("pixels", "batch", "latent", "sum")
+all_modes = pytest.mark.parametrize("mode", MODES)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def batch_of(config: RunConfig, pixels: int) -> dict[str, torch.Tensor]:
+    """Return random images, decoder outputs and posteriors of a stack of one run."""
+    torch.manual_seed(1)
+    size = (1, config.batch_size)
+    return {
+        "x": torch.rand(*size, pixels, dtype=torch.float64),
+        "y": torch.rand(*size, pixels, dtype=torch.float64, requires_grad=True),
+        "mean": torch.randn(*size, config.latent_size, dtype=torch.float64, requires_grad=True),
+        "log_variance": torch.randn(*size, config.latent_size, dtype=torch.float64),
+    }
+
+
+def loss_of(config: RunConfig, pixels: int, x, y, mean, log_variance) -> torch.Tensor:
+    error = objective.squared_error(x, y).mean(-1)
+    rate = objective.kl_per_latent(mean, log_variance).sum(-1).mean(-1)
+    return objective.loss(error, rate, objective.betas([config], pixels), pixels)
+
+
+def test_kl_is_that_of_torch_distributions():
+    mean, log_variance = 3 * torch.randn(2, 4, 50, 6, dtype=torch.float64)
+    kl = objective.kl_per_latent(mean, log_variance)
+    zero = torch.zeros_like(mean)
+    reference = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(zero, 1.0))
+    torch.testing.assert_close(kl, reference, **EXACT)
+    assert (kl >= 0).all()
+
+
+def test_kl_is_zero_at_the_prior_and_least_there():
+    mean, log_variance = torch.zeros(2, 1, 1, 3, dtype=torch.float64, requires_grad=True)
+    kl = objective.kl_per_latent(mean, log_variance)
+    assert not kl.any()
+    for gradient in torch.autograd.grad(kl.sum(), (mean, log_variance)):
+        assert not gradient.any()
+
+
+def test_squared_error_is_summed_over_the_pixels():
+    x, y = torch.rand(2, 3, 4, 50, dtype=torch.float64)
+    error = objective.squared_error(x, y)
+    assert error.shape == (3, 4)
+    expected = torch.nn.functional.mse_loss(y, x, reduction="none").sum(-1)
+    torch.testing.assert_close(error, expected, **EXACT)
+
+
+@all_modes
+def test_loss_is_the_textbook_mean_error_plus_scaled_kl(mode):
+    config = RunConfig(kl_weight=0.7, kl_normalization=mode, latent_size=3, batch_size=5)
+    batch = batch_of(config, pixels=12)
+    q = Normal(batch["mean"], (batch["log_variance"] / 2).exp())
+    kl = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0)).sum()
+    c = {"pixels": 5 * 12, "batch": 5, "latent": 5 * 3, "sum": 1}[mode]
+    textbook = torch.nn.functional.mse_loss(batch["y"], batch["x"]) + 0.7 * kl / c
+    loss = loss_of(config, 12, **batch)
+    torch.testing.assert_close(loss[0], textbook, **EXACT)
+    assert objective.kl_scale(config, 12) == c
+
+
+@all_modes
+def test_the_loss_has_the_elbos_gradient_up_to_scale(mode):
+    config = RunConfig(kl_weight=0.7, kl_normalization=mode, latent_size=3, batch_size=5)
+    batch = batch_of(config, pixels=12)
+    inputs = (batch["y"], batch["mean"])
+    variance = objective.decoder_variance(config, 12)
+    q = Normal(batch["mean"], (batch["log_variance"] / 2).exp())
+    rate = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0)).sum() / 5
+    log_p = Normal(batch["y"], variance**0.5).log_prob(batch["x"]).sum() / 5
+    elbo = torch.autograd.grad(log_p - rate, inputs, retain_graph=True)
+    ours = torch.autograd.grad(loss_of(config, 12, **batch).sum(), inputs)
+    for a, b in zip(ours, elbo, strict=True):
+        torch.testing.assert_close(a, -b * 2 * variance / 12, **EXACT)
+
+
+@all_modes
+def test_equal_decoder_variance_is_the_same_training_in_every_mode(mode):
+    base = RunConfig(latent_size=3, batch_size=5, kl_weight=0.7)
+    unit = objective.beta(base.replace(kl_weight=1.0, kl_normalization=mode), 12)
+    other = base.replace(kl_weight=0.7 / unit, kl_normalization=mode)
+    assert objective.decoder_variance(other, 12) == pytest.approx(0.35, rel=1e-14)
+    batch = batch_of(base, pixels=12)
+    inputs = (batch["y"], batch["mean"])
+    losses = [loss_of(config, 12, **batch) for config in (base, other)]
+    torch.testing.assert_close(*losses, **EXACT)
+    for pair in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(*pair, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "variance", "beta"),
+    [
+        ({"kl_normalization": "pixels"}, 0.5, 1.0),
+        ({"kl_normalization": "batch"}, 392.0, 784.0),
+        ({"kl_normalization": "latent", "latent_size": 20}, 19.6, 39.2),
+        ({"kl_normalization": "sum"}, 12_544.0, 25_088.0),
+        ({"kl_normalization": "pixels", "kl_weight": 0.05}, 0.025, 0.05),
+        ({"kl_normalization": "sum", "kl_weight": 0.0}, 0.0, 0.0),
+    ],
+)
+def test_the_table_of_normalisations(settings, variance, beta):
+    config = RunConfig(batch_size=32, **settings)
+    assert objective.beta(config, 784) == pytest.approx(beta, rel=1e-14)
+    assert objective.decoder_variance(config, 784) == pytest.approx(variance, rel=1e-14)
+
+
+def test_betas_are_those_of_each_run():
+    configs = [RunConfig(kl_weight=w, kl_normalization=m) for w in (0.1, 1.0) for m in MODES]
+    betas = objective.betas(configs, 784)
+    assert betas.dtype == torch.float64
+    assert betas.tolist() == [objective.beta(c, 784) for c in configs]
+
+
+def test_distortion_is_the_gaussian_negative_log_likelihood():
+    x, y = torch.rand(2, 3, 5, 12, dtype=torch.float64)
+    variance = torch.tensor([0.01, 0.3, 2.0], dtype=torch.float64)
+    mse = (x - y).square().mean((1, 2))
+    p = Normal(y, variance.sqrt().view(3, 1, 1))
+    expected = -p.log_prob(x).sum(-1).mean(-1)
+    torch.testing.assert_close(objective.distortion(mse, variance, 12), expected, **EXACT)
+
+
+def test_distortion_is_least_at_the_mean_squared_error():
+    mse = torch.tensor([0.02, 0.5], dtype=torch.float64)
+    variance = mse.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.distortion(mse, variance, 12).sum(), variance)
+    torch.testing.assert_close(gradient, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-10)
+    for factor in (0.9, 1.1):
+        worse = objective.distortion(mse, factor * mse, 12)
+        assert (worse > objective.distortion(mse, mse, 12)).all()
+
+
+def test_warm_up_rises_linearly_by_steps_from_zero():
+    configs = [RunConfig(kl_warmup_epochs=n) for n in (0, 1, 2, 3)]
+    factors = torch.cat([objective.kl_warmup(configs, epoch, steps=4) for epoch in (1, 2, 3, 4)])
+    assert factors.shape == (16, 4)
+    for step, row in enumerate(factors.tolist()):
+        assert row == [1.0, *(min(1.0, step / (4 * n)) for n in (1, 2, 3))]
