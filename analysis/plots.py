@@ -149,7 +149,7 @@ def iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
     low, high = frame["distortion"].min(), frame["distortion"].max()
     margin = 0.06 * (high - low) + 1e-9
     panel.set(xlim=tuple(rates), ylim=(low - margin, high + margin))
-    step = 10.0 ** np.floor(np.log10(high - low + 1e-9)) * 2
+    step = 2 * 10.0 ** np.floor(np.log10(max(high - low, rates[1], 1.0)))
     for total in np.arange(np.floor(low / step) * step, high + rates[1] + step, step):
         panel.plot(rates, total - rates, color=GREY, lw=0.5, alpha=0.4, zorder=1)
     panel.plot([], [], color=GREY, lw=0.5, label=f"equal neg_elbo,\nevery {step:g} nats")

@@ -1,4 +1,5 @@
 from . import engine as engine
+from . import ledger as ledger
 from . import objective as objective
 from . import pictures as pictures
 from . import tracking as tracking
@@ -7,8 +8,8 @@ from .config import UserError as UserError
 from .data import Dataset as Dataset
 from .data import load_dataset as load_dataset
 from .engine import EpochRecord as EpochRecord
-from .engine import RunResult as RunResult
 from .engine import train as train
-from .engine import train_and_evaluate as train_and_evaluate
 from .evaluate import evaluate as evaluate
+from .sweep import RunResult as RunResult
+from .sweep import train_and_evaluate as train_and_evaluate
 from .tracking import load_run as load_run

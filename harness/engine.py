@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -14,10 +16,13 @@ from torch import Tensor
 from harness import objective, streams
 from harness.config import RunConfig, UserError
 from harness.data import Dataset
-from harness.evaluate import evaluate, evaluation_noise, finite, measure, to_arrays
-from harness.vae import VAE, SingleVAE, initial
+from harness.evaluate import evaluation_noise, measure, to_arrays
+from harness.vae import VAE, initial
 
 Device = Literal["auto", "cpu", "cuda"]
+
+THREADED_WORK = 2**25
+"""Multiplications of a stack's largest layer from which a second CPU thread pays; measured."""
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -49,23 +54,6 @@ class EpochRecord:
     def images_per_second(self) -> float:
         """Training images per second, summed over the runs of the stack."""
         return self.images / self.seconds
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        config: what was run.
-        metrics: final metrics, names prefixed `val/` and `test/`, and plain names for test.
-        history: one dict per epoch, names prefixed `train/` and `val/`.
-        model: the trained run as a plain module on the CPU.
-    """
-
-    config: RunConfig
-    metrics: dict[str, float]
-    history: list[dict[str, float]] = field(repr=False)
-    model: SingleVAE = field(repr=False)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -104,65 +92,26 @@ def train(
     check_stack(configs, data)
     target = resolve_device(device)
     data = data.to(target)
-    torch.set_flush_denormal(
-        True
-    )  # Adam's moments decay into denormals, which a CPU computes slowly
     model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
     update = _adam(model)
+    with _cpu_settings(configs, data.pixels):
+        for epoch in range(1, configs[0].epochs + 1):
+            start = time.perf_counter()
+            images, warmup = _epoch(model, update, data, epoch)
+            _synchronize(target)
+            seconds = time.perf_counter() - start
+            yield EpochRecord(epoch, seconds, images, *_measure(model, data), warmup.numpy(), model)
+
+
+def _measure(model: VAE, data: Dataset) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the metrics on the first training images and on validation, in one transfer."""
     probe = data.train.head(len(data.val))
-    noise = {part: evaluation_noise(model, part, data) for part in ("train", "val")}
-    noise["train"] = noise["train"][:, : len(probe)]
-    for epoch in range(1, configs[0].epochs + 1):
-        start = time.perf_counter()
-        images, warmup = _epoch(model, update, data, epoch)
-        _synchronize(target)
-        seconds = time.perf_counter() - start
-        val = measure(model, data.val, noise["val"], data.classes)
-        fitted = measure(model, probe, noise["train"], data.classes, variance=val["mse"])
-        both = to_arrays({f"train/{k}": v for k, v in fitted.items()} | val)
-        yield EpochRecord(
-            epoch=epoch,
-            seconds=seconds,
-            images=images,
-            train={k.removeprefix("train/"): v for k, v in both.items() if k.startswith("train/")},
-            val={k: v for k, v in both.items() if not k.startswith("train/")},
-            kl_warmup=warmup.numpy(),
-            model=model,
-        )
-
-
-def train_and_evaluate(
-    configs: Sequence[RunConfig],
-    data: Dataset,
-    device: str = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> list[RunResult]:
-    """Train any list of runs, in as few stacks as their settings allow; results in their order."""
-    results: dict[int, RunResult] = {}
-    for rows in stacks(configs, STACK_WIDTH[resolve_device(device).type]):
-        histories: list[list[dict[str, float]]] = [[] for _ in rows]
-        for record in train([configs[i] for i in rows], data, device, dtype):
-            for s, history in enumerate(histories):
-                history.append(flat_record(record, s))
-        for s, metrics in enumerate(evaluate(record.model, data)):
-            run = record.model.run(s)
-            results[rows[s]] = RunResult(run.config, metrics, histories[s], run)
-    return [results[i] for i in range(len(configs))]
-
-
-def stacks(configs: Sequence[RunConfig], width: int) -> list[list[int]]:
-    """Group runs that can share a stack: lists of positions, at most `width` long."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, config in enumerate(configs):
-        groups.setdefault(config.static(), []).append(i)
-    return [g[i : i + width] for g in groups.values() for i in range(0, len(g), width)]
-
-
-def flat_record(record: EpochRecord, run: int) -> dict[str, float]:
-    """Return one run's metrics of an epoch, names prefixed `train/` and `val/`."""
-    named = {f"train/{k}": v for k, v in record.train.items()}
-    named |= {f"val/{k}": v for k, v in record.val.items()}
-    return finite({k: float(v[run]) for k, v in named.items()})
+    noise = evaluation_noise(model, "val", len(data.val))
+    val = measure(model, data.val, noise, data.classes)
+    noise = evaluation_noise(model, "train", len(probe))
+    train = measure(model, probe, noise, data.classes, variance=val["mse"])
+    arrays = to_arrays({f"train/{k}": v for k, v in train.items()} | val)
+    return {k: arrays.pop(f"train/{k}") for k in train}, arrays
 
 
 def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
@@ -241,6 +190,21 @@ def _adam(model: VAE) -> Callable[[], object]:
         optimizer.step()
 
     return update
+
+
+@contextmanager
+def _cpu_settings(configs: Sequence[RunConfig], pixels: int) -> Iterator[None]:
+    """Set what a CPU computes small layers fastest with, and undo it at the end of training."""
+    sizes = (pixels, *configs[0].hidden, configs[0].latent_size)
+    largest = max(inputs * outputs for inputs, outputs in pairwise(sizes))
+    threads = torch.get_num_threads()
+    torch.set_flush_denormal(True)  # Adam's moments decay into denormals, which a CPU is slow at
+    if len(configs) * configs[0].batch_size * largest < THREADED_WORK:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -111,8 +111,9 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
     data = data.to(stack.device)
-    val = measure(stack, data.val, evaluation_noise(stack, "val", data), data.classes)
-    test_noise = evaluation_noise(stack, "test", data)
+    val_noise = evaluation_noise(stack, "val", len(data.val))
+    test_noise = evaluation_noise(stack, "test", len(data.test))
+    val = measure(stack, data.val, val_noise, data.classes)
     test = measure(stack, data.test, test_noise, data.classes, variance=val["mse"])
     named = {f"val/{k}": v for k, v in val.items()} | {f"test/{k}": v for k, v in test.items()}
     named |= test
@@ -120,9 +121,8 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
     return [finite({k: float(v[s]) for k, v in values.items()}) for s in range(len(stack.configs))]
 
 
-def evaluation_noise(stack: VAE, part: str, data: Dataset) -> Tensor:
-    """Return the posterior noise of a split, shape (S, N, L), the same at every epoch."""
-    images = len(getattr(data, part))
+def evaluation_noise(stack: VAE, part: str, images: int) -> Tensor:
+    """Return the posterior noise of a split's images, shape (S, N, L), the same at every epoch."""
     drawn = streams.noise(stack.configs, f"evaluate/{part}", images)
     return drawn.to(stack.device, stack.dtype)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +22,19 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
 from harness.config import RunConfig, UserError
+from harness.places import (
+    creation_lock,
+    own_process,
+    project_root,
+    sqlite_file,
+    use_write_ahead_log,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,11 +54,19 @@ logging.getLogger("alembic").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store: its client, its address and where artifacts of new experiments go."""
+    """A tracking store.
+
+    Attributes:
+        client: MLflow's client of it.
+        uri: its address.
+        home: folder of the database, or the repository for a server: reports are written here.
+        local: whether it is a database file, with artifacts in `mlruns` beside it.
+    """
 
     client: MlflowClient
     uri: str
-    artifacts: Path | None
+    home: Path
+    local: bool
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,6 @@ class TrackedRun:
     model: SingleVAE = field(repr=False)
 
 
-def project_root() -> Path:
-    """Return where databases and artifacts go by default: the repository, or where one stands."""
-    repository = Path(__file__).resolve().parents[1]
-    return repository if (repository / "pyproject.toml").exists() else Path.cwd()
-
-
 def connect(uri: str | None = None) -> Store:
     """Open a tracking store, creating the database if it is not there yet.
 
@@ -82,19 +89,17 @@ def connect(uri: str | None = None) -> Store:
         UserError: the store cannot be opened or created.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
-    if not uri.startswith("sqlite:"):
-        return Store(_client(uri), uri, artifacts=None)
-    database = Path(uri.removeprefix("sqlite:///")).absolute()
+    database = sqlite_file(uri)
+    if database is None:
+        return Store(_client(uri), uri, project_root(), local=False)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):  # processes that create the tables together break them
+        with creation_lock(uri):
             client = _client(uri)
-            with sqlite3.connect(database) as connection:
-                connection.execute("pragma journal_mode=WAL")  # halves the cost of a write
-            connection.close()
+            use_write_ahead_log(database)
     except (OSError, sqlite3.Error) as error:
         raise _no_store(uri, error) from error
-    return Store(client, uri, artifacts=database.parent / "mlruns")
+    return Store(client, uri, database.parent, local=True)
 
 
 def _client(uri: str) -> MlflowClient:
@@ -116,7 +121,7 @@ def _no_store(uri: str, error: Exception) -> UserError:
 
 def open_experiment(store: Store, name: str, description: str) -> str:
     """Return the id of an experiment, creating it with its description if need be."""
-    location = None if store.artifacts is None else (store.artifacts / name).as_uri()
+    location = (store.home / "mlruns" / name).as_uri() if store.local else None
     tags = {"mlflow.note.content": description, "mlflow.experimentKind": TRAINING_VIEW}
     try:
         return store.client.create_experiment(name, location, tags)
@@ -152,8 +157,7 @@ class RunLog:
         params: Mapping[str, object],
     ) -> None:
         self._client = store.client
-        place = {"host": socket.gethostname(), "process": str(os.getpid())}
-        run = self._client.create_run(experiment_id, tags={**tags, **place}, run_name=name)
+        run = self._client.create_run(experiment_id, tags={**tags, **own_process()}, run_name=name)
         self.run_id: str = run.info.run_id
         self._client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         self._waiting: list[Metric] = []
@@ -233,55 +237,28 @@ def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[di
     """Return the runs of an experiment as plain values, oldest first; none if it is not there.
 
     Returns:
-        One dict per run: run_id, name, status, host, and dicts `params` (text), `metrics` (last
+        One dict per run: run_id, name, status, and dicts `params` (text), `metrics` (last
         values) and `tags`.
     """
     found = store.client.get_experiment_by_name(experiment)
     if found is None:
         return []
     runs: list[Run] = []
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = store.client.search_runs(
             [found.experiment_id],
             filter_string,
             order_by=["attributes.start_time ASC"],
-            page_token=token,
+            page_token=token or None,
         )
         runs += page
-        token = page.token
-        if not token:
-            return [_plain(run) for run in runs]
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    return {
-        "run_id": run.info.run_id,
-        "name": run.info.run_name,
-        "status": run.info.status,
-        "params": dict(run.data.params),
-        "metrics": dict(run.data.metrics),
-        "tags": dict(run.data.tags),
-    }
-
-
-def read_history(store: Store, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """Return the (epoch, value) pairs of a metric of a run."""
-    return [(m.step, m.value) for m in store.client.get_metric_history(run_id, metric)]
-
-
-def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[int]) -> None:
-    """Close what dead processes left: every run of the trials, and the study's open summary.
-
-    Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.
-    """
-    dead = {str(number) for number in trials}
-    for run in read_runs(store, experiment, f"tags.study = '{study}'"):
-        tags, status = run["tags"], run["status"]
-        left_open = tags["role"] == "summary" and status == "RUNNING"
-        if left_open or (tags.get("trial") in dead and status != "KILLED"):
-            store.client.set_tag(run["run_id"], "reason", "its process is gone")
-            store.client.set_terminated(run["run_id"], "KILLED")
+        token = page.token or None
+    return [
+        {"run_id": r.info.run_id, "name": r.info.run_name, "status": r.info.status}
+        | {"params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags}
+        for r in runs
+    ]
 
 
 def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import harness
 from harness.config import RunConfig
 from harness.data import Dataset
-from harness.engine import EpochRecord, flat_record
+from harness.engine import EpochRecord
+from harness.sweep import flat_record
 from harness.tracking import RunLog, Store
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ def _open_logs(
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         for log in logs:
-            log.tag("reason", type(error).__name__)
-            log.end("KILLED" if interrupted else "FAILED")
+            log.flush()
+        status = "KILLED" if interrupted else "FAILED"
+        harness.ledger.end_own_runs(place.store, place.experiment_id, status, repr(error))
         raise
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import lazy_loader
-from filelock import FileLock
 
 import harness
 from harness.config import RunConfig, UserError
+from harness.places import creation_lock, project_root
 
 if TYPE_CHECKING:
     import optuna
@@ -145,7 +145,7 @@ def _alive(process: int) -> bool:
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
-    """Open Optuna's database; its tables are created under a lock, for creating twice breaks them.
+    """Open Optuna's database, creating its tables if need be.
 
     Args:
         url: SQLAlchemy URL; None means `optuna.db` in the repository.
@@ -153,11 +153,10 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     Raises:
         UserError: the storage cannot be used.
     """
-    root = harness.tracking.project_root()
-    url = url or f"sqlite:///{root / 'optuna.db'}"
+    url = url or f"sqlite:///{project_root() / 'optuna.db'}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with FileLock(root / "optuna.db.lock"):
+        with creation_lock(url):
             return optuna.storages.RDBStorage(url)
     except Exception as error:  # any driver's error
         reason = str(error).strip().split("\n")[0]
@@ -212,7 +211,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         plan = replace(plan, name=unused_name(storage, plan.name))
     grid = open_grid(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.study.question)
-    harness.tracking.bury_runs(store, plan.experiment, plan.name, grid.bury())
+    harness.ledger.bury_runs(store, plan.experiment, plan.name, grid.bury())
     device = harness.engine.resolve_device(options.device).type
     width = max(1, harness.engine.STACK_WIDTH[device] // options.seeds)
     with console.progress(plan, len(grid.left())) as on_epoch:

@@ -56,7 +56,7 @@ def summarize(
     _check_complete(plan, frame, finished, store)
     table = frames.along_axis(frame, axis, ["decoder_variance", *TABLE])
     answer = plan.study.answer(frame, axis)
-    folder = harness.tracking.project_root() / "reports" / plan.name
+    folder = store.home / "reports" / plan.name
     _write(folder, plan, frame, table)
     outcome = Outcome(table, answer, folder, experiment_id)
     if not _recorded(plan, store):

@@ -10,6 +10,8 @@ import torch
 
 from harness.data import Dataset, load_dataset
 
+pytest_plugins = ["real_stores"]
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     """Draw the same random numbers in every test, whichever tests run before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: on tensors this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +61,7 @@ def mnist_folder() -> Path:
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Run the test with each number of CPU threads, and restore the number after it."""
-    before = torch.get_num_threads()
+def threads(request: pytest.FixtureRequest, _one_thread: None) -> int:
+    """Run the test with each number of CPU threads."""
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param

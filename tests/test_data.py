@@ -12,7 +12,7 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from harness.config import UserError
-from harness.data import DATASETS, Dataset, load_dataset
+from harness.data import DATASETS, load_dataset
 
 PARTS = ("train", "val", "test")
 FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -265,7 +265,7 @@ def test_total_variance_of_mnist_is_that_of_the_reference(mnist_folder):
 
 
 def variance(images: torch.Tensor) -> float:
-    """Sum of the pixels' variances over the images, pixels / 255, exact in integers until the end."""
+    """Return the sum of the pixels' variances over the images, pixels / 255, in exact integers."""
     first = images.sum(0, dtype=torch.int64)
     second = sum((c.int() ** 2).sum(0, dtype=torch.int64) for c in images.split(5000))
     n = len(images)

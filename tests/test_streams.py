@@ -80,6 +80,11 @@ def test_batches_differ_by_seed_and_epoch():
         assert (first == other).sum() < 10  # 1 place of 80 expected to agree
 
 
+def test_noise_of_the_first_images_is_that_of_all():
+    # So metrics of a part of a split do not depend on the part's size.
+    assert torch.equal(noise(STACK, "noise", 7), noise(STACK, "noise", 20)[:, :7])
+
+
 def test_noise_differs_by_seed_purpose_epoch_and_latent_size():
     first = noise([BASE], "noise", 20, epoch=1)
     others = [

@@ -1,4 +1,4 @@
-"""One run in plain PyTorch, written from SCIENCE.md without the harness's layers or formulas."""
+"""One run in plain PyTorch, written from SCIENCE.md; and stacks of runs to compare with it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,16 @@ from torch.nn import functional
 from harness.config import RunConfig
 from harness.streams import batches, noise
 from harness.vae import initial
+
+SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8)
+MIXED = [
+    SMALL,
+    SMALL.replace(latent_size=3, kl_weight=0.1, kl_normalization="batch", seed=1),
+    SMALL.replace(latent_size=16, kl_weight=0.01, kl_normalization="sum", learning_rate=3e-3),
+    SMALL.replace(latent_size=7, kl_weight=0.0, kl_normalization="latent", kl_warmup_epochs=1),
+    SMALL.replace(latent_size=1, kl_weight=3.0, learning_rate=1e-4, kl_warmup_epochs=3, seed=2),
+]
+WIDE = [c.replace(hidden=(256, 64), batch_size=32) for c in MIXED]
 
 
 class Textbook(nn.Module):
@@ -78,3 +88,8 @@ def _layers(sizes: list[int]) -> nn.Sequential:
 def flat(model: nn.Module) -> Tensor:
     """Return all weights of a plain model as one float64 vector."""
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def plain(configs: list[RunConfig]) -> list[RunConfig]:
+    """Return the runs as plain autoencoders."""
+    return [c.replace(latent="deterministic", kl_weight=0.0) for c in configs]

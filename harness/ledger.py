@@ -1,0 +1,33 @@
+"""True statuses: close the runs that an interrupted or dead process has left open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harness.places import own_process
+from harness.tracking import Store, read_runs
+
+
+def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> None:
+    """Close every run that this process has left open in an experiment, with the reason as a tag.
+
+    They are looked up, since an interruption can fall between a run's creation and its return.
+    """
+    own = " and ".join(f"tags.{name} = '{value}'" for name, value in own_process().items())
+    for run in store.client.search_runs([experiment_id], f"{own} and status = 'RUNNING'"):
+        store.client.set_tag(run.info.run_id, "reason", reason)
+        store.client.set_terminated(run.info.run_id, status)
+
+
+def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[int]) -> None:
+    """Close what dead processes left: every run of the trials, and the study's open summary.
+
+    Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.
+    """
+    dead = {str(number) for number in trials}
+    for run in read_runs(store, experiment, f"tags.study = '{study}'"):
+        tags, status = run["tags"], run["status"]
+        left_open = tags["role"] == "summary" and status == "RUNNING"
+        if left_open or (tags.get("trial") in dead and status != "KILLED"):
+            store.client.set_tag(run["run_id"], "reason", "its process is gone")
+            store.client.set_terminated(run["run_id"], "KILLED")

@@ -1,0 +1,168 @@
+"""The dependency arrows of DESIGN.md, read from the imports of every module."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("harness", "studies", "analysis")
+MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).glob("**/*.py"))
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+
+HARNESS = {
+    "config": set(),
+    "places": set(),
+    "nn": set(),
+    "streams": {"config"},
+    "objective": {"config"},
+    "data": {"config", "streams"},
+    "oracle": {"config", "data", "objective"},
+    "vae": {"config", "nn", "streams"},
+    "evaluate": {"config", "data", "objective", "streams", "vae"},
+    "pictures": {"config", "data", "objective", "streams", "vae"},
+    "storage": {"config", "vae"},
+    "engine": {"config", "data", "evaluate", "objective", "streams", "vae"},
+    "sweep": {"config", "data", "engine", "evaluate", "vae"},
+    "tracking": {"config", "data", "places", "storage", "vae"},
+    "ledger": {"places", "tracking"},
+}
+"""Which modules of harness each of them may import."""
+
+ONLY_IN = {
+    "mlflow": {"harness/tracking.py"},
+    "optuna": {"studies/study.py"},
+}
+"""Libraries that exactly these modules may import."""
+
+FORBIDDEN = {
+    "harness": {"mlflow", "optuna", "pandas", "seaborn", "matplotlib", "studies", "analysis"},
+    "studies": {"torch", "torchvision", "mlflow"},
+    "analysis": {"torch", "torchvision", "mlflow", "optuna", "studies"},
+}
+"""What no module of a package imports, `harness/tracking.py` aside."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full names of all that a module imports anywhere, lazily or for types too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and _loads(node.func):
+            assert isinstance(node.args[0], ast.Constant), f"{path}: import of a computed name"
+            yield node.args[0].value
+
+
+def _loads(function: ast.expr) -> bool:
+    return ast.unparse(function) in ("lazy_loader.load", "importlib.import_module", "import_module")
+
+
+def libraries(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def harness_modules(path: Path) -> set[str]:
+    """Return the modules of harness that a module imports; "" is the package itself."""
+    names = [name.split(".") for name in imports(path) if name.split(".")[0] == "harness"]
+    return {rest[0] if (rest := name[1:]) and rest[0] in HARNESS else "" for name in names}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "harness").glob("*.py")), ids=lambda p: p.stem)
+def test_harness_modules_import_only_what_is_below_them(path):
+    if path.stem == "__init__":
+        assert "" not in harness_modules(path)
+        return
+    assert path.stem in HARNESS, f"say in HARNESS what {path.name} may import"
+    assert harness_modules(path) <= HARNESS[path.stem]
+
+
+def test_the_table_of_harness_has_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(HARNESS):
+        ready = {name for name, below in HARNESS.items() if below <= done} - done
+        assert ready, f"cycle among {sorted(set(HARNESS) - done)}"
+        done |= ready
+
+
+@every_module
+def test_mlflow_and_optuna_have_one_importer_each(path):
+    for library, owners in ONLY_IN.items():
+        assert library not in libraries(path) or name_of(path) in owners
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_the_importers_import_it(library):
+    # Else the test above would hold because nothing is found.
+    for owner in ONLY_IN[library]:
+        assert library in libraries(ROOT / owner)
+
+
+@every_module
+def test_packages_do_not_import_what_is_not_theirs(path):
+    allowed = {"mlflow"} if name_of(path) == "harness/tracking.py" else set()
+    assert not libraries(path) & FORBIDDEN[path.relative_to(ROOT).parts[0]] - allowed
+
+
+@every_module
+def test_modules_are_under_300_lines(path):
+    assert len(path.read_text().splitlines()) < 300
+
+
+def public(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a module or class and, depth first, all public functions and classes in it."""
+    yield node
+    for child in getattr(node, "body", []):
+        is_named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if is_named and not child.name.startswith("_"):
+            if isinstance(child, ast.ClassDef):
+                yield from public(child)
+            else:
+                yield child
+
+
+@every_module
+def test_everything_public_has_a_docstring(path):
+    for node in public(ast.parse(path.read_text())):
+        assert ast.get_docstring(node), f"{path.name}: {getattr(node, 'name', 'the module')}"
+
+
+def test_analysis_runs_without_torch():
+    code = "import sys, analysis.frames, analysis.plots; print('torch' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_harness_names_load_without_torch():
+    code = "import sys, harness; harness.RunConfig(); print('torch' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_the_core_runs_without_the_libraries_of_the_edges():
+    edges = ("mlflow", "optuna", "pandas", "seaborn", "matplotlib")
+    found = f"print([name for name in {edges} if name in sys.modules])"
+    code = f"import sys, harness.engine, harness.pictures; {found}"
+    assert python(code) == "[]"
+
+
+def test_public_names_do_not_depend_on_what_was_imported_first():
+    # `evaluate` is a module and the function in it; lazy-loader before 0.6 gives the module here.
+    code = "import harness.engine; from harness import evaluate; print(callable(evaluate))"
+    assert python(code) == "True"

@@ -1,0 +1,99 @@
+"""Tidy frames: from a real store, and the statistics on known numbers."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis import frames, tables
+from harness import load_run
+
+
+def table(**columns):
+    return pd.DataFrame(columns)
+
+
+def test_a_study_loads_as_one_row_per_weight_and_seed(finished):
+    frame = frames.load_runs("kl_weight-digits", "kl_weight-digits", finished.tracking_uri)
+    cells = set(zip(frame["kl_weight"], frame["seed"], strict=True))
+    assert cells == {(w, s) for w in (0.0, 0.02, 1.0) for s in (0, 1)}
+    assert len(frame) == 6
+    assert frame["kl_normalization"].unique().tolist() == ["pixels"]
+    for column in ("neg_elbo", "val/neg_elbo", "train/mse", "decoder_variance", "kl/9"):
+        assert np.issubdtype(frame[column].dtype, np.number), column
+    assert np.allclose(frame["decoder_variance"], frame["kl_weight"] / 2)
+    assert np.allclose(frame["neg_elbo"], frame["distortion"] + frame["rate"])
+
+
+def test_frame_rows_hold_the_metrics_that_their_run_logged(finished):
+    frame = frames.load_runs("kl_weight-digits", "kl_weight-digits", finished.tracking_uri)
+    row = frame.iloc[3]
+    run = load_run(row["run_id"], finished.tracking_uri)
+    assert row["kl_weight"] == run.config.kl_weight
+    assert row["mse"] == run.metrics["test/mse"]
+
+
+def test_what_is_not_there_is_an_empty_frame(finished):
+    assert frames.load_runs("kl_weight-digits", "other", finished.tracking_uri).empty
+    assert frames.load_runs("no-experiment", "other", finished.tracking_uri).empty
+
+
+def test_half_width_is_the_t_interval_of_scipy():
+    values = np.array([1.0, 2.0, 4.0, 4.5])
+    low, high = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
+    assert frames.half_width(values) == pytest.approx((high - low) / 2)
+
+
+def test_a_single_seed_has_no_interval():
+    assert math.isnan(frames.half_width(np.array([3.0])))
+
+
+def test_along_axis_averages_over_seeds_in_order():
+    frame = table(w=[2.0, 1.0, 2.0, 1.0], seed=[0, 0, 1, 1], mse=[4.0, 1.0, 6.0, 2.0])
+    means = frames.along_axis(frame, "w", ["mse"])
+    assert means["w"].tolist() == [1.0, 2.0]
+    assert means["mse"].tolist() == [1.5, 5.0]
+    assert means["seeds"].tolist() == [2, 2]
+    assert means["mse±"].iloc[1] == pytest.approx(frames.half_width(np.array([4.0, 6.0])))
+
+
+def test_a_pairing_takes_out_what_the_seeds_share():
+    seeds = np.arange(6)
+    luck = np.array([5.0, -3.0, 8.0, 0.0, -7.0, 2.0])  # far larger than the effect
+    noise = np.array([0.01, -0.02, 0.0, 0.02, -0.01, 0.0])
+    frame = table(
+        w=[1] * 6 + [2] * 6,
+        seed=[*seeds, *seeds[::-1]],
+        mse=[*(luck + 0.1 + noise), *luck[::-1]],
+    )
+    gap = frames.paired_difference(frame, "w", 1, 2, "mse")
+    assert gap.mean == pytest.approx(0.1)
+    assert gap.half_width == pytest.approx(frames.half_width(noise))
+    assert gap.distinguishable
+
+
+def test_a_difference_within_its_interval_or_of_one_seed_is_not_distinguishable():
+    frame = table(w=[1, 2, 1, 2], seed=[0, 0, 1, 1], mse=[1.0, 0.0, 0.0, 0.9])
+    assert not frames.paired_difference(frame, "w", 1, 2, "mse").distinguishable
+    assert not frames.paired_difference(frame[:2], "w", 1, 2, "mse").distinguishable
+
+
+def test_the_best_value_has_the_lowest_mean_on_validation():
+    frame = table(w=[1, 1, 2, 2], seed=[0, 1, 0, 1])
+    frame["val/neg_elbo"] = [0.0, 4.0, 1.5, 1.5]
+    assert frames.best_value(frame, "w") == 2
+
+
+def test_classes_are_ordered_by_error():
+    frame = pd.DataFrame({"mse_class/0": [1.0, 3.0], "mse_class/1": [4.0, 4.0], "mse": [9, 9]})
+    assert frames.class_errors(frame).to_dict() == {1: 4.0, 0: 2.0}
+
+
+def test_cells_show_intervals_where_there_are_any():
+    one = frames.along_axis(table(w=[1.0], seed=[0], mse=[0.12345]), "w", ["mse"])
+    assert tables.cells(one)["mse"].tolist() == ["0.1235"]
+    two = frames.along_axis(table(w=[1.0, 1.0], seed=[0, 1], mse=[0.1, 0.1]), "w", ["mse"])
+    assert tables.cells(two)["mse"].tolist() == ["0.1000 ± 0.0000"]
+    assert tables.markdown(tables.cells(two)).splitlines()[-1] == "| 1 | 0.1000 ± 0.0000 |"

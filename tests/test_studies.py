@@ -1,0 +1,272 @@
+"""A study from its command line to its summary, on real databases and in real processes."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+import torch
+
+from harness import RunConfig, UserError, evaluate, load_run, tracking
+from studies import answers, cli, kl_weight
+from studies.options import Options, make_plan
+from studies.study import open_grid, open_storage, unused_name
+
+NAME = "kl_weight-digits"
+
+
+def runs_of(uri, role="run"):
+    store = tracking.connect(uri)
+    return [r for r in tracking.read_runs(store, NAME) if r["tags"]["role"] == role]
+
+
+def test_every_configuration_and_seed_is_one_finished_run_beside_one_summary(finished):
+    runs = runs_of(finished.tracking_uri)
+    cells = [(r["params"]["kl_weight"], r["params"]["seed"]) for r in runs]
+    assert sorted(cells) == sorted((w, s) for w in ("0.0", "0.02", "1.0") for s in ("0", "1"))
+    assert {r["status"] for r in runs} == {"FINISHED"}
+    assert [r["status"] for r in runs_of(finished.tracking_uri, "summary")] == ["FINISHED"]
+
+
+def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
+    store = tracking.connect(finished.tracking_uri)
+    for run in runs_of(finished.tracking_uri):
+        assert set(RunConfig.__dataclass_fields__) <= run["params"].keys()
+        assert {"beta", "decoder_variance", "dataset_digest"} <= run["params"].keys()
+        for metric in ("train/mse", "val/neg_elbo", "val/kl/9", "val/mse_class/8"):
+            history = store.client.get_metric_history(run["run_id"], metric)
+            assert [m.step for m in history] == [1, 2, 3]
+        images = [a.path for a in store.client.list_artifacts(run["run_id"], "images")]
+        assert sum("reconstructions+step" in i and i.endswith(".png") for i in images) == 2
+        assert sum("prior_samples+step" in i and i.endswith(".png") for i in images) == 1
+
+
+def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
+    for run in runs_of(finished.tracking_uri):
+        loaded = load_run(run["run_id"], finished.tracking_uri)
+        (again,) = evaluate(loaded.model, data)
+        logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
+        assert logged.keys() == {k for k in again if k.startswith("test/")}
+        for name, value in logged.items():
+            assert again[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # MLflow's own type hints
+def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finished, data):
+    import mlflow
+
+    store = tracking.connect(finished.tracking_uri)
+    (summary,) = runs_of(finished.tracking_uri, "summary")
+    description = summary["tags"]["mlflow.note.content"]
+    assert "lowest validation neg_elbo" in description
+    assert "| kl_weight |" in description
+    files = {a.path for a in store.client.list_artifacts(summary["run_id"])}
+    assert {"runs.csv", "table.csv", "metrics_along_axis.png", "rate_distortion.png"} <= files
+    beside = finished.folder / "reports" / NAME
+    assert files == {p.name for p in beside.iterdir()}
+    (best,) = store.client.search_logged_models(
+        store.client.get_run(summary["run_id"]).info.experiment_id.split()
+    )
+    mlflow.set_tracking_uri(finished.tracking_uri)
+    model = mlflow.pyfunc.load_model(best.model_uri)
+    images = data.test.pixels(slice(4), torch.float32).reshape(-1, 1, 8, 8).numpy()
+    assert model.predict(images).shape == images.shape
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsys):
+    before = [r["run_id"] for r in runs_of(finished.tracking_uri)]
+    cli.main(kl_weight.STUDY, finished.arguments)
+    said = capsys.readouterr().out
+    assert "nothing is trained again" in said
+    assert said.endswith(finished.printed.split("kl_weight = ")[-1])
+    assert [r["run_id"] for r in runs_of(finished.tracking_uri)] == before
+    assert len(runs_of(finished.tracking_uri, "summary")) == 1
+
+
+def refusal(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(kl_weight.STUDY, arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_other_settings_are_refused_with_the_differences(finished, capsys):
+    said = refusal([*finished.arguments, "--epochs", "4", "--latent-size", "3"], capsys)
+    assert "epochs: 3 there, 4 here; latent_size: 10 there, 3 here" in said
+
+
+def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
+    said = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
+    assert "3 finished values x 2 seeds in Optuna but 0 finished runs" in said
+
+
+def test_fresh_takes_the_first_unused_name(finished):
+    storage = open_storage(finished.storage)
+    assert unused_name(storage, NAME) == f"{NAME}-2"
+    assert unused_name(storage, "new") == "new"
+
+
+def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(finished):
+    study = optuna.load_study(study_name=NAME, storage=open_storage(finished.storage))
+    frame = pd.DataFrame([r["params"] | r["metrics"] for r in runs_of(finished.tracking_uri)])
+    means = frame.groupby(frame["kl_weight"].astype(float))["val/neg_elbo"].mean()
+    assert len(study.trials) == 3
+    for trial in study.trials:
+        assert trial.value == pytest.approx(means[trial.params["kl_weight"]], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_study_is_finished_by_the_same_command(stop, tracking_uri, tmp_path, capsys):
+    # Four values of eight seeds are two stacks: one is told before the stop, one is open.
+    arguments = ["--values", "0.01", "0.02", "0.03", "0.04", "--seeds", "8", "--epochs", "6"]
+    arguments += ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
+    with started_study(arguments) as process:
+        wait_for_runs(tmp_path / "mlflow.db", 17)
+        process.send_signal(stop)
+        said = process.communicate()[1]
+    states = {r["status"] for r in runs_of(tracking_uri)}
+    # After SIGKILL nobody is left to say that the open runs were killed.
+    assert states == {"FINISHED", "RUNNING" if stop == signal.SIGKILL else "KILLED"}
+    assert ("the same command goes on from here" in said) == (stop == signal.SIGINT)
+    cli.main(kl_weight.STUDY, arguments)
+    assert "2 values are finished; 2 are left" in capsys.readouterr().out
+    ended = pd.DataFrame([r["params"] | {"status": r["status"]} for r in runs_of(tracking_uri)])
+    done = ended[ended["status"] == "FINISHED"]
+    assert len(done) == 32
+    assert not done.duplicated(["kl_weight", "seed"]).any()
+    assert set(ended["status"]) == {"FINISHED", "KILLED"}
+    assert len(runs_of(tracking_uri, "summary")) == 1
+
+
+@contextmanager
+def started_study(arguments):
+    """Start a study in the background, and leave no process behind."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "studies.kl_weight", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_runs(database: Path, count: int) -> None:
+    """Wait until so many runs were started; a study that dies instead fails the test."""
+    for _ in range(2400):
+        time.sleep(0.05)
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            (started,) = connection.execute("select count(*) from runs").fetchone()
+        connection.close()
+        if started >= count:
+            return
+    pytest.fail(f"no {count} runs were started")
+
+
+def test_a_study_that_another_process_runs_is_refused(tmp_path):
+    plan = make_plan(kl_weight.STUDY, Options())
+    grid = open_grid(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
+    next(grid.asked(at_once=2))
+    with pytest.raises(UserError, match=f"run by process {os.getpid()}"):
+        grid.bury()
+
+
+def test_a_diverged_seed_fails_its_value_for_good(tmp_path):
+    plan = make_plan(kl_weight.STUDY, Options(values=(0.1, 0.2)))
+    grid = open_grid(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
+    (first, second) = next(grid.asked(at_once=2))
+    grid.tell(first, [1.0, None, 2.0])
+    grid.tell(second, [1.0, 3.0, 2.0])
+    assert grid.left() == []
+    assert grid.finished() == [second.params["kl_weight"]]
+    assert grid.study.best_value == 2.0
+
+
+def test_a_diverging_run_fails_alone_and_says_when(tracking_uri, data):
+    from studies.stack import Place, train_tracked
+
+    store = tracking.connect(tracking_uri)
+    experiment = tracking.open_experiment(store, NAME, "Why?")
+    place = Place(data, "cpu", store, experiment, lambda record: None)
+    configs = [RunConfig(model="linear", epochs=2), RunConfig(model="linear", epochs=2, seed=1)]
+    wild = replace(configs[1], learning_rate=1e30)
+    tags = [{"role": "run", "configuration": n, "trial": "0", "study": NAME} for n in "ab"]
+    first, second = train_tracked([configs[0], wild], tags, place)
+    assert first is not None
+    assert second is None
+    runs = {r["params"]["seed"]: r for r in runs_of(tracking_uri)}
+    assert runs["0"]["status"] == "FINISHED"
+    assert runs["1"]["status"] == "FAILED"
+    assert "diverged in epoch 1" in runs["1"]["tags"]["reason"]
+
+
+def test_the_default_grid_has_zero_thirteen_weights_a_log_grid_and_the_blogs_weight():
+    weights = kl_weight.WEIGHTS
+    assert len(weights) == 14
+    assert weights[0] == 0.0
+    assert (weights[1], weights[-1]) == (pytest.approx(1e-3), pytest.approx(10.0))
+    assert 1.0 in weights
+    ratios = [b / a for a, b in zip(weights[1:], weights[2:], strict=False)]
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_options_reach_the_plan():
+    options = cli.parse(
+        kl_weight.STUDY,
+        ["--values", "0.5", "2", "--seeds", "4", "--epochs", "7", "--batch-size", "8"]
+        + ["--latent-size", "3", "--kl-normalization", "sum"],
+    )
+    plan = make_plan(kl_weight.STUDY, options)
+    assert [(c.kl_weight, c.seed) for c in plan.runs] == [
+        (w, s) for w in (0.5, 2) for s in range(4)
+    ]
+    assert {(c.epochs, c.batch_size, c.latent_size, c.kl_normalization) for c in plan.runs} == {
+        (7, 8, 3, "sum")
+    }
+
+
+def frame_of(weights, errors, seeds=3):
+    """Make a frame in which a weight has its neg_elbo at every seed, but for a little luck."""
+    rows = [
+        {"kl_weight": w, "seed": s, "latent_size": 10, "decoder_variance": w / 2, "rate": 1.0}
+        | {"val/neg_elbo": e + luck, "neg_elbo": e + luck + 1, "mse": 0.01, "active_units": 5}
+        | {"calibration_ratio": 1.0, "mse_class/8": 0.02, "mse_class/3": 0.01}
+        for w, e in zip(weights, errors, strict=True)
+        for s, luck in zip(range(seeds), (0.0, 0.1, -0.1), strict=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_answer_names_the_best_weight_and_the_cost_of_the_blogs():
+    said = answers.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)), "kl_weight")
+    assert said.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
+    assert "weight 1 costs 13.00 ± 0.00 nats" in said
+    assert "Every other value is distinguishably worse" in said
+    assert "Class 8 reconstructs worst (mse 0.0200), as the blog says" in said
+
+
+def test_the_answer_does_not_rank_what_the_seeds_cannot_tell_apart():
+    frame = frame_of((0.01, 0.1, 1.0), (-9.0, -9.01, 4.0))
+    near = (frame["kl_weight"] == 0.01) & (frame["seed"] == 0)
+    frame.loc[near, "val/neg_elbo"] -= 0.02
+    said = answers.best_weight(frame, "kl_weight")
+    assert "Not distinguishable from it on validation data: 0.01." in said
+
+
+def test_another_class_than_the_blogs_eight_is_named():
+    frame = frame_of((0.1,), (0.0,)).assign(**{"mse_class/3": 0.5})
+    assert "Class 3 reconstructs worst (mse 0.5000), not the blog's 8" in answers.worst_class(frame)
