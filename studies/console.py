@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from analysis import tables
@@ -31,7 +31,7 @@ def _terminal() -> rich.console.Console:
 
 @dataclass(frozen=True)
 class Console:
-    """A terminal, or a log file without one: then a line per finished stack instead of a bar."""
+    """A terminal, or a log file without one: then a line every 10 % instead of a bar."""
 
     out: rich.console.Console = field(default_factory=_terminal)
 
@@ -49,32 +49,30 @@ class Console:
     @contextmanager
     def progress(self, plan: Plan, left: int) -> Iterator[Callable[[EpochRecord], None]]:
         """Show training as it goes; yields what is to be called after every epoch."""
-        runs = plan.runs
-        seeds = len(runs) // len(plan.configs)
+        values, epochs = len(plan.configs), plan.runs[0].epochs
         if left == 0:
             self.out.print("Every run is finished already; nothing is trained again.")
-        elif left < len(plan.configs):
-            self.out.print(f"{len(plan.configs) - left} values are finished; {left} are left.")
+        elif left < values:
+            self.out.print(f"{values - left} values are finished; {left} are left.")
         bar = Progress(
-            TextColumn("run-epochs"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[now]}"),
             TimeRemainingColumn(),
             console=self.out,
             disable=not self.out.is_terminal or left == 0,
         )
+        total = left * (len(plan.runs) // values) * epochs
         with bar:
-            task = bar.add_task("training", total=left * seeds * runs[0].epochs, now="starting")
+            task = bar.add_task("training", total=total, now="starting")
 
             def on_epoch(record: EpochRecord) -> None:
-                width, last = len(record.model.configs), record.epoch == runs[0].epochs
-                best = min(record.val.get("neg_elbo", [float("nan")]))
-                speed = f"{record.images_per_second:,.0f} images/s"
-                now = f"epoch {record.epoch}/{runs[0].epochs} of {width} runs, {speed}"
-                bar.update(task, advance=width, now=now)
-                if last and not self.out.is_terminal:
-                    self.out.print(f"{now}, best validation neg_elbo {best:.2f}")
+                now = _progress_line(record, epochs)
+                before = bar.tasks[0].percentage
+                bar.update(task, advance=len(record.model.configs), now=now)
+                after = bar.tasks[0].percentage
+                if not self.out.is_terminal and after // 10 > before // 10:
+                    self.out.print(f"{after:3.0f} %  {now}")
 
             yield on_epoch
 
@@ -86,7 +84,9 @@ class Console:
         for name in shown.columns:
             table.add_column(name.replace("_", "_\n", 1), justify="right", no_wrap=True)
         for row in shown.itertuples(index=False):
-            table.add_row(*(cell.replace(" ± ", "±") for cell in row))
+            *means, ratio, active = row
+            short = [cell.split(" ")[0] for cell in (ratio, active)]
+            table.add_row(*(cell.replace(" ± ", "±") for cell in means), *short)
         self.out.print(table)
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
         self.out.print(f"\nFigures and tables: {outcome.folder}", soft_wrap=True)
@@ -96,3 +96,11 @@ class Console:
             f"Every run: .venv/bin/mlflow ui -w 1{where}, then http://127.0.0.1:5000{link}",
             soft_wrap=True,
         )
+
+
+def _progress_line(record: EpochRecord, epochs: int) -> str:
+    best = min(record.val["neg_elbo"])
+    return (
+        f"epoch {record.epoch}/{epochs} of {len(record.model.configs)} runs, "
+        f"{record.images_per_second:,.0f} images/s, best neg_elbo {best:.2f}"
+    )
