@@ -58,14 +58,25 @@ def half_width(values: pd.Series | np.ndarray) -> float:
     return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
 
 
-def along_axis(frame: pd.DataFrame, axis: str, metrics: list[str]) -> pd.DataFrame:
-    """Average over seeds at each value of an axis.
+def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
+    """Average over seeds at each value of an axis, or of an axis within groups.
+
+    Args:
+        frame: one row per run.
+        keys: column of the axis, or columns of group and axis.
+        metrics: columns to average.
 
     Returns:
-        One row per value, in order; for each metric its mean under its own name and the half
-        width of its interval under "NAME±"; `seeds` counts the runs.
+        One row per point, numbers in order and names as they come; for each metric its mean under
+        its own name and the half width of its interval under "NAME±"; `seeds` counts the runs.
     """
-    grouped = frame.groupby(axis, sort=True)
+    keys = [keys] if isinstance(keys, str) else keys
+    numeric = [key for key in keys if pd.api.types.is_numeric_dtype(frame[key])]
+    ordered = frame.sort_values(numeric, kind="stable") if numeric else frame
+    for key in reversed([key for key in keys if key not in numeric]):
+        rank = {name: i for i, name in enumerate(frame[key].unique())}
+        ordered = ordered.sort_values(key, key=lambda c, r=rank: c.map(r), kind="stable")
+    grouped = ordered.groupby(keys, sort=False)
     columns = {"seeds": grouped.size()}
     for metric in metrics:
         columns[metric] = grouped[metric].mean()
@@ -86,16 +97,18 @@ class Difference:
         """Whether the interval excludes 0."""
         return abs(self.mean) > self.half_width
 
+    def __str__(self) -> str:
+        half = "" if np.isnan(self.half_width) else f" ± {self.half_width:.3g}"
+        verdict = "" if self.distinguishable else " (not distinguishable)"
+        return f"{self.mean:.3g}{half}{verdict}"
 
-def paired_difference(
-    frame: pd.DataFrame, axis: str, first: object, second: object, metric: str
-) -> Difference:
-    """Compare two values of an axis seed by seed: metric at `first` minus metric at `second`.
+
+def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> Difference:
+    """Compare two sets of runs seed by seed: the metric of the first minus that of the second.
 
     The streams give equal seeds equal batches and noise, which the pairing takes out.
     """
-    by_seed = frame.pivot_table(index="seed", columns=axis, values=metric)
-    gap = (by_seed[first] - by_seed[second]).dropna()
+    gap = (first.set_index("seed")[metric] - second.set_index("seed")[metric]).dropna()
     return Difference(float(gap.mean()), half_width(gap), len(gap))
 
 

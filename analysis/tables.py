@@ -10,6 +10,10 @@ DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3}
 """Decimals of a metric; others have 2."""
 
 
+SETTINGS = ("kl_weight", "beta", "decoder_variance", "pca_floor")
+"""Columns that are the same for every seed, shown without an interval."""
+
+
 def cells(means: pd.DataFrame) -> pd.DataFrame:
     """Format a frame of `frames.along_axis`: "mean ± half width" where there is an interval."""
     out = {}
@@ -17,7 +21,7 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
         half = means.get(f"{name}±")
         if name.endswith("±") or name == "seeds":
             continue
-        if half is None or name in ("decoder_variance", "beta"):
+        if half is None or name in SETTINGS:
             out[name] = [_plain(v) for v in means[name]]
         else:
             digits = DIGITS.get(name.removeprefix("val/"), 2)
@@ -30,6 +34,8 @@ def _plain(value: object) -> str:
 
 
 def _pair(mean: float, half: float, digits: int) -> str:
+    if math.isnan(mean):
+        return "-"
     text = f"{mean:.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 

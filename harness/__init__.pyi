@@ -1,7 +1,10 @@
 from . import engine as engine
 from . import ledger as ledger
 from . import objective as objective
+from . import oracle as oracle
 from . import pictures as pictures
+from . import probe as probe
+from . import sweep as sweep
 from . import tracking as tracking
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError

@@ -74,6 +74,15 @@ def decoder_variance(config: RunConfig, pixels: int) -> float:
     return beta(config, pixels) / 2
 
 
+def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> RunConfig:
+    """Return the configuration with the KL weight whose decoder variance is the given one.
+
+    kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
+    """
+    unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
+    return config.replace(kl_weight=variance / unit)
+
+
 def betas(configs: Sequence[RunConfig], pixels: int) -> Tensor:
     """Return `beta` of each run, float64, shape (S,)."""
     return torch.tensor([beta(c, pixels) for c in configs], dtype=torch.float64)

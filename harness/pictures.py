@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +26,19 @@ def reconstructions(model: VAE, split: Split, images: int = 10) -> list[np.ndarr
     x = split.pixels(slice(images), model.dtype)
     decoded = model.decode(model.encode(x.expand(len(model.configs), -1, -1)).mean)
     return [grid(torch.stack([x, one]), model.image_shape) for one in decoded]
+
+
+@torch.no_grad()
+def reconstruction_rows(models: Sequence[SingleVAE], split: Split, images: int = 10) -> np.ndarray:
+    """Draw originals in the first row and each model's reconstructions in a row below."""
+    x = split.pixels(slice(images), _dtype(models[0])).cpu()
+    return grid(torch.stack([x, *(model(x) for model in models)]), models[0].image_shape)
+
+
+@torch.no_grad()
+def sample_rows(models: Sequence[SingleVAE], columns: int = 10) -> np.ndarray:
+    """Draw decoder means of z from N(0, I), a model a row; equal seed and size, equal z."""
+    return np.concatenate([prior_samples(model, 1, columns) for model in models])
 
 
 @torch.no_grad()

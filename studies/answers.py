@@ -1,16 +1,20 @@
-"""Answers in words, from a frame of runs: what was found, with its uncertainty."""
+"""Answers in words, from a frame of runs: what was found, with its uncertainty.
+
+Differences are paired by seed, and one smaller than its interval is called not distinguishable.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from studies import conditions
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.frames import Difference
 
-BLOG_WEIGHT = 1.0
-"""The KL weight of the blog post that the project grew from."""
+REPORTED = ["neg_elbo", "mse", "decoder_variance", "calibration_ratio", "active_units"]
 
 
 def best_weight(frame: pd.DataFrame, axis: str) -> str:
@@ -19,8 +23,7 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
 
     best = frames.best_value(frame, axis)
     means = frames.along_axis(frame, axis, [*REPORTED, "val/neg_elbo"]).set_index(axis)
-    row = means.loc[best]
-    size = frame["latent_size"].max()
+    row, size = means.loc[best], frame["latent_size"].max()
     sentences = [
         f"{axis} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image "
@@ -29,29 +32,105 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
         f"Its decoder variance is {row['decoder_variance']:.3g} pixel², its calibration ratio "
         f"{row['calibration_ratio']:.2f}, and {row['active_units']:.1f} of {size} latents are "
         "active.",
-        _rivals(frame, axis, best, list(means.index)),
+        rivals(frame, axis, best),
     ]
-    if BLOG_WEIGHT in means.index and best != BLOG_WEIGHT:
-        blog = means.loc[BLOG_WEIGHT]
-        gap = frames.paired_difference(frame, axis, BLOG_WEIGHT, best, "neg_elbo")
+    if conditions.BLOG_WEIGHT in means.index and best != conditions.BLOG_WEIGHT:
+        blog = means.loc[conditions.BLOG_WEIGHT]
+        gap = compare(frame, axis, conditions.BLOG_WEIGHT, best, "neg_elbo")
         sentences.append(
-            f"The blog's weight 1 costs {_difference(gap)} nats / image of test neg_elbo against "
-            f"it, at mse {blog['mse']:.4f} against {row['mse']:.4f}, with "
-            f"{blog['active_units']:.1f} of {size} latents active."
+            f"The blog's weight 1 costs {gap} nats / image of test neg_elbo against it, at mse "
+            f"{blog['mse']:.4f} against {row['mse']:.4f}, with {blog['active_units']:.1f} of "
+            f"{size} latents active."
         )
-    sentences.append(worst_class(frame[frame[axis] == best]))
-    return " ".join(sentences)
+    return " ".join([*sentences, worst_class(frame[frame[axis] == best])])
 
 
-REPORTED = [
-    "neg_elbo",
-    "mse",
-    "rate",
-    "decoder_variance",
-    "calibration_ratio",
-    "active_units",
-]
-"""Metrics that tables and sentences report."""
+def useful_latents(frame: pd.DataFrame) -> str:
+    """Say, for each weight, from how many latents on more of them change nothing."""
+    from analysis import frames
+
+    sentences = []
+    for name, part in frame.groupby("weight", sort=False):
+        best = frames.best_value(part, "latent_size")
+        sizes = sorted(part["latent_size"].unique())
+        enough = next(size for size in sizes if not _worse(part, size, best))
+        means = part.groupby("latent_size")[["active_units", "mse", "pca_floor"]].mean()
+        below = [f"{size}" for size in sizes if means["mse"][size] < means["pca_floor"][size]]
+        sentences.append(
+            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
+            f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
+            f"{sizes[-1]} latents {means['active_units'].iloc[-1]:.1f} "
+            "are active. Its test mse is below the floor of principal components at "
+            f"{', '.join(below) if below else 'no size'}"
+            f"{' latents' if below else ''}."
+        )
+    return "\n\n".join(sentences)
+
+
+def one_curve(frame: pd.DataFrame) -> str:
+    """Say how far the modes agree at equal decoder variance, and what the blog's division does."""
+    from analysis import frames
+
+    cells = frame.pivot_table(
+        index=["decoder_variance", "seed"], columns="kl_normalization", values="neg_elbo"
+    )
+    between_modes = (cells.max(axis=1) - cells.min(axis=1)).max()
+    between_seeds = cells.groupby("decoder_variance").std().mean(axis=1).median()
+    best = frames.best_value(frame, "decoder_variance")
+    at_best = frame[frame["decoder_variance"] == best].groupby("kl_normalization", sort=False)
+    named = ", ".join(f"{mode} {part['kl_weight'].iloc[0]:.3g}" for mode, part in at_best)
+    summed = frame[frame["kl_normalization"] == "sum"]
+    per_weight = (summed["decoder_variance"] / summed["kl_weight"]).iloc[0]
+    collapsed = frame.groupby("decoder_variance")["active_units"].max()
+    collapsed = collapsed[collapsed == 0].index
+    first = (
+        f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
+        f"differs by at most {between_modes:.2g} nats / image, while seeds differ by "
+        f"{between_seeds:.2g} (median standard deviation): the modes are one curve. The best "
+        f"decoder variance, {best:.3g} pixel², is kl_weight = {named}."
+    )
+    if collapsed.empty:
+        return first
+    return (
+        f'{first}\n\n"Without dividing this value it cannot learn properly" holds for weight 1: '
+        f"undivided (sum), it means decoder variance {per_weight:,.0f}, and from "
+        f"{collapsed[0]:.3g} pixel² on no latent is active. It is the size of the weight and not "
+        f"the missing division: undivided with kl_weight = {best / per_weight:.3g} the same model "
+        "reaches the best neg_elbo."
+    )
+
+
+def cost_and_gain(frame: pd.DataFrame) -> str:
+    """Say what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
+    there = set(frame["condition"])
+    elbo, error_only = conditions.CALIBRATED_ELBO, conditions.MSE_STOCHASTIC
+    sentences = []
+    for other in (error_only, conditions.AUTOENCODER):
+        if {elbo, other} <= there:
+            gaps = [compare(frame, "condition", elbo, other, m) for m in ("mse", "probe_accuracy")]
+            sentences.append(
+                f"Against {other!r} the calibrated KL term changes test mse by {gaps[0]} pixel² "
+                f"and linear-probe accuracy by {gaps[1]}."
+            )
+    if {elbo, error_only} <= there:
+        gap = compare(frame, "condition", error_only, elbo, "neg_elbo")
+        sentences.append(f"It buys {gap} nats / image of neg_elbo over the error alone.")
+    if {elbo, conditions.BLOG_ELBO} <= there:
+        mse = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "mse")
+        gap = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "neg_elbo")
+        sentences.append(
+            f"At weight 1 the KL term costs {mse} pixel² of mse and {gap} nats / image of neg_elbo "
+            "against the calibrated weight."
+        )
+    if {conditions.BLOG, conditions.BLOG_WITHOUT_KL} <= there:
+        gap = compare(frame, "condition", conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
+        active = frame[frame["condition"] == conditions.BLOG]["active_units"].mean()
+        sentences.append(
+            f"In the blog's own recipe the KL term costs {gap} pixel² of mse and leaves "
+            f"{active:.1f} of {frame['latent_size'].max()} latents active."
+        )
+    seeds = frame["seed"].nunique()
+    return " ".join([*sentences, f"(Paired differences, 95 % intervals over {seeds} seeds.)"])
 
 
 def worst_class(frame: pd.DataFrame, suspect: int = 8) -> str:
@@ -69,26 +148,32 @@ def worst_class(frame: pd.DataFrame, suspect: int = 8) -> str:
     )
 
 
-def plus_minus(row: pd.Series, metric: str, digits: int = 2) -> str:
-    """Write a mean with its half width, or alone where there is none."""
-    half = row[f"{metric}±"]
-    mean = f"{row[metric]:.{digits}f}"
-    return mean if half != half else f"{mean} ± {half:.{digits}f}"
-
-
-def _rivals(frame: pd.DataFrame, axis: str, best: object, values: list) -> str:
-    """Name the values whose paired validation difference from the best has 0 in its interval."""
+def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
+    """Return the paired difference of a metric between two values of an axis."""
     from analysis import frames
 
-    others = [v for v in values if v != best]
-    gaps = {v: frames.paired_difference(frame, axis, v, best, "val/neg_elbo") for v in others}
-    equal = [f"{v:.3g}" for v, gap in gaps.items() if not gap.distinguishable]
+    return frames.paired_difference(
+        frame[frame[axis] == first], frame[frame[axis] == second], metric
+    )
+
+
+def rivals(frame: pd.DataFrame, axis: str, best: object) -> str:
+    """Name the values whose paired validation difference from the best has 0 in its interval."""
+    others = [value for value in sorted(frame[axis].unique()) if value != best]
+    equal = [f"{value:.3g}" for value in others if not _worse(frame, value, best, axis)]
     if not equal:
         return "Every other value is distinguishably worse on validation data."
     return f"Not distinguishable from it on validation data: {', '.join(equal)}."
 
 
-def _difference(gap: Difference) -> str:
-    half = "" if gap.half_width != gap.half_width else f" ± {gap.half_width:.2f}"
-    verdict = "" if gap.distinguishable else " (not distinguishable)"
-    return f"{gap.mean:.2f}{half}{verdict}"
+def _worse(frame: pd.DataFrame, value: object, best: object, axis: str = "latent_size") -> bool:
+    if value == best:
+        return False
+    return compare(frame, axis, value, best, "val/neg_elbo").distinguishable
+
+
+def plus_minus(row: pd.Series, metric: str, digits: int = 2) -> str:
+    """Write a mean with its half width, or alone where there is none."""
+    half = row[f"{metric}±"]
+    mean = f"{row[metric]:.{digits}f}"
+    return mean if half != half else f"{mean} ± {half:.{digits}f}"

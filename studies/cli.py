@@ -46,7 +46,7 @@ def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
             return tyro.cli(
                 Options[kind],  # type: ignore[valid-type]
                 prog=f"python -m studies.{study.name}",
-                description=f"{study.question.strip()}\n\nSweeps {study.axis.field}.",
+                description=f"{study.question.strip()}\n\nSweeps {study.axis.name}.",
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )

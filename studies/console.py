@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from studies.summary import Outcome
 
 
-COLUMNS = ("decoder_variance", "val/neg_elbo", "mse", "rate", "calibration_ratio", "active_units")
-"""Columns of the table beside the axis; with them it fits 80 characters."""
+HIDDEN = ("neg_elbo",)
+"""Columns left to the report, so that the table fits 80 characters."""
+
+BRIEF = ("calibration_ratio", "active_units")
+"""Columns shown here without their interval."""
+
+
+def _short(name: str, cell: str) -> str:
+    return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
 
 
 def _terminal() -> rich.console.Console:
@@ -37,23 +44,26 @@ class Console:
 
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""
-        runs, axis = plan.runs, plan.study.axis.field
-        values = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in plan.configs)
-        seeds = len(runs) // len(plan.configs)
-        self.out.print(f"[bold]{plan.study.question.strip().splitlines()[0]}[/bold]")
+        runs, study = plan.runs, plan.study
+        values = dict.fromkeys(point.value for point in plan.configs)
+        groups = [group for group in dict.fromkeys(point.group for point in plan.configs) if group]
+        listed = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values)
+        each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
+        self.out.print(f"[bold]{study.question.strip().splitlines()[0]}[/bold]")
         self.out.print(
-            f"{len(plan.configs)} values of {axis} ({values}) x {seeds} seeds = {len(runs)} runs "
-            f"of {runs[0].epochs} epochs on {plan.dataset} ({pixels} pixels), study {plan.name!r}"
+            f"{len(values)} values of {study.axis.name} ({listed}){each} x {plan.seeds} seeds "
+            f"= {len(runs)} runs of {runs[0].epochs} epochs on {plan.dataset} ({pixels} pixels), "
+            f"study {plan.name!r}"
         )
 
     @contextmanager
     def progress(self, plan: Plan, left: int) -> Iterator[Callable[[EpochRecord], None]]:
         """Show training as it goes; yields what is to be called after every epoch."""
-        values, epochs = len(plan.configs), plan.runs[0].epochs
+        points, epochs = len(plan.configs), plan.runs[0].epochs
         if left == 0:
             self.out.print("Every run is finished already; nothing is trained again.")
-        elif left < values:
-            self.out.print(f"{values - left} values are finished; {left} are left.")
+        elif left < points:
+            self.out.print(f"{points - left} points are finished; {left} are left.")
         bar = Progress(
             TextColumn("{task.percentage:3.0f} %"),
             BarColumn(bar_width=12),
@@ -62,7 +72,7 @@ class Console:
             console=self.out,
             disable=not self.out.is_terminal or left == 0,
         )
-        total = left * (len(plan.runs) // values) * epochs
+        total = left * plan.seeds * epochs
         with bar:
             task = bar.add_task("training", total=total, now="starting")
 
@@ -78,15 +88,13 @@ class Console:
 
     def outcome(self, plan: Plan, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer, and where to look further."""
-        formatted = tables.cells(outcome.table)
         table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        shown = formatted[[plan.study.axis.field, *COLUMNS]]
-        for name in shown.columns:
+        cells = tables.cells(outcome.table)
+        shown = [name for name in cells.columns if name not in HIDDEN]
+        for name in shown:
             table.add_column(name.replace("_", "_\n", 1), justify="right", no_wrap=True)
-        for row in shown.itertuples(index=False):
-            *means, ratio, active = row
-            short = [cell.split(" ")[0] for cell in (ratio, active)]
-            table.add_row(*(cell.replace(" ± ", "±") for cell in means), *short)
+        for row in cells[shown].to_dict("records"):
+            table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
         self.out.print(f"\nFigures and tables: {outcome.folder}", soft_wrap=True)

@@ -1,10 +1,12 @@
 """Which KL weight is calibrated, and what does each weight cost in reconstruction?"""
 
+from functools import partial
+
 from analysis import plots
 from harness.config import RunConfig
 from studies import answers
 from studies.cli import main
-from studies.study import Axis, Study
+from studies.study import TABLE, Axis, Study
 
 WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))
 """0 and 13 weights, three a decade, from 0.001 to 10; the blog's weight 1 is among them."""
@@ -14,8 +16,18 @@ STUDY = Study(
     question=__doc__,
     base=RunConfig(),
     axis=Axis("kl_weight", WEIGHTS),
-    figures=(plots.metrics_along_axis, plots.rate_distortion),
-    answer=answers.best_weight,
+    figures={
+        "metrics_along_axis": (
+            partial(plots.metrics_along_axis, axis="kl_weight"),
+            "Test metrics against the KL weight; the dotted line marks calibration_ratio = 1.",
+        ),
+        "rate_distortion": (
+            partial(plots.rate_distortion, axis="kl_weight"),
+            "The rate-distortion plane; along a thin line neg_elbo is constant.",
+        ),
+    },
+    answer=partial(answers.best_weight, axis="kl_weight"),
+    table=("decoder_variance", *TABLE),
 )
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from harness.config import KLNormalization, RunConfig, UserError
 
@@ -27,11 +28,11 @@ class Options(Generic[Value]):
         dataset: data to train on; digits needs no download.
         data_dir: folder of the other data sets, downloaded into it if missing.
         values: values of the study's axis instead of its own.
-        seeds: repetitions of every value.
+        seeds: repetitions of every value (the study's own number, at least 3).
         epochs: passes over the training split (digits 50, others 20).
         batch_size: images per step.
-        latent_size: number of latents.
-        kl_normalization: what the KL sum is divided by.
+        latent_size: number of latents (10).
+        kl_normalization: what the KL sum is divided by (pixels).
         device: auto takes a GPU where there is one.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
@@ -43,17 +44,24 @@ class Options(Generic[Value]):
     dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
     data_dir: Path = Path("data")
     values: tuple[Value, ...] = ()
-    seeds: int = 3
+    seeds: int | None = None
     epochs: int | None = None
     batch_size: int = 32
-    latent_size: int = 10
-    kl_normalization: KLNormalization = "pixels"
+    latent_size: int | None = None
+    kl_normalization: KLNormalization | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
     fresh: bool = False
     dry_run: bool = False
+
+
+class Point(NamedTuple):
+    """What a trial is: a value of the axis, in one of the study's groups ("" without groups)."""
+
+    group: str
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,13 @@ class Plan:
         study: the study.
         name: of the Optuna study, and tag of its runs.
         dataset: name of the dataset.
-        configs: axis value -> one configuration per seed.
+        configs: point -> one configuration per seed.
     """
 
     study: Study
     name: str
     dataset: str
-    configs: dict[Any, list[RunConfig]] = field(repr=False)
+    configs: dict[Point, list[RunConfig]] = field(repr=False)
 
     @property
     def experiment(self) -> str:
@@ -79,22 +87,38 @@ class Plan:
 
     @property
     def runs(self) -> list[RunConfig]:
-        """All configurations, value by value."""
+        """All configurations, point by point."""
         return [config for configs in self.configs.values() for config in configs]
+
+    @property
+    def seeds(self) -> int:
+        """Runs of each point."""
+        return len(next(iter(self.configs.values())))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two starts the same study, as plain values."""
+        varied = {"seed", *self._varied()}
         first = json.loads(self.runs[0].to_json())
-        shared = {k: v for k, v in first.items() if k not in ("seed", self.study.axis.field)}
-        seeds = len(next(iter(self.configs.values())))
-        return {"dataset": self.dataset, "values": list(self.configs), "seeds": seeds, **shared}
+        shared = {name: value for name, value in first.items() if name not in varied}
+        values = list(dict.fromkeys(point.value for point in self.configs))
+        return {"dataset": self.dataset, "values": values, "seeds": self.seeds, **shared}
 
-    def tags(self, config: RunConfig, trial: int) -> dict[str, str]:
-        """Return what the MLflow run of a configuration is found by."""
-        axis = self.study.axis.field
-        value = getattr(config, axis)
-        label = f"{axis}={value:.3g}" if isinstance(value, float) else f"{axis}={value}"
+    def _varied(self) -> Iterator[str]:
+        """Yield the fields in which the points differ."""
+        first, *others = (configs[0] for configs in self.configs.values())
+        for name in RunConfig.__dataclass_fields__:
+            if any(getattr(first, name) != getattr(other, name) for other in others):
+                yield name
+
+    def coordinates(self, point: Point) -> dict[str, Any]:
+        """Return a point as Optuna's parameters and the frames' columns name it."""
+        group = {self.study.group: point.group} if self.study.group else {}
+        return {**group, self.study.axis.name: point.value}
+
+    def tags(self, point: Point, trial: int) -> dict[str, str]:
+        """Return what the MLflow runs of a point are found by."""
+        label = self.label(point)
         return {
             "study": self.name,
             "role": "run",
@@ -103,6 +127,12 @@ class Plan:
             "seed_group": f"{self.name}/{label}",
         }
 
+    def label(self, point: Point) -> str:
+        """Name a point for people, e.g. "batch, kl_weight=0.1"."""
+        value = f"{point.value:.3g}" if isinstance(point.value, float) else str(point.value)
+        named = value if self.study.axis.name == "condition" else f"{self.study.axis.name}={value}"
+        return f"{point.group}, {named}" if point.group else named
+
 
 def make_plan(study: Study, options: Options[Any]) -> Plan:
     """Decide every run of a study; all settings are checked here, before anything is written.
@@ -110,22 +140,31 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
     Raises:
         UserError: a setting cannot be used.
     """
-    if options.seeds < 1:
-        raise UserError(f"seeds={options.seeds}: give a whole number >= 1")
+    seeds = study.seeds if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise UserError(f"seeds={seeds}: give a whole number >= 1")
     values = options.values or study.axis.values
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
     name = options.study_name or f"{study.name}-{options.dataset}"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
         raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
-    base = study.base.replace(
-        epochs=EPOCHS[options.dataset] if options.epochs is None else options.epochs,
-        batch_size=options.batch_size,
-        latent_size=options.latent_size,
-        kl_normalization=options.kl_normalization,
-    )
-    configs = {
-        value: [base.replace(**{study.axis.field: value, "seed": s}) for s in range(options.seeds)]
-        for value in values
-    }
+    base = _base(study, options)
+    configs: dict[Point, list[RunConfig]] = {}
+    for group, changes in study.groups(options.dataset).items():
+        for value in values:
+            config = study.axis.apply(base.replace(**changes), value, options.dataset)
+            point = Point(group, value)
+            configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
     return Plan(study, name, options.dataset, configs)
+
+
+def _base(study: Study, options: Options[Any]) -> RunConfig:
+    given = {"latent_size": options.latent_size, "kl_normalization": options.kl_normalization}
+    given = {field: value for field, value in given.items() if value is not None}
+    for swept in given.keys() & {study.axis.name, study.group}:
+        raise UserError(
+            f"{swept}={given[swept]}: {study.name} sweeps it; choose its values with --values"
+        )
+    epochs = EPOCHS[options.dataset] if options.epochs is None else options.epochs
+    return study.base.replace(epochs=epochs, batch_size=options.batch_size, **given)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import harness
 from harness.config import RunConfig
@@ -18,7 +18,8 @@ from harness.tracking import RunLog, Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness.vae import VAE
+    from harness.vae import SingleVAE
+    from studies.options import Plan, Point
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
@@ -26,8 +27,9 @@ PICTURES = 10
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stack of runs is trained and recorded."""
+    """Where stacks of a plan are trained and recorded."""
 
+    plan: Plan
     data: Dataset
     device: str
     store: Store
@@ -35,20 +37,44 @@ class Place:
     on_epoch: Callable[[EpochRecord], None] = field(repr=False)
 
 
+Metrics = dict[str, float]
+
+
 def train_tracked(
-    configs: Sequence[RunConfig], tags: Sequence[dict[str, str]], place: Place
-) -> list[dict[str, float] | None]:
-    """Train a stack, one MLflow run for each of its runs.
+    points: Sequence[Point], trials: Sequence[int], place: Place
+) -> list[list[Metrics | None]]:
+    """Train all seeds of some points, one MLflow run for each.
+
+    Points that cannot share a stack (another head, say) are trained in stacks of their own.
 
     Args:
-        configs: the runs.
-        tags: MLflow tags of each run; `configuration` also names it.
-        place: data, device and tracking.
+        points: points of the plan.
+        trials: their trial numbers in Optuna.
+        place: plan, data, device and tracking.
 
     Returns:
-        Final metrics of each run, None for one that diverged.
+        For each point the final metrics of each seed, None for one that diverged.
     """
-    with _open_logs(configs, tags, place) as logs:
+    planned = [
+        (config, place.plan.coordinates(point), place.plan.tags(point, trial))
+        for point, trial in zip(points, trials, strict=True)
+        for config in place.plan.configs[point]
+    ]
+    results: dict[int, Metrics | None] = {}
+    for rows in harness.sweep.stacks([config for config, *_ in planned], len(planned)):
+        finals = _train_stack([planned[row] for row in rows], place)
+        results |= dict(zip(rows, finals, strict=True))
+    seeds = place.plan.seeds
+    return [[results[i * seeds + s] for s in range(seeds)] for i in range(len(points))]
+
+
+Planned = tuple[RunConfig, dict[str, Any], dict[str, str]]
+"""A run to be: configuration, coordinates of its point, MLflow tags."""
+
+
+def _train_stack(planned: Sequence[Planned], place: Place) -> list[Metrics | None]:
+    configs = [config for config, *_ in planned]
+    with _open_logs(planned, place) as logs:
         diverged: dict[int, str] = {}
         for record in harness.train(configs, place.data, place.device):
             _log_epoch(record, logs, diverged)
@@ -61,7 +87,7 @@ def train_tracked(
                 log.tag("reason", diverged[row])
                 log.end("FAILED")
             else:
-                _log_final(log, record.model, row, finals[row])
+                _log_final(log, record.model.run(row), finals[row], place)
     return [None if row in diverged else metrics for row, metrics in enumerate(finals)]
 
 
@@ -71,19 +97,16 @@ def picture_epochs(epochs: int) -> set[int]:
 
 
 @contextmanager
-def _open_logs(
-    configs: Sequence[RunConfig], tags: Sequence[dict[str, str]], place: Place
-) -> Iterator[list[RunLog]]:
+def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog]]:
     """Start the stack's MLflow runs; whatever interrupts training leaves them a true status."""
     logs: list[RunLog] = []
     try:
-        for config, own in zip(configs, tags, strict=True):
-            name = f"{own['configuration']} seed={config.seed}"
-            log = RunLog(
-                place.store, place.experiment_id, name, own, _params(config, place, configs)
-            )
-            log.dataset(place.data)
-            logs.append(log)
+        for config, coordinates, tags in planned:
+            params = _params(config, place.data) | coordinates
+            params |= {"device": place.device, "stack_width": len(planned)}
+            name = f"{tags['configuration']} seed={config.seed}"
+            logs.append(RunLog(place.store, place.experiment_id, name, tags, params))
+            logs[-1].dataset(place.data)
         yield logs
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -94,16 +117,13 @@ def _open_logs(
         raise
 
 
-def _params(config: RunConfig, place: Place, stack: Sequence[RunConfig]) -> dict[str, object]:
-    pixels = place.data.pixels
+def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     return {
         **asdict(config),
-        "beta": harness.objective.beta(config, pixels),
-        "decoder_variance": harness.objective.decoder_variance(config, pixels),
-        "dataset": place.data.name,
-        "dataset_digest": place.data.digest,
-        "device": harness.engine.resolve_device(place.device).type,
-        "stack_width": len(stack),
+        "beta": harness.objective.beta(config, data.pixels),
+        "decoder_variance": harness.objective.decoder_variance(config, data.pixels),
+        "dataset": data.name,
+        "dataset_digest": data.digest,
     }
 
 
@@ -127,10 +147,12 @@ def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset)
         log.picture("reconstructions", picture, record.epoch)
 
 
-def _log_final(log: RunLog, model: VAE, row: int, metrics: dict[str, float]) -> None:
-    run = model.run(row)
-    epochs = run.config.epochs
-    log.metrics({k: v for k, v in metrics.items() if k.startswith("test/")}, epochs)
-    log.picture("prior_samples", harness.pictures.prior_samples(run), epochs)
+def _log_final(log: RunLog, run: SingleVAE, metrics: Metrics, place: Place) -> None:
+    """Log test metrics, the study's extras, samples and the model, and close the run."""
+    final = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    if place.plan.study.extras is not None:
+        final |= place.plan.study.extras(run, place.data)
+    log.metrics(final, run.config.epochs)
+    log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)
     log.model(run)
     log.end()

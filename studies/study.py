@@ -1,7 +1,8 @@
 """What a study is, and how it runs: ask -> stack -> train -> tell. The only import of optuna.
 
-A trial is one value of the axis; its objective is the mean over seeds of validation `neg_elbo`,
-the one number whose meaning no KL weight, latent size or normalisation changes.
+A trial is one point: a value of the axis, in one of the study's groups. Its objective is the mean
+over seeds of validation `neg_elbo`, the one number whose meaning no KL weight, latent size or
+normalisation changes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import lazy_loader
 import harness
 from harness.config import RunConfig, UserError
 from harness.places import creation_lock, project_root
+from studies.options import Point
 
 if TYPE_CHECKING:
     import optuna
@@ -25,21 +27,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.data import Dataset
+    from harness.vae import SingleVAE
     from studies.console import Console
     from studies.options import Options, Plan
     from studies.summary import Outcome
 else:
     optuna = lazy_loader.load("optuna")
 
-OBJECTIVE = "val/neg_elbo"
+Apply = Callable[[RunConfig, Any, str], RunConfig]
+"""(config, value, dataset) -> config with the value set."""
 
 
-@dataclass(frozen=True)
+TABLE = ("val/neg_elbo", "neg_elbo", "mse", "rate", "calibration_ratio", "active_units")
+"""Columns of a summary table; all but the first are test metrics."""
+
+
+def set_field(name: str) -> Apply:
+    """Return the way in which a field of `RunConfig` is swept: it is set to the value."""
+    return lambda config, value, dataset: config.replace(**{name: value})
+
+
 class Axis:
-    """The setting that a study sweeps: a field of `RunConfig` and its values."""
+    """The quantity that a study sweeps.
 
-    field: str
-    values: tuple[Any, ...]
+    Args:
+        name: column of the frames and axis of the figures.
+        values: what is tried.
+        apply: (config, value, dataset) -> config; by default `name` is a field that is set.
+    """
+
+    def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
+        self.name, self.values = name, values
+        self.apply = apply or set_field(name)
+
+
+def no_groups(dataset: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the one group of a study that has none, for any dataset."""
+    return {"": {}}
 
 
 @dataclass(frozen=True)
@@ -50,22 +74,34 @@ class Study:
         name: as in `python -m studies.NAME`.
         question: the page's docstring.
         base: settings shared by all runs.
-        axis: the setting that is swept.
-        figures: frame and axis field in, figure out; the first word of an answer.
-        answer: frame and axis field in, sentences out.
+        axis: the quantity that is swept.
+        figures: file name -> (frame -> figure, caption).
+        answer: frame of runs in, sentences out.
+        group: column that tells the groups apart, "" without groups.
+        groups: dataset -> {group: changes to base}; the axis is swept in every group.
+        seeds: repetitions where the user names no number.
+        objective: metric whose mean over seeds is told to Optuna.
+        extras: further metrics of a finished run, e.g. a linear probe.
+        table: columns of the summary table.
     """
 
     name: str
     question: str
     base: RunConfig
     axis: Axis
-    figures: tuple[Callable[[pd.DataFrame, str], Figure], ...]
-    answer: Callable[[pd.DataFrame, str], str]
+    figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
+    answer: Callable[[pd.DataFrame], str]
+    group: str = ""
+    groups: Callable[[str], Mapping[str, Mapping[str, Any]]] = no_groups
+    seeds: int = 3
+    objective: str = "val/neg_elbo"
+    extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None
+    table: tuple[str, ...] = TABLE
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The Optuna study behind a plan: which values are finished, and which are to be done."""
+    """The Optuna study behind a plan: which points are finished, and which are to be done."""
 
     plan: Plan
     study: optuna.Study = field(repr=False)
@@ -75,36 +111,44 @@ class Grid:
         wanted = tuple(optuna.trial.TrialState[state] for state in states)
         return self.study.get_trials(deepcopy=False, states=wanted)
 
-    def value(self, trial: optuna.trial.FrozenTrial) -> Any:  # noqa: ANN401 - whatever is swept
-        """Return the axis value of a trial, also while it waits."""
-        fixed = trial.system_attrs.get("fixed_params", {})
-        return {**fixed, **trial.params}[self.plan.study.axis.field]
+    def point(self, trial: optuna.trial.FrozenTrial | optuna.Trial) -> Point:
+        """Return the point of a trial, also while it waits."""
+        given = trial.params
+        if isinstance(trial, optuna.trial.FrozenTrial):
+            given = {**trial.system_attrs.get("fixed_params", {}), **given}
+        return Point(given.get(self.plan.study.group, ""), given[self.plan.study.axis.name])
 
-    def finished(self) -> list[Any]:
-        """Return the values that have a result."""
-        return [self.value(trial) for trial in self.trials("COMPLETE")]
+    def finished(self) -> list[Point]:
+        """Return the points that have a result."""
+        return [self.point(trial) for trial in self.trials("COMPLETE")]
 
-    def left(self) -> list[Any]:
-        """Return the values that have no result and are not known to diverge."""
-        failed = [self.value(t) for t in self.trials("FAIL") if "diverged" in t.user_attrs]
-        return [v for v in self.plan.configs if v not in self.finished() + failed]
+    def left(self) -> list[Point]:
+        """Return the points that have no result and are not known to diverge."""
+        failed = [self.point(t) for t in self.trials("FAIL") if "diverged" in t.user_attrs]
+        return [p for p in self.plan.configs if p not in self.finished() + failed]
 
     def asked(self, at_once: int) -> Iterator[list[optuna.Trial]]:
-        """Ask for the values that are left, as many trials together as a stack takes."""
-        axis, left = self.plan.study.axis.field, self.left()
-        waiting = [self.value(t) for t in self.trials("WAITING")]
-        for value in left:
-            if value not in waiting:
-                self.study.enqueue_trial({axis: value})
-        choice = optuna.distributions.CategoricalDistribution(list(self.plan.configs))
+        """Ask for the points that are left, as many trials together as a stack takes."""
+        left = self.left()
+        waiting = [self.point(t) for t in self.trials("WAITING")]
+        for point in left:
+            if point not in waiting:
+                self.study.enqueue_trial(self.plan.coordinates(point))
+        every = [self.plan.coordinates(point) for point in self.plan.configs]
+        choices: dict[str, optuna.distributions.BaseDistribution] = {
+            name: optuna.distributions.CategoricalDistribution(
+                list(dict.fromkeys(coordinates[name] for coordinates in every))
+            )
+            for name in every[0]
+        }
         for start in range(0, len(left), at_once):
-            trials = [self.study.ask({axis: choice}) for _ in left[start : start + at_once]]
+            trials = [self.study.ask(choices) for _ in left[start : start + at_once]]
             for trial in trials:
                 trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             yield trials
 
     def tell(self, trial: optuna.Trial, objectives: Sequence[float | None]) -> None:
-        """Tell the mean over seeds; a value of which a seed diverged has failed for good."""
+        """Tell the mean over seeds; a point of which a seed diverged has failed for good."""
         finite = [value for value in objectives if value is not None]
         if len(finite) < len(objectives):
             trial.set_user_attr("diverged", f"{len(objectives) - len(finite)} seeds")
@@ -113,7 +157,7 @@ class Grid:
             self.study.tell(trial, sum(finite) / len(finite))
 
     def bury(self) -> list[int]:
-        """Tell the trials of dead processes as failed, so that their values are repeated.
+        """Tell the trials of dead processes as failed, so that their points are repeated.
 
         Returns:
             Their numbers.
@@ -213,17 +257,12 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.study.question)
     harness.ledger.bury_runs(store, plan.experiment, plan.name, grid.bury())
     device = harness.engine.resolve_device(options.device).type
-    width = max(1, harness.engine.STACK_WIDTH[device] // options.seeds)
+    at_once = max(1, harness.engine.STACK_WIDTH[device] // plan.seeds)
     with console.progress(plan, len(grid.left())) as on_epoch:
-        place = Place(data, device, store, experiment, on_epoch)
-        for trials in grid.asked(width):
-            values = [t.params[plan.study.axis.field] for t in trials]
-            configs = [config for value in values for config in plan.configs[value]]
-            numbers = [t.number for t in trials for _ in range(options.seeds)]
-            finals = train_tracked(
-                configs, [plan.tags(c, n) for c, n in zip(configs, numbers, strict=True)], place
-            )
-            objectives = [None if final is None else final[OBJECTIVE] for final in finals]
-            for i, trial in enumerate(trials):
-                grid.tell(trial, objectives[i * options.seeds : (i + 1) * options.seeds])
+        place = Place(plan, data, device, store, experiment, on_epoch)
+        for trials in grid.asked(at_once):
+            points = [grid.point(trial) for trial in trials]
+            finals = train_tracked(points, [t.number for t in trials], place)
+            for trial, results in zip(trials, finals, strict=True):
+                grid.tell(trial, [None if r is None else r[plan.study.objective] for r in results])
     return summarize(plan, data, store, experiment, grid.finished())

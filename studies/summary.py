@@ -1,10 +1,12 @@
-"""The end of a study: table, answer and figures, in one summary run and in a folder beside it."""
+"""The end of a study: table, answer, figures and pictures, in a folder and in one summary run."""
 
 from __future__ import annotations
 
+import json
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -13,10 +15,10 @@ from analysis import frames, tables
 from harness.config import UserError
 from harness.data import Dataset
 from harness.tracking import RunLog, Store
-from studies.options import Plan
+from studies.gallery import write_pictures
+from studies.options import Plan, Point
 
-TABLE = ["val/neg_elbo", "neg_elbo", "mse", "rate", "calibration_ratio", "active_units"]
-"""Metrics of the summary table; all but the first are test metrics."""
+PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Outcome:
     """What a finished study found.
 
     Attributes:
-        table: one row per value, columns of `frames.along_axis`.
+        table: one row per point, columns of `frames.along_axis`.
         answer: the answer in sentences.
-        folder: where table and figures were written.
+        folder: where tables, figures and pictures were written.
         experiment_id: MLflow experiment of the runs.
     """
 
@@ -37,7 +39,7 @@ class Outcome:
 
 
 def summarize(
-    plan: Plan, data: Dataset, store: Store, experiment_id: str, finished: list[Any]
+    plan: Plan, data: Dataset, store: Store, experiment_id: str, finished: list[Point]
 ) -> Outcome:
     """Answer a finished plan's question and record the answer once.
 
@@ -46,45 +48,81 @@ def summarize(
         data: its dataset.
         store: where its runs are.
         experiment_id: their experiment.
-        finished: axis values that Optuna holds a result of.
+        finished: points that Optuna holds a result of.
 
     Raises:
-        UserError: nothing finished, or the tracking store lacks runs of finished values.
+        UserError: nothing finished, or the tracking store lacks runs of finished points.
     """
-    axis = plan.study.axis.field
     frame = frames.load_runs(plan.experiment, plan.name, store.uri)
     _check_complete(plan, frame, finished, store)
-    table = frames.along_axis(frame, axis, ["decoder_variance", *TABLE])
-    answer = plan.study.answer(frame, axis)
-    folder = store.home / "reports" / plan.name
-    _write(folder, plan, frame, table)
-    outcome = Outcome(table, answer, folder, experiment_id)
+    keys = list(plan.coordinates(finished[0]))
+    table = frames.along_axis(frame, keys, [m for m in plan.study.table if m in frame])
+    outcome = Outcome(
+        table, plan.study.answer(frame), store.home / "reports" / plan.name, experiment_id
+    )
+    _write(outcome, plan, data, frame, store)
     if not _recorded(plan, store):
         _log(plan, data, store, frame, outcome)
     return outcome
 
 
-def _check_complete(plan: Plan, frame: pd.DataFrame, finished: list[Any], store: Store) -> None:
+def _check_complete(plan: Plan, frame: pd.DataFrame, finished: list[Point], store: Store) -> None:
     if not finished:
-        raise UserError(f"study {plan.name!r} has no finished value: every one diverged")
-    seeds = len(plan.configs[finished[0]])
-    found = 0 if frame.empty else int(frame[plan.study.axis.field].isin(finished).sum())
-    if found != len(finished) * seeds:
+        raise UserError(f"study {plan.name!r} has no finished point: every one diverged")
+    found = len(frame)
+    if found < len(finished) * plan.seeds:
         raise UserError(
-            f"study {plan.name!r} has {len(finished)} finished values x {seeds} seeds in Optuna "
-            f"but {found} finished runs in {store.uri}; name the store it was tracked in with "
-            "--tracking-uri, or start anew with --fresh"
+            f"study {plan.name!r} has {len(finished)} finished points x {plan.seeds} seeds in "
+            f"Optuna but {found} finished runs in {store.uri}; name the store it was tracked in "
+            "with --tracking-uri, or start anew with --fresh"
         )
 
 
-def _write(folder: Path, plan: Plan, frame: pd.DataFrame, table: pd.DataFrame) -> None:
-    """Write the figures and both tables, single runs and means, into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, store: Store) -> None:
+    """Write all that a report is made of into the outcome's folder."""
+    folder = outcome.folder
+    for part in ("figures", "pictures"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / "runs.csv", index=False)
-    table.to_csv(folder / "table.csv", index=False)
-    for figure in plan.study.figures:
-        drawn = figure(frame, plan.study.axis.field)
-        drawn.savefig(folder / f"{figure.__name__}.png", dpi=150)
+    tables.cells(outcome.table).to_csv(folder / "table.csv", index=False)
+    figures = []
+    for name, (draw, caption) in plan.study.figures.items():
+        draw(frame).savefig(folder / f"figures/{name}.png", dpi=150)
+        figures.append({"file": f"figures/{name}.png", "caption": caption})
+    summary = {
+        "study": plan.study.name,
+        "name": plan.name,
+        "dataset": plan.dataset,
+        "question": plan.study.question.strip(),
+        "answer": outcome.answer,
+        "command": command(plan),
+        "settings": plan.settings,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "dataset_digest": data.digest,
+        "experiment_id": outcome.experiment_id,
+        "tracking_uri": store.uri,
+        "figures": figures,
+        "pictures": write_pictures(folder, plan, data, frame, store),
+        "tables": [{"file": "table.csv", "caption": TABLE_CAPTION}],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+
+
+TABLE_CAPTION = (
+    "Mean and 95 % t interval over seeds; val/ on validation data, all else on test data."
+)
+
+
+def command(plan: Plan) -> str:
+    """Return the command line that repeats a plan."""
+    first, study = plan.runs[0], plan.study
+    words = [f"python -m studies.{study.name} --dataset {plan.dataset}"]
+    words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
+    words += [f"--study-name {plan.name}"]
+    values = list(dict.fromkeys(point.value for point in plan.configs))
+    if tuple(values) != study.axis.values:
+        words.append("--values " + " ".join(str(value) for value in values))
+    return " ".join(words)
 
 
 def _recorded(plan: Plan, store: Store) -> bool:
@@ -94,14 +132,14 @@ def _recorded(plan: Plan, store: Store) -> bool:
 
 def _log(plan: Plan, data: Dataset, store: Store, frame: pd.DataFrame, outcome: Outcome) -> None:
     """Write the summary run: answer and table as description, files, and the best run's model."""
-    axis = plan.study.axis.field
-    best = frame[frame[axis] == frames.best_value(frame, axis)].sort_values("val/neg_elbo").iloc[0]
+    best = frame.loc[frame[plan.study.objective].idxmin()]
     tags = {"study": plan.name, "role": "summary", "configuration": f"best: {best['name']}"}
     log = RunLog(store, outcome.experiment_id, "summary", tags, plan.settings)
     try:
         log.dataset(data)
         log.describe(describe(plan.study.question, outcome))
-        log.metrics({metric: float(best[metric]) for metric in TABLE}, step=int(best["epochs"]))
+        shown = {m: float(best[m]) for m in plan.study.table if m in best and best[m] == best[m]}
+        log.metrics(shown, step=int(best["epochs"]))
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model
         harness.tracking.log_best_model(store, log, model, data.test.head(4))

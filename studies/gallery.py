@@ -1,0 +1,98 @@
+"""Pictures of a finished study: its models side by side along the axis, and the best one closer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+import harness
+from analysis import plots
+from harness.data import Dataset
+from harness.tracking import Store
+from harness.vae import SingleVAE
+from studies.options import Plan
+
+SCATTERED = 1000
+"""Test images of a latent scatter."""
+
+
+def write_pictures(
+    folder: Path, plan: Plan, data: Dataset, frame: pd.DataFrame, store: Store
+) -> list[dict[str, Any]]:
+    """Draw the first seed of every axis value in the study's last group, and the best of them.
+
+    Returns:
+        For each picture its file, its caption and the labels of its rows, for the report.
+    """
+    models = _models(plan, frame, store)
+    labels = list(models)
+    best = _best(plan, frame, labels)
+    stack, draw = list(models.values()), harness.pictures
+    drawn = [
+        (
+            "reconstructions",
+            draw.reconstruction_rows(stack, data.test),
+            "Test images (top row) and their reconstructions from the posterior mean, seed 0.",
+            ["test images", *labels],
+        ),
+        (
+            "prior_samples",
+            draw.sample_rows(stack),
+            "Decoder means of z drawn from the prior N(0, I), seed 0.",
+            labels,
+        ),
+        (
+            "traversals",
+            draw.traversals(models[best], data),
+            f"{best}: one latent a row from -3 to 3, largest KL first, the others 0.",
+            None,
+        ),
+        (
+            "interpolations",
+            draw.interpolations(models[best], data.test),
+            f"{best}: straight lines between the posterior means of pairs of test images.",
+            None,
+        ),
+    ]
+    listed = []
+    for name, picture, caption, rows in drawn:
+        Image.fromarray(picture).save(folder / f"pictures/{name}.png")
+        listed.append({"file": f"pictures/{name}.png", "caption": caption, "rows": rows})
+    return [*listed, _scatter(folder, models, data)]
+
+
+def _models(plan: Plan, frame: pd.DataFrame, store: Store) -> dict[str, SingleVAE]:
+    """Load seed 0 of each finished point of the last group: label -> model."""
+    group = list(plan.configs)[-1].group
+    run_ids = dict(zip(frame["name"], frame["run_id"], strict=True))
+    labels = [plan.label(point) for point in plan.configs if point.group == group]
+    there = {label: run_ids.get(f"{label} seed=0") for label in labels}
+    return {
+        label: harness.load_run(run_id, store.uri).model
+        for label, run_id in there.items()
+        if run_id is not None
+    }
+
+
+def _best(plan: Plan, frame: pd.DataFrame, labels: list[str]) -> str:
+    values = frame.set_index("name")[plan.study.objective]
+    return min(labels, key=lambda label: values[f"{label} seed=0"])
+
+
+def _scatter(folder: Path, models: dict[str, SingleVAE], data: Dataset) -> dict[str, Any]:
+    """Draw where test images lie in each model's latent space."""
+    part = data.test.head(SCATTERED)
+    classes = part.labels.cpu().numpy()
+    places = []
+    for label, model in models.items():
+        x, y = harness.probe.latent_plane(model, part).T
+        places.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
+    plots.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
+    caption = (
+        f"Posterior means of {len(classes)} test images, coloured by class: both latents of two, "
+        "the first two principal components of more. Each panel has its own scale."
+    )
+    return {"file": "pictures/latents.png", "caption": caption, "rows": None}
