@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from harness import tracking
+from harness.config import UserError
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -33,6 +34,24 @@ def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> p
     store = tracking.connect(tracking_uri)
     mine = f"tags.study = '{study}' and tags.role = 'run' and attributes.status = 'FINISHED'"
     return tidy(tracking.read_runs(store, experiment, mine))
+
+
+def load_study(
+    study: str, dataset: str = "digits", tracking_uri: str | None = None
+) -> pd.DataFrame:
+    """Load the finished runs of a study under its own name, as `load_runs` does.
+
+    Raises:
+        UserError: there are none; the message says which command makes them.
+    """
+    name = f"{study}-{dataset}"
+    frame = load_runs(name, name, tracking_uri)
+    if frame.empty:
+        raise UserError(
+            f"no finished runs of {name} in {tracking.connect(tracking_uri).uri}; make them with: "
+            f"python -m studies.{study} --dataset {dataset}"
+        )
+    return frame
 
 
 def tidy(runs: list[dict]) -> pd.DataFrame:
@@ -122,3 +141,10 @@ def class_errors(frame: pd.DataFrame) -> pd.Series:
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     means = frame[columns].mean().rename(lambda c: int(c.removeprefix("mse_class/")))
     return means.sort_values(ascending=False)
+
+
+def frontier(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that no other beats in both test rate and distortion, by rising rate."""
+    ordered = frame.dropna(subset=["rate"]).sort_values(["rate", "distortion"])
+    best_before = ordered["distortion"].cummin().shift(fill_value=np.inf)
+    return ordered[ordered["distortion"] < best_before]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import base64
-import mimetypes
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 
+from PIL import Image
+
+from harness.config import UserError
+
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What a browser may do with a page: show it, run nothing, fetch nothing."""
+
+SCREEN = 96
+"""Pixels of an inch on a page."""
+
+LONG, WIDE = 24, 112
+"""Characters of a value that takes a line of its own, and of a row too wide for paper."""
 
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
 """A cell of a column of numbers: a number, one with its interval, a dash, or nothing."""
@@ -53,8 +63,12 @@ def named(name: str) -> str:
 
 def facts(values: Mapping[str, object]) -> str:
     """Write names and values as a list."""
-    pairs = (f"<div><dt>{named(k)}</dt><dd>{escape(plain(v))}</dd></div>" for k, v in values.items())
-    return f"<dl>{''.join(pairs)}</dl>"
+    return f"<dl>{''.join(_fact(name, plain(value)) for name, value in values.items())}</dl>"
+
+
+def _fact(name: str, value: str) -> str:
+    kind = ' class="long"' if len(value) > LONG else ""
+    return f"<div{kind}><dt>{named(name)}</dt><dd>{escape(value)}</dd></div>"
 
 
 def plain(value: object) -> str:
@@ -71,12 +85,23 @@ def captioned(kind: str, number: int, caption: str, content: str) -> str:
 
 
 def image(path: Path, description: str, rows: Sequence[str] = ()) -> str:
-    """Write an inlined image, the names of its rows, top to bottom, beside them."""
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    """Write an inlined image in its own size, the names of its rows, top to bottom, beside them.
+
+    Raises:
+        UserError: the file is not an image.
+    """
+    try:
+        with Image.open(path) as opened:
+            kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
+            width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image") from error
     source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    size = f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
     names = "".join(f"<li>{escape(row)}</li>" for row in rows)
     labels = f"<ul>{names}</ul>" if names else ""
-    return f'<div class="image">{labels}<img src="{source}" alt="{escape(description)}"></div>'
+    shown = f'<img src="{source}" style="{size}" alt="{escape(description)}">'
+    return f'<div class="image">{labels}{shown}</div>'
 
 
 def table(
@@ -89,28 +114,42 @@ def table(
         body: rows of cells.
         links: text of a cell -> address that it leads to.
     """
-    columns = [[row[i] for row in body] for i in range(len(header))]
-    kinds = [' class="number"' if all(map(NUMBER.fullmatch, c)) else "" for c in columns]
-    widths = [max((len(cell.partition("± ")[2]) for cell in c), default=0) for c in columns]
-
-    heads = "".join(f"<th{kind}>{named(h)}</th>" for kind, h in zip(kinds, header, strict=True))
-    rows = [
-        "".join(
-            f"<td{kind}>{_cell(cell, width, links or {})}</td>"
-            for kind, width, cell in zip(kinds, widths, row, strict=True)
-        )
-        for row in body
-    ]
-    lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    columns = [Column(name, [row[i] for row in body]) for i, name in enumerate(header)]
+    heads = "".join(f"<th{column.kind}>{named(column.name)}</th>" for column in columns)
+    rows = zip(*(column.write(links or {}) for column in columns), strict=True)
+    lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    wide = ' class="wide"' if sum(column.width for column in columns) > WIDE else ""
     head, content = f"<thead><tr>{heads}</tr></thead>", f"<tbody>\n{lines}\n</tbody>"
-    return f'<div class="scroll"><table>\n{head}\n{content}\n</table></div>'
+    return f'<div class="scroll"><table{wide}>\n{head}\n{content}\n</table></div>'
 
 
-def _cell(text: str, width: int, links: Mapping[str, str]) -> str:
-    """Write a cell; every half width of a column takes `width` digits, so the means line up."""
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its name and its cells, all text."""
+
+    name: str
+    cells: Sequence[str]
+
+    @property
+    def kind(self) -> str:
+        """The attribute that puts numbers right."""
+        return ' class="number"' if all(map(NUMBER.fullmatch, self.cells)) else ""
+
+    @property
+    def width(self) -> int:
+        """Characters of the widest line, with the gap to the next column."""
+        return 2 + max(map(len, [*re.split(r"[_/]", self.name), *self.cells]))
+
+    def write(self, links: Mapping[str, str]) -> list[str]:
+        """Write the cells; all half widths are as wide as the widest, so that means line up."""
+        digits = max((len(cell.partition(" ± ")[2]) for cell in self.cells), default=0)
+        return [f"<td{self.kind}>{_cell(cell, digits, links)}</td>" for cell in self.cells]
+
+
+def _cell(text: str, digits: int, links: Mapping[str, str]) -> str:
     if text in links:
         return f'<a href="{escape(links[text])}">{escape(text)}</a>'
     mean, sign, half = text.partition(" ± ")
     if not sign:
         return escape(text)
-    return f'{escape(mean)} <span style="min-width:{width + 2}ch">± {escape(half)}</span>'
+    return f'{escape(mean)} <span style="min-width:{digits + 1.5}ch">± {escape(half)}</span>'

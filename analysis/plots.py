@@ -268,6 +268,21 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     return figure
 
 
+def frontier(frame: pd.DataFrame, group: str) -> Figure:
+    """Plot every run of several studies on one rate-distortion plane, coloured by a column."""
+    figure, panel = canvas(9, 6)
+    iso_lines(panel, frame)
+    for (name, part), color, mark in zip(
+        frame.groupby(group, sort=False), COLORS, "osD^vP*", strict=False
+    ):
+        panel.plot(part["rate"], part["distortion"], mark, color=color, ms=5, alpha=0.6, label=name)
+    panel.set_xlabel(LABELS["rate"])
+    panel.set_ylabel(LABELS["distortion"])
+    figure.legend(title=group, loc="outside right upper", frameon=False)
+    sns.despine(figure)
+    return figure
+
+
 def _point_label(point: pd.Series, axis: str, shown: pd.DataFrame) -> str:
     off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
     return f"{point[axis]:.3g}{off}"

@@ -29,6 +29,10 @@ class UserError(ValueError):
     Command lines print the message alone and exit with code 2.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """Show the message alone in a notebook too (IPython's hook)."""
+        return [f"error: {self}"]
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -1,5 +1,6 @@
 """Fixtures with real databases, and a study run once in a process of its own."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import tracking
+from studies import cli
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +58,11 @@ def study_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "studies.kl_weight", *arguments]
     root = Path(__file__).resolve().parents[1]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+
+
+def small_study(name: str, arguments: list[str], folder: Path) -> None:
+    """Run a study in this process, tracked in a folder."""
+    study = importlib.import_module(f"studies.{name}").STUDY
+    places = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    places += ["--storage", f"sqlite:///{folder}/optuna.db"]
+    cli.main(study, [*arguments, *places])

@@ -29,6 +29,7 @@ HARNESS = {
     "sweep": {"config", "data", "engine", "evaluate", "vae"},
     "tracking": {"config", "data", "places", "storage", "vae"},
     "ledger": {"places", "tracking"},
+    "probe": {"data", "vae"},
 }
 """Which modules of harness each of them may import."""
 

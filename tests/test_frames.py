@@ -59,6 +59,23 @@ def test_along_axis_averages_over_seeds_in_order():
     assert means["mse±"].iloc[1] == pytest.approx(frames.half_width(np.array([4.0, 6.0])))
 
 
+def test_groups_and_names_keep_their_order_while_numbers_are_sorted():
+    frame = table(
+        g=["b", "b", "a", "a", "b"],
+        w=[2.0, 1.0, 2.0, 1.0, 1.0],
+        seed=[0, 0, 0, 0, 1],
+        mse=[1.0] * 5,
+    )
+    means = frames.along_axis(frame, ["g", "w"], ["mse"])
+    assert list(zip(means["g"], means["w"], strict=True)) == [
+        ("b", 1.0),
+        ("b", 2.0),
+        ("a", 1.0),
+        ("a", 2.0),
+    ]
+    assert means["seeds"].tolist() == [2, 1, 1, 1]
+
+
 def test_a_pairing_takes_out_what_the_seeds_share():
     seeds = np.arange(6)
     luck = np.array([5.0, -3.0, 8.0, 0.0, -7.0, 2.0])  # far larger than the effect
@@ -68,7 +85,7 @@ def test_a_pairing_takes_out_what_the_seeds_share():
         seed=[*seeds, *seeds[::-1]],
         mse=[*(luck + 0.1 + noise), *luck[::-1]],
     )
-    gap = frames.paired_difference(frame, "w", 1, 2, "mse")
+    gap = frames.paired_difference(frame[frame["w"] == 1], frame[frame["w"] == 2], "mse")
     assert gap.mean == pytest.approx(0.1)
     assert gap.half_width == pytest.approx(frames.half_width(noise))
     assert gap.distinguishable
@@ -76,8 +93,10 @@ def test_a_pairing_takes_out_what_the_seeds_share():
 
 def test_a_difference_within_its_interval_or_of_one_seed_is_not_distinguishable():
     frame = table(w=[1, 2, 1, 2], seed=[0, 0, 1, 1], mse=[1.0, 0.0, 0.0, 0.9])
-    assert not frames.paired_difference(frame, "w", 1, 2, "mse").distinguishable
-    assert not frames.paired_difference(frame[:2], "w", 1, 2, "mse").distinguishable
+    first, second = frame[frame["w"] == 1], frame[frame["w"] == 2]
+    assert not frames.paired_difference(first, second, "mse").distinguishable
+    assert not frames.paired_difference(first[:1], second[:1], "mse").distinguishable
+    assert "not distinguishable" in str(frames.paired_difference(first, second, "mse"))
 
 
 def test_the_best_value_has_the_lowest_mean_on_validation():

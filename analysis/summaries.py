@@ -1,0 +1,127 @@
+"""Summary folders: what a study found, as files. Read from a folder, fetched from MLflow.
+
+A summary folder holds `summary.json` (the fields of `Summary`), the figures, pictures and tables
+that it names, and `runs.csv`, one row per run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from harness.config import UserError
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A file of the folder with its caption; `rows` names a picture's rows, top to bottom."""
+
+    file: str
+    caption: str
+    rows: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a study asked and found; blank lines separate the paragraphs of question and answer."""
+
+    study: str
+    name: str
+    dataset: str
+    question: str
+    answer: str
+    command: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    dataset_digest: str
+    experiment_id: str
+    tracking_uri: str
+    figures: Sequence[Exhibit]
+    pictures: Sequence[Exhibit]
+    tables: Sequence[Exhibit]
+
+
+def read(folder: Path) -> Summary:
+    """Read the `summary.json` of a folder.
+
+    Raises:
+        UserError: it is missing, or is not what a summary is.
+    """
+    path = present(folder / "summary.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values = {field.name: values[field.name] for field in fields(Summary)}
+        for kind in ("figures", "pictures", "tables"):
+            values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the summary of a study ({error!r})") from error
+    return Summary(**values)
+
+
+def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read the header and the rows of a CSV file as text."""
+    with present(path).open(encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    return header, rows
+
+
+def present(path: Path) -> Path:
+    """Return the path of a file.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a report cannot be made without it")
+    return path
+
+
+def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) -> Path:
+    """Download a study's summary folder into the `reports` folder of its store.
+
+    Args:
+        study: such as "kl_weight".
+        dataset: the one it ran on.
+        name: the study's name, as tagged.
+        tracking_uri: MLflow tracking URI; None means the default store.
+
+    Raises:
+        UserError: there is no finished summary, or its files cannot be downloaded.
+    """
+    from harness import tracking  # loads mlflow, for which --help need not wait
+
+    store = tracking.connect(tracking_uri)
+    done = "tags.role = 'summary' and attributes.status = 'FINISHED'"
+    runs = tracking.read_runs(store, f"{study}-{dataset}", done)
+    mine = [run["run_id"] for run in runs if run["tags"].get("study") == name]
+    command = f"python -m studies.{study} --dataset {dataset}"
+    command += "" if name == f"{study}-{dataset}" else f" --study-name {shlex.quote(name)}"
+    command += f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
+    if not mine:
+        where = without_password(store.uri)
+        raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
+    folder = store.home / "reports" / name
+    with tempfile.TemporaryDirectory() as fresh:
+        try:
+            store.client.download_artifacts(mine[-1], "", fresh)
+        except Exception as error:  # any store's: the file system's, a server's, MLflow's
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"summary run {mine[-1]} cannot be downloaded ({reason})") from error
+        if not Path(fresh, "summary.json").is_file():
+            raise UserError(f"run {mine[-1]} holds no summary.json; run anew: {command} --fresh")
+        shutil.copytree(fresh, folder, dirs_exist_ok=True)
+    return folder
+
+
+def without_password(uri: str) -> str:
+    """Return an address without the user and password that it may hold."""
+    place = urlsplit(uri).netloc
+    return uri.replace(place, place.rpartition("@")[2], 1) if "@" in place else uri

@@ -1,0 +1,117 @@
+"""Answers say what the numbers say, and rank nothing that seeds cannot tell apart."""
+
+import pandas as pd
+import pytest
+
+from studies import answers, conditions
+
+LUCK = (0.0, 0.1, -0.1)
+
+
+def frame_of(weights, errors):
+    """Make a frame in which a weight has its neg_elbo at every seed, but for a little luck."""
+    rows = [
+        {"kl_weight": w, "seed": s, "latent_size": 10, "decoder_variance": w / 2, "rate": 1.0}
+        | {"val/neg_elbo": e + luck, "neg_elbo": e + luck + 1, "mse": 0.01, "active_units": 5}
+        | {"calibration_ratio": 1.0, "mse_class/8": 0.02, "mse_class/3": 0.01}
+        for w, e in zip(weights, errors, strict=True)
+        for s, luck in enumerate(LUCK)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
+    said = answers.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)), "kl_weight")
+    assert said.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
+    assert "weight 1 costs 13 ±" in said
+    assert "Every other value is distinguishably worse" in said
+    assert "Class 8 reconstructs worst (mse 0.0200), as the blog says" in said
+
+
+def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
+    frame = frame_of((0.01, 0.1, 1.0), (-9.0, -9.01, 4.0))
+    near = (frame["kl_weight"] == 0.01) & (frame["seed"] == 0)
+    frame.loc[near, "val/neg_elbo"] -= 0.02
+    said = answers.best_weight(frame, "kl_weight")
+    assert "Not distinguishable from it on validation data: 0.01." in said
+
+
+def test_another_class_than_the_blogs_eight_is_named():
+    frame = frame_of((0.1,), (0.0,)).assign(**{"mse_class/3": 0.5})
+    assert "Class 3 reconstructs worst (mse 0.5000), not the blog's 8" in answers.worst_class(frame)
+
+
+def sizes_frame():
+    """Make runs whose neg_elbo falls up to 4 latents and is level, but for luck, from there on."""
+    levels = {1: 5.0, 2: 1.0, 4: -3.0, 8: -3.001, 16: -3.002}
+    rows = []
+    for size, level in levels.items():
+        for seed, luck in enumerate(LUCK):
+            wobble = 0.01 * (seed - 1) * (size % 5)
+            rows.append(
+                {"weight": "calibrated", "kl_weight": 0.02, "latent_size": size, "seed": seed}
+                | {"val/neg_elbo": level + luck + wobble, "active_units": min(size, 4)}
+                | {"mse": 0.01, "pca_floor": 0.02 if size <= 2 else 0.005}
+            )
+    return pd.DataFrame(rows)
+
+
+def test_latents_beyond_the_useful_ones_are_named():
+    said = answers.useful_latents(sizes_frame())
+    assert "the smallest size not distinguishable from that is 4" in said
+    assert "Of 16 latents 4.0 are active" in said
+    assert "below the floor of principal components at 1, 2 latents" in said
+
+
+def modes_frame(shift):
+    rows = [
+        {"kl_normalization": mode, "kl_weight": variance / unit, "decoder_variance": variance}
+        | {"seed": seed, "neg_elbo": level + luck + shift * place}
+        | {"val/neg_elbo": level + luck, "active_units": 0 if variance > 1 else 5}
+        for place, (mode, unit) in enumerate({"pixels": 0.5, "sum": 1024.0}.items())
+        for variance, level in ((0.01, -3.0), (5.0, 4.0))
+        for seed, luck in enumerate(LUCK)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_modes_that_agree_are_called_one_curve_with_each_modes_weight():
+    said = answers.one_curve(modes_frame(0.0))
+    assert "the modes are one curve" in said
+    assert "pixels 0.02, sum 9.77e-06" in said
+    assert "means decoder variance 1,024, and from 5 pixel² on no latent is active" in said
+
+
+def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
+    assert "one curve" not in answers.one_curve(modes_frame(5.0))
+
+
+def test_cost_and_gain_are_paired_differences():
+    rows = [
+        {"condition": name, "seed": seed, "mse": mse + luck, "neg_elbo": elbo + luck}
+        | {"probe_accuracy": 0.9, "active_units": 1.5, "latent_size": 10}
+        for name, mse, elbo in (
+            (conditions.CALIBRATED_ELBO, 0.03, -10.0),
+            (conditions.MSE_STOCHASTIC, 0.01, 90.0),
+            (conditions.BLOG, 0.05, 0.0),
+            (conditions.BLOG_WITHOUT_KL, 0.04, 0.0),
+        )
+        for seed, luck in enumerate(LUCK)
+    ]
+    said = answers.cost_and_gain(pd.DataFrame(rows))
+    assert "changes test mse by 0.02 ±" in said
+    assert "It buys 100 ±" in said
+    assert "costs 0.01 ±" in said
+    assert "1.5 of 10 latents active" in said
+
+
+@pytest.mark.parametrize("missing", list(conditions.CONDITIONS))
+def test_a_study_of_fewer_conditions_still_has_an_answer(missing):
+    rows = [
+        {"condition": name, "seed": seed, "mse": 0.1, "neg_elbo": 0.0, "probe_accuracy": 0.5}
+        | {"active_units": 1, "latent_size": 10}
+        for name in conditions.CONDITIONS
+        if name != missing
+        for seed in range(2)
+    ]
+    assert "over 2 seeds" in answers.cost_and_gain(pd.DataFrame(rows))

@@ -1,0 +1,61 @@
+"""Every notebook runs from top to bottom on a small study made here."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from real_stores import small_study
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "analysis").glob("*.ipynb"))
+SMALL = {
+    "kl_weight": ["--values", "0", "0.02", "1"],
+    "latent_size": ["--values", "1", "4"],
+    "kl_normalization": ["--values", "0.005", "0.5"],
+    "elbo_vs_mse": [],
+}
+
+
+@pytest.fixture(scope="module")
+def tracking_of_all(empty_database, tmp_path_factory):
+    """Run every study on a few values for two epochs, all in one tracking store."""
+    folder = tmp_path_factory.mktemp("all")
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    for name, values in SMALL.items():
+        small_study(name, [*values, "--seeds", "2", "--epochs", "2"], folder)
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def executed(path, tracking_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, resources={"metadata": {"path": path.parents[1]}})
+    client.execute()
+    return notebook
+
+
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's event loop, not of ours
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_a_figure(path, tracking_of_all, monkeypatch):
+    notebook = executed(path, tracking_of_all, monkeypatch)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_study_a_notebook_says_which_command_to_run(tracking_uri, monkeypatch):
+    from nbclient.exceptions import CellExecutionError
+
+    with pytest.raises(CellExecutionError, match="python -m studies.kl_weight --dataset digits"):
+        executed(NOTEBOOKS[2], tracking_uri, monkeypatch)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_defines_nothing_and_stores_no_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in code)
+    assert not any(
+        line.startswith(("def ", "class ")) for cell in code for line in cell.source.split("\n")
+    )
+    assert notebook.cells[-1].source.startswith("**Conclusion.**")

@@ -1,0 +1,315 @@
+"""Reports hold all of a summary folder, safely, and nothing from anywhere else."""
+
+import base64
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from analysis import markup, report, summaries
+from harness import UserError, tracking
+
+ATTACK = "<script>alert('x')</script>&amp;"
+RUNS = [
+    {"run_id": "a" * 32, "name": "kl_weight=0 seed=0", "seed": "0", "neg_elbo": "-3.14159"},
+    {"run_id": "b" * 32, "name": "kl_weight=1 seed=0", "seed": "0", "neg_elbo": ""},
+]
+TABLE = [
+    ["kl_weight", "val/neg_elbo", "verdict"],
+    ["0", "123.59 ± 57.30", "worst"],
+    ["0.0215", "-27.61 ± 5.02", "best, 1 of 2"],
+    ["1", "", ""],
+]
+SUMMARY = {
+    "study": "kl_weight",
+    "name": "kl_weight-digits",
+    "dataset": "digits",
+    "question": "Which weight?\n\nAnd at what cost?",
+    "answer": "This one.\nIndeed.\n\nThat much.",
+    "command": "python -m studies.kl_weight --dataset digits",
+    "settings": {"values": [0.0, 0.0215], "hidden": [256, 64], "latent": "stochastic"},
+    "versions": {"python": "3.11"},
+    "dataset_digest": "8f26",
+    "experiment_id": "7",
+    "tracking_uri": "sqlite:////somewhere/mlflow.db",
+    "figures": [{"file": "figures/line.png", "caption": "A line."}],
+    "pictures": [{"file": "pictures/rows.png", "caption": "Two.", "rows": ["top", "bottom"]}],
+    "tables": [{"file": "table.csv", "caption": "All numbers."}],
+}
+
+
+def write_folder(folder: Path, **changes) -> Path:
+    """Write a small summary folder, `changes` being other values in its `summary.json`."""
+    for image, dots in (("figures/line.png", 150), ("pictures/rows.png", None)):
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        more = {"dpi": (dots, dots)} if dots else {}
+        Image.new("L", (300, 200)).save(folder / image, **more)
+    write_csv(folder / "table.csv", TABLE)
+    write_csv(folder / "runs.csv", [list(RUNS[0]), *(list(run.values()) for run in RUNS)])
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
+    return folder
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    lines = [",".join(f'"{cell}"' for cell in row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """A parsed page: its tags with attributes, and the text inside each kind of tag."""
+
+    VOID = frozenset({"meta", "img", "wbr"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[tuple[str, int]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        """Note a tag and begin to gather its text."""
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.texts.setdefault(tag, []).append("")
+            self._open.append((tag, len(self.texts[tag]) - 1))
+
+    def handle_endtag(self, tag):
+        """End the innermost tag, which must be this one."""
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        """Add text to every open tag."""
+        for tag, number in self._open:
+            self.texts[tag][number] += data
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        """Return an attribute of all tags of a kind that have it."""
+        return [values[name] for found, values in self.tags if found == tag and name in values]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "summary")
+
+
+@pytest.fixture
+def page(folder):
+    return Page(report.build(folder))
+
+
+def test_question_answer_and_origin_are_in_the_report(page):
+    assert page.texts["title"] == ["kl_weight-digits: Which weight?"]
+    assert page.texts["h1"] == ["Which weight?"]
+    assert {"And at what cost?", "This one.\nIndeed.", "That much."} <= set(page.texts["p"])
+    assert SUMMARY["command"] in page.texts["pre"]
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert facts["values"] == "0, 0.0215"
+    assert facts["hidden"] == "256, 64"
+    assert facts["python"] == "3.11"
+    assert facts["dataset digest"] == "8f26"
+
+
+def test_the_report_is_one_file_that_fetches_and_runs_nothing(folder, page):
+    kinds = {tag for tag, _ in page.tags}
+    assert not kinds & {"script", "link", "iframe", "object", "base", "form"}
+    files = [folder / "figures/line.png", folder / "pictures/rows.png"]
+    for source, file in zip(page.attributes("img", "src"), files, strict=True):
+        kind, _, content = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content) == file.read_bytes()
+    style = page.texts["style"][0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_every_table_cell_is_shown_as_it_is(page):
+    header, *body = TABLE
+    width = len(header)
+    assert page.texts["th"][:width] == header
+    assert page.texts["td"][: width * len(body)] == [cell for row in body for cell in row]
+
+
+def test_columns_of_numbers_and_no_others_stand_right(page):
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "th"]
+    assert kinds[: len(TABLE[0])] == ["number", "number", None]
+
+
+@pytest.mark.parametrize(
+    ("cell", "is_number"),
+    [("-27.61 ± 5.02", True), ("1e-05", True), ("–", True), ("9 %", True), ("nan", True)]
+    + [("7f403d31", False), ("pixels", False), ("2 of 3", False), ("(256, 64)", False)],
+)
+def test_what_a_number_is(cell, is_number):
+    assert (markup.Column("name", [cell]).kind != "") == is_number
+
+
+def test_images_have_captions_their_own_size_and_names_of_rows(page):
+    assert page.texts["figcaption"] == [
+        "Figure 1. A line.",
+        "Table 1. All numbers.",
+        "Figure 2. Two.",
+    ]
+    assert page.attributes("img", "alt") == ["A line.", "Two."]
+    assert [style.split(";")[0] for style in page.attributes("img", "style")] == [
+        "--width:192px",  # 300 dots at 150 an inch
+        "--width:300px",
+    ]
+    assert page.texts["li"] == ["top", "bottom"]
+
+
+def test_runs_lead_to_their_pages_in_mlflow(page):
+    address = "http://127.0.0.1:5000/#/experiments/7/runs/"
+    assert page.attributes("a", "href") == [address + run["run_id"] for run in RUNS]
+    assert page.texts["a"] == [run["run_id"] for run in RUNS]
+    cells = page.texts["td"][-12:]
+    assert cells[:6] == [RUNS[0]["name"], "0", "-3.14", "–", "–", RUNS[0]["run_id"]]
+    assert cells[8] == "–"
+    assert page.texts["summary"] == ["All 2 runs"]
+    assert any("sqlite:////somewhere/mlflow.db" in text for text in page.texts["pre"])
+
+
+def test_runs_on_a_server_lead_there_and_passwords_stay_out(tmp_path):
+    uri = "https://me:secret@tracking.example:5000/"
+    path = report.build(write_folder(tmp_path, tracking_uri=uri))
+    address = "https://tracking.example:5000/#/experiments/7/runs/"
+    assert Page(path).attributes("a", "href")[0] == address + RUNS[0]["run_id"]
+    assert "secret" not in path.read_text()
+
+
+def test_a_path_with_an_at_sign_is_not_a_password():
+    uri = "sqlite:////home/me@work/mlflow.db"
+    assert summaries.without_password(uri) == uri
+
+
+def test_every_text_is_escaped(tmp_path):
+    texts = ("study", "name", "dataset", "question", "answer", "command", "dataset_digest")
+    changes = {name: ATTACK for name in (*texts, "experiment_id", "tracking_uri")}
+    changes["settings"] = changes["versions"] = {ATTACK: ATTACK}
+    for kind in ("figures", "pictures", "tables"):
+        changes[kind] = [SUMMARY[kind][0] | {"caption": ATTACK}]
+    changes["pictures"][0]["rows"] = [ATTACK]
+    folder = write_folder(tmp_path, **changes)
+    write_csv(folder / "table.csv", [[ATTACK], [f"{ATTACK} ± {ATTACK}"]])
+    runs = [list(RUNS[0]), [ATTACK, ATTACK, ATTACK, "1.5"]]
+    write_csv(folder / "runs.csv", runs)
+    path = report.build(folder)
+    page = Page(path)
+    assert "script" not in page.texts
+    everywhere = ("title", "h1", "p", "pre", "dt", "dd", "figcaption", "li", "th", "td", "a")
+    for tag in everywhere:
+        assert any(ATTACK in text for text in page.texts[tag]), tag
+    assert "script" not in Page(report.index([path], tmp_path / "index.html")).texts
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "runs.csv", "table.csv", "figures/line.png", "pictures/rows.png"]
+)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        report.build(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_broken_files_are_named(folder):
+    (folder / "figures/line.png").write_text("no image")
+    with pytest.raises(UserError, match="line.png cannot be read as an image"):
+        report.build(folder)
+    (folder / "summary.json").write_text('{"study": "kl_weight"}')
+    with pytest.raises(UserError, match=r"summary.json is not the summary of a study.*'name'"):
+        report.build(folder)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="summary.json is not the summary"):
+        report.build(folder)
+
+
+def test_a_study_without_pictures_has_no_heading_for_them(tmp_path):
+    page = Page(report.build(write_folder(tmp_path, pictures=[])))
+    assert page.texts["h2"] == ["Figures", "Numbers", "How it was made", "Runs"]
+
+
+def test_the_index_leads_to_every_report_with_its_answer(tmp_path):
+    one = report.build(write_folder(tmp_path / "reports/one"))
+    two = report.build(write_folder(tmp_path / "reports/two #2", question="Why?", answer="So."))
+    out = report.index([one, two], tmp_path / "reports" / "index.html")
+    page = Page(out)
+    assert page.attributes("a", "href") == ["one/report.html", "two%20%232/report.html"]
+    assert page.texts["h2"] == ["Which weight?", "Why?"]
+    assert {"That much.", "So."} <= set(page.texts["p"])
+    two.unlink()
+    with pytest.raises(UserError, match="report.html is missing"):
+        report.index([one, two], out)
+
+
+def record(tracking_uri: str, folder: Path, name: str, status: str = "FINISHED") -> None:
+    """Log a summary folder as a study does."""
+    store = tracking.connect(tracking_uri)
+    experiment = tracking.open_experiment(store, "kl_weight-digits", "")
+    tags = {"study": name, "role": "summary"}
+    run = tracking.RunLog(store, experiment, "summary", tags, {})
+    run.folder(folder)
+    run.end(status)
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """Run a command line that ends with one line and exit code 2, and return the line."""
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_the_command_line_reports_on_the_newest_finished_summary(
+    tracking_uri, folder, tmp_path, capsys
+):
+    older = write_folder(tmp_path / "older", answer="An older answer.")
+    failed = write_folder(tmp_path / "failed", answer="Half an answer.")
+    other = write_folder(tmp_path / "other", answer="Of another study.")
+    record(tracking_uri, older, "kl_weight-digits")
+    record(tracking_uri, folder, "kl_weight-digits")
+    record(tracking_uri, failed, "kl_weight-digits", "FAILED")
+    record(tracking_uri, other, "closer")
+
+    report.main(["kl_weight", "--tracking-uri", tracking_uri])
+    written = tmp_path / "reports/kl_weight-digits/report.html"
+    assert capsys.readouterr().out == f"{written}\n"
+    assert written.read_text() == report.build(folder).read_text()
+
+    report.main(["kl_weight", "--study-name", "closer", "--tracking-uri", tracking_uri])
+    assert "Of another study." in (tmp_path / "reports/closer/report.html").read_text()
+
+
+def test_what_was_not_recorded_is_not_taken_from_an_older_folder(
+    tracking_uri, folder, tmp_path, capsys
+):
+    write_folder(tmp_path / "reports/kl_weight-digits")
+    (folder / "summary.json").unlink()
+    record(tracking_uri, folder, "kl_weight-digits")
+    arguments = ["kl_weight", "--tracking-uri", tracking_uri]
+    assert "holds no summary.json; run anew: python -m studies" in refused(arguments, capsys)
+    shutil.rmtree(tmp_path / "mlruns")
+    assert "holds no summary.json" in refused(arguments, capsys)
+
+
+def test_without_a_finished_summary_the_command_to_run_is_named(tracking_uri, capsys):
+    line = refused(["kl_weight", "--tracking-uri", tracking_uri], capsys)
+    command = "python -m studies.kl_weight --dataset digits"
+    assert f"no finished summary of 'kl_weight-digits'; first run: {command} --tracking" in line
+    named = ["latent_size", "--dataset", "mnist", "--study-name", "a b"]
+    line = refused([*named, "--tracking-uri", tracking_uri], capsys)
+    assert "python -m studies.latent_size --dataset mnist --study-name 'a b'" in line
+
+
+def test_a_bad_command_line_is_one_line(capsys):
+    assert "STUDY" in refused([], capsys)
+    assert "--wieght" in refused(["kl_weight", "--wieght", "1"], capsys)
