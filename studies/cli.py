@@ -7,8 +7,8 @@ import io
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -16,37 +16,44 @@ from harness.config import UserError
 from studies.options import Options, make_plan
 from studies.study import Study
 
+if TYPE_CHECKING:
+    from studies.summary import Outcome
+
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
     """Run a study from the command line; bad input ends it with one line and exit code 2."""
+    with clear_errors():
+        execute(study, parse(study.name, study.question, type(study.axis.values[0]), args))
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are closed as KILLED
     try:
-        _main(study, parse(study, args))
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nStopped. Finished runs are kept; the same command goes on from here.",
-            file=sys.stderr,
-        )
+        said = "\nStopped. Finished runs are kept; the same command goes on from here."
+        print(said, file=sys.stderr)
         sys.exit(130)
 
 
-def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
-    """Read the options of a study; `--values` takes what its axis holds.
+def parse(name: str, question: str, kind: type, args: Sequence[str] | None = None) -> Options[Any]:
+    """Read the options of a study, whose `--values` are of the given kind.
 
     Raises:
         UserError: an option is unknown or its value cannot be read.
     """
-    kind = type(study.axis.values[0])
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 Options[kind],  # type: ignore[valid-type]
-                prog=f"python -m studies.{study.name}",
-                description=f"{study.question.strip()}\n\nSweeps {study.axis.name}.",
+                prog=f"python -m studies.{name}",
+                description=question.strip(),
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -68,7 +75,12 @@ def _one_line(box: str) -> str:
     return f"{' '.join(message)}; --help lists all options"
 
 
-def _main(study: Study, options: Options[Any]) -> None:
+def execute(study: Study, options: Options[Any]) -> Outcome | None:
+    """Run a study and show it; None for a dry run, which trains nothing.
+
+    Raises:
+        UserError: an option, the data or a store cannot be used.
+    """
     plan = make_plan(study, options)
 
     # After parsing, so that --help and misspelt options answer at once.
@@ -82,5 +94,8 @@ def _main(study: Study, options: Options[Any]) -> None:
     for config in plan.runs:
         harness.engine.check_stack([config], data)
     console.plan(plan, data.pixels)
-    if not options.dry_run:
-        console.outcome(plan, run(plan, data, options, console), options.tracking_uri)
+    if options.dry_run:
+        return None
+    outcome = run(plan, data, options, console)
+    console.outcome(plan, outcome, options.tracking_uri)
+    return outcome

@@ -97,7 +97,7 @@ class Console:
             table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
-        self.out.print(f"\nFigures and tables: {outcome.folder}", soft_wrap=True)
+        self.out.print(f"\nReport: {outcome.folder / 'report.html'}", soft_wrap=True)
         where = "" if tracking_uri is None else f" --backend-store-uri {tracking_uri}"
         link = f"/#/experiments/{outcome.experiment_id}?workflowType=machine_learning"
         self.out.print(

@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 
 import harness
-from analysis import plots
+from analysis import planes
 from harness.data import Dataset
 from harness.tracking import Store
 from harness.vae import SingleVAE
@@ -90,7 +90,7 @@ def _scatter(folder: Path, models: dict[str, SingleVAE], data: Dataset) -> dict[
     for label, model in models.items():
         x, y = harness.probe.latent_plane(model, part).T
         places.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
-    plots.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
+    planes.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
     caption = (
         f"Posterior means of {len(classes)} test images, coloured by class: both latents of two, "
         "the first two principal components of more. Each panel has its own scale."

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from analysis import plots
+from analysis import planes, plots
 from harness.config import RunConfig
 from studies import answers
 from studies.cli import main
@@ -22,7 +22,7 @@ STUDY = Study(
             "Test metrics against the KL weight; the dotted line marks calibration_ratio = 1.",
         ),
         "rate_distortion": (
-            partial(plots.rate_distortion, axis="kl_weight"),
+            partial(planes.rate_distortion, axis="kl_weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
     },

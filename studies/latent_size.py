@@ -6,7 +6,7 @@ size more latents change nothing; how many are used depends on the KL weight.
 
 from functools import partial
 
-from analysis import plots
+from analysis import planes, plots
 from harness.config import RunConfig
 from studies import answers, conditions
 from studies.cli import main
@@ -26,7 +26,7 @@ STUDY = Study(
             "projection onto as many dimensions.",
         ),
         "rate_distortion": (
-            partial(plots.rate_distortion, axis="latent_size", group="weight"),
+            partial(planes.rate_distortion, axis="latent_size", group="weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 import harness
-from analysis import frames, tables
+from analysis import frames, report, summaries, tables
 from harness.config import UserError
 from harness.data import Dataset
 from harness.tracking import RunLog, Store
@@ -61,6 +62,7 @@ def summarize(
         table, plan.study.answer(frame), store.home / "reports" / plan.name, experiment_id
     )
     _write(outcome, plan, data, frame, store)
+    report.build(outcome.folder)
     if not _recorded(plan, store):
         _log(plan, data, store, frame, outcome)
     return outcome
@@ -100,7 +102,7 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": data.digest,
         "experiment_id": outcome.experiment_id,
-        "tracking_uri": store.uri,
+        "tracking_uri": summaries.without_password(store.uri),
         "figures": figures,
         "pictures": write_pictures(folder, plan, data, frame, store),
         "tables": [{"file": "table.csv", "caption": TABLE_CAPTION}],
@@ -119,9 +121,13 @@ def command(plan: Plan) -> str:
     words = [f"python -m studies.{study.name} --dataset {plan.dataset}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
+    for field in ("latent_size", "kl_normalization"):
+        shared = plan.settings.get(field)
+        if shared not in (None, getattr(study.base, field)):
+            words.append(f"--{field.replace('_', '-')} {shared}")
     values = list(dict.fromkeys(point.value for point in plan.configs))
     if tuple(values) != study.axis.values:
-        words.append("--values " + " ".join(str(value) for value in values))
+        words.append("--values " + " ".join(shlex.quote(str(value)) for value in values))
     return " ".join(words)
 
 

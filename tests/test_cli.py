@@ -70,9 +70,11 @@ def test_a_data_folder_without_data_is_refused(tmp_path, monkeypatch):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    options = cli.parse(kl_weight.STUDY, ["--dataset", "mnist", "--data-dir", str(tmp_path)])
+    options = cli.parse(
+        "kl_weight", "Why?", float, ["--dataset", "mnist", "--data-dir", str(tmp_path)]
+    )
     with pytest.raises(UserError, match="Offline, put the files"):
-        cli._main(kl_weight.STUDY, options)
+        cli.execute(kl_weight.STUDY, options)
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, capsys):

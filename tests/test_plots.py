@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis import frames, plots
+from analysis import frames, planes, plots
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_weight_zero_has_a_place_on_the_logarithmic_axis(frame):
 
 
 def test_the_plane_holds_every_run_and_its_lines_have_constant_neg_elbo(frame):
-    panel = plots.rate_distortion(frame, "kl_weight").axes[0]
+    panel = planes.rate_distortion(frame, "kl_weight").axes[0]
     points = {(x, y) for line in panel.get_lines() for x, y in zip(*line.get_data(), strict=True)}
     assert set(zip(frame["rate"], frame["distortion"], strict=True)) <= points
     thin = [
@@ -50,4 +50,4 @@ def test_the_calibrated_weight_is_marked_where_the_ratio_crosses_one(frame):
 
 def test_one_seed_and_one_value_can_be_drawn(frame):
     plots.metrics_along_axis(frame[:1], "kl_weight")
-    plots.rate_distortion(frame[:1], "kl_weight")
+    planes.rate_distortion(frame[:1], "kl_weight")

@@ -229,7 +229,9 @@ def test_the_default_grid_has_zero_thirteen_weights_a_log_grid_and_the_blogs_wei
 
 def test_options_reach_the_plan():
     options = cli.parse(
-        kl_weight.STUDY,
+        "kl_weight",
+        "Why?",
+        float,
         ["--values", "0.5", "2", "--seeds", "4", "--epochs", "7", "--batch-size", "8"]
         + ["--latent-size", "3", "--kl-normalization", "sum"],
     )

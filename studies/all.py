@@ -1,0 +1,32 @@
+"""Every study of a dataset, one after the other, and an index page of their reports."""
+
+import importlib
+from collections.abc import Sequence
+
+from harness.config import UserError
+from studies.cli import clear_errors, execute, parse
+
+STUDIES = ("kl_weight", "latent_size", "kl_normalization", "elbo_vs_mse")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run all studies with the same options, each under its own name."""
+    with clear_errors():
+        options = parse("all", __doc__, str, args)
+        for name in ("values", "study_name"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')}: each study has its own; leave it out")
+        outcomes = []
+        for name in STUDIES:
+            study = importlib.import_module(f"studies.{name}").STUDY
+            outcomes.append(execute(study, options))
+        reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
+        if reports:
+            from analysis import report
+
+            folder = reports[0].parents[1]
+            print(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+
+
+if __name__ == "__main__":
+    main()
