@@ -1,12 +1,12 @@
 """Every study of a dataset, one after the other, and an index page of their reports."""
 
-import importlib
 from collections.abc import Sequence
 
 from harness.config import UserError
+from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
 from studies.cli import clear_errors, execute, parse
 
-STUDIES = ("kl_weight", "latent_size", "kl_normalization", "elbo_vs_mse")
+STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -16,10 +16,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in ("values", "study_name"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')}: each study has its own; leave it out")
-        outcomes = []
-        for name in STUDIES:
-            study = importlib.import_module(f"studies.{name}").STUDY
-            outcomes.append(execute(study, options))
+        outcomes = [execute(study, options) for study in STUDIES]
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report

@@ -84,9 +84,13 @@ def one_curve(frame: pd.DataFrame) -> str:
     collapsed = frame.groupby("decoder_variance")["active_units"].max()
     collapsed = collapsed[collapsed == 0].index
     verdict = "the modes are one curve" if between_modes < between_seeds else "the modes disagree"
+    gap = (
+        f"differs by at most {between_modes:.2g}" if between_modes else "is equal to the last bit,"
+    )
+    unit = " nats / image" if between_modes else ""
     first = (
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"differs by at most {between_modes:.2g} nats / image, while seeds differ by "
+        f"{gap}{unit} while seeds differ by "
         f"{between_seeds:.2g} (median standard deviation): {verdict}. The best "
         f"decoder variance, {best:.3g} pixel², is kl_weight = {named}."
     )
