@@ -131,6 +131,25 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     return Difference(float(gap.mean()), half_width(gap), len(gap))
 
 
+def differences(
+    frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
+) -> pd.DataFrame:
+    """Compare every point with reference runs, paired by seed, in words.
+
+    Returns:
+        One row per point, in the frame's order; columns keys and metrics, cells "difference ± half
+        width", with "(not distinguishable)" where the interval holds 0, "-" without a value.
+    """
+    rows = []
+    for point, part in frame.groupby(keys, sort=False):
+        gaps = {m: paired_difference(part, reference, m) for m in metrics}
+        said = {m: str(gap) if gap.seeds else "-" for m, gap in gaps.items()}
+        if set(part.index) <= set(reference.index):
+            said = dict.fromkeys(metrics, "reference")
+        rows.append(dict(zip(keys, point, strict=True)) | said)
+    return pd.DataFrame(rows)
+
+
 def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> object:
     """Return the axis value with the lowest mean of a metric; chosen on validation data."""
     return frame.groupby(axis)[metric].mean().idxmin()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from harness.config import UserError
+from studies import stopping
 from studies.options import Options, make_plan
 from studies.study import Study
 
@@ -29,14 +29,14 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are closed as KILLED
+    stopping.install()
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        said = "\nStopped. Finished runs are kept; the same command goes on from here."
+        said = "Stopped. Finished runs are kept; the same command goes on from here."
         print(said, file=sys.stderr)
         sys.exit(130)
 

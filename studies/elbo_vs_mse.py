@@ -32,6 +32,7 @@ STUDY = Study(
     seeds=5,
     objective="val/mse",
     extras=conditions.probe_accuracy,
+    reference=conditions.CALIBRATED_ELBO,
     table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy"),
 )
 

@@ -14,6 +14,7 @@ from harness.data import Dataset
 from harness.engine import EpochRecord
 from harness.sweep import flat_record
 from harness.tracking import RunLog, Store
+from studies import stopping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +82,7 @@ def _train_stack(planned: Sequence[Planned], place: Place) -> list[Metrics | Non
             if record.epoch in picture_epochs(configs[0].epochs):
                 _log_reconstructions(record, logs, place.data)
             place.on_epoch(record)
+            stopping.check()
         finals = harness.evaluate(record.model, place.data)
         for row, log in enumerate(logs):
             if row in diverged:

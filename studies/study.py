@@ -83,6 +83,7 @@ class Study:
         objective: metric whose mean over seeds is told to Optuna.
         extras: further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
+        reference: axis value that all others are compared with; None means the best one.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Study:
     objective: str = "val/neg_elbo"
     extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
+    reference: Any = None
 
 
 @dataclass(frozen=True)

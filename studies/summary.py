@@ -87,6 +87,12 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
         (folder / part).mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / "runs.csv", index=False)
     tables.cells(outcome.table).to_csv(folder / "table.csv", index=False)
+    reference = reference_runs(plan, frame)
+    keys = list(plan.coordinates(next(iter(plan.configs))))
+    compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
+    frames.differences(frame, keys, reference, compared).to_csv(
+        folder / "differences.csv", index=False
+    )
     figures = []
     for name, (draw, caption) in plan.study.figures.items():
         draw(frame).savefig(folder / f"figures/{name}.png", dpi=150)
@@ -105,10 +111,30 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
         "tracking_uri": summaries.without_password(store.uri),
         "figures": figures,
         "pictures": write_pictures(folder, plan, data, frame, store),
-        "tables": [{"file": "table.csv", "caption": TABLE_CAPTION}],
+        "tables": [
+            {"file": "table.csv", "caption": TABLE_CAPTION},
+            {
+                "file": "differences.csv",
+                "caption": f"Difference from {reference['name'].iloc[0].split(' seed=')[0]}, "
+                "paired by seed, with its 95 % t interval.",
+            },
+        ],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
 
+
+def reference_runs(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that all points are compared with: the study's reference, or the best."""
+    keys = list(plan.coordinates(next(iter(plan.configs))))
+    if plan.study.reference in set(frame[keys[-1]]):
+        return frame[frame[keys[-1]] == plan.study.reference]
+    best = frame.groupby(keys)[plan.study.objective].mean().idxmin()
+    best = best if isinstance(best, tuple) else (best,)
+    return frame[(frame[keys] == list(best)).all(axis=1)]
+
+
+COMPARED = ("val/neg_elbo", "neg_elbo", "mse", "probe_accuracy")
+"""Metrics of the table of paired differences."""
 
 TABLE_CAPTION = (
     "Mean and 95 % t interval over seeds; val/ on validation data, all else on test data."

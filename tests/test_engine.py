@@ -12,7 +12,7 @@ from harness import engine
 from harness.config import RunConfig, UserError
 from harness.data import Dataset
 from harness.engine import EpochRecord, losses, resolve_device, train
-from harness.objective import betas
+from harness.objective import betas, with_decoder_variance
 from harness.vae import VAE, initial
 
 KINDS = [
@@ -308,3 +308,20 @@ def test_an_epoch_on_the_gpu_is_the_epoch_on_the_cpu(data, dtype, tolerance):
         torch.testing.assert_close(ours, its, rtol=tolerance, atol=tolerance)
     for name in ("mse", "distortion", "loss", "neg_elbo"):
         np.testing.assert_allclose(cuda.val[name], cpu.val[name], rtol=10 * tolerance)
+
+
+# --- one curve ----------------------------------------------------------------------------------
+
+
+def test_at_equal_decoder_variance_the_four_modes_agree_within_the_spread_of_seeds(data):
+    modes = ("pixels", "batch", "latent", "sum")
+    base = RunConfig(epochs=4)
+    configs = [
+        with_decoder_variance(base.replace(kl_normalization=mode, seed=seed), 0.01, data.pixels)
+        for mode in modes
+        for seed in range(3)
+    ]
+    assert len({c.kl_weight for c in configs}) == 4
+    elbo = last_of(configs, data).val["neg_elbo"].reshape(len(modes), 3)
+    between_modes, between_seeds = np.ptp(elbo, axis=0).max(), elbo.std(axis=1, ddof=1).min()
+    assert between_modes < 1e-3 * between_seeds

@@ -1,0 +1,40 @@
+"""Stop at a safe point: the first Ctrl-C or SIGTERM is heeded after the current epoch.
+
+An exception raised wherever a signal happens to arrive can be swallowed inside a library, or fall
+between two halves of a write; a flag that is looked at after every epoch cannot.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+_received: list[int] = []
+
+
+def install() -> None:
+    """Heed Ctrl-C and SIGTERM from now on."""
+    _received.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _note)
+
+
+def check() -> None:
+    """Stop here if a signal has come.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
+        SystemExit: after SIGTERM, with the customary code 143.
+    """
+    if signal.SIGINT in _received:
+        raise KeyboardInterrupt
+    if _received:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if _received:
+        raise KeyboardInterrupt
+    _received.append(number)
+    print("\nStopping after this epoch; Ctrl-C once more stops at once.", file=sys.stderr)
