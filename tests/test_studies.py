@@ -60,7 +60,6 @@ def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
             assert again[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # MLflow's own type hints
 def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finished, data):
     import mlflow
 
