@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +32,10 @@ STACK_WIDTH = {"cpu": 16, "cuda": 64}
 class EpochRecord:
     """What one epoch of a stack gave; arrays are float64 of shape (S,).
 
+    The caller can end the training of some runs before the others: `record.drop([0, 2])` takes
+    rows 0 and 2 of this record out of the stack before the next epoch. The other runs go on as if
+    nothing had happened, and the next record is over them alone.
+
     Attributes:
         epoch: epochs finished, counted from 1.
         seconds: wall time of the epoch's training, evaluation excluded.
@@ -40,6 +44,8 @@ class EpochRecord:
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         model: the live stack; its weights change when the next record is asked for.
+        rows: positions of the runs in the list that `train` was given, shape (S,).
+        dropped: rows of this record that go no further.
     """
 
     epoch: int
@@ -49,6 +55,12 @@ class EpochRecord:
     val: dict[str, np.ndarray]
     kl_warmup: np.ndarray
     model: VAE = field(repr=False)
+    rows: tuple[int, ...]
+    dropped: set[int] = field(default_factory=set)
+
+    def drop(self, rows: Iterable[int]) -> None:
+        """End the training of some rows of this record; dropping all of them ends it all."""
+        self.dropped.update(rows)
 
     @property
     def images_per_second(self) -> float:
@@ -77,7 +89,7 @@ def train(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[EpochRecord]:
-    """Train a stack of runs with Adam, one record an epoch.
+    """Train a stack of runs with Adam, one record an epoch; it can drop runs (`EpochRecord`).
 
     Args:
         configs: the runs; they may differ in the fields of `harness.config.SWEPT` only.
@@ -93,14 +105,22 @@ def train(
     target = resolve_device(device)
     data = data.to(target)
     model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
-    update = _adam(model)
+    update, rows = _Adam(model), tuple(range(len(configs)))
     with _cpu_settings(configs, data.pixels):
         for epoch in range(1, configs[0].epochs + 1):
             start = time.perf_counter()
             images, warmup = _epoch(model, update, data, epoch)
             _synchronize(target)
             seconds = time.perf_counter() - start
-            yield EpochRecord(epoch, seconds, images, *_measure(model, data), warmup.numpy(), model)
+            metrics = _measure(model, data)
+            record = EpochRecord(epoch, seconds, images, *metrics, warmup.numpy(), model, rows)
+            yield record
+            if record.dropped:
+                left = [row for row in range(len(rows)) if row not in record.dropped]
+                if not left:
+                    return
+                model, rows = model.keep(left), tuple(rows[row] for row in left)
+                update = update.keep(left, model)
 
 
 def _measure(model: VAE, data: Dataset) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -127,14 +147,13 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
         )
 
 
-def _epoch(
-    model: VAE, update: Callable[[], object], data: Dataset, epoch: int
-) -> tuple[int, Tensor]:
+def _epoch(model: VAE, update: _Adam, data: Dataset, epoch: int) -> tuple[int, Tensor]:
     """Train one epoch; return the images seen by all runs and the last warm-up factors."""
     configs, batch = model.configs, model.configs[0].batch_size
     device, dtype = model.device, model.dtype
     order = streams.batches(configs, len(data.train), epoch)
-    noise = streams.noise(configs, "noise", order.shape[1], epoch).to(device, dtype)
+    noise = streams.noise(configs, "noise", order.shape[1], epoch, model.latent_size)
+    noise = noise.to(device, dtype)
     warmup = objective.kl_warmup(configs, epoch, order.shape[1] // batch)
     betas = (warmup * objective.betas(configs, data.pixels)).to(device, dtype)
     rows = order.to(device)
@@ -142,7 +161,7 @@ def _epoch(
         now = slice(step * batch, (step + 1) * batch)
         x = data.train.pixels(rows[:, now], dtype)
         losses(model, x, noise[:, now], beta).sum().backward()
-        update()
+        update.step()
         model.zero_grad()
     return rows.numel(), warmup[-1]
 
@@ -168,28 +187,56 @@ def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
     return objective.loss(error, kl.sum(-1).mean(-1), beta, x.shape[-1])
 
 
-def _adam(model: VAE) -> Callable[[], object]:
-    """Return the Adam update of all runs (Kingma & Ba 2014); elementwise, it couples no runs.
+class _Adam:
+    """Adam of all runs (Kingma & Ba 2014); elementwise, it couples no runs.
 
     PyTorch's optimiser takes one learning rate per tensor, so runs that differ in it are updated
     through views of their rows.
     """
-    parameters = list(model.parameters())
-    rates = [c.learning_rate for c in model.configs]
-    if len(set(rates)) == 1:
-        return torch.optim.Adam(parameters, lr=rates[0], fused=True).step
-    rows = [[p.detach()[s] for p in parameters] for s in range(len(rates))]
-    groups = [{"params": row, "lr": rate} for row, rate in zip(rows, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, fused=True)
 
-    def update() -> None:
-        for s, row in enumerate(rows):
-            for view, parameter in zip(row, parameters, strict=True):
+    def __init__(self, model: VAE, *, by_row: bool = False) -> None:
+        self.parameters: list[Tensor] = list(model.parameters())
+        rates = [c.learning_rate for c in model.configs]
+        self.rows: list[list[Tensor]] = []
+        if by_row or len(set(rates)) > 1:
+            self.rows = [[p.detach()[s] for p in self.parameters] for s in range(len(rates))]
+        groups = [
+            {"params": row, "lr": rate}
+            for row, rate in zip(self.rows or [self.parameters], rates, strict=False)
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+
+    def step(self) -> None:
+        """Update the weights from their gradients."""
+        for s, row in enumerate(self.rows):
+            for view, parameter in zip(row, self.parameters, strict=True):
                 assert parameter.grad is not None
                 view.grad = parameter.grad[s]
-        optimizer.step()
+        self.optimizer.step()
 
-    return update
+    def keep(self, rows: Sequence[int], model: VAE) -> _Adam:
+        """Return the optimiser of some runs, moments and all.
+
+        Args:
+            rows: which runs.
+            model: the stack that they now are.
+        """
+        kept = _Adam(model, by_row=bool(self.rows))
+        state = self.optimizer.state
+        if self.rows:
+            pairs = [
+                (new, state[old])
+                for own, row in zip(kept.rows, rows, strict=True)
+                for new, old in zip(own, self.rows[row], strict=True)
+            ]
+        else:
+            moments = [
+                {k: v[list(rows)] if v.ndim else v for k, v in state[p].items()}
+                for p in self.parameters
+            ]
+            pairs = list(zip(kept.parameters, moments, strict=True))
+        kept.optimizer.state.update(pairs)
+        return kept
 
 
 @contextmanager

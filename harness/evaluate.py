@@ -123,7 +123,8 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
 
 def evaluation_noise(stack: VAE, part: str, images: int) -> Tensor:
     """Return the posterior noise of a split's images, shape (S, N, L), the same at every epoch."""
-    drawn = streams.noise(stack.configs, f"evaluate/{part}", images)
+    width = stack.latent_size
+    drawn = streams.noise(stack.configs, f"evaluate/{part}", images, width=width)
     return drawn.to(stack.device, stack.dtype)
 
 

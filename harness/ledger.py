@@ -19,7 +19,7 @@ def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> 
         store.client.set_terminated(run.info.run_id, status)
 
 
-def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[int]) -> None:
+def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[object]) -> None:
     """Close what dead processes left: every run of the trials, and the study's open summary.
 
     Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.

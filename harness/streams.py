@@ -49,14 +49,16 @@ def batches(configs: Sequence[RunConfig], images: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.stack([orders[c.seed] for c in configs]))
 
 
-def noise(configs: Sequence[RunConfig], purpose: str, images: int, epoch: int = 0) -> Tensor:
+def noise(
+    configs: Sequence[RunConfig], purpose: str, images: int, epoch: int = 0, width: int = 0
+) -> Tensor:
     """Draw standard normal noise for each run, each image and each latent.
 
     Returns:
-        float32, shape (S, images, L) with L the stack's largest latent size; zero beyond a run's
-        own latent size.
+        float32, shape (S, images, L) with L the largest latent size, or `width` if that is more;
+        zero beyond a run's own latent size.
     """
-    widest = max(c.latent_size for c in configs)
+    widest = max(width, *(c.latent_size for c in configs))
     out = np.zeros((len(configs), images, widest), dtype=np.float32)
     drawn: dict[tuple[int, int], np.ndarray] = {}
     for row, config in enumerate(configs):

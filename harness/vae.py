@@ -6,6 +6,7 @@ posterior mean 0 and variance 1, hence KL 0, and decoder weights 0, which get no
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,16 @@ class VAE(nn.Module):
         """Map latents (S, B, L) to decoder means (S, B, D)."""
         output = self.decoder(z)
         return output.sigmoid() if self.configs[0].model == "mlp" else output
+
+    def keep(self, rows: Sequence[int]) -> VAE:
+        """Copy some runs into a stack of their own, in the given order; its padding stays."""
+        kept = copy.deepcopy(self)
+        kept.configs = tuple(self.configs[row] for row in rows)
+        kept.used_latents = self.used_latents[list(rows)]
+        for layer in (*kept.encoder.layers, *kept.decoder.layers):
+            layer.weight = nn.Parameter(layer.weight.detach()[list(rows)])
+            layer.bias = nn.Parameter(layer.bias.detach()[list(rows)])
+        return kept
 
     def run(self, index: int) -> SingleVAE:
         """Copy one run out of the stack as a plain module on the CPU."""

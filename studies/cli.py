@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -18,6 +18,8 @@ from studies.study import Study
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
+
+Given = TypeVar("Given")
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -47,11 +49,20 @@ def parse(name: str, question: str, kind: type, args: Sequence[str] | None = Non
     Raises:
         UserError: an option is unknown or its value cannot be read.
     """
+    return read(Options[kind], name, question, args)  # type: ignore[valid-type]
+
+
+def read(options: type[Given], name: str, question: str, args: Sequence[str] | None) -> Given:
+    """Read a dataclass of options from the command line of `python -m studies.NAME`.
+
+    Raises:
+        UserError: an option is unknown or its value cannot be read.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                Options[kind],  # type: ignore[valid-type]
+                options,
                 prog=f"python -m studies.{name}",
                 description=question.strip(),
                 args=args,

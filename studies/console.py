@@ -17,10 +17,11 @@ from analysis import tables
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
     from studies.options import Plan
+    from studies.search_options import SearchPlan
     from studies.summary import Outcome
 
 
-HIDDEN = ("neg_elbo",)
+HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
 """Columns left to the report, so that the table fits 80 characters."""
 
 BRIEF = ("calibration_ratio", "active_units")
@@ -64,35 +65,41 @@ class Console:
             self.out.print("Every run is finished already; nothing is trained again.")
         elif left < points:
             self.out.print(f"{points - left} points are finished; {left} are left.")
+        with self.bar(left * plan.seeds, epochs) as on_epoch:
+            yield on_epoch
+
+    @contextmanager
+    def bar(self, runs: int, epochs: int) -> Iterator[Callable[[EpochRecord], None]]:
+        """Show the training of so many runs; yields what is to be called after every epoch."""
         bar = Progress(
             TextColumn("{task.percentage:3.0f} %"),
             BarColumn(bar_width=12),
             TextColumn("{task.fields[now]}"),
             TimeRemainingColumn(),
             console=self.out,
-            disable=not self.out.is_terminal or left == 0,
+            disable=not self.out.is_terminal or runs == 0,
         )
-        total = left * plan.seeds * epochs
         with bar:
-            task = bar.add_task("training", total=total, now="starting")
+            task = bar.add_task("training", total=runs * epochs, now="starting")
 
             def on_epoch(record: EpochRecord) -> None:
                 now = _progress_line(record, epochs)
                 before = bar.tasks[0].percentage
-                bar.update(task, advance=len(record.model.configs), now=now)
+                saved = len(record.dropped) * (epochs - record.epoch)
+                bar.update(task, advance=len(record.rows) + saved, now=now)
                 after = bar.tasks[0].percentage
                 if not self.out.is_terminal and after // 10 > before // 10:
                     self.out.print(f"{after:3.0f} %  {now}")
 
             yield on_epoch
 
-    def outcome(self, plan: Plan, outcome: Outcome, tracking_uri: str | None) -> None:
+    def outcome(self, plan: Plan | SearchPlan, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer, and where to look further."""
         table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         cells = tables.cells(outcome.table)
         shown = [name for name in cells.columns if name not in HIDDEN]
         for name in shown:
-            table.add_column(name.replace("_", "_\n", 1), justify="right", no_wrap=True)
+            table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
         for row in cells[shown].to_dict("records"):
             table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)

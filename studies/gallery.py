@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,38 @@ def write_pictures(
         For each picture its file, its caption and the labels of its rows, for the report.
     """
     models = _models(plan, frame, store)
+    return draw_models(folder, models, _best(plan, frame, list(models)), data)
+
+
+def draw_models(
+    folder: Path, models: Mapping[str, SingleVAE], best: str, data: Dataset, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Draw models side by side, and one of them closer.
+
+    Args:
+        folder: the summary's.
+        models: label -> model.
+        best: label of the one to look at closer.
+        data: their dataset.
+        seed: of all of them, named in the captions.
+
+    Returns:
+        For each picture its file, its caption and the labels of its rows, for the report.
+    """
     labels = list(models)
-    best = _best(plan, frame, labels)
     stack, draw = list(models.values()), harness.pictures
     drawn = [
         (
             "reconstructions",
             draw.reconstruction_rows(stack, data.test),
-            "Test images (top row) and their reconstructions from the posterior mean, seed 0.",
+            "Test images (top row) and their reconstructions from the posterior mean, "
+            f"seed {seed}.",
             ["test images", *labels],
         ),
         (
             "prior_samples",
             draw.sample_rows(stack),
-            "Decoder means of z drawn from the prior N(0, I), seed 0.",
+            f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
             labels,
         ),
         (
@@ -82,7 +101,7 @@ def _best(plan: Plan, frame: pd.DataFrame, labels: list[str]) -> str:
     return min(labels, key=lambda label: values[f"{label} seed=0"])
 
 
-def _scatter(folder: Path, models: dict[str, SingleVAE], data: Dataset) -> dict[str, Any]:
+def _scatter(folder: Path, models: Mapping[str, SingleVAE], data: Dataset) -> dict[str, Any]:
     """Draw where test images lie in each model's latent space."""
     part = data.test.head(SCATTERED)
     classes = part.labels.cpu().numpy()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import harness
 from harness.config import RunConfig
@@ -28,9 +28,9 @@ PICTURES = 10
 
 @dataclass(frozen=True)
 class Place:
-    """Where stacks of a plan are trained and recorded."""
+    """Where stacks are trained and recorded; `plan` is None for runs that are no study's points."""
 
-    plan: Plan
+    plan: Plan | None
     data: Dataset
     device: str
     store: Store
@@ -39,6 +39,18 @@ class Place:
 
 
 Metrics = dict[str, float]
+
+
+class End(NamedTuple):
+    """Why a run is ended before its last epoch: status FAILED or KILLED, and the reason."""
+
+    status: str
+    reason: str
+    pruned: bool = False
+
+
+Judge = Callable[[EpochRecord], Mapping[int, End]]
+"""Which rows of a record are to be ended, asked after every epoch."""
 
 
 def train_tracked(
@@ -56,16 +68,18 @@ def train_tracked(
     Returns:
         For each point the final metrics of each seed, None for one that diverged.
     """
+    plan = place.plan
+    assert plan is not None
     planned = [
-        (config, place.plan.coordinates(point), place.plan.tags(point, trial))
+        (config, plan.coordinates(point), plan.tags(point, trial))
         for point, trial in zip(points, trials, strict=True)
-        for config in place.plan.configs[point]
+        for config in plan.configs[point]
     ]
     results: dict[int, Metrics | None] = {}
     for rows in harness.sweep.stacks([config for config, *_ in planned], len(planned)):
-        finals = _train_stack([planned[row] for row in rows], place)
+        finals = train_stack([planned[row] for row in rows], place)
         results |= dict(zip(rows, finals, strict=True))
-    seeds = place.plan.seeds
+    seeds = plan.seeds
     return [[results[i * seeds + s] for s in range(seeds)] for i in range(len(points))]
 
 
@@ -73,24 +87,53 @@ Planned = tuple[RunConfig, dict[str, Any], dict[str, str]]
 """A run to be: configuration, coordinates of its point, MLflow tags."""
 
 
-def _train_stack(planned: Sequence[Planned], place: Place) -> list[Metrics | None]:
+def train_stack(
+    planned: Sequence[Planned], place: Place, judge: Judge = lambda record: {}
+) -> list[Metrics | None]:
+    """Train one stack, one MLflow run for each of its runs.
+
+    A run that diverges, or that the judge ends, leaves the stack at once.
+
+    Returns:
+        The final metrics of each run, None for one that was ended.
+    """
     configs = [config for config, *_ in planned]
-    with _open_logs(planned, place) as logs:
-        diverged: dict[int, str] = {}
+    results: list[Metrics | None] = [None] * len(planned)
+    with _open_logs(planned, place) as every:
         for record in harness.train(configs, place.data, place.device):
-            _log_epoch(record, logs, diverged)
+            logs = [every[row] for row in record.rows]
+            _log_epoch(record, logs)
             if record.epoch in picture_epochs(configs[0].epochs):
                 _log_reconstructions(record, logs, place.data)
+            for row, end in {**judge(record), **_diverged(record)}.items():
+                _log_end(logs[row], end)
+                record.drop([row])
             place.on_epoch(record)
             stopping.check()
+        if len(record.dropped) == len(record.rows):
+            return results
         finals = harness.evaluate(record.model, place.data)
-        for row, log in enumerate(logs):
-            if row in diverged:
-                log.tag("reason", diverged[row])
-                log.end("FAILED")
-            else:
-                _log_final(log, record.model.run(row), finals[row], place)
-    return [None if row in diverged else metrics for row, metrics in enumerate(finals)]
+        for row, origin in enumerate(record.rows):
+            if row not in record.dropped:
+                _log_final(every[origin], record.model.run(row), finals[row], place)
+                results[origin] = finals[row]
+    return results
+
+
+def _diverged(record: EpochRecord) -> dict[int, End]:
+    errors = {row: float(mse) for row, mse in enumerate(record.train["mse"])}
+    return {
+        row: End("FAILED", f"diverged in epoch {record.epoch}: training mse is {mse}")
+        for row, mse in errors.items()
+        if not math.isfinite(mse)
+    }
+
+
+def _log_end(log: RunLog, end: End) -> None:
+    log.tag("reason", end.reason)
+    if end.pruned:
+        log.tag("pruned", "true")
+    log.end(end.status)
 
 
 def picture_epochs(epochs: int) -> set[int]:
@@ -129,11 +172,8 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     }
 
 
-def _log_epoch(record: EpochRecord, logs: list[RunLog], diverged: dict[int, str]) -> None:
+def _log_epoch(record: EpochRecord, logs: list[RunLog]) -> None:
     for row, log in enumerate(logs):
-        mse = float(record.train["mse"][row])
-        if not math.isfinite(mse) and row not in diverged:
-            diverged[row] = f"diverged in epoch {record.epoch}: training mse is {mse}"
         progress = {
             "progress/epoch_seconds": record.seconds,
             "progress/images_per_second": record.images_per_second,
@@ -152,7 +192,7 @@ def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset)
 def _log_final(log: RunLog, run: SingleVAE, metrics: Metrics, place: Place) -> None:
     """Log test metrics, the study's extras, samples and the model, and close the run."""
     final = {name: value for name, value in metrics.items() if name.startswith("test/")}
-    if place.plan.study.extras is not None:
+    if place.plan is not None and place.plan.study.extras is not None:
         final |= place.plan.study.extras(run, place.data)
     log.metrics(final, run.config.epochs)
     log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)

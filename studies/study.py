@@ -145,8 +145,7 @@ class Grid:
         }
         for start in range(0, len(left), at_once):
             trials = [self.study.ask(choices) for _ in left[start : start + at_once]]
-            for trial in trials:
-                trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+            claim(trials)
             yield trials
 
     def tell(self, trial: optuna.Trial, objectives: Sequence[float | None]) -> None:
@@ -159,25 +158,36 @@ class Grid:
             self.study.tell(trial, sum(finite) / len(finite))
 
     def bury(self) -> list[int]:
-        """Tell the trials of dead processes as failed, so that their points are repeated.
+        """Tell the trials of dead processes as failed: `bury_trials`."""
+        return bury_trials(self.study)
 
-        Returns:
-            Their numbers.
 
-        Raises:
-            UserError: another process is running this study.
-        """
-        abandoned = self.trials("RUNNING")
-        for trial in abandoned:
-            host, _, process = trial.user_attrs.get("process", ":").rpartition(":")
-            if host == socket.gethostname() and _alive(int(process)):
-                raise UserError(
-                    f"study {self.plan.name!r} is being run by process {process} on this machine; "
-                    "wait for it, stop it, or start another with --study-name"
-                )
-        for trial in abandoned:
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        return [trial.number for trial in abandoned]
+def claim(trials: Sequence[optuna.Trial]) -> None:
+    """Write down that this process runs some trials."""
+    for trial in trials:
+        trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+
+
+def bury_trials(study: optuna.Study) -> list[int]:
+    """Tell the trials of dead processes as failed, so that they are repeated.
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        UserError: another process is running this study.
+    """
+    abandoned = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    for trial in abandoned:
+        host, _, process = trial.user_attrs.get("process", ":").rpartition(":")
+        if host == socket.gethostname() and _alive(int(process)):
+            raise UserError(
+                f"study {study.study_name!r} is being run by process {process} on this machine; "
+                "wait for it, stop it, or start another with --study-name"
+            )
+    for trial in abandoned:
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return [trial.number for trial in abandoned]
 
 
 def _alive(process: int) -> bool:
@@ -228,17 +238,26 @@ def open_grid(plan: Plan, storage: optuna.storages.RDBStorage) -> Grid:
     study = optuna.create_study(
         storage=storage, study_name=plan.name, direction="minimize", load_if_exists=True
     )
-    there, here = study.user_attrs.get("settings"), plan.settings
+    agree(study, plan.settings)
+    return Grid(plan, study)
+
+
+def agree(study: optuna.Study, here: dict[str, Any]) -> None:
+    """Write down the settings of a new study, or check that they are those of an old one.
+
+    Raises:
+        UserError: the study exists with other settings.
+    """
+    there = study.user_attrs.get("settings")
     if there is None:
         study.set_user_attr("settings", here)
     elif there != here:
         changed = sorted(k for k in there | here if there.get(k) != here.get(k))
         listed = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed)
         raise UserError(
-            f"study {plan.name!r} exists with other settings ({listed}); repeat its settings to "
-            "continue it, or start another with --fresh or --study-name"
+            f"study {study.study_name!r} exists with other settings ({listed}); repeat its "
+            "settings to continue it, or start another with --fresh or --study-name"
         )
-    return Grid(plan, study)
 
 
 def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> Outcome:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,6 +20,9 @@ from harness.data import Dataset
 from harness.tracking import RunLog, Store
 from studies.gallery import write_pictures
 from studies.options import Plan, Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
@@ -62,7 +67,6 @@ def summarize(
         table, plan.study.answer(frame), store.home / "reports" / plan.name, experiment_id
     )
     _write(outcome, plan, data, frame, store)
-    report.build(outcome.folder)
     if not _recorded(plan, store):
         _log(plan, data, store, frame, outcome)
     return outcome
@@ -82,9 +86,7 @@ def _check_complete(plan: Plan, frame: pd.DataFrame, finished: list[Point], stor
 
 def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, store: Store) -> None:
     """Write all that a report is made of into the outcome's folder."""
-    folder = outcome.folder
-    for part in ("figures", "pictures"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    folder = make_folder(outcome.folder)
     frame.to_csv(folder / "runs.csv", index=False)
     tables.cells(outcome.table).to_csv(folder / "table.csv", index=False)
     reference = reference_runs(plan, frame)
@@ -93,34 +95,58 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
     frames.differences(frame, keys, reference, compared).to_csv(
         folder / "differences.csv", index=False
     )
-    figures = []
-    for name, (draw, caption) in plan.study.figures.items():
-        draw(frame).savefig(folder / f"figures/{name}.png", dpi=150)
-        figures.append({"file": f"figures/{name}.png", "caption": caption})
+    figures = plan.study.figures.items()
+    drawn = {name: (draw(frame), caption) for name, (draw, caption) in figures}
+    compared_with = reference["name"].iloc[0].split(" seed=")[0]
+    difference_caption = (
+        f"Difference from {compared_with}, paired by seed, with its 95 % t interval."
+    )
+    write_summary(
+        outcome,
+        data,
+        store,
+        study=plan.study.name,
+        name=plan.name,
+        question=plan.study.question.strip(),
+        command=command(plan),
+        settings=plan.settings,
+        figures=save_figures(folder, drawn),
+        pictures=write_pictures(folder, plan, data, frame, store),
+        tables=[
+            {"file": "table.csv", "caption": TABLE_CAPTION},
+            {"file": "differences.csv", "caption": difference_caption},
+        ],
+    )
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a summary's folder with its two parts."""
+    for part in ("figures", "pictures"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_figures(folder: Path, drawn: Mapping[str, tuple[Figure, str]]) -> list[dict[str, str]]:
+    """Save figures with their captions; returns what the report needs of each."""
+    for name, (figure, _) in drawn.items():
+        figure.savefig(folder / f"figures/{name}.png", dpi=150)
+    return [{"file": f"figures/{name}.png", "caption": text} for name, (_, text) in drawn.items()]
+
+
+def write_summary(outcome: Outcome, data: Dataset, store: Store, **fields: object) -> None:
+    """Write `summary.json`, the given fields and those that every study has, and the report."""
+    versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
     summary = {
-        "study": plan.study.name,
-        "name": plan.name,
-        "dataset": plan.dataset,
-        "question": plan.study.question.strip(),
+        **fields,
+        "dataset": data.name,
         "answer": outcome.answer,
-        "command": command(plan),
-        "settings": plan.settings,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": versions,
         "dataset_digest": data.digest,
         "experiment_id": outcome.experiment_id,
         "tracking_uri": summaries.without_password(store.uri),
-        "figures": figures,
-        "pictures": write_pictures(folder, plan, data, frame, store),
-        "tables": [
-            {"file": "table.csv", "caption": TABLE_CAPTION},
-            {
-                "file": "differences.csv",
-                "caption": f"Difference from {reference['name'].iloc[0].split(' seed=')[0]}, "
-                "paired by seed, with its 95 % t interval.",
-            },
-        ],
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    (outcome.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    report.build(outcome.folder)
 
 
 def reference_runs(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
@@ -165,12 +191,38 @@ def _recorded(plan: Plan, store: Store) -> bool:
 def _log(plan: Plan, data: Dataset, store: Store, frame: pd.DataFrame, outcome: Outcome) -> None:
     """Write the summary run: answer and table as description, files, and the best run's model."""
     best = frame.loc[frame[plan.study.objective].idxmin()]
-    tags = {"study": plan.name, "role": "summary", "configuration": f"best: {best['name']}"}
-    log = RunLog(store, outcome.experiment_id, "summary", tags, plan.settings)
+    shown = {m: float(best[m]) for m in plan.study.table if m in best and best[m] == best[m]}
+    description = describe(plan.study.question, outcome)
+    log_summary(outcome, plan.name, plan.settings, description, best, shown, data, store)
+
+
+def log_summary(
+    outcome: Outcome,
+    study: str,
+    settings: Mapping[str, object],
+    description: str,
+    best: pd.Series,
+    shown: Mapping[str, float],
+    data: Dataset,
+    store: Store,
+) -> None:
+    """Write the summary run of a study, with the model of its best run.
+
+    Args:
+        outcome: what was found; its folder is logged.
+        study: name of the study, as tagged.
+        settings: parameters of the summary run.
+        description: Markdown that its page shows.
+        best: the best run, a row of the frame of runs.
+        shown: metrics of the summary run.
+        data: the dataset.
+        store: where runs are.
+    """
+    tags = {"study": study, "role": "summary", "configuration": f"best: {best['name']}"}
+    log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
     try:
         log.dataset(data)
-        log.describe(describe(plan.study.question, outcome))
-        shown = {m: float(best[m]) for m in plan.study.table if m in best and best[m] == best[m]}
+        log.describe(description)
         log.metrics(shown, step=int(best["epochs"]))
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model

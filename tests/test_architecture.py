@@ -35,7 +35,7 @@ HARNESS = {
 
 ONLY_IN = {
     "mlflow": {"harness/tracking.py"},
-    "optuna": {"studies/study.py"},
+    "optuna": {"studies/study.py", "studies/searching.py"},
 }
 """Libraries that exactly these modules may import."""
 

@@ -219,6 +219,63 @@ def test_an_enormous_learning_rate_leaves_the_other_runs_bitwise_untouched(tiny)
     check_untouched(last_of(wild, tiny), last_of(MIXED, tiny), row=2)
 
 
+# --- runs that are dropped ----------------------------------------------------------------------
+
+LONGER = [c.replace(epochs=4) for c in MIXED]
+DROPS = {1: [1, 2], 3: [0]}
+"""Rows dropped after an epoch; run 2 has the stack's largest latent size."""
+
+one_or_many_rates = pytest.mark.parametrize("rate", [1e-3, None], ids=["one rate", "mixed rates"])
+
+
+def with_rate(rate: float | None) -> list[RunConfig]:
+    return [c.replace(learning_rate=rate or c.learning_rate) for c in LONGER]
+
+
+def dropping(configs: list[RunConfig], data: Dataset, **settings) -> list[EpochRecord]:
+    records = []
+    for record in train(configs, data, device="cpu", **settings):
+        record.drop(DROPS.get(record.epoch, []))
+        records.append(record)
+    return records
+
+
+@one_or_many_rates
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(tiny, rate, dtype, limit):
+    configs = with_rate(rate)
+    whole = list(train(configs, tiny, device="cpu", dtype=dtype))
+    cut = dropping(configs, tiny, dtype=dtype)
+    assert [r.rows for r in cut] == [(0, 1, 2, 3, 4), (0, 3, 4), (0, 3, 4), (3, 4)]
+    for ours, its in zip(cut, whole, strict=True):
+        assert ours.model.configs == tuple(configs[row] for row in ours.rows)
+        assert ours.images == 96 * len(ours.rows)
+        for name, values in its.val.items():
+            np.testing.assert_allclose(
+                ours.val[name], values[list(ours.rows)], rtol=10 * limit, atol=limit, err_msg=name
+            )
+    for s, row in enumerate(cut[-1].rows):
+        ours, its = flat(cut[-1].model.run(s)), flat(whole[-1].model.run(row))
+        torch.testing.assert_close(ours, its, rtol=limit, atol=limit)
+
+
+def test_dropping_every_run_ends_the_training(tiny):
+    records = []
+    for record in train(LONGER, tiny, device="cpu"):
+        record.drop(range(len(record.rows)) if record.epoch == 2 else [])
+        records.append(record.epoch)
+    assert records == [1, 2]
+
+
+def test_a_dropped_run_that_diverged_leaves_nothing_behind(tiny):
+    wild = [*MIXED[:2], MIXED[2].replace(learning_rate=1e38), *MIXED[3:]]
+    wild = [c.replace(epochs=3) for c in wild]
+    for record in train(wild, tiny, device="cpu"):
+        record.drop(np.flatnonzero(np.isnan(record.val["mse"])))
+    assert record.rows == (0, 1, 3, 4)
+    assert np.isfinite(record.val["neg_elbo"]).all()
+
+
 # --- records and results ------------------------------------------------------------------------
 
 
