@@ -152,7 +152,7 @@ def front(trials: pd.DataFrame) -> Figure:
     panel.set_yscale("log")
     panel.set_xlabel(UNITS["val/rate"])
     panel.set_ylabel(UNITS["val/mse"])
-    lines = ["trial: weight, latents, learning rate, warm-up"]
+    lines = ["", "trial: weight, latents, learning rate, warm-up"]
     for _, trial in _spread(best, lowest).iterrows():
         place = (trial["val/rate"], trial["val/mse"])
         offset = {"xytext": (7, 7), "textcoords": "offset points"}
@@ -161,8 +161,9 @@ def front(trials: pd.DataFrame) -> Figure:
             f"{trial['trial']}: {trial['kl_weight']:.2g} {trial['kl_normalization']}, "
             f"{trial['latent_size']}, {trial['learning_rate']:.2g}, {trial['kl_warmup_epochs']}"
         )
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.text(1.0, 0.0, "\n".join(lines), ha="left", va="bottom", fontsize=9)
+    for text in lines:
+        panel.plot([], [], " ", label=text or " ")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     sns.despine(figure)
     return figure
 
