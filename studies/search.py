@@ -63,7 +63,7 @@ SEARCH = Search(
         "front": (
             lambda found: search_plots.front(found.trials),
             "Rate and mse of all trials on validation data; no trial beats those of the front in "
-            "both. Numbers are trials.",
+            "both. Numbers are trials; points close to a numbered one have none.",
         ),
     },
 )

@@ -49,7 +49,8 @@ class SearchOptions:
         dataset: data to train on; digits needs no download.
         data_dir: folder of the other data sets, downloaded into it if missing.
         trials: configurations in all; a finished search goes on if there are more.
-        seeds: runs of every configuration; its objective is their mean.
+        seeds: runs of every configuration; its objective is their mean. One by default: runs
+            are better spent on further configurations, since the best is trained again anyway.
         epochs: passes over the training split (digits 50, others 20).
         batch_size: images per step.
         pruner: how unpromising configurations are stopped early (median; none with

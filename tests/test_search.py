@@ -11,7 +11,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from analysis import report, search_frames, search_plots
+from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search
 from studies.search_options import SearchOptions, make_search_plan
@@ -134,7 +134,7 @@ def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
     names = {Path(figure["file"]).stem for figure in summary["figures"]}
     assert names == {"history", "parameters", "importances"}
     assert "python -m studies.search --dataset digits --trials 5" in summary["command"]
-    assert report.build(folder).is_file()
+    assert summary["answer"].split(".")[0] in (folder / "report.html").read_text()
 
 
 def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
