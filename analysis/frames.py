@@ -45,10 +45,18 @@ def load_study(
         UserError: there are none; the message says which command makes them.
     """
     name = f"{study}-{dataset}"
-    frame = load_runs(name, name, tracking_uri)
+    return some(load_runs(name, name, tracking_uri), study, dataset)
+
+
+def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
+    """Return the frame unless it is empty.
+
+    Raises:
+        UserError: it is; the message says which command makes the study's runs.
+    """
     if frame.empty:
         raise UserError(
-            f"no finished runs of {name} in {tracking.connect(tracking_uri).uri}; make them with: "
+            f"no finished runs of {study}-{dataset} here; make them with: "
             f"python -m studies.{study} --dataset {dataset}"
         )
     return frame

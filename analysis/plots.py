@@ -42,7 +42,7 @@ FOUR = ("neg_elbo", "mse", "rate", "active_units")
 
 
 def canvas(
-    width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool
+    width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any
 ) -> tuple[Figure, Any]:
     """Return an empty figure, size in inches, and its panel, or array of panels."""
     from matplotlib.figure import Figure

@@ -1,10 +1,14 @@
 """Every study of a dataset, one after the other, and an index page of their reports."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from harness.config import UserError
-from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
+from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.cli import clear_errors, execute, parse
+from studies.options import Options
+from studies.search_options import SearchOptions
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
@@ -13,16 +17,23 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its own name."""
     with clear_errors():
         options = parse("all", __doc__, str, args)
-        for name in ("values", "study_name"):
+        for name in ("values", "study_name", "latent_size", "kl_normalization"):
             if getattr(options, name):
-                raise UserError(f"--{name.replace('_', '-')}: each study has its own; leave it out")
+                raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         outcomes = [execute(study, options) for study in STUDIES]
+        outcomes.append(search.execute(search_options(options)))
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report
 
             folder = reports[0].parents[1]
             print(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+
+
+def search_options(options: Options[Any]) -> SearchOptions:
+    """Return the search's options: what it shares with the other studies, seeds its own."""
+    shared = {f.name for f in fields(SearchOptions)} & {f.name for f in fields(Options)} - {"seeds"}
+    return SearchOptions(**{name: getattr(options, name) for name in shared})
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ again with fresh seeds, since the search's own number for it is the luckiest of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from analysis import search_plots
 from harness.config import RunConfig
 from studies import conditions
 from studies.cli import clear_errors, read
 from studies.search_options import Range, Search, SearchOptions, Space, make_search_plan
+
+if TYPE_CHECKING:
+    from studies.summary import Outcome
 
 
 def space(epochs: int) -> Space:
@@ -72,10 +76,15 @@ SEARCH = Search(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the search from the command line; bad input ends it with one line and exit code 2."""
     with clear_errors():
-        _main(read(SearchOptions, SEARCH.name, SEARCH.question, args))
+        execute(read(SearchOptions, SEARCH.name, SEARCH.question, args))
 
 
-def _main(options: SearchOptions) -> None:
+def execute(options: SearchOptions) -> Outcome | None:
+    """Run the search and show it; None for a dry run, which trains nothing.
+
+    Raises:
+        UserError: an option, the data or a store cannot be used.
+    """
     plan = make_search_plan(SEARCH, options)
 
     # After parsing, so that --help and misspelt options answer at once.
@@ -89,8 +98,11 @@ def _main(options: SearchOptions) -> None:
     harness.engine.check_stack([plan.base], data)
     console.out.print(f"[bold]{SEARCH.question.strip().splitlines()[0]}[/bold]")
     console.out.print(plan.sentence(data.pixels))
-    if not options.dry_run:
-        console.outcome(plan, run(plan, data, options, console), options.tracking_uri)
+    if options.dry_run:
+        return None
+    outcome = run(plan, data, options, console)
+    console.outcome(plan, outcome, options.tracking_uri)
+    return outcome
 
 
 if __name__ == "__main__":

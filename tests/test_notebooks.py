@@ -7,6 +7,8 @@ import pytest
 from nbclient import NotebookClient
 from real_stores import small_study
 
+from studies import search
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "analysis").glob("*.ipynb"))
 SMALL = {
     "kl_weight": ["--values", "0", "0.02", "1"],
@@ -23,6 +25,9 @@ def tracking_of_all(empty_database, tmp_path_factory):
     (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
     for name, values in SMALL.items():
         small_study(name, [*values, "--seeds", "2", "--epochs", "2"], folder)
+    places = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    places += ["--storage", f"sqlite:///{folder}/optuna.db"]
+    search.main(["--trials", "6", "--epochs", "2", *places])
     return f"sqlite:///{folder}/mlflow.db"
 
 
