@@ -55,7 +55,9 @@ def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]
         return []
     active = frame.groupby(axis)["active_units"].mean()
     dead = active.index[active == 0]
-    seen = f"none is active from {dead.min():.3g} on" if len(dead) else "none of the values did so"
+    seen = (
+        f"none is active from {dead.min():.3g} on" if len(dead) else "every value tried keeps some"
+    )
     allowed = frame.loc[frame[axis] == best, "linear/active_units"].mean()
     return [
         f"The exact linear model loses its last latent at {axis} = {knob:.3g}, where the decoder "

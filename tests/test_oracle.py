@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import hadamard
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
 from harness import RunConfig, UserError, load_dataset, oracle
 from harness.data import Dataset, Split
 from harness.engine import train
-from harness.evaluate import evaluate, linear_losses, measure
+from harness.evaluate import active_units, evaluate, linear_losses, measure
 from harness.objective import kl_per_latent, with_decoder_variance
 from harness.optimum import linear_vae
 from harness.vae import VAE, SingleVAE
@@ -324,49 +325,56 @@ def expected_loss(run: SingleVAE, x: torch.Tensor, variance: float) -> torch.Ten
     return (error + 2 * variance * kl).mean() / x.shape[-1]
 
 
-EIGENVALUES = 0.02 * 0.7 ** np.arange(12)
-"""Pixel^2; in 12 pixels around 1/2, so that nothing is clipped."""
+EIGENVALUES = 0.6 ** np.arange(8)
+"""Of a Gaussian over 8 pixels, in a unit of 50 grey levels: rounding adds 1 / (12 * 50^2)."""
 
 
 def gaussian() -> Dataset:
-    """Draw images from a Gaussian of known covariance; a grey level is 1/255 of a pixel."""
-    stream = np.random.default_rng(0)
-    basis = np.linalg.qr(stream.standard_normal((12, 12)))[0]
-    x = 0.5 + stream.standard_normal((6000, 12)) * np.sqrt(EIGENVALUES) @ basis.T
-    assert abs(x - 0.5).max() < 0.5
-    images = torch.from_numpy(np.rint(255 * x).astype(np.uint8))
-    whole = Split(images, torch.zeros(6000, dtype=torch.int64), largest=255)
-    train, val, test = (
-        replace(whole, images=part, labels=whole.labels[: len(part)])
-        for part in images.split([5120, 440, 440])
-    )
-    return Dataset("gaussian", (1, 3, 4), 1, train, val, test, "drawn")
+    """Draw images from a Gaussian of known covariance, none of them clipped."""
+    normal = np.random.default_rng(0).standard_normal((2960, 8))
+    x = 2.5 + normal * np.sqrt(EIGENVALUES) @ hadamard(8).T / math.sqrt(8)
+    assert abs(x - 2.5).max() < 2.5
+    images = torch.from_numpy(np.rint(50 * x).astype(np.uint8))
+    parts = images.split([2560, 200, 200])
+    splits = (Split(part, torch.zeros(len(part), dtype=torch.int64), 50) for part in parts)
+    return Dataset("gaussian", (1, 2, 4), 1, *splits, "drawn")
 
 
 def test_the_eigenvalues_of_a_known_gaussian_are_found():
-    # Relative standard error of an eigenvalue: sqrt(2 / 5120) = 2 %. Rounding adds 1.3e-6.
+    # The standard error of an eigenvalue is sqrt(2 / N) of it.
     found = oracle.pca(gaussian()).variances
-    assert found == pytest.approx(EIGENVALUES, rel=5 * math.sqrt(2 / 5120))
+    assert found == pytest.approx(EIGENVALUES, rel=5 * math.sqrt(2 / 2560))
 
 
 TRAINED = {
-    "digits": (load_dataset, (0.05, 0.3), {"epochs": 60, "batch_size": 128, "learning_rate": 3e-3}),
-    "gaussian": (gaussian, (0.001, 0.01), {"epochs": 60, "batch_size": 512, "learning_rate": 3e-3}),
+    "digits": (load_dataset, (0.1, 0.3), 5, 0.04, 0.003),
+    "gaussian": (gaussian, (0.1, 0.5), 3, 0.1, 0.007),
 }
+"""Data, decoder variances, latents, learning rate, and how far above the optimum the loss may be.
+
+Measured: 0.0017 and 0.0006 on digits, 0.0016 and 0.005 on the Gaussian.
+"""
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_reaches_the_closed_form(name):
-    make, variances, settings = TRAINED[name]
+    # Adam's steps are large, so that 240 epochs suffice, and the weights go around the optimum;
+    # their mean over the second half is compared.
+    make, variances, size, rate, tolerance = TRAINED[name]
     known = make()
-    configs = [
-        with_decoder_variance(LINEAR.replace(**settings), variance, known.pixels)
-        for variance in variances
-    ]
-    *_, last = train(configs, known, device="cpu", dtype=torch.float64)
+    base = LINEAR.replace(latent_size=size, learning_rate=rate, batch_size=256, epochs=240)
+    configs = [with_decoder_variance(base, variance, known.pixels) for variance in variances]
+    sums: dict[str, torch.Tensor] = {}
+    for record in train(configs, known, device="cpu", dtype=torch.float64):
+        if record.epoch > 120:
+            for key, weights in record.model.named_parameters():
+                sums[key] = sums.get(key, 0) + weights.detach() / 120
+    record.model.load_state_dict(sums, strict=False)
     x = known.train.pixels(slice(None), torch.float64)
     for s, variance in enumerate(variances):
-        best = oracle.pca(known).trained_optimum(10, variance)
-        loss = expected_loss(last.model.run(s), x, variance).item()
-        print(name, variance, loss / best.loss - 1, best.active.sum(), best.active_units)
-        assert 1 <= loss / best.loss < 1.002
+        run, best = record.model.run(s), oracle.pca(known).trained_optimum(size, variance)
+        assert 1 <= expected_loss(run, x, variance).item() / best.loss < 1 + tolerance
+        posterior = run.encode(x)
+        kl = kl_per_latent(posterior.mean, posterior.log_variance).mean(0)
+        assert kl.sum().item() == pytest.approx(best.rate, rel=0.02)
+        assert active_units(posterior.mean.unsqueeze(0)).item() == best.active_units
