@@ -163,6 +163,21 @@ def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> 
     return frame.groupby(axis)[metric].mean().idxmin()
 
 
+def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
+    """Return the value of a weight axis from which on the exact linear model has collapsed.
+
+    There the decoder variance, proportional to the weight, is the data's largest eigenvalue.
+
+    Returns:
+        None for another axis than a weight's, and for stores that lack the eigenvalue.
+    """
+    if axis not in ("kl_weight", "decoder_variance") or "linear/collapse_variance" not in frame:
+        return None
+    known = frame[frame["decoder_variance"] > 0].dropna(subset=["linear/collapse_variance"])
+    units = known[axis] / known["decoder_variance"]
+    return float((units * known["linear/collapse_variance"]).mean()) if len(known) else None
+
+
 def class_errors(frame: pd.DataFrame) -> pd.Series:
     """Return the mean test `mse` of each class over the frame's runs, worst class first."""
     columns = [c for c in frame.columns if c.startswith("mse_class/")]

@@ -29,6 +29,7 @@ LABELS = {
     "kl_weight": "kl_weight",
     "latent_size": "latent_size (count)",
     "probe_accuracy": "probe_accuracy (share)",
+    "gap_to_linear": "gap_to_linear (%)",
 }
 """Axis labels: vocabulary name and unit."""
 
@@ -57,7 +58,9 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figur
     figure, panels = canvas(10, 7, rows=2, columns=2, sharex=True)
     for panel, metric in zip(panels.flat, FOUR, strict=True):
         line(panel, frame, axis, metric, group)
+        linear_line(panel, frame, axis, metric, group)
         mark_calibration(panel, frame, axis, group)
+        mark_collapse(panel, frame, axis, group)
         focus(panel, frame, axis, metric)
     for panel in panels[0]:
         panel.set_xlabel("")
@@ -82,6 +85,27 @@ def line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = 
     panel.set_xlabel(LABELS.get(axis, axis))
     panel.set_ylabel(LABELS.get(metric, metric))
     scale_axis(panel, frame[axis])
+
+
+def linear_line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = "") -> None:
+    """Draw the exact linear model's metric, dashed, a line a group; stores without it have none."""
+    column = f"linear/{metric}"
+    if column not in frame or frame[column].isna().all():
+        return
+    parts = frame.groupby(group, sort=False) if group else [("", frame)]
+    for (_, part), color in zip(parts, COLORS if group else (GREY,), strict=False):
+        means = part.groupby(axis)[column].mean()
+        panel.plot(means.index, means, color=color, ls="--", lw=1.2, alpha=0.9)
+    panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
+
+
+def mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str, group: str = "") -> None:
+    """Mark the weight from which on the exact linear model has no active latent."""
+    from analysis import frames
+
+    knob = None if group else frames.collapse_value(frame, axis)
+    if knob is not None and knob < frame[axis].max():
+        panel.axvline(knob, color=GREY, ls="-.", lw=1.2, label="linear model collapses")
 
 
 def scale_axis(panel: Axes, values: pd.Series) -> None:
@@ -129,7 +153,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     sizes = sorted(frame["latent_size"].unique())
     floor = frame.groupby("latent_size")["pca_floor"].mean()
     _, mse, _, active = figure.axes
-    mse.plot(floor.index, floor, "--", color=GREY, label="PCA floor")
+    mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
     active.plot(sizes, sizes, "--", color=GREY, lw=1)
     active.annotate("all", (sizes[-1], sizes[-1]), color=GREY, ha="right", va="top")
     for panel in figure.axes:
@@ -146,14 +170,15 @@ def one_curve(frame: pd.DataFrame) -> Figure:
         for panel, axis in zip(row, ("kl_weight", "decoder_variance"), strict=True):
             _overlaid(panel, frame, axis, metric)
             panel.set_xscale("log")
+        linear_line(row[1], frame, "decoder_variance", metric)
         row[0].set_ylabel(LABELS[metric])
     panels[0, 0].set_title("against the weight the user sets")
     panels[0, 1].set_title("against what the weight means")
     for panel, axis in zip(panels[-1], ("kl_weight", "decoder_variance"), strict=True):
         panel.set_xlabel(LABELS[axis])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles, labels = panels[0, 1].get_legend_handles_labels()
     title = "kl_normalization, mean over seeds"
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, title=title, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title, frameon=False)
     sns.despine(figure)
     return figure
 

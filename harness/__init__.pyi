@@ -1,6 +1,7 @@
 from . import engine as engine
 from . import ledger as ledger
 from . import objective as objective
+from . import optimum as optimum
 from . import oracle as oracle
 from . import pictures as pictures
 from . import probe as probe

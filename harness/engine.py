@@ -15,8 +15,8 @@ from torch import Tensor
 
 from harness import objective, streams
 from harness.config import RunConfig, UserError
-from harness.data import Dataset
-from harness.evaluate import evaluation_noise, measure, to_arrays
+from harness.data import Dataset, Split
+from harness.evaluate import evaluation_noise, linear_losses, measure, to_arrays
 from harness.vae import VAE, initial
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -106,13 +106,14 @@ def train(
     data = data.to(target)
     model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
     update, rows = _Adam(model), tuple(range(len(configs)))
+    linear = [linear_losses(model, data, split) for split in (_probe(data), data.val)]
     with _cpu_settings(configs, data.pixels):
         for epoch in range(1, configs[0].epochs + 1):
             start = time.perf_counter()
             images, warmup = _epoch(model, update, data, epoch)
             _synchronize(target)
             seconds = time.perf_counter() - start
-            metrics = _measure(model, data)
+            metrics = _measure(model, data, *linear)
             record = EpochRecord(epoch, seconds, images, *metrics, warmup.numpy(), model, rows)
             yield record
             if record.dropped:
@@ -121,15 +122,23 @@ def train(
                     return
                 model, rows = model.keep(left), tuple(rows[row] for row in left)
                 update = update.keep(left, model)
+                linear = [part[left] for part in linear]
 
 
-def _measure(model: VAE, data: Dataset) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _probe(data: Dataset) -> Split:
+    """Return the training images that train metrics are measured on."""
+    return data.train.head(len(data.val))
+
+
+def _measure(
+    model: VAE, data: Dataset, train_linear: Tensor, val_linear: Tensor
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the metrics on the first training images and on validation, in one transfer."""
-    probe = data.train.head(len(data.val))
+    probe = _probe(data)
     noise = evaluation_noise(model, "val", len(data.val))
-    val = measure(model, data.val, noise, data.classes)
+    val = measure(model, data.val, noise, data.classes, None, val_linear)
     noise = evaluation_noise(model, "train", len(probe))
-    train = measure(model, probe, noise, data.classes, variance=val["mse"])
+    train = measure(model, probe, noise, data.classes, val["mse"], train_linear)
     arrays = to_arrays({f"train/{k}": v for k, v in train.items()} | val)
     return {k: arrays.pop(f"train/{k}") for k in train}, arrays
 

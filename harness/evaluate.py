@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import objective, streams
+from harness import objective, oracle, streams
 from harness.data import Dataset, Split
 from harness.vae import VAE, SingleVAE
-
-ACTIVE_VARIANCE = 0.01
-"""A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
 
 CHUNK = 500
 """Images evaluated at once; fixed, so that a run's sums do not depend on its stack."""
@@ -37,7 +34,7 @@ def active_units(mean: Tensor) -> Tensor:
     Returns:
         Count as float64, shape (S,).
     """
-    return (mean.double().var(dim=1, correction=0) > ACTIVE_VARIANCE).sum(-1).double()
+    return (mean.double().var(dim=1, correction=0) > objective.ACTIVE_VARIANCE).sum(-1).double()
 
 
 def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -55,9 +52,38 @@ def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
     return mse @ member / member.sum(0)
 
 
+def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
+    """Say how much a loss is below the exact linear model's: 100 (linear - loss) / linear.
+
+    Args:
+        loss: shape (S,).
+        linear: loss of the exact linear model at the same knob on the same images, shape (S,).
+
+    Returns:
+        %, shape (S,); negative is worse than linear.
+    """
+    return 100 * (linear - loss) / linear
+
+
+def linear_losses(model: VAE, data: Dataset, split: Split) -> Tensor:
+    """Return the loss of the exact linear model at each run's knob, on a split.
+
+    Linear algebra of the training split, done once per dataset; NaN for a deterministic latent.
+
+    Returns:
+        float64, shape (S,), on the model's device.
+    """
+    return torch.from_numpy(oracle.linear_losses(model.configs, data, split)).to(model.device)
+
+
 @torch.no_grad()
 def measure(
-    model: VAE, split: Split, noise: Tensor, classes: int, variance: Tensor | None = None
+    model: VAE,
+    split: Split,
+    noise: Tensor,
+    classes: int,
+    variance: Tensor | None = None,
+    linear_loss: Tensor | None = None,
 ) -> Metrics:
     """Return every metric of one split for each run of a stack.
 
@@ -68,10 +94,11 @@ def measure(
         classes: number of classes.
         variance: decoder variance for `distortion`, fitted on validation data, shape (S,);
             None fits it here: the maximum-likelihood variance is the `mse` itself.
+        linear_loss: `linear_losses` of the split; None leaves `gap_to_linear` out.
 
     Returns:
         `mse`, `rate`, `loss`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
-        `kl/i` of latent i and `mse_class/c` of class c.
+        `gap_to_linear`, `kl/i` of latent i and `mse_class/c` of class c.
     """
     error, kl, mean = _forward(model, split, noise)
     pixels = split.images.shape[1]
@@ -93,6 +120,8 @@ def measure(
         "calibration_ratio": beta / 2 / mse,
         "active_units": active_units(mean),
     }
+    if linear_loss is not None:
+        metrics["gap_to_linear"] = gap_to_linear(loss, linear_loss)
     kl = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
     metrics |= {f"kl/{i}": column for i, column in enumerate(kl.unbind(-1))}
     per_class = mse_per_class(error / pixels, split.labels, classes)
@@ -113,8 +142,9 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
     data = data.to(stack.device)
     val_noise = evaluation_noise(stack, "val", len(data.val))
     test_noise = evaluation_noise(stack, "test", len(data.test))
-    val = measure(stack, data.val, val_noise, data.classes)
-    test = measure(stack, data.test, test_noise, data.classes, variance=val["mse"])
+    val_linear, test_linear = (linear_losses(stack, data, s) for s in (data.val, data.test))
+    val = measure(stack, data.val, val_noise, data.classes, None, val_linear)
+    test = measure(stack, data.test, test_noise, data.classes, val["mse"], test_linear)
     named = {f"val/{k}": v for k, v in val.items()} | {f"test/{k}": v for k, v in test.items()}
     named |= test
     values = to_arrays(named)

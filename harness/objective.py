@@ -16,6 +16,9 @@ from torch import Tensor
 
 from harness.config import RunConfig
 
+ACTIVE_VARIANCE = 0.01
+"""A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
+
 
 def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL divergence of a diagonal Gaussian posterior from N(0, I), latent by latent.

@@ -33,6 +33,7 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
         f"{row['calibration_ratio']:.2f}, and {row['active_units']:.1f} of {size} latents are "
         "active.",
         rivals(frame, axis, best),
+        *linear_prediction(frame, axis, best),
     ]
     if conditions.BLOG_WEIGHT in means.index and best != conditions.BLOG_WEIGHT:
         blog = means.loc[conditions.BLOG_WEIGHT]
@@ -43,6 +44,26 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[axis] == best])])
+
+
+def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]:
+    """Say where the exact linear model collapses, beside what was seen; nothing in old stores."""
+    from analysis import frames
+
+    knob = frames.collapse_value(frame, axis)
+    if knob is None:
+        return []
+    active = frame.groupby(axis)["active_units"].mean()
+    dead = active.index[active == 0]
+    seen = (
+        f"none is active from {dead.min():.3g} on" if len(dead) else "every value tried keeps some"
+    )
+    allowed = frame.loc[frame[axis] == best, "linear/active_units"].mean()
+    return [
+        f"The exact linear model loses its last latent at {axis} = {knob:.3g}, where the decoder "
+        f"variance reaches the data's largest eigenvalue; here {seen}. At the best value it keeps "
+        f"{allowed:.0f} latents active, the trained model {active[best]:.1f}."
+    ]
 
 
 def useful_latents(frame: pd.DataFrame) -> str:

@@ -26,7 +26,8 @@ STUDY = Study(
         "one_curve": (
             plots.one_curve,
             "Left, the metrics against the weight that the user sets: four curves. Right, the same "
-            "runs against the decoder variance that the weight means: one curve.",
+            "runs against the decoder variance that the weight means: one curve; dashed, the exact "
+            "linear model.",
         ),
     },
     answer=answers.one_curve,

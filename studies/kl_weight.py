@@ -19,7 +19,8 @@ STUDY = Study(
     figures={
         "metrics_along_axis": (
             partial(plots.metrics_along_axis, axis="kl_weight"),
-            "Test metrics against the KL weight; the dotted line marks calibration_ratio = 1.",
+            "Test metrics against the KL weight; dotted, calibration_ratio = 1. Dashed, the exact "
+            "linear model; dash-dotted, the weight from which on it has no active latent.",
         ),
         "rate_distortion": (
             partial(planes.rate_distortion, axis="kl_weight"),

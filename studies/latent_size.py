@@ -22,8 +22,9 @@ STUDY = Study(
     figures={
         "metrics_along_axis": (
             partial(plots.metrics_along_latent_size, group="weight"),
-            "Test metrics against the number of latents; dashed, the mse of a principal component "
-            "projection onto as many dimensions.",
+            "Test metrics against the number of latents; dashed, the exact linear model at the "
+            "same weight; dotted, the mse of a principal component projection onto as many "
+            "dimensions.",
         ),
         "rate_distortion": (
             partial(planes.rate_distortion, axis="latent_size", group="weight"),

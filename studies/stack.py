@@ -190,8 +190,9 @@ def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset)
 
 
 def _log_final(log: RunLog, run: SingleVAE, metrics: Metrics, place: Place) -> None:
-    """Log test metrics, the study's extras, samples and the model, and close the run."""
+    """Log final metrics (test, exact linear model, extras), samples and model; close the run."""
     final = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    final |= harness.oracle.linear_metrics(run.config, place.data)
     if place.plan is not None and place.plan.study.extras is not None:
         final |= place.plan.study.extras(run, place.data)
     log.metrics(final, run.config.epochs)

@@ -28,6 +28,19 @@ def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
     assert "Class 8 reconstructs worst (mse 0.0200), as the blog says" in said
 
 
+def test_the_linear_models_collapse_stands_beside_what_was_seen():
+    frame = frame_of((0.01, 0.1, 1.0, 3.0), (-5.0, -9.0, 4.0, 5.0))
+    assert "linear" not in answers.best_weight(frame, "kl_weight")  # an older store
+    frame["linear/collapse_variance"] = 0.7
+    frame["linear/active_units"] = 9.0
+    said = answers.best_weight(frame, "kl_weight")
+    assert "loses its last latent at kl_weight = 1.4" in said
+    assert "here every value tried keeps some" in said
+    assert "keeps 9 latents active, the trained model 5.0" in said
+    frame.loc[frame["kl_weight"] == 3.0, "active_units"] = 0
+    assert "here none is active from 3 on" in answers.best_weight(frame, "kl_weight")
+
+
 def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
     frame = frame_of((0.01, 0.1, 1.0), (-9.0, -9.01, 4.0))
     near = (frame["kl_weight"] == 0.01) & (frame["seed"] == 0)

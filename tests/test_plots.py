@@ -48,6 +48,28 @@ def test_the_calibrated_weight_is_marked_where_the_ratio_crosses_one(frame):
     assert marks[0].get_xdata()[0] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("metric", plots.FOUR)
+def test_the_linear_model_is_a_dashed_line_with_its_values(frame, metric):
+    panel = plots.metrics_along_axis(frame, "kl_weight").axes[plots.FOUR.index(metric)]
+    dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"][0]
+    expected = frame.groupby("kl_weight")[f"linear/{metric}"].mean()
+    np.testing.assert_array_equal(dashed.get_xdata(), expected.index)
+    np.testing.assert_array_equal(dashed.get_ydata(), expected)
+
+
+def test_the_weight_of_the_linear_models_collapse_is_marked(frame):
+    made = frame.assign(**{"linear/collapse_variance": 0.3})
+    panel = plots.metrics_along_axis(made, "kl_weight").axes[3]
+    (mark,) = [m for m in panel.get_lines() if m.get_label() == "linear model collapses"]
+    assert mark.get_xdata()[0] == pytest.approx(0.6)
+
+
+def test_stores_without_the_linear_model_are_drawn_without_it(frame):
+    old = frame[[c for c in frame.columns if not c.startswith("linear/")]]
+    for panel in plots.metrics_along_axis(old, "kl_weight").axes:
+        assert not [line for line in panel.get_lines() if line.get_linestyle() in ("--", "-.")]
+
+
 def test_one_seed_and_one_value_can_be_drawn(frame):
     plots.metrics_along_axis(frame[:1], "kl_weight")
     planes.rate_distortion(frame[:1], "kl_weight")
