@@ -155,7 +155,14 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     _, mse, _, active = figure.axes
     mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
     active.plot(sizes, sizes, "--", color=GREY, lw=1)
-    active.annotate("all", (sizes[-1], sizes[-1]), color=GREY, ha="right", va="top")
+    active.annotate(
+        "all",
+        (sizes[-1], sizes[-1]),
+        xytext=(-10, -2),
+        textcoords="offset points",
+        color=GREY,
+        ha="right",
+    )
     for panel in figure.axes:
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
