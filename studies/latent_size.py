@@ -1,7 +1,7 @@
 """How many latents does a VAE use, and what do more of them buy?
 
-A latent that costs more nats than it saves in distortion collapses onto the prior, so beyond some
-size more latents change nothing; how many are used depends on the KL weight.
+At the optimum a latent that costs more nats than it saves in distortion collapses onto the prior,
+and more latents change nothing. Whether training gets there, and at which size, is measured here.
 """
 
 from functools import partial
