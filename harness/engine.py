@@ -250,7 +250,7 @@ class _Adam:
 
 @contextmanager
 def _cpu_settings(configs: Sequence[RunConfig], pixels: int) -> Iterator[None]:
-    """Set what a CPU computes small layers fastest with, and undo it at the end of training."""
+    """Flush denormals from here on, and use one thread for small layers until training ends."""
     sizes = (pixels, *configs[0].hidden, configs[0].latent_size)
     largest = max(inputs * outputs for inputs, outputs in pairwise(sizes))
     threads = torch.get_num_threads()

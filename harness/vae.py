@@ -22,7 +22,7 @@ from harness.config import RunConfig, UserError
 from harness.nn import MLP, Linear
 
 MIN_VARIANCE = 1e-8
-"""Floor of the blog's posterior variance (its 1e-8 inside the logarithm), pixel-free units."""
+"""Floor of the blog's posterior variance (its 1e-8 inside the logarithm), latent^2."""
 
 
 @dataclass(frozen=True)
