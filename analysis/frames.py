@@ -66,7 +66,20 @@ def tidy(runs: list[dict]) -> pd.DataFrame:
     """Turn run records of `tracking.read_runs` into a frame, parameters cast from text."""
     rows = [{"run_id": r["run_id"], "name": r["name"], **r["params"], **r["metrics"]} for r in runs]
     frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/"))
-    return frame.apply(_numbers) if rows else frame
+    return _with_own_variances(frame.apply(_numbers)) if rows else frame
+
+
+def _with_own_variances(frame: pd.DataFrame) -> pd.DataFrame:
+    """Fill in the decoder variance of runs whose KL weight does not set it: ratio * mse.
+
+    A Bernoulli decoder has neither variance nor ratio: NaN, in columns that are always there.
+    """
+    nothing = pd.Series(np.nan, frame.index)
+    own = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
+    return frame.assign(
+        decoder_variance=frame.get("decoder_variance", nothing).fillna(own),
+        calibration_ratio=frame.get("calibration_ratio", nothing),
+    )
 
 
 def _numbers(column: pd.Series) -> pd.Series:
@@ -169,8 +182,11 @@ def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
     There the decoder variance, proportional to the weight, is the data's largest eigenvalue.
 
     Returns:
-        None for another axis than a weight's, and for stores that lack the eigenvalue.
+        None for another axis than a weight's, for weights that set no decoder variance, and for
+        stores that lack the eigenvalue.
     """
+    if "sigma" in frame and (frame["sigma"] != "fixed").any():
+        return None
     if axis not in ("kl_weight", "decoder_variance") or "linear/collapse_variance" not in frame:
         return None
     known = frame[frame["decoder_variance"] > 0].dropna(subset=["linear/collapse_variance"])

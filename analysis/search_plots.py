@@ -23,6 +23,9 @@ UNITS = LABELS | {
     "learning_rate": "learning_rate",
     "kl_warmup_epochs": "kl_warmup_epochs (epochs)",
     "kl_normalization": "kl_normalization",
+    "kl_cycles": "kl_cycles",
+    "free_bits": "free_bits (nats)",
+    "sigma": "sigma",
     "val/neg_elbo": "val/neg_elbo (nats / image)",
     "val/mse": "val/mse (pixel²)",
     "val/rate": "val/rate (nats / image)",
@@ -37,7 +40,14 @@ PANELS = (
     "latent_size",
     "learning_rate",
     "kl_warmup_epochs",
+    "kl_cycles",
+    "free_bits",
+    "sigma",
 )
+"""What a search may have tried, in the order of the figure's panels."""
+
+WHOLE = ("kl_warmup_epochs", "kl_cycles")
+CATEGORIES = ("kl_normalization", "sigma")
 
 NAMED = 14
 """Most points of a front that are numbered."""
@@ -76,11 +86,14 @@ def _bound(panel: Axes, trials: pd.DataFrame) -> None:
 
 def parameters(trials: pd.DataFrame) -> Figure:
     """Plot the objective against each setting; later trials are darker, pruned ones crosses."""
-    figure, panels = canvas(13, 7.5, rows=2, columns=3, sharey=True)
-    for panel, setting in zip(panels.flat, PANELS, strict=True):
+    settings = [name for name in PANELS if name in trials and trials[name].notna().any()]
+    rows = -(-len(settings) // 3)
+    figure, panels = canvas(13, 3.75 * rows, rows=rows, columns=3, sharey=True)
+    for panel, setting in zip(panels.flat, settings, strict=False):
         dots = _against(panel, trials, setting)
         panel.set_xlabel(UNITS[setting])
-    panels[1, 2].xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels.flat[len(settings) :]:
+        panel.set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel(UNITS[OBJECTIVE])
     _bound(panels[0, -1], trials)
@@ -94,7 +107,7 @@ def parameters(trials: pd.DataFrame) -> Figure:
 
 def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
     x = trials[setting]
-    if setting == "kl_normalization":
+    if setting in CATEGORIES:
         modes = sorted(x.unique())
         # Side by side within a mode, in the order asked.
         places = x.map(modes.index) + 0.5 * (trials["trial"] / max(1, trials["trial"].max()) - 0.5)
@@ -102,6 +115,8 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
         x = places
     elif setting in LOGARITHMIC:
         panel.set_xscale("log")
+    elif setting in WHOLE:
+        panel.xaxis.get_major_locator().set_params(integer=True)
     elif setting == "latent_size":
         panel.set_xscale("log", base=2)
         sizes = [2**i for i in range(11) if x.min() <= 2**i <= x.max()]

@@ -30,6 +30,8 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -11,12 +11,18 @@ Model = Literal["mlp", "linear"]
 Head = Literal["gaussian", "relu"]
 Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
+Sigma = Literal["fixed", "optimal", "learned"]
+Likelihood = Literal["gaussian", "bernoulli"]
+Binarization = Literal["none", "stochastic", "threshold"]
 
 SWEPT = (
     "latent_size",
     "kl_weight",
     "kl_normalization",
     "kl_warmup_epochs",
+    "kl_cycles",
+    "free_bits",
+    "sigma",
     "learning_rate",
     "seed",
 )
@@ -49,6 +55,17 @@ class RunConfig:
         kl_normalization: what the KL sum is divided by: batch x "pixels", "batch",
             batch x "latent", or 1 ("sum").
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
+        kl_cycles: equal parts of the training that each begin with that warm-up (Fu et al. 2019).
+        free_bits: nats of each latent's batch-mean KL that cost nothing (Kingma et al. 2016).
+        sigma: what sets the Gaussian decoder's variance: "fixed": the KL weight, through the
+            squared error (beta / 2); "optimal": the mse of each batch; "learned": one trained
+            scalar (sigma-VAE, Rybkin et al. 2021). Not fixed, the loss is an exact negative ELBO
+            per pixel at beta = 1.
+        likelihood: "gaussian", or "bernoulli": cross-entropy, an exact ELBO at beta = 1 if the
+            data are binary.
+        binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
+            grey value as probability; "threshold": at a half. Only with "bernoulli", which without
+            it is grey-pixel cross-entropy: a loss, and no likelihood.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
@@ -63,6 +80,11 @@ class RunConfig:
     kl_weight: float = 1.0
     kl_normalization: KLNormalization = "pixels"
     kl_warmup_epochs: int = 0
+    kl_cycles: int = 1
+    free_bits: float = 0.0
+    sigma: Sigma = "fixed"
+    likelihood: Likelihood = "gaussian"
+    binarization: Binarization = "none"
     learning_rate: float = 1e-3
     batch_size: int = 32
     epochs: int = 20
@@ -76,19 +98,45 @@ class RunConfig:
         _one_of("head", self.head, Head)
         _one_of("latent", self.latent, Latent)
         _one_of("kl_normalization", self.kl_normalization, KLNormalization)
+        _one_of("sigma", self.sigma, Sigma)
+        _one_of("likelihood", self.likelihood, Likelihood)
+        _one_of("binarization", self.binarization, Binarization)
         for width in self.hidden:
             _whole("hidden", width, at_least=1)
         _whole("latent_size", self.latent_size, at_least=1)
         _whole("kl_warmup_epochs", self.kl_warmup_epochs, at_least=0)
+        _whole("kl_cycles", self.kl_cycles, at_least=1)
         _whole("batch_size", self.batch_size, at_least=1)
         _whole("epochs", self.epochs, at_least=1)
         _whole("seed", self.seed, at_least=0)
         _number("kl_weight", self.kl_weight, "a finite number >= 0", lambda v: v >= 0)
+        _number("free_bits", self.free_bits, "a finite number >= 0", lambda v: v >= 0)
         _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
-        if self.latent == "deterministic" and self.kl_weight != 0:
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.latent == "deterministic":
+            for name, off in (("kl_weight", 0), ("free_bits", 0), ("sigma", "fixed")):
+                if getattr(self, name) != off:
+                    raise UserError(
+                        f"{name}={getattr(self, name)!r} with latent='deterministic': a plain "
+                        f"autoencoder has no KL term and no likelihood; set {name}={off!r}"
+                    )
+        if self.likelihood == "bernoulli" and self.sigma != "fixed":
             raise UserError(
-                f"kl_weight={self.kl_weight} with latent='deterministic': a plain autoencoder has "
-                "no KL term; set kl_weight=0"
+                f"sigma={self.sigma!r} with likelihood='bernoulli': only a Gaussian decoder has a "
+                "variance; set sigma='fixed'"
+            )
+        if self.likelihood == "gaussian" and self.binarization != "none":
+            raise UserError(
+                f"binarization={self.binarization!r} with likelihood='gaussian': binary pixels "
+                "need likelihood='bernoulli'; or set binarization='none'"
+            )
+        if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
+            raise UserError(
+                f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}: the "
+                f"warm-up of every cycle must end within epochs={self.epochs}; give fewer"
             )
 
     @classmethod
@@ -99,6 +147,11 @@ class RunConfig:
     def replace(self, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
         """Return a copy with some fields changed and everything checked again."""
         return replace(self, **changes)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
+        return self.likelihood == "gaussian" or self.binarization != "none"
 
     def static(self) -> tuple[Any, ...]:
         """Return the values that all runs of one stack must share."""

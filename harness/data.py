@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import UserError
+from harness.config import Binarization, UserError
 from harness.streams import generator
 
 SPLIT_SEED = 0
@@ -25,6 +25,7 @@ VALIDATION_IMAGES = 5_000
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 DATASETS = ("digits", *TORCHVISION)
+PARTS = ("train", "val", "test")
 
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
 """What torchvision raises for files that are absent, unreachable, cut short or not IDX."""
@@ -54,6 +55,22 @@ class Split:
     def head(self, images: int) -> Split:
         """Return the first images of the split, which is in random order."""
         return replace(self, images=self.images[:images], labels=self.labels[:images])
+
+    def binarized(self, kind: Binarization, stream: np.random.Generator | None = None) -> Split:
+        """Return the split with pixels 0 or 1.
+
+        "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "none": as it is.
+        """
+        if kind == "none":
+            return self
+        levels = np.full(1, (self.largest + 1) // 2 - 1)
+        if kind == "stochastic":
+            assert stream is not None
+            shape = tuple(self.images.shape)
+            levels = stream.integers(self.largest, size=shape, dtype=np.uint8)
+        ones = self.images > torch.from_numpy(levels).to(self.images.device)
+        return replace(self, images=ones.to(torch.uint8), largest=1)
 
     def to(self, device: torch.device) -> Split:
         """Return the split with its tensors on the device."""
@@ -87,9 +104,22 @@ class Dataset:
         """D: values of an image, all channels."""
         return math.prod(self.image_shape)
 
+    def binarized(self, kind: Binarization) -> Dataset:
+        """Return the dataset as runs with this `binarization` are measured on it.
+
+        The drawn pixels are the same for every run and seed; binary images stay as they are.
+        """
+        if kind == "none":
+            return self
+        parts = {
+            part: getattr(self, part).binarized(kind, generator(SPLIT_SEED, f"binarize/{part}"))
+            for part in PARTS
+        }
+        return replace(self, **parts)
+
     def to(self, device: torch.device) -> Dataset:
         """Return the dataset with its tensors on the device."""
-        parts = {part: getattr(self, part).to(device) for part in ("train", "val", "test")}
+        parts = {part: getattr(self, part).to(device) for part in PARTS}
         return replace(self, **parts)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import objective, streams
+from harness import elbo, objective, oracle, streams
 from harness.config import RunConfig, UserError
 from harness.data import Dataset, Split
 from harness.evaluate import evaluation_noise, linear_losses, measure, to_arrays
+from harness.optimizer import Adam
+from harness.streams import generator
 from harness.vae import VAE, initial
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -103,14 +106,16 @@ def train(
     """
     check_stack(configs, data)
     target = resolve_device(device)
-    data = data.to(target)
+    grey = data.to(target)
+    data = grey.binarized(configs[0].binarization)
     model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
-    update, rows = _Adam(model), tuple(range(len(configs)))
+    _start_learned_variances(model, data)
+    update, rows = Adam(model), tuple(range(len(configs)))
     linear = [linear_losses(model, data, split) for split in (_probe(data), data.val)]
     with _cpu_settings(configs, data.pixels):
         for epoch in range(1, configs[0].epochs + 1):
             start = time.perf_counter()
-            images, warmup = _epoch(model, update, data, epoch)
+            images, warmup = _epoch(model, update, grey.train, epoch)
             _synchronize(target)
             seconds = time.perf_counter() - start
             metrics = _measure(model, data, *linear)
@@ -156,23 +161,47 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
         )
 
 
-def _epoch(model: VAE, update: _Adam, data: Dataset, epoch: int) -> tuple[int, Tensor]:
+def _epoch(model: VAE, update: Adam, split: Split, epoch: int) -> tuple[int, Tensor]:
     """Train one epoch; return the images seen by all runs and the last warm-up factors."""
     configs, batch = model.configs, model.configs[0].batch_size
     device, dtype = model.device, model.dtype
-    order = streams.batches(configs, len(data.train), epoch)
+    order = streams.batches(configs, len(split), epoch)
     noise = streams.noise(configs, "noise", order.shape[1], epoch, model.latent_size)
     noise = noise.to(device, dtype)
     warmup = objective.kl_warmup(configs, epoch, order.shape[1] // batch)
-    betas = (warmup * objective.betas(configs, data.pixels)).to(device, dtype)
-    rows = order.to(device)
+    betas = (warmup * objective.betas(configs, split.images.shape[1])).to(device, dtype)
+    split, rows = _seen(split, order.to(device), configs, epoch)
     for step, beta in enumerate(betas):
         now = slice(step * batch, (step + 1) * batch)
-        x = data.train.pixels(rows[:, now], dtype)
+        x = split.pixels(rows[:, now], dtype)
         losses(model, x, noise[:, now], beta).sum().backward()
         update.step()
         model.zero_grad()
     return rows.numel(), warmup[-1]
+
+
+def _seen(
+    split: Split, order: Tensor, configs: Sequence[RunConfig], epoch: int
+) -> tuple[Split, Tensor]:
+    """Return the training images as an epoch shows them, and where each run finds its batches.
+
+    Pixels drawn for the epoch differ from seed to seed, so there is a copy of the split a seed.
+    """
+    kind = configs[0].binarization
+    if kind != "stochastic":
+        return split.binarized(kind), order
+    seeds = sorted({c.seed for c in configs})
+    copies = [split.binarized(kind, generator(seed, "binarize", epoch)) for seed in seeds]
+    images = torch.cat([copy.images for copy in copies])
+    first = torch.tensor([[seeds.index(c.seed) * len(split)] for c in configs])
+    return replace(copies[0], images=images), order + first.to(order.device)
+
+
+def _start_learned_variances(model: VAE, data: Dataset) -> None:
+    """Start learned decoder variances at the mse of a decoder that knows the mean image alone."""
+    if model.log_decoder_variance is not None:
+        variance = oracle.pca(data).likeliest_variance(0)
+        torch.nn.init.constant_(model.log_decoder_variance, math.log(variance))
 
 
 def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
@@ -187,65 +216,15 @@ def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
     Returns:
         Shape (S,). Summing it gives every run exactly its own gradient.
     """
-    posterior = model.encode(x)
-    reconstruction = model.decode(model.reparameterize(posterior, eps))
-    error = objective.squared_error(x, reconstruction).mean(-1)
-    if model.configs[0].latent == "deterministic":
-        return error / x.shape[-1]
-    kl = objective.kl_per_latent(posterior.mean, posterior.log_variance)
-    return objective.loss(error, kl.sum(-1).mean(-1), beta, x.shape[-1])
-
-
-class _Adam:
-    """Adam of all runs (Kingma & Ba 2014); elementwise, it couples no runs.
-
-    PyTorch's optimiser takes one learning rate per tensor, so runs that differ in it are updated
-    through views of their rows.
-    """
-
-    def __init__(self, model: VAE, *, by_row: bool = False) -> None:
-        self.parameters: list[Tensor] = list(model.parameters())
-        rates = [c.learning_rate for c in model.configs]
-        self.rows: list[list[Tensor]] = []
-        if by_row or len(set(rates)) > 1:
-            self.rows = [[p.detach()[s] for p in self.parameters] for s in range(len(rates))]
-        groups = [
-            {"params": row, "lr": rate}
-            for row, rate in zip(self.rows or [self.parameters], rates, strict=False)
-        ]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-
-    def step(self) -> None:
-        """Update the weights from their gradients."""
-        for s, row in enumerate(self.rows):
-            for view, parameter in zip(row, self.parameters, strict=True):
-                assert parameter.grad is not None
-                view.grad = parameter.grad[s]
-        self.optimizer.step()
-
-    def keep(self, rows: Sequence[int], model: VAE) -> _Adam:
-        """Return the optimiser of some runs, moments and all.
-
-        Args:
-            rows: which runs.
-            model: the stack that they now are.
-        """
-        kept = _Adam(model, by_row=bool(self.rows))
-        state = self.optimizer.state
-        if self.rows:
-            pairs = [
-                (new, state[old])
-                for own, row in zip(kept.rows, rows, strict=True)
-                for new, old in zip(own, self.rows[row], strict=True)
-            ]
-        else:
-            moments = [
-                {k: v[list(rows)] if v.ndim else v for k, v in state[p].items()}
-                for p in self.parameters
-            ]
-            pairs = list(zip(kept.parameters, moments, strict=True))
-        kept.optimizer.state.update(pairs)
-        return kept
+    error, cross_entropy, kl, _ = elbo.terms(model, x, eps)
+    return elbo.loss(
+        model,
+        error.mean(-1),
+        None if cross_entropy is None else cross_entropy.mean(-1),
+        None if kl is None else kl.mean(1),
+        beta,
+        x.shape[-1],
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import objective, oracle, streams
+from harness import elbo, linear, objective, streams
 from harness.data import Dataset, Split
 from harness.vae import VAE, SingleVAE
 
@@ -68,12 +68,13 @@ def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
 def linear_losses(model: VAE, data: Dataset, split: Split) -> Tensor:
     """Return the loss of the exact linear model at each run's knob, on a split.
 
-    Linear algebra of the training split, done once per dataset; NaN for a deterministic latent.
+    Linear algebra of the training split, done once per dataset; NaN where the linear model has no
+    loss in closed form to compare with (`harness.linear`).
 
     Returns:
         float64, shape (S,), on the model's device.
     """
-    return torch.from_numpy(oracle.linear_losses(model.configs, data, split)).to(model.device)
+    return torch.from_numpy(linear.linear_losses(model.configs, data, split)).to(model.device)
 
 
 @torch.no_grad()
@@ -98,33 +99,33 @@ def measure(
 
     Returns:
         `mse`, `rate`, `loss`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
-        `gap_to_linear`, `kl/i` of latent i and `mse_class/c` of class c.
+        `learned_variance`, `gap_to_linear`, `kl/i` of latent i and `mse_class/c` of class c.
     """
-    error, kl, mean = _forward(model, split, noise)
+    seen = _forward(model, split, noise)
     pixels = split.images.shape[1]
+    error, cross_entropy = seen.error.mean(1), _mean(seen.cross_entropy)
+    mse = error / pixels
+    fitted = mse if variance is None else variance
     beta = objective.betas(model.configs, pixels).to(error.device)
-    mse = error.mean(1) / pixels
-    if model.configs[0].latent == "deterministic":
-        kl = torch.full_like(kl, torch.nan)
-        loss = mse
-    else:
-        loss = objective.loss(error.mean(1), kl.sum(-1), beta, pixels)
-    distortion = objective.distortion(mse, mse if variance is None else variance, pixels)
+    kl = torch.full_like(seen.mean[:, 0], torch.nan).double() if seen.kl is None else seen.kl
     rate = kl.sum(-1)
+    distortion = _distortion(model, mse, fitted, cross_entropy, pixels)
     metrics = {
-        "loss": loss,
+        "loss": elbo.loss(model, error, cross_entropy, seen.kl, beta, pixels),
         "mse": mse,
         "rate": rate,
         "distortion": distortion,
         "neg_elbo": distortion + rate,
-        "calibration_ratio": beta / 2 / mse,
-        "active_units": active_units(mean),
+        "calibration_ratio": _decoder_variance(model, beta, fitted) / mse,
+        "active_units": active_units(seen.mean),
     }
+    if model.log_decoder_variance is not None:
+        metrics["learned_variance"] = model.decoder_variances(torch.full_like(mse, torch.nan))
     if linear_loss is not None:
-        metrics["gap_to_linear"] = gap_to_linear(loss, linear_loss)
+        metrics["gap_to_linear"] = gap_to_linear(metrics["loss"], linear_loss)
     kl = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
     metrics |= {f"kl/{i}": column for i, column in enumerate(kl.unbind(-1))}
-    per_class = mse_per_class(error / pixels, split.labels, classes)
+    per_class = mse_per_class(seen.error / pixels, split.labels, classes)
     return metrics | {f"mse_class/{c}": column for c, column in enumerate(per_class.unbind(-1))}
 
 
@@ -139,7 +140,7 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
         that the run does not have are absent.
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
-    data = data.to(stack.device)
+    data = data.to(stack.device).binarized(stack.configs[0].binarization)
     val_noise = evaluation_noise(stack, "val", len(data.val))
     test_noise = evaluation_noise(stack, "test", len(data.test))
     val_linear, test_linear = (linear_losses(stack, data, s) for s in (data.val, data.test))
@@ -169,18 +170,44 @@ def finite(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
-def _forward(model: VAE, split: Split, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return SSE (S, N), KL per latent averaged over images (S, L), posterior means (S, N, L)."""
+def _distortion(
+    model: VAE, mse: Tensor, fitted: Tensor, cross_entropy: Tensor | None, pixels: int
+) -> Tensor:
+    """Return -E_q log p(x|z), nats per image, (S,); NaN for grey pixels under cross-entropy."""
+    if cross_entropy is None:
+        return objective.distortion(mse, fitted, pixels)
+    return cross_entropy if model.configs[0].has_likelihood else torch.full_like(mse, torch.nan)
+
+
+def _decoder_variance(model: VAE, beta: Tensor, fitted: Tensor) -> Tensor:
+    """Return the decoder variance for which each run's loss is an ELBO, (S,).
+
+    beta / 2 where the KL weight sets it, else beta times the run's own variance; NaN for Bernoulli.
+    """
+    if model.configs[0].likelihood != "gaussian":
+        return torch.full_like(fitted, torch.nan)
+    fixed = torch.tensor([c.sigma == "fixed" for c in model.configs], device=fitted.device)
+    return torch.where(fixed, beta / 2, beta * model.decoder_variances(fitted))
+
+
+def _mean(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.mean(1)
+
+
+def _forward(model: VAE, split: Split, noise: Tensor) -> elbo.Terms:
+    """Return the terms of a whole split in float64; of the KL, its mean over images (S, L)."""
     stack, dtype = len(model.configs), noise.dtype
-    errors, kls, means = [], [], []
+    chunks: list[elbo.Terms] = []
     for start in range(0, len(split), CHUNK):
         rows = slice(start, start + CHUNK)
         x = split.pixels(rows, dtype).expand(stack, -1, -1)
-        posterior = model.encode(x)
-        z = model.reparameterize(posterior, noise[:, rows])
-        errors.append(objective.squared_error(x, model.decode(z)).double())
-        kl = objective.kl_per_latent(posterior.mean, posterior.log_variance)
-        kls.append(kl.double().sum(1))
-        means.append(posterior.mean)
-    kl_total = torch.stack(kls).sum(0)
-    return torch.cat(errors, 1), kl_total / len(split), torch.cat(means, 1)
+        part = elbo.terms(model, x, noise[:, rows])
+        kl = None if part.kl is None else part.kl.double().sum(1)
+        chunks.append(part._replace(kl=kl))
+    error, cross_entropy, kls, mean = zip(*chunks, strict=True)
+    return elbo.Terms(
+        torch.cat(error, 1).double(),
+        None if cross_entropy[0] is None else torch.cat(cross_entropy, 1).double(),
+        None if kls[0] is None else torch.stack(kls).sum(0) / len(split),
+        torch.cat(mean, 1),
+    )

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from harness.config import RunConfig
+from harness.config import RunConfig, UserError
 
 ACTIVE_VARIANCE = 0.01
 """A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
@@ -48,6 +49,22 @@ def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
     return (x - reconstruction).square().sum(-1)
 
 
+def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
+    """Cross-entropy of each image under independent Bernoulli pixels, summed over them.
+
+    CE = sum_d ln(1 + exp(a_d)) - x_d a_d = -ln p(x|z) if x is binary   (Kingma & Welling 2013,
+    appendix C.1)
+
+    Args:
+        x: pixels, 0 or 1 (grey ones give a loss that is no likelihood), shape (S, B, D).
+        logits: decoder output a before its sigmoid, shape (S, B, D).
+
+    Returns:
+        nats, shape (S, B).
+    """
+    return (functional.softplus(logits) - x * logits).sum(-1)
+
+
 def kl_scale(config: RunConfig, pixels: int) -> float:
     """Return c, what the KL sum over batch and latents is divided by in the loss.
 
@@ -72,8 +89,11 @@ def beta(config: RunConfig, pixels: int) -> float:
 def decoder_variance(config: RunConfig, pixels: int) -> float:
     """Return the variance of the Gaussian decoder that makes the loss an ELBO: beta / 2, pixel^2.
 
+    NaN where the KL weight does not set it: `sigma` is not "fixed", or the decoder is Bernoulli.
     (Lucas et al. 2019; Rybkin et al. 2021.)
     """
+    if config.sigma != "fixed" or config.likelihood != "gaussian":
+        return math.nan
     return beta(config, pixels) / 2
 
 
@@ -81,8 +101,16 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
     """Return the configuration with the KL weight whose decoder variance is the given one.
 
     kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
+
+    Raises:
+        UserError: the configuration's KL weight sets no decoder variance.
     """
     unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
+    if math.isnan(unit):
+        raise UserError(
+            f"sigma={config.sigma!r}, likelihood={config.likelihood!r}: the KL weight sets the "
+            "decoder variance only with sigma='fixed' and likelihood='gaussian'"
+        )
     return config.replace(kl_weight=variance / unit)
 
 
@@ -94,8 +122,9 @@ def betas(configs: Sequence[RunConfig], pixels: int) -> Tensor:
 def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:
     """Return the factor of beta at each step of an epoch: min(1, t / T), linear warm-up.
 
-    t counts steps from the start of training, T is the number of steps in the warm-up epochs;
-    without warm-up the factor is 1.
+    t counts steps from the start of the cycle, T is the number of steps in the warm-up epochs;
+    without warm-up the factor is 1. A training has `kl_cycles` cycles of equal length, one being
+    the usual linear warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
 
     Args:
         configs: the runs.
@@ -106,17 +135,52 @@ def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:
         float64, shape (steps, S).
     """
     done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64).unsqueeze(1)
+    cycle = torch.tensor([c.epochs * steps / c.kl_cycles for c in configs], dtype=torch.float64)
     length = torch.tensor([c.kl_warmup_epochs * steps for c in configs], dtype=torch.float64)
-    return torch.where(length > 0, done / length.clamp(min=1), 1.0).clamp(max=1.0)
+    return torch.where(length > 0, done % cycle / length.clamp(min=1), 1.0).clamp(max=1.0)
 
 
-def loss(error: Tensor, rate: Tensor, beta: Tensor, pixels: int) -> Tensor:
-    """Return what is minimised, in pixel^2 per pixel: (SSE + beta * rate) / D.
+def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
+    """Return the rate that the loss sees: sum over latents of max(free_bits, KL of the latent).
 
-    Equal to SSE / (B D) + kl_weight * KL / c of the whole batch.
+    With free_bits = 0 it is the rate itself. (Kingma et al. 2016, 1606.04934, appendix C.8.)
+
+    Args:
+        kl: KL of each latent, mean over the batch, nats, shape (S, L).
+        free_bits: nats of each latent that cost nothing, shape (S, 1) or (S, L).
+
+    Returns:
+        nats, shape (S,).
+    """
+    return kl.maximum(free_bits).sum(-1)
+
+
+def data_term(error: Tensor, variance: Tensor, fixed: Tensor, pixels: int) -> Tensor:
+    """Return the part of the loss, times D, that comes from the reconstruction.
+
+    The squared error itself where the KL weight sets the decoder variance, else `distortion` with
+    the run's own variance (Rybkin et al. 2021, 2006.13202).
 
     Args:
         error: SSE of an image, mean over the batch, shape (S,).
+        variance: decoder variance in pixel^2, positive, ignored where fixed, shape (S,).
+        fixed: whether the KL weight sets the variance, bool, shape (S,).
+        pixels: D.
+
+    Returns:
+        pixel^2 where fixed, else nats, shape (S,).
+    """
+    return torch.where(fixed, error, distortion(error / pixels, variance, pixels))
+
+
+def loss(error: Tensor, rate: Tensor, beta: Tensor, pixels: int) -> Tensor:
+    """Return what is minimised, per pixel: (error + beta * rate) / D.
+
+    With the squared error it is SSE / (B D) + kl_weight * KL / c of the whole batch, in pixel^2;
+    with a negative log-likelihood it is the negative ELBO per pixel at beta = 1.
+
+    Args:
+        error: `data_term` or `cross_entropy`, mean over the batch, shape (S,).
         rate: KL of an image summed over latents, mean over the batch, nats, shape (S,).
         beta: shape (S,).
         pixels: D.

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from harness import objective
-from harness.config import RunConfig
 from harness.data import Dataset, Split
 
 
@@ -217,52 +215,6 @@ class LinearOptimum:
         """Return E[c_i^2] / lambda_i of active components, else 0."""
         safe = np.where(self.active, self.variances, 1.0)
         return np.where(self.active, self.moments.squares / safe, 0.0)
-
-
-def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
-    """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
-
-    The model is that of the training split. Without KL its loss is the PCA floor; with a
-    deterministic latent there is no weight to compare at: NaN.
-
-    Returns:
-        pixel^2, shape (S,).
-    """
-    known = pca(data)
-    moments = known.moments(split)
-    losses = [
-        LinearOptimum(
-            known.variances, moments, c.latent_size, objective.decoder_variance(c, data.pixels)
-        ).loss
-        for c in configs
-    ]
-    plain = [c.latent == "deterministic" for c in configs]
-    return np.where(plain, np.nan, losses)
-
-
-def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
-    """Return the test metrics of the exact linear model at a run's KL weight and latent size.
-
-    As for a run, the decoder variance of `neg_elbo` is fitted on validation data. What is infinite
-    without KL is left out, and a deterministic latent has none.
-
-    Returns:
-        `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
-        the decoder variance lambda_1 from which on no latent is active.
-    """
-    if config.latent == "deterministic":
-        return {}
-    known, variance = pca(data), objective.decoder_variance(config, data.pixels)
-    val, test = (known.optimum(s, config.latent_size, variance) for s in (data.val, data.test))
-    values = {
-        "loss": test.loss,
-        "mse": test.mse,
-        "rate": test.rate,
-        "neg_elbo": test.neg_elbo(val.mse),
-        "active_units": float(test.active_units),
-        "collapse_variance": float(known.variances[0]),
-    }
-    return {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
 _KNOWN: dict[str, PCA] = {}

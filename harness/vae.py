@@ -50,6 +50,11 @@ class Posterior:
         return self.mean + (self.log_variance / 2).exp() * eps
 
 
+def has_sigmoid(config: RunConfig) -> bool:
+    """Say whether decoder means are a sigmoid of the last layer: all but the linear Gaussian."""
+    return config.model == "mlp" or config.likelihood == "bernoulli"
+
+
 class SingleVAE(nn.Module):
     """One run as a plain module of `torch.nn` layers.
 
@@ -66,8 +71,10 @@ class SingleVAE(nn.Module):
         hidden = config.hidden if config.model == "mlp" else ()
         self.encoder = _mlp((pixels, *hidden, 2 * config.latent_size))
         self.decoder = _mlp((config.latent_size, *reversed(hidden), pixels))
-        if config.model == "mlp":
+        if has_sigmoid(config):
             self.decoder.append(nn.Sigmoid())
+        if config.sigma == "learned":
+            self.log_decoder_variance = nn.Parameter(torch.zeros(()))
 
     def encode(self, x: Tensor) -> Posterior:
         """Map images (B, D) or (B, C, H, W), pixels in [0, 1], to their posterior (B, L)."""
@@ -108,6 +115,7 @@ class VAE(nn.Module):
         used = torch.arange(self.latent_size) < torch.tensor(sizes).unsqueeze(1)
         self.register_buffer("used_latents", used.unsqueeze(1).to(self.device))
         self.padded = not bool(used.all())
+        self.log_decoder_variance = _learned_variances(runs)
 
     @property
     def device(self) -> torch.device:
@@ -136,8 +144,23 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (S, B, L) to decoder means (S, B, D)."""
-        output = self.decoder(z)
-        return output.sigmoid() if self.configs[0].model == "mlp" else output
+        output = self.decoder_output(z)
+        return output.sigmoid() if has_sigmoid(self.configs[0]) else output
+
+    def decoder_output(self, z: Tensor) -> Tensor:
+        """Map latents (S, B, L) to the last layer (S, B, D), before any sigmoid: the logits."""
+        return self.decoder(z)
+
+    def decoder_variances(self, mse: Tensor) -> Tensor:
+        """Return each run's own decoder variance, pixel^2, shape (S,): learned, or the given mse.
+
+        Args:
+            mse: variance of the runs that learn none, shape (S,).
+        """
+        if self.log_decoder_variance is None:
+            return mse
+        learned = torch.tensor([c.sigma == "learned" for c in self.configs], device=mse.device)
+        return torch.where(learned, self.log_decoder_variance.exp(), mse)
 
     def keep(self, rows: Sequence[int]) -> VAE:
         """Copy some runs into a stack of their own, in the given order; its padding stays."""
@@ -147,6 +170,8 @@ class VAE(nn.Module):
         for layer in (*kept.encoder.layers, *kept.decoder.layers):
             layer.weight = nn.Parameter(layer.weight.detach()[list(rows)])
             layer.bias = nn.Parameter(layer.bias.detach()[list(rows)])
+        if self.log_decoder_variance is not None:
+            kept.log_decoder_variance = nn.Parameter(self.log_decoder_variance.detach()[list(rows)])
         return kept
 
     def run(self, index: int) -> SingleVAE:
@@ -165,6 +190,8 @@ class VAE(nn.Module):
                     weight = weight[kept]
                 own.weight.copy_(weight.T)
                 own.bias.copy_(bias)
+            if self.log_decoder_variance is not None and config.sigma == "learned":
+                single.log_decoder_variance.copy_(self.log_decoder_variance[index])
         return single
 
 
@@ -182,6 +209,16 @@ def initial(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
                 drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
                 parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
     return run
+
+
+def _learned_variances(runs: Sequence[SingleVAE]) -> nn.Parameter | None:
+    """Return the logarithms of learned decoder variances, shape (S,); None if no run learns one."""
+    if all(run.config.sigma != "learned" for run in runs):
+        return None
+    none = torch.zeros(())
+    return nn.Parameter(
+        torch.stack([getattr(run, "log_decoder_variance", none).detach() for run in runs])
+    )
 
 
 def _empty(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:

@@ -7,7 +7,7 @@ from typing import Any
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.cli import clear_errors, execute, parse
-from studies.options import Options
+from studies.options import Common, Options
 from studies.search_options import SearchOptions
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
@@ -31,9 +31,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def search_options(options: Options[Any]) -> SearchOptions:
-    """Return the search's options: what it shares with the other studies, seeds its own."""
-    shared = {f.name for f in fields(SearchOptions)} & {f.name for f in fields(Options)} - {"seeds"}
-    return SearchOptions(**{name: getattr(options, name) for name in shared})
+    """Return the search's options: what every command has, trials and seeds its own."""
+    return SearchOptions(**{f.name: getattr(options, f.name) for f in fields(Common)})
 
 
 if __name__ == "__main__":

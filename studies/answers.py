@@ -29,9 +29,7 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
         f"{plus_minus(row, 'val/neg_elbo')} nats / image "
         f"(test {plus_minus(row, 'neg_elbo')}; mean and 95 % interval over "
         f"{row['seeds']:.0f} seeds).",
-        f"Its decoder variance is {row['decoder_variance']:.3g} pixel², its calibration ratio "
-        f"{row['calibration_ratio']:.2f}, and {row['active_units']:.1f} of {size} latents are "
-        "active.",
+        calibration(row) + f"{row['active_units']:.1f} of {size} latents are active.",
         rivals(frame, axis, best),
         *linear_prediction(frame, axis, best),
     ]
@@ -39,11 +37,30 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
         blog = means.loc[conditions.BLOG_WEIGHT]
         gap = compare(frame, axis, conditions.BLOG_WEIGHT, best, "neg_elbo")
         sentences.append(
-            f"The blog's weight 1 costs {gap} nats / image of test neg_elbo against it, at mse "
+            f"{_weight_one(frame)} costs {gap} nats / image of test neg_elbo against it, at mse "
             f"{blog['mse']:.4f} against {row['mse']:.4f}, with {blog['active_units']:.1f} of "
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[axis] == best])])
+
+
+def calibration(row: pd.Series) -> str:
+    """Say which decoder variance the weight means, if the decoder has one."""
+    if row["calibration_ratio"] != row["calibration_ratio"]:
+        return "At it "
+    return (
+        f"Its decoder variance is {row['decoder_variance']:.3g} pixel², its calibration ratio "
+        f"{row['calibration_ratio']:.2f}, and "
+    )
+
+
+def _weight_one(frame: pd.DataFrame) -> str:
+    """Name weight 1: the blog's, or where the loss is a likelihood the exact ELBO."""
+    of_squares = (frame["sigma"] == "fixed") & (frame["likelihood"] == "gaussian")
+    pixels = frame["kl_normalization"] == "pixels"
+    if of_squares.all():
+        return "The blog's weight 1"
+    return "Weight 1, the exact ELBO," if pixels.all() and not of_squares.any() else "Weight 1"
 
 
 def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]:

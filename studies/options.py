@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
-from harness.config import KLNormalization, RunConfig, UserError
+from harness.config import (
+    Binarization,
+    KLNormalization,
+    Likelihood,
+    RunConfig,
+    Sigma,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from studies.study import Study
@@ -21,18 +28,21 @@ EPOCHS = {"digits": 50, "mnist": 20, "fashion_mnist": 20, "kmnist": 20}
 
 
 @dataclass(frozen=True)
-class Options(Generic[Value]):
-    """What a user can set on every study's command line.
+class Common:
+    """What a user can set on every command line that trains.
 
     Attributes:
         dataset: data to train on; digits needs no download.
         data_dir: folder of the other data sets, downloaded into it if missing.
-        values: values of the study's axis instead of its own.
-        seeds: repetitions of every value (the study's own number, at least 3).
         epochs: passes over the training split (digits 50, others 20).
         batch_size: images per step.
-        latent_size: number of latents (10).
-        kl_normalization: what the KL sum is divided by (pixels).
+        kl_warmup_epochs: epochs over which the KL weight rises linearly from 0 (0).
+        kl_cycles: equal parts of the training that each begin with that warm-up (1).
+        free_bits: nats of each latent's KL that cost nothing (0).
+        sigma: what sets the Gaussian decoder's variance: fixed by the KL weight, optimal for each
+            batch, or learned (fixed).
+        likelihood: bernoulli trains on cross-entropy instead of squared error (gaussian).
+        binarization: how bernoulli's pixels are made 0 or 1 (none).
         device: auto takes a GPU where there is one.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
@@ -43,18 +53,83 @@ class Options(Generic[Value]):
 
     dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
     data_dir: Path = Path("data")
-    values: tuple[Value, ...] = ()
-    seeds: int | None = None
     epochs: int | None = None
     batch_size: int = 32
-    latent_size: int | None = None
-    kl_normalization: KLNormalization | None = None
+    kl_warmup_epochs: int | None = None
+    kl_cycles: int | None = None
+    free_bits: float | None = None
+    sigma: Sigma | None = None
+    likelihood: Likelihood | None = None
+    binarization: Binarization | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
     fresh: bool = False
     dry_run: bool = False
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
+        given = {name: getattr(self, name, None) for name in CHOICES}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def base(self, config: RunConfig) -> RunConfig:
+        """Return a configuration with everything set that the user chose."""
+        epochs = EPOCHS[self.dataset] if self.epochs is None else self.epochs
+        return config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
+
+
+CHOICES = (
+    "latent_size",
+    "kl_normalization",
+    "kl_warmup_epochs",
+    "kl_cycles",
+    "free_bits",
+    "sigma",
+    "likelihood",
+    "binarization",
+)
+"""Fields of `RunConfig` that are options: None leaves a study its own value."""
+
+
+@dataclass(frozen=True)
+class Options(Common, Generic[Value]):
+    """What a user can set on every study's command line.
+
+    Attributes:
+        values: values of the study's axis instead of its own.
+        seeds: repetitions of every value (the study's own number, at least 3).
+        latent_size: number of latents (10).
+        kl_normalization: what the KL sum is divided by (pixels).
+    """
+
+    values: tuple[Value, ...] = ()
+    seeds: int | None = None
+    latent_size: int | None = None
+    kl_normalization: KLNormalization | None = None
+
+
+def checked_name(name: str) -> str:
+    """Return a study's name if it is one.
+
+    Raises:
+        UserError: it has other characters, or too many.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
+    return name
+
+
+def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:
+    """Return the options that turn a default configuration into another, for a command line.
+
+    Args:
+        config: what is to be said.
+        default: what needs no saying.
+        fixed: fields that may be said; others differ from run to run.
+    """
+    differ = [f for f in CHOICES if f in fixed and getattr(config, f) != getattr(default, f)]
+    return [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in differ]
 
 
 class Point(NamedTuple):
@@ -146,9 +221,7 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
     values = options.values or study.axis.values
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
-    name = options.study_name or f"{study.name}-{options.dataset}"
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
-        raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
+    name = checked_name(options.study_name or f"{study.name}-{options.dataset}")
     base = _base(study, options)
     configs: dict[Point, list[RunConfig]] = {}
     for group, changes in study.groups(options.dataset).items():
@@ -160,11 +233,16 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
 
 
 def _base(study: Study, options: Options[Any]) -> RunConfig:
-    given = {"latent_size": options.latent_size, "kl_normalization": options.kl_normalization}
-    given = {field: value for field, value in given.items() if value is not None}
+    given = options.chosen()
     for swept in given.keys() & {study.axis.name, study.group}:
         raise UserError(
             f"{swept}={given[swept]}: {study.name} sweeps it; choose its values with --values"
         )
-    epochs = EPOCHS[options.dataset] if options.epochs is None else options.epochs
-    return study.base.replace(epochs=epochs, batch_size=options.batch_size, **given)
+    base = options.base(study.base)
+    if not base.has_likelihood and study.objective.endswith("neg_elbo"):
+        raise UserError(
+            f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
+            f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
+            "--binarization stochastic or threshold"
+        )
+    return base

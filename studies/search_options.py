@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from harness.config import RunConfig, UserError
-from studies.options import EPOCHS
+from studies.options import Common, checked_name, flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,43 +40,22 @@ Space = Mapping[str, Range | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """What a user can set on the search's command line.
+class SearchOptions(Common):
+    """What a user can set on the search's command line; a remedy that is set is not searched.
 
     Attributes:
-        dataset: data to train on; digits needs no download.
-        data_dir: folder of the other data sets, downloaded into it if missing.
         trials: configurations in all; a finished search goes on if there are more.
         seeds: runs of every configuration; its objective is their mean. One by default: runs
             are better spent on further configurations, since the best is trained again anyway.
-        epochs: passes over the training split (digits 50, others 20).
-        batch_size: images per step.
         pruner: how unpromising configurations are stopped early (median; none with
             --multi-objective).
         multi_objective: minimise rate and mse together instead of neg_elbo.
-        device: auto takes a GPU where there is one.
-        study_name: name in Optuna and MLflow (search-DATASET; search-DATASET-front with
-            --multi-objective).
-        storage: Optuna storage URL (optuna.db in the repository).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        fresh: start a new search beside one of the same name.
-        dry_run: show the plan and train nothing.
     """
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
-    data_dir: Path = Path("data")
     trials: int = 60
     seeds: int = 1
-    epochs: int | None = None
-    batch_size: int = 32
     pruner: Pruner | None = None
     multi_objective: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    study_name: str | None = None
-    storage: str | None = None
-    tracking_uri: str | None = None
-    fresh: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +90,7 @@ class SearchPlan:
         name: of the Optuna study, and tag of its runs.
         dataset: name of the dataset.
         base: configuration that the searched fields are set in.
+        chosen: its fields that the user set.
         trials: configurations in all.
         seeds: runs of each.
         pruner: how unpromising ones are stopped.
@@ -123,6 +101,7 @@ class SearchPlan:
     name: str
     dataset: str
     base: RunConfig = field(repr=False)
+    chosen: tuple[str, ...]
     trials: int
     seeds: int
     pruner: Pruner
@@ -135,8 +114,10 @@ class SearchPlan:
 
     @property
     def space(self) -> Space:
-        """What is tried."""
-        return self.search.space(self.base.epochs)
+        """What is tried: all that the user did not set, and that the decoder has."""
+        space = self.search.space(self.base.epochs)
+        set_by_user = {*self.chosen, *(["sigma"] if self.base.likelihood == "bernoulli" else [])}
+        return {name: values for name, values in space.items() if name not in set_by_user}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -193,6 +174,7 @@ class SearchPlan:
         words += [f"--trials {self.trials} --seeds {self.seeds} --epochs {self.base.epochs}"]
         words += [f"--batch-size {self.base.batch_size} --pruner {self.pruner}"]
         words += ["--multi-objective"] if len(self.objectives) > 1 else []
+        words += flags(self.base, self.search.base, self.chosen)
         return " ".join([*words, f"--study-name {self.name}"])
 
     def sentence(self, pixels: int) -> str:
@@ -221,12 +203,28 @@ def make_search_plan(search: Search, options: SearchOptions) -> SearchPlan:
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     suffix = "-front" if options.multi_objective else ""
-    name = options.study_name or f"{search.name}-{options.dataset}{suffix}"
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
-        raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
-    epochs = EPOCHS[options.dataset] if options.epochs is None else options.epochs
-    base = search.base.replace(epochs=epochs, batch_size=options.batch_size)
+    name = checked_name(options.study_name or f"{search.name}-{options.dataset}{suffix}")
+    base = _base(search, options)
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
     return SearchPlan(
-        search, name, options.dataset, base, options.trials, options.seeds, pruner, objectives
+        search,
+        name,
+        options.dataset,
+        base,
+        tuple(options.chosen()),
+        options.trials,
+        options.seeds,
+        pruner,
+        objectives,
     )
+
+
+def _base(search: Search, options: SearchOptions) -> RunConfig:
+    base = options.base(search.base)
+    if not base.has_likelihood:
+        raise UserError(
+            f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
+            f"entropy of grey pixels is no likelihood, and the {search.name} chooses by neg_elbo; "
+            "give --binarization stochastic or threshold"
+        )
+    return base

@@ -12,7 +12,7 @@ from analysis import frames, search_frames, tables
 from harness.config import UserError
 from harness.data import Dataset
 from harness.tracking import Store
-from studies.answers import plus_minus
+from studies.answers import calibration, plus_minus
 from studies.gallery import draw_models
 from studies.search_options import CONFIRMING
 from studies.summary import (
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 TOP = 10
 """Configurations in the table."""
 
-REPORTED = ["val/neg_elbo", "neg_elbo", "mse", "rate", "calibration_ratio", "active_units"]
+REPORTED = [
+    *("val/neg_elbo", "neg_elbo", "mse", "rate"),
+    *("decoder_variance", "calibration_ratio", "active_units"),
+]
 """Metrics of the configurations that are trained again; all but the first on test data."""
 
 
@@ -152,9 +155,8 @@ def answer(hunt: Hunt, found: Findings) -> str:
     count += f", {len(trials) - finished} pruned, {found.diverged} diverged)"
     fresh = f"{seeds} fresh seeds" if seeds > 1 else "1 fresh seed"
     paragraphs = [
-        f"Of {count} trial {found.best_trial} is best: {settings}. Its decoder variance is "
-        f"{best['decoder_variance']:.3g} pixel², its calibration ratio "
-        f"{row['calibration_ratio']:.2f}, and {row['active_units']:.1f} of {best['latent_size']} "
+        f"Of {count} trial {found.best_trial} is best: {settings}. "
+        f"{calibration(row)}{row['active_units']:.1f} of {best['latent_size']} "
         "latents are active.",
         f"Trained again with {fresh} it has test neg_elbo {plus_minus(row, 'neg_elbo')} nats / "
         f"image (validation {plus_minus(row, 'val/neg_elbo')}; mean and 95 % interval). The "

@@ -166,9 +166,14 @@ class Judge:
             values = [float(record.val["neg_elbo"][row]) for row in own]
             if not all(math.isfinite(value) for value in values):
                 ends |= self._diverged(record.epoch, dict(zip(own, values, strict=True)))
-            elif record.epoch in self.plan.judged and self.plan.pruner != "none":
+            elif self._is_due(record, own):
                 ends |= dict.fromkeys(own, end) if (end := self._verdict(i, values, record)) else {}
         return ends
+
+    def _is_due(self, record: EpochRecord, rows: list[int]) -> bool:
+        """Say whether a trial is compared now: not while a warm-up lowers its KL weight."""
+        judged = record.epoch in self.plan.judged and self.plan.pruner != "none"
+        return judged and bool((record.kl_warmup[rows] == 1).all())
 
     def _diverged(self, epoch: int, values: dict[int, float]) -> dict[int, End]:
         from studies.stack import End

@@ -163,10 +163,11 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
 
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
+    variance = harness.objective.decoder_variance(config, data.pixels)
     return {
         **asdict(config),
         "beta": harness.objective.beta(config, data.pixels),
-        "decoder_variance": harness.objective.decoder_variance(config, data.pixels),
+        **({} if math.isnan(variance) else {"decoder_variance": variance}),
         "dataset": data.name,
         "dataset_digest": data.digest,
     }
@@ -183,7 +184,8 @@ def _log_epoch(record: EpochRecord, logs: list[RunLog]) -> None:
 
 
 def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
-    val = data.to(record.model.device).val
+    kind = record.model.configs[0].binarization
+    val = data.binarized(kind).val.to(record.model.device)
     pictures = harness.pictures.reconstructions(record.model, val, PICTURES)
     for log, picture in zip(logs, pictures, strict=True):
         log.picture("reconstructions", picture, record.epoch)
@@ -192,7 +194,7 @@ def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset)
 def _log_final(log: RunLog, run: SingleVAE, metrics: Metrics, place: Place) -> None:
     """Log final metrics (test, exact linear model, extras), samples and model; close the run."""
     final = {name: value for name, value in metrics.items() if name.startswith("test/")}
-    final |= harness.oracle.linear_metrics(run.config, place.data)
+    final |= harness.linear.linear_metrics(run.config, place.data)
     if place.plan is not None and place.plan.study.extras is not None:
         final |= place.plan.study.extras(run, place.data)
     log.metrics(final, run.config.epochs)

@@ -19,7 +19,7 @@ from harness.config import UserError
 from harness.data import Dataset
 from harness.tracking import RunLog, Store
 from studies.gallery import write_pictures
-from studies.options import Plan, Point
+from studies.options import Plan, Point, flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,10 +173,7 @@ def command(plan: Plan) -> str:
     words = [f"python -m studies.{study.name} --dataset {plan.dataset}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
-    for field in ("latent_size", "kl_normalization"):
-        shared = plan.settings.get(field)
-        if shared not in (None, getattr(study.base, field)):
-            words.append(f"--{field.replace('_', '-')} {shared}")
+    words += flags(first, study.base, plan.settings)
     values = list(dict.fromkeys(point.value for point in plan.configs))
     if tuple(values) != study.axis.values:
         words.append("--values " + " ".join(shlex.quote(str(value)) for value in values))

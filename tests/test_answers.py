@@ -14,6 +14,7 @@ def frame_of(weights, errors):
         {"kl_weight": w, "seed": s, "latent_size": 10, "decoder_variance": w / 2, "rate": 1.0}
         | {"val/neg_elbo": e + luck, "neg_elbo": e + luck + 1, "mse": 0.01, "active_units": 5}
         | {"calibration_ratio": 1.0, "mse_class/8": 0.02, "mse_class/3": 0.01}
+        | {"sigma": "fixed", "likelihood": "gaussian", "kl_normalization": "pixels"}
         for w, e in zip(weights, errors, strict=True)
         for s, luck in enumerate(LUCK)
     ]
@@ -26,6 +27,17 @@ def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
     assert "weight 1 costs 13 ±" in said
     assert "Every other value is distinguishably worse" in said
     assert "Class 8 reconstructs worst (mse 0.0200), as the blog says" in said
+
+
+def test_where_the_loss_is_a_likelihood_weight_one_is_the_exact_elbo():
+    frame = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0))
+    frame["linear/collapse_variance"] = 0.7
+    said = answers.best_weight(frame.assign(sigma="optimal"), "kl_weight")
+    assert "Weight 1, the exact ELBO, costs 13 ±" in said
+    assert "linear" not in said  # the weight is no multiple of the decoder variance
+    bernoulli = frame.assign(likelihood="bernoulli", calibration_ratio=float("nan"))
+    bernoulli = bernoulli.drop(columns="linear/collapse_variance")
+    assert "At it 5.0 of 10 latents are active" in answers.best_weight(bernoulli, "kl_weight")
 
 
 def test_the_linear_models_collapse_stands_beside_what_was_seen():

@@ -26,6 +26,11 @@ BAD = {
     "half an epoch": (["--epochs", "0.5"], "--epochs"),
     "an unknown option": (["--wieght", "1"], "--wieght"),
     "an unknown device": (["--device", "tpu"], "'tpu'"),
+    "an unknown sigma": (["--sigma", "free"], "'free'"),
+    "negative free bits": (["--free-bits", "-1"], "free_bits=-1.0: give a finite number >= 0"),
+    "grey cross-entropy": (["--likelihood", "bernoulli"], "is no likelihood"),
+    "a binary Gaussian": (["--binarization", "threshold"], "need likelihood='bernoulli'"),
+    "cycles without room": (["--kl-warmup-epochs", "20", "--kl-cycles", "3"], "within epochs=50"),
     "a bad name": (["--study-name", "a/b"], "study_name='a/b'"),
 }
 

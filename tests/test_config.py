@@ -25,6 +25,11 @@ WRONG = [
     ("kl_weight", "1"),
     ("kl_weight", True),
     ("kl_warmup_epochs", -1),
+    ("kl_cycles", 0),
+    ("free_bits", -0.1),
+    ("sigma", "free"),
+    ("likelihood", "laplace"),
+    ("binarization", "otsu"),
     ("learning_rate", 0.0),
     ("learning_rate", math.inf),
     ("batch_size", 0),
@@ -47,6 +52,9 @@ def test_a_wrong_value_is_refused_with_its_name(name, value):
         ("head", "gaussian, relu"),
         ("latent", "stochastic, deterministic"),
         ("kl_normalization", "pixels, batch, latent, sum"),
+        ("sigma", "fixed, optimal, learned"),
+        ("likelihood", "gaussian, bernoulli"),
+        ("binarization", "none, stochastic, threshold"),
     ],
 )
 def test_the_message_lists_the_choices(name, choices):
@@ -91,7 +99,8 @@ def test_the_seed_recipe_is_the_blogs():
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_swept_fields_leave_the_stack_as_it_is(name):
-    value = "sum" if name == "kl_normalization" else getattr(RunConfig(), name) + 1
+    words = {"kl_normalization": "sum", "sigma": "learned"}
+    value = words[name] if name in words else getattr(RunConfig(), name) + 1
     assert RunConfig(**{name: value}).static() == RunConfig().static()
 
 
@@ -101,13 +110,31 @@ def test_every_other_field_splits_stacks():
         "hidden": (8,),
         "head": "relu",
         "latent": "deterministic",
+        "likelihood": "bernoulli",
         "batch_size": 16,
         "epochs": 2,
     }
-    assert set(other) | set(SWEPT) == {f.name for f in fields(RunConfig)}
+    assert {*other, *SWEPT, "binarization"} == {f.name for f in fields(RunConfig)}
     base = RunConfig(kl_weight=0)
     for name, value in other.items():
         assert base.replace(**{name: value}).static() != base.static(), name
+    grey = base.replace(likelihood="bernoulli")
+    assert grey.replace(binarization="threshold").static() != grey.static()
+
+
+CONTRADICTIONS = [
+    ({"latent": "deterministic", "kl_weight": 0, "free_bits": 0.1}, "^free_bits=0.1 .*no KL"),
+    ({"latent": "deterministic", "kl_weight": 0, "sigma": "optimal"}, "^sigma='optimal' .*no KL"),
+    ({"likelihood": "bernoulli", "sigma": "learned"}, "only a Gaussian decoder has a variance"),
+    ({"binarization": "stochastic"}, "need likelihood='bernoulli'"),
+    ({"epochs": 10, "kl_warmup_epochs": 4, "kl_cycles": 3}, "must end within epochs=10"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS, ids=lambda v: str(v)[:40])
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig(**settings)
 
 
 def test_json_gives_the_config_back():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from textbook import MIXED, SMALL, WIDE, Textbook, flat, plain
+from textbook import BERNOULLI, MIXED, REMEDIES, SMALL, WIDE, Textbook, flat, plain
 
 from harness import engine
 from harness.config import RunConfig, UserError
@@ -73,19 +73,38 @@ def test_kl_weight_zero_has_the_errors_gradient(tiny, kind):
     check_gradients(of_kind([c.replace(kl_weight=0.0) for c in MIXED], kind), tiny)
 
 
+@pytest.mark.parametrize("configs", [REMEDIES, BERNOULLI], ids=["remedies", "bernoulli"])
+def test_every_remedy_has_its_definitions_gradient(tiny, configs):
+    check_gradients(configs, tiny)
+
+
 # --- epochs -------------------------------------------------------------------------------------
 
 
 @all_kinds
 def test_a_stack_trains_as_the_textbook_does_with_torchs_adam(tiny, kind):
     # Mixed weights, normalisations, latent sizes, learning rates, warm-ups and seeds.
-    configs = of_kind(MIXED, kind)
-    last = last_of(configs, tiny, dtype=torch.float64)
-    pixels = tiny.train.pixels(slice(None), torch.float64)
+    check_training(of_kind(MIXED, kind), tiny)
+
+
+def check_training(configs: list[RunConfig], data: Dataset) -> None:
+    """Train a stack and, with plain PyTorch, each of its runs; compare all weights."""
+    last = last_of(configs, data, dtype=torch.float64)
+    pixels = data.train.pixels(slice(None), torch.float64)
     for s, config in enumerate(configs):
-        textbook = Textbook(config, tiny.image_shape)
+        textbook = Textbook(config, data.image_shape)
         textbook.train_epochs(pixels)
         torch.testing.assert_close(flat(last.model.run(s)), flat(textbook), rtol=1e-9, atol=1e-9)
+
+
+def test_every_remedy_trains_by_its_definition(tiny):
+    # Cyclical warm-up, free bits, optimal and learned decoder variance, in one stack.
+    check_training(REMEDIES, tiny)
+
+
+def test_a_bernoulli_decoder_trains_on_fixed_binary_pixels(tiny):
+    configs = [c.replace(binarization="threshold") for c in BERNOULLI]
+    check_training(configs, tiny.binarized("threshold"))
 
 
 def check_alone(configs: list[RunConfig], data: Dataset, dtype: torch.dtype, **limits) -> None:

@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
-from harness import RunConfig, UserError, load_dataset, oracle
+from harness import RunConfig, UserError, linear, load_dataset, oracle
 from harness.data import Dataset, Split
 from harness.engine import train
 from harness.evaluate import active_units, evaluate, linear_losses, measure
@@ -168,7 +168,7 @@ def test_without_kl_the_linear_model_is_the_pca_floor(data):
     assert best.loss == best.mse == pytest.approx(oracle.pca(data).floor(data.test, 10), rel=1e-12)
     assert best.rate == math.inf
     (metrics, with_kl) = (
-        oracle.linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1)
+        linear.linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1)
     )
     names = {"loss", "mse", "rate", "neg_elbo", "active_units", "collapse_variance"}
     assert with_kl.keys() == {f"linear/{name}" for name in names}

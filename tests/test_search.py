@@ -227,6 +227,7 @@ BAD = {
     "no epochs": (["--epochs", "0"], "epochs=0"),
     "an unknown pruner": (["--pruner", "best"], "'best'"),
     "a pruner of two objectives": (["--multi-objective", "--pruner", "median"], "no order"),
+    "grey cross-entropy": (["--likelihood", "bernoulli"], "is no likelihood"),
     "a bad name": (["--study-name", "a/b"], "study_name='a/b'"),
     "a batch larger than the data": (["--batch-size", "5000"], "digits has 1280 training images"),
     "an option of other studies": (["--values", "1"], "--values"),
@@ -237,6 +238,15 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
     assert says in refusal([*arguments, *Home(tmp_path).places], capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remedy_that_is_set_is_not_searched():
+    plan = make_search_plan(search.SEARCH, SearchOptions(sigma="optimal", free_bits=0.1))
+    assert not {"sigma", "free_bits"} & set(plan.space)
+    assert (plan.base.sigma, plan.base.free_bits) == ("optimal", 0.1)
+    assert "--free-bits 0.1 --sigma optimal" in plan.command()
+    binary = SearchOptions(likelihood="bernoulli", binarization="stochastic")
+    assert "sigma" not in make_search_plan(search.SEARCH, binary).space
 
 
 def test_a_dry_run_says_what_is_searched_and_writes_nothing(tmp_path, capsys):
@@ -304,7 +314,8 @@ def experiment_of(store):
 
 def test_a_pruned_trial_drops_all_its_rows_and_says_so(hunt, tracking_uri, tiny):
     trials = next(hunt.asked(at_once=2))
-    configs = [hunt.plan.configs(t.params) for t in trials]
+    cold = {"kl_warmup_epochs": 0}
+    configs = [hunt.plan.configs(t.params | cold) for t in trials]
     runs = train_batch(hunt, trials, tracking_uri, tiny, configs)
     assert len(runs) == 4
     store = tracking.connect(tracking_uri)
@@ -319,6 +330,14 @@ def test_a_pruned_trial_drops_all_its_rows_and_says_so(hunt, tracking_uri, tiny)
     assert frame["pruned"].all()
     assert len(search_frames.by_trial(frame, list(hunt.plan.space))) == 2
     assert hunt.left() == 2
+
+
+def test_no_trial_is_judged_while_a_warm_up_lowers_its_weight(hunt, tracking_uri, tiny):
+    trials = next(hunt.asked(at_once=2))
+    ramp = [{"kl_warmup_epochs": 1, "kl_cycles": 3}, {"kl_warmup_epochs": 0}]
+    configs = [hunt.plan.configs(t.params | r) for t, r in zip(trials, ramp, strict=True)]
+    train_batch(hunt, trials, tracking_uri, tiny, configs)
+    assert [t.state.name for t in hunt.study.trials[5:]] == ["COMPLETE", "PRUNED"]
 
 
 def test_a_diverging_seed_ends_its_trial_and_no_other(hunt, tracking_uri, tiny):
@@ -380,7 +399,7 @@ def test_each_setting_has_a_panel_with_every_trial(trials):
     for panel, setting in zip(figure.axes, search_plots.PANELS, strict=False):
         dots = np.concatenate([c.get_offsets() for c in panel.collections])
         assert sorted(dots[:, 1]) == pytest.approx(sorted(trials["val/neg_elbo"]))
-        if setting != "kl_normalization":
+        if setting not in search_plots.CATEGORIES:
             assert sorted(dots[:, 0]) == pytest.approx(sorted(trials[setting]))
 
 

@@ -1,5 +1,7 @@
 """One run in plain PyTorch, written from SCIENCE.md; and stacks of runs to compare with it."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -17,6 +19,17 @@ MIXED = [
     SMALL.replace(latent_size=7, kl_weight=0.0, kl_normalization="latent", kl_warmup_epochs=1),
     SMALL.replace(latent_size=1, kl_weight=3.0, learning_rate=1e-4, kl_warmup_epochs=3, seed=2),
 ]
+REMEDIES = [
+    SMALL.replace(epochs=4, kl_warmup_epochs=1, kl_cycles=2, kl_weight=2.0),
+    SMALL.replace(epochs=4, kl_warmup_epochs=1, kl_cycles=3, latent_size=3, seed=1),
+    SMALL.replace(epochs=4, free_bits=0.5, latent_size=7, kl_weight=0.3),
+    SMALL.replace(epochs=4, free_bits=0.1, latent_size=2, sigma="optimal"),
+    SMALL.replace(epochs=4, sigma="optimal", kl_weight=0.5, latent_size=4),
+    SMALL.replace(epochs=4, sigma="learned", latent_size=4, learning_rate=1e-2),
+    SMALL.replace(epochs=4, sigma="learned", seed=1),
+]
+"""Runs with every remedy, of different latent sizes, that share one stack."""
+BERNOULLI = [c.replace(likelihood="bernoulli") for c in [*MIXED, REMEDIES[2].replace(epochs=2)]]
 WIDE = [c.replace(hidden=(256, 64), batch_size=32) for c in MIXED]
 
 
@@ -30,6 +43,8 @@ class Textbook(nn.Module):
         hidden = config.hidden if config.model == "mlp" else ()
         self.encoder = _layers([pixels, *hidden, 2 * config.latent_size])
         self.decoder = _layers([config.latent_size, *hidden[::-1], pixels])
+        if config.sigma == "learned":
+            self.log_variance = nn.Parameter(torch.zeros(()))
         self.double()
         with torch.no_grad():
             start = initial(config, image_shape).parameters()
@@ -48,22 +63,39 @@ class Textbook(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (B, L) to decoder means (B, D)."""
         output = self.decoder(z)
-        return torch.sigmoid(output) if self.config.model == "mlp" else output
+        linear = self.config.model == "linear" and self.config.likelihood == "gaussian"
+        return output if linear else torch.sigmoid(output)
+
+    def error(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the loss without its KL term, of a batch (B, D)."""
+        mean = self.decode(z)
+        if self.config.likelihood == "bernoulli":
+            return functional.binary_cross_entropy(mean, x)
+        if self.config.sigma == "fixed":
+            return functional.mse_loss(mean, x)
+        learned = self.config.sigma == "learned"
+        variance = self.log_variance.exp() if learned else functional.mse_loss(mean, x)
+        return -Normal(mean, variance.sqrt()).log_prob(x).mean()
 
     def loss(self, x: Tensor, eps: Tensor, warmup: float = 1.0) -> Tensor:
-        """Return SSE / (B D) + warmup * kl_weight * KL / c of a batch (B, D)."""
+        """Return SSE / (B D) + warmup * kl_weight * KL / c of a batch (B, D), or what replaces it.
+
+        Free bits: of the batch's mean KL, each latent counts at least so many nats.
+        """
         q = self.posterior(x)
         if self.config.latent == "deterministic":
-            return functional.mse_loss(self.decode(q.mean), x)
-        kl = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0)).sum()
+            return self.error(x, q.mean)
+        kl = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0)).mean(0)
+        kl = len(x) * torch.clamp(kl, min=self.config.free_bits).sum()
         scale = {"pixels": x.numel(), "batch": len(x), "latent": q.mean.numel(), "sum": 1}
         c = scale[self.config.kl_normalization]
-        error = functional.mse_loss(self.decode(q.mean + q.stddev * eps), x)
-        return error + warmup * self.config.kl_weight * kl / c
+        return self.error(x, q.mean + q.stddev * eps) + warmup * self.config.kl_weight * kl / c
 
     def train_epochs(self, pixels: Tensor) -> None:
         """Train with `torch.optim.Adam` on pixels (N, D), batches and noise as in the harness."""
         config = self.config
+        if config.sigma == "learned":
+            nn.init.constant_(self.log_variance, math.log(pixels.var(0, correction=0).mean()))
         optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, foreach=False)
         steps = len(pixels) // config.batch_size
         for epoch in range(config.epochs):
@@ -71,7 +103,8 @@ class Textbook(nn.Module):
             draws = noise([config], "noise", steps * config.batch_size, epoch + 1)[0].double()
             for step, eps in enumerate(draws.split(config.batch_size)):
                 length = config.kl_warmup_epochs * steps
-                warmup = min(1.0, (epoch * steps + step) / length) if length else 1.0
+                since = math.fmod(epoch * steps + step, config.epochs * steps / config.kl_cycles)
+                warmup = min(1.0, since / length) if length else 1.0
                 optimizer.zero_grad()
                 self.loss(pixels[rows[step]], eps, warmup).backward()
                 optimizer.step()

@@ -1,0 +1,209 @@
+"""Warm-up, free bits, learned variances and binary pixels: against their definitions."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+
+from harness import linear, oracle
+from harness.config import RunConfig, UserError
+from harness.data import Dataset
+from harness.engine import train
+from harness.evaluate import evaluate
+from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
+from harness.storage import load_model, save_model
+from harness.sweep import train_and_evaluate
+
+SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8, latent_size=3, learning_rate=3e-3)
+BINARY = SMALL.replace(likelihood="bernoulli", binarization="stochastic")
+
+
+def finals(configs: list[RunConfig], data: Dataset) -> list[dict[str, float]]:
+    return [r.metrics for r in train_and_evaluate(configs, data, "cpu", torch.float64)]
+
+
+# --- warm-up --------------------------------------------------------------------------------------
+
+
+def test_the_cyclical_warm_up_starts_again_in_every_cycle():
+    cyclical = RunConfig(epochs=6, kl_warmup_epochs=2, kl_cycles=2)
+    factors = torch.cat([kl_warmup([cyclical], epoch, 4)[:, 0] for epoch in range(1, 7)])
+    cycle = [k / 8 for k in range(8)] + [1.0] * 4
+    assert factors.tolist() == cycle * 2
+
+
+def test_one_cycle_is_the_linear_warm_up_and_none_is_the_full_weight():
+    configs = [RunConfig(epochs=3, kl_warmup_epochs=n) for n in (2, 0)]
+    factors = torch.cat([kl_warmup(configs, epoch, 2) for epoch in (1, 2, 3)])
+    assert factors[:, 0].tolist() == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert (factors[:, 1] == 1).all()
+
+
+# --- free bits ------------------------------------------------------------------------------------
+
+
+def test_free_bits_charge_each_latent_at_least_the_floor_and_give_none_a_gradient_below():
+    kl = torch.tensor([[0.2, 3.0, 0.4]], requires_grad=True)
+    rate = free_rate(kl, torch.tensor([[0.5]]))
+    rate.backward()
+    assert rate.item() == pytest.approx(0.5 + 3.0 + 0.5)
+    assert kl.grad.tolist() == [[0, 1, 0]]
+
+
+def test_free_bits_keep_latents_that_a_large_weight_would_collapse(tiny):
+    heavy = SMALL.replace(kl_weight=50.0, epochs=30)
+    without, kept = finals([heavy, heavy.replace(free_bits=0.5)], tiny)
+    assert without["rate"] < 0.1
+    assert kept["rate"] > 0.5
+
+
+def test_free_bits_count_a_runs_own_latents_and_no_padding(tiny):
+    free = SMALL.replace(free_bits=0.7, kl_weight=1e3)
+    alone, _ = finals([free], tiny), finals([free.replace(latent_size=9)], tiny)
+    stacked = finals([free, free.replace(latent_size=9)], tiny)
+    assert stacked[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-9)
+
+
+# --- decoder variance -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", ["optimal", "learned"])
+def test_the_loss_of_a_sigma_vae_is_its_negative_elbo_per_pixel(tiny, sigma):
+    metrics, *_ = finals([SMALL.replace(sigma=sigma)], tiny)
+    variance = metrics["val/learned_variance"] if sigma == "learned" else metrics["val/mse"]
+    distortion = (
+        tiny.pixels / 2 * (math.log(2 * math.pi * variance) + metrics["val/mse"] / variance)
+    )
+    negative_elbo = distortion + metrics["val/rate"]
+    assert metrics["val/loss"] * tiny.pixels == pytest.approx(negative_elbo, rel=1e-12)
+    assert metrics["val/calibration_ratio"] == pytest.approx(variance / metrics["val/mse"])
+    if sigma == "optimal":
+        assert metrics["val/neg_elbo"] == pytest.approx(negative_elbo, rel=1e-12)
+
+
+def test_beta_scales_the_variance_that_a_sigma_vae_is_calibrated_to(tiny):
+    half, *_ = finals([SMALL.replace(sigma="optimal", kl_weight=0.5)], tiny)
+    assert half["val/calibration_ratio"] == pytest.approx(0.5)
+
+
+def test_learned_variances_find_the_error_that_is_left(tiny):
+    config = SMALL.replace(sigma="learned", epochs=120, learning_rate=1e-2)
+    *_, last = train([config], tiny, "cpu", torch.float64)
+    assert last.train["mse"][0] < 0.9 * oracle.pca(tiny).likeliest_variance(0)
+    assert last.train["learned_variance"][0] == pytest.approx(last.train["mse"][0], rel=0.1)
+
+
+def test_learned_variances_survive_files_rows_and_stacks(tiny, tmp_path):
+    configs = [
+        SMALL.replace(seed=s, sigma=k) for s, k in enumerate(("fixed", "learned", "learned"))
+    ]
+    for record in train(configs, tiny, "cpu", torch.float64):
+        if record.epoch == 1:
+            record.drop([1])
+    *_, whole = train(configs, tiny, "cpu", torch.float64)
+    expected = whole.model.run(2)
+    assert record.model.run(1).log_decoder_variance == expected.log_decoder_variance
+    save_model(expected, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.log_decoder_variance == expected.log_decoder_variance
+    assert evaluate(loaded, tiny)[0] == pytest.approx(evaluate(whole.model, tiny)[2], rel=1e-12)
+
+
+def test_where_the_weight_sets_no_decoder_variance_none_is_named():
+    for config in (SMALL.replace(sigma="learned"), BINARY):
+        assert math.isnan(decoder_variance(config, 64))
+        with pytest.raises(UserError, match="sets the decoder variance only with sigma='fixed'"):
+            with_decoder_variance(config, 0.1, 64)
+
+
+def test_the_linear_sigma_vae_is_ppca(data):
+    # At beta = 1 the variance that fits itself is the maximum-likelihood one.
+    known = oracle.pca(data)
+    for size in (1, 5, 20):
+        config = RunConfig(sigma="optimal", latent_size=size)
+        matched = linear.matched_variance(known, config, data.pixels)
+        assert matched == pytest.approx(known.likeliest_variance(size), rel=1e-10)
+
+
+def test_the_linear_sigma_vae_minimises_its_loss_at_any_beta(data):
+    known, config = oracle.pca(data), RunConfig(sigma="optimal", latent_size=6, kl_weight=2.0)
+
+    def loss(log_variance: float) -> float:
+        best = known.trained_optimum(6, 2.0 * math.exp(log_variance))
+        return best.distortion(math.exp(log_variance)) + 2.0 * best.rate
+
+    found = minimize_scalar(loss, bracket=(-6, -2), tol=1e-12)
+    expected = 2.0 * math.exp(found.x)
+    assert linear.matched_variance(known, config, data.pixels) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sigma": "optimal"}, {"free_bits": 0.1}, {"likelihood": "bernoulli"}],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_loss_without_a_linear_closed_form_has_no_gap(tiny, changes):
+    metrics, *_ = finals([SMALL.replace(**changes)], tiny)
+    assert "gap_to_linear" not in metrics
+    assert ("linear/mse" in linear.linear_metrics(SMALL.replace(**changes), tiny)) == (
+        "likelihood" not in changes
+    )
+
+
+# --- binary pixels --------------------------------------------------------------------------------
+
+
+def test_pixels_are_one_with_their_grey_value_as_probability(data):
+    drawn = np.mean(
+        [
+            data.train.binarized("stochastic", np.random.default_rng(i)).images.double().numpy()
+            for i in range(200)
+        ],
+        axis=0,
+    )
+    grey = data.train.pixels(slice(None), torch.float64).numpy()
+    assert np.abs(drawn.mean(0) - grey.mean(0)).max() < 5 * 0.5 / math.sqrt(200 * len(grey))
+    assert (drawn[grey == 0] == 0).all()
+    assert (drawn[grey == 1] == 1).all()
+
+
+def test_the_threshold_is_half_the_largest_value(data):
+    binary = data.train.binarized("threshold")
+    assert torch.equal(binary.images == 1, data.train.images >= 8)
+    assert binary.largest == 1
+
+
+def test_the_measured_pixels_are_the_same_for_everyone_and_binary_data_stay(data):
+    first, again = data.binarized("stochastic"), data.binarized("stochastic")
+    assert torch.equal(first.test.images, again.test.images)
+    assert torch.equal(first.binarized("stochastic").val.images, first.val.images)
+    assert torch.equal(first.binarized("threshold").val.images, first.val.images)
+    assert data.binarized("none") is data
+    assert first.digest == data.digest
+
+
+def test_binary_data_have_an_exact_elbo_at_beta_one(tiny):
+    metrics, *_ = finals([BINARY], tiny)
+    assert metrics["neg_elbo"] == pytest.approx(metrics["loss"] * tiny.pixels, rel=1e-12)
+    assert metrics["neg_elbo"] == pytest.approx(metrics["distortion"] + metrics["rate"])
+    assert 0 < metrics["distortion"] < tiny.pixels * math.log(2) * 1.1
+    assert "calibration_ratio" not in metrics
+
+
+def test_grey_cross_entropy_is_a_loss_and_no_likelihood(tiny):
+    metrics, *_ = finals([SMALL.replace(likelihood="bernoulli")], tiny)
+    assert {"loss", "mse", "rate"} <= set(metrics)
+    assert not {"distortion", "neg_elbo", "calibration_ratio"} & set(metrics)
+
+
+def test_pixels_are_drawn_anew_every_epoch_for_every_seed_alone_or_in_a_stack(tiny):
+    configs = [BINARY.replace(seed=1), BINARY.replace(seed=0), BINARY.replace(kl_weight=0.1)]
+    stacked = finals(configs, tiny)
+    for config, metrics in zip(configs, stacked, strict=True):
+        assert metrics == pytest.approx(finals([config], tiny)[0], rel=1e-9)
+    # One epoch of fixed pixels is another training than one of drawn pixels.
+    fixed = replace(tiny, train=tiny.binarized("stochastic").train)
+    assert finals([configs[0]], fixed)[0]["loss"] != pytest.approx(stacked[0]["loss"], rel=1e-6)
