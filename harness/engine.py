@@ -1,31 +1,26 @@
-"""Training of a stack of runs: device, precision and the optimiser live here and only here."""
+"""Training of a stack of runs, epoch by epoch; device and precision are chosen here."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness import elbo, objective, oracle, streams
+from harness import elbo, objective
 from harness.config import RunConfig, UserError
-from harness.data import Dataset, Split
-from harness.evaluate import evaluation_noise, linear_losses, measure, to_arrays
-from harness.optimizer import Adam
-from harness.streams import generator
-from harness.vae import VAE, initial
+from harness.cores import crew
+from harness.data import Dataset
+from harness.evaluate import linear_losses
+from harness.part import Arrays, Part, begin, probe
+from harness.vae import VAE
 
 Device = Literal["auto", "cpu", "cuda"]
-
-THREADED_WORK = 2**25
-"""Multiplications of a stack's largest layer from which a second CPU thread pays; measured."""
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -41,12 +36,14 @@ class EpochRecord:
 
     Attributes:
         epoch: epochs finished, counted from 1.
-        seconds: wall time of the epoch's training, evaluation excluded.
+        seconds: wall time of the epoch's training, evaluation excluded; where runs are computed
+            side by side, training's share of the epoch's wall time.
         images: training images seen in the epoch by all runs of the stack together.
         train: metric name -> values on the first training images, as many as `val` has.
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
-        model: the live stack; its weights change when the next record is asked for.
+        models: the live runs in their parts, in the order of `rows`; their weights change when the
+            next record is asked for.
         rows: positions of the runs in the list that `train` was given, shape (S,).
         dropped: rows of this record that go no further.
     """
@@ -57,13 +54,20 @@ class EpochRecord:
     train: dict[str, np.ndarray]
     val: dict[str, np.ndarray]
     kl_warmup: np.ndarray
-    model: VAE = field(repr=False)
+    models: tuple[VAE, ...] = field(repr=False)
     rows: tuple[int, ...]
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
         """End the training of some rows of this record; dropping all of them ends it all."""
         self.dropped.update(rows)
+
+    @cached_property
+    def model(self) -> VAE:
+        """All runs as one stack: the live one, or a copy where they are computed in parts."""
+        if len(self.models) == 1:
+            return self.models[0]
+        return VAE([part.run(row) for part in self.models for row in range(len(part.configs))])
 
     @property
     def images_per_second(self) -> float:
@@ -94,6 +98,9 @@ def train(
 ) -> Iterator[EpochRecord]:
     """Train a stack of runs with Adam, one record an epoch; it can drop runs (`EpochRecord`).
 
+    On a GPU the runs are computed as one; on a CPU side by side on its cores, a run a core, where
+    each gives the same bits whatever its company.
+
     Args:
         configs: the runs; they may differ in the fields of `harness.config.SWEPT` only.
         data: the dataset; it is moved to the device.
@@ -106,46 +113,86 @@ def train(
     """
     check_stack(configs, data)
     target = resolve_device(device)
-    grey = data.to(target)
-    data = grey.binarized(configs[0].binarization)
-    model = VAE([initial(c, data.image_shape) for c in configs]).to(target, dtype)
-    _start_learned_variances(model, data)
-    update, rows = Adam(model), tuple(range(len(configs)))
-    linear = [linear_losses(model, data, split) for split in (_probe(data), data.val)]
-    with _cpu_settings(configs, data.pixels):
+    parts = _parts(configs, data.to(target), dtype)
+
+    def epoch_of(item: tuple[int, int]) -> tuple[float, float, Arrays, Arrays]:
+        index, epoch = item
+        return parts[index].epoch(epoch)
+
+    with crew(epoch_of, len(parts), target) as cores:
+        left = list(range(len(parts)))
         for epoch in range(1, configs[0].epochs + 1):
             start = time.perf_counter()
-            images, warmup = _epoch(model, update, grey.train, epoch)
-            _synchronize(target)
-            seconds = time.perf_counter() - start
-            metrics = _measure(model, data, *linear)
-            record = EpochRecord(epoch, seconds, images, *metrics, warmup.numpy(), model, rows)
+            done = cores.map([(index, epoch) for index in left])
+            wall = time.perf_counter() - start
+            record = _record([parts[index] for index in left], epoch, wall, done)
             yield record
-            if record.dropped:
-                left = [row for row in range(len(rows)) if row not in record.dropped]
-                if not left:
-                    return
-                model, rows = model.keep(left), tuple(rows[row] for row in left)
-                update = update.keep(left, model)
-                linear = [part[left] for part in linear]
+            left = _drop(parts, left, record.dropped)
+            if not left:
+                return
 
 
-def _probe(data: Dataset) -> Split:
-    """Return the training images that train metrics are measured on."""
-    return data.train.head(len(data.val))
+def _parts(configs: Sequence[RunConfig], grey: Dataset, dtype: torch.dtype) -> list[Part]:
+    data = grey.binarized(configs[0].binarization)
+    splits = (probe(data), data.val)
+    linear = torch.stack([linear_losses(configs, data, split) for split in splits])
+    device = grey.train.images.device
+    return [
+        begin(configs, rows, grey, data, linear, dtype) for rows in groups(len(configs), device)
+    ]
 
 
-def _measure(
-    model: VAE, data: Dataset, train_linear: Tensor, val_linear: Tensor
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the metrics on the first training images and on validation, in one transfer."""
-    probe = _probe(data)
-    noise = evaluation_noise(model, "val", len(data.val))
-    val = measure(model, data.val, noise, data.classes, None, val_linear)
-    noise = evaluation_noise(model, "train", len(probe))
-    train = measure(model, probe, noise, data.classes, val["mse"], train_linear)
-    arrays = to_arrays({f"train/{k}": v for k, v in train.items()} | val)
-    return {k: arrays.pop(f"train/{k}") for k in train}, arrays
+def groups(runs: int, device: torch.device) -> list[list[int]]:
+    """Return which rows of a stack are computed together: all on a GPU, each alone on a CPU."""
+    rows = list(range(runs))
+    return [[row] for row in rows] if device.type == "cpu" else [rows]
+
+
+def _record(
+    parts: Sequence[Part],
+    epoch: int,
+    wall: float,
+    done: Sequence[tuple[float, float, Arrays, Arrays]],
+) -> EpochRecord:
+    training, measuring, train, val = zip(*done, strict=True)
+    configs = [config for part in parts for config in part.model.configs]
+    steps = len(parts[0].step.order)
+    return EpochRecord(
+        epoch=epoch,
+        seconds=wall * sum(training) / (sum(training) + sum(measuring)),
+        images=len(configs) * steps * configs[0].batch_size,
+        train=_joined(train),
+        val=_joined(val),
+        kl_warmup=objective.kl_warmup(configs, epoch, steps)[-1].numpy(),
+        models=tuple(part.model for part in parts),
+        rows=tuple(row for part in parts for row in part.rows),
+    )
+
+
+def _joined(every: Sequence[Arrays]) -> Arrays:
+    """Join the metrics of parts; NaN where a part has no such metric, for lack of latents, say."""
+    names = dict.fromkeys(name for arrays in every for name in arrays)
+    sizes = [len(arrays["mse"]) for arrays in every]
+    return {
+        name: np.concatenate(
+            [arrays.get(name, np.full(n, np.nan)) for arrays, n in zip(every, sizes, strict=True)]
+        )
+        for name in names
+    }
+
+
+def _drop(parts: list[Part], left: Sequence[int], dropped: set[int]) -> list[int]:
+    """Take the dropped rows of a record out of their parts; return the parts that go on."""
+    going, first = [], 0
+    for index in left:
+        count = len(parts[index].rows)
+        rows = [row for row in range(count) if first + row not in dropped]
+        first += count
+        if rows:
+            going.append(index)
+            if len(rows) < count:  # several runs are computed together in this process only
+                parts[index] = parts[index].keep(rows)
+    return going
 
 
 def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
@@ -159,49 +206,6 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
             f"batch_size={configs[0].batch_size}: {data.name} has {len(data.train)} training "
             "images; give a smaller batch"
         )
-
-
-def _epoch(model: VAE, update: Adam, split: Split, epoch: int) -> tuple[int, Tensor]:
-    """Train one epoch; return the images seen by all runs and the last warm-up factors."""
-    configs, batch = model.configs, model.configs[0].batch_size
-    device, dtype = model.device, model.dtype
-    order = streams.batches(configs, len(split), epoch)
-    noise = streams.noise(configs, "noise", order.shape[1], epoch, model.latent_size)
-    noise = noise.to(device, dtype)
-    warmup = objective.kl_warmup(configs, epoch, order.shape[1] // batch)
-    betas = (warmup * objective.betas(configs, split.images.shape[1])).to(device, dtype)
-    split, rows = _seen(split, order.to(device), configs, epoch)
-    for step, beta in enumerate(betas):
-        now = slice(step * batch, (step + 1) * batch)
-        x = split.pixels(rows[:, now], dtype)
-        losses(model, x, noise[:, now], beta).sum().backward()
-        update.step()
-        model.zero_grad()
-    return rows.numel(), warmup[-1]
-
-
-def _seen(
-    split: Split, order: Tensor, configs: Sequence[RunConfig], epoch: int
-) -> tuple[Split, Tensor]:
-    """Return the training images as an epoch shows them, and where each run finds its batches.
-
-    Pixels drawn for the epoch differ from seed to seed, so there is a copy of the split a seed.
-    """
-    kind = configs[0].binarization
-    if kind != "stochastic":
-        return split.binarized(kind), order
-    seeds = sorted({c.seed for c in configs})
-    copies = [split.binarized(kind, generator(seed, "binarize", epoch)) for seed in seeds]
-    images = torch.cat([copy.images for copy in copies])
-    first = torch.tensor([[seeds.index(c.seed) * len(split)] for c in configs])
-    return replace(copies[0], images=images), order + first.to(order.device)
-
-
-def _start_learned_variances(model: VAE, data: Dataset) -> None:
-    """Start learned decoder variances at the mse of a decoder that knows the mean image alone."""
-    if model.log_decoder_variance is not None:
-        variance = oracle.pca(data).likeliest_variance(0)
-        torch.nn.init.constant_(model.log_decoder_variance, math.log(variance))
 
 
 def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
@@ -225,23 +229,3 @@ def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
         beta,
         x.shape[-1],
     )
-
-
-@contextmanager
-def _cpu_settings(configs: Sequence[RunConfig], pixels: int) -> Iterator[None]:
-    """Flush denormals from here on, and use one thread for small layers until training ends."""
-    sizes = (pixels, *configs[0].hidden, configs[0].latent_size)
-    largest = max(inputs * outputs for inputs, outputs in pairwise(sizes))
-    threads = torch.get_num_threads()
-    torch.set_flush_denormal(True)  # Adam's moments decay into denormals, which a CPU is slow at
-    if len(configs) * configs[0].batch_size * largest < THREADED_WORK:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

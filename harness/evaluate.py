@@ -7,12 +7,16 @@ no `kl/i` beyond its own latent size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from harness import elbo, linear, objective, streams
+from harness.config import RunConfig
+from harness.cores import crew
 from harness.data import Dataset, Split
 from harness.vae import VAE, SingleVAE
 
@@ -65,16 +69,17 @@ def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
     return 100 * (linear - loss) / linear
 
 
-def linear_losses(model: VAE, data: Dataset, split: Split) -> Tensor:
+def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> Tensor:
     """Return the loss of the exact linear model at each run's knob, on a split.
 
     Linear algebra of the training split, done once per dataset; NaN where the linear model has no
     loss in closed form to compare with (`harness.linear`).
 
     Returns:
-        float64, shape (S,), on the model's device.
+        float64, shape (S,), on the split's device.
     """
-    return torch.from_numpy(linear.linear_losses(model.configs, data, split)).to(model.device)
+    losses = torch.from_numpy(linear.linear_losses(configs, data, split))
+    return losses.to(split.images.device)
 
 
 @torch.no_grad()
@@ -129,7 +134,6 @@ def measure(
     return metrics | {f"mse_class/{c}": column for c, column in enumerate(per_class.unbind(-1))}
 
 
-@torch.no_grad()
 def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
     """Return the final metrics of each run, with the noise that its seed fixes.
 
@@ -141,14 +145,36 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
     data = data.to(stack.device).binarized(stack.configs[0].binarization)
-    val_noise = evaluation_noise(stack, "val", len(data.val))
-    test_noise = evaluation_noise(stack, "test", len(data.test))
-    val_linear, test_linear = (linear_losses(stack, data, s) for s in (data.val, data.test))
-    val = measure(stack, data.val, val_noise, data.classes, None, val_linear)
-    test = measure(stack, data.test, test_noise, data.classes, val["mse"], test_linear)
+    splits = (data.val, data.test)
+    known = torch.stack([linear_losses(stack.configs, data, split) for split in splits])
+    parts = apart(stack)
+
+    def finals(index: int) -> list[dict[str, float]]:
+        part, rows = parts[index]
+        return _finals(part, known[:, list(rows)], data)
+
+    with crew(finals, len(parts), stack.device) as cores:
+        return [metrics for own in cores.map(range(len(parts))) for metrics in own]
+
+
+def apart(stack: VAE) -> list[tuple[VAE, Sequence[int]]]:
+    """Return the stacks that a stack is computed in, and their rows: on a CPU a run each.
+
+    There a run then gives the same bits whatever its company.
+    """
+    count = len(stack.configs)
+    if stack.device.type != "cpu" or (count == 1 and not stack.padded):
+        return [(stack, range(count))]
+    return [(VAE([stack.run(row)]), [row]) for row in range(count)]
+
+
+@torch.no_grad()
+def _finals(stack: VAE, linear: Tensor, data: Dataset) -> list[dict[str, float]]:
+    noise = [evaluation_noise(stack, part, len(getattr(data, part))) for part in ("val", "test")]
+    val = measure(stack, data.val, noise[0], data.classes, None, linear[0])
+    test = measure(stack, data.test, noise[1], data.classes, val["mse"], linear[1])
     named = {f"val/{k}": v for k, v in val.items()} | {f"test/{k}": v for k, v in test.items()}
-    named |= test
-    values = to_arrays(named)
+    values = to_arrays(named | test)
     return [finite({k: float(v[s]) for k, v in values.items()}) for s in range(len(stack.configs))]
 
 

@@ -1,62 +1,72 @@
-"""Adam for a stack of runs, whose rows can leave it."""
+"""Adam for a stack of runs, each with its own learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
-from harness.vae import VAE
+from harness.cores import shared_zeros
 
 
 class Adam:
     """Adam of all runs (Kingma & Ba 2014); elementwise, it couples no runs.
 
-    PyTorch's optimiser takes one learning rate per tensor, so runs that differ in it are updated
-    through views of their rows.
+    Args:
+        weights: weights of each run, shape (S, P); updated in place.
+        gradients: their gradients, shape (S, P).
+        rates: learning rate of each run.
     """
 
-    def __init__(self, model: VAE, *, by_row: bool = False) -> None:
-        self.parameters: list[Tensor] = list(model.parameters())
-        rates = [c.learning_rate for c in model.configs]
-        self.rows: list[list[Tensor]] = []
-        if by_row or len(set(rates)) > 1:
-            self.rows = [[p.detach()[s] for p in self.parameters] for s in range(len(rates))]
-        groups = [
-            {"params": row, "lr": rate}
-            for row, rate in zip(self.rows or [self.parameters], rates, strict=False)
-        ]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+    def __init__(self, weights: Tensor, gradients: Tensor, rates: Sequence[float]) -> None:
+        self.weights, self.gradients, self.rates = weights, gradients, tuple(rates)
+        self.first, self.second = (
+            shared_zeros(weights.shape, weights.device, weights.dtype) for _ in range(2)
+        )
+        self.steps = shared_zeros((len(rates),), weights.device, torch.float32)
+        self.groups = list(self._group())
 
+    def _group(self) -> Iterator[tuple[float, list[list[Tensor]]]]:
+        """Yield each learning rate with the tensors that have it: all as one, or rows."""
+        tensors = (self.weights, self.gradients, self.first, self.second)
+        if len(set(self.rates)) == 1:
+            yield self.rates[0], [*([tensor] for tensor in tensors), [self.steps[0]]]
+            return
+        for rate in sorted(set(self.rates)):
+            rows = [row for row, own in enumerate(self.rates) if own == rate]
+            yield rate, [[tensor[row] for row in rows] for tensor in (*tensors, self.steps)]
+
+    @torch.no_grad()
     def step(self) -> None:
         """Update the weights from their gradients."""
-        for s, row in enumerate(self.rows):
-            for view, parameter in zip(row, self.parameters, strict=True):
-                assert parameter.grad is not None
-                view.grad = parameter.grad[s]
-        self.optimizer.step()
+        for rate, (weights, gradients, first, second, steps) in self.groups:
+            adam(
+                weights,
+                gradients,
+                first,
+                second,
+                [],
+                steps,
+                fused=True,
+                capturable=self.weights.is_cuda,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
 
-    def keep(self, rows: Sequence[int], model: VAE) -> Adam:
-        """Return the optimiser of some runs, moments and all.
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second moments, shape (S, P), and steps taken, of which the first counts."""
+        return self.first, self.second, self.steps
 
-        Args:
-            rows: which runs.
-            model: the stack that they now are.
-        """
-        kept = Adam(model, by_row=bool(self.rows))
-        state = self.optimizer.state
-        if self.rows:
-            pairs = [
-                (new, state[old])
-                for own, row in zip(kept.rows, rows, strict=True)
-                for new, old in zip(own, self.rows[row], strict=True)
-            ]
-        else:
-            moments = [
-                {k: v[list(rows)] if v.ndim else v for k, v in state[p].items()}
-                for p in self.parameters
-            ]
-            pairs = list(zip(kept.parameters, moments, strict=True))
-        kept.optimizer.state.update(pairs)
-        return kept
+    def take(self, other: Adam, rows: Sequence[int]) -> None:
+        """Go on from the state of some runs of another stack's optimiser."""
+        self.first.copy_(other.first[list(rows)])
+        self.second.copy_(other.second[list(rows)])
+        self.steps.fill_(other.steps[0])

@@ -118,6 +118,11 @@ class VAE(nn.Module):
         self.log_decoder_variance = _learned_variances(runs)
 
     @property
+    def pixels(self) -> int:
+        """D: values of an image, all channels."""
+        return math.prod(self.image_shape)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

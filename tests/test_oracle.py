@@ -212,7 +212,7 @@ EVERYTHING = pytest.mark.parametrize(
 def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
     stack, split = VAE([linear_vae(config, data)]), getattr(data, part)
     twice, noise = quadrature(split, config.latent_size)
-    linear = linear_losses(stack, data, split)
+    linear = linear_losses(stack.configs, data, split)
     metrics = measure(stack, twice, noise, 10, linear_loss=linear)
     variance = config.kl_weight * {  # beta / 2, from the table of SCIENCE.md
         "pixels": 1, "batch": 64, "latent": 64 / config.latent_size, "sum": 64 * config.batch_size

@@ -1,0 +1,158 @@
+"""All cores of a CPU kept busy: runs side by side in forked processes, each on one thread.
+
+Products of 32 rows do not profit from a second thread, and a run on one thread gives the same bits
+whatever runs beside it. Threads of one process would wait for Python's lock at every operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+PATIENCE = 1.0
+"""Seconds after which a waiting worker looks whether its parent is still there."""
+
+
+def shared_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros that forked processes see and change together; on a GPU, ordinary ones."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, device=device, dtype=dtype)
+    memory = mmap.mmap(-1, max(1, prod(shape)) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype)[: prod(shape)].view(*shape)
+
+
+class Crew:
+    """Workers that apply one function to items, at once on as many cores as PyTorch has threads.
+
+    Workers are forked when the crew is made and know all that there is then; what the function
+    changes is lost but for `shared_zeros`. Every call computes on one thread, with denormals
+    flushed, which Adam's moments decay into. With one core, on a GPU or where forking is not safe
+    the function is called here.
+
+    Args:
+        function: what is applied.
+        workers: at most so many, for instance the number of items.
+        device: where the function computes.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], workers: int, device: torch.device) -> None:
+        self._function, self._on_cpu = function, device.type == "cpu"
+        workers = min(workers, torch.get_num_threads())
+        forks = self._on_cpu and workers > 1 and sys.platform == "linux"
+        self._workers = [self._hire() for _ in range(workers)] if forks else []
+
+    def _hire(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=_serve, args=(self._function, there), daemon=True)
+        with warnings.catch_warnings():  # a worker uses nothing that a thread could have locked
+            warnings.simplefilter("ignore", DeprecationWarning)
+            worker.start()
+        there.close()
+        return worker, here
+
+    def map(self, items: Sequence[Any]) -> list[Any]:
+        """Return the function's results in the order of the items.
+
+        Raises:
+            Exception: what the function raised first.
+        """
+        if not self._workers:
+            with _one_thread() if self._on_cpu else contextlib.nullcontext():
+                return [self._function(item) for item in items]
+        results: dict[int, Any] = {}
+        left = iter(enumerate(items))
+        busy: dict[Any, int] = {}
+        for _, connection in self._workers:
+            _hand(connection, left, busy)
+        while busy:
+            for ready in wait(list(busy)):
+                connection = cast("Connection", ready)
+                results[busy.pop(connection)] = _received(connection)
+                _hand(connection, left, busy)
+        return [results[i] for i in range(len(items))]
+
+    def dismiss(self) -> None:
+        """End the workers."""
+        for worker, connection in self._workers:
+            connection.close()
+            worker.terminate()
+        for worker, _ in self._workers:
+            worker.join()
+        self._workers = []
+
+
+@contextlib.contextmanager
+def crew(function: Callable[[Any], Any], workers: int, device: torch.device) -> Iterator[Crew]:
+    """Hire a `Crew` for a while."""
+    hired = Crew(function, workers, device)
+    try:
+        yield hired
+    finally:
+        hired.dismiss()
+
+
+def _hand(connection: Connection, left: Iterator[tuple[int, Any]], busy: dict[Any, int]) -> None:
+    for place, item in left:
+        connection.send(item)
+        busy[connection] = place
+        return
+
+
+def _received(connection: Connection) -> Any:  # noqa: ANN401 - the function's result
+    try:
+        result, error = connection.recv()
+    except EOFError:
+        raise RuntimeError("a worker process was killed; was there too little memory?") from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
+    """Work until the parent is gone; its Ctrl-C is the parent's to heed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+    _settle()
+    while os.getppid() == parent:
+        if not connection.poll(PATIENCE):
+            continue
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[Any, Exception | None]
+        try:
+            answer = function(item), None
+        except Exception as error:
+            answer = None, error
+        connection.send(answer)
+
+
+def _settle() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    _settle()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)

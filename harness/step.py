@@ -1,0 +1,120 @@
+"""One training step of a stack, which finds its inputs by its own counter.
+
+Everything that a step reads lies in buffers made once: images, and for each step of the epoch the
+batch, the noise and the weight of the KL. So a GPU captures the step once and replays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harness.gradient import Gradient
+from harness.optimizer import Adam
+from harness.vae import VAE
+
+WARM_UP = 3
+"""Steps before a capture, which let libraries choose their kernels; undone afterwards."""
+
+
+class Step:
+    """Gather a batch, find its gradient, update the weights.
+
+    Args:
+        model: the stack; its weights are moved (see `Gradient`).
+        steps: steps of an epoch.
+    """
+
+    def __init__(self, model: VAE, steps: int) -> None:
+        configs, batch = model.configs, model.configs[0].batch_size
+        self.model = model
+        self.gradient = Gradient(model, batch)
+        rates = [config.learning_rate for config in configs]
+        self.adam = Adam(self.gradient.weights, self.gradient.gradients, rates)
+        lead, seen = self.gradient.lead, len(configs) * batch
+        self.order = self._new(steps, seen, dtype=torch.int64)
+        self.noise = self._new(steps, *lead, batch, model.latent_size)
+        self.betas = self._new(steps, *lead, 1, 1)
+        self.now = self._new(1, dtype=torch.int64)
+        self.rows, self.eps, self.beta = (
+            torch.zeros_like(every[:1]) for every in (self.order, self.noise, self.betas)
+        )
+        self.raw = self._new(seen, model.pixels, dtype=torch.uint8)
+        self.x = self._new(*lead, batch, model.pixels)
+        self.images, self.largest = torch.zeros(0), 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, device=self.model.device, dtype=dtype or self.model.dtype)
+
+    def load(
+        self, images: Tensor, largest: int, order: Tensor, noise: Tensor, betas: Tensor
+    ) -> None:
+        """Lay out an epoch.
+
+        Args:
+            images: what batches are taken from, uint8, shape (N, D), the same at every epoch.
+            largest: grey value that stands for 1.
+            order: images of each run in the order they are seen, shape (S, steps * B).
+            noise: shape (S, steps * B, L).
+            betas: shape (steps, S).
+        """
+        self.largest = largest
+        if self.graph is None:
+            self.images = images
+        elif images is not self.images:
+            self.images.copy_(images)
+        steps = len(self.order)
+        self.order.copy_(order.unflatten(1, (steps, -1)).transpose(0, 1).flatten(1))
+        self.noise.copy_(noise.unflatten(1, (steps, -1)).transpose(0, 1).view_as(self.noise))
+        self.betas.copy_(betas.view_as(self.betas))
+        self.now.zero_()
+
+    def epoch(self) -> None:
+        """Take every step of the epoch that is laid out."""
+        if self.model.device.type == "cuda" and self.graph is None:
+            self.graph = self._captured()
+        for _ in range(len(self.order)):
+            if self.graph is None:
+                self._step()
+            else:
+                self.graph.replay()
+
+    def _step(self) -> None:
+        for every, one in (
+            (self.order, self.rows),
+            (self.noise, self.eps),
+            (self.betas, self.beta),
+        ):
+            torch.index_select(every, 0, self.now, out=one)
+        torch.index_select(self.images, 0, self.rows[0], out=self.raw)
+        torch.div(self.raw.view(self.x.shape), self.largest, out=self.x)
+        self.gradient(self.x, self.eps[0], self.beta[0])
+        self.adam.step()
+        self.now.add_(1)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Record the step; what the warm-up changes is put back."""
+        changed = (self.gradient.weights, *self.adam.state, self.now)
+        before = [tensor.clone() for tensor in changed]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._step()
+                self.now.zero_()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        return graph
+
+    def keep(self, rows: Sequence[int]) -> Step:
+        """Return the step of some runs, with their weights and moments."""
+        kept = Step(self.model.keep(rows), len(self.order))
+        kept.adam.take(self.adam, rows)
+        return kept
