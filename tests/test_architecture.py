@@ -27,6 +27,7 @@ HARNESS = {
     "elbo": {"objective", "vae"},
     "optimizer": {"vae"},
     "evaluate": {"data", "elbo", "linear", "objective", "streams", "vae"},
+    "likelihood": {"data", "evaluate", "objective", "streams", "vae"},
     "pictures": {"config", "data", "objective", "streams", "vae"},
     "storage": {"config", "vae"},
     "engine": {"config", "data", "elbo", "evaluate", "objective", "optimizer", "oracle"}
