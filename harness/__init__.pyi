@@ -1,6 +1,7 @@
 from . import elbo as elbo
 from . import engine as engine
 from . import ledger as ledger
+from . import likelihood as likelihood
 from . import linear as linear
 from . import objective as objective
 from . import optimum as optimum

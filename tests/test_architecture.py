@@ -31,6 +31,7 @@ HARNESS = {
     "step": {"gradient", "optimizer", "vae"},
     "evaluate": {"config", "cores", "data", "elbo", "linear", "objective", "streams", "vae"},
     "part": {"config", "data", "evaluate", "objective", "oracle", "step", "streams", "vae"},
+    "likelihood": {"data", "evaluate", "objective", "streams", "vae"},
     "pictures": {"config", "data", "objective", "streams", "vae"},
     "storage": {"config", "vae"},
     "engine": {"config", "cores", "data", "elbo", "evaluate", "objective", "part", "vae"},

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard
+from drawn import EIGENVALUES, gaussian
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
@@ -323,21 +323,6 @@ def expected_loss(run: SingleVAE, x: torch.Tensor, variance: float) -> torch.Ten
     error = error + (posterior.log_variance.exp() * decoder.weight.square().sum(0)).sum(-1)
     kl = kl_per_latent(posterior.mean, posterior.log_variance).sum(-1)
     return (error + 2 * variance * kl).mean() / x.shape[-1]
-
-
-EIGENVALUES = 0.6 ** np.arange(8)
-"""Of a Gaussian over 8 pixels, in a unit of 50 grey levels: rounding adds 1 / (12 * 50^2)."""
-
-
-def gaussian() -> Dataset:
-    """Draw images from a Gaussian of known covariance, none of them clipped."""
-    normal = np.random.default_rng(0).standard_normal((2960, 8))
-    x = 2.5 + normal * np.sqrt(EIGENVALUES) @ hadamard(8).T / math.sqrt(8)
-    assert abs(x - 2.5).max() < 2.5
-    images = torch.from_numpy(np.rint(50 * x).astype(np.uint8))
-    parts = images.split([2560, 200, 200])
-    splits = (Split(part, torch.zeros(len(part), dtype=torch.int64), 50) for part in parts)
-    return Dataset("gaussian", (1, 2, 4), 1, *splits, "drawn")
 
 
 def test_the_eigenvalues_of_a_known_gaussian_are_found():

@@ -1,0 +1,324 @@
+"""The importance-weighted bound against exact densities, quadrature and its own definition."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from drawn import gaussian
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal, norm
+
+from harness import RunConfig, evaluate, likelihood, load_dataset
+from harness.data import Dataset, Split
+from harness.engine import train
+from harness.evaluate import measure
+from harness.likelihood import ImportanceBounds, importance_bounds, likelihood_metrics
+from harness.objective import decoder_variance, with_decoder_variance
+from harness.optimum import linear_vae
+from harness.streams import noise
+from harness.vae import VAE, SingleVAE, initial
+
+SMALL = RunConfig(hidden=(16, 12), kl_weight=0.05)
+SIZES = (5, 2, 9)
+VARIANCES = torch.tensor([0.05, 0.2, 0.03], dtype=torch.float64)
+HEADS = pytest.mark.parametrize(
+    "settings", [{"head": "gaussian"}, {"head": "relu"}, {"model": "linear"}], ids=str
+)
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def untrained(**settings) -> VAE:
+    """Return a stack of runs of different latent sizes whose posteriors depend on the image."""
+    runs = []
+    for seed, size in enumerate(SIZES):
+        run = initial(SMALL.replace(latent_size=size, seed=seed, **settings), (1, 8, 8)).double()
+        with torch.no_grad():
+            run.encoder[-1].weight *= 5
+        runs.append(run)
+    return VAE(runs)
+
+
+@pytest.fixture(scope="module")
+def trained() -> VAE:
+    """Return a stack of runs of 1, 2 and 6 latents, trained on digits."""
+    base = RunConfig(hidden=(32,), kl_weight=0.05, learning_rate=1e-2, batch_size=128, epochs=12)
+    configs = [base.replace(latent_size=size, seed=size) for size in (1, 2, 6)]
+    *_, last = train(configs, load_dataset("digits"), device="cpu", dtype=torch.float64)
+    return last.model
+
+
+# --- the definition -------------------------------------------------------------------------------
+
+
+def weights_by_hand(run: SingleVAE, split: Split, variance: float, count: int) -> np.ndarray:
+    """Return log p(x|z_j) + log p(z_j) - log q(z_j|x), shape (count, N), with SciPy's densities."""
+    x = split.pixels(slice(None), torch.float64)
+    q, log_weights = run.encode(x), []
+    mean, deviation = q.mean.detach().numpy(), (q.log_variance / 2).exp().detach().numpy()
+    for j in range(1, count + 1):
+        eps = noise([run.config], "likelihood", len(split), j)[0].numpy()
+        z = mean + deviation * eps
+        y = run.decode(torch.from_numpy(z)).detach().numpy()
+        log_weights.append(
+            norm.logpdf(x.numpy(), y, math.sqrt(variance)).sum(1)
+            + norm.logpdf(z).sum(1)
+            - norm.logpdf(z, mean, deviation).sum(1)
+        )
+    return np.array(log_weights)
+
+
+@HEADS
+def test_the_bound_is_the_logarithm_of_the_mean_weight(tiny, settings):
+    stack = untrained(**settings)
+    found = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 3, 20))
+    assert list(found.bounds) == [1, 3, 20]
+    for s, variance in enumerate(VARIANCES.tolist()):
+        log_w = weights_by_hand(stack.run(s), tiny.test, variance, 20)
+        for k, bound in found.bounds.items():
+            expected = logsumexp(log_w[:k], axis=0) - math.log(k)
+            assert bound[s].tolist() == pytest.approx(expected.tolist(), rel=1e-10)
+        w = np.exp(log_w - log_w.max(0))
+        effective = np.square(w.sum(0)) / np.square(w).sum(0)
+        assert found.effective_samples[s].tolist() == pytest.approx(effective.tolist(), rel=1e-9)
+
+
+def test_one_sample_gives_the_elbo_up_to_the_sampled_rate(trained, data):
+    # With the noise of sample 1 the distortion is the same, and what is left is KL by sampling
+    # against KL in closed form; repeated images have noise of their own.
+    split = repeated(data.test, 10)
+    eps = noise(trained.configs, "likelihood", len(split), 1).double()
+    elbo = -measure(trained, split, eps, 10, variance=VARIANCES)["neg_elbo"]
+    bound = importance_bounds(trained, split, VARIANCES, samples=(1,)).bounds[1].mean(1)
+    q = trained.encode(split.pixels(slice(None), torch.float64).expand(3, -1, -1))
+    # Var[(eps^2 - z^2) / 2] with z = m + s eps is ((1 - s^2)^2 + 2 m^2 s^2) / 2 per latent.
+    s2 = q.log_variance.exp()
+    error = ((1 - s2).square() + 2 * q.mean.square() * s2).sum(-1).mean(1) / 2
+    error = (error / len(split)).sqrt()
+    assert ((bound - elbo).abs() < 4 * error).all()
+    assert (error < 0.06).all()
+
+
+def repeated(split: Split, times: int) -> Split:
+    images, labels = split.images.repeat(times, 1), split.labels.repeat(times)
+    return replace(split, images=images, labels=labels)
+
+
+def test_more_samples_give_a_tighter_bound(trained, data):
+    found = importance_bounds(trained, data.test, column(0.01, 0.01, 0.01)).bounds
+    for fewer, more in ((1, 8), (8, 64), (64, 512)):
+        gain = found[more] - found[fewer]
+        assert (gain.mean(1) > 0).all()
+        assert gain[-1].mean() > 4 * gain[-1].std() / math.sqrt(len(data.test))
+
+
+# --- exact densities ------------------------------------------------------------------------------
+
+
+def log_density(config: RunConfig, data: Dataset, x: np.ndarray) -> np.ndarray:
+    """Return pPCA's log p(x) of each image: a Gaussian whose small eigenvalues are all s2."""
+    train = data.train.images.numpy() / data.train.largest
+    variance = decoder_variance(config, data.pixels)
+    values, vectors = np.linalg.eigh(np.cov(train.T, bias=True))
+    discarded = np.arange(data.pixels)[::-1] >= config.latent_size
+    values = np.where(discarded, variance, np.maximum(values, variance))
+    covariance = (vectors * values) @ vectors.T
+    return multivariate_normal(train.mean(0), covariance).logpdf(x)
+
+
+DATA = {"digits": load_dataset, "gaussian": gaussian}
+
+
+@pytest.mark.parametrize(
+    ("name", "variance", "latents"),
+    [
+        ("digits", 0.01, 10),
+        ("digits", 0.3, 10),
+        ("digits", 2.0, 3),
+        ("gaussian", 0.1, 3),
+        ("gaussian", 0.02, 8),
+    ],
+    ids=["active", "some collapsed", "all collapsed", "gaussian", "gaussian, full covariance"],
+)
+def test_at_the_linear_optimum_every_sample_gives_the_exact_density(name, variance, latents):
+    data = DATA[name]()
+    base = RunConfig(model="linear", latent_size=latents)
+    config = with_decoder_variance(base, variance, data.pixels)
+    model, given = VAE([linear_vae(config, data)]), column(variance)
+    found = importance_bounds(model, data.test, given, samples=(1, 10, 100))
+    exact = log_density(config, data, data.test.images.numpy() / data.test.largest)
+    for bound in found.bounds.values():
+        assert bound[0].tolist() == pytest.approx(exact.tolist(), rel=1e-8, abs=1e-8)
+    # Without variance: each of the 100 weights is the same.
+    assert found.effective_samples[0].tolist() == pytest.approx([100.0] * len(exact), rel=1e-9)
+
+
+def test_away_from_the_optimum_the_bound_is_below_the_exact_density(data):
+    # Else the test above could hold for any encoder.
+    config = with_decoder_variance(RunConfig(model="linear"), 0.05, data.pixels)
+    run, given = linear_vae(config, data), column(0.05)
+    exact = log_density(config, data, data.test.images.numpy() / 16).mean()
+    with torch.no_grad():
+        run.encoder[0].weight *= 0.7
+        run.encoder[0].bias *= 0.7
+    found = importance_bounds(VAE([run]), data.test, given, samples=(1, 10, 100))
+    means = [bound.mean().item() for bound in found.bounds.values()]
+    assert means[0] < means[1] < means[2] < exact
+    assert means[0] < exact - 3
+    assert found.effective_samples.mean() < 20
+
+
+# --- quadrature -----------------------------------------------------------------------------------
+
+
+def plane(latents: int, step: float) -> torch.Tensor:
+    """Return the points of a grid over [-8, 8]^L, shape (points, L)."""
+    axis = torch.arange(-8, 8 + step / 2, step, dtype=torch.float64)
+    return torch.cartesian_prod(*[axis] * latents).view(-1, latents)
+
+
+def log_integral(log_p_image: torch.Tensor, z: torch.Tensor, step: float) -> torch.Tensor:
+    """Return log of the integral of p(x|z) N(z; 0, I) over a grid, for log p(x|z) (points, N)."""
+    prior = -(z.square() + math.log(2 * math.pi)).sum(1, keepdim=True) / 2
+    return (log_p_image + prior).logsumexp(0) + z.shape[1] * math.log(step)
+
+
+@torch.no_grad()
+def gaussian_integral(run: SingleVAE, x: torch.Tensor, variance: float, step: float):
+    z = plane(run.config.latent_size, step)
+    error = torch.cdist(run.decode(z), x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    constant = x.shape[1] * math.log(2 * math.pi * variance)
+    return log_integral(-(error / variance + constant) / 2, z, step)
+
+
+@pytest.mark.parametrize(("row", "step"), [(0, 0.004), (1, 0.04)], ids=["1 latent", "2 latents"])
+def test_many_samples_reach_the_integral_over_the_latents(trained, data, row, step):
+    split, run = data.test.head(12), towards_the_prior(trained.run(row))
+    x = split.pixels(slice(None), torch.float64)
+    exact, coarse = (gaussian_integral(run, x, 0.2, h) for h in (step, 2 * step))
+    torch.testing.assert_close(exact, coarse, rtol=0, atol=1e-4)
+    found = importance_bounds(VAE([run]), split, column(0.2), samples=(1, 4000))
+    assert_within_standard_errors(found, exact)
+
+
+@torch.no_grad()
+def towards_the_prior(run: SingleVAE) -> SingleVAE:
+    """Widen the posterior, so that no mode of p(z|x) lies outside; log p(x) is not changed."""
+    run.encoder[-1].weight *= 0.3
+    run.encoder[-1].bias *= 0.3
+    return run
+
+
+def assert_within_standard_errors(found: ImportanceBounds, exact: torch.Tensor) -> None:
+    """Compare image by image: the relative variance of the mean weight is 1/ESS - 1/k."""
+    count = max(found.bounds)
+    error = (1 / found.effective_samples[0] - 1 / count).sqrt()
+    z = (found.bounds[count][0] - exact) / error
+    assert error.max() < 0.15
+    assert z.abs().max() < 4
+    assert z.mean().abs() < 4 / math.sqrt(len(z))
+    assert found.bounds[1].mean() < exact.mean() - 1
+
+
+# --- a run is itself in any stack and any block ---------------------------------------------------
+
+
+@HEADS
+def test_a_run_alone_is_the_run_in_a_stack_of_other_latent_sizes(tiny, settings):
+    stack = untrained(**settings)
+    found = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 20))
+    for s in range(len(SIZES)):
+        alone = importance_bounds(
+            VAE([stack.run(s)]), tiny.test, VARIANCES[s : s + 1], samples=(1, 20)
+        )
+        for k, bound in alone.bounds.items():
+            torch.testing.assert_close(bound[0], found.bounds[k][s], rtol=1e-12, atol=1e-12)
+
+
+ROW = 3 * 64 * 8
+"""Bytes of decoder output for one image and sample of `untrained`."""
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 50, 130, 10_000])
+def test_the_bound_on_memory_is_kept_and_changes_nothing(tiny, monkeypatch, rows):
+    stack = untrained()
+    expected = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 8, 20))
+    monkeypatch.setitem(likelihood.OUTPUT_BYTES, "cpu", ROW * rows + 5)
+    seen = []
+    stack.decoder.register_forward_hook(lambda _module, _inputs, y: seen.append(y.shape[1]))
+    found = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 8, 20))
+    for k, bound in found.bounds.items():
+        torch.testing.assert_close(bound, expected.bounds[k], rtol=1e-12, atol=1e-12)
+    assert max(seen) <= max(1, rows)
+    assert sum(seen) == 20 * len(tiny.test)
+
+
+def test_an_images_bound_depends_on_no_other_image_and_no_larger_number_of_samples(tiny):
+    stack = untrained()
+    every = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 8, 20))
+    first = importance_bounds(stack, tiny.test.head(7), VARIANCES, samples=(8, 1))
+    for k in (1, 8):
+        torch.testing.assert_close(first.bounds[k], every.bounds[k][:, :7], rtol=1e-12, atol=0)
+
+
+def test_single_precision_is_as_good_as_the_decoder(trained, tiny):
+    exact = importance_bounds(trained, tiny.test, VARIANCES).bounds[512]
+    single = VAE([trained.run(s).float() for s in range(3)])
+    found = importance_bounds(single, tiny.test, VARIANCES).bounds[512]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(tiny):
+    stack = untrained()
+    expected = importance_bounds(stack, tiny.test, VARIANCES, samples=(8,)).bounds[8]
+    split = tiny.test.to(torch.device("cuda"))
+    found = importance_bounds(stack.cuda(), split, VARIANCES.cuda(), samples=(8,)).bounds[8]
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+# --- the metrics of a run -------------------------------------------------------------------------
+
+
+def test_the_metrics_are_means_over_test_images_at_the_variance_of_the_distortion(tiny, trained):
+    variance = column(*(m["val/mse"] for m in evaluate(trained, tiny)))
+    bounds = importance_bounds(trained, tiny.test, variance, samples=(1, 4))
+    for s, metrics in enumerate(likelihood_metrics(trained, tiny, samples=(1, 4))):
+        values = -bounds.bounds[4][s].numpy()
+        assert metrics == pytest.approx(
+            {
+                "neg_log_likelihood": values.mean(),
+                "neg_log_likelihood/k1": -bounds.bounds[1][s].mean().item(),
+                "neg_log_likelihood/k4": values.mean(),
+                "neg_log_likelihood_se": np.std(values, ddof=1) / math.sqrt(50),
+                "effective_samples": bounds.effective_samples[s].mean().item(),
+            },
+            rel=1e-10,
+        )
+
+
+def test_the_default_ladder_ends_below_neg_elbo(tiny, trained):
+    for metrics, plain in zip(
+        likelihood_metrics(trained, tiny), evaluate(trained, tiny), strict=True
+    ):
+        ladder = [metrics[f"neg_log_likelihood/k{k}"] for k in (1, 8, 64, 512)]
+        assert ladder == sorted(ladder, reverse=True)
+        assert metrics["neg_log_likelihood"] == ladder[-1] < plain["neg_elbo"]
+        assert 1 < metrics["effective_samples"] < 512
+
+
+def test_only_the_first_test_images_are_read(tiny, trained, monkeypatch):
+    monkeypatch.setattr(likelihood, "LIKELIHOOD_IMAGES", 20)
+    cut = replace(tiny, test=tiny.test.head(20))
+    few, expected = (likelihood_metrics(trained, d, samples=(2,)) for d in (tiny, cut))
+    assert few == expected
+
+
+def test_a_deterministic_latent_has_no_likelihood(tiny):
+    plain = [SMALL.replace(latent="deterministic", kl_weight=0.0, seed=s) for s in range(2)]
+    assert likelihood_metrics(VAE([initial(c, (1, 8, 8)) for c in plain]), tiny) == [{}, {}]
