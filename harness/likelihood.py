@@ -55,8 +55,8 @@ def importance_bounds(
 
     Args:
         model: a stack of stochastic runs.
-        split: images, on the model's device.
-        variance: of the Gaussian decoder, pixel^2, shape (S,).
+        split: images on the model's device, binary ones for a Bernoulli decoder.
+        variance: of the Gaussian decoder, pixel^2, shape (S,); a Bernoulli decoder has none.
         samples: the numbers k.
 
     Returns:
@@ -80,18 +80,20 @@ def likelihood_metrics(
 ) -> list[dict[str, float]]:
     """Estimate the negative log-likelihood of test images for each run of a stack.
 
-    The decoder variance is fitted on validation data, as for `distortion`. The first 1,000 test
-    images are used (`LIKELIHOOD_IMAGES`).
+    On the first 1,000 test images (`LIKELIHOOD_IMAGES`), binary where the run's `binarization` says
+    so; the variance of a Gaussian decoder is fitted on validation data, as for `distortion`.
 
     Returns:
-        One dict per run, empty for a deterministic latent, which has no likelihood:
-        `neg_log_likelihood/kK`, minus the bound of K samples, mean over images, nats / image;
-        `neg_log_likelihood`, that of the most samples, and `neg_log_likelihood_se`, the standard
-        error of that mean over images; `effective_samples` of the most samples, mean over images.
+        One dict per run: `neg_log_likelihood/kK`, minus the bound of K samples, mean over images,
+        nats / image; `neg_log_likelihood`, that of the most samples; `neg_log_likelihood_se`, its
+        standard error over images, which says nothing of the bound's slack; `effective_samples` of
+        the most samples, mean over images. Empty where there is no likelihood: a deterministic
+        latent, cross-entropy of grey pixels.
     """
-    if model.configs[0].latent == "deterministic":
+    config = model.configs[0]
+    if config.latent == "deterministic" or not config.has_likelihood:
         return [{} for _ in model.configs]
-    data = data.to(model.device)
+    data = data.to(model.device).binarized(config.binarization)
     noise = evaluation_noise(model, "val", len(data.val))
     variance = measure(model, data.val, noise, data.classes)["mse"]
     found = importance_bounds(model, data.test.head(LIKELIHOOD_IMAGES), variance, samples)
@@ -155,22 +157,25 @@ def _block(
 
 
 def _log_p_image(model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:
-    """Return log p(x|z) of a Gaussian decoder, nats, float64.
+    """Return log p(x|z), nats, float64.
 
-    -(D ln(2 pi variance) + SSE / variance) / 2
+    Gaussian decoder: -(D ln(2 pi variance) + SSE / variance) / 2; Bernoulli: -cross-entropy.
 
     Args:
         model: the stack.
-        x: pixels in [0, 1], shape (n, D).
+        x: pixels, shape (n, D).
         z: latents, shape (S, J, n, L).
-        variance: shape (S,).
+        variance: of the Gaussian decoder, shape (S,).
 
     Returns:
         Shape (S, J, n).
     """
-    mean = model.decode(z.flatten(1, 2)).unflatten(1, z.shape[1:3])
-    error = objective.squared_error(x, mean).double()
-    variance = variance.view(-1, 1, 1)
+    each = z.shape[1:3]
+    if model.configs[0].likelihood == "bernoulli":
+        logits = model.decoder_output(z.flatten(1, 2)).unflatten(1, each)
+        return -objective.cross_entropy(x, logits).double()
+    mean = model.decode(z.flatten(1, 2)).unflatten(1, each)
+    error, variance = objective.squared_error(x, mean).double(), variance.view(-1, 1, 1)
     return -(x.shape[-1] * (2 * math.pi * variance).log() + error / variance) / 2
 
 

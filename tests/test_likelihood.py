@@ -8,13 +8,14 @@ import pytest
 import torch
 from drawn import gaussian
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import bernoulli, multivariate_normal, norm
+from torch.nn.functional import logsigmoid
 
 from harness import RunConfig, evaluate, likelihood, load_dataset
 from harness.data import Dataset, Split
 from harness.engine import train
 from harness.evaluate import measure
-from harness.likelihood import ImportanceBounds, importance_bounds, likelihood_metrics
+from harness.likelihood import importance_bounds, likelihood_metrics
 from harness.objective import decoder_variance, with_decoder_variance
 from harness.optimum import linear_vae
 from harness.streams import noise
@@ -23,9 +24,15 @@ from harness.vae import VAE, SingleVAE, initial
 SMALL = RunConfig(hidden=(16, 12), kl_weight=0.05)
 SIZES = (5, 2, 9)
 VARIANCES = torch.tensor([0.05, 0.2, 0.03], dtype=torch.float64)
-HEADS = pytest.mark.parametrize(
-    "settings", [{"head": "gaussian"}, {"head": "relu"}, {"model": "linear"}], ids=str
-)
+BINARY = {"likelihood": "bernoulli", "binarization": "threshold"}
+SETTINGS = {
+    "gaussian": {},
+    "relu": {"head": "relu"},
+    "linear": {"model": "linear"},
+    "bernoulli": BINARY,
+    "linear bernoulli": {"model": "linear", **BINARY},
+}
+every_kind = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -65,20 +72,25 @@ def weights_by_hand(run: SingleVAE, split: Split, variance: float, count: int) -
         z = mean + deviation * eps
         y = run.decode(torch.from_numpy(z)).detach().numpy()
         log_weights.append(
-            norm.logpdf(x.numpy(), y, math.sqrt(variance)).sum(1)
+            (
+                bernoulli.logpmf(x.numpy(), y)
+                if run.config.likelihood == "bernoulli"
+                else norm.logpdf(x.numpy(), y, math.sqrt(variance))
+            ).sum(1)
             + norm.logpdf(z).sum(1)
             - norm.logpdf(z, mean, deviation).sum(1)
         )
     return np.array(log_weights)
 
 
-@HEADS
+@every_kind
 def test_the_bound_is_the_logarithm_of_the_mean_weight(tiny, settings):
     stack = untrained(**settings)
-    found = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 3, 20))
+    split = tiny.binarized(stack.configs[0].binarization).test
+    found = importance_bounds(stack, split, VARIANCES, samples=(1, 3, 20))
     assert list(found.bounds) == [1, 3, 20]
     for s, variance in enumerate(VARIANCES.tolist()):
-        log_w = weights_by_hand(stack.run(s), tiny.test, variance, 20)
+        log_w = weights_by_hand(stack.run(s), split, variance, 20)
         for k, bound in found.bounds.items():
             expected = logsumexp(log_w[:k], axis=0) - math.log(k)
             assert bound[s].tolist() == pytest.approx(expected.tolist(), rel=1e-10)
@@ -188,56 +200,69 @@ def log_integral(log_p_image: torch.Tensor, z: torch.Tensor, step: float) -> tor
 
 
 @torch.no_grad()
-def gaussian_integral(run: SingleVAE, x: torch.Tensor, variance: float, step: float):
+def gaussian_integral(run: SingleVAE, x: torch.Tensor, step: float) -> torch.Tensor:
+    """Return log p(x) of images (N, D) for a Gaussian decoder of variance 0.2."""
     z = plane(run.config.latent_size, step)
     error = torch.cdist(run.decode(z), x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    constant = x.shape[1] * math.log(2 * math.pi * variance)
-    return log_integral(-(error / variance + constant) / 2, z, step)
-
-
-@pytest.mark.parametrize(("row", "step"), [(0, 0.004), (1, 0.04)], ids=["1 latent", "2 latents"])
-def test_many_samples_reach_the_integral_over_the_latents(trained, data, row, step):
-    split, run = data.test.head(12), widened(trained.run(row))
-    x = split.pixels(slice(None), torch.float64)
-    exact, coarse = (gaussian_integral(run, x, 0.2, h) for h in (step, 2 * step))
-    torch.testing.assert_close(exact, coarse, rtol=0, atol=1e-4)
-    found = importance_bounds(VAE([run]), split, column(0.2), samples=(1, 8000))
-    assert_within_standard_errors(found, exact)
+    return log_integral(-(error / 0.2 + x.shape[1] * math.log(2 * math.pi * 0.2)) / 2, z, step)
 
 
 @torch.no_grad()
-def widened(run: SingleVAE) -> SingleVAE:
-    """Make the posterior wide, so that no mode of p(z|x) lies outside; log p(x) is not changed."""
-    size, head = run.config.latent_size, run.encoder[-1]
-    for part in (head.weight, head.bias):
-        part[:size] *= 0.2
-        part[size:] = 0
-    head.bias[size:] = math.log(1.5)
-    return run
+def bernoulli_integral(run: SingleVAE, x: torch.Tensor, step: float) -> torch.Tensor:
+    """Return log p(x) of binary images (N, D) for a Bernoulli decoder."""
+    z = plane(run.config.latent_size, step)
+    logits = run.decoder[:-1](z)
+    return log_integral(logsigmoid(logits) @ x.T + logsigmoid(-logits) @ (1 - x).T, z, step)
 
 
-def assert_within_standard_errors(found: ImportanceBounds, exact: torch.Tensor) -> None:
-    """Compare image by image: the relative variance of the mean weight is 1/ESS - 1/k."""
-    count = max(found.bounds)
-    error = (1 / found.effective_samples[0] - 1 / count).sqrt()
-    z = (found.bounds[count][0] - exact) / error
+INTEGRALS = {"gaussian": gaussian_integral, "bernoulli": bernoulli_integral}
+
+
+@pytest.mark.parametrize(("latents", "step"), [(1, 0.004), (2, 0.04)])
+@pytest.mark.parametrize("likelihood", INTEGRALS)
+def test_many_samples_reach_the_integral_over_the_latents(data, likelihood, latents, step):
+    config = SMALL.replace(latent_size=latents, **(BINARY if likelihood == "bernoulli" else {}))
+    run = lively(config)
+    split = data.binarized(config.binarization).test.head(12)
+    x = split.pixels(slice(None), torch.float64)
+    exact, coarse = (INTEGRALS[likelihood](run, x, h) for h in (step, 2 * step))
+    torch.testing.assert_close(exact, coarse, rtol=0, atol=1e-3)
+    found = importance_bounds(VAE([run]), split, column(0.2), samples=(1, 8000))
+    # Image by image: the relative variance of the mean weight is 1/ESS - 1/k.
+    error = (1 / found.effective_samples[0] - 1 / 8000).sqrt()
+    z = (found.bounds[8000][0] - exact) / error
     assert error.max() < 0.05
     assert z.abs().max() < 4
     assert z.mean().abs() < 4 / math.sqrt(len(z))
     assert found.bounds[1].mean() < exact.mean() - 1
 
 
+@torch.no_grad()
+def lively(config: RunConfig) -> SingleVAE:
+    """Return a run whose decoder varies with z and whose posterior is wide.
+
+    The bound of many samples is log p(x) for any posterior that leaves out no mode of p(z|x).
+    """
+    run, size = initial(config, (1, 8, 8)).double(), config.latent_size
+    for layer in run.decoder[::2]:
+        layer.weight *= 2
+    head = run.encoder[-1]
+    head.weight[size:] = 0
+    head.bias[size:] = math.log(1.5)
+    return run
+
+
 # --- a run is itself in any stack and any block ---------------------------------------------------
 
 
-@HEADS
+@every_kind
 def test_a_run_alone_is_the_run_in_a_stack_of_other_latent_sizes(tiny, settings):
     stack = untrained(**settings)
-    found = importance_bounds(stack, tiny.test, VARIANCES, samples=(1, 20))
+    split = tiny.binarized(stack.configs[0].binarization).test
+    found = importance_bounds(stack, split, VARIANCES, samples=(1, 20))
     for s in range(len(SIZES)):
-        alone = importance_bounds(
-            VAE([stack.run(s)]), tiny.test, VARIANCES[s : s + 1], samples=(1, 20)
-        )
+        single = VAE([stack.run(s)])
+        alone = importance_bounds(single, split, VARIANCES[s : s + 1], samples=(1, 20))
         for k, bound in alone.bounds.items():
             torch.testing.assert_close(bound[0], found.bounds[k][s], rtol=1e-12, atol=1e-12)
 
@@ -322,6 +347,21 @@ def test_only_the_first_test_images_are_read(tiny, trained, monkeypatch):
     assert few == expected
 
 
-def test_a_deterministic_latent_has_no_likelihood(tiny):
-    plain = [SMALL.replace(latent="deterministic", kl_weight=0.0, seed=s) for s in range(2)]
-    assert likelihood_metrics(VAE([initial(c, (1, 8, 8)) for c in plain]), tiny) == [{}, {}]
+@pytest.mark.parametrize("kind", ["stochastic", "threshold"])
+def test_a_bernoulli_run_is_measured_on_binary_test_images(tiny, kind):
+    stack = untrained(likelihood="bernoulli", binarization=kind)
+    bounds = importance_bounds(stack, tiny.binarized(kind).test, VARIANCES)
+    for s, metrics in enumerate(likelihood_metrics(stack, tiny)):
+        expected = -bounds.bounds[512][s].mean().item()
+        assert metrics["neg_log_likelihood"] == pytest.approx(expected, rel=1e-12)
+        assert metrics["neg_log_likelihood"] < evaluate(stack, tiny)[s]["neg_elbo"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"latent": "deterministic", "kl_weight": 0.0}, {"likelihood": "bernoulli"}],
+    ids=["deterministic", "cross-entropy of grey pixels"],
+)
+def test_what_is_no_likelihood_is_not_reported(tiny, change):
+    stack = VAE([initial(SMALL.replace(seed=s, **change), (1, 8, 8)) for s in range(2)])
+    assert likelihood_metrics(stack, tiny) == [{}, {}]
