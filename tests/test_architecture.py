@@ -39,6 +39,10 @@ HARNESS = {
     "tracking": {"config", "data", "places", "storage", "vae"},
     "ledger": {"places", "tracking"},
     "probe": {"data", "vae"},
+    "latents": {"data", "evaluate", "objective", "streams", "vae"},
+    "features": {"data", "places", "streams"},
+    "frechet": {"data", "evaluate", "features", "streams", "vae"},
+    "quality": {"data", "frechet", "latents", "probe", "vae"},
 }
 """Which modules of harness each of them may import."""
 

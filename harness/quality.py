@@ -1,0 +1,42 @@
+"""How good a trained run's latents and images are: all that is measured once, at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness import frechet, latents, probe
+from harness.data import Dataset
+from harness.vae import VAE, SingleVAE
+
+
+def measure_quality(
+    model: VAE | SingleVAE, data: Dataset, folder: Path | None = None
+) -> list[dict[str, float]]:
+    """Return the quality of each run's latents and images on the test split.
+
+    Args:
+        model: a stack, or one run.
+        data: its dataset.
+        folder: cache of the classifier behind `frechet`; None means the repository's.
+
+    Returns:
+        One dict per run: metrics of `latents.measure_latents` and `frechet.measure_images`,
+        `probe_accuracy` and `knn_accuracy`. Metrics that the run does not have are absent.
+    """
+    stack = VAE([model]) if isinstance(model, SingleVAE) else model
+    data = data.to(stack.device)
+    informed = latents.measure_latents(stack, data.test).items()
+    images = frechet.measure_images(stack, data, frechet.reference(data, folder))
+    return [
+        {name: float(values[run]) for name, values in informed}
+        | images[run]
+        | _probed(stack.run(run), data)
+        for run in range(len(stack.configs))
+    ]
+
+
+def _probed(run: SingleVAE, data: Dataset) -> dict[str, float]:
+    return {
+        "probe_accuracy": probe.linear_probe_accuracy(run, data),
+        "knn_accuracy": probe.knn_accuracy(run, data),
+    }

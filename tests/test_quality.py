@@ -1,0 +1,43 @@
+"""The bundle that every tracked run logs at its end."""
+
+import pytest
+
+from harness import RunConfig, frechet, latents, measure_quality, probe
+from harness.vae import VAE, initial
+
+INFORMATION = {"aggregate_gap", "mutual_information", "mutual_information_lower"}
+OTHERS = {"frechet", "frechet_reconstructions", "frechet_floor", "feature_accuracy"} | {
+    "probe_accuracy",
+    "knn_accuracy",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+def test_each_run_has_its_own_numbers(tiny, folder):
+    runs = [initial(RunConfig(latent_size=n, seed=n), tiny.image_shape) for n in (5, 2)]
+    found = measure_quality(VAE(runs), tiny, folder)
+    known = frechet.reference(tiny, folder)
+    for run, metrics in zip(runs, found, strict=True):
+        assert metrics.keys() == INFORMATION | OTHERS
+        assert all(isinstance(value, float) for value in metrics.values())
+        alone = latents.measure_latents(VAE([run]), tiny.test)
+        assert metrics["aggregate_gap"] == pytest.approx(float(alone["aggregate_gap"]), rel=1e-4)
+        (images,) = frechet.measure_images(VAE([run]), tiny, known)
+        assert metrics["frechet"] == pytest.approx(images["frechet"], rel=1e-4)
+        assert metrics["probe_accuracy"] == probe.linear_probe_accuracy(run, tiny)
+        assert metrics["knn_accuracy"] == probe.knn_accuracy(run, tiny)
+
+
+def test_a_single_run_is_a_stack_of_one(tiny, folder):
+    run = initial(RunConfig(), tiny.image_shape)
+    assert measure_quality(run, tiny, folder) == measure_quality(VAE([run]), tiny, folder)
+
+
+def test_a_deterministic_latent_has_no_information_but_probes_and_images(tiny, folder):
+    run = initial(RunConfig(latent="deterministic", kl_weight=0.0), tiny.image_shape)
+    (found,) = measure_quality(run, tiny, folder)
+    assert found.keys() == OTHERS
