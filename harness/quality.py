@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness import frechet, latents, probe
 from harness.data import Dataset
+from harness.evaluate import finite
 from harness.vae import VAE, SingleVAE
 
 
@@ -28,8 +29,7 @@ def measure_quality(
     informed = latents.measure_latents(stack, data.test).items()
     images = frechet.measure_images(stack, data, frechet.reference(data, folder))
     return [
-        {name: float(values[run]) for name, values in informed}
-        | images[run]
+        finite({name: float(values[run]) for name, values in informed} | images[run])
         | _probed(stack.run(run), data)
         for run in range(len(stack.configs))
     ]

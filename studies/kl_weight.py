@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from analysis import planes, plots
+from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
 from studies import answers
 from studies.cli import main
@@ -25,6 +25,14 @@ STUDY = Study(
         "rate_distortion": (
             partial(planes.rate_distortion, axis="kl_weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
+        ),
+        "kl_per_latent": (
+            partial(latent_plots.kl_per_latent, axis="kl_weight"),
+            latent_plots.KL_CAPTION,
+        ),
+        "quality_along_axis": (
+            partial(latent_plots.quality_along_axis, axis="kl_weight"),
+            latent_plots.QUALITY_CAPTION,
         ),
     },
     answer=partial(answers.best_weight, axis="kl_weight"),
