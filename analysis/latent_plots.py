@@ -23,9 +23,9 @@ KL_CAPTION = (
 )
 
 QUALITY_CAPTION = (
-    "Left: the rate, and bounds of the information that it carries of an image; the sampled lower "
-    "one cannot exceed the logarithm of the number of images. Right: Frechet distance from the test "
-    "images of prior samples and of reconstructions; dotted, of as many training images."
+    "Left: the rate, and bounds of what the latents tell of an image; the sampled lower one cannot "
+    "exceed the logarithm of the number of images. Right: Frechet distance from the test images of "
+    "prior samples and of reconstructions; dotted, of as many training images."
 )
 
 COLLAPSED = 0.01
@@ -76,8 +76,10 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     whose KL nothing bounds.
     """
     unbounded = (axis == "kl_weight") & (frame[axis] == 0)
-    telling = frame[(frame["rate"] > COLLAPSED) & ~unbounded]
-    ordered = (frame if telling.empty else telling)[axis].drop_duplicates()
+    rate = frame.groupby(axis, sort=False)["rate"].transform("mean")
+    telling = frame[(rate > COLLAPSED) & ~unbounded]
+    frame = frame if telling.empty else telling
+    ordered = frame[axis].drop_duplicates()
     values = sorted(ordered) if ordered.dtype.kind in "if" else list(ordered)
     named = [_best(frame, axis)] + [NAMED_WEIGHT] * (axis == "kl_weight")
     chosen = {values.index(value) for value in named if value in values}
@@ -108,8 +110,8 @@ def _bars(panel: Axes, runs: pd.DataFrame) -> None:
         panel.fill_between(means.index, low, high, step="mid", color="black", alpha=0.25, lw=0)
     panel.set_ylim(0, max(float((means + halves).max()) * 1.05, 1e-3))
     panel.set_xlim(0.3, len(means) + 0.7)
-    if len(means) <= FEW:
-        panel.set_xticks(means.index[:: 1 if len(means) <= 10 else 5])
+    if len(means) <= 10:
+        panel.set_xticks(means.index)
 
 
 def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:

@@ -25,7 +25,7 @@ def measure_quality(
         `probe_accuracy` and `knn_accuracy`. Metrics that the run does not have are absent.
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
-    data = data.to(stack.device)
+    data = data.to(stack.device).binarized(stack.configs[0].binarization)
     informed = latents.measure_latents(stack, data.test).items()
     images = frechet.measure_images(stack, data, frechet.reference(data, folder))
     return [

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
 """Columns left to the report, so that the table fits 80 characters."""
 
-BRIEF = ("calibration_ratio", "active_units")
+BRIEF = ("rate", "calibration_ratio", "active_units", "frechet")
 """Columns shown here without their interval."""
 
 

@@ -36,7 +36,7 @@ STUDY = Study(
     seeds=5,
     objective="val/mse",
     reference=conditions.CALIBRATED_ELBO,
-    table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy"),
+    table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy", "frechet"),
 )
 
 if __name__ == "__main__":

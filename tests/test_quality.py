@@ -37,6 +37,16 @@ def test_a_single_run_is_a_stack_of_one(tiny, folder):
     assert measure_quality(run, tiny, folder) == measure_quality(VAE([run]), tiny, folder)
 
 
+def test_runs_on_binary_pixels_are_measured_on_them(tiny, folder):
+    binary = {"likelihood": "bernoulli", "binarization": "threshold"}
+    run = initial(RunConfig(**binary), tiny.image_shape)
+    found = measure_quality(run, tiny, folder)
+    assert found == measure_quality(run, tiny.binarized("threshold"), folder)
+    grey = initial(RunConfig(), tiny.image_shape)
+    floors = [each[0]["frechet_floor"] for each in (found, measure_quality(grey, tiny, folder))]
+    assert floors[0] != floors[1]
+
+
 def test_a_deterministic_latent_has_no_information_but_probes_and_images(tiny, folder):
     run = initial(RunConfig(latent="deterministic", kl_weight=0.0), tiny.image_shape)
     (found,) = measure_quality(run, tiny, folder)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from harness import RunConfig, UserError, evaluate, load_run, tracking
+from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
 from studies import cli, kl_weight
 from studies.options import Options, Point, make_plan
 from studies.stack import Place, train_tracked
@@ -54,7 +54,10 @@ def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
     for run in runs_of(finished.tracking_uri):
         loaded = load_run(run["run_id"], finished.tracking_uri)
         (again,) = evaluate(loaded.model, data)
+        (quality,) = measure_quality(loaded.model, data)
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
+        assert not quality.keys() & again.keys()
+        again |= {f"test/{name}": value for name, value in quality.items()}
         assert logged.keys() == {k for k in again if k.startswith("test/")}
         for name, value in logged.items():
             assert again[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
