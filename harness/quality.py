@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import frechet, latents, probe
+from harness import frechet, latents, likelihood, probe
 from harness.data import Dataset
 from harness.evaluate import finite
 from harness.vae import VAE, SingleVAE
@@ -21,15 +21,17 @@ def measure_quality(
         folder: cache of the classifier behind `frechet`; None means the repository's.
 
     Returns:
-        One dict per run: metrics of `latents.measure_latents` and `frechet.measure_images`,
-        `probe_accuracy` and `knn_accuracy`. Metrics that the run does not have are absent.
+        One dict per run: metrics of `likelihood.likelihood_metrics`, `latents.measure_latents` and
+        `frechet.measure_images`, `probe_accuracy` and `knn_accuracy`. Metrics that the run does not
+        have are absent.
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
     data = data.to(stack.device).binarized(stack.configs[0].binarization)
     informed = latents.measure_latents(stack, data.test).items()
     images = frechet.measure_images(stack, data, frechet.reference(data, folder))
+    likely = likelihood.likelihood_metrics(stack, data)
     return [
-        finite({name: float(values[run]) for name, values in informed} | images[run])
+        finite({name: float(values[run]) for name, values in informed} | images[run] | likely[run])
         | _probed(stack.run(run), data)
         for run in range(len(stack.configs))
     ]

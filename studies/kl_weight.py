@@ -36,7 +36,7 @@ STUDY = Study(
         ),
     },
     answer=partial(answers.best_weight, axis="kl_weight"),
-    table=("decoder_variance", *TABLE, "frechet"),
+    table=("decoder_variance", *TABLE, "neg_log_likelihood", "frechet"),
 )
 
 if __name__ == "__main__":

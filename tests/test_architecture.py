@@ -42,7 +42,7 @@ HARNESS = {
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
     "features": {"data", "places", "streams"},
     "frechet": {"data", "evaluate", "features", "streams", "vae"},
-    "quality": {"data", "evaluate", "frechet", "latents", "probe", "vae"},
+    "quality": {"data", "evaluate", "frechet", "latents", "likelihood", "probe", "vae"},
 }
 """Which modules of harness each of them may import."""
 

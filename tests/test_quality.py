@@ -3,9 +3,13 @@
 import pytest
 
 from harness import RunConfig, frechet, latents, measure_quality, probe
+from harness.likelihood import SAMPLES, likelihood_metrics
 from harness.vae import VAE, initial
 
 INFORMATION = {"aggregate_gap", "mutual_information", "mutual_information_lower"}
+LIKELIHOOD = {"neg_log_likelihood", "neg_log_likelihood_se", "effective_samples"} | {
+    f"neg_log_likelihood/k{k}" for k in SAMPLES
+}
 OTHERS = {"frechet", "frechet_reconstructions", "frechet_floor", "feature_accuracy"} | {
     "probe_accuracy",
     "knn_accuracy",
@@ -22,12 +26,15 @@ def test_each_run_has_its_own_numbers(tiny, folder):
     found = measure_quality(VAE(runs), tiny, folder)
     known = frechet.reference(tiny, folder)
     for run, metrics in zip(runs, found, strict=True):
-        assert metrics.keys() == INFORMATION | OTHERS
+        assert metrics.keys() == INFORMATION | LIKELIHOOD | OTHERS
         assert all(isinstance(value, float) for value in metrics.values())
         alone = latents.measure_latents(VAE([run]), tiny.test)
         assert metrics["aggregate_gap"] == pytest.approx(float(alone["aggregate_gap"]), rel=1e-4)
         (images,) = frechet.measure_images(VAE([run]), tiny, known)
         assert metrics["frechet"] == pytest.approx(images["frechet"], rel=1e-4)
+        (likely,) = likelihood_metrics(VAE([run]), tiny)
+        for name, value in likely.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4)
         assert metrics["probe_accuracy"] == probe.linear_probe_accuracy(run, tiny)
         assert metrics["knn_accuracy"] == probe.knn_accuracy(run, tiny)
 
