@@ -202,9 +202,10 @@ def test_a_diverged_seed_fails_its_value_for_good(tmp_path):
     assert grid.study.best_value == 2.0
 
 
-def test_a_diverging_run_fails_alone_and_says_when(tracking_uri, data):
+@pytest.mark.parametrize("epochs", [1, 2])  # in the last epoch, and before
+def test_a_diverging_run_fails_alone_and_says_when(tracking_uri, data, epochs):
     # The learning rate is no axis of a study: a plan with one wild seed is made by hand.
-    plan = make_plan(kl_weight.STUDY, Options(values=(0.1,), seeds=2, epochs=2))
+    plan = make_plan(kl_weight.STUDY, Options(values=(0.1,), seeds=2, epochs=epochs))
     (point, (tame, wild)) = next(iter(plan.configs.items()))
     plan.configs[point][1] = wild.replace(model="mlp", learning_rate=1e30)
     store = tracking.connect(tracking_uri)
