@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness import streams
+from harness.cores import one_thread
 from harness.data import Dataset, Split
 from harness.places import project_root
 
@@ -137,7 +138,7 @@ def _trained(net: Classifier, train: Split) -> Classifier:
     batches = list(itertools.islice(_batches(len(train)), STEPS))
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
-    with _one_thread():
+    with one_thread():
         for rows in batches:
             logits = net(train.pixels(rows, torch.float32))
             optimizer.zero_grad()
@@ -163,16 +164,6 @@ def _batches(images: int) -> Iterator[Tensor]:
     for epoch in range(EPOCHS):
         order = streams.generator(0, "features/batches", epoch).permutation(images)
         yield from torch.from_numpy(order[: images - images % size]).split(size)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _save(net: Classifier, file: Path) -> None:

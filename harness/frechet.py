@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harness import features, streams
+from harness.cores import one_thread
 from harness.data import Dataset, Split
 from harness.evaluate import CHUNK
 from harness.vae import VAE
@@ -86,8 +87,9 @@ def reference(data: Dataset, folder: Path | None = None) -> Reference:
     net = features.classifier(data, folder).to(data.test.images.device)
     images = min(len(data.test), len(data.train), IMAGES)
     known, others = data.test.head(images), data.train.head(images)
-    test, train = (_embed(net, _real(split)).squeeze(0) for split in (known, others))
-    guesses = net.head(test.relu().float()).argmax(1)
+    with one_thread():
+        test, train = (_embed(net, _real(split)).squeeze(0) for split in (known, others))
+        guesses = net.head(test.relu()).argmax(1)
     accuracy = float((guesses == known.labels).double().mean())
     floor = distance(_moments(train), _moments(test))
     return Reference(net, _moments(test), images, floor, accuracy)

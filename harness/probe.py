@@ -51,9 +51,12 @@ def knn_accuracy(model: SingleVAE, data: Dataset) -> float:
 
 
 def _score(probe: Any, model: SingleVAE, data: Dataset) -> float:  # noqa: ANN401 - scikit-learn's
+    from threadpoolctl import threadpool_limits
+
     train = data.train.head(PROBE_IMAGES)
-    probe.fit(posterior_means(model, train), _labels(train.labels))
-    return float(probe.score(posterior_means(model, data.test), _labels(data.test.labels)))
+    with threadpool_limits(1):  # runs are measured side by side, in forked processes
+        probe.fit(posterior_means(model, train), _labels(train.labels))
+        return float(probe.score(posterior_means(model, data.test), _labels(data.test.labels)))
 
 
 def latent_plane(model: SingleVAE, split: Split) -> np.ndarray:

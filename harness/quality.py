@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness import frechet, latents, likelihood, probe
+from harness.cores import crew
 from harness.data import Dataset
-from harness.evaluate import finite
+from harness.evaluate import apart, finite
 from harness.vae import VAE, SingleVAE
 
 
@@ -27,8 +28,15 @@ def measure_quality(
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
     data = data.to(stack.device).binarized(stack.configs[0].binarization)
+    known = frechet.reference(data, folder)
+    parts = apart(stack)
+    with crew(lambda i: _measured(parts[i][0], data, known), len(parts), stack.device) as cores:
+        return [metrics for own in cores.map(range(len(parts))) for metrics in own]
+
+
+def _measured(stack: VAE, data: Dataset, known: frechet.Reference) -> list[dict[str, float]]:
     informed = latents.measure_latents(stack, data.test).items()
-    images = frechet.measure_images(stack, data, frechet.reference(data, folder))
+    images = frechet.measure_images(stack, data, known)
     likely = likelihood.likelihood_metrics(stack, data)
     return [
         finite({name: float(values[run]) for name, values in informed} | images[run] | likely[run])

@@ -40,9 +40,9 @@ HARNESS = {
     "ledger": {"places", "tracking"},
     "probe": {"data", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
-    "features": {"data", "places", "streams"},
-    "frechet": {"data", "evaluate", "features", "streams", "vae"},
-    "quality": {"data", "evaluate", "frechet", "latents", "likelihood", "probe", "vae"},
+    "features": {"cores", "data", "places", "streams"},
+    "frechet": {"cores", "data", "evaluate", "features", "streams", "vae"},
+    "quality": {"cores", "data", "evaluate", "frechet", "latents", "likelihood", "probe", "vae"},
 }
 """Which modules of harness each of them may import."""
 
