@@ -194,6 +194,19 @@ def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
     return float((units * known["linear/collapse_variance"]).mean()) if len(known) else None
 
 
+def ordered_kl(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the test KL of each run's latents, largest first.
+
+    Returns:
+        One row per run, columns 1, 2, ... L with L the largest latent size of the frame; NaN where
+        a run has no such latent.
+    """
+    columns = [c for c in frame.columns if c.startswith("kl/")]
+    falling = -np.sort(-frame[columns].to_numpy(float), axis=1)  # NaN stays last
+    ranked = pd.DataFrame(falling, frame.index, range(1, len(columns) + 1))
+    return ranked.dropna(axis=1, how="all")
+
+
 def class_errors(frame: pd.DataFrame) -> pd.Series:
     """Return the mean test `mse` of each class over the frame's runs, worst class first."""
     columns = [c for c in frame.columns if c.startswith("mse_class/")]

@@ -29,6 +29,9 @@ LABELS = {
     "kl_weight": "kl_weight",
     "latent_size": "latent_size (count)",
     "probe_accuracy": "probe_accuracy (share)",
+    "knn_accuracy": "knn_accuracy (share)",
+    "frechet": "frechet (variance of a feature)",
+    "neg_log_likelihood": "neg_log_likelihood (nats / image)",
     "gap_to_linear": "gap_to_linear (%)",
 }
 """Axis labels: vocabulary name and unit."""
@@ -205,9 +208,10 @@ def conditions(frame: pd.DataFrame) -> Figure:
     """Plot metrics of named conditions, one a row: mean, interval over seeds, single runs."""
     from analysis import frames
 
-    metrics = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy")
+    shown = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy", "frechet")
+    metrics = [metric for metric in shown if metric in frame]
     names = list(frame["condition"].unique())
-    figure, panels = canvas(15, 4, columns=len(metrics), sharey=True)
+    figure, panels = canvas(3 * len(metrics), 4, columns=len(metrics), sharey=True)
     for panel, metric in zip(panels, metrics, strict=True):
         means = frames.along_axis(frame, "condition", [metric])
         rows = means["condition"].map(names.index)

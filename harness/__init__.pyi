@@ -1,5 +1,8 @@
 from . import elbo as elbo
 from . import engine as engine
+from . import features as features
+from . import frechet as frechet
+from . import latents as latents
 from . import ledger as ledger
 from . import likelihood as likelihood
 from . import linear as linear
@@ -8,6 +11,7 @@ from . import optimum as optimum
 from . import oracle as oracle
 from . import pictures as pictures
 from . import probe as probe
+from . import quality as quality
 from . import sweep as sweep
 from . import tracking as tracking
 from .config import RunConfig as RunConfig
@@ -17,6 +21,7 @@ from .data import load_dataset as load_dataset
 from .engine import EpochRecord as EpochRecord
 from .engine import train as train
 from .evaluate import evaluate as evaluate
+from .quality import measure_quality as measure_quality
 from .sweep import RunResult as RunResult
 from .sweep import train_and_evaluate as train_and_evaluate
 from .tracking import load_run as load_run

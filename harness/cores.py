@@ -70,7 +70,7 @@ class Crew:
             Exception: what the function raised first.
         """
         if not self._workers:
-            with _one_thread() if self._on_cpu else contextlib.nullcontext():
+            with one_thread() if self._on_cpu else contextlib.nullcontext():
                 return [self._function(item) for item in items]
         results: dict[int, Any] = {}
         left = iter(enumerate(items))
@@ -148,7 +148,8 @@ def _settle() -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute as a worker does: on one thread, with denormals flushed."""
     threads = torch.get_num_threads()
     _settle()
     try:

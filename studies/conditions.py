@@ -67,8 +67,3 @@ def set_decoder_variance(config: RunConfig, variance: float, dataset: str) -> Ru
 def pca_floor(run: SingleVAE, data: Dataset) -> dict[str, float]:
     """Measure the test mse of a principal component projection onto as many dimensions."""
     return {"test/pca_floor": harness.oracle.pca(data).floor(data.test, run.config.latent_size)}
-
-
-def probe_accuracy(run: SingleVAE, data: Dataset) -> dict[str, float]:
-    """Measure how well a linear probe reads the class off the posterior mean, on test images."""
-    return {"test/probe_accuracy": harness.probe.linear_probe_accuracy(run, data)}

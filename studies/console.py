@@ -22,14 +22,21 @@ if TYPE_CHECKING:
 
 
 HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
-"""Columns left to the report, so that the table fits 80 characters."""
+"""Columns left to the report, so that the table fits 100 characters."""
 
-BRIEF = ("calibration_ratio", "active_units")
+BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet")
 """Columns shown here without their interval."""
+
+HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
+"""Words that are wider than the numbers below them."""
 
 
 def _short(name: str, cell: str) -> str:
     return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
+
+
+def _header(name: str) -> str:
+    return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
 
 
 def _terminal() -> rich.console.Console:
@@ -99,7 +106,7 @@ class Console:
         cells = tables.cells(outcome.table)
         shown = [name for name in cells.columns if name not in HIDDEN]
         for name in shown:
-            table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
+            table.add_column(_header(name), justify="right", no_wrap=True)
         for row in cells[shown].to_dict("records"):
             table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)

@@ -6,7 +6,7 @@ alone (a stochastic latent without KL, and a plain autoencoder), and the blog's 
 
 from functools import partial
 
-from analysis import plots
+from analysis import latent_plots, plots
 from harness.config import RunConfig
 from studies import answers, conditions
 from studies.cli import main
@@ -27,13 +27,16 @@ STUDY = Study(
             partial(plots.class_errors, key="condition"),
             "Test mse of the images of each class, mean over seeds.",
         ),
+        "kl_per_latent": (
+            partial(latent_plots.kl_per_latent, axis="condition"),
+            latent_plots.KL_CAPTION,
+        ),
     },
     answer=answers.cost_and_gain,
     seeds=5,
     objective="val/mse",
-    extras=conditions.probe_accuracy,
     reference=conditions.CALIBRATED_ELBO,
-    table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy"),
+    table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy", "frechet"),
 )
 
 if __name__ == "__main__":

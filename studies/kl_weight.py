@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from analysis import planes, plots
+from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
 from studies import answers
 from studies.cli import main
@@ -26,9 +26,17 @@ STUDY = Study(
             partial(planes.rate_distortion, axis="kl_weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
+        "kl_per_latent": (
+            partial(latent_plots.kl_per_latent, axis="kl_weight"),
+            latent_plots.KL_CAPTION,
+        ),
+        "quality_along_axis": (
+            partial(latent_plots.quality_along_axis, axis="kl_weight"),
+            latent_plots.QUALITY_CAPTION,
+        ),
     },
     answer=partial(answers.best_weight, axis="kl_weight"),
-    table=("decoder_variance", *TABLE),
+    table=("decoder_variance", *TABLE, "neg_log_likelihood", "frechet"),
 )
 
 if __name__ == "__main__":

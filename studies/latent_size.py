@@ -6,7 +6,7 @@ and more latents change nothing. Whether training gets there, and at which size,
 
 from functools import partial
 
-from analysis import planes, plots
+from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
 from studies import answers, conditions
 from studies.cli import main
@@ -29,6 +29,10 @@ STUDY = Study(
         "rate_distortion": (
             partial(planes.rate_distortion, axis="latent_size", group="weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
+        ),
+        "kl_per_latent": (
+            partial(latent_plots.kl_per_latent, axis="latent_size", group="weight"),
+            latent_plots.KL_CAPTION,
         ),
     },
     answer=answers.useful_latents,

@@ -19,7 +19,7 @@ from studies import stopping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness.vae import SingleVAE
+    from harness.vae import VAE, SingleVAE
     from studies.options import Plan, Point
 
 PICTURES = 10
@@ -112,12 +112,19 @@ def train_stack(
             stopping.check()
         if len(record.dropped) == len(record.rows):
             return results
-        finals = harness.evaluate(record.model, place.data)
-        for row, origin in enumerate(record.rows):
-            if row not in record.dropped:
-                _log_final(every[origin], record.model.run(row), finals[row], place)
-                results[origin] = finals[row]
+        rows = [row for row in range(len(record.rows)) if row not in record.dropped]
+        finals = _finals(record.model.keep(rows), place.data)
+        for row, final in zip(rows, finals, strict=True):
+            origin = record.rows[row]
+            _log_final(every[origin], record.model.run(row), final, place)
+            results[origin] = final
     return results
+
+
+def _finals(model: VAE, data: Dataset) -> list[Metrics]:
+    """Measure a trained stack: `evaluate`, and on test data the quality of latents and images."""
+    both = zip(harness.evaluate(model, data), harness.measure_quality(model, data), strict=True)
+    return [final | {f"test/{k}": v for k, v in quality.items()} for final, quality in both]
 
 
 def _diverged(record: EpochRecord) -> dict[int, End]:

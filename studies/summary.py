@@ -159,7 +159,10 @@ def reference_runs(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame[keys] == list(best)).all(axis=1)]
 
 
-COMPARED = ("val/neg_elbo", "neg_elbo", "mse", "probe_accuracy")
+COMPARED = (
+    *("val/neg_elbo", "neg_elbo", "neg_log_likelihood"),
+    *("mse", "probe_accuracy", "frechet"),
+)
 """Metrics of the table of paired differences."""
 
 TABLE_CAPTION = (

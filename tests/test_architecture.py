@@ -39,6 +39,10 @@ HARNESS = {
     "tracking": {"config", "data", "places", "storage", "vae"},
     "ledger": {"places", "tracking"},
     "probe": {"data", "vae"},
+    "latents": {"data", "evaluate", "objective", "streams", "vae"},
+    "features": {"cores", "data", "places", "streams"},
+    "frechet": {"cores", "data", "evaluate", "features", "streams", "vae"},
+    "quality": {"cores", "data", "evaluate", "frechet", "latents", "likelihood", "probe", "vae"},
 }
 """Which modules of harness each of them may import."""
 

@@ -126,3 +126,14 @@ def test_cells_show_intervals_where_there_are_any():
     two = frames.along_axis(table(w=[1.0, 1.0], seed=[0, 1], mse=[0.1, 0.1]), "w", ["mse"])
     assert tables.cells(two)["mse"].tolist() == ["0.1000 ± 0.0000"]
     assert tables.markdown(tables.cells(two)).splitlines()[-1] == "| 1 | 0.1000 ± 0.0000 |"
+
+
+def test_kl_is_ordered_run_by_run_and_adds_up_to_the_rate():
+    kl = {"kl/0": [0.1, 3.0, 1.0], "kl/1": [2.0, 1.0, np.nan], "kl/10": [1.0, 2.0, np.nan]}
+    made = pd.DataFrame(kl | {"val/kl/0": 9.0, "rate": [3.1, 6.0, 1.0]}, index=[4, 7, 9])
+    ranked = frames.ordered_kl(made)
+    expected = pd.DataFrame(
+        {1: [2.0, 3.0, 1.0], 2: [1.0, 2.0, np.nan], 3: [0.1, 1.0, np.nan]}, index=[4, 7, 9]
+    )
+    pd.testing.assert_frame_equal(ranked, expected)
+    assert np.allclose(ranked.sum(axis=1), made["rate"])

@@ -46,3 +46,21 @@ def test_more_latents_are_shown_by_their_principal_components(data):
     places = probe.latent_plane(run, data.test)
     expected = PCA(2).fit_transform(probe.posterior_means(run, data.test))
     assert np.allclose(np.abs(places), np.abs(expected), atol=1e-5)
+
+
+def test_neighbours_tell_the_digit_from_all_pixels_and_not_from_a_constant(data):
+    assert probe.knn_accuracy(encoder_of(data, range(64)), data) > 0.95
+    assert probe.knn_accuracy(encoder_of(data, [0]), data) < 0.2
+
+
+def test_neighbours_are_those_of_scikit_learn_on_the_means_as_they_are(data):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    run = encoder_of(data, [20, 30, 40])
+    with torch.no_grad():
+        run.encoder[0].weight[0] *= 10  # a wide latent counts more; standardised it would not
+    known = KNeighborsClassifier(5).fit(
+        probe.posterior_means(run, data.train), data.train.labels.numpy()
+    )
+    expected = known.score(probe.posterior_means(run, data.test), data.test.labels.numpy())
+    assert probe.knn_accuracy(run, data) == expected

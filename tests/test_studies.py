@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from harness import RunConfig, UserError, evaluate, load_run, tracking
+from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
 from studies import cli, kl_weight
 from studies.options import Options, Point, make_plan
 from studies.stack import Place, train_tracked
@@ -54,7 +54,10 @@ def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
     for run in runs_of(finished.tracking_uri):
         loaded = load_run(run["run_id"], finished.tracking_uri)
         (again,) = evaluate(loaded.model, data)
+        (quality,) = measure_quality(loaded.model, data)
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
+        assert not quality.keys() & again.keys()
+        again |= {f"test/{name}": value for name, value in quality.items()}
         assert logged.keys() == {k for k in again if k.startswith("test/")}
         for name, value in logged.items():
             assert again[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
@@ -199,9 +202,10 @@ def test_a_diverged_seed_fails_its_value_for_good(tmp_path):
     assert grid.study.best_value == 2.0
 
 
-def test_a_diverging_run_fails_alone_and_says_when(tracking_uri, data):
+@pytest.mark.parametrize("epochs", [1, 2])  # in the last epoch, and before
+def test_a_diverging_run_fails_alone_and_says_when(tracking_uri, data, epochs):
     # The learning rate is no axis of a study: a plan with one wild seed is made by hand.
-    plan = make_plan(kl_weight.STUDY, Options(values=(0.1,), seeds=2, epochs=2))
+    plan = make_plan(kl_weight.STUDY, Options(values=(0.1,), seeds=2, epochs=epochs))
     (point, (tame, wild)) = next(iter(plan.configs.items()))
     plan.configs[point][1] = wild.replace(model="mlp", learning_rate=1e30)
     store = tracking.connect(tracking_uri)

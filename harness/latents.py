@@ -1,0 +1,134 @@
+"""How much the latents say, and how far they are from the prior: information, in nats.
+
+The rate is the information that the latents carry of an image plus what their distribution over
+all images, the aggregate posterior q(z) = mean_x q(z|x), is away from the prior:
+
+    rate = I(x; z) + KL(q(z) || p(z))     (Hoffman & Johnson 2016, "ELBO surgery")
+
+Neither part has a closed form; the functions here bound both. A deterministic latent has neither.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from harness import objective, streams
+from harness.data import Split
+from harness.evaluate import CHUNK, Metrics
+from harness.vae import VAE, Posterior
+
+SAMPLED_IMAGES = 2_000
+"""Images that the sampled estimate of the information is taken over, at most: it compares all
+pairs, and cannot exceed ln 2,000 = 7.6 nats."""
+
+ROWS = 100
+"""Images compared with all others at once, so that memory grows with their number, not its
+square."""
+
+
+def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL from N(0, I) of the Gaussian with the moments of the aggregate posterior q(z).
+
+    gap = (tr C + m'm - L - ln det C) / 2, where m is the mean of the posterior means and C their
+    covariance plus the mean posterior variance. KL(q(z) || p(z)) is this plus the KL of q(z) from
+    that Gaussian, because ln p is quadratic in z: the gap is a lower bound, equal to it if q(z) is
+    Gaussian.
+
+    Args:
+        mean: posterior means, shape (S, N, L).
+        log_variance: logarithms of the posterior variances, shape (S, N, L).
+
+    Returns:
+        nats, float64, shape (S,), never negative beyond rounding.
+    """
+    mean, variance = mean.double(), log_variance.double().exp().mean(1)
+    centre = mean.mean(1)
+    centred = mean - centre.unsqueeze(1)
+    covariance = centred.mT @ centred / mean.shape[1] + torch.diag_embed(variance)
+    spread = covariance.diagonal(dim1=1, dim2=2).sum(1) - torch.linalg.slogdet(covariance)[1]
+    return (spread + centre.square().sum(1) - mean.shape[2]) / 2
+
+
+def mutual_information(rate: Tensor, gap: Tensor) -> Tensor:
+    """Upper bound of the information that the latents carry of an image: rate - aggregate gap.
+
+    I(x; z) = rate - KL(q(z) || p(z)), and the gap is at most that KL; equal if q(z) is Gaussian.
+    (Hoffman & Johnson 2016.)
+
+    Args:
+        rate: nats / image, shape (S,).
+        gap: `aggregate_gap` over the same images, nats, shape (S,).
+
+    Returns:
+        nats / image, shape (S,).
+    """
+    return rate - gap
+
+
+def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
+    """Sampled lower bound of the information that the latents carry of an image.
+
+    I >= E[log q(z|x) - log (1/N) sum_n q(z|x_n)], z drawn from q(z|x), x among the N images. It is
+    the information between z and the number of the image among these N, so it saturates at ln N,
+    however much more the latents tell. (Poole et al. 2019, 1905.06922, equation 10.)
+
+    Args:
+        mean: posterior means, shape (S, N, L).
+        log_variance: logarithms of the posterior variances, shape (S, N, L).
+        eps: standard normal noise, shape (S, N, L).
+
+    Returns:
+        nats / image, float64, shape (S,), at most ln N.
+    """
+    mean, log_variance, eps = mean.double(), log_variance.double(), eps.double()
+    z = Posterior(mean, log_variance).sample(eps)
+    precision = (-log_variance).exp()
+    offset = (mean.square() * precision + log_variance).sum(-1).unsqueeze(1)
+    own = (eps.square() + log_variance).sum(-1, keepdim=True)
+    logs = []
+    for rows in torch.arange(mean.shape[1], device=mean.device).split(ROWS):
+        # -2 ln q(z|x_n) up to a constant, for all n; z's own image without the rounding
+        far = z[:, rows].square() @ precision.mT - 2 * z[:, rows] @ (mean * precision).mT + offset
+        far[:, torch.arange(len(rows)), rows] = own[:, rows, 0]
+        logs.append(torch.logsumexp((own[:, rows] - far) / 2, dim=-1))
+    return math.log(mean.shape[1]) - torch.cat(logs, 1).mean(1)
+
+
+@torch.no_grad()
+def measure_latents(model: VAE, split: Split) -> Metrics:
+    """Return what the latents of each run say over a split.
+
+    Args:
+        model: the stack.
+        split: images, on the model's device.
+
+    Returns:
+        `aggregate_gap`, `mutual_information` and, over the first 2,000 images,
+        `mutual_information_lower`, nats, each of shape (S,); {} for a deterministic latent.
+    """
+    if model.configs[0].latent == "deterministic":
+        return {}
+    mean, log_variance = posteriors(model, split)
+    rate = objective.kl_per_latent(mean.double(), log_variance.double()).mean(1).sum(-1)
+    gap = aggregate_gap(mean, log_variance)
+    first = min(len(split), SAMPLED_IMAGES)
+    eps = streams.noise(model.configs, "information", first, width=model.latent_size)
+    return {
+        "aggregate_gap": gap,
+        "mutual_information": mutual_information(rate, gap),
+        "mutual_information_lower": mutual_information_lower(
+            mean[:, :first], log_variance[:, :first], eps.to(mean.device)
+        ),
+    }
+
+
+def posteriors(model: VAE, split: Split) -> tuple[Tensor, Tensor]:
+    """Return posterior means and log-variances of a split, each of shape (S, N, L)."""
+    parts = []
+    for start in range(0, len(split), CHUNK):
+        x = split.pixels(slice(start, start + CHUNK), model.dtype)
+        parts.append(model.encode(x.expand(len(model.configs), -1, -1)))
+    return torch.cat([p.mean for p in parts], 1), torch.cat([p.log_variance for p in parts], 1)

@@ -1,0 +1,52 @@
+"""How good a trained run's latents and images are: all that is measured once, at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness import frechet, latents, likelihood, probe
+from harness.cores import crew
+from harness.data import Dataset
+from harness.evaluate import apart, finite
+from harness.vae import VAE, SingleVAE
+
+
+def measure_quality(
+    model: VAE | SingleVAE, data: Dataset, folder: Path | None = None
+) -> list[dict[str, float]]:
+    """Return the quality of each run's latents and images on the test split.
+
+    Args:
+        model: a stack, or one run.
+        data: its dataset.
+        folder: cache of the classifier behind `frechet`; None means the repository's.
+
+    Returns:
+        One dict per run: metrics of `likelihood.likelihood_metrics`, `latents.measure_latents` and
+        `frechet.measure_images`, `probe_accuracy` and `knn_accuracy`. Metrics that the run does not
+        have are absent.
+    """
+    stack = VAE([model]) if isinstance(model, SingleVAE) else model
+    data = data.to(stack.device).binarized(stack.configs[0].binarization)
+    known = frechet.reference(data, folder)
+    parts = apart(stack)
+    with crew(lambda i: _measured(parts[i][0], data, known), len(parts), stack.device) as cores:
+        return [metrics for own in cores.map(range(len(parts))) for metrics in own]
+
+
+def _measured(stack: VAE, data: Dataset, known: frechet.Reference) -> list[dict[str, float]]:
+    informed = latents.measure_latents(stack, data.test).items()
+    images = frechet.measure_images(stack, data, known)
+    likely = likelihood.likelihood_metrics(stack, data)
+    return [
+        finite({name: float(values[run]) for name, values in informed} | images[run] | likely[run])
+        | _probed(stack.run(run), data)
+        for run in range(len(stack.configs))
+    ]
+
+
+def _probed(run: SingleVAE, data: Dataset) -> dict[str, float]:
+    return {
+        "probe_accuracy": probe.linear_probe_accuracy(run, data),
+        "knn_accuracy": probe.knn_accuracy(run, data),
+    }
