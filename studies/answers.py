@@ -167,13 +167,26 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
         )
     if {conditions.BLOG, conditions.BLOG_WITHOUT_KL} <= there:
         gap = compare(frame, "condition", conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
-        active = frame[frame["condition"] == conditions.BLOG]["active_units"].mean()
+        own = frame[frame["condition"] == conditions.BLOG]
         sentences.append(
             f"In the blog's own recipe the KL term costs {gap} pixel² of mse and leaves "
-            f"{active:.1f} of {frame['latent_size'].max()} latents active."
+            f"{own['active_units'].mean():.1f} of {frame['latent_size'].max()} latents active"
+            f"{against_linear(own)}."
         )
     seeds = frame["seed"].nunique()
     return " ".join([*sentences, f"(Paired differences, 95 % intervals over {seeds} seeds.)"])
+
+
+def against_linear(runs: pd.DataFrame) -> str:
+    """Say whether runs have a lower loss than the exact linear model; "" if there is none."""
+    if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
+        return ""
+    gap = runs["gap_to_linear"]
+    verdict = "better" if gap.mean() > 0 else "no better"
+    return (
+        f"; its loss is {verdict} than that of a linear model at the same weight (gap_to_linear "
+        f"{gap.mean():.1f} %, {gap.min():.1f} to {gap.max():.1f} over seeds)"
+    )
 
 
 def worst_class(frame: pd.DataFrame, suspect: int = 8) -> str:

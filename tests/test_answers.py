@@ -127,7 +127,15 @@ def test_cost_and_gain_are_paired_differences():
     assert "changes test mse by 0.02 ±" in said
     assert "It buys 100 ±" in said
     assert "costs 0.01 ±" in said
-    assert "1.5 of 10 latents active" in said
+    assert said.endswith("seeds.)")
+    assert "1.5 of 10 latents active." in said  # no linear model to compare with
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(-3.0, "no better"), (2.0, "better")])
+def test_the_blogs_recipe_is_set_against_a_linear_model(gap, verdict):
+    said = answers.against_linear(pd.DataFrame({"gap_to_linear": [gap, gap - 0.5]}))
+    assert f"its loss is {verdict} than that of a linear model" in said
+    assert f"({gap - 0.25:.1f}"[1:] in said
 
 
 @pytest.mark.parametrize("missing", list(conditions.CONDITIONS))
