@@ -116,7 +116,7 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
     elif setting in LOGARITHMIC:
         panel.set_xscale("log")
     elif setting in WHOLE:
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params(axis="x", integer=True)
     elif setting == "latent_size":
         panel.set_xscale("log", base=2)
         sizes = [2**i for i in range(11) if x.min() <= 2**i <= x.max()]
