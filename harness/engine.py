@@ -137,9 +137,9 @@ def _parts(configs: Sequence[RunConfig], grey: Dataset, dtype: torch.dtype) -> l
     splits = (probe(data), data.val)
     linear = torch.stack([linear_losses(configs, data, split) for split in splits])
     device = grey.train.images.device
-    return [
-        begin(configs, rows, grey, data, linear, dtype) for rows in groups(len(configs), device)
-    ]
+    together = groups(len(configs), device)
+    begun = (begin(configs, rows, grey, data, linear, dtype) for rows in together)
+    return [part for parts in begun for part in parts]
 
 
 def groups(runs: int, device: torch.device) -> list[list[int]]:

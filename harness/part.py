@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness import objective, oracle, streams
-from harness.config import RunConfig
+from harness.config import RunConfig, UserError
 from harness.data import Dataset, Split
 from harness.evaluate import Metrics, evaluation_noise, measure, to_arrays
 from harness.step import Step
@@ -61,6 +61,18 @@ class Part:
 
     def train(self, epoch: int) -> None:
         """Train one epoch."""
+        self._lay_out(epoch)
+        self.step.epoch()
+
+    def rehearse(self) -> None:
+        """Take all the memory that an epoch takes on a GPU, and change nothing."""
+        if self.model.device.type != "cuda":
+            return
+        self._lay_out(1)
+        self.step.capture()
+        self.measure()
+
+    def _lay_out(self, epoch: int) -> None:
         model, configs = self.model, self.model.configs
         steps = len(self.step.order)
         order = streams.batches(configs, len(self.grey), epoch)
@@ -69,7 +81,6 @@ class Part:
         betas = warmup * objective.betas(configs, model.pixels)
         split, order = _seen(self.grey, order, configs, epoch)
         self.step.load(split.images, split.largest, order, noise, betas)
-        self.step.epoch()
 
     def measure(self) -> tuple[Arrays, Arrays]:
         """Return the metrics on the first training images and on validation, in one transfer."""
@@ -108,8 +119,8 @@ def begin(
     data: Dataset,
     linear: Tensor,
     dtype: torch.dtype,
-) -> Part:
-    """Return untrained runs.
+) -> list[Part]:
+    """Return untrained runs together, or in halves that follow one another if memory is short.
 
     Args:
         configs: every run of the stack.
@@ -118,7 +129,35 @@ def begin(
         data: the dataset as the runs are measured on it.
         linear: loss of the exact linear model for every run of the stack, shape (2, S).
         dtype: torch.float32 or torch.float64.
+
+    Raises:
+        UserError: there is no room for one run.
     """
+    try:
+        part = _untrained(configs, rows, grey, data, linear, dtype)
+        part.rehearse()
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise UserError(
+                f"batch_size={configs[0].batch_size}, hidden={configs[0].hidden}: one run needs "
+                "more memory than is free on the GPU; give smaller ones, or --device cpu"
+            ) from None
+    else:
+        return [part]
+    torch.cuda.empty_cache()  # outside the handler, which holds what did not fit
+    middle = len(rows) // 2
+    halves = (rows[:middle], rows[middle:])
+    return [part for half in halves for part in begin(configs, half, grey, data, linear, dtype)]
+
+
+def _untrained(
+    configs: Sequence[RunConfig],
+    rows: Sequence[int],
+    grey: Dataset,
+    data: Dataset,
+    linear: Tensor,
+    dtype: torch.dtype,
+) -> Part:
     chosen = [configs[row] for row in rows]
     model = VAE([initial(c, data.image_shape) for c in chosen])
     model = model.to(data.train.images.device, dtype)

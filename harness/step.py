@@ -74,8 +74,7 @@ class Step:
 
     def epoch(self) -> None:
         """Take every step of the epoch that is laid out."""
-        if self.model.device.type == "cuda" and self.graph is None:
-            self.graph = self._captured()
+        self.capture()
         for _ in range(len(self.order)):
             if self.graph is None:
                 self._step()
@@ -95,8 +94,10 @@ class Step:
         self.adam.step()
         self.now.add_(1)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """Record the step; what the warm-up changes is put back."""
+    def capture(self) -> None:
+        """Record the step once, on a GPU; what the warm-up changes is put back."""
+        if self.model.device.type != "cuda" or self.graph is not None:
+            return
         changed = (self.gradient.weights, *self.adam.state, self.now)
         before = [tensor.clone() for tensor in changed]
         stream = torch.cuda.Stream()
@@ -111,7 +112,7 @@ class Step:
             self._step()
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
-        return graph
+        self.graph = graph
 
     def keep(self, rows: Sequence[int]) -> Step:
         """Return the step of some runs, with their weights and moments."""

@@ -13,6 +13,7 @@ from harness.config import RunConfig, UserError
 from harness.data import Dataset
 from harness.engine import EpochRecord, resolve_device, train
 from harness.objective import with_decoder_variance
+from harness.part import Part
 
 KINDS = [
     {"model": "mlp", "head": "gaussian"},
@@ -264,6 +265,36 @@ def test_a_dropped_run_that_diverged_leaves_nothing_behind(tiny, parts):
         record.drop(np.flatnonzero(np.isnan(record.val["mse"])))
     assert record.rows == (0, 1, 3, 4)
     assert np.isfinite(record.val["neg_elbo"]).all()
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_a_stack_without_room_is_computed_in_halves_with_the_same_results(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
+    whole = last_of(MIXED, tiny, dtype=torch.float64)
+    rehearse = Part.rehearse
+
+    def room_for_two(self):
+        rehearse(self)
+        if len(self.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Part, "rehearse", room_for_two)
+    narrow = last_of(MIXED, tiny, dtype=torch.float64)
+    assert [len(model.configs) for model in narrow.models] == [2, 1, 2]
+    assert narrow.rows == whole.rows
+    for name, values in whole.val.items():
+        np.testing.assert_allclose(narrow.val[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_a_run_without_room_says_so(tiny, monkeypatch):
+    def no_room(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Part, "rehearse", no_room)
+    with pytest.raises(UserError, match="one run needs more memory than is free"):
+        next(train(MIXED, tiny, device="cpu"))
 
 
 # --- records and results ------------------------------------------------------------------------
