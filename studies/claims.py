@@ -25,7 +25,7 @@ class Runs:
         label: name of the configuration, for people.
         config: every setting but the seed.
         seeds: repetitions, seeds 0, 1, ...
-        gpu: whether they are trained on a GPU only, since a CPU would take days.
+        gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
     """
 
     label: str
@@ -158,9 +158,9 @@ def required(ledger: Ledger) -> list[Runs]:
     return list(dict.fromkeys(every))
 
 
-def trainable(ledger: Ledger, device: str) -> list[Runs]:
-    """Return the runs that a ledger needs and a device can train."""
-    return [runs for runs in required(ledger) if device == "cuda" or not runs.gpu]
+def trainable(ledger: Ledger, *, gpu: bool) -> list[Runs]:
+    """Return the runs that are trained for a ledger, `gpu` saying whether the large ones are."""
+    return [runs for runs in required(ledger) if gpu or not runs.gpu]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Reproduction:
 
     Attributes:
         name: as in `python -m studies.NAME`.
-        form: "short" or "full".
+        full: whether it is the full form.
         question: the page's docstring.
         ledger: the claims.
         answer: judged rows in, sentences out.
@@ -218,9 +218,13 @@ class Reproduction:
     """
 
     name: str
-    form: str
+    full: bool
     question: str
     ledger: Ledger
     answer: Callable[[Sequence[Row], Evidence], str]
     figures: Mapping[str, tuple[Callable[[Evidence], Figure], str]]
     pictured: Sequence[Runs]
+
+    def trained_on(self, device: str) -> list[Runs]:
+        """Return the runs that are trained on a device."""
+        return trainable(self.ledger, gpu=self.full and device == "cuda")

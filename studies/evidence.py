@@ -67,7 +67,11 @@ class Evidence:
         if not lacking:
             return ""
         first = lacking[0]
-        return "needs a GPU" if first.gpu else f"no finished run of {first.label!r}: it diverged"
+        return (
+            "needs --full on a GPU"
+            if first.gpu
+            else f"no finished run of {first.label!r}: it diverged"
+        )
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return some runs as a tidy frame, a row a seed, test metrics under their plain names."""
@@ -92,6 +96,12 @@ class Evidence:
         if runs not in self._batches:
             self._batches[runs] = harness.batches.batch_losses(self.models(runs), self.data)
         return self._batches[runs]
+
+    def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
+        """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
+        stack = harness.vae.VAE(self.models(runs))
+        found = harness.likelihood.likelihood_metrics(stack, self.data, (samples,))
+        return [metrics["neg_log_likelihood"] for metrics in found]
 
     def losses(self, runs: Runs) -> list[float]:
         """Return each seed's loss on the whole training split."""

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from analysis import ledger_plots
-from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count, trainable
+from studies.answers import worst_class
+from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
 from studies.cli import clear_errors, read
 from studies.exact_claims import exact_claims
+from studies.forms import FULL, SHORT, Form
 from studies.options import checked_name
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,
-    FULL,
-    SHORT,
-    Form,
     batch_range,
     blog_claims,
     head_claims,
     linear_claims,
     loss,
     mean,
+    published_claims,
 )
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ def reproduction(form: Form) -> Reproduction:
         "Linear VAE, trained": linear_claims(form),
         "The blog's recipe": blog_claims(form),
         "Linear head, smaller weight": head_claims(form),
+        "Published likelihoods": published_claims(form),
     }
     return Reproduction(
         name=NAME,
-        form=form.name,
+        full=form is FULL,
         question=__doc__ or "",
         ledger=ledger,
         answer=partial(answer, form=form),
@@ -93,10 +94,11 @@ def reproduction(form: Form) -> Reproduction:
 
 def batch_figure(evidence: Evidence, form: Form) -> Figure:
     """Plot the batches of the blog's recipe with the blog's own last batch."""
-    batches = evidence.batches(form.blog)
+    batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
+    labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
     star = float(BLOG_KL_TERM), float(BLOG_LOSS)
-    return ledger_plots.batch_plane(batches.kl_term, batches.loss, ranges, star)
+    return ledger_plots.batch_plane(batches.kl_term, batches.loss, labels, ranges, star)
 
 
 def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
@@ -130,13 +132,13 @@ def worth(evidence: Evidence, form: Form) -> str:
     elif gap + half < 0:
         verdict = "it does worse than a linear model"
     else:
-        verdict = "it does no better than a linear model"
+        verdict = "it does no better than a linear model, as far as these seeds can tell"
     return (
         f"The blog's recipe, {form.blog_epochs} epochs, keeps {_range(active)} of its "
         f"{runs.config.latent_size} latents active, {mean(active):.1f} in the mean of "
         f"{len(active)} seeds. Its training loss, {loss(evidence, runs):.4f}, is {gap:.1f} ± "
         f"{half:.1f} % below the exact linear model's (95 % interval over seeds; {worse} of "
-        f"{len(gaps)} seeds are above it): {verdict}."
+        f"{len(gaps)} seeds are above it): {verdict}. {worst_class(frame)}"
     )
 
 
@@ -195,10 +197,10 @@ def execute(options: ReproduceOptions) -> list[Row]:
     console = Console()
     device = harness.engine.resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
-    wanted = trainable(page.ledger, device)
+    wanted = page.trained_on(device)
     console.out.print(f"[bold]{page.question.strip().splitlines()[0]}[/bold]")
     console.out.print(
-        f"{sum(map(len, page.ledger.values()))} claims, {page.form} form; "
+        f"{sum(map(len, page.ledger.values()))} claims, {'full' if page.full else 'short'} form; "
         f"{sum(runs.seeds for runs in wanted)} runs of {len(wanted)} configurations"
     )
     if options.dry_run:

@@ -22,7 +22,6 @@ from studies.claims import (
     count,
     judge,
     required,
-    trainable,
 )
 from studies.evidence import Evidence
 from studies.gallery import draw_models
@@ -82,9 +81,9 @@ class Check:
     @property
     def settings(self) -> dict[str, Any]:
         """What was checked, for people."""
-        wanted = trainable(self.page.ledger, self.place.device)
+        wanted = self.page.trained_on(self.place.device)
         listed = [f"{runs.label} ({runs.seeds} seeds)" for runs in wanted]
-        return {"dataset": self.place.data.name, "form": self.page.form, "runs": listed}
+        return {"dataset": self.place.data.name, "full": self.page.full, "runs": listed}
 
 
 def run(
@@ -125,7 +124,7 @@ def train_missing(check: Check, console: Console) -> None:
     evidence, place = check.evidence(), check.place
     missing = [
         (runs, config)
-        for runs in trainable(check.page.ledger, place.device)
+        for runs in check.page.trained_on(place.device)
         for config in evidence.unfinished(runs)
     ]
     if not missing:
@@ -155,6 +154,13 @@ def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
         }
         for row in rows
     )
+
+
+def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Take out the columns of words that say the same in every row; return them too."""
+    wordy = ("source", "why this tolerance")
+    same = {name: table[name].iloc[0] for name in wordy if table[name].nunique() == 1}
+    return table.drop(columns=list(same)), same
 
 
 def summarize(check: Check, rows: Sequence[Row], evidence: Evidence) -> Outcome:
@@ -191,8 +197,10 @@ def _write(
     frame.to_csv(folder / "runs.csv", index=False)
     listed = []
     for i, (heading, part) in enumerate(groupby(rows, key=lambda row: row.heading), 1):
-        ledger_table(list(part)).to_csv(folder / f"ledger-{i}.csv", index=False)
-        listed.append({"file": f"ledger-{i}.csv", "caption": f"{heading}."})
+        table, same = without_constants(ledger_table(list(part)))
+        table.to_csv(folder / f"ledger-{i}.csv", index=False)
+        caption = "".join(f" {name.capitalize()}: {value}." for name, value in same.items())
+        listed.append({"file": f"ledger-{i}.csv", "caption": f"{heading}.{caption}"})
     there = [runs for runs in page.pictured if not evidence.unfinished(runs)]
     models = {runs.label: evidence.models(runs)[0] for runs in there}
     best = there[-1].label if there else ""
@@ -214,7 +222,7 @@ def _write(
 
 def command(check: Check) -> str:
     """Return the command line that repeats the check."""
-    full = " --full" if check.page.form == "full" else ""
+    full = " --full" if check.page.full else ""
     return f"python -m studies.{check.page.name}{full} --study-name {check.name}"
 
 

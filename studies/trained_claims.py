@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from harness.config import RunConfig
 from studies.claims import Claim, Runs, Spread, about, between, inside
 from studies.exact_claims import LINEAR, LINEAR_LOSSES
+from studies.forms import BLOG_EPOCHS, Form
 
 if TYPE_CHECKING:
     from studies.evidence import Evidence
 
 SEED = "brief 4"
 BLOG = "blog"
-BLOG_EPOCHS = 176
+BURDA = "Burda et al. 2015"
 BLOG_LOSS, BLOG_KL_TERM = "0.047659844", "0.007469548"
 
 TRAINED_SIZES = (2, 10, 20)
@@ -31,51 +30,11 @@ TRAINED_SIZES = (2, 10, 20)
 WEIGHTS = (0.01, 0.02, 0.05, 0.1, 1.0)
 """KL weights among which the calibrated one is looked for; 1 is the blog's."""
 
+SAMPLES = 5_000
+"""Importance samples of a published likelihood."""
+
 CENTRAL = (0.025, 0.975)
 """Quantiles of the range over batches in which the blog's last batch should lie."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How much is trained.
-
-    Attributes:
-        name: "short" or "full".
-        blog_epochs: epochs of the blog's recipe.
-        blog_seeds: seeds of the blog's recipe.
-        seeds: seeds of the configurations with a linear head.
-    """
-
-    name: str
-    blog_epochs: int
-    blog_seeds: int
-    seeds: int
-
-    @property
-    def blog(self) -> Runs:
-        """The blog's recipe."""
-        config = RunConfig.seed_recipe(epochs=self.blog_epochs)
-        return Runs(f"blog's recipe, {self.blog_epochs} epochs", config, self.blog_seeds)
-
-    @property
-    def undivided(self) -> Runs:
-        """The blog's recipe without the division of the KL term."""
-        config = RunConfig.seed_recipe(epochs=2, kl_normalization="sum")
-        return Runs("blog's recipe, KL undivided", config, 1)
-
-    def gaussian(self, weight: float, latent_size: int = 10) -> Runs:
-        """The blog's network with a linear head: mean and log-variance."""
-        config = RunConfig(kl_weight=weight, latent_size=latent_size, epochs=6)
-        return Runs(f"linear head, weight {weight:g}, {latent_size} latents", config, self.seeds)
-
-    def linear(self, latent_size: int) -> Runs:
-        """The linear VAE."""
-        config = RunConfig(model="linear", latent_size=latent_size, epochs=8)
-        return Runs(f"linear VAE, {latent_size} latents", config, 1)
-
-
-SHORT = Form("short", blog_epochs=20, blog_seeds=3, seeds=2)
-FULL = Form("full", blog_epochs=BLOG_EPOCHS, blog_seeds=5, seeds=5)
 
 
 def linear_claims(form: Form) -> list[Claim]:
@@ -85,9 +44,9 @@ def linear_claims(form: Form) -> list[Claim]:
             f"linear VAE trained 8 epochs, {size} latents, weight 1: loss",
             LINEAR,
             LINEAR_LOSSES[size, 1.0],
-            0.02 * float(LINEAR_LOSSES[size, 1.0]),
-            "2 %: at a fixed learning rate Adam stays about 1 % above the optimum; that 5,000 of "
-            "the 60,000 images are held out, and the sampling of z, is 0.1 %",
+            0.001,
+            "about 2 %: at a fixed learning rate Adam stays about 1 % above the optimum; that "
+            "5,000 of the 60,000 images are held out, and the sampling of z, is 0.1 %",
             partial(loss, runs=form.linear(size)),
             (form.linear(size),),
         )
@@ -148,14 +107,14 @@ def blog_claims(form: Form) -> list[Claim]:
             needs,
         ),
         between(
-            "digit that reconstructs worst",
+            '"underperforms for complicated digits like 8": mse of 8 / mean of digits',
             BLOG,
-            "8",
-            (8, 8),
+            "over 1",
+            (1.0, math.inf),
             "test images, mean over seeds",
-            lambda e: worst_class(e, runs),
+            lambda e: relative_error(e, runs, digit=8),
             needs,
-            digits=0,
+            digits=2,
         ),
         between(
             'KL undivided, "it cannot learn properly": active latents',
@@ -177,11 +136,12 @@ def batch_range(evidence: Evidence, runs: Runs, name: str) -> Spread:
     return Spread(low, high)
 
 
-def worst_class(evidence: Evidence, runs: Runs) -> float:
-    """Return the class with the largest test mse, mean over seeds."""
+def relative_error(evidence: Evidence, runs: Runs, digit: int) -> float:
+    """Return the test mse of a digit over the mean of all ten, mean over seeds."""
     from analysis import frames
 
-    return float(frames.class_errors(evidence.frame(runs)).index[0])
+    errors = frames.class_errors(evidence.frame(runs))
+    return float(errors[digit] / errors.mean())
 
 
 def head_claims(form: Form) -> list[Claim]:
@@ -246,6 +206,27 @@ def head_claims(form: Form) -> list[Claim]:
             swept,
             digits=2,
         ),
+    ]
+
+
+def published_claims(form: Form) -> list[Claim]:
+    """Claim published likelihoods of binary MNIST."""
+    reason = (
+        "ReLU where the paper has tanh, 500 epochs at a fixed learning rate where it has 3,280 at "
+        "a falling one, 55,000 images; on 1,000 test images, whose standard error is near 1"
+    )
+    sources = {BURDA: "86.76", f"independent run of {BURDA}": "87.78"}
+    return [
+        about(
+            f"-log p(x) of binary MNIST, 5,000 samples, {source}",
+            source,
+            reference,
+            2.0,
+            reason,
+            lambda e: mean(e.neg_log_likelihoods(form.burda, SAMPLES)),
+            (form.burda,),
+        )
+        for source, reference in sources.items()
     ]
 
 

@@ -9,8 +9,8 @@ from harness import RunConfig, load_dataset
 from studies.claims import Row, Runs, Spread, about, between, decimals, inside, printed, required
 from studies.evidence import Evidence
 from studies.exact_claims import exact_claims
+from studies.forms import FULL, SHORT
 from studies.reproduce import exit_code, reproduction
-from studies.trained_claims import FULL, SHORT
 
 
 def nothing(evidence: Evidence) -> float:
