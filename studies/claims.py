@@ -213,7 +213,7 @@ class Reproduction:
         question: the page's docstring.
         ledger: the claims.
         answer: judged rows in, sentences out.
-        figures: file name -> (evidence -> figure, caption).
+        figures: file name -> (evidence -> figure, caption, runs that it is drawn from).
         pictured: runs whose reconstructions and samples are shown, if they are there.
     """
 
@@ -222,7 +222,7 @@ class Reproduction:
     question: str
     ledger: Ledger
     answer: Callable[[Sequence[Row], Evidence], str]
-    figures: Mapping[str, tuple[Callable[[Evidence], Figure], str]]
+    figures: Mapping[str, tuple[Callable[[Evidence], Figure], str, Runs]]
     pictured: Sequence[Runs]
 
     def trained_on(self, device: str) -> list[Runs]:

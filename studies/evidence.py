@@ -66,12 +66,9 @@ class Evidence:
         lacking = [runs for runs in needs if self.unfinished(runs)]
         if not lacking:
             return ""
-        first = lacking[0]
-        return (
-            "needs --full on a GPU"
-            if first.gpu
-            else f"no finished run of {first.label!r}: it diverged"
-        )
+        if lacking[0].gpu:
+            return "needs --full on a GPU"
+        return f"{lacking[0].label!r} diverged"
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return some runs as a tidy frame, a row a seed, test metrics under their plain names."""
@@ -120,7 +117,6 @@ def _settings(config: RunConfig, digest: str) -> tuple[str, ...]:
 
 
 def _read_settings(params: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the settings of a run; a field that it lacks was added later, and has its default."""
-    defaults = asdict(RunConfig())
-    values = (params.get(name, str(default)) for name, default in defaults.items())
-    return (*values, params.get("dataset_digest", ""))
+    """Read the settings of a run; one of another version of the harness lacks some, and is none."""
+    names = RunConfig.__dataclass_fields__
+    return (*(params.get(name, "") for name in names), params.get("dataset_digest", ""))

@@ -86,6 +86,7 @@ def reproduction(form: Form) -> Reproduction:
                 "colour a seed of the blog's recipe; dotted, the central 95 % over all of them. "
                 f"The star is what the blog prints of its last batch, {BLOG_LOSS} and "
                 f"{BLOG_KL_TERM}.",
+                form.blog,
             )
         },
         pictured=(form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20)),
@@ -146,10 +147,7 @@ def blogs_batch(evidence: Evidence, form: Form) -> str:
     """Say where the blog's last batch lies among the batches here."""
     batches = evidence.batches(form.blog)
     said = []
-    for name, words, value in (
-        ("loss", "loss", BLOG_LOSS),
-        ("kl_term", "KL term", BLOG_KL_TERM),
-    ):
+    for words, name, value in (("loss", "loss", BLOG_LOSS), ("KL term", "kl_term", BLOG_KL_TERM)):
         low, high = batch_range(evidence, form.blog, name)
         place = 100 * float((getattr(batches, name) < float(value)).mean())
         where = "inside" if low <= float(value) <= high else "outside"

@@ -204,7 +204,11 @@ def _write(
     there = [runs for runs in page.pictured if not evidence.unfinished(runs)]
     models = {runs.label: evidence.models(runs)[0] for runs in there}
     best = there[-1].label if there else ""
-    drawn = {name: (draw(evidence), caption) for name, (draw, caption) in page.figures.items()}
+    drawn = {
+        name: (draw(evidence), caption)
+        for name, (draw, caption, runs) in page.figures.items()
+        if not evidence.unfinished(runs)
+    }
     write_summary(
         outcome,
         place.data,
