@@ -1,3 +1,4 @@
+from . import batches as batches
 from . import elbo as elbo
 from . import engine as engine
 from . import features as features

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.places import own_process
+from harness.config import UserError
+from harness.places import alive, own_process
 from harness.tracking import Store, read_runs
 
 
@@ -31,3 +32,23 @@ def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[object
         if left_open or (tags.get("trial") in dead and status != "KILLED"):
             store.client.set_tag(run["run_id"], "reason", "its process is gone")
             store.client.set_terminated(run["run_id"], "KILLED")
+
+
+def bury_open_runs(store: Store, experiment: str, study: str) -> None:
+    """Close every run of a study that a dead process has left open.
+
+    Raises:
+        UserError: a living process of this machine is writing some of them.
+    """
+    mine = f"tags.study = '{study}' and attributes.status = 'RUNNING'"
+    left_open = read_runs(store, experiment, mine)
+    for run in left_open:
+        tags = run["tags"]
+        if tags["host"] == own_process()["host"] and alive(int(tags["process"])):
+            raise UserError(
+                f"study {study!r} is being run by process {tags['process']} on this machine; "
+                "wait for it, stop it, or start another with --study-name"
+            )
+    for run in left_open:
+        store.client.set_tag(run["run_id"], "reason", "its process is gone")
+        store.client.set_terminated(run["run_id"], "KILLED")

@@ -41,3 +41,14 @@ def use_write_ahead_log(database: Path) -> None:
 def own_process() -> dict[str, str]:
     """Return the tags that say which process writes a run."""
     return {"host": socket.gethostname(), "process": str(os.getpid())}
+
+
+def alive(process: int) -> bool:
+    """Say whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

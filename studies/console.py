@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from analysis import tables
 
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
+    from studies.claims import Row
     from studies.options import Plan
     from studies.search_options import SearchPlan
     from studies.summary import Outcome
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
 """Columns left to the report, so that the table fits 100 characters."""
+
+COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}
+"""Of the verdicts of a ledger."""
 
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet")
 """Columns shown here without their interval."""
@@ -110,6 +115,25 @@ class Console:
         for row in cells[shown].to_dict("records"):
             table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)
+        self.answer(outcome, tracking_uri)
+
+    def ledger(self, rows: Sequence[Row], outcome: Outcome, tracking_uri: str | None) -> None:
+        """Show judged claims, heading by heading, the answer, and where to look further."""
+        for heading, part in itertools.groupby(rows, key=lambda row: row.heading):
+            table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+            table.add_column(heading)
+            for name in ("reference", "obtained", "tolerance"):
+                table.add_column(name, justify="right")
+            table.add_column("verdict")
+            for row in part:
+                claim, color = row.claim, COLORS[row.verdict]
+                verdict = f"[{color}]{row.verdict}[/]" + (f": {row.note}" if row.note else "")
+                table.add_row(claim.name, claim.reference, row.obtained, claim.tolerance, verdict)
+            self.out.print(table)
+        self.answer(outcome, tracking_uri)
+
+    def answer(self, outcome: Outcome, tracking_uri: str | None) -> None:
+        """Show the answer, and where to look further."""
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
         self.out.print(f"\nReport: {outcome.folder / 'report.html'}", soft_wrap=True)
         where = "" if tracking_uri is None else f" --backend-store-uri {tracking_uri}"

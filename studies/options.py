@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Container, Iterator
@@ -230,6 +231,12 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
             point = Point(group, value)
             configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
     return Plan(study, name, options.dataset, configs)
+
+
+def first_unused(name: str, taken: Container[str]) -> str:
+    """Return the name, or the first of NAME-2, NAME-3, ... that is not taken."""
+    numbered = (f"{name}-{i}" for i in itertools.count(2))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
 def _base(study: Study, options: Options[Any]) -> RunConfig:

@@ -7,7 +7,6 @@ normalisation changes.
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ import lazy_loader
 
 import harness
 from harness.config import RunConfig, UserError
-from harness.places import creation_lock, project_root
-from studies.options import Point
+from harness.places import alive, creation_lock, project_root
+from studies.options import Point, first_unused
 
 if TYPE_CHECKING:
     import optuna
@@ -180,7 +179,7 @@ def bury_trials(study: optuna.Study) -> list[int]:
     abandoned = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     for trial in abandoned:
         host, _, process = trial.user_attrs.get("process", ":").rpartition(":")
-        if host == socket.gethostname() and _alive(int(process)):
+        if host == socket.gethostname() and alive(int(process)):
             raise UserError(
                 f"study {study.study_name!r} is being run by process {process} on this machine; "
                 "wait for it, stop it, or start another with --study-name"
@@ -188,16 +187,6 @@ def bury_trials(study: optuna.Study) -> list[int]:
     for trial in abandoned:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     return [trial.number for trial in abandoned]
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
@@ -224,9 +213,7 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
 
 def unused_name(storage: optuna.storages.RDBStorage, name: str) -> str:
     """Return the name, or the first of NAME-2, NAME-3, ... that no study has."""
-    taken = set(optuna.get_all_study_names(storage))
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return name if name not in taken else next(n for n in numbered if n not in taken)
+    return first_unused(name, optuna.get_all_study_names(storage))
 
 
 def open_grid(plan: Plan, storage: optuna.storages.RDBStorage) -> Grid:

@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
 from harness import RunConfig, UserError, linear, load_dataset, oracle
-from harness.data import Dataset, Split
+from harness.data import Dataset, Split, with_official_training
 from harness.engine import train
 from harness.evaluate import active_units, evaluate, linear_losses, measure
 from harness.objective import kl_per_latent, with_decoder_variance
@@ -63,10 +63,7 @@ def test_a_dataset_that_was_cut_has_its_own_components(data, tiny):
 @pytest.fixture(scope="module")
 def mnist(mnist_folder) -> Dataset:
     """Return MNIST with all 60,000 training images as training split, as in the reference."""
-    known = load_dataset("mnist", mnist_folder)
-    parts = (known.train, known.val)
-    images, labels = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels"))
-    return replace(known, train=replace(known.train, images=images, labels=labels))
+    return with_official_training(load_dataset("mnist", mnist_folder))
 
 
 def test_the_spectrum_of_mnist(mnist):

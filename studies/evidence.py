@@ -1,0 +1,122 @@
+"""What a ledger's claims are measured on: finished runs, their batches, and the data itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import harness
+from analysis import frames
+from harness.config import RunConfig
+from studies.claims import Runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.batches import BatchLosses
+    from harness.data import Dataset
+    from harness.oracle import PCA
+    from harness.tracking import Store
+    from harness.vae import SingleVAE
+
+Record = dict[str, Any]
+"""A run as `tracking.read_runs` gives it."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Finished runs of a ledger on one dataset.
+
+    Attributes:
+        data: the dataset.
+        store: where the runs are.
+        records: the finished runs, found by their settings.
+    """
+
+    data: Dataset
+    store: Store = field(repr=False)
+    records: Sequence[Record] = field(repr=False)
+    _batches: dict[Runs, BatchLosses] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def official(self) -> PCA:
+        """Principal components of the official training images, validation images included."""
+        return harness.oracle.pca(harness.data.with_official_training(self.data))
+
+    @cached_property
+    def _by_settings(self) -> dict[tuple[str, ...], Record]:
+        """Settings and dataset -> the run that finished first."""
+        found: dict[tuple[str, ...], Record] = {}
+        for record in self.records:
+            found.setdefault(_read_settings(record["params"]), record)
+        return found
+
+    def find(self, config: RunConfig) -> Record | None:
+        """Return the finished run of a configuration on these very images, None without one."""
+        return self._by_settings.get(_settings(config, self.data.digest))
+
+    def unfinished(self, runs: Runs) -> list[RunConfig]:
+        """Return the configurations that have no finished run."""
+        return [config for config in runs.configs if self.find(config) is None]
+
+    def missing(self, needs: Sequence[Runs]) -> str:
+        """Say why a claim cannot be measured; "" if it can."""
+        lacking = [runs for runs in needs if self.unfinished(runs)]
+        if not lacking:
+            return ""
+        if lacking[0].gpu:
+            return "needs --full on a GPU"
+        return f"{lacking[0].label!r} diverged"
+
+    def frame(self, runs: Runs) -> pd.DataFrame:
+        """Return some runs as a tidy frame, a row a seed, test metrics under their plain names."""
+        found = (self.find(config) for config in runs.configs)
+        return frames.tidy([record for record in found if record is not None])
+
+    def mean(self, runs: Runs, metric: str) -> float:
+        """Return the mean of a metric over seeds."""
+        return float(self.frame(runs)[metric].mean())
+
+    def gain(self, runs: Runs, other: Runs, metric: str = "neg_elbo") -> float:
+        """Return by how much a metric is lower than in other runs, mean of differences by seed."""
+        return frames.paired_difference(self.frame(other), self.frame(runs), metric).mean
+
+    def models(self, runs: Runs) -> list[SingleVAE]:
+        """Load the trained models, one per seed."""
+        ids = self.frame(runs)["run_id"]
+        return [harness.load_run(run_id, self.store.uri).model for run_id in ids]
+
+    def batches(self, runs: Runs) -> BatchLosses:
+        """Return loss and KL term of every training batch, weights as at the end of training."""
+        if runs not in self._batches:
+            self._batches[runs] = harness.batches.batch_losses(self.models(runs), self.data)
+        return self._batches[runs]
+
+    def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
+        """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
+        stack = harness.vae.VAE(self.models(runs))
+        found = harness.likelihood.likelihood_metrics(stack, self.data, (samples,))
+        return [metrics["neg_log_likelihood"] for metrics in found]
+
+    def losses(self, runs: Runs) -> list[float]:
+        """Return each seed's loss on the whole training split."""
+        return [float(loss) for loss in self.batches(runs).loss.mean(1)]
+
+    def gaps_to_linear(self, runs: Runs) -> list[float]:
+        """Return by how many % each seed's loss is below the exact linear model's (`losses`)."""
+        variance = harness.objective.decoder_variance(runs.config, self.data.pixels)
+        size = runs.config.latent_size
+        linear = harness.oracle.pca(self.data).trained_optimum(size, variance).loss
+        return [100 * (linear - loss) / linear for loss in self.losses(runs)]
+
+
+def _settings(config: RunConfig, digest: str) -> tuple[str, ...]:
+    return (*(str(value) for value in asdict(config).values()), digest)
+
+
+def _read_settings(params: Mapping[str, str]) -> tuple[str, ...]:
+    """Read the settings of a run; one of another version of the harness lacks some, and is none."""
+    names = RunConfig.__dataclass_fields__
+    return (*(params.get(name, "") for name in names), params.get("dataset_digest", ""))
