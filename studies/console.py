@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from studies.summary import Outcome
 
 
-HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
+HIDDEN = (
+    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
+    *("best/val/neg_elbo", "best/val/mse"),
+)
 """Columns left to the report, so that the table fits 100 characters."""
 
-BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet")
+BRIEF = (
+    *("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet"),
+    "best/epoch",
+)
 """Columns shown here without their interval."""
 
 HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
@@ -36,6 +42,7 @@ def _short(name: str, cell: str) -> str:
 
 
 def _header(name: str) -> str:
+    name = name.replace("best/", "best/\n")
     return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
 
 
