@@ -15,12 +15,16 @@ from urllib.parse import quote
 from analysis import markup, summaries
 from analysis.summaries import Exhibit, Summary
 from harness.config import UserError
+from harness.places import without_password
 
 UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` answers."""
 
 RUN_METRICS = {"neg_elbo": ".2f", "mse": ".4f", "rate": ".2f"}
 """Test metrics in the list of runs, and how they are written."""
+
+LAST = {"best/epoch": "epochs"}
+"""What stands beside a run's best where it is not the metric of the same name."""
 
 
 def build(folder: Path) -> Path:
@@ -108,7 +112,7 @@ def origin(summary: Summary) -> str:
     places = {
         "dataset digest": summary.dataset_digest,
         "MLflow experiment": f"{summary.study}-{summary.dataset} (id {summary.experiment_id})",
-        "tracking store": summaries.without_password(summary.tracking_uri),
+        "tracking store": without_password(summary.tracking_uri),
     }
     parts = {
         "Settings": summary.settings,
@@ -123,17 +127,23 @@ def run_list(folder: Path, summary: Summary) -> str:
     """Write the folded list of runs, the id of each leading to its page in MLflow."""
     header, rows = summaries.read_cells(folder / "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
+    best = [name for name in header if name.startswith("best/")]
+    pairs = [(LAST.get(name, name.removeprefix("best/")), name) for name in best]
+    shown = [*RUN_METRICS, *(name for pair in pairs for name in pair)]
     cells = [
-        [run["name"], run["seed"], *(metric(run, name) for name in RUN_METRICS), run["run_id"]]
+        [run["name"], run["seed"], *(metric(run, name) for name in shown), run["run_id"]]
         for run in runs
     ]
-    store = summaries.without_password(summary.tracking_uri)
+    store = without_password(summary.tracking_uri)
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     pages = f"{server or UI}/#/experiments/{quote(summary.experiment_id)}/runs"
     links = {run["run_id"]: f"{pages}/{quote(run['run_id'])}" for run in runs}
-    listed = markup.table(["name", "seed", *RUN_METRICS, "run id"], cells, links)
+    listed = markup.table(["name", "seed", *shown, "run id"], cells, links)
     start = f"<pre>.venv/bin/mlflow ui --backend-store-uri {escape(shlex.quote(store))}</pre>"
-    note = "<p>Metrics of the test split. A run id leads to its page in MLflow"
+    note = (
+        "<p>Metrics of the test split; val/ and best/ on validation data, after the last epoch and "
+    )
+    note += "in the best. A run id leads to its page in MLflow"
     note += ".</p>" if server else f", which this starts:</p>{start}"
     return f"<details><summary>All {len(runs)} runs</summary>{note}{listed}</details>"
 
@@ -141,7 +151,10 @@ def run_list(folder: Path, summary: Summary) -> str:
 def metric(run: Mapping[str, str], name: str) -> str:
     """Write a metric of a run; a dash for one that the run does not have."""
     value = run.get(name, "")
-    return format(float(value), RUN_METRICS[name]) if value else "–"
+    if not value:
+        return "–"
+    style = ".0f" if "epoch" in name else RUN_METRICS[name.rpartition("/")[2]]
+    return format(float(value), style)
 
 
 class _Parser(argparse.ArgumentParser):

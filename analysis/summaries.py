@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from harness.config import UserError
+from harness.places import without_password
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,3 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
             raise UserError(f"run {mine[-1]} holds no summary.json; run anew: {command} --fresh")
         shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
-
-
-def without_password(uri: str) -> str:
-    """Return an address without the user and password that it may hold."""
-    place = urlsplit(uri).netloc
-    return uri.replace(place, place.rpartition("@")[2], 1) if "@" in place else uri

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3}
+DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
 """Decimals of a metric; others have 2."""
 
 
@@ -24,7 +24,7 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
         if half is None or name in SETTINGS:
             out[name] = [_plain(v) for v in means[name]]
         else:
-            digits = DIGITS.get(name.removeprefix("val/"), 2)
+            digits = DIGITS.get(name.removeprefix("best/").removeprefix("val/"), 2)
             out[name] = [_pair(m, h, digits) for m, h in zip(means[name], half, strict=True)]
     return pd.DataFrame(out)
 

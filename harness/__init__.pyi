@@ -12,7 +12,9 @@ from . import optimum as optimum
 from . import oracle as oracle
 from . import pictures as pictures
 from . import probe as probe
+from . import provenance as provenance
 from . import quality as quality
+from . import records as records
 from . import sweep as sweep
 from . import tracking as tracking
 from .config import RunConfig as RunConfig

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -16,6 +17,22 @@ def project_root() -> Path:
     """Return where databases and artifacts go by default: the repository, or where one stands."""
     repository = Path(__file__).resolve().parents[1]
     return repository if (repository / "pyproject.toml").exists() else Path.cwd()
+
+
+def default_tracking() -> str:
+    """Return the tracking URI of a user who names none: `mlflow.db` where databases go."""
+    return f"sqlite:///{project_root()}/mlflow.db"
+
+
+def tracking_address(uri: str | None) -> str:
+    """Return a tracking URI, of None that of MLFLOW_TRACKING_URI or the default."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
+
+
+def without_password(uri: str) -> str:
+    """Return an address without the user and password that it may hold."""
+    place = urlsplit(uri).netloc
+    return uri.replace(place, place.rpartition("@")[2], 1) if "@" in place else uri
 
 
 def sqlite_file(url: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,22 @@ class RunResult:
     metrics: dict[str, float]
     history: list[dict[str, float]] = field(repr=False)
     model: SingleVAE = field(repr=False)
+
+    @property
+    def best_epoch(self) -> int:
+        """Epoch with the lowest `val/neg_elbo`, or `val/loss` for a run without ELBO; from 1."""
+        return best_epoch(
+            [e.get("val/neg_elbo", e.get("val/loss", math.inf)) for e in self.history]
+        )
+
+
+def best_epoch(course: Sequence[float]) -> int:
+    """Return the first epoch, counted from 1, at which a metric was lowest.
+
+    Args:
+        course: the metric, epoch by epoch.
+    """
+    return 1 + min(range(len(course)), key=course.__getitem__)
 
 
 def train_and_evaluate(

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as DatasetEntity
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from harness.config import RunConfig, UserError
@@ -33,6 +33,7 @@ from harness.places import (
     own_process,
     project_root,
     sqlite_file,
+    tracking_address,
     use_write_ahead_log,
 )
 
@@ -88,7 +89,7 @@ def connect(uri: str | None = None) -> Store:
     Raises:
         UserError: the store cannot be opened or created.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
+    uri = tracking_address(uri)
     database = sqlite_file(uri)
     if database is None:
         return Store(_client(uri), uri, project_root(), local=False)
@@ -146,6 +147,7 @@ class RunLog:
         name: shown in the run table.
         tags: added to host and process.
         params: any values; written as text.
+        description: run id -> Markdown that the run's page shows.
     """
 
     def __init__(
@@ -155,11 +157,14 @@ class RunLog:
         name: str,
         tags: Mapping[str, str],
         params: Mapping[str, object],
+        description: Callable[[str], str] | None = None,
     ) -> None:
         self._client = store.client
         run = self._client.create_run(experiment_id, tags={**tags, **own_process()}, run_name=name)
         self.run_id: str = run.info.run_id
-        self._client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        written = [Param(k, str(v)) for k, v in params.items()]
+        note = [RunTag("mlflow.note.content", description(self.run_id))] if description else []
+        self._client.log_batch(self.run_id, params=written, tags=note)
         self._waiting: list[Metric] = []
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -191,6 +196,10 @@ class RunLog:
     def folder(self, folder: Path) -> None:
         """Log every file of a folder as an artifact."""
         self._client.log_artifacts(self.run_id, str(folder))
+
+    def text(self, text: str, file: str) -> None:
+        """Log a text as an artifact."""
+        self._client.log_text(self.run_id, text, file)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Given = TypeVar("Given")
 
+STOPPED = "Stopped. Finished runs are kept; the same command goes on from here."
+
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
     """Run a study from the command line; bad input ends it with one line and exit code 2."""
@@ -29,8 +31,12 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code."""
+def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
+    """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
     stopping.install()
     try:
         yield
@@ -38,8 +44,7 @@ def clear_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        said = "Stopped. Finished runs are kept; the same command goes on from here."
-        print(said, file=sys.stderr)
+        print(stopped, file=sys.stderr)
         sys.exit(130)
 
 

@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from studies.summary import Outcome
 
 
-HIDDEN = ("neg_elbo", "val/mse", "val/rate", "val/active_units")
+HIDDEN = (
+    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
+    *("best/val/neg_elbo", "best/val/mse"),
+)
 """Columns left to the report, so that the table fits 100 characters."""
 
 COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 """Of the verdicts of a ledger."""
 
-BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet")
+BRIEF = (
+    *("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet"),
+    "best/epoch",
+)
 """Columns shown here without their interval."""
 
 HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
@@ -41,6 +47,7 @@ def _short(name: str, cell: str) -> str:
 
 
 def _header(name: str) -> str:
+    name = name.replace("best/", "best/\n")
     return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
 
 

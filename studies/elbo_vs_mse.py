@@ -36,7 +36,10 @@ STUDY = Study(
     seeds=5,
     objective="val/mse",
     reference=conditions.CALIBRATED_ELBO,
-    table=("neg_elbo", "mse", "rate", "active_units", "probe_accuracy", "frechet"),
+    table=(
+        *("neg_elbo", "mse", "rate", "active_units", "probe_accuracy", "frechet"),
+        *("val/mse", "best/val/mse", "best/epoch"),
+    ),
 )
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ TOP = 10
 """Configurations in the table."""
 
 REPORTED = [
-    *("val/neg_elbo", "neg_elbo", "mse", "rate"),
+    *("val/neg_elbo", "best/val/neg_elbo", "best/epoch", "neg_elbo", "mse", "rate"),
     *("decoder_variance", "calibration_ratio", "active_units"),
 ]
-"""Metrics of the configurations that are trained again; all but the first on test data."""
+"""Metrics of the configurations that are trained again; test data, unless the name says other."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,11 @@ def find(hunt: Hunt, store: Store) -> Findings:
 
 def top(hunt: Hunt, found: Findings) -> pd.DataFrame:
     """Return the best finished trials of the search, by validation neg_elbo."""
-    metrics = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units"]
+    metrics = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch"]
+    metrics += ["val/mse", "val/rate", "val/active_units"]
     settings = ["trial", *hunt.plan.space, "decoder_variance"]
     runs = found.runs[(found.runs["part"] == "search") & ~found.runs["pruned"]]
-    means = frames.along_axis(runs, "trial", metrics)
+    means = frames.along_axis(runs, "trial", [m for m in metrics if m in runs])
     table = found.trials[settings].merge(means, on="trial")
     return table.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
 
@@ -247,7 +248,8 @@ def _write(outcome: Outcome, hunt: Hunt, found: Findings, data: Dataset, store: 
 
 CONFIRMED_CAPTION = (
     "The best configuration and the default one with fresh seeds: mean and 95 % t interval; val/ "
-    "on validation data, all else on test data."
+    "on validation data, all else on test data. best/epoch is the epoch in which validation was "
+    "best, best/val/ its value."
 )
 
 

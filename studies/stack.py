@@ -6,21 +6,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import harness
 from harness.config import RunConfig
 from harness.data import Dataset
 from harness.engine import EpochRecord
-from harness.sweep import flat_record
 from harness.tracking import RunLog, Store
-from studies import stopping
+from studies import companions, stopping
+from studies.measures import Metrics, course_value, epoch_metrics, final_metrics, finals
+from studies.origin import description, log_origin, made_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness.vae import VAE, SingleVAE
+    from harness.vae import SingleVAE
     from studies.options import Plan, Point
+    from studies.study import Study
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
@@ -37,8 +40,10 @@ class Place:
     experiment_id: str
     on_epoch: Callable[[EpochRecord], None] = field(repr=False)
 
-
-Metrics = dict[str, float]
+    @property
+    def study(self) -> Study | None:
+        """The study whose points the runs are."""
+        return None if self.plan is None else self.plan.study
 
 
 class End(NamedTuple):
@@ -99,32 +104,30 @@ def train_stack(
     """
     configs = [config for config, *_ in planned]
     results: list[Metrics | None] = [None] * len(planned)
+    courses: list[list[float]] = [[] for _ in planned]
+    stack = companions.Companions.of(configs)
     with _open_logs(planned, place) as every:
         for record in harness.train(configs, place.data, place.device):
             logs = [every[row] for row in record.rows]
-            _log_epoch(record, logs)
+            for row, origin in enumerate(record.rows):
+                metrics = epoch_metrics(record, row)
+                every[origin].metrics(metrics, record.epoch)
+                courses[origin].append(course_value(metrics, place.study))
             if record.epoch in picture_epochs(configs[0].epochs):
                 _log_reconstructions(record, logs, place.data)
             for row, end in {**judge(record), **_diverged(record)}.items():
                 _log_end(logs[row], end)
                 record.drop([row])
+            stack.note(record)
             place.on_epoch(record)
             stopping.check()
-        if len(record.dropped) == len(record.rows):
-            return results
-        rows = [row for row in range(len(record.rows)) if row not in record.dropped]
-        finals = _finals(record.model.keep(rows), place.data)
-        for row, final in zip(rows, finals, strict=True):
-            origin = record.rows[row]
-            _log_final(every[origin], record.model.run(row), final, place)
+        for row, final in finals(record, place.data):
+            origin, run = record.rows[row], record.model.run(row)
+            logged = final_metrics(run, final, courses[origin], place.data, place.study)
+            stack.log(every[origin], origin, place.device)
+            _log_final(every[origin], run, logged)
             results[origin] = final
     return results
-
-
-def _finals(model: VAE, data: Dataset) -> list[Metrics]:
-    """Measure a trained stack: `evaluate`, and on test data the quality of latents and images."""
-    both = zip(harness.evaluate(model, data), harness.measure_quality(model, data), strict=True)
-    return [final | {f"test/{k}": v for k, v in quality.items()} for final, quality in both]
 
 
 def _diverged(record: EpochRecord) -> dict[int, End]:
@@ -153,12 +156,19 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
     """Start the stack's MLflow runs; whatever interrupts training leaves them a true status."""
     logs: list[RunLog] = []
     try:
+        made = made_with(place)
+        found = harness.provenance.tags(made)
+        describe = partial(description, tracking_uri=place.store.uri)
         for config, coordinates, tags in planned:
             params = _params(config, place.data) | coordinates
             params |= {"device": place.device, "stack_width": len(planned)}
             name = f"{tags['configuration']} seed={config.seed}"
-            logs.append(RunLog(place.store, place.experiment_id, name, tags, params))
-            logs[-1].dataset(place.data)
+            log = RunLog(
+                place.store, place.experiment_id, name, {**tags, **found}, params, describe
+            )
+            logs.append(log)
+            log.dataset(place.data)
+            log_origin(log, made)
         yield logs
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -180,16 +190,6 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     }
 
 
-def _log_epoch(record: EpochRecord, logs: list[RunLog]) -> None:
-    for row, log in enumerate(logs):
-        progress = {
-            "progress/epoch_seconds": record.seconds,
-            "progress/images_per_second": record.images_per_second,
-            "progress/kl_warmup": float(record.kl_warmup[row]),
-        }
-        log.metrics(flat_record(record, row) | progress, record.epoch)
-
-
 def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
     kind = record.model.configs[0].binarization
     val = data.binarized(kind).val.to(record.model.device)
@@ -198,12 +198,8 @@ def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset)
         log.picture("reconstructions", picture, record.epoch)
 
 
-def _log_final(log: RunLog, run: SingleVAE, metrics: Metrics, place: Place) -> None:
-    """Log final metrics (test, exact linear model, extras), samples and model; close the run."""
-    final = {name: value for name, value in metrics.items() if name.startswith("test/")}
-    final |= harness.linear.linear_metrics(run.config, place.data)
-    if place.plan is not None and place.plan.study.extras is not None:
-        final |= place.plan.study.extras(run, place.data)
+def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:
+    """Log final metrics, samples and model; close the run."""
     log.metrics(final, run.config.epochs)
     log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)
     log.model(run)

@@ -37,8 +37,11 @@ Apply = Callable[[RunConfig, Any, str], RunConfig]
 """(config, value, dataset) -> config with the value set."""
 
 
-TABLE = ("val/neg_elbo", "neg_elbo", "mse", "rate", "calibration_ratio", "active_units")
-"""Columns of a summary table; all but the first are test metrics."""
+TABLE = (
+    *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
+    *("neg_elbo", "mse", "rate", "calibration_ratio", "active_units"),
+)
+"""Columns of a summary table: last and best validation neg_elbo, then test metrics."""
 
 
 def set_field(name: str) -> Apply:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 import harness
-from analysis import frames, report, summaries, tables
+from analysis import frames, report, tables
 from harness.config import UserError
 from harness.data import Dataset
+from harness.places import without_password
 from harness.tracking import RunLog, Store
 from studies.gallery import write_pictures
 from studies.options import Plan, Point, flags
@@ -143,7 +144,7 @@ def write_summary(outcome: Outcome, data: Dataset, store: Store, **fields: objec
         "versions": versions,
         "dataset_digest": data.digest,
         "experiment_id": outcome.experiment_id,
-        "tracking_uri": summaries.without_password(store.uri),
+        "tracking_uri": without_password(store.uri),
     }
     (outcome.folder / "summary.json").write_text(json.dumps(summary, indent=2))
     report.build(outcome.folder)
@@ -166,7 +167,9 @@ COMPARED = (
 """Metrics of the table of paired differences."""
 
 TABLE_CAPTION = (
-    "Mean and 95 % t interval over seeds; val/ on validation data, all else on test data."
+    "Mean and 95 % t interval over seeds; val/ on validation data, all else on test data, both "
+    "after the last epoch. best/epoch is the epoch in which validation was best, best/val/ its "
+    "value."
 )
 
 

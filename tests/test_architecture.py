@@ -39,6 +39,8 @@ HARNESS = {
     "sweep": {"config", "data", "engine", "evaluate", "vae"},
     "tracking": {"config", "data", "places", "storage", "vae"},
     "ledger": {"config", "places", "tracking"},
+    "records": {"config", "places", "tracking"},
+    "provenance": {"data"},
     "probe": {"data", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
     "features": {"cores", "data", "places", "streams"},

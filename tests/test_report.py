@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from analysis import markup, report, summaries
+from analysis import markup, report
 from harness import UserError, tracking
+from harness.places import without_password
 
 ATTACK = "<script>alert('x')</script>&amp;"
 RUNS = [
@@ -174,6 +175,18 @@ def test_runs_lead_to_their_pages_in_mlflow(page):
     assert any("sqlite:////somewhere/mlflow.db" in text for text in page.texts["pre"])
 
 
+def test_the_best_epoch_stands_beside_the_last(tmp_path):
+    folder = write_folder(tmp_path)
+    best = {"epochs": "50", "val/mse": "0.2", "best/epoch": "7.0", "best/val/mse": "0.12345"}
+    run = RUNS[0] | best
+    write_csv(folder / "runs.csv", [list(run), list(run.values())])
+    page = Page(report.build(folder))
+    assert page.texts["td"][-10:-1] == [
+        *(RUNS[0]["name"], "0", "-3.14", "–", "–"),
+        *("50", "7", "0.2000", "0.1235"),
+    ]
+
+
 def test_runs_on_a_server_lead_there_and_passwords_stay_out(tmp_path):
     uri = "https://me:secret@tracking.example:5000/"
     path = report.build(write_folder(tmp_path, tracking_uri=uri))
@@ -184,7 +197,7 @@ def test_runs_on_a_server_lead_there_and_passwords_stay_out(tmp_path):
 
 def test_a_path_with_an_at_sign_is_not_a_password():
     uri = "sqlite:////home/me@work/mlflow.db"
-    assert summaries.without_password(uri) == uri
+    assert without_password(uri) == uri
 
 
 def test_every_text_is_escaped(tmp_path):

@@ -1,0 +1,124 @@
+"""A finished run read back whole: its configuration, its provenance, every value it logged."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.config import RunConfig, UserError
+from harness.places import sqlite_file, tracking_address, without_password
+from harness.tracking import Store, connect
+
+PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
+"""Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
+
+
+class Logged(NamedTuple):
+    """A value as it stands in MLflow; `step` is the epoch."""
+
+    metric: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of a finished run.
+
+    Attributes:
+        run_id: its id.
+        name: as the run table shows it.
+        config: its settings.
+        made_with: its `harness.provenance`, and the page of its study.
+        values: every logged value of every metric.
+    """
+
+    run_id: str
+    name: str
+    config: RunConfig
+    made_with: dict[str, Any] = field(repr=False)
+    values: list[Logged] = field(repr=False)
+
+
+def open_existing(uri: str | None = None) -> Store:
+    """Open a tracking store that is there already.
+
+    Raises:
+        UserError: it is not there, or cannot be opened.
+    """
+    uri = tracking_address(uri)
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"{without_password(uri)} does not exist; name the store of the run with --tracking-uri"
+        )
+    return connect(uri)
+
+
+def read_record(store: Store, run_id: str) -> Record:
+    """Read the record of a finished run.
+
+    Raises:
+        UserError: there is no such run, it is a summary or did not finish, or it lacks its
+            provenance or its configuration, or has two configurations.
+    """
+    try:
+        run = store.client.get_run(run_id)
+    except Exception as error:  # any store's: MLflow's, a server's, a driver's
+        raise UserError(
+            f"run {run_id!r} is not in {without_password(store.uri)}; its page in MLflow shows the "
+            "id, and --tracking-uri names another store"
+        ) from error
+    role, status = run.data.tags.get("role"), run.info.status
+    if role != "run":
+        kind = f"a {role}" if role else "no run of this harness"
+        raise UserError(f"run {run_id} is {kind}; give a run of a configuration and a seed")
+    if status != "FINISHED":
+        raise UserError(f"run {run_id} is {status}; only a FINISHED run can be compared")
+    made_with = read_json(store, run_id, PROVENANCE)
+    config = RunConfig.from_json(read_text(store, run_id, "model/config.json"))
+    for name, value in asdict(config).items():
+        if run.data.params.get(name) != str(value):
+            raise UserError(
+                f"run {run_id} contradicts itself: {name} is {run.data.params.get(name)} among its "
+                f"parameters and {value} in its model"
+            )
+    values = [
+        Logged(metric, entry.step, entry.value)
+        for metric in sorted(run.data.metrics)
+        for entry in store.client.get_metric_history(run_id, metric)
+    ]
+    return Record(run_id, run.info.run_name, config, made_with, values)
+
+
+def read_json(store: Store, run_id: str, file: str) -> dict[str, Any]:
+    """Read an artifact of a run that holds a JSON object.
+
+    Raises:
+        UserError: as `read_text`, or it is not JSON.
+    """
+    try:
+        return json.loads(read_text(store, run_id, file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} of run {run_id} is not JSON ({error})") from None
+
+
+def read_text(store: Store, run_id: str, file: str) -> str:
+    """Read an artifact of a run as text.
+
+    Raises:
+        UserError: the run has no such artifact, or it cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = store.client.download_artifacts(run_id, file, folder)
+            return Path(path).read_text(encoding="utf-8")
+        except Exception as error:  # any store's: the file system's, a server's, MLflow's
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"run {run_id} has no record to repeat it from: {file} cannot be read ({reason}); "
+                "older versions of the harness wrote none"
+            ) from error
