@@ -23,6 +23,9 @@ SCREEN = 96
 LONG, WIDE = 24, 112
 """Characters of a value that takes a line of its own, and of a row too wide for paper."""
 
+SENTENCE = 48
+"""Characters of a cell that is broken into lines."""
+
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
 """A cell of a column of numbers: a number, one with its interval, a dash, or nothing."""
 
@@ -132,13 +135,16 @@ class Column:
 
     @property
     def kind(self) -> str:
-        """The attribute that puts numbers right."""
-        return ' class="number"' if all(map(NUMBER.fullmatch, self.cells)) else ""
+        """The attribute that puts numbers right and gives sentences room."""
+        if all(map(NUMBER.fullmatch, self.cells)):
+            return ' class="number"'
+        return ' class="words"' if max(map(len, self.cells)) > SENTENCE else ""
 
     @property
     def width(self) -> int:
         """Characters of the widest line, with the gap to the next column."""
-        return 2 + max(map(len, [*re.split(r"[_/]", self.name), *self.cells]))
+        widest = max(map(len, [*re.split(r"[_/]", self.name), *self.cells]))
+        return 2 + min(widest, SENTENCE)
 
     def write(self, links: Mapping[str, str]) -> list[str]:
         """Write the cells; all half widths are as wide as the widest, so that means line up."""
