@@ -179,13 +179,16 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
 
 def against_linear(runs: pd.DataFrame) -> str:
     """Say whether runs have a lower loss than the exact linear model; "" if there is none."""
+    from analysis import frames
+
     if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
         return ""
-    gap = runs["gap_to_linear"]
-    verdict = "better" if gap.mean() > 0 else "no better"
+    gap, half = runs["gap_to_linear"].mean(), frames.half_width(runs["gap_to_linear"])
+    verdict = "better than" if gap - half > 0 else "no better than"
+    verdict = "worse than" if gap + half < 0 else verdict
     return (
-        f"; its loss is {verdict} than that of a linear model at the same weight (gap_to_linear "
-        f"{gap.mean():.1f} %, {gap.min():.1f} to {gap.max():.1f} over seeds)"
+        f"; its loss is {verdict} that of a linear model at the same weight (gap_to_linear "
+        f"{gap:.1f} ± {half:.1f} %)"
     )
 
 

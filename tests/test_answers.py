@@ -131,11 +131,17 @@ def test_cost_and_gain_are_paired_differences():
     assert "1.5 of 10 latents active." in said  # no linear model to compare with
 
 
-@pytest.mark.parametrize(("gap", "verdict"), [(-3.0, "no better"), (2.0, "better")])
-def test_the_blogs_recipe_is_set_against_a_linear_model(gap, verdict):
-    said = answers.against_linear(pd.DataFrame({"gap_to_linear": [gap, gap - 0.5]}))
-    assert f"its loss is {verdict} than that of a linear model" in said
-    assert f"({gap - 0.25:.1f}"[1:] in said
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ((-3.0, -3.2, -2.9), "worse than"),
+        ((2.0, 2.1, 1.9), "better than"),
+        ((2.0, -1.9, 1.0), "no better than"),  # seeds cannot tell
+    ],
+)
+def test_the_blogs_recipe_is_set_against_a_linear_model(gaps, verdict):
+    said = answers.against_linear(pd.DataFrame({"gap_to_linear": gaps}))
+    assert f"its loss is {verdict} that of a linear model" in said
 
 
 @pytest.mark.parametrize("missing", list(conditions.CONDITIONS))
