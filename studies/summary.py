@@ -93,9 +93,8 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
     reference = reference_runs(plan, frame)
     keys = list(plan.coordinates(next(iter(plan.configs))))
     compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
-    frames.differences(frame, keys, reference, compared).to_csv(
-        folder / "differences.csv", index=False
-    )
+    differences = frames.differences(frame, keys, reference, compared)
+    tables.cells(differences).to_csv(folder / "differences.csv", index=False)
     figures = plan.study.figures.items()
     drawn = {name: (draw(frame), caption) for name, (draw, caption) in figures}
     compared_with = reference["name"].iloc[0].split(" seed=")[0]
