@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,9 @@ SWEPT = (
     "seed",
 )
 """Fields that runs of one stack may differ in; all others fix tensor shapes or the graph."""
+
+LARGEST = sys.float_info.max
+"""The largest number that is finite."""
 
 
 class UserError(ValueError):
@@ -170,7 +173,7 @@ class RunConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also digits and brackets without end
             raise UserError(f"configuration is not JSON ({error})") from None
         names = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
@@ -195,5 +198,6 @@ def _whole(name: str, value: object, at_least: int) -> None:
 
 def _number(name: str, value: object, allowed: str, holds: Any) -> None:  # noqa: ANN401
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not holds(value):  # type: ignore[arg-type]
+    # A comparison, as math.isfinite overflows on a whole number without end.
+    if not is_number or not -LARGEST <= value <= LARGEST or not holds(value):  # type: ignore[operator]
         raise UserError(f"{name}={value!r}: give {allowed}")
