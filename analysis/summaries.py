@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import UserError
-from harness.places import without_password
+from harness.places import reason, without_password
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
     mine = [run["run_id"] for run in runs if run["tags"].get("study") == name]
     command = f"python -m studies.{study} --dataset {dataset}"
     command += "" if name == f"{study}-{dataset}" else f" --study-name {shlex.quote(name)}"
-    command += f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
+    command += (
+        f" --tracking-uri {shlex.quote(without_password(tracking_uri))}" if tracking_uri else ""
+    )
     if not mine:
         where = without_password(store.uri)
         raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
@@ -113,8 +115,8 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
         try:
             store.client.download_artifacts(mine[-1], "", fresh)
         except Exception as error:  # any store's: the file system's, a server's, MLflow's
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"summary run {mine[-1]} cannot be downloaded ({reason})") from error
+            said = f"summary run {mine[-1]} cannot be downloaded ({reason(error)})"
+            raise UserError(said) from error
         if not Path(fresh, "summary.json").is_file():
             raise UserError(f"run {mine[-1]} holds no summary.json; run anew: {command} --fresh")
         shutil.copytree(fresh, folder, dirs_exist_ok=True)

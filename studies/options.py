@@ -116,8 +116,11 @@ def checked_name(name: str) -> str:
     Raises:
         UserError: it has other characters, or too many.
     """
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
-        raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-', the first "
+            "neither '.' nor '-'"
+        )
     return name
 
 
