@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.config import UserError
+from harness.config import UserError, checked_name
 from harness.places import reason, without_password
 
 
@@ -55,7 +55,7 @@ def read(folder: Path) -> Summary:
     Raises:
         UserError: it is missing, or is not what a summary is.
     """
-    path = present(folder / "summary.json")
+    path = present(folder, "summary.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {field.name: values[field.name] for field in fields(Summary)}
@@ -66,19 +66,22 @@ def read(folder: Path) -> Summary:
     return Summary(**values)
 
 
-def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the header and the rows of a CSV file as text."""
-    with present(path).open(encoding="utf-8", newline="") as file:
+def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
+    """Read the header and the rows of a folder's CSV file as text."""
+    with present(folder, name).open(encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     return header, rows
 
 
-def present(path: Path) -> Path:
-    """Return the path of a file.
+def present(folder: Path, name: str) -> Path:
+    """Return the path of a folder's file.
 
     Raises:
-        UserError: it is missing.
+        UserError: it is missing, or lies elsewhere: a summary may come from anybody's store.
     """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{name!r} lies outside {folder}: a summary names files of its folder only")
     if not path.is_file():
         raise UserError(f"{path} is missing: a report cannot be made without it")
     return path
@@ -94,19 +97,20 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
         tracking_uri: MLflow tracking URI; None means the default store.
 
     Raises:
-        UserError: there is no finished summary, or its files cannot be downloaded.
+        UserError: a name is none, there is no finished summary, or its files cannot be downloaded.
     """
+    experiment, name = checked_name(f"{study}-{dataset}"), checked_name(name)
+
     from harness import tracking  # loads mlflow, for which --help need not wait
 
     store = tracking.connect(tracking_uri)
     done = "tags.role = 'summary' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(store, f"{study}-{dataset}", done)
+    runs = tracking.read_runs(store, experiment, done)
     mine = [run["run_id"] for run in runs if run["tags"].get("study") == name]
     command = f"python -m studies.{study} --dataset {dataset}"
-    command += "" if name == f"{study}-{dataset}" else f" --study-name {shlex.quote(name)}"
-    command += (
-        f" --tracking-uri {shlex.quote(without_password(tracking_uri))}" if tracking_uri else ""
-    )
+    command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
+    where = without_password(tracking_uri or "")
+    command += f" --tracking-uri {shlex.quote(where)}" if where else ""
     if not mine:
         where = without_password(store.uri)
         raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -41,6 +42,20 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """Show the message alone in a notebook too (IPython's hook)."""
         return [f"error: {self}"]
+
+
+def checked_name(name: str) -> str:
+    """Return a study's name if it is one.
+
+    Raises:
+        UserError: it has other characters, or too many.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-', the first "
+            "neither '.' nor '-'"
+        )
+    return name
 
 
 @dataclass(frozen=True)
