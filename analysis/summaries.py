@@ -61,9 +61,16 @@ def read(folder: Path) -> Summary:
         values = {field.name: values[field.name] for field in fields(Summary)}
         for kind in ("figures", "pictures", "tables"):
             values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
+            _check_texts(*(text for shown in values[kind] for text in (shown.file, shown.caption)))
+        _check_texts(*(values[field.name] for field in fields(Summary) if field.type == "str"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the summary of a study ({error!r})") from error
     return Summary(**values)
+
+
+def _check_texts(*values: object) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("a text is of another kind")
 
 
 def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:

@@ -103,8 +103,10 @@ def _check_sqlite(url: str, table: str) -> None:
         return
     if is_new(url):
         above = next(folder for folder in file.parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OSError(f"{above} is not a folder that can be written to")
+        if not above.is_dir():
+            raise OSError(f"{above} is not a folder")
+        with tempfile.TemporaryFile(dir=above):  # has no name, and tells what rights alone do not
+            pass
     elif not file.is_file():
         raise OSError(f"{file} is not a file")
     elif _is_foreign(file, table):
