@@ -59,7 +59,7 @@ def index(reports: Iterable[Path], out: Path) -> Path:
     """
     entries = []
     for report in reports:
-        summary = summaries.read(summaries.present(report).parent)
+        summary = summaries.read(summaries.present(report.parent, report.name).parent)
         address = quote(Path(os.path.relpath(report, out.parent)).as_posix())
         entries.append(f"<article>{heading(summary, address)}{answer(summary)}</article>")
     return _write(out, markup.page("Studies", ["<h1>Studies</h1>", *entries]))
@@ -92,7 +92,7 @@ def images(folder: Path, exhibits: Sequence[Exhibit], first: int) -> list[str]:
     """Write figures or pictures, numbered from `first`."""
     written = []
     for number, exhibit in enumerate(exhibits, first):
-        path = summaries.present(folder / exhibit.file)
+        path = summaries.present(folder, exhibit.file)
         image = markup.image(path, exhibit.caption, exhibit.rows or ())
         written.append(markup.captioned("Figure", number, exhibit.caption, image))
     return written
@@ -102,7 +102,7 @@ def tables(folder: Path, exhibits: Sequence[Exhibit]) -> list[str]:
     """Write tables of formatted cells."""
     written = []
     for number, exhibit in enumerate(exhibits, 1):
-        table = markup.table(*summaries.read_cells(folder / exhibit.file))
+        table = markup.table(*summaries.read_cells(folder, exhibit.file))
         written.append(markup.captioned("Table", number, exhibit.caption, table))
     return written
 
@@ -125,7 +125,7 @@ def origin(summary: Summary) -> str:
 
 def run_list(folder: Path, summary: Summary) -> str:
     """Write the folded list of runs, the id of each leading to its page in MLflow."""
-    header, rows = summaries.read_cells(folder / "runs.csv")
+    header, rows = summaries.read_cells(folder, "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
     best = [name for name in header if name.startswith("best/")]
     pairs = [(LAST.get(name, name.removeprefix("best/")), name) for name in best]

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.config import UserError
-from harness.places import without_password
+from harness.config import UserError, checked_name
+from harness.places import reason, without_password
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,40 @@ def read(folder: Path) -> Summary:
     Raises:
         UserError: it is missing, or is not what a summary is.
     """
-    path = present(folder / "summary.json")
+    path = present(folder, "summary.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {field.name: values[field.name] for field in fields(Summary)}
         for kind in ("figures", "pictures", "tables"):
             values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
+            _check_texts(*(text for shown in values[kind] for text in (shown.file, shown.caption)))
+        _check_texts(*(values[field.name] for field in fields(Summary) if field.type == "str"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the summary of a study ({error!r})") from error
     return Summary(**values)
 
 
-def read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the header and the rows of a CSV file as text."""
-    with present(path).open(encoding="utf-8", newline="") as file:
+def _check_texts(*values: object) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("a text is of another kind")
+
+
+def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
+    """Read the header and the rows of a folder's CSV file as text."""
+    with present(folder, name).open(encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     return header, rows
 
 
-def present(path: Path) -> Path:
-    """Return the path of a file.
+def present(folder: Path, name: str) -> Path:
+    """Return the path of a folder's file.
 
     Raises:
-        UserError: it is missing.
+        UserError: it is missing, or lies elsewhere: a summary may come from anybody's store.
     """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{name!r} lies outside {folder}: a summary names files of its folder only")
     if not path.is_file():
         raise UserError(f"{path} is missing: a report cannot be made without it")
     return path
@@ -94,17 +104,20 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
         tracking_uri: MLflow tracking URI; None means the default store.
 
     Raises:
-        UserError: there is no finished summary, or its files cannot be downloaded.
+        UserError: a name is none, there is no finished summary, or its files cannot be downloaded.
     """
+    experiment, name = checked_name(f"{study}-{dataset}"), checked_name(name)
+
     from harness import tracking  # loads mlflow, for which --help need not wait
 
     store = tracking.connect(tracking_uri)
     done = "tags.role = 'summary' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(store, f"{study}-{dataset}", done)
+    runs = tracking.read_runs(store, experiment, done)
     mine = [run["run_id"] for run in runs if run["tags"].get("study") == name]
     command = f"python -m studies.{study} --dataset {dataset}"
-    command += "" if name == f"{study}-{dataset}" else f" --study-name {shlex.quote(name)}"
-    command += f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
+    command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
+    where = without_password(tracking_uri or "")
+    command += f" --tracking-uri {shlex.quote(where)}" if where else ""
     if not mine:
         where = without_password(store.uri)
         raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
@@ -113,8 +126,8 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
         try:
             store.client.download_artifacts(mine[-1], "", fresh)
         except Exception as error:  # any store's: the file system's, a server's, MLflow's
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"summary run {mine[-1]} cannot be downloaded ({reason})") from error
+            said = f"summary run {mine[-1]} cannot be downloaded ({reason(error)})"
+            raise UserError(said) from error
         if not Path(fresh, "summary.json").is_file():
             raise UserError(f"run {mine[-1]} holds no summary.json; run anew: {command} --fresh")
         shutil.copytree(fresh, folder, dirs_exist_ok=True)

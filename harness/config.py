@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,9 @@ SWEPT = (
 )
 """Fields that runs of one stack may differ in; all others fix tensor shapes or the graph."""
 
+LARGEST = sys.float_info.max
+"""The largest number that is finite."""
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message names it, what is allowed, what to do.
@@ -38,6 +42,20 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """Show the message alone in a notebook too (IPython's hook)."""
         return [f"error: {self}"]
+
+
+def checked_name(name: str) -> str:
+    """Return a study's name if it is one.
+
+    Raises:
+        UserError: it has other characters, or too many.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-', the first "
+            "neither '.' nor '-'"
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -170,7 +188,7 @@ class RunConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also digits and brackets without end
             raise UserError(f"configuration is not JSON ({error})") from None
         names = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
@@ -195,5 +213,6 @@ def _whole(name: str, value: object, at_least: int) -> None:
 
 def _number(name: str, value: object, allowed: str, holds: Any) -> None:  # noqa: ANN401
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not holds(value):  # type: ignore[arg-type]
+    # A comparison, as math.isfinite overflows on a whole number without end.
+    if not is_number or not -LARGEST <= value <= LARGEST or not holds(value):  # type: ignore[operator]
         raise UserError(f"{name}={value!r}: give {allowed}")

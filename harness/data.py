@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -174,6 +175,7 @@ def _read(name: str, root: Path, *, train: bool) -> Split:
 
     source = getattr(torchvision.datasets, TORCHVISION[name])
     folder = root / source.__name__ / "raw"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         try:
             part = source(root, train=train)
@@ -183,6 +185,9 @@ def _read(name: str, root: Path, *, train: bool) -> Split:
             part = source(root, train=train, download=True)
         _expect(part.data, part.targets, 60_000 if train else 10_000)
     except BROKEN as error:
+        for place in made:
+            with contextlib.suppress(OSError):  # not there after all, or not empty
+                place.rmdir()
         names = ", ".join(Path(url).stem for url, _ in source.resources)
         reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
         raise UserError(

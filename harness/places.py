@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import sqlite3
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
+
+from harness.config import UserError
+
+USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
+"""User and password before an address's host; a password may hold all but line breaks and "@"."""
+
+SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
+"""A password among an address's options."""
+
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Module of a database's driver -> what pip installs, where the names differ."""
+
+TABLES = {"--tracking-uri": "experiments", "--storage": "studies"}
+"""Option that names a database -> a table that the database has unless it is empty."""
 
 
 def project_root() -> Path:
@@ -29,16 +46,114 @@ def tracking_address(uri: str | None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
 
 
-def without_password(uri: str) -> str:
-    """Return an address without the user and password that it may hold."""
-    place = urlsplit(uri).netloc
-    return uri.replace(place, place.rpartition("@")[2], 1) if "@" in place else uri
+def storage_address(url: str | None) -> str:
+    """Return the URL of Optuna's storage, of None `optuna.db` where databases go."""
+    return url or f"sqlite:///{project_root() / 'optuna.db'}"
+
+
+def without_password(text: str) -> str:
+    """Return an address, or a text with addresses in it, without their users and passwords."""
+    return SECRET.sub(r"\1***", USERINFO.sub("", text))
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line why something failed: what is to be installed, or the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            package = DRIVERS.get(cause.name, cause.name)
+            return f"{cause.name} is not installed: pip install '{package}'"
+        cause = cause.__cause__ or cause.__context__
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_password(first)
 
 
 def sqlite_file(url: str) -> Path | None:
     """Return the file behind an SQLite URL, None for any other URL."""
     prefix = "sqlite:///"
-    return Path(url.removeprefix(prefix)).absolute() if url.startswith(prefix) else None
+    path = url.removeprefix(prefix).partition("?")[0]
+    return Path(path).absolute() if url.startswith(prefix) else None
+
+
+def unusable(url: str, option: str, error: BaseException) -> UserError:
+    """Return what a user is told about an address that cannot be used."""
+    return UserError(
+        f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
+        "place, for instance sqlite:///here.db, or a running server's address"
+    )
+
+
+def check_database(url: str, option: str) -> None:
+    """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass.
+
+    Raises:
+        UserError: there is something else, or nothing can be created there.
+    """
+    try:
+        _check_sqlite(url, TABLES[option])
+    except (OSError, sqlite3.Error) as error:
+        raise unusable(url, option, error) from error
+
+
+def _check_sqlite(url: str, table: str) -> None:
+    if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
+        raise OSError("a database in memory is gone with the process")
+    file = sqlite_file(url)
+    if file is None:
+        return
+    if is_new(url):
+        above = next(folder for folder in file.parents if folder.exists())
+        if not above.is_dir():
+            raise OSError(f"{above} is not a folder")
+        with tempfile.TemporaryFile(dir=above):  # has no name, and tells what rights alone do not
+            pass
+    elif not file.is_file():
+        raise OSError(f"{file} is not a file")
+    elif _is_foreign(file, table):
+        raise OSError(f"{file} is a database of something else")
+
+
+def is_new(url: str) -> bool:
+    """Say whether opening a database would create its file."""
+    file = sqlite_file(url)
+    return file is not None and not file.exists()
+
+
+def _is_foreign(file: Path, table: str) -> bool:
+    """Say whether a database has tables, but not the given one."""
+    try:
+        return bool(found := _tables(file, "&immutable=1")) and table not in found
+    except sqlite3.DatabaseError:  # broken, or another process is writing: then with its locks
+        return bool(found := _tables(file)) and table not in found
+
+
+def _tables(file: Path, how: str = "") -> set[str]:
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro{how}", uri=True)) as connection:
+        rows = connection.execute("select name from sqlite_master where type = 'table'")
+        return {name for (name,) in rows}
+
+
+def signed_in(uri: str) -> str:
+    """Return a server's address without user and password, which go where MLflow reads them."""
+    if not uri.startswith(("http://", "https://")) or without_password(uri) == uri:
+        return uri
+    user, _, password = urlsplit(uri).netloc.rpartition("@")[0].partition(":")
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    return without_password(uri)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Let MLflow meanwhile ask a server once and for seconds, where it would try for minutes."""
+    hurry = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+    before = {name: os.environ.get(name) for name in hurry}
+    os.environ.update(hurry)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def creation_lock(url: str) -> FileLock:

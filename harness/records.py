@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.config import RunConfig, UserError
-from harness.places import sqlite_file, tracking_address, without_password
+from harness.places import reason, sqlite_file, tracking_address, without_password
 from harness.tracking import Store, connect
 
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
@@ -117,8 +117,7 @@ def read_text(store: Store, run_id: str, file: str) -> str:
             path = store.client.download_artifacts(run_id, file, folder)
             return Path(path).read_text(encoding="utf-8")
         except Exception as error:  # any store's: the file system's, a server's, MLflow's
-            reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"run {run_id} has no record to repeat it from: {file} cannot be read ({reason}); "
-                "older versions of the harness wrote none"
+                f"run {run_id} has no record to repeat it from: {file} cannot be read "
+                f"({reason(error)}); older versions of the harness wrote none"
             ) from error

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from harness.config import RunConfig, UserError
 from harness.vae import SingleVAE
@@ -30,13 +34,41 @@ def load_model(folder: Path) -> SingleVAE:
     try:
         config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shape = json.loads(file.metadata()["image_shape"])
+            shape = _image_shape(file.metadata() or {})
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = SingleVAE(config, tuple(shape)).to(next(iter(weights.values())).dtype)
+        _check_size(config, shape, weights)
+        model = SingleVAE(config, shape).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)
-    except UserError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder} holds no loadable model ({reason})") from error
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no loadable model ({said})") from error
     return model
+
+
+def _image_shape(metadata: Mapping[str, str]) -> tuple[int, int, int]:
+    said = metadata.get("image_shape", "")
+    try:
+        shape = json.loads(said)
+    except (ValueError, RecursionError):
+        shape = None
+    whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    if not whole or len(shape) != 3:
+        raise ValueError(f"image_shape={said[:40]!r} in {WEIGHTS}: not three whole numbers >= 1")
+    return shape[0], shape[1], shape[2]
+
+
+def _check_size(
+    config: RunConfig, shape: tuple[int, int, int], weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse weights of another number than the model has, before it takes memory."""
+    hidden = config.hidden if config.model == "mlp" else ()
+    pixels, latents = math.prod(shape), config.latent_size
+    halves = ((pixels, *hidden, 2 * latents), (latents, *reversed(hidden), pixels))
+    expected = sum((a + 1) * b for half in halves for a, b in pairwise(half))
+    expected += config.sigma == "learned"
+    found = sum(tensor.numel() for tensor in weights.values())
+    if found != expected:
+        raise ValueError(
+            f"{WEIGHTS} has {found:,} numbers; the configuration has {expected:,} on images of "
+            f"{' x '.join(map(str, shape))}"
+        )

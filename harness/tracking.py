@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -29,12 +28,18 @@ from mlflow.exceptions import MlflowException
 
 from harness.config import RunConfig, UserError
 from harness.places import (
+    asked_once,
+    check_database,
     creation_lock,
     own_process,
     project_root,
+    reason,
+    signed_in,
     sqlite_file,
     tracking_address,
+    unusable,
     use_write_ahead_log,
+    without_password,
 )
 
 if TYPE_CHECKING:
@@ -59,13 +64,13 @@ class Store:
 
     Attributes:
         client: MLflow's client of it.
-        uri: its address.
+        uri: its address; of a server without user and password, which MLflow knows by then.
         home: folder of the database, or the repository for a server: reports are written here.
         local: whether it is a database file, with artifacts in `mlruns` beside it.
     """
 
     client: MlflowClient
-    uri: str
+    uri: str = field(repr=False)
     home: Path
     local: bool
 
@@ -89,35 +94,26 @@ def connect(uri: str | None = None) -> Store:
     Raises:
         UserError: the store cannot be opened or created.
     """
-    uri = tracking_address(uri)
+    uri = signed_in(tracking_address(uri))
+    check_database(uri, "--tracking-uri")
     database = sqlite_file(uri)
-    if database is None:
-        return Store(_client(uri), uri, project_root(), local=False)
     try:
+        if database is None:
+            with asked_once():
+                return Store(_client(uri), uri, project_root(), local=False)
         database.parent.mkdir(parents=True, exist_ok=True)
         with creation_lock(uri):
             client = _client(uri)
             use_write_ahead_log(database)
-    except (OSError, sqlite3.Error) as error:
-        raise _no_store(uri, error) from error
+    except Exception as error:  # any driver's: SQLAlchemy's, requests', MLflow's
+        raise unusable(uri, "--tracking-uri", error) from error
     return Store(client, uri, database.parent, local=True)
 
 
 def _client(uri: str) -> MlflowClient:
-    try:
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # any driver's error: SQLAlchemy's, requests', MLflow's
-        raise _no_store(uri, error) from error
+    client = MlflowClient(uri)
+    client.search_experiments(max_results=1)
     return client
-
-
-def _no_store(uri: str, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
-    return UserError(
-        f"tracking location {uri} cannot be used ({reason}); give a writable place with "
-        "--tracking-uri, for instance sqlite:///mlflow.db, or a running server's address"
-    )
 
 
 def open_experiment(store: Store, name: str, description: str) -> str:
@@ -129,7 +125,7 @@ def open_experiment(store: Store, name: str, description: str) -> str:
     except MlflowException as error:
         found = store.client.get_experiment_by_name(name)
         if found is None:
-            raise _no_store(store.uri, error) from error
+            raise unusable(store.uri, "--tracking-uri", error) from error
         if found.lifecycle_stage == "deleted":
             raise UserError(
                 f"experiment {name!r} was deleted in MLflow; restore it there, or delete it for "
@@ -287,6 +283,6 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
             )
             model = load_model(Path(folder) / "model")
     except (MlflowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"run {run_id} of {store.uri} cannot be loaded ({reason})") from error
+        where = without_password(store.uri)
+        raise UserError(f"run {run_id} of {where} cannot be loaded ({reason(error)})") from error
     return TrackedRun(run_id, model.config, dict(run.data.metrics), model)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from analysis import tables
+from harness.places import without_password
 
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
@@ -141,14 +142,17 @@ class Console:
 
     def answer(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the answer, and where to look further."""
-        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
-        self.out.print(f"\nReport: {outcome.folder / 'report.html'}", soft_wrap=True)
-        where = "" if tracking_uri is None else f" --backend-store-uri {tracking_uri}"
+        # As they are: a path may hold brackets, rich's own signs.
+        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
+        report = f"\nReport: {outcome.folder / 'report.html'}"
+        self.out.print(report, soft_wrap=True, markup=False)
+        where = without_password(tracking_uri or "")
         link = f"/#/experiments/{outcome.experiment_id}?workflowType=machine_learning"
-        self.out.print(
-            f"Every run: .venv/bin/mlflow ui -w 1{where}, then http://127.0.0.1:5000{link}",
-            soft_wrap=True,
-        )
+        said = f"Every run: {where.rstrip('/')}{link}"
+        if not where.startswith(("http://", "https://")):
+            option = f" --backend-store-uri {where}" if where else ""
+            said = f"Every run: .venv/bin/mlflow ui -w 1{option}, then http://127.0.0.1:5000{link}"
+        self.out.print(said, soft_wrap=True, markup=False)
 
 
 def _progress_line(record: EpochRecord, epochs: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from harness.config import (
     RunConfig,
     Sigma,
     UserError,
+    checked_name,
 )
 
 if TYPE_CHECKING:
@@ -108,17 +108,6 @@ class Options(Common, Generic[Value]):
     seeds: int | None = None
     latent_size: int | None = None
     kl_normalization: KLNormalization | None = None
-
-
-def checked_name(name: str) -> str:
-    """Return a study's name if it is one.
-
-    Raises:
-        UserError: it has other characters, or too many.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
-        raise UserError(f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-'")
-    return name
 
 
 def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from analysis import ledger_plots
+from harness.config import checked_name
 from studies.answers import worst_class
 from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
 from studies.cli import clear_errors, read
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
-from studies.options import checked_name
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,

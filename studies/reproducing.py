@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import harness
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig, UserError, checked_name
 from studies.claims import (
     FAIL,
     NOT_RUN,
@@ -25,7 +25,7 @@ from studies.claims import (
 )
 from studies.evidence import Evidence
 from studies.gallery import draw_models
-from studies.options import checked_name, first_unused
+from studies.options import first_unused
 from studies.stack import Place, Planned, train_stack
 from studies.summary import (
     Outcome,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from harness.config import RunConfig, UserError
-from studies.options import Common, checked_name, flags
+from harness.config import RunConfig, UserError, checked_name
+from studies.options import Common, flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

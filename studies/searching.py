@@ -16,7 +16,7 @@ import lazy_loader
 import harness
 from harness.config import UserError
 from studies.search_options import Range, SearchOptions, SearchPlan
-from studies.study import agree, bury_trials, claim, open_storage, unused_name
+from studies.study import agree, bury_trials, claim, open_both, unused_name
 
 if TYPE_CHECKING:
     import optuna
@@ -236,8 +236,7 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
     from studies.search_summary import summarize
     from studies.stack import Place, train_stack
 
-    store = harness.tracking.connect(options.tracking_uri)
-    storage = open_storage(options.storage)
+    store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))
     hunt = open_hunt(plan, storage)

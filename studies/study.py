@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import lazy_loader
 
 import harness
+from harness import places
 from harness.config import RunConfig, UserError
-from harness.places import alive, creation_lock, project_root
 from studies.options import Point, first_unused
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.data import Dataset
+    from harness.tracking import Store
     from harness.vae import SingleVAE
     from studies.console import Console
-    from studies.options import Options, Plan
+    from studies.options import Common, Options, Plan
     from studies.summary import Outcome
 else:
     optuna = lazy_loader.load("optuna")
@@ -182,7 +183,7 @@ def bury_trials(study: optuna.Study) -> list[int]:
     abandoned = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     for trial in abandoned:
         host, _, process = trial.user_attrs.get("process", ":").rpartition(":")
-        if host == socket.gethostname() and alive(int(process)):
+        if host == socket.gethostname() and places.alive(int(process)):
             raise UserError(
                 f"study {study.study_name!r} is being run by process {process} on this machine; "
                 "wait for it, stop it, or start another with --study-name"
@@ -201,17 +202,32 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     Raises:
         UserError: the storage cannot be used.
     """
-    url = url or f"sqlite:///{project_root() / 'optuna.db'}"
+    url = places.storage_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    places.check_database(url, "--storage")
     try:
-        with creation_lock(url):
+        with places.creation_lock(url):
             return optuna.storages.RDBStorage(url)
     except Exception as error:  # any driver's error
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"storage {url} cannot be used ({reason}); give a writable place with --storage, "
-            "for instance sqlite:///optuna.db"
-        ) from error
+        raise places.unusable(url, "--storage", error) from error
+
+
+def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
+    """Open tracking store and storage, so that one that cannot be used leaves no other behind.
+
+    Raises:
+        UserError: one of them cannot be used, or they are the same file.
+    """
+    tracking = places.tracking_address(options.tracking_uri)
+    storage = places.storage_address(options.storage)
+    places.check_database(tracking, "--tracking-uri")
+    places.check_database(storage, "--storage")
+    if places.sqlite_file(tracking) == places.sqlite_file(storage) is not None:
+        raise UserError(f"--storage {storage} is the tracking database too; give each its own file")
+    if places.is_new(storage):
+        return harness.tracking.connect(tracking), open_storage(storage)
+    found = open_storage(storage)
+    return harness.tracking.connect(tracking), found
 
 
 def unused_name(storage: optuna.storages.RDBStorage, name: str) -> str:
@@ -260,8 +276,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     from studies.stack import Place, train_tracked
     from studies.summary import summarize
 
-    store = harness.tracking.connect(options.tracking_uri)
-    storage = open_storage(options.storage)
+    store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))
     grid = open_grid(plan, storage)

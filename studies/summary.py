@@ -80,8 +80,8 @@ def _check_complete(plan: Plan, frame: pd.DataFrame, finished: list[Point], stor
     if found < len(finished) * plan.seeds:
         raise UserError(
             f"study {plan.name!r} has {len(finished)} finished points x {plan.seeds} seeds in "
-            f"Optuna but {found} finished runs in {store.uri}; name the store it was tracked in "
-            "with --tracking-uri, or start anew with --fresh"
+            f"Optuna but {found} finished runs in {without_password(store.uri)}; name the store it "
+            "was tracked in with --tracking-uri, or start anew with --fresh"
         )
 
 

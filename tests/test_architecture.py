@@ -15,7 +15,7 @@ every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.rela
 
 HARNESS = {
     "config": set(),
-    "places": set(),
+    "places": {"config"},
     "nn": set(),
     "streams": {"config"},
     "objective": {"config"},
@@ -33,7 +33,7 @@ HARNESS = {
     "part": {"config", "data", "evaluate", "objective", "oracle", "step", "streams", "vae"},
     "likelihood": {"data", "evaluate", "objective", "streams", "vae"},
     "pictures": {"config", "data", "objective", "streams", "vae"},
-    "storage": {"config", "vae"},
+    "storage": {"config", "places", "vae"},
     "engine": {"config", "cores", "data", "elbo", "evaluate", "objective", "part", "vae"},
     "batches": {"data", "elbo", "objective", "streams", "vae"},
     "sweep": {"config", "data", "engine", "evaluate", "vae"},

@@ -318,9 +318,9 @@ def test_without_a_finished_summary_the_command_to_run_is_named(tracking_uri, ca
     line = refused(["kl_weight", "--tracking-uri", tracking_uri], capsys)
     command = "python -m studies.kl_weight --dataset digits"
     assert f"no finished summary of 'kl_weight-digits'; first run: {command} --tracking" in line
-    named = ["latent_size", "--dataset", "mnist", "--study-name", "a b"]
+    named = ["latent_size", "--dataset", "mnist", "--study-name", "a.b"]
     line = refused([*named, "--tracking-uri", tracking_uri], capsys)
-    assert "python -m studies.latent_size --dataset mnist --study-name 'a b'" in line
+    assert "python -m studies.latent_size --dataset mnist --study-name a.b" in line
 
 
 def test_a_bad_command_line_is_one_line(capsys):

@@ -221,25 +221,6 @@ def test_a_search_that_another_process_runs_is_refused():
         bury_trials(hunt.study)
 
 
-BAD = {
-    "no trials": (["--trials", "0"], "trials=0: give a whole number >= 1"),
-    "no seeds": (["--seeds", "0"], "seeds=0: give a whole number >= 1"),
-    "no epochs": (["--epochs", "0"], "epochs=0"),
-    "an unknown pruner": (["--pruner", "best"], "'best'"),
-    "a pruner of two objectives": (["--multi-objective", "--pruner", "median"], "no order"),
-    "grey cross-entropy": (["--likelihood", "bernoulli"], "is no likelihood"),
-    "a bad name": (["--study-name", "a/b"], "study_name='a/b'"),
-    "a batch larger than the data": (["--batch-size", "5000"], "digits has 1280 training images"),
-    "an option of other studies": (["--values", "1"], "--values"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
-    assert says in refusal([*arguments, *Home(tmp_path).places], capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_remedy_that_is_set_is_not_searched():
     plan = make_search_plan(search.SEARCH, SearchOptions(sigma="optimal", free_bits=0.1))
     assert not {"sigma", "free_bits"} & set(plan.space)

@@ -1,0 +1,404 @@
+"""Bad input, of every kind: one clear line, exit code 2, and nothing changed on disk."""
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+
+from analysis import report
+from harness import RunConfig
+from harness.storage import load_model, save_model
+from harness.vae import initial
+from studies import (
+    all as all_studies,
+)
+from studies import (
+    cli,
+    elbo_vs_mse,
+    kl_normalization,
+    kl_weight,
+    latent_size,
+    replay,
+    reproduce,
+    search,
+)
+from studies.study import open_storage
+from tests.test_report import write_folder
+
+MAINS = {
+    **{
+        study.STUDY.name: lambda args, study=study: cli.main(study.STUDY, args)
+        for study in (kl_weight, latent_size, kl_normalization, elbo_vs_mse)
+    },
+    "search": search.main,
+    "all": all_studies.main,
+    "reproduce": reproduce.main,
+    "replay": replay.main,
+    "report": report.main,
+}
+"""Every command line."""
+
+RUN = "0" * 32
+
+ARGUMENTS = [
+    # command, arguments, what the line says
+    ("kl_weight", "--dataset cifar", "'cifar'"),
+    ("kl_weight", "--kl-normalization pixel", "'pixel'"),
+    ("kl_weight", "--values -1", "kl_weight=-1.0: give a finite number >= 0"),
+    ("kl_weight", "--values nan", "kl_weight=nan: give a finite number >= 0"),
+    ("kl_weight", "--values inf", "kl_weight=inf"),
+    ("kl_weight", "--values 1 x", "--values"),
+    ("kl_weight", "--values 1 1", "give every value once"),
+    ("kl_weight", "--seeds 0", "seeds=0: give a whole number >= 1"),
+    ("kl_weight", "--latent-size 0", "latent_size=0: give a whole number >= 1"),
+    ("kl_weight", "--epochs 0", "epochs=0"),
+    ("kl_weight", "--epochs 0.5", "--epochs"),
+    ("kl_weight", "--batch-size 0", "batch_size=0"),
+    ("kl_weight", "--batch-size 5000", "digits has 1280 training images"),
+    ("kl_weight", "--wieght 1", "--wieght"),
+    ("kl_weight", "surplus", "surplus"),
+    ("kl_weight", "--device tpu", "'tpu'"),
+    ("kl_weight", "--sigma free", "'free'"),
+    ("kl_weight", "--free-bits -1", "free_bits=-1.0: give a finite number >= 0"),
+    ("kl_weight", "--likelihood bernoulli", "is no likelihood"),
+    ("kl_weight", "--binarization threshold", "need likelihood='bernoulli'"),
+    ("kl_weight", "--kl-warmup-epochs 20 --kl-cycles 3", "within epochs=50"),
+    ("kl_weight", "--kl-warmup-epochs -1", "kl_warmup_epochs=-1"),
+    ("latent_size", "--values 0", "latent_size=0: give a whole number >= 1"),
+    ("latent_size", "--values 2.5", "--values"),
+    ("latent_size", "--latent-size 4", "latent_size sweeps it"),
+    ("latent_size", "--seeds -1", "seeds=-1"),
+    ("kl_normalization", "--values -1", "kl_weight=-2.0: give"),
+    ("kl_normalization", "--kl-normalization sum", "kl_normalization sweeps it"),
+    ("kl_normalization", "--epochs nine", "--epochs"),
+    ("elbo_vs_mse", "--values plain", "plain"),
+    ("elbo_vs_mse", "--batch-size 1e3", "--batch-size"),
+    ("search", "--trials 0", "trials=0: give a whole number >= 1"),
+    ("search", "--seeds 0", "seeds=0: give a whole number >= 1"),
+    ("search", "--epochs 0", "epochs=0"),
+    ("search", "--pruner best", "'best'"),
+    ("search", "--multi-objective --pruner median", "no order"),
+    ("search", "--likelihood bernoulli", "is no likelihood"),
+    ("search", "--study-name a/b", "study_name='a/b'"),
+    ("search", "--batch-size 5000", "digits has 1280 training images"),
+    ("search", "--values 1", "--values"),
+    ("all", "--values 1", "--values: studies differ in it"),
+    ("all", "--study-name mine", "--study-name: studies differ in it"),
+    ("all", "--latent-size 3", "--latent-size: studies differ in it"),
+    ("all", "--trials 3", "--trials"),
+    ("reproduce", "--study-name a/b", "study_name='a/b'"),
+    ("reproduce", "--dataset digits", "--dataset"),
+    ("reproduce", "--device abacus", "'abacus'"),
+    ("replay", "", "RUN_ID"),
+    ("replay", f"{RUN} {RUN}", RUN),
+    ("replay", f"{RUN} --device tpu", "'tpu'"),
+    ("replay", f"{RUN} --tracking-uri sqlite:///HERE/none.db", "none.db does not exist"),
+    ("report", "", "STUDY"),
+    ("report", "kl_weight --wieght 1", "--wieght"),
+    ("report", "kl_weight --study-name ..", "study_name='..'"),
+    ("report", "../kl_weight", "study_name='../kl_weight-digits'"),
+    ("report", "kl_weight --dataset a/b", "study_name='kl_weight-a/b'"),
+]
+
+PLACES = [
+    # option, address, what the line says; HERE is a folder with the files of `databases`
+    ("--tracking-uri", "sqlite:///HERE/file/x.db", "not a folder"),
+    ("--tracking-uri", "sqlite:///HERE/folder", "is not a file"),
+    ("--tracking-uri", "sqlite:////proc/x/m.db", "--tracking-uri"),
+    ("--tracking-uri", "sqlite:////dev/null", "is not a file"),
+    ("--tracking-uri", "sqlite://", "in memory"),
+    ("--tracking-uri", "sqlite:///HERE/text.db", "not a database"),
+    ("--tracking-uri", "sqlite:///HERE/cut.db", "malformed"),
+    ("--tracking-uri", "sqlite:///HERE/newer.db", "from_the_future"),
+    ("--tracking-uri", "sqlite:///HERE/good_optuna.db", "of something else"),
+    ("--tracking-uri", "HERE/mlruns", "--tracking-uri"),
+    ("--tracking-uri", "gopher://there", "--tracking-uri"),
+    ("--tracking-uri", "http://", "--tracking-uri"),
+    ("--storage", "sqlite:///HERE/file/x.db", "not a folder"),
+    ("--storage", "sqlite:///HERE/folder", "is not a file"),
+    ("--storage", "sqlite:////proc/x/o.db", "--storage"),
+    ("--storage", "sqlite:///:memory:", "in memory"),
+    ("--storage", "sqlite:///HERE/text.db", "not a database"),
+    ("--storage", "sqlite:///HERE/newer_optuna.db", "pip install -U optuna"),
+    ("--storage", "sqlite:///HERE/good.db", "of something else"),
+    ("--storage", "sqlite:///HERE/new.db", "is the tracking database too"),
+    ("--storage", "HERE/optuna.db", "--storage"),
+    ("--storage", "gopher://there", "--storage"),
+]
+
+NAMES = ["a/b", "..", ".", ".hidden", "-x", "a b", "a\nb", "a\0b", "a'b", "ä", "x" * 101, "<b>"]
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of all there is in a folder.
+
+    Left out is what open databases have beside them: SQLite's logs, and empty lock files.
+    """
+    beside = ("-wal", "-shm", ".lock")
+    there = [p for p in folder.rglob("*") if not p.is_symlink() and not p.name.endswith(beside)]
+    stats = {str(path.relative_to(folder)): path.stat() for path in there}
+    return {name: (found.st_size, found.st_mtime_ns) for name, found in stats.items()}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run something that must end with one line, exit code 2 and an untouched disk."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(work) -> str:
+        before = listing(tmp_path)
+        with pytest.raises(SystemExit) as stop, cli.clear_errors():
+            work()
+        printed = capsys.readouterr()
+        assert stop.value.code == 2
+        assert printed.err.startswith("error: ")
+        assert len(printed.err.splitlines()) == 1, printed.err
+        assert printed.err.endswith("\n")
+        assert "Traceback" not in printed.out + printed.err
+        assert listing(tmp_path) == before
+        return printed.err
+
+    return run
+
+
+# --- command lines ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "arguments", "says"), ARGUMENTS)
+def test_a_bad_command_line(command, arguments, says, refused, tmp_path, monkeypatch):
+    # What is not named would be found in the repository.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    words = arguments.replace("HERE", str(tmp_path)).split()
+    if command not in ("reproduce", "replay", "report"):
+        words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
+    assert says in refused(lambda: MAINS[command](words))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_name(name, refused, tmp_path):
+    for command in ("kl_weight", "search", "reproduce"):
+        assert "study_name=" in refused(lambda c=command: MAINS[c]([f"--study-name={name}"]))
+    arguments = ["kl_weight", f"--study-name={name}", f"--tracking-uri=sqlite:///{tmp_path}/m.db"]
+    assert "study_name=" in refused(lambda: report.main(arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["kl_weight", "search", "reproduce"])
+def test_cuda_where_there_is_none(command, refused):
+    said = refused(lambda: MAINS[command](["--device", "cuda"]))
+    assert "no CUDA device is usable here" in said
+
+
+# --- databases ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def databases(empty_database, tmp_path_factory) -> Path:
+    """Make a folder of good and bad databases."""
+    folder = tmp_path_factory.mktemp("databases")
+    shutil.copy(empty_database, folder / "good.db")
+    open_storage(f"sqlite:///{folder}/good_optuna.db").remove_session()
+    for name in ("good.db", "good_optuna.db"):
+        newer = folder / name.replace("good", "newer")
+        shutil.copy(folder / name, newer)
+        with closing(sqlite3.connect(newer)) as connection:
+            connection.execute("update alembic_version set version_num = 'from_the_future'")
+            connection.commit()
+    (folder / "cut.db").write_bytes((folder / "good.db").read_bytes()[:9000])
+    (folder / "text.db").write_text("not a database " * 100)
+    (folder / "file").write_text("")
+    (folder / "folder").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(("option", "address", "says"), PLACES)
+def test_a_place_that_cannot_be_used(option, address, says, refused, databases, tmp_path):
+    shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
+    places = {"--tracking-uri": "sqlite:///HERE/new.db", "--storage": "sqlite:///HERE/o.db"}
+    words = [word for pair in (places | {option: address}).items() for word in pair]
+    words = [word.replace("HERE", str(tmp_path)) for word in words]
+    said = refused(lambda: cli.main(kl_weight.STUDY, words))
+    assert says in said
+    assert option in said
+
+
+@pytest.mark.parametrize("command", ["search", "all", "report", "replay"])
+def test_a_broken_database_on_every_command_line(command, refused, databases, tmp_path):
+    shutil.copy(databases / "text.db", tmp_path)
+    first = {"report": ["kl_weight"], "replay": [RUN]}.get(command, ["--storage=sqlite:///o.db"])
+    words = [*first, f"--tracking-uri=sqlite:///{tmp_path}/text.db"]
+    assert "not a database" in refused(lambda: MAINS[command](words))
+
+
+def test_a_run_that_is_not_there(refused, databases, tmp_path):
+    shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
+    words = [f"--tracking-uri=sqlite:///{tmp_path}/good.db"]
+    assert "is not in" in refused(lambda: replay.main([RUN, *words]))
+    assert "no finished summary" in refused(lambda: report.main(["kl_weight", *words]))
+
+
+# --- image files --------------------------------------------------------------------------------
+
+
+def idx(shape: tuple[int, ...], magic: int, *, claimed: tuple[int, ...] | None = None) -> bytes:
+    header = np.array([magic, *(claimed or shape)], dtype=">u4").tobytes()
+    return header + np.zeros(shape, np.uint8).tobytes()
+
+
+IMAGES, LABELS = idx((3, 28, 28), 0x803), idx((3,), 0x801)
+GZ = "train-images-idx3-ubyte.gz"
+
+FILES = {
+    "none": {},
+    "images cut short": {"train-images-idx3-ubyte": IMAGES[:-1]},
+    "images without an end of their header": {"train-images-idx3-ubyte": IMAGES[:6]},
+    "an empty file": {"train-images-idx3-ubyte": b""},
+    "images with a wrong magic number": {"train-images-idx3-ubyte": idx((3, 28, 28), 0x903)},
+    "images of floats": {"train-images-idx3-ubyte": idx((3, 28, 28), 0xD03)},
+    "labels in place of images": {"train-images-idx3-ubyte": LABELS},
+    "images of another size": {"train-images-idx3-ubyte": idx((3, 8, 8), 0x803)},
+    "more images than the file holds": {
+        "train-images-idx3-ubyte": idx((3, 28, 28), 0x803, claimed=(2**32 - 1, 28, 28))
+    },
+    "labels fewer than images": {"train-labels-idx1-ubyte": idx((2,), 0x801)},
+    "labels cut short": {"train-labels-idx1-ubyte": LABELS[:-1]},
+    "labels with a wrong magic number": {"train-labels-idx1-ubyte": idx((3,), 0x800)},
+    "a page in place of labels": {"train-labels-idx1-ubyte": b"<!DOCTYPE html><html></html>"},
+    "too few images": {"train-images-idx3-ubyte": IMAGES},
+}
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """Make every download fail at once, also where there is a network."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
+def test_bad_image_files(files, refused, offline, tmp_path):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    if files:
+        raw.mkdir(parents=True)
+        good = {"images-idx3-ubyte": IMAGES, "labels-idx1-ubyte": LABELS}
+        both = {f"{part}-{name}": good[name] for part in ("train", "t10k") for name in good}
+        for name, content in (both | files).items():
+            (raw / name).write_bytes(content)
+    said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
+    assert f"no usable data in {raw}" in said
+    assert "Offline, put the files" in said
+
+
+@pytest.mark.parametrize("command", ["search", "all", "reproduce"])
+def test_no_data_on_other_command_lines(command, refused, offline):
+    dataset = [] if command == "reproduce" else ["--dataset=mnist"]
+    assert "Offline" in refused(lambda: MAINS[command]([*dataset, "--data-dir=none"]))
+
+
+def test_data_that_cannot_be_stored(refused, offline, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "/proc/none", "/dev/null"):
+        words = ["--dataset=mnist", f"--data-dir={folder}"]
+        assert "no usable data" in refused(lambda w=words: MAINS["kl_weight"](w))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def weights(folder: Path, shape: object = "[1, 8, 8]", **changes: torch.Tensor) -> None:
+    """Write the weights of a folder again, with another image shape or other tensors."""
+    path = folder / "weights.safetensors"
+    metadata = None if shape is None else {"image_shape": str(shape)}
+    save_file({**load_file(path), **changes}, path, metadata=metadata)
+
+
+def config(folder: Path, **changes: object) -> None:
+    """Write the configuration of a folder again, with other values; None leaves a field out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def cut(folder: Path, name: str, size: int) -> None:
+    """Cut a file short."""
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+MODELS = {
+    "no weights": (lambda f: (f / "weights.safetensors").unlink(), "weights.safetensors"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "weights cut short": (lambda f: cut(f, "weights.safetensors", 3000), "no loadable model"),
+    "a header cut short": (lambda f: cut(f, "weights.safetensors", 5), "no loadable model"),
+    "empty weights": (lambda f: cut(f, "weights.safetensors", 0), "no loadable model"),
+    "weights of text": (lambda f: (f / "weights.safetensors").write_text("{}"), "no loadable"),
+    "no tensors": (lambda f: save_file({}, f / "weights.safetensors", {"image_shape": "[1,8,8]"}),)
+    + ("has 0 numbers",),
+    "no image shape": (lambda f: weights(f, None), "image_shape=''"),
+    "an image shape of words": (lambda f: weights(f, "large"), "image_shape='large'"),
+    "two sizes": (lambda f: weights(f, "[8, 8]"), "not three whole numbers"),
+    "negative sizes": (lambda f: weights(f, "[-1, -8, 8]"), "not three whole numbers"),
+    "an absurd image shape": (lambda f: weights(f, [1, 10**9, 10**9]), "numbers; the config"),
+    "sizes without end": (lambda f: weights(f, "[" * 10_000), "not three whole numbers"),
+    "an absurd width": (lambda f: config(f, hidden=[10**12]), "numbers; the configuration"),
+    "another latent size": (lambda f: config(f, latent_size=5), "numbers; the configuration"),
+    "a tensor of another shape": (
+        lambda f: weights(f, **{"encoder.0.weight": torch.zeros(64, 7)}),
+        "size mismatch",
+    ),
+    "a tensor too many": (lambda f: weights(f, **{"../x": torch.zeros(1)}), "numbers; the config"),
+    "a tensor of another name": (
+        lambda f: weights(f, **{"../x\nerror: y": torch.zeros(0)}),
+        "Unexpected key(s)",
+    ),
+    "whole numbers": (
+        lambda f: weights(f, **{n: t.long() for n, t in load_file(f / WEIGHTS).items()}),
+        "no loadable model",
+    ),
+    "an unknown field": (lambda f: config(f, width=3), "unknown fields ['width']"),
+    "a missing field": (lambda f: config(f, hidden=None), "lacks ['hidden']"),
+    "a field of another kind": (lambda f: config(f, batch_size="32"), "batch_size='32'"),
+    "a number without end": (lambda f: config(f, kl_weight=10**400), "kl_weight=1000"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "unknown fields ['list']"),
+    "half a configuration": (lambda f: cut(f, "config.json", 40), "not JSON"),
+    "a configuration of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "decode"),
+}
+WEIGHTS = "weights.safetensors"
+
+
+@pytest.mark.parametrize(("damage", "says"), MODELS.values(), ids=MODELS.keys())
+def test_a_broken_model(damage, says, refused, data, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(initial(RunConfig(hidden=(7,), latent_size=3), data.image_shape), folder)
+    damage(folder)
+    assert says in refused(lambda: load_model(folder))
+
+
+# --- summaries ----------------------------------------------------------------------------------
+
+SUMMARIES = {
+    "a table above the folder": ({"tables": [{"file": "../t.csv", "caption": ""}]}, "outside"),
+    "a picture above it": ({"pictures": [{"file": "../p.png", "caption": ""}]}, "outside"),
+    "a file of the machine": ({"tables": [{"file": "/etc/passwd", "caption": ""}]}, "outside"),
+    "a link out of it": ({"tables": [{"file": "link.csv", "caption": ""}]}, "outside"),
+    "a table that is not there": ({"tables": [{"file": "no.csv", "caption": ""}]}, "is missing"),
+    "a table without a name": ({"tables": [{"caption": ""}]}, "not the summary"),
+    "a name of another kind": ({"tables": [{"file": 3, "caption": ""}]}, "not the summary"),
+    "a question of another kind": ({"question": 3}, "not the summary"),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), SUMMARIES.values(), ids=SUMMARIES.keys())
+def test_a_broken_summary(changes, says, refused, tmp_path):
+    folder = write_folder(tmp_path / "summary", **changes)
+    shutil.copy(folder / "table.csv", tmp_path / "t.csv")
+    shutil.copy(folder / "figures/line.png", tmp_path / "p.png")
+    (folder / "link.csv").symlink_to(tmp_path / "t.csv")
+    assert says in refused(lambda: report.build(folder))
