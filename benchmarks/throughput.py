@@ -104,7 +104,7 @@ def entries(device: str, *, peers: bool) -> dict[str, Entry]:
 
 
 class Team:
-    """The processes of an entry, ready to take turns; what they write is kept in `log`."""
+    """The processes of an entry, which take turns once they are ready; `log` keeps their words."""
 
     def __init__(self, entry: Entry, args: argparse.Namespace, device: str, log: IO[str]) -> None:
         self.log = log
@@ -119,6 +119,9 @@ class Team:
             subprocess.Popen([*command, *pin], stdin=pipe, stdout=pipe, stderr=log, text=True)
             for pin in pinned
         ]
+
+    def ready(self) -> None:
+        """Wait until every process has warmed up."""
         for process in self.processes:
             self.answer(process)
 
@@ -152,19 +155,21 @@ class Team:
 def measure(
     listed: dict[str, Entry], args: argparse.Namespace, device: str
 ) -> dict[str, list[float]]:
-    """Let the contestants take turns; return all rates of each."""
+    """Let the contestants take turns, the first uncounted; return all rates of each."""
     rates: dict[str, list[float]] = {label: [] for label in listed}
     with contextlib.ExitStack() as stack:
         teams = {}
         for label, entry in listed.items():
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             teams[label] = stack.enter_context(Team(entry, args, device, log))
-        for number in range(args.repeats):
+        for team in teams.values():
+            team.ready()
+        for number in range(args.repeats + 1):
             for label, team in teams.items():
                 rates[label].append(team.turn())
                 latest = f"{label}: {rates[label][-1]:,.0f}/s"
-                print(f"{number + 1}/{args.repeats} {latest}", file=sys.stderr)
-    return rates
+                print(f"{number}/{args.repeats} {latest}", file=sys.stderr, flush=True)
+    return {label: counted for label, (_, *counted) in rates.items()}
 
 
 def settings(args: argparse.Namespace) -> list[str]:
