@@ -78,8 +78,8 @@ def train_cut(args: argparse.Namespace) -> None:
 
 def first_steps(step: Step, steps: int = 5) -> None:
     """Take only the first steps of the epoch that is laid out."""
-    for _ in range(steps):
-        step._step()
+    for _, *inputs in zip(range(steps), step.order, step.noise, step.betas, strict=False):
+        step._step(*inputs)
 
 
 def watch(child: subprocess.Popen[str]) -> tuple[int, int]:

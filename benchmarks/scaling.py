@@ -149,7 +149,9 @@ def table(points: list[Point], rates: Rates, floors: Floors) -> str:
         most = [bound.images_per_second for bound in bounds]
         over = machine.spread([a / b for a, b in zip(most, values, strict=True)], 2)
         label = f"{point.axis} {point.value}"
-        rows.append([label, str(point.runs), *machine.spread(values), f"{median(most):,.0f}", *over])
+        rows.append(
+            [label, str(point.runs), *machine.spread(values), f"{median(most):,.0f}", *over]
+        )
     header = ["what", "runs", "images/s, all runs", "range", "floor", "floor / this", "range"]
     return machine.table(header, rows)
 

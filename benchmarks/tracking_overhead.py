@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -215,8 +214,8 @@ def parts(
 def settings(args: argparse.Namespace) -> list[str]:
     """Say what was run, in a line."""
     return [
-        f"MNIST, {len(WEIGHTS)} weights x {SEEDS} seeds x {args.epochs} epochs, 1 training image in "
-        f"{args.cut}, training's seconds multiplied by {args.cut}; n = 1."
+        f"MNIST, {len(WEIGHTS)} weights x {SEEDS} seeds x {args.epochs} epochs, 1 training image "
+        f"in {args.cut}, training's seconds multiplied by {args.cut}; n = 1."
     ]
 
 
