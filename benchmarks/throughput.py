@@ -1,59 +1,61 @@
-"""Training images per second: the blog's loop, one run of the harness, and stacks of runs.
+"""Training images per second: the blog's loop, one run of the harness, stacks of runs, and peers.
 
-`python -m benchmarks.throughput --data-dir DIR` prints a section for benchmarks/RESULTS.md. The
-contestants take turns, so that a change of the machine's load meets all of them.
+`python -m benchmarks.throughput --data-dir DIR` prints a section for benchmarks/RESULTS.md. Each
+contestant has processes of its own and they take turns, so that a change of the machine's load
+meets all of them; a ratio is taken within a turn, and its median is shown. `--peers` adds pythae, a
+JAX twin of the step and a plain PyTorch loop: `pip install -e '.[peers]'` brings what they need.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
-import platform
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import islice
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import IO
 
-import torch
-import torchvision
-from torch.utils.data import DataLoader
-from torchvision.transforms import ToTensor
+from benchmarks import machine
+from harness.config import UserError
+from harness.data import TORCHVISION, load_dataset
+from harness.engine import resolve_device
 
-from benchmarks import blog
-from harness.config import RunConfig, UserError
-from harness.data import TORCHVISION, Dataset, load_dataset
-from harness.engine import resolve_device, train
+STACKS = {"cpu": (1, 2, 16), "cuda": (1, 64)}
+PEERS = ("pythae", "jax", "optax")
 
-WARM_UP_STEPS = 20
-STACKS = (1, 8, 16)
-EPOCHS = 3
 
-Contestant = Callable[[], float]
-"""Returns training images per second, summed over the runs that are trained together."""
+@dataclass(frozen=True)
+class Entry:
+    """A contestant as the table shows it.
+
+    Attributes:
+        label: its row.
+        name: its name in `benchmarks.contestant`.
+        runs: trained together in a process.
+        each_core: whether a process a core takes part, each on one thread, their rates summed.
+    """
+
+    label: str
+    name: str
+    runs: int = 1
+    each_core: bool = False
 
 
 def main() -> None:
     """Measure and print."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         device = resolve_device(args.device)
-        data = load_dataset(args.dataset, args.data_dir)
+        load_dataset(args.dataset, args.data_dir)
+        rates = measure(entries(device.type, peers=args.peers), args, device.type)
     except UserError as error:
         sys.exit(f"error: {error}")
-    loader = blog_loader(args.dataset, args.data_dir)
-    contestants: dict[str, Contestant] = {
-        "the blog's loop": lambda: blog_rate(loader, args.steps, device)
-    }
-    for runs in STACKS:
-        name = f"harness, {'one run' if runs == 1 else f'stack of {runs}'}"
-        contestants[name] = harness_contestant(data, runs, args.steps, device)
-    rates = measure(contestants, args.repeats)
-    print("\n".join([*hardware(device), *settings(args), "", *table(rates)]))
+    versions = machine.hardware(device, *(PEERS if args.peers else ()))
+    print("\n".join([*versions, *settings(args), "", table(rates)]))
 
 
 def parse() -> argparse.Namespace:
@@ -65,104 +67,129 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dataset", choices=TORCHVISION, default="mnist")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument("--repeats", type=int, default=3, help="of each contestant; default: 3")
-    parser.add_argument("--steps", type=int, default=300, help="of 32 images; default: 300")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each; default: 5")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; default: 2")
+    parser.add_argument("--steps", type=int, default=300, help="of a round; default: 300")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--peers", action="store_true", help="also pythae, JAX, plain PyTorch")
     return parser.parse_args()
 
 
-def measure(contestants: dict[str, Contestant], repeats: int) -> dict[str, list[float]]:
-    """Let the contestants take turns; return all rates of each."""
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats):
-        for name, rate in contestants.items():
-            rates[name].append(rate())
-            print(f"{turn + 1}/{repeats} {name}: {rates[name][-1]:,.0f}/s", file=sys.stderr)
-    return rates
+def entries(device: str, *, peers: bool) -> dict[str, Entry]:
+    """Return who takes part, by label; the blog's loop first.
+
+    Raises:
+        UserError: peers are asked for and not installed.
+    """
+    on_cpu = device == "cpu"
+    listed = [Entry("the blog's loop", "blog")]
+    if on_cpu:
+        listed.append(Entry("the blog's loop, one a core", "blog", each_core=True))
+    if peers:
+        missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"--peers needs {', '.join(missing)}, not installed here; install them with "
+                "pip install -e '.[peers]', or leave --peers out"
+            )
+        listed.append(Entry("pythae", "pythae"))
+        if on_cpu:
+            listed.append(Entry("pythae, one a core", "pythae", each_core=True))
+        listed.append(Entry("plain loop in memory", "eager", each_core=on_cpu))
+        listed.append(Entry("JAX twin", "jax", runs=1 if on_cpu else 64, each_core=on_cpu))
+    for runs in STACKS[device]:
+        what = "one run" if runs == 1 else f"stack of {runs}"
+        listed.append(Entry(f"harness, {what}", "harness", runs))
+    return {entry.label: entry for entry in listed}
 
 
-def blog_loader(dataset: str, root: Path) -> DataLoader:
-    """Return the blog's loader: images decoded, scaled and shuffled one by one."""
-    source = getattr(torchvision.datasets, TORCHVISION[dataset])
-    part = source(root, train=True, transform=ToTensor())
-    return DataLoader(part, batch_size=blog.BATCH, shuffle=True)
+class Team:
+    """The processes of an entry, which take turns once they are ready; `log` keeps their words."""
+
+    def __init__(self, entry: Entry, args: argparse.Namespace, device: str, log: IO[str]) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "benchmarks.contestant", entry.name]
+        for option in ("dataset", "data_dir", "steps", "seconds"):
+            command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+        command += ["--runs", str(entry.runs), "--device", device]
+        cores = len(os.sched_getaffinity(0)) if entry.each_core else 0
+        pinned = [["--core", str(core)] for core in range(cores)] or [[]]
+        pipe = subprocess.PIPE
+        self.processes = [
+            subprocess.Popen([*command, *pin], stdin=pipe, stdout=pipe, stderr=log, text=True)
+            for pin in pinned
+        ]
+
+    def ready(self) -> None:
+        """Wait until every process has warmed up."""
+        for process in self.processes:
+            self.answer(process)
+
+    def answer(self, process: subprocess.Popen[str]) -> str:
+        """Wait for a line of a process."""
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"a contestant ended before its turn:\n{self.log.read()[-2000:]}")
+        return line.strip()
+
+    def turn(self) -> float:
+        """Let all processes train at once; return the sum of their images per second."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sum(float(self.answer(process)) for process in self.processes)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.communicate()
 
 
-def blog_rate(loader: DataLoader, steps: int, device: torch.device) -> float:
-    """Time the blog's loop on a number of steps after a warm-up."""
-    torch.set_flush_denormal(False)  # the harness sets it; the blog does not
-    model = blog.BlogVAE().to(device)
-    optimizer = blog.adam(model)
-    batches: Iterator = iter(loader)
-    blog.train(model, optimizer, islice(batches, WARM_UP_STEPS))
-    synchronize(device)
-    start = time.perf_counter()
-    images = blog.train(model, optimizer, islice(batches, steps))
-    synchronize(device)
-    return images / (time.perf_counter() - start)
-
-
-def harness_contestant(data: Dataset, runs: int, steps: int, device: torch.device) -> Contestant:
-    """Return the harness's training of a stack, timed on epochs of a number of steps."""
-    configs = [RunConfig.seed_recipe(seed=seed, epochs=EPOCHS) for seed in range(runs)]
-    images = steps * configs[0].batch_size
-    short = replace(data, train=data.train.head(images), val=data.val.head(500))
-
-    def rate() -> float:
-        _, *timed = train(configs, short, device.type)  # the first epoch warms up
-        return sum(r.images for r in timed) / sum(r.seconds for r in timed)
-
-    return rate
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def hardware(device: torch.device) -> list[str]:
-    """Say what was measured on, in two lines."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
-    return [
-        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, {gpu}.",
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
-        f"{platform.system()} {platform.release()}, {time.strftime('%Y-%m-%d')}.",
-    ]
-
-
-def cpu_name() -> str:
-    """Return the CPU's model as the kernel tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown CPU"
+def measure(
+    listed: dict[str, Entry], args: argparse.Namespace, device: str
+) -> dict[str, list[float]]:
+    """Let the contestants take turns, the first uncounted; return all rates of each."""
+    rates: dict[str, list[float]] = {label: [] for label in listed}
+    with contextlib.ExitStack() as stack:
+        teams = {}
+        for label, entry in listed.items():
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            teams[label] = stack.enter_context(Team(entry, args, device, log))
+        for team in teams.values():
+            team.ready()
+        for number in range(args.repeats + 1):
+            for label, team in teams.items():
+                rates[label].append(team.turn())
+                latest = f"{label}: {rates[label][-1]:,.0f}/s"
+                print(f"{number}/{args.repeats} {latest}", file=sys.stderr, flush=True)
+    return {label: counted for label, (_, *counted) in rates.items()}
 
 
 def settings(args: argparse.Namespace) -> list[str]:
     """Say what was trained, in a line."""
     return [
-        f"{args.dataset}, the blog's recipe in float32, batch {blog.BATCH}, {args.steps} steps; "
-        f"median and range of {args.repeats} turns."
+        f"{args.dataset}, the blog's recipe in float32, batch 32, Adam; {args.repeats} interleaved "
+        f"turns of at least {args.seconds:g} s; medians, ranges and ratios within a turn."
     ]
 
 
-def table(rates: dict[str, list[float]]) -> list[str]:
-    """Return a Markdown table: rates over all runs and per run, and ratios to the first row."""
-    base = median(next(iter(rates.values())))
-    runs = (1, *STACKS)
-    rows = [
-        "| what | images/s, all runs | range | images/s and run | all runs / blog |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for (name, values), count in zip(rates.items(), runs, strict=True):
-        middle = median(values)
-        rows.append(
-            f"| {name} | {middle:,.0f} | {min(values):,.0f} to {max(values):,.0f} "
-            f"| {middle / count:,.0f} | {middle / base:.1f} |"
-        )
-    return rows
+def table(rates: dict[str, list[float]]) -> str:
+    """Return a Markdown table: rates over all runs, against the first row, and the last to each."""
+    first, last = next(iter(rates.values())), list(rates.values())[-1]
+    rows = []
+    for label, values in rates.items():
+        to_blog = machine.spread([a / b for a, b in zip(values, first, strict=True)], 2)
+        of_last = machine.spread([a / b for a, b in zip(last, values, strict=True)], 2)
+        rows.append([label, *machine.spread(values), to_blog[0], *of_last])
+    header = ["what", "images/s, all runs", "range", "times blog", "last row / this", "range"]
+    return machine.table(header, rows)
 
 
 if __name__ == "__main__":

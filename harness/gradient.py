@@ -38,6 +38,8 @@ class Gradient:
         self.encoder = _Layers(model.encoder, self)
         self.decoder = _Layers(model.decoder, self)
         self.z, self.std, self.scratch = (self.new(latents) for _ in range(3))
+        self.head = self.encoder.outputs[-1].chunk(2, -1)
+        self.head_slopes = self.encoder.slopes[-1].chunk(2, -1)
         self.used = model.used_latents[0] if stack == 1 else model.used_latents
         self.sigma, self.learned, self.floor = (
             self._by_run([read(c) for c in model.configs])
@@ -80,7 +82,7 @@ class Gradient:
         """Write the posterior's deviation and the latents that the decoder sees."""
         if self.config.head == "relu":
             head.relu_()
-        mean, second = head.chunk(2, -1)
+        mean, second = self.head
         if self.config.latent == "deterministic":
             self.z.copy_(mean)
         elif self.config.head == "relu":
@@ -128,8 +130,8 @@ class Gradient:
             eps: the noise in z.
             weight: beta / (B D), the KL's factor in the loss.
         """
-        mean, second = head.chunk(2, -1)
-        by_mean, by_second = self.encoder.slopes[-1].chunk(2, -1)
+        mean, second = self.head
+        by_mean, by_second = self.head_slopes
         if self.model.padded:
             slope.mul_(self.used)
         if self.config.latent == "deterministic":
@@ -141,9 +143,11 @@ class Gradient:
             torch.addcmul(slope, weight, mean, out=by_mean)
             variance = torch.mul(self.std, self.std, out=self.scratch)
             torch.sub(variance, 1, out=by_second).mul_(weight)
-            by_second.addcmul_(slope.mul_(eps), self.std).mul_(0.5)
+            by_second.addcmul_(slope.mul_(eps), self.std)
             if self.config.head == "relu":  # ln(sigma^2 + min) by sigma
-                by_second.mul_(second).mul_(2).div_(variance)
+                by_second.mul_(second).div_(variance)
+            else:
+                by_second.mul_(0.5)
             if self.model.padded:
                 by_second.mul_(self.used)
                 by_mean.mul_(self.used)
@@ -192,6 +196,9 @@ class _Layers:
         widths = [layer.bias.shape[1] for layer in layers]
         self.outputs, self.slopes = ([owner.new(width) for width in widths] for _ in range(2))
         self.input_slope = owner.new(layers[0].weight.shape[1])
+        # Views are made once: on a CPU each costs as much as a small product.
+        self.weights_t = [weight.mT for weight in self.weights]
+        self.outputs_t = [output.mT for output in self.outputs]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the last layer's output."""
@@ -205,13 +212,14 @@ class _Layers:
     def backward(self, x: Tensor, *, inputs: bool) -> Tensor:
         """Write the gradients of weights and biases, and the slope at the input if it is wanted."""
         for i in range(len(self.outputs) - 1, -1, -1):
-            slope, below = self.slopes[i], self.outputs[i - 1] if i else x
-            self.mm(below.mT, slope, out=self.by_weight[i])
+            slope = self.slopes[i]
+            self.mm(self.outputs_t[i - 1] if i else x.mT, slope, out=self.by_weight[i])
             torch.sum(slope, -2, keepdim=True, out=self.by_bias[i])
             if i or inputs:
                 lower = self.slopes[i - 1] if i else self.input_slope
-                self.mm(slope, self.weights[i].mT, out=lower)
+                self.mm(slope, self.weights_t[i], out=lower)
                 if i:
+                    below = self.outputs[i - 1]
                     torch.ops.aten.threshold_backward.grad_input(lower, below, 0, grad_input=lower)
         return self.input_slope
 

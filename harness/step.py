@@ -1,7 +1,8 @@
-"""One training step of a stack, which finds its inputs by its own counter.
+"""One training step of a stack; on a GPU it finds its inputs by its own counter.
 
 Everything that a step reads lies in buffers made once: images, and for each step of the epoch the
-batch, the noise and the weight of the KL. So a GPU captures the step once and replays it.
+batch, the noise and the weight of the KL. So a GPU captures the step once and replays it. A CPU is
+handed views of these buffers, which costs it less than to gather from them.
 """
 
 from __future__ import annotations
@@ -75,23 +76,28 @@ class Step:
     def epoch(self) -> None:
         """Take every step of the epoch that is laid out."""
         self.capture()
-        for _ in range(len(self.order)):
-            if self.graph is None:
-                self._step()
-            else:
+        if self.graph is None:
+            for rows, eps, beta in zip(self.order, self.noise, self.betas, strict=True):
+                self._step(rows, eps, beta)
+        else:
+            for _ in range(len(self.order)):
                 self.graph.replay()
 
-    def _step(self) -> None:
+    def _step(self, rows: Tensor, eps: Tensor, beta: Tensor) -> None:
+        torch.index_select(self.images, 0, rows, out=self.raw)
+        torch.div(self.raw.view(self.x.shape), self.largest, out=self.x)
+        self.gradient(self.x, eps, beta)
+        self.adam.step()
+
+    def _counted(self) -> None:
+        """Take the step that the counter is at."""
         for every, one in (
             (self.order, self.rows),
             (self.noise, self.eps),
             (self.betas, self.beta),
         ):
             torch.index_select(every, 0, self.now, out=one)
-        torch.index_select(self.images, 0, self.rows[0], out=self.raw)
-        torch.div(self.raw.view(self.x.shape), self.largest, out=self.x)
-        self.gradient(self.x, self.eps[0], self.beta[0])
-        self.adam.step()
+        self._step(self.rows[0], self.eps[0], self.beta[0])
         self.now.add_(1)
 
     def capture(self) -> None:
@@ -104,12 +110,12 @@ class Step:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                self._step()
+                self._counted()
                 self.now.zero_()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step()
+            self._counted()
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         self.graph = graph

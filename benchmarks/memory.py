@@ -1,0 +1,120 @@
+"""Memory of many MNIST runs trained in one process with its workers, and on a GPU.
+
+`python -m benchmarks.memory --data-dir DIR` trains the blog's recipe in a process of its own and
+reads the proportional set size (PSS: a page shared by n processes counts 1/n in each) of that
+process and all it started, from /proc/PID/smaps_rollup, until it ends. Data and the buffers of an
+epoch have their whole size; only the steps of an epoch are cut, which changes no buffer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+from harness import RunConfig, load_dataset, train
+from harness.engine import resolve_device
+from harness.step import Step
+
+PAUSE = 0.2
+"""Seconds between two looks."""
+
+EPOCHS = 3
+"""Long enough for every worker to have had every run's buffers."""
+
+MIB = 2**20
+
+
+def main() -> None:
+    """Train in a process of its own and watch it, or be that process."""
+    args = parse()
+    if args.inside:
+        train_cut(args)
+        return
+    options = ["--data-dir", str(args.data_dir), "--runs", str(args.runs), "--device", args.device]
+    command = [sys.executable, "-m", "benchmarks.memory", "--inside", *options]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak, processes = watch(child)
+    said, _ = child.communicate()
+    if child.returncode:
+        sys.exit(child.returncode)
+    print("\n".join(machine.hardware(resolve_device(args.device))))
+    print(
+        f"{args.runs} MNIST runs of the blog's recipe: {peak / MIB:,.0f} MiB at most (PSS of "
+        f"{processes} processes together), {peak / 1e9:.2f} GB. {said.strip()}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--runs", type=int, default=64)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def train_cut(args: argparse.Namespace) -> None:
+    """Train some steps of each epoch, and say what a GPU held."""
+    Step.epoch = first_steps  # type: ignore[method-assign]
+    data = load_dataset("mnist", args.data_dir)
+    configs = [RunConfig.seed_recipe(seed=seed, epochs=EPOCHS) for seed in range(args.runs)]
+    for record in train(configs, data, args.device):
+        print(f"epoch {record.epoch} of {EPOCHS}", file=sys.stderr)
+    if resolve_device(args.device).type == "cuda":
+        held = torch.cuda.max_memory_allocated() / args.runs / MIB
+        print(f"GPU memory per run: {held:.1f} MiB.")
+
+
+def first_steps(step: Step, steps: int = 5) -> None:
+    """Take only the first steps of the epoch that is laid out."""
+    for _, *inputs in zip(range(steps), step.order, step.noise, step.betas, strict=False):
+        step._step(*inputs)
+
+
+def watch(child: subprocess.Popen[str]) -> tuple[int, int]:
+    """Return the most bytes that a process and its children held together, and how many they were.
+
+    Linux only.
+    """
+    peak, most = 0, 0
+    while child.poll() is None:
+        held = [size for size in map(pss, family(child.pid)) if size]
+        peak, most = max(peak, sum(held)), max(most, len(held))
+        time.sleep(PAUSE)
+    return peak, most
+
+
+def family(process: int) -> list[int]:
+    """Return a process and all that it started, directly or not."""
+    found = [process]
+    for one in found:  # grows while it is read
+        try:
+            tasks = list(Path(f"/proc/{one}/task").iterdir())
+            found += [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def pss(process: int) -> int:
+    """Return a process's proportional set size in bytes, 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+if __name__ == "__main__":
+    main()

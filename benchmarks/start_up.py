@@ -1,0 +1,94 @@
+"""Seconds from the start of a study's process to the end of its first training step.
+
+`python -m benchmarks.start_up --data-dir DIR` starts `studies.kl_weight` on MNIST in fresh
+processes with new databases, stops each at its first step and prints median and range. What users
+wait for is in it: imports, options, reading the data, creating MLflow's and Optuna's databases,
+starting the runs, the exact linear model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import machine
+from harness.engine import resolve_device
+
+STUDY = """
+import os, sys, time
+from harness.step import Step
+
+step = Step._step
+
+def first(self, *inputs):
+    step(self, *inputs)
+    os.write({pipe}, f"{{time.monotonic()}}\\n".encode())
+    time.sleep(60)
+
+Step._step = first
+from studies import cli, kl_weight
+cli.main(kl_weight.STUDY, sys.argv[1:])
+"""
+"""A study whose first step says when it is done; the modules are those it imports anyway."""
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    taken = []
+    for turn in range(args.repeats):
+        taken.append(seconds(args))
+        print(f"{turn + 1}/{args.repeats}: {taken[-1]:.2f} s", file=sys.stderr)
+    middle, limits = machine.spread(taken, 2)
+    print("\n".join(machine.hardware(resolve_device("cpu"))))
+    print(
+        f"studies.kl_weight on {args.dataset}, process start to the end of the first step: "
+        f"median {middle} s, {limits} s, n = {args.repeats}."
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.start_up",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--dataset", choices=("digits", "mnist"), default="mnist")
+    parser.add_argument("--repeats", type=int, default=5, help="default: 5")
+    return parser.parse_args()
+
+
+def seconds(args: argparse.Namespace) -> float:
+    """Start a study, wait for its first step, kill it; return the seconds in between."""
+    reading, writing = os.pipe()
+    options = ["--dataset", args.dataset, "--data-dir", str(args.data_dir), "--device", "cpu"]
+    with tempfile.TemporaryDirectory() as folder:
+        options += ["--storage", f"sqlite:///{folder}/optuna.db"]
+        options += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+        start = time.monotonic()
+        study = subprocess.Popen(
+            [sys.executable, "-c", STUDY.format(pipe=writing), *options],
+            stdout=subprocess.DEVNULL,
+            pass_fds=[writing],
+            start_new_session=True,
+        )
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            said = pipe.readline()
+        os.killpg(study.pid, signal.SIGKILL)
+        study.wait()
+    if not said:
+        raise RuntimeError("the study ended before its first step")
+    return float(said) - start
+
+
+if __name__ == "__main__":
+    main()
