@@ -12,6 +12,7 @@ import torch
 
 from harness import RunConfig, UserError, records, tracking
 from harness.engine import train
+from harness.places import default_tracking
 from harness.records import Logged
 from harness.sweep import best_epoch, flat_record, train_and_evaluate
 from harness.tracking import RunLog
@@ -297,8 +298,7 @@ def test_every_run_of_a_stack_has_tags_record_and_the_command_that_repeats_it(st
 def test_the_command_names_no_password_and_no_default_store():
     said = description("abc", "https://me:secret@host:5000")
     assert said.endswith("python -m studies.replay abc --tracking-uri https://host:5000")
-    default = tracking.tracking_address(None)
-    assert description("abc", default).endswith("python -m studies.replay abc")
+    assert description("abc", default_tracking()).endswith("python -m studies.replay abc")
 
 
 # --- the best epoch -----------------------------------------------------------------------------
