@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness import idx
 from harness.config import Binarization, UserError
 from harness.streams import generator
 
@@ -25,11 +26,13 @@ VALIDATION_IMAGES = 5_000
 """Taken from the 60,000 training images of the MNIST family, whose own test split is kept."""
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+IDX_PARTS = ("train", "t10k")
+IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 DATASETS = ("digits", *TORCHVISION)
 PARTS = ("train", "val", "test")
 
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
-"""What torchvision raises for files that are absent, unreachable, cut short or not IDX."""
+"""What is raised for files that are absent, unreachable, cut short or not IDX."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ def load_dataset(name: str = "digits", root: str | Path = "data") -> Dataset:
     """Load a dataset and split it.
 
     digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, inside scikit-learn; no file needed.
-    mnist, fashion_mnist, kmnist: 28 x 28 pixels, read by torchvision from `root`, where they are
-    downloaded to if missing.
+    mnist, fashion_mnist, kmnist: 28 x 28 pixels, read from IDX files under `root`, where
+    torchvision downloads them to if missing.
 
     Raises:
         UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.
@@ -170,32 +173,46 @@ def _torchvision(name: str, root: Path) -> Dataset:
 
 
 def _read(name: str, root: Path, *, train: bool) -> Split:
-    """Read one official part through torchvision, downloading it if it is not there."""
-    import torchvision
-
-    source = getattr(torchvision.datasets, TORCHVISION[name])
-    folder = root / source.__name__ / "raw"
+    """Read one official part, letting torchvision download or unpack it if it is not there."""
+    folder = root / TORCHVISION[name] / "raw"
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        try:
-            part = source(root, train=train)
-        except RuntimeError as error:  # torchvision's word for files that are not there
-            if "not found" not in str(error):
-                raise
-            part = source(root, train=train, download=True)
-        _expect(part.data, part.targets, 60_000 if train else 10_000)
+        images, labels = _idx_files(folder, train=train) or _fetched(name, root, train=train)
+        _expect(images, labels, 60_000 if train else 10_000)
     except BROKEN as error:
         for place in made:
             with contextlib.suppress(OSError):  # not there after all, or not empty
                 place.rmdir()
-        names = ", ".join(Path(url).stem for url, _ in source.resources)
+        names = ", ".join(f"{part}-{kind}" for part in IDX_PARTS for kind in IDX_KINDS)
         reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
         raise UserError(
             f"{name}: no usable data in {folder.resolve()} ({reason}). Offline, put the files "
             f"{names} there (as they are or as .gz), or name the folder that holds "
-            f"{source.__name__}/raw with --data-dir; a broken file: delete it first."
+            f"{TORCHVISION[name]}/raw with --data-dir; a broken file: delete it first."
         ) from error
-    return Split(part.data.flatten(1), part.targets.long(), largest=255)
+    return Split(images.flatten(1), labels.long(), largest=255)
+
+
+def _idx_files(folder: Path, *, train: bool) -> tuple[Tensor, Tensor] | None:
+    """Read images and labels if both files are there: importing torchvision takes seconds."""
+    files = [folder / f"{IDX_PARTS[0 if train else 1]}-{kind}" for kind in IDX_KINDS]
+    if not all(file.is_file() for file in files):
+        return None
+    images, labels = (idx.read(file) for file in files)
+    return images, labels
+
+
+def _fetched(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    import torchvision
+
+    source = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        part = source(root, train=train)
+    except RuntimeError as error:  # torchvision's word for files that are not there
+        if "not found" not in str(error):
+            raise
+        part = source(root, train=train, download=True)
+    return part.data, part.targets
 
 
 def _expect(images: Tensor, labels: Tensor, count: int) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import brentq
 
 from harness import objective
 from harness.config import RunConfig
@@ -76,6 +75,8 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
     its linear optimum has v = beta * s2: the solution of v = beta * mse(v) on the training split.
     At beta = 1 it is the maximum-likelihood variance of pPCA (Tipping & Bishop 1999).
     """
+    from scipy.optimize import brentq  # half a second that few runs need
+
     beta = objective.beta(config, pixels)
 
     def excess(log_variance: float) -> float:

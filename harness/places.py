@@ -163,6 +163,22 @@ def creation_lock(url: str) -> FileLock:
     return FileLock(f"{sqlite_file(url) or elsewhere}.lock")
 
 
+def memory_folder() -> str | None:
+    """Return a folder in memory for temporary files; None, the usual one, where there is none."""
+    folder = "/dev/shm"
+    return folder if os.path.isdir(folder) and os.access(folder, os.W_OK) else None
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file that others find whole or not at all, even after a kill."""
+    new = file.with_name(f".{file.name}.new")
+    with new.open("wb") as open_file:
+        open_file.write(content)
+        open_file.flush()
+        os.fsync(open_file.fileno())
+    new.replace(file)
+
+
 def use_write_ahead_log(database: Path) -> None:
     """Set an SQLite database to write-ahead logging, which halves the cost of a write."""
     connection = sqlite3.connect(database)

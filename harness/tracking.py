@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,10 @@ from harness.places import (
     asked_once,
     check_database,
     creation_lock,
+    memory_folder,
     own_process,
     project_root,
+    put,
     reason,
     signed_in,
     sqlite_file,
@@ -54,8 +57,8 @@ BATCH = 1000
 TRAINING_VIEW = "custom_model_development"
 """Kind of an experiment that MLflow's page opens with runs and charts instead of its GenAI view."""
 
-logging.getLogger("mlflow").setLevel(logging.ERROR)
-logging.getLogger("alembic").setLevel(logging.ERROR)
+for library in ("mlflow", "alembic"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,21 @@ def connect(uri: str | None = None) -> Store:
                 return Store(_client(uri), uri, project_root(), local=False)
         database.parent.mkdir(parents=True, exist_ok=True)
         with creation_lock(uri):
-            client = _client(uri)
+            if not database.exists():
+                put(database, _empty_database())
             use_write_ahead_log(database)
+            return Store(_client(uri), uri, database.parent, local=True)
     except Exception as error:  # any driver's: SQLAlchemy's, requests', MLflow's
         raise unusable(uri, "--tracking-uri", error) from error
-    return Store(client, uri, database.parent, local=True)
+
+
+@cache
+def _empty_database() -> bytes:
+    """Return an empty database of MLflow, made in memory: 300 commits to a disk take seconds."""
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        database = Path(folder) / "mlflow.db"
+        _client(f"sqlite:///{database}")
+        return database.read_bytes()
 
 
 def _client(uri: str) -> MlflowClient:
@@ -225,15 +238,14 @@ def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split)
 
     images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.image_shape)
     with torch.no_grad():
-        output = model.float()(images)
-    example = images.numpy()
+        output = model.float()(images).numpy()
     mlflow.set_tracking_uri(store.uri)
     with mlflow.start_run(run_id=run.run_id):
         mlflow.pytorch.log_model(
             model,
             name="best_model",
-            input_example=example,
-            signature=mlflow.models.infer_signature(example, output.numpy()),
+            input_example=images.numpy(),
+            signature=mlflow.models.infer_signature(images.numpy(), output),
             pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "numpy")],
         )
 
@@ -242,8 +254,7 @@ def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[di
     """Return the runs of an experiment as plain values, oldest first; none if it is not there.
 
     Returns:
-        One dict per run: run_id, name, status, and dicts `params` (text), `metrics` (last
-        values) and `tags`.
+        One dict per run: run_id, name, status, and dicts `params` (text), `metrics` (last), `tags`.
     """
     found = store.client.get_experiment_by_name(experiment)
     if found is None:
@@ -283,6 +294,6 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
             )
             model = load_model(Path(folder) / "model")
     except (MlflowException, OSError) as error:
-        where = without_password(store.uri)
-        raise UserError(f"run {run_id} of {where} cannot be loaded ({reason(error)})") from error
+        said = f"{without_password(store.uri)} cannot be loaded ({reason(error)})"
+        raise UserError(f"run {run_id} of {said}") from error
     return TrackedRun(run_id, model.config, dict(run.data.metrics), model)

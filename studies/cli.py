@@ -112,6 +112,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     console.plan(plan, data.pixels)
     if options.dry_run:
         return None
+    harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)
     console.outcome(plan, outcome, options.tracking_uri)
     return outcome

@@ -233,7 +233,6 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.search_summary import summarize
     from studies.stack import Place, train_stack
 
     store, storage = open_both(options)
@@ -258,6 +257,8 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
             ]
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
     confirm(hunt, replace(place, on_epoch=lambda record: None))
+    from studies.search_summary import summarize  # seaborn, which training does not wait for
+
     return summarize(hunt, data, store, experiment)
 
 

@@ -274,7 +274,6 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
             other settings or is being run by another process.
     """
     from studies.stack import Place, train_tracked
-    from studies.summary import summarize
 
     store, storage = open_both(options)
     if options.fresh:
@@ -291,4 +290,6 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
             finals = train_tracked(points, [t.number for t in trials], place)
             for trial, results in zip(trials, finals, strict=True):
                 grid.tell(trial, [None if r is None else r[plan.study.objective] for r in results])
+    from studies.summary import summarize  # seaborn, which training does not wait for
+
     return summarize(plan, data, store, experiment, grid.finished())
