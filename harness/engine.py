@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness import elbo, objective
-from harness.config import RunConfig, UserError
+from harness.config import Precision, RunConfig, UserError
 from harness.cores import crew
 from harness.data import Dataset
 from harness.evaluate import linear_losses
@@ -75,11 +75,12 @@ class EpochRecord:
         return self.images / self.seconds
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
     """Return the device that a name stands for; "auto" is CUDA where there is one.
 
     Raises:
-        UserError: unknown name, or CUDA asked for where there is none.
+        UserError: unknown name, or CUDA asked for where there is none, or a precision that the
+            device does not have.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name!r}: choose one of auto, cpu, cuda")
@@ -87,6 +88,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device='cuda': no CUDA device is usable here; use --device cpu or auto")
+    if precision == "tf32" and name == "cpu":
+        raise UserError("precision='tf32' on a CPU: only a GPU has it; use --precision float32")
     return torch.device(name)
 
 
@@ -112,7 +115,7 @@ def train(
             than the training split.
     """
     check_stack(configs, data)
-    target = resolve_device(device)
+    target = resolve_device(device, configs[0].precision)
     parts = _parts(configs, data.to(target), dtype)
 
     def epoch_of(item: tuple[int, int]) -> tuple[float, float, Arrays, Arrays]:

@@ -7,11 +7,13 @@ handed views of these buffers, which costs it less than to gather from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from harness.config import Precision
 from harness.gradient import Gradient
 from harness.optimizer import Adam
 from harness.vae import VAE
@@ -106,6 +108,12 @@ class Step:
             return
         changed = (self.gradient.weights, *self.adam.state, self.now)
         before = [tensor.clone() for tensor in changed]
+        with products_in(self.model.configs[0].precision):
+            self.graph = self._captured()
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -116,12 +124,22 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._counted()
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
-        self.graph = graph
+        return graph
 
     def keep(self, rows: Sequence[int]) -> Step:
         """Return the step of some runs, with their weights and moments."""
         kept = Step(self.model.keep(rows), len(self.order))
         kept.adam.take(self.adam, rows)
         return kept
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Let a GPU choose kernels of this precision for products of float32 matrices meanwhile."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = {"float32": "ieee", "tf32": "tf32"}[precision]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

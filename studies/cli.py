@@ -105,7 +105,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     from studies.study import run
 
     console = Console()
-    harness.engine.resolve_device(options.device)
+    harness.engine.resolve_device(options.device, options.precision or "float32")
     data = harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
         harness.engine.check_stack([config], data)

@@ -13,6 +13,7 @@ from harness.config import (
     Binarization,
     KLNormalization,
     Likelihood,
+    Precision,
     RunConfig,
     Sigma,
     UserError,
@@ -44,6 +45,7 @@ class Common:
             batch, or learned (fixed).
         likelihood: bernoulli trains on cross-entropy instead of squared error (gaussian).
         binarization: how bernoulli's pixels are made 0 or 1 (none).
+        precision: tf32 trains faster on a GPU, less exactly (float32).
         device: auto takes a GPU where there is one.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
@@ -62,6 +64,7 @@ class Common:
     sigma: Sigma | None = None
     likelihood: Likelihood | None = None
     binarization: Binarization | None = None
+    precision: Precision | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     study_name: str | None = None
     storage: str | None = None
@@ -89,6 +92,7 @@ CHOICES = (
     "sigma",
     "likelihood",
     "binarization",
+    "precision",
 )
 """Fields of `RunConfig` that are options: None leaves a study its own value."""
 

@@ -98,7 +98,7 @@ def execute(options: SearchOptions) -> Outcome | None:
     from studies.searching import run
 
     console = Console()
-    harness.engine.resolve_device(options.device)
+    harness.engine.resolve_device(options.device, options.precision or "float32")
     data = harness.load_dataset(options.dataset, options.data_dir)
     harness.engine.check_stack([plan.base], data)
     console.out.print(f"[bold]{SEARCH.question.strip().splitlines()[0]}[/bold]")

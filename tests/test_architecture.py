@@ -29,7 +29,7 @@ HARNESS = {
     "cores": set(),
     "optimizer": {"cores"},
     "gradient": {"cores", "nn", "vae"},
-    "step": {"gradient", "optimizer", "vae"},
+    "step": {"config", "gradient", "optimizer", "vae"},
     "evaluate": {"config", "cores", "data", "elbo", "linear", "objective", "streams", "vae"},
     "part": {"config", "data", "evaluate", "objective", "oracle", "step", "streams", "vae"},
     "likelihood": {"data", "evaluate", "objective", "streams", "vae"},

@@ -29,6 +29,7 @@ WRONG = [
     ("free_bits", -0.1),
     ("sigma", "free"),
     ("likelihood", "laplace"),
+    ("precision", "float16"),
     ("binarization", "otsu"),
     ("learning_rate", 0.0),
     ("learning_rate", math.inf),
@@ -54,6 +55,7 @@ def test_a_wrong_value_is_refused_with_its_name(name, value):
         ("kl_normalization", "pixels, batch, latent, sum"),
         ("sigma", "fixed, optimal, learned"),
         ("likelihood", "gaussian, bernoulli"),
+        ("precision", "float32, tf32"),
         ("binarization", "none, stochastic, threshold"),
     ],
 )
@@ -113,6 +115,7 @@ def test_every_other_field_splits_stacks():
         "likelihood": "bernoulli",
         "batch_size": 16,
         "epochs": 2,
+        "precision": "tf32",
     }
     assert {*other, *SWEPT, "binarization"} == {f.name for f in fields(RunConfig)}
     base = RunConfig(kl_weight=0)

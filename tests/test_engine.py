@@ -14,6 +14,7 @@ from harness.data import Dataset
 from harness.engine import EpochRecord, resolve_device, train
 from harness.objective import with_decoder_variance
 from harness.part import Part
+from harness.step import products_in
 
 KINDS = [
     {"model": "mlp", "head": "gaussian"},
@@ -371,6 +372,33 @@ def test_cuda_is_refused_where_there_is_none(tiny):
 
 
 # --- CPU and GPU --------------------------------------------------------------------------------
+
+
+def test_a_cpu_has_no_tf32(data):
+    with pytest.raises(UserError, match="precision='tf32' on a CPU: only a GPU has it"):
+        next(train([RunConfig(precision="tf32")], data, "cpu"))
+
+
+def test_products_are_exact_but_where_tf32_is_asked_for():
+    def found():
+        return torch.backends.cuda.matmul.fp32_precision
+
+    before = found()
+    with products_in("tf32"):
+        assert found() == "tf32"
+        with products_in("float32"):
+            assert found() == "ieee"
+    assert found() == before
+
+
+@pytest.mark.gpu
+def test_tf32_changes_training_by_its_rounding_only(data):
+    runs = [RunConfig(kl_weight=0.02, epochs=1, precision=p) for p in ("float32", "tf32")]
+    exact, rounded = (last_of([run], data, device="cuda") for run in runs)
+    ours, its = flat(rounded.model.run(0)), flat(exact.model.run(0))
+    assert not torch.equal(ours, its)
+    torch.testing.assert_close(ours, its, rtol=0, atol=0.05)
+    np.testing.assert_allclose(rounded.val["mse"], exact.val["mse"], rtol=0.05)
 
 
 @pytest.mark.gpu
