@@ -34,7 +34,7 @@ class Write:
     Attributes:
         run: key of the run, which stands for its id until the server has given one.
         experiment: id of the run's experiment.
-        kind: create, batch, input, files or end.
+        kind: create, batch, tag, input, files or end.
         values: what is written.
         folder: files that are uploaded.
     """

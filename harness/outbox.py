@@ -122,8 +122,8 @@ class Outbox:
     def end_open(self, status: str, reason: str) -> bool:
         """End every run that is open, with the reason as a tag; says whether all is delivered."""
         for key, experiment in list(self._open.items()):
-            tags = {"metrics": [], "params": {}, "tags": {"reason": reason}}
-            self.put(Write(key, experiment, "batch", tags))
+            why = {"name": "reason", "value": reason}
+            self.put(Write(key, experiment, "tag", why))
             end = {"status": status, "time": int(time.time() * 1000)}
             self.put(Write(key, experiment, "end", end))
         return not self._waits()
@@ -153,6 +153,8 @@ class Outbox:
     def _empty(self) -> None:
         last = time.monotonic()
         told = False
+        if self._waits():
+            _say(f"Delivering what waits for the MLflow server at {self.address}.")
         while self._waits():
             if self._deliver_first():
                 last = time.monotonic()
@@ -160,7 +162,7 @@ class Outbox:
                 raise self._lost()
             else:
                 if not told:
-                    _say(f"Waiting up to {PATIENCE:.0f} s for the MLflow server at {self.address}.")
+                    _say(f"It does not answer; waiting up to {PATIENCE:.0f} s.")
                 told = True
                 time.sleep(FIRST_PAUSE)
 

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,8 @@ class RunLog:
         self._put("create", name=name, tags={**tags, **own_process()}, time=_now())
         # The key stands for an id that the server has not given yet.
         note = {NOTE: description(self._writer.known(self._key))} if description else {}
-        self._batch(params={name: str(value) for name, value in params.items()}, tags=note)
+        written = {name: str(value) for name, value in params.items()}
+        self._put("batch", metrics=[], params=written, tags=note)
 
     @property
     def run_id(self) -> str:
@@ -69,14 +70,6 @@ class RunLog:
     def _put(self, kind: str, folder: Path | None = None, **values: object) -> None:
         self._writer.put(Write(self._key, self._experiment, kind, values, folder))
 
-    def _batch(
-        self,
-        metrics: Sequence[tuple[str, float, int, int]] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        self._put("batch", metrics=list(metrics), params=params or {}, tags=tags or {})
-
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Keep the metrics of a step; they are sent once a batch is full, or by `flush`."""
         now = _now()
@@ -87,7 +80,7 @@ class RunLog:
     def flush(self) -> None:
         """Send all metrics that are waiting."""
         while self._waiting:
-            self._batch(self._waiting[:BATCH])
+            self._put("batch", metrics=self._waiting[:BATCH], params={}, tags={})
             del self._waiting[:BATCH]
 
     def dataset(self, data: Dataset) -> None:
@@ -133,7 +126,7 @@ class RunLog:
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._batch(tags={name: value})
+        self._put("tag", name=name, value=value)
 
     def describe(self, markdown: str) -> None:
         """Set the description that the run's page shows."""

@@ -65,7 +65,7 @@ def shortly(error: BaseException) -> str:
     while inner := _inside(error):
         error = inner
     said = error.strerror if isinstance(error, OSError) else None
-    return (said or reason(error)).lower()
+    return said.lower() if said else reason(error)
 
 
 def _inside(error: BaseException) -> BaseException | None:
@@ -165,6 +165,8 @@ def perform(client: MlflowClient, write: Write, run_id: str | None) -> str:
             params=[Param(name, value) for name, value in values["params"].items()],
             tags=[RunTag(k, v.replace(write.run, run_id)) for k, v in values["tags"].items()],
         )
+    elif write.kind == "tag":
+        client.set_tag(run_id, values["name"], values["value"])
     elif write.kind == "input":
         entity = DatasetEntity(**values)
         context = InputTag("mlflow.data.context", "training")

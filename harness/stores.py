@@ -105,10 +105,14 @@ _servers: dict[tuple[int, str], Store] = {}
 
 
 def _server(uri: str) -> Store:
-    with asked_once():
-        client = _client(uri)
     if not is_server(uri):  # a database server, through SQLAlchemy
+        client = _client(uri)
         return Store(client, uri, project_root(), local=False, writer=Direct(client))
+    try:
+        with asked_once():
+            client = _client(uri)
+    except (MlflowException, requests.RequestException) as error:
+        raise ConnectionError(shortly(error)) from error
     folder = project_root() / "cache" / "outbox" / re.sub(r"[^\w.-]+", "_", uri)
     outbox = Outbox(folder, uri, ServerSender(client, uri))
     store = Store(client, uri, project_root(), local=False, writer=outbox)

@@ -131,10 +131,15 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 return
             proxy.seen.append(line)
             connection = http.client.HTTPConnection("127.0.0.1", proxy.server_port)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            content = answer.read()
-            connection.close()
+            try:
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
+            except (OSError, http.client.HTTPException):  # the server itself is gone
+                self.close_connection = True
+                return
+            finally:
+                connection.close()
             if proxy.loses(line):
                 self.close_connection = True
                 return

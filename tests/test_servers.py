@@ -1,21 +1,14 @@
 """Runs tracked on a real MLflow server that is away, slow or loses answers: nothing is lost."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from harness import RunConfig, UserError, ledger, load_run, tracking
-from harness.journal import Journal, Write
-from harness.outbox import Outbox, Pace, Unavailable
 from harness.tracking import RunLog
 from harness.vae import initial
 from tests.real_servers import MlflowServer, Proxy
