@@ -7,6 +7,7 @@ that it belongs to and free once that is dead, so that another delivers it, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -121,10 +122,10 @@ class Journal:
     def delivered(self) -> None:
         """Note that the first waiting write was delivered; all together are removed with `remove`.
 
-        It is not synchronised: a write that is delivered twice changes nothing.
+        Neither synchronised nor vital: a write that is delivered twice changes nothing.
         """
         number, write = self.waiting.popleft()
-        with (self.folder / DONE).open("a") as done:
+        with contextlib.suppress(OSError), (self.folder / DONE).open("a") as done:
             done.write(f"{number} {write.run} {self.run_ids[write.run]}\n")
         if write.folder is not None:
             shutil.rmtree(write.folder, ignore_errors=True)

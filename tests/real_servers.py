@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 
 def free_port() -> int:
@@ -67,6 +68,20 @@ class MlflowServer:
             self._process = None
 
 
+class Request(NamedTuple):
+    """A request as it came."""
+
+    command: str
+    path: str
+    body: bytes
+    headers: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """Its first line."""
+        return f"{self.command} {self.path}"
+
+
 class Proxy:
     """Forwards requests to a server, but for those that it is told to lose.
 
@@ -77,12 +92,15 @@ class Proxy:
             after the server has written.
         fall_after: requests that are forwarded until the proxy is down; None: any number.
         rise_after: requests that are refused until it is up again; None: any number.
+        hold: as `lose`, for requests that reach the server only when they are released.
         seen: request lines that reached the server.
     """
 
     def __init__(self, port: int) -> None:
         self.down = False
         self.lose: dict[str, int] = {}
+        self.hold: dict[str, int] = {}
+        self._held: list[Request] = []
         self.fall_after: int | None = None
         self.rise_after: int | None = None
         self.seen: list[str] = []
@@ -109,13 +127,41 @@ class Proxy:
                 self.down, self.rise_after = False, None
         return self.down
 
+    def holds(self, request: Request) -> bool:
+        """Count a request and say whether it is held back."""
+        if not _counted(self.hold, request.line):
+            return False
+        self._held.append(request)
+        return True
+
     def loses(self, line: str) -> bool:
         """Count an answer and say whether it is lost."""
-        for part, left in self.lose.items():
-            if part in line and left > 0:
-                self.lose[part] -= 1
-                return True
-        return False
+        return _counted(self.lose, line)
+
+    def release(self) -> None:
+        """Let the requests that were held reach the server, in order."""
+        for request in self._held:
+            self.forward(request)
+        self._held.clear()
+
+    def forward(self, request: Request) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Let a request reach the server; returns status, headers and content of its answer."""
+        self.seen.append(request.line)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server_port)
+        try:
+            connection.request(request.command, request.path, request.body, request.headers)
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+
+def _counted(left: dict[str, int], line: str) -> bool:
+    for part, times in left.items():
+        if part in line and times > 0:
+            left[part] -= 1
+            return True
+    return False
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
@@ -125,26 +171,20 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
         def forward(self) -> None:
             """Forward one request."""
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            line = f"{self.command} {self.path}"
-            if proxy.is_down():
+            request = Request(self.command, self.path, body, dict(self.headers))
+            if proxy.is_down() or proxy.holds(request):
                 self.close_connection = True
                 return
-            proxy.seen.append(line)
-            connection = http.client.HTTPConnection("127.0.0.1", proxy.server_port)
             try:
-                connection.request(self.command, self.path, body, dict(self.headers))
-                answer = connection.getresponse()
-                content = answer.read()
+                status, headers, content = proxy.forward(request)
             except (OSError, http.client.HTTPException):  # the server itself is gone
                 self.close_connection = True
                 return
-            finally:
-                connection.close()
-            if proxy.loses(line):
+            if proxy.loses(request.line):
                 self.close_connection = True
                 return
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
+            self.send_response(status)
+            for name, value in headers:
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))

@@ -201,15 +201,18 @@ def test_stopped_for_a_while(studies, server, proxy, reference, tmp_path):
 
 
 def test_killed_with_records_waiting(studies, server, proxy, reference, tmp_path):
-    study = studies.start(tmp_path, proxy.uri)
+    uri = proxy.uri.replace("://", "://user:secret@")
+    study = studies.start(tmp_path, uri)
     until(lambda: created(proxy) >= 2, study)
     proxy.down = True
     until(studies.waiting, study)
     study.send_signal(signal.SIGKILL)
     study.communicate()
-    assert studies.waiting()
+    (journal,) = studies.waiting()
+    kept = [file for file in journal.parents[1].rglob("*") if file.is_file()]
+    assert not any(b"secret" in file.read_bytes() for file in kept)
     proxy.down = False
-    code, errors = studies.run(tmp_path, proxy.uri)
+    code, errors = studies.run(tmp_path, uri)
     assert code == 0, errors
     check(server.uri, reference, studies, tmp_path)
 

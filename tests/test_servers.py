@@ -154,6 +154,18 @@ def test_a_lost_answer_leaves_no_trace(request_line, proxy, data, model, referen
     check(store, experiment, reference, model)
 
 
+def test_a_creation_that_comes_late_leaves_no_ghost(proxy, opened, data, model):
+    store, experiment = opened
+    proxy.hold["runs/create"] = 1
+    log = RunLog(store, experiment, "a run", TAGS, {})
+    store.writer.settle()
+    proxy.release()
+    assert len(store.client.search_runs([experiment])) == 2
+    log.end()
+    (run,) = store.client.search_runs([experiment])
+    assert (run.info.run_id, run.info.status) == (log.run_id, "FINISHED")
+
+
 def sometimes(numbers, often):
     """Mark all but a few numbers as slow."""
     return [n if n in often else pytest.param(n, marks=pytest.mark.slow) for n in numbers]
