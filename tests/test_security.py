@@ -84,6 +84,20 @@ def test_a_server_that_is_not_there(option, scheme, closed_port, no_login, tmp_p
     assert not (tmp_path / "o.db").exists()
 
 
+def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
+    closed_port, no_login, tmp_path, capfd
+):
+    (tmp_path / "o.db").touch()
+    with pytest.raises(SystemExit):
+        cli.main(
+            kl_weight.STUDY,
+            ["--tracking-uri", f"http://127.0.0.1:{closed_port}"]
+            + ["--storage", f"sqlite:///{tmp_path}/o.db"],
+        )
+    assert "connection refused" in capfd.readouterr().err
+    assert (tmp_path / "o.db").read_bytes() == b""
+
+
 class Server(BaseHTTPRequestHandler):
     """Answers as an MLflow server that holds one run, whose artifacts have hostile paths."""
 
