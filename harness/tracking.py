@@ -90,16 +90,16 @@ def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split)
 
     images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.image_shape)
     with torch.no_grad():
-        output = model.float()(images)
-    example = images.numpy()
+        output = model.float()(images).numpy()
+    run.flush()  # leaving the block below finishes the run
     store.writer.settle()
     mlflow.set_tracking_uri(store.uri)
     with answering(store), mlflow.start_run(run_id=run.run_id):
         mlflow.pytorch.log_model(
             model,
             name="best_model",
-            input_example=example,
-            signature=mlflow.models.infer_signature(example, output.numpy()),
+            input_example=images.numpy(),
+            signature=mlflow.models.infer_signature(images.numpy(), output),
             pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "numpy")],
         )
 
