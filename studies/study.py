@@ -224,7 +224,7 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     places.check_database(storage, "--storage")
     if places.sqlite_file(tracking) == places.sqlite_file(storage) is not None:
         raise UserError(f"--storage {storage} is the tracking database too; give each its own file")
-    if places.is_new(storage):
+    if places.is_new(storage) or places.is_server(tracking):  # opening a server writes nothing
         return harness.tracking.connect(tracking), open_storage(storage)
     found = open_storage(storage)
     return harness.tracking.connect(tracking), found

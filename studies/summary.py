@@ -233,6 +233,7 @@ def log_summary(
         log.end("FAILED")
         raise
     log.end()
+    store.writer.settle()
 
 
 def describe(question: str, outcome: Outcome) -> str:
