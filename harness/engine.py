@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from harness import elbo, objective
+from harness import objective
+from harness.autograd import may_fork
 from harness.config import Precision, RunConfig, UserError
 from harness.cores import crew
 from harness.data import Dataset
@@ -122,7 +122,8 @@ def train(
         index, epoch = item
         return parts[index].epoch(epoch)
 
-    with crew(epoch_of, len(parts), target) as cores:
+    workers = len(parts) if may_fork(configs[0]) else 1
+    with crew(epoch_of, workers, target) as cores:
         left = list(range(len(parts)))
         for epoch in range(1, configs[0].epochs + 1):
             start = time.perf_counter()
@@ -209,26 +210,3 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
             f"batch_size={configs[0].batch_size}: {data.name} has {len(data.train)} training "
             "images; give a smaller batch"
         )
-
-
-def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
-    """Return the training loss of each run on its batch.
-
-    Args:
-        model: the stack.
-        x: pixels in [0, 1], shape (S, B, D).
-        eps: standard normal noise, shape (S, B, L).
-        beta: weight of the rate, shape (S,).
-
-    Returns:
-        Shape (S,). Summing it gives every run exactly its own gradient.
-    """
-    error, cross_entropy, kl, _ = elbo.terms(model, x, eps)
-    return elbo.loss(
-        model,
-        error.mean(-1),
-        None if cross_entropy is None else cross_entropy.mean(-1),
-        None if kl is None else kl.mean(1),
-        beta,
-        x.shape[-1],
-    )

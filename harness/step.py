@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from harness.autograd import Autograd, needs_autograd
 from harness.config import Precision
 from harness.gradient import Gradient
 from harness.optimizer import Adam
@@ -33,7 +34,7 @@ class Step:
     def __init__(self, model: VAE, steps: int) -> None:
         configs, batch = model.configs, model.configs[0].batch_size
         self.model = model
-        self.gradient = Gradient(model, batch)
+        self.gradient = (Autograd if needs_autograd(configs[0]) else Gradient)(model, batch)
         rates = [config.learning_rate for config in configs]
         self.adam = Adam(self.gradient.weights, self.gradient.gradients, rates)
         lead, seen = self.gradient.lead, len(configs) * batch

@@ -14,6 +14,7 @@ import tyro
 from harness.config import UserError
 from studies import stopping
 from studies.options import Options, make_plan
+from studies.sources import read_own
 from studies.study import Study
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    plan = make_plan(study, options)
+    own = read_own(options)
+    plan = make_plan(study, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
@@ -106,7 +108,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
 
     console = Console()
     harness.engine.resolve_device(options.device, options.precision or "float32")
-    data = harness.load_dataset(options.dataset, options.data_dir)
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
         harness.engine.check_stack([config], data)
     console.plan(plan, data.pixels)

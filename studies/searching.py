@@ -274,7 +274,7 @@ def confirm(hunt: Hunt, place: Place) -> None:
     plan, best = hunt.plan, hunt.best()
     wanted = {
         f"best, trial {best.number}": (best.number, plan.base.replace(**best.params)),
-        "default": (-1, plan.search.baseline(plan.base, plan.dataset)),
+        "default": (-1, plan.search.baseline(plan.base, plan.source)),
     }
     mine = f"tags.study = '{plan.name}' and status = 'FINISHED'"
     runs = harness.tracking.read_runs(place.store, plan.experiment, mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from harness.vae import SingleVAE
     from studies.options import Plan, Point
     from studies.study import Study
+
+LONGEST_PARAM = 6_000
+"""Characters of a parameter that MLflow keeps."""
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
@@ -181,12 +185,14 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     variance = harness.objective.decoder_variance(config, data.pixels)
+    names = json.dumps(data.class_names)
     return {
         **asdict(config),
         "beta": harness.objective.beta(config, data.pixels),
         **({} if math.isnan(variance) else {"decoder_variance": variance}),
         "dataset": data.name,
         "dataset_digest": data.digest,
+        **({"class_names": names} if data.class_names and len(names) < LONGEST_PARAM else {}),
     }
 
 

@@ -19,6 +19,7 @@ import harness
 from harness import places
 from harness.config import RunConfig, UserError
 from studies.options import Point, first_unused
+from studies.sources import Source
 
 if TYPE_CHECKING:
     import optuna
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 else:
     optuna = lazy_loader.load("optuna")
 
-Apply = Callable[[RunConfig, Any, str], RunConfig]
-"""(config, value, dataset) -> config with the value set."""
+Apply = Callable[[RunConfig, Any, Source], RunConfig]
+"""(config, value, source of the data) -> config with the value set."""
 
 
 TABLE = (
@@ -47,7 +48,7 @@ TABLE = (
 
 def set_field(name: str) -> Apply:
     """Return the way in which a field of `RunConfig` is swept: it is set to the value."""
-    return lambda config, value, dataset: config.replace(**{name: value})
+    return lambda config, value, data: config.replace(**{name: value})
 
 
 class Axis:
@@ -56,7 +57,7 @@ class Axis:
     Args:
         name: column of the frames and axis of the figures.
         values: what is tried.
-        apply: (config, value, dataset) -> config; by default `name` is a field that is set.
+        apply: (config, value, source) -> config; by default `name` is a field that is set.
     """
 
     def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
@@ -64,7 +65,7 @@ class Axis:
         self.apply = apply or set_field(name)
 
 
-def no_groups(dataset: str) -> Mapping[str, Mapping[str, Any]]:
+def no_groups(data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the one group of a study that has none, for any dataset."""
     return {"": {}}
 
@@ -81,7 +82,7 @@ class Study:
         figures: file name -> (frame -> figure, caption).
         answer: frame of runs in, sentences out.
         group: column that tells the groups apart, "" without groups.
-        groups: dataset -> {group: changes to base}; the axis is swept in every group.
+        groups: source of the data -> {group: changes to base}; the axis is swept in every group.
         seeds: repetitions where the user names no number.
         objective: metric whose mean over seeds is told to Optuna.
         extras: further metrics of a finished run, e.g. a linear probe.
@@ -96,7 +97,7 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Callable[[str], Mapping[str, Mapping[str, Any]]] = no_groups
+    groups: Callable[[Source], Mapping[str, Mapping[str, Any]]] = no_groups
     seeds: int = 3
     objective: str = "val/neg_elbo"
     extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None

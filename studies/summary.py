@@ -175,7 +175,7 @@ TABLE_CAPTION = (
 def command(plan: Plan) -> str:
     """Return the command line that repeats a plan."""
     first, study = plan.runs[0], plan.study
-    words = [f"python -m studies.{study.name} --dataset {plan.dataset}"]
+    words = [f"python -m studies.{study.name} {plan.source.words}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
     words += flags(first, study.base, plan.settings)
