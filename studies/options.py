@@ -50,6 +50,8 @@ class Common:
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
         fresh: start a new study beside one of the same name.
         dry_run: show the plan and train nothing.
     """
@@ -69,6 +71,7 @@ class Common:
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
+    checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
 
@@ -79,8 +82,17 @@ class Common:
 
     def base(self, config: RunConfig) -> RunConfig:
         """Return a configuration with everything set that the user chose."""
+        check_interval(self.checkpoint_every)
         epochs = EPOCHS[self.dataset] if self.epochs is None else self.epochs
         return config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
+
+
+def check_interval(checkpoint_every: int) -> None:
+    """Raise UserError for an interval between checkpoints that is below 0."""
+    if checkpoint_every < 0:
+        raise UserError(
+            f"checkpoint_every={checkpoint_every}: give a whole number of epochs, 0 for none"
+        )
 
 
 CHOICES = (

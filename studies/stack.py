@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from studies.origin import description, log_origin, made_with
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from harness.checkpoint import Checkpoints
     from harness.vae import SingleVAE
     from studies.options import Plan, Point
     from studies.study import Study
@@ -31,7 +33,17 @@ PICTURES = 10
 
 @dataclass(frozen=True)
 class Place:
-    """Where stacks are trained and recorded; `plan` is None for runs that are no study's points."""
+    """Where stacks are trained and recorded.
+
+    Attributes:
+        plan: None for runs that are no study's points.
+        data: their dataset.
+        device: "cpu" or "cuda".
+        store: where they are tracked.
+        experiment_id: their experiment.
+        on_epoch: called after every epoch.
+        checkpoints: where unfinished runs are kept, if they are.
+    """
 
     plan: Plan | None
     data: Dataset
@@ -39,11 +51,22 @@ class Place:
     store: Store
     experiment_id: str
     on_epoch: Callable[[EpochRecord], None] = field(repr=False)
+    checkpoints: Checkpoints | None = None
 
     @property
     def study(self) -> Study | None:
         """The study whose points the runs are."""
         return None if self.plan is None else self.plan.study
+
+    def forget(self, configs: Sequence[RunConfig]) -> None:
+        """Remove the checkpoints of runs that have ended and been told."""
+        if self.checkpoints is not None:
+            self.checkpoints.remove(configs)
+
+    def close(self) -> None:
+        """Remove what is left of the checkpoints: all runs have ended."""
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
 
 
 class End(NamedTuple):
@@ -107,8 +130,11 @@ def train_stack(
     courses: list[list[float]] = [[] for _ in planned]
     stack = companions.Companions.of(configs)
     with _open_logs(planned, place) as every:
-        for record in harness.train(configs, place.data, place.device):
+        kept = place.checkpoints
+        for record in harness.train(configs, place.data, place.device, checkpoints=kept):
             logs = [every[row] for row in record.rows]
+            if record.epoch == 1:
+                _log_resumption(record, logs)
             for row, origin in enumerate(record.rows):
                 metrics = epoch_metrics(record, row)
                 every[origin].metrics(metrics, record.epoch)
@@ -137,6 +163,12 @@ def _diverged(record: EpochRecord) -> dict[int, End]:
         for row, mse in errors.items()
         if not math.isfinite(mse)
     }
+
+
+def _log_resumption(record: EpochRecord, logs: Sequence[RunLog]) -> None:
+    for log, epoch in zip(logs, record.resumed, strict=True):
+        if epoch:
+            log.tag("resumed_from_epoch", str(epoch))
 
 
 def _log_end(log: RunLog, end: End) -> None:
@@ -191,10 +223,14 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
 
 
 def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
+    """Log pictures, but of no model that has gone on since: those are with its earlier run."""
+    there = [epoch <= record.epoch for epoch in record.resumed]
+    if not any(there):
+        return
     kind = record.model.configs[0].binarization
     val = data.binarized(kind).val.to(record.model.device)
     pictures = harness.pictures.reconstructions(record.model, val, PICTURES)
-    for log, picture in zip(logs, pictures, strict=True):
+    for log, picture in itertools.compress(zip(logs, pictures, strict=True), there):
         log.picture("reconstructions", picture, record.epoch)
 
 
@@ -204,3 +240,9 @@ def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:
     log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)
     log.model(run)
     log.end()
+
+
+def keep(store: Store, study: str, every: int) -> Checkpoints | None:
+    """Return where a study's unfinished runs are kept every so many epochs, None for 0."""
+    folder = store.home / "cache" / "checkpoints" / study
+    return harness.Checkpoints(folder, every) if every else None

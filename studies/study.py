@@ -273,7 +273,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         UserError: the tracking store or the storage cannot be used, or the study exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, train_tracked
+    from studies.stack import Place, keep, train_tracked
 
     store, storage = open_both(options)
     if options.fresh:
@@ -284,12 +284,16 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     device = harness.engine.resolve_device(options.device).type
     at_once = max(1, harness.engine.STACK_WIDTH[device] // plan.seeds)
     with console.progress(plan, len(grid.left())) as on_epoch:
-        place = Place(plan, data, device, store, experiment, on_epoch)
+        kept = keep(store, plan.name, options.checkpoint_every)
+        place = Place(plan, data, device, store, experiment, on_epoch, kept)
         for trials in grid.asked(at_once):
             points = [grid.point(trial) for trial in trials]
             finals = train_tracked(points, [t.number for t in trials], place)
             for trial, results in zip(trials, finals, strict=True):
                 grid.tell(trial, [None if r is None else r[plan.study.objective] for r in results])
+            place.forget([config for point in points for config in plan.configs[point]])
     from studies.summary import summarize  # seaborn, which training does not wait for
 
-    return summarize(plan, data, store, experiment, grid.finished())
+    outcome = summarize(plan, data, store, experiment, grid.finished())
+    place.close()
+    return outcome
