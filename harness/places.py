@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -66,6 +67,20 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return without_password(first)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Say whether an error comes from a disk without room, a quota or a limit of file sizes."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(said in str(cause) for said in ("database or disk is full", "disk I/O error")):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def sqlite_file(url: str) -> Path | None:

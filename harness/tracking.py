@@ -239,6 +239,7 @@ def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split)
     images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.image_shape)
     with torch.no_grad():
         output = model.float()(images).numpy()
+    run.flush()  # leaving the block below finishes the run
     mlflow.set_tracking_uri(store.uri)
     with mlflow.start_run(run_id=run.run_id):
         mlflow.pytorch.log_model(
@@ -262,11 +263,9 @@ def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[di
     runs: list[Run] = []
     token: str | None = ""
     while token is not None:
+        order = ["attributes.start_time ASC"]
         page = store.client.search_runs(
-            [found.experiment_id],
-            filter_string,
-            order_by=["attributes.start_time ASC"],
-            page_token=token or None,
+            [found.experiment_id], filter_string, order_by=order, page_token=token or None
         )
         runs += page
         token = page.token or None

@@ -240,7 +240,9 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
         plan = replace(plan, name=unused_name(storage, plan.name))
     hunt = open_hunt(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.search.question)
-    dead = [trial_label(number) for number in bury_trials(hunt.study)]
+    bury_trials(hunt.study)
+    failed = [t.number for t in hunt.trials("FAIL") if "diverged" not in t.user_attrs]
+    dead = [trial_label(number) for number in failed]
     harness.ledger.bury_runs(store, plan.experiment, plan.name, dead)
     device = harness.engine.resolve_device(options.device).type
     left = hunt.left()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -203,12 +203,18 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
             log_origin(log, made)
         yield logs
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        _end_all(logs, place, error)
+        raise
+
+
+def _end_all(logs: Sequence[RunLog], place: Place, error: BaseException) -> None:
+    """Give every open run its status; what cannot be written now, the next start writes."""
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    status, reason = ("KILLED", str(error)) if interrupted else ("FAILED", repr(error))
+    with suppress(Exception):
         for log in logs:
             log.flush()
-        status = "KILLED" if interrupted else "FAILED"
-        harness.ledger.end_own_runs(place.store, place.experiment_id, status, repr(error))
-        raise
+        harness.ledger.end_own_runs(place.store, place.experiment_id, status, reason)
 
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:

@@ -161,8 +161,9 @@ class Grid:
             self.study.tell(trial, sum(finite) / len(finite))
 
     def bury(self) -> list[int]:
-        """Tell the trials of dead processes as failed: `bury_trials`."""
-        return bury_trials(self.study)
+        """Tell the trials of dead processes as failed, and return all that ever were."""
+        bury_trials(self.study)
+        return [t.number for t in self.trials("FAIL") if "diverged" not in t.user_attrs]
 
 
 def claim(trials: Sequence[optuna.Trial]) -> None:
@@ -171,11 +172,8 @@ def claim(trials: Sequence[optuna.Trial]) -> None:
         trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
 
 
-def bury_trials(study: optuna.Study) -> list[int]:
+def bury_trials(study: optuna.Study) -> None:
     """Tell the trials of dead processes as failed, so that they are repeated.
-
-    Returns:
-        Their numbers.
 
     Raises:
         UserError: another process is running this study.
@@ -190,7 +188,6 @@ def bury_trials(study: optuna.Study) -> list[int]:
             )
     for trial in abandoned:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return [trial.number for trial in abandoned]
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
