@@ -6,9 +6,11 @@ opened by children only: a connection does not survive a fork.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +20,20 @@ from typing import Any
 
 PATIENCE = 180.0
 """Seconds after which a child that does not end is given up."""
+
+
+IMPORTED = (
+    *("studies.stack", "studies.summary", "studies.console", "mlflow.pytorch", "seaborn"),
+    *("torch.export", "torch._dynamo", "sklearn.linear_model", "sklearn.neighbors"),
+    "mlflow.store.tracking.sqlalchemy_store",
+)
+"""What a study imports on its way, so that its children need not."""
+
+
+def import_all() -> None:
+    """Import what children would have to import one after the other."""
+    for module in IMPORTED:
+        importlib.import_module(module)
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,7 @@ def _live(function: Callable[[], Any], folder: Path) -> None:
         out = os.open(folder / "child.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)
         (folder / "child.pickle").write_bytes(pickle.dumps(function()))
         code = 0
     except SystemExit as error:

@@ -10,7 +10,6 @@ wrong.
 
 from __future__ import annotations
 
-import importlib
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """Half of the deaths give no warning."""
 
 
-IMPORTED = (
-    *("studies.stack", "studies.summary", "studies.console", "mlflow.pytorch", "seaborn"),
-    *("torch.export", "torch._dynamo", "sklearn.linear_model", "sklearn.neighbors"),
-    "mlflow.store.tracking.sqlalchemy_store",
-)
-"""What a study imports on its way, so that forked children need not."""
+WITHOUT_FIGURES = replace(kl_weight.STUDY, figures={})
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,8 @@ class Soak:
     Attributes:
         kills: how many.
         seed: of signals and moments.
-        forked: copy a process that has imported everything instead of starting the command: three
-            times the kills a minute, and none of them falls into the imports.
+        forked: copy a process that has imported everything instead of starting the command, and
+            draw no figures: more kills a minute, and none falls into the imports.
         every: --checkpoint-every of every second study.
     """
 
@@ -95,7 +89,7 @@ def start(folder: Path, every: int, *, forked: bool) -> children.Child:
     """Start the study, or go on with it."""
     words = arguments(folder, every)
     if forked:
-        return children.start(lambda: cli.main(kl_weight.STUDY, words), folder)
+        return children.start(lambda: cli.main(WITHOUT_FIGURES, words), folder)
     command = [sys.executable, "-m", "studies.kl_weight", *words]
     with (folder / "child.out").open("wb") as out:
         started = subprocess.Popen(command, stdout=out, stderr=out, process_group=0)
@@ -178,8 +172,8 @@ def run(soak: Soak, folder: Path, say: Callable[[str], None] = print) -> Tally:
 def main() -> None:
     """Run a soak test from the command line."""
     soak = tyro.cli(Soak, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    for module in IMPORTED if soak.forked else ():
-        importlib.import_module(module)
+    if soak.forked:
+        children.import_all()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         tally = run(soak, Path(folder))
