@@ -57,12 +57,13 @@ class Soak:
 
 @dataclass
 class Tally:
-    """What happened."""
+    """What happened; `longest` is how long the last start took that nobody killed, in seconds."""
 
     deaths: Counter[str] = field(default_factory=Counter)
     studies: int = 0
     starts: int = 0
     faults: list[str] = field(default_factory=list)
+    longest: float = 0.0
 
 
 def arguments(folder: Path, every: int) -> list[str]:
@@ -121,19 +122,20 @@ def undisturbed(folder: Path, soak: Soak) -> tuple[float, dict[Any, Any]]:
     return seconds, results
 
 
-def torment(
-    folder: Path, every: int, longest: float, soak: Soak, tally: Tally, dice: random.Random
-) -> None:
+def torment(folder: Path, every: int, soak: Soak, tally: Tally, dice: random.Random) -> None:
     """Kill the study in a folder and start it again until it has ended by itself."""
     while True:
         child = start(folder, every, forked=soak.forked)
         tally.starts += 1
         number = dice.choice(SIGNALS)
-        moment = time.monotonic() + dice.uniform(0, longest)
+        began = time.monotonic()
+        moment = began + dice.uniform(0, tally.longest)
         enough = tally.deaths.total() >= soak.kills
         while not child.ended() and (enough or time.monotonic() < moment):
             time.sleep(0.005)
-        if not child.ended():
+        if child.ended():
+            tally.longest = time.monotonic() - began
+        else:
             tally.deaths[number.name] += 1
             child.send(number, group=dice.random() < 0.5)
         ended = child.wait()
@@ -152,12 +154,12 @@ def run(soak: Soak, folder: Path, say: Callable[[str], None] = print) -> Tally:
     tally, dice = Tally(), random.Random(soak.seed)
     alone = folder / "alone"
     alone.mkdir()
-    longest, wanted = undisturbed(alone, soak)
-    say(f"A study that nobody kills takes {longest:.1f} s.")
+    tally.longest, wanted = undisturbed(alone, soak)
+    say(f"A study that nobody kills takes {tally.longest:.1f} s.")
     while tally.deaths.total() < soak.kills and not tally.faults[10:]:
         own = folder / f"study-{tally.studies}"
         own.mkdir()
-        torment(own, soak.every * (tally.studies % 2), longest, soak, tally, dice)
+        torment(own, soak.every * (tally.studies % 2), soak, tally, dice)
         faults, results = audited(own)
         tally.faults += [f"study {tally.studies}: {fault}" for fault in faults]
         if results != wanted:
