@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch import Tensor
 from harness import provenance
 from harness.config import RunConfig, UserError
 from harness.data import Dataset
+from harness.places import put
 
 MADE_WITH = ("code", "versions", "device", "dataset")
 """Parts of a run's provenance that must be the same for its epochs to be those of one run."""
@@ -104,7 +103,7 @@ class Checkpoints:
         text = json.dumps(said)
         header = {NAME: text, "digest": _digest(text, state)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.file(config), save(state, header))
+        put(self.file(config), save(state, header))
 
     def load(self, config: RunConfig, made_with: Mapping[str, Any]) -> Saved | None:
         """Read a run's file; None, and a line in the log, for one that cannot be gone on from."""
@@ -166,22 +165,3 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
-
-def _write(file: Path, content: bytes) -> None:
-    """Replace a file by another in one step that outlives a loss of power."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        new.replace(file)
-    except OSError:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -185,13 +185,21 @@ def memory_folder() -> str | None:
 
 
 def put(file: Path, content: bytes) -> None:
-    """Write a file that others find whole or not at all, even after a kill."""
-    new = file.with_name(f".{file.name}.new")
-    with new.open("wb") as open_file:
-        open_file.write(content)
-        open_file.flush()
-        os.fsync(open_file.fileno())
-    new.replace(file)
+    """Write a file that others find whole or not at all, even after a kill.
+
+    Raises:
+        OSError: it cannot be written; an older one stays as it is.
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as open_file:
+            open_file.write(content)
+            open_file.flush()
+            os.fsync(open_file.fileno())
+        new.replace(file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def use_write_ahead_log(database: Path) -> None:

@@ -59,6 +59,7 @@ TRAINING_VIEW = "custom_model_development"
 
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
+logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command goes on from here."
-FULL = (
-    "the disk is full; nothing finished is lost: make room, and the same command goes on from here"
-)
+FULL = "the disk is full ({}). Make room; finished runs are kept, and the same command goes on."
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:

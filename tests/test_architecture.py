@@ -32,7 +32,7 @@ HARNESS = {
     "step": {"config", "gradient", "optimizer", "vae"},
     "evaluate": {"config", "cores", "data", "elbo", "linear", "objective", "streams", "vae"},
     "part": {"config", "data", "evaluate", "objective", "oracle", "step", "streams", "vae"},
-    "checkpoint": {"config", "data", "provenance"},
+    "checkpoint": {"config", "data", "places", "provenance"},
     "courses": {"checkpoint", "config", "data", "part"},
     "likelihood": {"data", "evaluate", "objective", "streams", "vae"},
     "pictures": {"config", "data", "objective", "streams", "vae"},

@@ -238,7 +238,6 @@ def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
         file.write(bytes(max(0, free - room * 1024)))
     ended = in_child(place.notes, place.start)
     assert ended.code == 2
-    print(ended.said)
     (line,) = [line for line in ended.said.splitlines() if "%" not in line and "left" not in line]
     assert line.startswith("error: the disk is full (")
     assert in_child(place.notes, place.check).code == 0  # there is no room, but it can be read
