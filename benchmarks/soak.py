@@ -26,15 +26,13 @@ from typing import Any
 import torch
 import tyro
 
+import harness
 from benchmarks import audit, children, machine
 from studies import cli, kl_weight
 from studies.options import make_plan
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """Half of the deaths give no warning."""
-
-
-WITHOUT_FIGURES = replace(kl_weight.STUDY, figures={})
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Soak:
         kills: how many.
         seed: of signals and moments.
         forked: copy a process that has imported everything instead of starting the command, and
-            draw no figures: more kills a minute, and none falls into the imports.
+            take few images and draw no figures: more kills a minute, none of them in the imports.
         every: --checkpoint-every of every second study.
     """
 
@@ -90,12 +88,20 @@ def start(folder: Path, every: int, *, forked: bool) -> children.Child:
     """Start the study, or go on with it."""
     words = arguments(folder, every)
     if forked:
-        return children.start(lambda: cli.main(WITHOUT_FIGURES, words), folder)
+        return children.start(lambda: small_main(words), folder)
     command = [sys.executable, "-m", "studies.kl_weight", *words]
     with (folder / "child.out").open("wb") as out:
         started = subprocess.Popen(command, stdout=out, stderr=out, process_group=0)
     started.returncode = 0  # it is waited for here, not by Popen
     return children.Child(started.pid, folder)
+
+
+def small_main(words: list[str]) -> None:
+    """Run the study's command in this process, on few images and without its figures."""
+    data = harness.load_dataset("digits")
+    cut = {"train": data.train.head(96), "val": data.val.head(40), "test": data.test.head(50)}
+    harness.load_dataset = lambda name, root: replace(data, **cut)
+    cli.main(replace(kl_weight.STUDY, figures={}), words)
 
 
 def audited(folder: Path) -> tuple[list[str], dict[Any, Any]]:
