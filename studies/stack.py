@@ -16,7 +16,14 @@ from harness.data import Dataset
 from harness.engine import EpochRecord
 from harness.tracking import RunLog, Store
 from studies import companions, stopping
-from studies.measures import Metrics, course_value, epoch_metrics, final_metrics, finals
+from studies.measures import (
+    Metrics,
+    course_value,
+    divergence,
+    epoch_metrics,
+    final_metrics,
+    finals,
+)
 from studies.origin import description, log_origin, made_with
 
 if TYPE_CHECKING:
@@ -157,12 +164,9 @@ def train_stack(
 
 
 def _diverged(record: EpochRecord) -> dict[int, End]:
-    errors = {row: float(mse) for row, mse in enumerate(record.train["mse"])}
-    return {
-        row: End("FAILED", f"diverged in epoch {record.epoch}: training mse is {mse}")
-        for row, mse in errors.items()
-        if not math.isfinite(mse)
-    }
+    found = {row: divergence(record, row) for row in range(len(record.rows))}
+    said = f"diverged in epoch {record.epoch}"
+    return {row: End("FAILED", f"{said}: {why}") for row, why in found.items() if why}
 
 
 def _log_resumption(record: EpochRecord, logs: Sequence[RunLog]) -> None:
