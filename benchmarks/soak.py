@@ -75,7 +75,7 @@ def arguments(folder: Path, every: int) -> list[str]:
         "--epochs",
         "4",
         "--batch-size",
-        "128",
+        "32",
         "--latent-size",
         "2",
     ]
