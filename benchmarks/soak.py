@@ -66,19 +66,8 @@ class Tally:
 
 def arguments(folder: Path, every: int) -> list[str]:
     """Return the command line of the tiny study in a folder."""
-    words = [
-        "--values",
-        "0.02",
-        "1",
-        "--seeds",
-        "2",
-        "--epochs",
-        "4",
-        "--batch-size",
-        "32",
-        "--latent-size",
-        "2",
-    ]
+    words = ["--values", "0.02", "1", "--seeds", "2", "--epochs", "4"]
+    words += ["--batch-size", "32", "--latent-size", "2"]
     words += ["--checkpoint-every", str(every)]
     words += ["--storage", f"sqlite:///{folder}/optuna.db"]
     return [*words, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
