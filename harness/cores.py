@@ -7,6 +7,7 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import multiprocessing
 import os
@@ -23,6 +24,10 @@ from torch import Tensor
 
 PATIENCE = 1.0
 """Seconds after which a waiting worker looks whether its parent is still there."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
 
 
 def shared_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -88,7 +93,7 @@ class Crew:
         """End the workers."""
         for worker, connection in self._workers:
             connection.close()
-            worker.terminate()
+            worker.kill()
         for worker, _ in self._workers:
             worker.join()
         self._workers = []
@@ -122,10 +127,11 @@ def _received(connection: Connection) -> Any:  # noqa: ANN401 - the function's r
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Work until the parent is gone; its Ctrl-C is the parent's to heed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Work until the parent is gone; Ctrl-C, and SIGTERM sent to a whole job, are its to heed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
+    _die_with_parent()
     _settle()
     while os.getppid() == parent:
         if not connection.poll(PATIENCE):
@@ -140,6 +146,11 @@ def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
         except Exception as error:
             answer = None, error
         connection.send(answer)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent dies, be it in the middle of an epoch."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _settle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -69,6 +70,20 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return without_password(first)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Say whether an error comes from a disk without room, a quota or a limit of file sizes."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(said in str(cause) for said in ("database or disk is full", "disk I/O error")):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -212,13 +227,21 @@ def memory_folder() -> str | None:
 
 
 def put(file: Path, content: bytes) -> None:
-    """Write a file that others find whole or not at all, even after a kill."""
-    new = file.with_name(f".{file.name}.new")
-    with new.open("wb") as open_file:
-        open_file.write(content)
-        open_file.flush()
-        os.fsync(open_file.fileno())
-    new.replace(file)
+    """Write a file that others find whole or not at all, even after a kill.
+
+    Raises:
+        OSError: it cannot be written; an older one stays as it is.
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as open_file:
+            open_file.write(content)
+            open_file.flush()
+            os.fsync(open_file.fileno())
+        new.replace(file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def use_write_ahead_log(database: Path) -> None:

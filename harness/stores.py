@@ -42,6 +42,7 @@ from harness.sending import PATIENT, Direct, ServerSender, may_pass, refused, sh
 
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
+logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
 @dataclass(frozen=True)

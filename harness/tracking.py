@@ -133,11 +133,9 @@ def _search(store: Store, experiment: str, filter_string: str) -> list[Run]:
     runs: list[Run] = []
     token: str | None = ""
     while token is not None:
+        order = ["attributes.start_time ASC"]
         page = store.client.search_runs(
-            [found.experiment_id],
-            filter_string,
-            order_by=["attributes.start_time ASC"],
-            page_token=token or None,
+            [found.experiment_id], filter_string, order_by=order, page_token=token or None
         )
         runs += page
         token = page.token or None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from harness import places
 from harness.config import UserError
 from studies import stopping
 from studies.options import Options, make_plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command goes on from here."
+FULL = "the disk is full ({}). Make room; finished runs are kept, and the same command goes on."
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -33,10 +35,10 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
-    """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code.
+    """Turn a user's error, a full disk, Ctrl-C or SIGTERM into one line and an exit code.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        stopped: what to say after Ctrl-C or SIGTERM.
     """
     stopping.install()
     try:
@@ -46,7 +48,12 @@ def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stopping.exit_code())
+    except Exception as error:
+        if not places.is_full_disk(error):
+            raise
+        print(f"error: {FULL.format(places.reason(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(name: str, question: str, kind: type, args: Sequence[str] | None = None) -> Options[Any]:

@@ -55,6 +55,8 @@ class Common:
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
         fresh: start a new study beside one of the same name.
         dry_run: show the plan and train nothing.
     """
@@ -77,6 +79,7 @@ class Common:
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
+    checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
 
@@ -91,11 +94,20 @@ class Common:
         Raises:
             UserError: a setting cannot be used.
         """
+        check_interval(self.checkpoint_every)
         epochs = data.epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
         if self.channels is not None and found.model != "conv":
             raise UserError(f"--channels with model={found.model!r}: only conv has them")
         return found
+
+
+def check_interval(checkpoint_every: int) -> None:
+    """Raise UserError for an interval between checkpoints that is below 0."""
+    if checkpoint_every < 0:
+        raise UserError(
+            f"checkpoint_every={checkpoint_every}: give a whole number of epochs, 0 for none"
+        )
 
 
 CHOICES = (

@@ -233,21 +233,24 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, train_stack
+    from studies.stack import Place, keep, train_stack
 
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))
     hunt = open_hunt(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.search.question)
-    dead = [trial_label(number) for number in bury_trials(hunt.study)]
+    bury_trials(hunt.study)
+    failed = [t.number for t in hunt.trials("FAIL") if "diverged" not in t.user_attrs]
+    dead = [trial_label(number) for number in failed]
     harness.ledger.bury_runs(store, plan.experiment, plan.name, dead)
     device = harness.engine.resolve_device(options.device).type
     left = hunt.left()
     if left < plan.trials:
         console.out.print(f"{plan.trials - left} trials are finished; {left} are left.")
     with console.bar(left * plan.seeds, plan.base.epochs) as on_epoch:
-        place = Place(None, data, device, store, experiment, on_epoch)
+        kept = keep(store, plan.name, options.checkpoint_every)
+        place = Place(None, data, device, store, experiment, on_epoch, kept)
         for trials in hunt.asked(plan.at_once(harness.engine.STACK_WIDTH[device])):
             judge = Judge(plan, trials)
             planned = [
@@ -256,7 +259,9 @@ def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Consol
                 for config in plan.configs(trial.params)
             ]
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
+            place.forget([config for config, *_ in planned])
     confirm(hunt, replace(place, on_epoch=lambda record: None))
+    place.close()
     from studies.search_summary import summarize  # seaborn, which training does not wait for
 
     return summarize(hunt, data, store, experiment)
@@ -288,3 +293,4 @@ def confirm(hunt: Hunt, place: Place) -> None:
     ]
     if planned:
         train_stack(planned, place)
+        place.forget([config for config, *_ in planned])

@@ -162,8 +162,9 @@ class Grid:
             self.study.tell(trial, sum(finite) / len(finite))
 
     def bury(self) -> list[int]:
-        """Tell the trials of dead processes as failed: `bury_trials`."""
-        return bury_trials(self.study)
+        """Tell the trials of dead processes as failed, and return all that ever were."""
+        bury_trials(self.study)
+        return [t.number for t in self.trials("FAIL") if "diverged" not in t.user_attrs]
 
 
 def claim(trials: Sequence[optuna.Trial]) -> None:
@@ -172,11 +173,8 @@ def claim(trials: Sequence[optuna.Trial]) -> None:
         trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
 
 
-def bury_trials(study: optuna.Study) -> list[int]:
+def bury_trials(study: optuna.Study) -> None:
     """Tell the trials of dead processes as failed, so that they are repeated.
-
-    Returns:
-        Their numbers.
 
     Raises:
         UserError: another process is running this study.
@@ -191,7 +189,6 @@ def bury_trials(study: optuna.Study) -> list[int]:
             )
     for trial in abandoned:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return [trial.number for trial in abandoned]
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
@@ -274,7 +271,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         UserError: the tracking store or the storage cannot be used, or the study exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, train_tracked
+    from studies.stack import Place, keep, train_tracked
 
     store, storage = open_both(options)
     if options.fresh:
@@ -285,12 +282,16 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     device = harness.engine.resolve_device(options.device).type
     at_once = max(1, harness.engine.STACK_WIDTH[device] // plan.seeds)
     with console.progress(plan, len(grid.left())) as on_epoch:
-        place = Place(plan, data, device, store, experiment, on_epoch)
+        kept = keep(store, plan.name, options.checkpoint_every)
+        place = Place(plan, data, device, store, experiment, on_epoch, kept)
         for trials in grid.asked(at_once):
             points = [grid.point(trial) for trial in trials]
             finals = train_tracked(points, [t.number for t in trials], place)
             for trial, results in zip(trials, finals, strict=True):
                 grid.tell(trial, [None if r is None else r[plan.study.objective] for r in results])
+            place.forget([config for point in points for config in plan.configs[point]])
     from studies.summary import summarize  # seaborn, which training does not wait for
 
-    return summarize(plan, data, store, experiment, grid.finished())
+    outcome = summarize(plan, data, store, experiment, grid.finished())
+    place.close()
+    return outcome
