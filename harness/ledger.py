@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from harness.config import UserError
 from harness.places import alive, own_process
@@ -20,18 +21,42 @@ def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> 
         store.client.set_terminated(run.info.run_id, status)
 
 
-def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[object]) -> None:
-    """Close what dead processes left: every run of the trials, and the study's open summary.
-
-    Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.
-    """
+def bury_runs(
+    store: Store,
+    experiment: str,
+    study: str,
+    trials: Iterable[object],
+    reason: str = "its process is gone",
+) -> None:
+    """Close every run of trials that are repeated, as KILLED even where it was finished."""
     dead = {str(number) for number in trials}
     for run in read_runs(store, experiment, f"tags.study = '{study}'"):
-        tags, status = run["tags"], run["status"]
-        left_open = tags["role"] == "summary" and status == "RUNNING"
-        if left_open or (tags.get("trial") in dead and status != "KILLED"):
-            store.client.set_tag(run["run_id"], "reason", "its process is gone")
-            store.client.set_terminated(run["run_id"], "KILLED")
+        if run["tags"].get("trial") in dead and run["status"] != "KILLED":
+            _bury(store, run["run_id"], reason)
+
+
+def bury_summaries(store: Store, experiment: str, study: str, *, own: bool) -> list[dict[str, Any]]:
+    """Close the summaries that a dead process has left open, and this one's own if they are void.
+
+    Returns:
+        The finished ones that are left, oldest first.
+    """
+    mine = own_process().items()
+    finished = []
+    for run in read_runs(store, experiment, f"tags.study = '{study}' and tags.role = 'summary'"):
+        if run["status"] == "RUNNING":
+            _bury(store, run["run_id"], "its process is gone")
+        elif run["status"] == "FINISHED":
+            if own and mine <= run["tags"].items():
+                _bury(store, run["run_id"], "its process was silent too long while it wrote it")
+            else:
+                finished.append(run)
+    return finished
+
+
+def _bury(store: Store, run_id: str, reason: str) -> None:
+    store.client.set_tag(run_id, "reason", reason)
+    store.client.set_terminated(run_id, "KILLED")
 
 
 def bury_open_runs(store: Store, experiment: str, study: str) -> None:
@@ -50,5 +75,4 @@ def bury_open_runs(store: Store, experiment: str, study: str) -> None:
                 "wait for it, stop it, or start another with --study-name"
             )
     for run in left_open:
-        store.client.set_tag(run["run_id"], "reason", "its process is gone")
-        store.client.set_terminated(run["run_id"], "KILLED")
+        _bury(store, run["run_id"], "its process is gone")

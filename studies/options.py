@@ -47,6 +47,8 @@ class Common:
         binarization: how bernoulli's pixels are made 0 or 1 (none).
         precision: tf32 trains faster on a GPU, less exactly (float32).
         device: auto takes a GPU where there is one.
+        workers: processes on this machine that share the study and its cores. Any number of
+            machines share one, too, that start the same command with a --storage of PostgreSQL.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
@@ -66,11 +68,21 @@ class Common:
     binarization: Binarization | None = None
     precision: Precision | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
     fresh: bool = False
     dry_run: bool = False
+
+    def check_workers(self) -> None:
+        """Refuse a number of workers that is none.
+
+        Raises:
+            UserError: it is below 1.
+        """
+        if self.workers < 1:
+            raise UserError(f"workers={self.workers}: give a whole number >= 1")
 
     def chosen(self) -> dict[str, Any]:
         """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
@@ -212,6 +224,7 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UserError(f"seeds={seeds}: give a whole number >= 1")
+    options.check_workers()
     values = options.values or study.axis.values
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")

@@ -196,6 +196,7 @@ def make_search_plan(search: Search, options: SearchOptions) -> SearchPlan:
     for name in ("trials", "seeds"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: give a whole number >= 1")
+    options.check_workers()
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
             f"pruner={options.pruner!r}: two objectives have no order to prune by; leave it out "

@@ -52,7 +52,10 @@ HARNESS = {
 
 ONLY_IN = {
     "mlflow": {"harness/tracking.py"},
-    "optuna": {"studies/study.py", "studies/searching.py"},
+    "optuna": {
+        *("studies/storage.py", "studies/desk.py", "studies/grid.py"),
+        *("studies/hunt.py", "studies/searching.py"),
+    },
 }
 """Libraries that exactly these modules may import."""
 
