@@ -257,11 +257,13 @@ class Desk:
             self.fail(trial)
         self.held.clear()
 
+    def _open(self) -> list[int]:
+        return [trial.number for trial in self.trials("RUNNING", "WAITING")]
+
     def wait(self) -> None:
         """Wait as long as others run trials, none of them dies or ends, and nothing is waiting."""
-        before, pause = self.trials("RUNNING", "WAITING"), 0.5
-        numbers = [trial.number for trial in before]
-        while [trial.number for trial in self.trials("RUNNING", "WAITING")] == numbers:
+        before, pause = self._open(), 0.5
+        while before and self._open() == before:
             if patiently(self._of_the_dead, self.storage.url):
                 return
             stopping.check()

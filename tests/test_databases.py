@@ -64,7 +64,8 @@ def test_a_lock_is_one_processs_until_it_leaves_or_dies(url, holder):
 
 def test_postgres_takes_its_lock_from_a_process_that_is_stopped(postgres, monkeypatch):
     monkeypatch.setattr(databases, "SILENCE", 1)
-    monkeypatch.setattr(databases, "pulse", lambda beat, seconds: pulse(beat, 1000))  # as if stopped
+    # As of a process that is stopped.
+    monkeypatch.setattr(databases, "pulse", lambda beat, seconds: pulse(beat, 1000))
     url = postgres.create("silent")
     with pytest.raises(sqlalchemy.exc.DBAPIError) as left, exclusive(url, "a"):
         assert waits_for(url, "a").wait(30)

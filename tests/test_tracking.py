@@ -105,7 +105,12 @@ def test_burying_closes_the_runs_of_dead_trials_only(store, log):
     log.end()
     ledger.bury_runs(store, "s-digits", "s", [0])
     status = {r["name"]: r["status"] for r in tracking.read_runs(store, "s-digits")}
-    assert status == {"a run": "KILLED", "kept": "RUNNING", "summary": "RUNNING", "other": "RUNNING"}
+    assert status == {
+        "a run": "KILLED",
+        "kept": "RUNNING",
+        "summary": "RUNNING",
+        "other": "RUNNING",
+    }
     assert others.keys() < status.keys()
 
 
