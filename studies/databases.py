@@ -11,13 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
 from harness.config import UserError
 from harness.places import sqlite_file, unusable, without_password
 from studies import stopping
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 Result = TypeVar("Result")
 
@@ -102,13 +106,20 @@ def exclusive(url: str, name: str) -> AbstractContextManager[object]:
     return _advisory(url, int.from_bytes(digest[:8], signed=True))
 
 
+@cache
+def _lock_engine(url: str) -> Engine:
+    """Return what connects for a lock alone; no connection is kept that has none."""
+    from sqlalchemy import NullPool, create_engine
+
+    return create_engine(url, poolclass=NullPool, **engine_options(url))
+
+
 @contextmanager
 def _advisory(url: str, key: int) -> Iterator[None]:
     """Hold a lock of a transaction, which works through a pool of connections too (pgbouncer)."""
-    from sqlalchemy import NullPool, create_engine, text
+    from sqlalchemy import text
 
-    engine = create_engine(url, poolclass=NullPool, **engine_options(url))
-    with engine.connect() as connection, connection.begin():
+    with _lock_engine(url).connect() as connection, connection.begin():
         wanted = f"set local idle_in_transaction_session_timeout = '{SILENCE}s'"
         connection.execute(text(wanted))
         connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": key})

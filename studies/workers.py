@@ -49,16 +49,21 @@ def train(options: Common, page: str, study: str, advance: Callable[[int, str], 
     """
     options = replace(options, study_name=study, fresh=False)
     said: queue.Queue[tuple[int, str]] = queue.Queue()
-    team = [_start(number, options, page, said) for number in range(1, options.workers + 1)]
+    numbers = range(1, options.workers + 1)
+    team = [_start(number, options, page) for number in numbers]
+    ears = [
+        threading.Thread(target=_hear, args=(number, worker, said), daemon=True)
+        for number, worker in zip(numbers, team, strict=True)
+    ]
+    for ear in ears:
+        ear.start()
     try:
-        while any(worker.poll() is None for worker in team):
+        while any(ear.is_alive() for ear in ears) or not said.empty():
             _listen(said, advance)
             stopping.check()
     except BaseException:
         _stop(team)
         raise
-    while not said.empty():
-        _listen(said, advance)
     if 2 in [worker.returncode for worker in team]:
         raise UserError("a worker refused its work (above); repair that and repeat the command")
 
@@ -71,7 +76,7 @@ def check_done(left: int, study: str) -> None:
     """
     if left:
         raise UserError(
-            f"study {study!r} has {left} trials left, for no worker lives that could run them; the "
+            f"study {study!r} is not finished (trials left: {left}): no worker is left alive; the "
             "same command goes on from here"
         )
 
@@ -94,12 +99,10 @@ def cores(number: int, workers: int, available: int) -> int:
     return max(1, available // workers + (number <= available % workers))
 
 
-def _start(
-    number: int, options: Common, page: str, said: queue.Queue[tuple[int, str]]
-) -> subprocess.Popen[str]:
+def _start(number: int, options: Common, page: str) -> subprocess.Popen[str]:
     workers = options.workers
     threads = cores(number, workers, harness.cores.available())
-    worker = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, *_module(page), *arguments(options)],
         env={**os.environ, NUMBER: f"{number}/{workers}", "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
@@ -109,16 +112,14 @@ def _start(
         start_new_session=True,  # Ctrl-C is the parent's to pass on
     )
 
-    def hear() -> None:
-        assert worker.stdout is not None
-        with worker.stdout:
-            for line in worker.stdout:
-                said.put((number, line.rstrip("\n")))
-        if code := worker.wait():
-            said.put((number, f"ended with code {code}"))
 
-    threading.Thread(target=hear, daemon=True).start()
-    return worker
+def _hear(number: int, worker: subprocess.Popen[str], said: queue.Queue[tuple[int, str]]) -> None:
+    assert worker.stdout is not None
+    with worker.stdout:
+        for line in worker.stdout:
+            said.put((number, line.rstrip("\n")))
+    if code := worker.wait():
+        said.put((number, f"ended with code {code}"))
 
 
 def _module(page: str) -> list[str]:

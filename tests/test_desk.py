@@ -20,7 +20,7 @@ from studies.options import Options, Point, make_plan
 from studies.search_options import SearchOptions, make_search_plan
 from studies.storage import open_storage
 
-VALUES = tuple(i / 10 for i in range(1, 12))
+VALUES = tuple(i / 10 for i in range(1, 7))
 PLAN = make_plan(kl_weight.STUDY, Options(values=VALUES, seeds=1))
 
 
@@ -101,7 +101,7 @@ def test_processes_take_trials_without_overlap_and_together_all(url):
 
 def test_a_process_takes_no_more_than_its_share(url):
     first, second = joined(url, 1), joined(url, 2)
-    assert [len(next(g.asked(at_once=9))) for g in (first, second)] == [3, 2]  # of 11, then of 8
+    assert [len(next(g.asked(at_once=9))) for g in (first, second)] == [2, 1]  # of 6, then of 4
     assert first.desk.share(left=100, at_once=9) == 9
 
 
