@@ -26,13 +26,13 @@ from tests.test_workers import NAME, assert_exact, results
 pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
-VALUES = [str(0.01 * 2**i) for i in range(10)]
-STUDY = ["--values", *VALUES, "--seeds", "4", "--epochs", "4"]
-WORKERS, KILLS = 4, 4
+VALUES = [str(0.01 * 2**i) for i in range(6)]
+STUDY = ["--values", *VALUES, "--seeds", "5", "--epochs", "3"]
+WORKERS, KILLS = 4, 3
 ENVIRONMENT = {**os.environ, worker.BEAT: "1", "OMP_NUM_THREADS": "2"}
 """A second between heartbeats; two threads, so that workers fork while heartbeats go on."""
 
-PATIENCE = 900
+PATIENCE = 1800
 """Seconds within which everything happens, or the test fails."""
 
 
