@@ -38,6 +38,11 @@ def shared_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype)
     return torch.frombuffer(memory, dtype=dtype)[: prod(shape)].view(*shape)
 
 
+def available() -> int:
+    """Return how many cores this process may keep busy: PyTorch's threads (OMP_NUM_THREADS)."""
+    return torch.get_num_threads()
+
+
 class Crew:
     """Workers that apply one function to items, at once on as many cores as PyTorch has threads.
 
@@ -54,7 +59,7 @@ class Crew:
 
     def __init__(self, function: Callable[[Any], Any], workers: int, device: torch.device) -> None:
         self._function, self._on_cpu = function, device.type == "cpu"
-        workers = min(workers, torch.get_num_threads())
+        workers = min(workers, available())
         forks = self._on_cpu and workers > 1 and sys.platform == "linux"
         self._workers = [self._hire() for _ in range(workers)] if forks else []
 

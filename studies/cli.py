@@ -100,7 +100,7 @@ def _one_line(box: str) -> str:
 
 
 def execute(study: Study, options: Options[Any]) -> Outcome | None:
-    """Run a study and show it; None for a dry run, which trains nothing.
+    """Run a study and show it; None for a dry run, or where another process shows it.
 
     Raises:
         UserError: an option, the data or a store cannot be used.
@@ -123,5 +123,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
         return None
     harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)
+    if outcome is None:
+        return None
     console.outcome(plan, outcome, options.tracking_uri)
     return outcome

@@ -52,6 +52,8 @@ class Common:
         binarization: how bernoulli's pixels are made 0 or 1 (none).
         precision: tf32 trains faster on a GPU, less exactly (float32).
         device: auto takes a GPU where there is one.
+        workers: processes on this machine that share the study and its cores. Any number of
+            machines share one, too, that start the same command with a --storage of PostgreSQL.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
@@ -76,6 +78,7 @@ class Common:
     binarization: Binarization | None = None
     precision: Precision | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
@@ -94,7 +97,8 @@ class Common:
         Raises:
             UserError: a setting cannot be used.
         """
-        check_interval(self.checkpoint_every)
+        check_least("checkpoint_every", self.checkpoint_every, 0)
+        check_least("workers", self.workers, 1)
         epochs = data.epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
         if self.channels is not None and found.model != "conv":
@@ -102,12 +106,10 @@ class Common:
         return found
 
 
-def check_interval(checkpoint_every: int) -> None:
-    """Raise UserError for an interval between checkpoints that is below 0."""
-    if checkpoint_every < 0:
-        raise UserError(
-            f"checkpoint_every={checkpoint_every}: give a whole number of epochs, 0 for none"
-        )
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise UserError for an option that is too low."""
+    if value < least:
+        raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 CHOICES = (

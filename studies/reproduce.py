@@ -21,7 +21,7 @@ from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
 from studies.cli import clear_errors, read
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
-from studies.options import check_interval
+from studies.options import check_least
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,
@@ -190,7 +190,7 @@ def execute(options: ReproduceOptions) -> list[Row]:
     """
     page = reproduction(FULL if options.full else SHORT)
     checked_name(options.study_name or NAME)
-    check_interval(options.checkpoint_every)
+    check_least("checkpoint_every", options.checkpoint_every, 0)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness

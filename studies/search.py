@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def execute(options: SearchOptions) -> Outcome | None:
-    """Run the search and show it; None for a dry run, which trains nothing.
+    """Run the search and show it; None for a dry run, or where another process shows it.
 
     Raises:
         UserError: an option, the data or a store cannot be used.
@@ -107,6 +107,8 @@ def execute(options: SearchOptions) -> Outcome | None:
     if options.dry_run:
         return None
     outcome = run(plan, data, options, console)
+    if outcome is None:
+        return None
     console.outcome(plan, outcome, options.tracking_uri)
     return outcome
 

@@ -67,7 +67,10 @@ HARNESS = {
 
 ONLY_IN = {
     "mlflow": {"harness/tracking.py", "harness/stores.py", "harness/sending.py"},
-    "optuna": {"studies/study.py", "studies/searching.py"},
+    "optuna": {
+        *("studies/storage.py", "studies/desk.py", "studies/grid.py"),
+        *("studies/hunt.py", "studies/searching.py"),
+    },
 }
 """Libraries that exactly these modules may import."""
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
-from studies import cli, kl_weight
+from studies import cli, kl_weight, worker
+from studies.grid import open_grid
 from studies.options import Options, Point, make_plan
 from studies.stack import Place, train_tracked
-from studies.study import open_grid, open_storage, unused_name
+from studies.storage import open_storage, unused_name
 
 NAME = "kl_weight-digits"
 
@@ -185,10 +186,12 @@ def wait_for_runs(database: Path, count: int) -> None:
 
 def test_a_study_that_another_process_runs_is_refused(tmp_path):
     plan = make_plan(kl_weight.STUDY, Options())
-    grid = open_grid(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
-    next(grid.asked(at_once=2))
-    with pytest.raises(UserError, match=f"run by process {os.getpid()}"):
-        grid.bury()
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    other = open_grid(plan, storage)
+    other.desk.me = worker.name(os.getppid())
+    next(other.asked(at_once=2))
+    with pytest.raises(UserError, match=f"run by process {os.getppid()}"):
+        open_grid(plan, storage).bury()
 
 
 def test_a_diverged_seed_fails_its_value_for_good(tmp_path):
