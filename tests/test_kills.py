@@ -120,9 +120,9 @@ def finish(place: Place, alone: Alone) -> None:
     pd.testing.assert_frame_equal(ended.value, alone.table, check_exact=True)
 
 
-def killed_at(place: Place, step: int, by: int = signal.SIGKILL) -> bool:
-    """Start the study and kill it at a step; say whether it was so killed."""
-    ended = in_child(place.notes, place.start, step, by)
+def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = "") -> bool:
+    """Start the study and kill it at a step (`in_child`); say whether it was so killed."""
+    ended = in_child(place.notes, place.start, step, by, among)
     if ended.code == ended.signal == 0:
         return False
     assert (ended.signal, ended.code) in {(by, 0), (0, 128 + by)}, ended.said
@@ -173,6 +173,13 @@ def test_a_study_that_is_killed_at_any_step_gets_done(place, alone, empty_databa
         finish(place, alone)
     names = {"create_new_study", "_create_new_trial", "set_trial_state_values", "create_run"}
     assert names | {"log_batch", "log_image", "set_terminated", "write_summary"} <= set(steps)
+
+
+def test_runs_that_ended_before_a_kill_count_once_though_clearing_up_was_killed_too(place, alone):
+    # All runs have ended, no trial is told; then two of four runs are closed.
+    assert killed_at(place, 3, among="set_trial_state_values")
+    assert killed_at(place, 3, among="set_tag")
+    finish(place, alone)
 
 
 @pytest.mark.slow
