@@ -72,18 +72,29 @@ def reason(error: BaseException) -> str:
     return without_password(first)
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Say whether an error comes from a disk without room, a quota or a limit of file sizes."""
-    seen: set[int] = set()
+SHORTAGES = {
+    "disk": ("database or disk is full", "disk I/O error"),
+    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
+}
+"""What lacks -> words of libraries that say so, SQLite's and PyTorch's."""
+
+LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
+"""What lacks by the system's error number."""
+
+
+def shortage(error: BaseException) -> str | None:
+    """Say what an error or one of its causes is a lack of, "disk" or "memory"; None for others."""
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(said in str(cause) for said in ("database or disk is full", "disk I/O error")):
-            return True
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return "memory"
+        if isinstance(cause, OSError) and cause.errno in LACKING:
+            return LACKING[cause.errno]
+        for lacking, said in SHORTAGES.items():
+            if any(words in str(cause) for words in said):
+                return lacking
         cause = cause.__cause__ or cause.__context__
-    return False
+    return None
 
 
 def sqlite_file(url: str) -> Path | None:

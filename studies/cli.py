@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command goes on from here."
-FULL = "the disk is full ({}). Make room; finished runs are kept, and the same command goes on."
+LACKING = {
+    "disk": "the disk is full ({}). Make room; finished runs are kept, the same command goes on.",
+    "memory": "there is too little memory ({}). Free some, and the same command goes on, or give a "
+    "smaller --batch-size under another --study-name.",
+}
+"""What is said where something lacks."""
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -35,7 +40,7 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
-    """Turn a user's error, a full disk, Ctrl-C or SIGTERM into one line and an exit code.
+    """Turn a user's error, a full disk or memory, Ctrl-C or SIGTERM into a line and an exit code.
 
     Args:
         stopped: what to say after Ctrl-C or SIGTERM.
@@ -50,9 +55,10 @@ def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
         print(stopped, file=sys.stderr)
         sys.exit(stopping.exit_code())
     except Exception as error:
-        if not places.is_full_disk(error):
+        lacking = places.shortage(error)
+        if lacking is None:
             raise
-        print(f"error: {FULL.format(places.reason(error))}", file=sys.stderr)
+        print(f"error: {LACKING[lacking].format(places.reason(error))}", file=sys.stderr)
         sys.exit(2)
 
 

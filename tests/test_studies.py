@@ -132,19 +132,17 @@ def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(finished):
         assert trial.value == pytest.approx(means[trial.params["kl_weight"]], rel=1e-12)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_study_is_finished_by_the_same_command(stop, tracking_uri, tmp_path, capsys):
+def test_a_stopped_command_is_finished_by_the_same_command(tracking_uri, tmp_path, capsys):
     # Four values of eight seeds are two stacks: one is told before the stop, one is open.
     arguments = ["--values", "0.01", "0.02", "0.03", "0.04", "--seeds", "8", "--epochs", "6"]
     arguments += ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
     with started_study(arguments) as process:
         wait_for_runs(tmp_path / "mlflow.db", 17)
-        process.send_signal(stop)
+        process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
-    states = {r["status"] for r in runs_of(tracking_uri)}
-    # After SIGKILL nobody is left to say that the open runs were killed.
-    assert states == {"FINISHED", "RUNNING" if stop == signal.SIGKILL else "KILLED"}
-    assert ("the same command goes on from here" in said) == (stop == signal.SIGINT)
+    assert process.returncode == 143
+    assert {r["status"] for r in runs_of(tracking_uri)} == {"FINISHED", "KILLED"}
+    assert "the same command goes on from here" in said
     cli.main(kl_weight.STUDY, arguments)
     assert "2 points are finished; 2 are left" in capsys.readouterr().out
     ended = pd.DataFrame([r["params"] | {"status": r["status"]} for r in runs_of(tracking_uri)])
