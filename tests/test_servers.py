@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 
 import numpy as np
@@ -197,9 +198,12 @@ def test_a_server_that_is_gone_at_the_end_gets_everything_at_the_next_start(
         tracking.read_runs(store, proxy.uri)
     with pytest.raises(UserError, match="does not answer"):
         _ = runs[0].run_id
+    back = time.time() * 1000
     proxy.down = False
     assert tracking.open_experiment(store, proxy.uri, "Why?") == experiment
     check(store, experiment, reference, model, runs=2)
+    for run in store.client.search_runs([experiment]):
+        assert run.info.start_time <= run.info.end_time <= back, "the times are of the writing"
 
 
 def test_what_the_server_refuses_is_one_clear_error(proxy, opened):
