@@ -1,6 +1,7 @@
 """A user's own images: tensors and folders, checked, split, and through every metric."""
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def test_tensors_that_cannot_be_used_are_refused(given, says):
     with pytest.raises(UserError, match=says) as refused:
         Dataset.from_tensors(**{"name": "mine", "images": COLOURS, "labels": LABELS} | given)
     assert "\n" not in str(refused.value)
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"## Your own data.*?```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].model(names["images"][:4]).shape == (4, 3, 12, 16)
+    assert [len(getattr(names["data"], part)) for part in ("train", "val", "test")] == [135, 15, 50]
+    assert names["data"].class_name(1) == "dogs"
 
 
 # --- folders ------------------------------------------------------------------------------------
