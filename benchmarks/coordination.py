@@ -104,7 +104,7 @@ def main() -> None:
             for workers in WORKERS:
                 found = rates(url, asked, workers)
                 middle, low, high = statistics.median(found), min(found), max(found)
-                print(f"| {database} | {workers} | {middle:.0f} | {low:.0f} to {high:.0f} |")
+                print(f"| {database} | {workers} | {middle:.1f} | {low:.1f} to {high:.1f} |")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = [str(0.01 * 2**i) for i in range(6)]
-STUDY = ["--values", *VALUES, "--seeds", "5", "--epochs", "3"]
+STUDY = ["--values", *VALUES, "--seeds", "5", "--epochs", "2"]
 WORKERS, KILLS = 4, 3
 ENVIRONMENT = {**os.environ, worker.BEAT: "3", "OMP_NUM_THREADS": "2"}
 """18 seconds of grace; two threads, so that workers fork while heartbeats go on."""
