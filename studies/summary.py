@@ -19,6 +19,7 @@ from harness.config import UserError
 from harness.data import Dataset
 from harness.places import without_password
 from harness.tracking import RunLog, Store
+from studies.cli import program
 from studies.gallery import write_pictures
 from studies.options import Plan, Point, flags
 
@@ -175,7 +176,7 @@ TABLE_CAPTION = (
 def command(plan: Plan) -> str:
     """Return the command line that repeats a plan."""
     first, study = plan.runs[0], plan.study
-    words = [f"python -m studies.{study.name} --dataset {plan.dataset}"]
+    words = [f"{program(study.name)} --dataset {plan.dataset}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
     words += flags(first, study.base, plan.settings)
