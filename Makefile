@@ -39,9 +39,10 @@ ui: $(READY)
 	@echo 'MLflow: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops it)'
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --workers 1
 
-# Building needs no network; the first time, its tools are installed.
+# Building needs no network; the first time, its tools are installed. Under --quiet mkdocs counts no
+# warnings, so its lines stay.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'Documentation: site/index.html; with its search: $(BIN)/python -m http.server -b 127.0.0.1 -d site'
 
 $(VENV)/.docs: $(READY)

@@ -45,7 +45,8 @@ def test_the_citation_names_this_version_and_licence():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="the extra `docs` is not installed")
 def test_the_documentation_builds_without_a_warning_and_loads_nothing_from_a_network(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    # Not --quiet: it would hide warnings from --strict.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
