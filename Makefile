@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup study test test-all lint bench soak ui clean
+.PHONY: setup study test test-all lint bench soak ui docs clean
 
 setup: $(READY)
 
@@ -42,6 +42,16 @@ ui: $(READY)
 	@echo 'MLflow: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops it)'
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --workers 1
 
+# Building needs no network; the first time, its tools are installed. Under --quiet mkdocs counts no
+# warnings, so its lines stay.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'Documentation: site/index.html; with its search: $(BIN)/python -m http.server -b 127.0.0.1 -d site'
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

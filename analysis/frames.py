@@ -91,7 +91,12 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def half_width(values: pd.Series | np.ndarray) -> float:
-    """Half width of the Student t interval of a mean: t_{n-1} * s / sqrt(n); NaN for n = 1."""
+    """Half width of the Student t interval of a mean: t_{n-1} * s / sqrt(n); NaN for n = 1.
+
+    Examples:
+        >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
+        2.484
+    """
     n = len(values)
     if n < 2:
         return float("nan")
@@ -148,6 +153,12 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     """Compare two sets of runs seed by seed: the metric of the first minus that of the second.
 
     The streams give equal seeds equal batches and noise, which the pairing takes out.
+
+    Examples:
+        >>> first = pd.DataFrame({"seed": [0, 1, 2], "neg_elbo": [10.0, 20.0, 30.0]})
+        >>> second = pd.DataFrame({"seed": [0, 1, 2], "neg_elbo": [8.9, 19.0, 29.1]})
+        >>> print(paired_difference(first, second, "neg_elbo"))
+        1 ± 0.248
     """
     gap = (first.set_index("seed")[metric] - second.set_index("seed")[metric]).dropna()
     return Difference(float(gap.mean()), half_width(gap), len(gap))
@@ -226,7 +237,13 @@ def class_errors(frame: pd.DataFrame) -> pd.Series:
 
 
 def frontier(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that no other beats in both test rate and distortion, by rising rate."""
+    """Return the runs that no other beats in both test rate and distortion, by rising rate.
+
+    Examples:
+        >>> runs = pd.DataFrame({"rate": [1.0, 2.0, 3.0], "distortion": [9.0, 9.5, 4.0]})
+        >>> frontier(runs)["rate"].tolist()
+        [1.0, 3.0]
+    """
     ordered = frame.dropna(subset=["rate"]).sort_values(["rate", "distortion"])
     best_before = ordered["distortion"].cummin().shift(fill_value=np.inf)
     return ordered[ordered["distortion"] < best_before]

@@ -178,7 +178,15 @@ class RunConfig:
         return cls(head="relu", **changes)
 
     def replace(self, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
-        """Return a copy with some fields changed and everything checked again."""
+        """Return a copy with some fields changed and everything checked again.
+
+        Examples:
+            >>> RunConfig(seed=1).replace(kl_weight=0.05)  # doctest: +ELLIPSIS
+            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1)
+            >>> RunConfig().replace(kl_weight=-1)
+            Traceback (most recent call last):
+            harness.config.UserError: kl_weight=-1: give a finite number >= 0
+        """
         return replace(self, **changes)
 
     @property

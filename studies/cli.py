@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -72,7 +74,7 @@ def parse(name: str, question: str, kind: type, args: Sequence[str] | None = Non
 
 
 def read(options: type[Given], name: str, question: str, args: Sequence[str] | None) -> Given:
-    """Read a dataclass of options from the command line of `python -m studies.NAME`.
+    """Read a dataclass of options from the command line of the study NAME.
 
     Raises:
         UserError: an option is unknown or its value cannot be read.
@@ -82,7 +84,7 @@ def read(options: type[Given], name: str, question: str, args: Sequence[str] | N
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 options,
-                prog=f"python -m studies.{name}",
+                prog=program(name),
                 description=question.strip(),
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff,),
@@ -91,6 +93,12 @@ def read(options: type[Given], name: str, question: str, args: Sequence[str] | N
         if error.code != 2:
             raise
         raise UserError(_one_line(said.getvalue())) from None
+
+
+def program(name: str) -> str:
+    """Return how a study is started: as a page of `studies`, or as the user's own file."""
+    page = Path(__file__).with_name(f"{name}.py").exists()
+    return f"python -m studies.{name}" if page else f"python {shlex.quote(sys.argv[0])}"
 
 
 def _one_line(box: str) -> str:

@@ -71,7 +71,7 @@ class Study:
     """A question, and all that is needed to answer it.
 
     Attributes:
-        name: as in `python -m studies.NAME`.
+        name: of its experiments, and of its page if it is one: `python -m studies.NAME`.
         question: the page's docstring.
         base: settings shared by all runs.
         axis: the quantity that is swept.

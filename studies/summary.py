@@ -20,6 +20,7 @@ from harness.data import Dataset
 from harness.places import without_password
 from harness.tracking import RunLog, Store
 from studies import diverged
+from studies.cli import program
 from studies.gallery import write_pictures
 from studies.options import Plan, Point, flags
 
@@ -187,7 +188,7 @@ TABLE_CAPTION = (
 def command(plan: Plan) -> str:
     """Return the command line that repeats a plan."""
     first, study = plan.runs[0], plan.study
-    words = [f"python -m studies.{study.name} {plan.source.words}"]
+    words = [f"{program(study.name)} {plan.source.words}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
     words += flags(first, study.base, plan.settings)

@@ -1,0 +1,89 @@
+"""Pages of the documentation that are made of other files, so that they cannot fall behind them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ELSEWHERE = {
+    "benchmarks.md": "benchmarks/RESULTS.md",
+    "figures/scaling.png": "benchmarks/figures/scaling.png",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "log.md": "LOG.md",
+}
+"""Page -> file of the repository."""
+
+FURTHER = ("analysis.frames", "analysis.plots", "analysis.planes", "studies.study", "studies.cli")
+"""Modules of the reference beside those of `harness/__init__.pyi`."""
+
+STUB = re.compile(r"from (\.\w*) import (\w+) as \w+")
+
+
+def names() -> dict[str, str]:
+    """Return the public names of harness: name -> where it is defined; modules are themselves."""
+    found = STUB.findall((ROOT / "harness" / "__init__.pyi").read_text())
+    return {name: f"harness{'' if place == '.' else place}.{name}" for place, name in found}
+
+
+def modules() -> list[str]:
+    """Return the modules of the reference: those that hold a public name of harness, and others."""
+    places = [place for place in names().values() if place.count(".") == 1]
+    places += [place.rpartition(".")[0] for place in names().values() if place.count(".") > 1]
+    return [*sorted(set(places)), *FURTHER]
+
+
+def overview() -> str:
+    """Write the page of all public names."""
+    single = [f"- [`{n}`][{place}]" for n, place in names().items() if place.count(".") > 1]
+    whole = [f"- [`{module}`]({module}.md)" for module in modules()]
+    return "\n".join(
+        [
+            "# Reference\n\nMade from the docstrings. Symbols everywhere: D pixels (all channels), "
+            "L latents, B images of a batch, S stacked runs; shapes are written (S, B, D).\n",
+            "## `from harness import ...`\n",
+            *single,
+            "\nModules named below can be used as `harness.NAME` after `import harness`.\n",
+            "## Modules\n",
+            *whole,
+        ]
+    )
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the reference to the contents, and leave out pages that are not there."""
+    assert config.nav is not None
+    pages = [{"Public names": "reference/index.md"}]
+    pages += [{module: f"reference/{module}.md"} for module in modules()]
+    config.nav = _there([*config.nav[:-1], {"Reference": pages}, config.nav[-1]])
+    return config
+
+
+OPTIONAL = ("cluster.md", "own-data.md")
+
+
+def _there(nav: list[Any]) -> list[Any]:
+    """Leave out the optional pages whose files are not there."""
+    kept = []
+    for entry in nav:
+        title, place = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
+        if isinstance(place, list):
+            kept.append({title: _there(place)})
+        elif place not in OPTIONAL or (ROOT / "docs" / place).exists():
+            kept.append(entry)
+    return kept
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    for page, source in ELSEWHERE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, "reference/index.md", content=overview()))
+    for module in modules():
+        text = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+        files.append(File.generated(config, f"reference/{module}.md", content=text))
+    return files

@@ -1,0 +1,57 @@
+"""Examples of docstrings run, the citation names this version, and the documentation builds."""
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+WITH_EXAMPLES = ("harness.config", "harness.objective", "analysis.frames")
+LOADED = re.compile(r'<(?:script|img|iframe|source)[^>]*src="?(?:https?:)?//[^">]*')
+LINKED = re.compile(r'<link[^>]*href="?(?:https?:)?//[^">]*')
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings_give_what_they_say(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0
+    assert failed == 0
+
+
+def test_modules_with_examples_are_tested():
+    files = [path for package in ("harness", "studies", "analysis") for path in _python(package)]
+    found = {path for path in files if re.search(r"^\s*>>> ", path.read_text(), re.MULTILINE)}
+    assert found == {ROOT / f"{name.replace('.', '/')}.py" for name in WITH_EXAMPLES}
+
+
+def _python(package):
+    return (ROOT / package).glob("**/*.py")
+
+
+def test_the_citation_names_this_version_and_licence():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"] == "MIT"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="the extra `docs` is not installed")
+def test_the_documentation_builds_without_a_warning_and_loads_nothing_from_a_network(tmp_path):
+    # Not --quiet: it would hide warnings from --strict.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    assert tmp_path / "reference" / "harness.objective.html" in pages
+    for path, page in pages.items():
+        assert not LOADED.findall(page) + LINKED.findall(page), path
+    for path in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import)\s*[\"']?https?:", path.read_text()), path
