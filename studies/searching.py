@@ -152,6 +152,7 @@ def work(hunt: Hunt, books: Books, place: Place) -> None:
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
             place.forget([config for config, *_ in planned])
         books.settle()
+    place.store.writer.settle()  # whoever writes the summary reads these runs
 
 
 def trial_label(number: int) -> str:
