@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup study test test-all lint bench ui docs clean
+.PHONY: setup study test test-all lint bench soak ui docs clean
 
 setup: $(READY)
 
@@ -34,6 +34,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.throughput --data-dir $(or $(DATA_DIR),data)
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak --kills $(or $(KILLS),300)
 
 ui: $(READY)
 	@echo 'MLflow: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops it)'

@@ -6,6 +6,7 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,8 +219,18 @@ def ordered_kl(frame: pd.DataFrame) -> pd.DataFrame:
     return ranked.dropna(axis=1, how="all")
 
 
+def class_names(frame: pd.DataFrame) -> dict[int, str]:
+    """Return the names of the classes, number -> name; {} where classes are numbers."""
+    if "class_names" not in frame or not isinstance(frame["class_names"].iloc[0], str):
+        return {}
+    return dict(enumerate(json.loads(frame["class_names"].iloc[0])))
+
+
 def class_errors(frame: pd.DataFrame) -> pd.Series:
-    """Return the mean test `mse` of each class over the frame's runs, worst class first."""
+    """Return the mean test `mse` of each class over the frame's runs, worst class first.
+
+    Empty for images without labels.
+    """
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     means = frame[columns].mean().rename(lambda c: int(c.removeprefix("mse_class/")))
     return means.sort_values(ascending=False)

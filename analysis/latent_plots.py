@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, focus, scale_axis, sns
+from analysis.plots import COLORS, GREY, LABELS, canvas, focus, say_nothing, scale_axis, sns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +130,8 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
         right.set_yscale("log")
     left.set_ylabel("nats / image")
     right.set_ylabel(LABELS["frechet"])
+    if "frechet" not in frame:
+        say_nothing(right, "fewer than two classes: no features\nto compare images by")
     for panel in (left, right):
         panel.set_xlabel(LABELS.get(axis, axis))
         if panel.get_lines():

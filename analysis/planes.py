@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 import numpy as np
 
-from analysis.plots import COLORS, GREY, LABELS, canvas
+from analysis.plots import COLORS, GREY, LABELS, canvas, plain_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,14 +32,16 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
         part = places[places["model"] == model]
         for digit, color in zip(sorted(places["class"].unique()), palette, strict=True):
             here = part[part["class"] == digit]
-            panel.plot(here["x"], here["y"], ".", ms=3, color=color, label=str(digit))
+            name = plain_text(str(digit))
+            panel.plot(here["x"], here["y"], ".", ms=3, color=color, label=name)
         panel.set_title(model, fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
+    if places["class"].nunique() > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
     return figure
 
 

@@ -56,6 +56,17 @@ def canvas(
         return figure, figure.subplots(rows, columns, **shared)
 
 
+def plain_text(text: str) -> str:
+    """Return a text that matplotlib shows as it is: "$" would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def say_nothing(panel: Axes, reason: str) -> None:
+    """Leave a panel empty, and say why."""
+    panel.set_axis_off()
+    panel.text(0.5, 0.5, reason, ha="center", va="center", color=GREY, transform=panel.transAxes)
+
+
 def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity."""
     figure, panels = canvas(10, 7, rows=2, columns=2, sharex=True)
@@ -154,9 +165,10 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     """Plot the four metrics against the number of latents, with the PCA floor beside the mse."""
     figure = metrics_along_axis(frame, "latent_size", group)
     sizes = sorted(frame["latent_size"].unique())
-    floor = frame.groupby("latent_size")["pca_floor"].mean()
     _, mse, _, active = figure.axes
-    mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
+    if "pca_floor" in frame:  # not of large images
+        floor = frame.groupby("latent_size")["pca_floor"].mean()
+        mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
     active.plot(sizes, sizes, "--", color=GREY, lw=1)
     active.annotate(
         "all",
@@ -229,10 +241,17 @@ def conditions(frame: pd.DataFrame) -> Figure:
 
 def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     """Plot the test mse of each class as a heat map, a row for each value of a column."""
+    from analysis import frames
+
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     table = frame.groupby(key, sort=False)[columns].mean()
-    table.columns = [c.removeprefix("mse_class/") for c in columns]
+    names = frames.class_names(frame)
+    numbers = [int(c.removeprefix("mse_class/")) for c in columns]
+    table.columns = [plain_text(names.get(number, str(number))) for number in numbers]
     figure, panel = canvas(10, 0.5 * len(table) + 1.6)
+    if not columns:
+        say_nothing(panel, "images without labels")
+        return figure
     label = {"label": LABELS["mse"]}
     sns.heatmap(table, ax=panel, cmap="cividis_r", annot=True, fmt=".3f", cbar_kws=label)
     panel.set_xlabel("class")

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -18,7 +17,10 @@ ELSEWHERE = {
 }
 """Page -> file of the repository."""
 
-FURTHER = ("analysis.frames", "analysis.plots", "analysis.planes", "studies.study", "studies.cli")
+FURTHER = (
+    *("analysis.frames", "analysis.plots", "analysis.planes"),
+    *("studies.study", "studies.sources", "studies.cli"),
+)
 """Modules of the reference beside those of `harness/__init__.pyi`."""
 
 STUB = re.compile(r"from (\.\w*) import (\w+) as \w+")
@@ -55,27 +57,12 @@ def overview() -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the reference to the contents, and leave out pages that are not there."""
+    """Add the reference to the contents."""
     assert config.nav is not None
     pages = [{"Public names": "reference/index.md"}]
     pages += [{module: f"reference/{module}.md"} for module in modules()]
-    config.nav = _there([*config.nav[:-1], {"Reference": pages}, config.nav[-1]])
+    config.nav = [*config.nav[:-1], {"Reference": pages}, config.nav[-1]]
     return config
-
-
-OPTIONAL = ("cluster.md", "own-data.md")
-
-
-def _there(nav: list[Any]) -> list[Any]:
-    """Leave out the optional pages whose files are not there."""
-    kept = []
-    for entry in nav:
-        title, place = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
-        if isinstance(place, list):
-            kept.append({title: _there(place)})
-        elif place not in OPTIONAL or (ROOT / "docs" / place).exists():
-            kept.append(entry)
-    return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,5 @@
 from . import batches as batches
+from . import checkpoint as checkpoint
 from . import elbo as elbo
 from . import engine as engine
 from . import features as features
@@ -17,6 +18,7 @@ from . import quality as quality
 from . import records as records
 from . import sweep as sweep
 from . import tracking as tracking
+from .checkpoint import Checkpoints as Checkpoints
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError
 from .data import Dataset as Dataset

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-Model = Literal["mlp", "linear"]
+Model = Literal["mlp", "linear", "conv"]
 Head = Literal["gaussian", "relu"]
 Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
@@ -64,8 +64,10 @@ class RunConfig:
     """Settings of one run; together with a dataset they determine every number of it.
 
     Attributes:
-        model: "mlp", or "linear": no hidden layers and no output sigmoid (pPCA as a VAE).
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        model: "mlp"; "linear": no hidden layers and no output sigmoid (pPCA as a VAE); "conv":
+            convolutions 3 x 3 of stride 2 and a linear layer (`harness.networks`).
+        hidden: widths of the encoder's hidden layers, of "mlp" alone; the decoder mirrors them.
+        channels: channels of the encoder's convolutions, of "conv" alone; the decoder mirrors them.
         latent_size: number of latents L.
         head: "gaussian": mean and log-variance from a linear layer; "relu": the blog's mean and
             standard deviation behind a ReLU.
@@ -95,6 +97,7 @@ class RunConfig:
 
     model: Model = "mlp"
     hidden: tuple[int, ...] = (256, 64)
+    channels: tuple[int, ...] = (32, 64)
     latent_size: int = 10
     head: Head = "gaussian"
     latent: Latent = "stochastic"
@@ -113,9 +116,13 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.hidden, list | tuple):
-            raise UserError(f"hidden={self.hidden!r}: give a list of whole numbers >= 1")
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("hidden", "channels"):
+            widths = getattr(self, name)
+            if not isinstance(widths, list | tuple):
+                raise UserError(f"{name}={widths!r}: give a list of whole numbers >= 1")
+            object.__setattr__(self, name, tuple(widths))
+            for width in widths:
+                _whole(name, width, at_least=1)
         _one_of("model", self.model, Model)
         _one_of("head", self.head, Head)
         _one_of("latent", self.latent, Latent)
@@ -124,8 +131,6 @@ class RunConfig:
         _one_of("likelihood", self.likelihood, Likelihood)
         _one_of("binarization", self.binarization, Binarization)
         _one_of("precision", self.precision, Precision)
-        for width in self.hidden:
-            _whole("hidden", width, at_least=1)
         _whole("latent_size", self.latent_size, at_least=1)
         _whole("kl_warmup_epochs", self.kl_warmup_epochs, at_least=0)
         _whole("kl_cycles", self.kl_cycles, at_least=1)
@@ -139,6 +144,11 @@ class RunConfig:
 
     def _check_together(self) -> None:
         """Refuse settings that contradict each other."""
+        if self.model == "conv" and not self.channels:
+            raise UserError(
+                "channels=() with model='conv': give the channels of at least one convolution, "
+                "or model='linear'"
+            )
         if self.latent == "deterministic":
             for name, off in (("kl_weight", 0), ("free_bits", 0), ("sigma", "fixed")):
                 if getattr(self, name) != off:

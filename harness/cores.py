@@ -7,6 +7,7 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import multiprocessing
 import os
@@ -25,12 +26,21 @@ PATIENCE = 1.0
 """Seconds after which a waiting worker looks whether its parent is still there."""
 
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
+
+
 def shared_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return zeros that forked processes see and change together; on a GPU, ordinary ones."""
     if device.type != "cpu":
         return torch.zeros(*shape, device=device, dtype=dtype)
     memory = mmap.mmap(-1, max(1, prod(shape)) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype)[: prod(shape)].view(*shape)
+
+
+def available() -> int:
+    """Return how many cores this process may keep busy: PyTorch's threads (OMP_NUM_THREADS)."""
+    return torch.get_num_threads()
 
 
 class Crew:
@@ -49,7 +59,7 @@ class Crew:
 
     def __init__(self, function: Callable[[Any], Any], workers: int, device: torch.device) -> None:
         self._function, self._on_cpu = function, device.type == "cpu"
-        workers = min(workers, torch.get_num_threads())
+        workers = min(workers, available())
         forks = self._on_cpu and workers > 1 and sys.platform == "linux"
         self._workers = [self._hire() for _ in range(workers)] if forks else []
 
@@ -88,7 +98,7 @@ class Crew:
         """End the workers."""
         for worker, connection in self._workers:
             connection.close()
-            worker.terminate()
+            worker.kill()
         for worker, _ in self._workers:
             worker.join()
         self._workers = []
@@ -122,10 +132,11 @@ def _received(connection: Connection) -> Any:  # noqa: ANN401 - the function's r
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Work until the parent is gone; its Ctrl-C is the parent's to heed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Work until the parent is gone; Ctrl-C, and SIGTERM sent to a whole job, are its to heed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
+    _die_with_parent()
     _settle()
     while os.getppid() == parent:
         if not connection.poll(PATIENCE):
@@ -140,6 +151,11 @@ def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
         except Exception as error:
             answer = None, error
         connection.send(answer)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent dies, be it in the middle of an epoch."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _settle() -> None:

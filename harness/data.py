@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import idx
 from harness.config import Binarization, UserError
+from harness.official import TORCHVISION, read_official
 from harness.streams import generator
-
-SPLIT_SEED = 0
-"""Seed of the permutation that makes the splits; the same for every run, whatever its own seed."""
+from harness.tensors import (
+    PARTS,
+    SPLIT_SEED,
+    as_images,
+    as_labels,
+    checked_dataset_name,
+    split_rows,
+)
 
 DIGITS_SPLIT = (1280, 256)
 """Training and validation images of digits; the other 261 of the 1,797 are for testing."""
@@ -25,14 +30,12 @@ DIGITS_SPLIT = (1280, 256)
 VALIDATION_IMAGES = 5_000
 """Taken from the 60,000 training images of the MNIST family, whose own test split is kept."""
 
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-IDX_PARTS = ("train", "t10k")
-IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-DATASETS = ("digits", *TORCHVISION)
-PARTS = ("train", "val", "test")
+CHUNK = 1_000
+"""Images that are made floating-point numbers at once."""
 
-BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
-"""What is raised for files that are absent, unreachable, cut short or not IDX."""
+DATASETS = ("digits", *TORCHVISION)
+FOLDER = "folder:"
+"""What stands before the path of a folder of images in the name that `load_dataset` is given."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Split:
 
     Attributes:
         images: uint8, shape (N, D).
-        labels: class of each image, int64, shape (N,).
+        labels: class of each image, int64, shape (N,); 0 if the dataset has no classes.
         largest: grey value that stands for 1.
     """
 
@@ -86,13 +89,14 @@ class Dataset:
     """A dataset in three fixed parts.
 
     Attributes:
-        name: as given to `load_dataset`.
+        name: as given to `load_dataset` or `from_tensors`; of own images "folder-NAME".
         image_shape: (channels, height, width).
-        classes: number of classes.
+        classes: number of classes; 0 for images without labels.
         train: what is trained on.
         val: what settings are chosen on.
         test: what is read once, at the end.
         digest: SHA-256 of the pixels of all images, in the source's order.
+        class_names: of own images; else () and classes are numbers.
     """
 
     name: str
@@ -102,11 +106,81 @@ class Dataset:
     val: Split
     test: Split
     digest: str
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        images: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | Sequence[int] | None = None,
+        *,
+        rows: Mapping[str, Iterable[int]] | None = None,
+        class_names: Sequence[str] = (),
+        largest: int = 255,
+    ) -> Dataset:
+        """Make a dataset of one's own images.
+
+        Args:
+            name: what it is called in MLflow; letters, digits, ".", "_", "-".
+            images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8, or floats
+                in [0, 1], which are rounded to 256 levels.
+            labels: class of each image, counted from 0, shape (N,); None leaves out the metrics
+                that need classes.
+            rows: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
+                "train"; None splits all images 8 : 1 : 1, always alike.
+            class_names: a name for each class.
+            largest: grey value of uint8 images that stands for 1.
+
+        Raises:
+            UserError: something of this is not as it must be.
+        """
+        if checked_dataset_name(name) in DATASETS:
+            raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
+        pictures = as_images(images, largest)
+        classes = torch.zeros(len(pictures), dtype=torch.int64)
+        if labels is not None:
+            classes = as_labels(labels, len(pictures))
+        count = 0 if labels is None else max(int(classes.max()) + 1, len(class_names))
+        if class_names and len(class_names) != count:
+            raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
+        grey = 255 if torch.as_tensor(images).is_floating_point() else largest
+        whole = Split(pictures.flatten(1), classes, grey)
+        train, val, test = (
+            replace(whole, images=whole.images[own], labels=classes[own])
+            for own in split_rows(len(pictures), rows)
+        )
+        channels, height, width = pictures.shape[1:]
+        shape = channels, height, width
+        digest = _digest(pictures)
+        return cls(name, shape, count, train, val, test, digest, tuple(class_names))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are classes to tell apart: at least two among the training images."""
+        return self.classes > 1 and len(self.train.labels.unique()) > 1
 
     @property
     def pixels(self) -> int:
         """D: values of an image, all channels."""
         return math.prod(self.image_shape)
+
+    @property
+    def pixel_variance(self) -> float:
+        """Variance of a pixel over the training images, mean over pixels, pixel^2.
+
+        It is the mse of a model that knows the mean image alone.
+        """
+        sums = torch.zeros(2, self.pixels, dtype=torch.float64, device=self.train.images.device)
+        for rows in torch.arange(len(self.train)).split(CHUNK):
+            x = self.train.pixels(rows, torch.float64)
+            sums += torch.stack([x.sum(0), x.square().sum(0)])
+        mean, square = sums / len(self.train)
+        return float((square - mean.square()).mean())
+
+    def class_name(self, label: int) -> str:
+        """Return what a class is called: its name, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
 
     def binarized(self, kind: Binarization) -> Dataset:
         """Return the dataset as runs with this `binarization` are measured on it.
@@ -127,21 +201,31 @@ class Dataset:
         return replace(self, **parts)
 
 
-def load_dataset(name: str = "digits", root: str | Path = "data") -> Dataset:
+def load_dataset(
+    name: str = "digits",
+    root: str | Path = "data",
+    image_size: int | Sequence[int] | None = None,
+) -> Dataset:
     """Load a dataset and split it.
 
     digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, inside scikit-learn; no file needed.
     mnist, fashion_mnist, kmnist: 28 x 28 pixels, read from IDX files under `root`, where
     torchvision downloads them to if missing.
+    folder:PATH: own images, grey or colour (`harness.folder.read_folder` says where files lie),
+    made `image_size` (height and width, or one number for both) where it is given.
 
     Raises:
         UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.
     """
+    if name.startswith(FOLDER):
+        return _folder(Path(name.removeprefix(FOLDER)), image_size)
+    if image_size is not None:
+        raise UserError(f"image_size={image_size!r}: only images of {FOLDER}PATH are resized")
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _torchvision(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}")
+    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or {FOLDER}PATH")
 
 
 def with_official_training(data: Dataset) -> Dataset:
@@ -155,6 +239,15 @@ def with_official_training(data: Dataset) -> Dataset:
     return replace(data, train=replace(data.train, images=images, labels=labels))
 
 
+def _folder(path: Path, image_size: int | Sequence[int] | None) -> Dataset:
+    from harness.folder import read_folder
+
+    found = read_folder(path, image_size)
+    return Dataset.from_tensors(
+        found.name, found.images, found.labels, rows=found.rows, class_names=found.class_names
+    )
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
@@ -166,61 +259,13 @@ def _digits() -> Dataset:
 
 
 def _torchvision(name: str, root: Path) -> Dataset:
-    official, test = (_read(name, root, train=train) for train in (True, False))
+    official, test = (
+        Split(images.flatten(1), labels.long(), largest=255)
+        for images, labels in (read_official(name, root, train=train) for train in (True, False))
+    )
     train, val, _ = _parts(official, len(official) - VALIDATION_IMAGES, VALIDATION_IMAGES)
     digest = _digest(official.images, test.images)
     return Dataset(name, (1, 28, 28), 10, train, val, test, digest)
-
-
-def _read(name: str, root: Path, *, train: bool) -> Split:
-    """Read one official part, letting torchvision download or unpack it if it is not there."""
-    folder = root / TORCHVISION[name] / "raw"
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        images, labels = _idx_files(folder, train=train) or _fetched(name, root, train=train)
-        _expect(images, labels, 60_000 if train else 10_000)
-    except BROKEN as error:
-        for place in made:
-            with contextlib.suppress(OSError):  # not there after all, or not empty
-                place.rmdir()
-        names = ", ".join(f"{part}-{kind}" for part in IDX_PARTS for kind in IDX_KINDS)
-        reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
-        raise UserError(
-            f"{name}: no usable data in {folder.resolve()} ({reason}). Offline, put the files "
-            f"{names} there (as they are or as .gz), or name the folder that holds "
-            f"{TORCHVISION[name]}/raw with --data-dir; a broken file: delete it first."
-        ) from error
-    return Split(images.flatten(1), labels.long(), largest=255)
-
-
-def _idx_files(folder: Path, *, train: bool) -> tuple[Tensor, Tensor] | None:
-    """Read images and labels if both files are there: importing torchvision takes seconds."""
-    files = [folder / f"{IDX_PARTS[0 if train else 1]}-{kind}" for kind in IDX_KINDS]
-    if not all(file.is_file() for file in files):
-        return None
-    images, labels = (idx.read(file) for file in files)
-    return images, labels
-
-
-def _fetched(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    import torchvision
-
-    source = getattr(torchvision.datasets, TORCHVISION[name])
-    try:
-        part = source(root, train=train)
-    except RuntimeError as error:  # torchvision's word for files that are not there
-        if "not found" not in str(error):
-            raise
-        part = source(root, train=train, download=True)
-    return part.data, part.targets
-
-
-def _expect(images: Tensor, labels: Tensor, count: int) -> None:
-    if images.shape != (count, 28, 28) or labels.shape != (count,):
-        raise ValueError(
-            f"expected {count:,} images of 28 x 28 and as many labels, found images "
-            f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
-        )
 
 
 def _parts(whole: Split, train: int, val: int) -> tuple[Split, Split, Split]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from harness import objective
+from harness.nn import constant
 from harness.vae import VAE
 
 
@@ -74,18 +75,42 @@ def loss(
     return objective.loss(reconstruction, _rate(model, kl), beta, pixels)
 
 
+def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
+    """Return the training loss of each run on its batch.
+
+    Args:
+        model: the stack.
+        x: pixels in [0, 1], shape (S, B, D).
+        eps: standard normal noise, shape (S, B, L).
+        beta: weight of the rate, shape (S,).
+
+    Returns:
+        Shape (S,). Summing it gives every run exactly its own gradient.
+    """
+    error, cross_entropy, kl, _ = terms(model, x, eps)
+    return loss(
+        model,
+        error.mean(-1),
+        None if cross_entropy is None else cross_entropy.mean(-1),
+        None if kl is None else kl.mean(1),
+        beta,
+        x.shape[-1],
+    )
+
+
 def _data_term(model: VAE, error: Tensor, pixels: int) -> Tensor:
     """Return `objective.data_term`, without its work where every run has a fixed variance."""
-    fixed = torch.tensor([c.sigma == "fixed" for c in model.configs])
-    if fixed.all():
+    fixed = tuple(c.sigma == "fixed" for c in model.configs)
+    if all(fixed):
         return error
     variance = model.decoder_variances(error / pixels)
-    return objective.data_term(error, variance, fixed.to(error.device), pixels)
+    which = constant(fixed, torch.bool, error.device)
+    return objective.data_term(error, variance, which, pixels)
 
 
 def _rate(model: VAE, kl: Tensor) -> Tensor:
-    floors = [c.free_bits for c in model.configs]
+    floors = tuple(c.free_bits for c in model.configs)
     if not any(floors):
         return kl.sum(-1)
-    floor = torch.tensor(floors, dtype=kl.dtype, device=kl.device).unsqueeze(1)
+    floor = constant(floors, kl.dtype, kl.device).unsqueeze(1)
     return objective.free_rate(kl, floor * model.used_latents.squeeze(1))

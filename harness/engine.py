@@ -10,11 +10,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from harness import elbo, objective
+from harness import objective
+from harness.autograd import may_fork
+from harness.checkpoint import Checkpoints
 from harness.config import Precision, RunConfig, UserError
 from harness.cores import crew
+from harness.courses import Courses, Measured
 from harness.data import Dataset
 from harness.evaluate import linear_losses
 from harness.part import Arrays, Part, begin, probe
@@ -45,6 +47,9 @@ class EpochRecord:
         models: the live runs in their parts, in the order of `rows`; their weights change when the
             next record is asked for.
         rows: positions of the runs in the list that `train` was given, shape (S,).
+        resumed: epoch after which each run was taken up again from a checkpoint, 0 for one that
+            began here, shape (S,). Up to it a record repeats what was measured before, and the
+            run's model is that of this epoch.
         dropped: rows of this record that go no further.
     """
 
@@ -56,6 +61,7 @@ class EpochRecord:
     kl_warmup: np.ndarray
     models: tuple[VAE, ...] = field(repr=False)
     rows: tuple[int, ...]
+    resumed: tuple[int, ...]
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
@@ -98,6 +104,7 @@ def train(
     data: Dataset,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[EpochRecord]:
     """Train a stack of runs with Adam, one record an epoch; it can drop runs (`EpochRecord`).
 
@@ -109,6 +116,9 @@ def train(
         data: the dataset; it is moved to the device.
         device: "auto", "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
+        checkpoints: where unfinished runs are kept and taken up again: every so many epochs, after
+            the last, and when the caller stops early. On a CPU a run that goes on gives the same
+            bits as one that was never stopped.
 
     Raises:
         UserError: the runs cannot share a stack, the device is not there, or a batch is larger
@@ -116,33 +126,52 @@ def train(
     """
     check_stack(configs, data)
     target = resolve_device(device, configs[0].precision)
-    parts = _parts(configs, data.to(target), dtype)
+    courses = Courses(configs, data, target, dtype, checkpoints)
+    parts = _parts(configs, data.to(target), dtype, courses)
 
-    def epoch_of(item: tuple[int, int]) -> tuple[float, float, Arrays, Arrays]:
+    def epoch_of(item: tuple[int, int]) -> Measured:
         index, epoch = item
-        return parts[index].epoch(epoch)
+        return Measured(*parts[index].epoch(epoch))
 
-    with crew(epoch_of, len(parts), target) as cores:
+    workers = len(parts) if may_fork(configs[0]) else 1
+    with crew(epoch_of, workers, target) as cores:
         left = list(range(len(parts)))
         for epoch in range(1, configs[0].epochs + 1):
+            live = [index for index in left if epoch > courses.starts[parts[index].rows[0]]]
             start = time.perf_counter()
-            done = cores.map([(index, epoch) for index in left])
+            done = dict(zip(live, cores.map([(index, epoch) for index in live]), strict=True))
             wall = time.perf_counter() - start
-            record = _record([parts[index] for index in left], epoch, wall, done)
-            yield record
+            every = [done.get(i) or courses.recall(parts[i].rows, epoch) for i in left]
+            record = _record([parts[index] for index in left], epoch, wall, every, courses)
+            try:
+                yield record
+            except GeneratorExit:
+                left = _drop(parts, left, record.dropped)
+                courses.stop([parts[index] for index in left], epoch)
+                raise
             left = _drop(parts, left, record.dropped)
+            courses.save([parts[index] for index in left], epoch)
             if not left:
                 return
 
 
-def _parts(configs: Sequence[RunConfig], grey: Dataset, dtype: torch.dtype) -> list[Part]:
+def _parts(
+    configs: Sequence[RunConfig], grey: Dataset, dtype: torch.dtype, courses: Courses
+) -> list[Part]:
     data = grey.binarized(configs[0].binarization)
     splits = (probe(data), data.val)
     linear = torch.stack([linear_losses(configs, data, split) for split in splits])
     device = grey.train.images.device
-    together = groups(len(configs), device)
+    together = [
+        [row for row in rows if courses.starts[row] == start]
+        for rows in groups(len(configs), device)
+        for start in sorted({courses.starts[row] for row in rows})
+    ]
     begun = (begin(configs, rows, grey, data, linear, dtype) for rows in together)
-    return [part for parts in begun for part in parts]
+    parts = [part for parts in begun for part in parts]
+    for part in parts:
+        courses.restore(part)
+    return parts
 
 
 def groups(runs: int, device: torch.device) -> list[list[int]]:
@@ -155,21 +184,31 @@ def _record(
     parts: Sequence[Part],
     epoch: int,
     wall: float,
-    done: Sequence[tuple[float, float, Arrays, Arrays]],
+    done: Sequence[Measured],
+    courses: Courses,
 ) -> EpochRecord:
     training, measuring, train, val = zip(*done, strict=True)
     configs = [config for part in parts for config in part.model.configs]
+    rows = tuple(row for part in parts for row in part.rows)
+    live = sum(epoch > courses.starts[row] for row in rows)
     steps = len(parts[0].step.order)
-    return EpochRecord(
-        epoch=epoch,
-        seconds=wall * sum(training) / (sum(training) + sum(measuring)),
-        images=len(configs) * steps * configs[0].batch_size,
+    if live:
+        share = sum(training) / (sum(training) + sum(measuring))
+        pace = wall * share, live * steps * configs[0].batch_size
+    else:
+        pace = courses.pace(rows[0], epoch)
+    record = EpochRecord(
+        epoch,
+        *pace,
         train=_joined(train),
         val=_joined(val),
         kl_warmup=objective.kl_warmup(configs, epoch, steps)[-1].numpy(),
         models=tuple(part.model for part in parts),
-        rows=tuple(row for part in parts for row in part.rows),
+        rows=rows,
+        resumed=tuple(courses.starts[row] for row in rows),
     )
+    courses.note(epoch, rows, pace, record.train, record.val)
+    return record
 
 
 def _joined(every: Sequence[Arrays]) -> Arrays:
@@ -209,26 +248,3 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
             f"batch_size={configs[0].batch_size}: {data.name} has {len(data.train)} training "
             "images; give a smaller batch"
         )
-
-
-def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
-    """Return the training loss of each run on its batch.
-
-    Args:
-        model: the stack.
-        x: pixels in [0, 1], shape (S, B, D).
-        eps: standard normal noise, shape (S, B, L).
-        beta: weight of the rate, shape (S,).
-
-    Returns:
-        Shape (S,). Summing it gives every run exactly its own gradient.
-    """
-    error, cross_entropy, kl, _ = elbo.terms(model, x, eps)
-    return elbo.loss(
-        model,
-        error.mean(-1),
-        None if cross_entropy is None else cross_entropy.mean(-1),
-        None if kl is None else kl.mean(1),
-        beta,
-        x.shape[-1],
-    )

@@ -97,7 +97,7 @@ def measure(
         model: the stack.
         split: images and labels, on the model's device.
         noise: standard normal noise of the posterior samples, shape (S, N, L).
-        classes: number of classes.
+        classes: number of classes; without any there is no `mse_class/c`.
         variance: decoder variance for `distortion`, fitted on validation data, shape (S,);
             None fits it here: the maximum-likelihood variance is the `mse` itself.
         linear_loss: `linear_losses` of the split; None leaves `gap_to_linear` out.
@@ -130,6 +130,8 @@ def measure(
         metrics["gap_to_linear"] = gap_to_linear(metrics["loss"], linear_loss)
     kl = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
     metrics |= {f"kl/{i}": column for i, column in enumerate(kl.unbind(-1))}
+    if not classes:
+        return metrics
     per_class = mse_per_class(seen.error / pixels, split.labels, classes)
     return metrics | {f"mse_class/{c}": column for c, column in enumerate(per_class.unbind(-1))}
 

@@ -58,7 +58,7 @@ class Classifier(nn.Module):
     """Two convolutions of stride 2, a layer of F = 64 features, and a linear layer on their ReLU.
 
     Args:
-        image_shape: (channels, height, width), at least 8 x 8.
+        image_shape: (channels, height, width); below 8 x 8 hardly more than one place is left.
         classes: number of classes.
     """
 

@@ -34,7 +34,7 @@ class Gradient:
         self.has_sigmoid = has_sigmoid(self.config)
         stack, latents = len(model.configs), model.latent_size
         self.lead = () if stack == 1 else (stack,)
-        self.weights, self.gradients = _flatten(model)
+        self.weights, self.gradients = flatten(model)
         self.encoder = _Layers(model.encoder, self)
         self.decoder = _Layers(model.decoder, self)
         self.z, self.std, self.scratch = (self.new(latents) for _ in range(3))
@@ -162,7 +162,7 @@ class Gradient:
         return (kl > self.floor).to(kl.dtype)
 
 
-def _flatten(model: VAE) -> tuple[Tensor, Tensor]:
+def flatten(model: VAE) -> tuple[Tensor, Tensor]:
     """Move weights into one buffer (S, P), and give them gradients in another.
 
     Each begins at a multiple of 16 numbers, where matrix products read fastest.

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 from harness.config import UserError
 from harness.places import alive, own_process
-from harness.tracking import Store, read_runs
+from harness.stores import Store, answering
+from harness.tracking import close_run, read_runs
+
+GONE = "its process is gone"
+SILENT = "its process was silent too long while it wrote it"
 
 
 def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> None:
     """Close every run that this process has left open in an experiment, with the reason as a tag.
 
-    They are looked up, since an interruption can fall between a run's creation and its return.
+    They are looked up, since an interruption can fall between a run's creation and its return. On
+    a server that does not answer the next start ends what is not in the outbox.
     """
+    if not store.writer.end_open(status, reason):
+        return
     own = " and ".join(f"tags.{name} = '{value}'" for name, value in own_process().items())
-    for run in store.client.search_runs([experiment_id], f"{own} and status = 'RUNNING'"):
-        store.client.set_tag(run.info.run_id, "reason", reason)
-        store.client.set_terminated(run.info.run_id, status)
+    with contextlib.suppress(UserError), answering(store):
+        for run in store.client.search_runs([experiment_id], f"{own} and status = 'RUNNING'"):
+            close_run(store, run.info.run_id, status, reason)
 
 
-def bury_runs(store: Store, experiment: str, study: str, trials: Iterable[object]) -> None:
-    """Close what dead processes left: every run of the trials, and the study's open summary.
-
-    Runs of such a trial count as KILLED even where they were finished, since the trial is repeated.
-    """
+def bury_runs(
+    store: Store,
+    experiment: str,
+    study: str,
+    trials: Iterable[object],
+    reason: str = GONE,
+) -> None:
+    """Close every run of trials that are repeated, as KILLED even where it was finished."""
     dead = {str(number) for number in trials}
     for run in read_runs(store, experiment, f"tags.study = '{study}'"):
-        tags, status = run["tags"], run["status"]
-        left_open = tags["role"] == "summary" and status == "RUNNING"
-        if left_open or (tags.get("trial") in dead and status != "KILLED"):
-            store.client.set_tag(run["run_id"], "reason", "its process is gone")
-            store.client.set_terminated(run["run_id"], "KILLED")
+        if run["tags"].get("trial") in dead and run["status"] != "KILLED":
+            close_run(store, run["run_id"], "KILLED", reason)
+
+
+def bury_summaries(store: Store, experiment: str, study: str, *, own: bool) -> list[dict[str, Any]]:
+    """Close the summaries that a dead process has left open, and this one's own if they are void.
+
+    Returns:
+        The finished ones that are left, oldest first.
+    """
+    mine = own_process().items()
+    finished = []
+    for run in read_runs(store, experiment, f"tags.study = '{study}' and tags.role = 'summary'"):
+        if run["status"] == "RUNNING":
+            close_run(store, run["run_id"], "KILLED", GONE)
+        elif run["status"] == "FINISHED":
+            if own and mine <= run["tags"].items():
+                close_run(store, run["run_id"], "KILLED", SILENT)
+            else:
+                finished.append(run)
+    return finished
 
 
 def bury_open_runs(store: Store, experiment: str, study: str) -> None:
@@ -50,5 +78,4 @@ def bury_open_runs(store: Store, experiment: str, study: str) -> None:
                 "wait for it, stop it, or start another with --study-name"
             )
     for run in left_open:
-        store.client.set_tag(run["run_id"], "reason", "its process is gone")
-        store.client.set_terminated(run["run_id"], "KILLED")
+        close_run(store, run["run_id"], "KILLED", GONE)

@@ -10,7 +10,7 @@ import numpy as np
 from harness import objective
 from harness.config import RunConfig
 from harness.data import Dataset, Split
-from harness.oracle import PCA, LinearOptimum, pca
+from harness.oracle import PCA, LinearOptimum, is_small, pca
 
 SMALLEST_VARIANCE = 1e-12
 """Decoder variance, pixel^2, that a linear model without discarded components is given."""
@@ -22,11 +22,13 @@ def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> 
     The model is that of the training split. Without KL its loss is the PCA floor. NaN where the
     closed form is not that of the run's loss: a deterministic latent, free bits, a Bernoulli
     decoder; and where the loss is a log-likelihood (sigma not fixed), which can be 0 or negative,
-    so that a relative gap means nothing.
+    so that a relative gap means nothing; and for images too large for a linear model.
 
     Returns:
         pixel^2, shape (S,).
     """
+    if not is_small(data):
+        return np.full(len(configs), np.nan)
     known = pca(data)
     moments = known.moments(split)
     losses = [
@@ -45,13 +47,15 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
 
     As for a run, the decoder variance of `neg_elbo` is fitted on validation data. With `sigma`
     not fixed the linear model's own variance is `matched_variance`. What is infinite without KL is
-    left out; a deterministic latent and a Bernoulli decoder have no linear model.
+    left out; a deterministic latent and a Bernoulli decoder have no linear model, nor have images
+    that are too large for it.
 
     Returns:
         `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
         the decoder variance lambda_1 from which on no latent is active.
     """
-    if config.latent == "deterministic" or config.likelihood != "gaussian":
+    none = config.latent == "deterministic" or config.likelihood != "gaussian"
+    if none or not is_small(data):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":

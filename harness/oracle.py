@@ -218,11 +218,20 @@ class LinearOptimum:
         return np.where(self.active, self.moments.squares / safe, 0.0)
 
 
+MOST_PIXELS = 4_096
+"""Values of an image, at most, that a linear model is computed of: the decomposition takes 18 s
+of a core there and grows with the third power (8 min and 4 GB for 64 x 64 in colour)."""
+
 _KNOWN: dict[str, PCA] = {}
 """Digest of the training images -> components, which take seconds on MNIST and never change."""
 
 
 _BUSY = threading.Lock()
+
+
+def is_small(data: Dataset) -> bool:
+    """Say whether the images are small enough for a linear model."""
+    return data.pixels <= MOST_PIXELS
 
 
 def pca(data: Dataset) -> PCA:
@@ -237,7 +246,8 @@ def pca(data: Dataset) -> PCA:
 
 def begin_pca(data: Dataset) -> None:
     """Find the principal components beside what the caller does next; `pca` waits for them."""
-    threading.Thread(target=pca, args=[data], daemon=True).start()
+    if is_small(data):
+        threading.Thread(target=pca, args=[data], daemon=True).start()
 
 
 def _decompose(split: Split) -> PCA:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import objective, oracle, streams
+from harness import objective, streams
 from harness.config import RunConfig, UserError
 from harness.data import Dataset, Split
 from harness.evaluate import Metrics, evaluation_noise, measure, to_arrays
@@ -163,8 +163,7 @@ def _untrained(
     model = model.to(data.train.images.device, dtype)
     if model.log_decoder_variance is not None:
         # The mse of a decoder that knows the mean image alone.
-        variance = oracle.pca(data).likeliest_variance(0)
-        torch.nn.init.constant_(model.log_decoder_variance, math.log(variance))
+        torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     step = Step(model, len(grey.train) // chosen[0].batch_size)
     return Part(step, grey.train, data, linear[:, list(rows)], tuple(rows))
 

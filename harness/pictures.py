@@ -69,7 +69,11 @@ def traversals(model: SingleVAE, data: Dataset, span: float = 3.0, columns: int 
 
 @torch.no_grad()
 def interpolations(model: SingleVAE, split: Split, rows: int = 5, columns: int = 9) -> np.ndarray:
-    """Draw straight lines between the posterior means of pairs of images, a pair a row."""
+    """Draw straight lines between the posterior means of pairs of images, a pair a row.
+
+    Fewer rows if the split has fewer pairs.
+    """
+    rows = min(rows, len(split) // 2)
     x = split.pixels(slice(2 * rows), _dtype(model)).cpu()
     first, last = model.encode(x).mean.chunk(2)
     share = torch.linspace(0, 1, columns, dtype=x.dtype).reshape(1, -1, 1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,6 +26,9 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Module of a database's driver -> what pip installs, where the names differ."""
+
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Where MLflow reads user and password of a server."""
 
 TABLES = {"--tracking-uri": "experiments", "--storage": "studies"}
 """Option that names a database -> a table that the database has unless it is empty."""
@@ -66,6 +70,31 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return without_password(first)
+
+
+SHORTAGES = {
+    "disk": ("database or disk is full", "disk I/O error"),
+    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
+}
+"""What lacks -> words of libraries that say so, SQLite's and PyTorch's."""
+
+LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
+"""What lacks by the system's error number."""
+
+
+def shortage(error: BaseException) -> str | None:
+    """Say what an error or one of its causes is a lack of, "disk" or "memory"; None for others."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return "memory"
+        if isinstance(cause, OSError) and cause.errno in LACKING:
+            return LACKING[cause.errno]
+        for lacking, said in SHORTAGES.items():
+            if any(words in str(cause) for words in said):
+                return lacking
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -133,27 +162,66 @@ def _tables(file: Path, how: str = "") -> set[str]:
         return {name for (name,) in rows}
 
 
+def is_server(uri: str) -> bool:
+    """Say whether a tracking URI is a server's address."""
+    return uri.startswith(("http://", "https://"))
+
+
+_signed_in: dict[str, tuple[str, str]] = {}
+"""Server -> user and password given with its address."""
+
+
 def signed_in(uri: str) -> str:
-    """Return a server's address without user and password, which go where MLflow reads them."""
-    if not uri.startswith(("http://", "https://")) or without_password(uri) == uri:
+    """Return a server's address without user and password, which go where MLflow reads them.
+
+    MLflow knows one user for all servers, and would send it to any.
+
+    Raises:
+        UserError: another server was signed in to, or this one as somebody else.
+    """
+    if not is_server(uri):
         return uri
+    server, login = without_password(uri), _login(uri)
+    told = tuple(os.environ.get(name) for name in LOGIN)
+    for known, other in _signed_in.items():
+        # Only while MLflow still has it: who sets the variables anew decides for all servers.
+        if other == told and (
+            known.rstrip("/") != server.rstrip("/") or login not in (None, other)
+        ):
+            raise UserError(
+                f"{known} was signed in to with a user of its own, and MLflow knows one user at a "
+                f"time; use {server} in another process, or set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD and leave users out of the addresses"
+            )
+    if login is not None:
+        _signed_in.clear()
+        _signed_in[server] = login
+        os.environ.update(zip(LOGIN, login, strict=True))
+    return server
+
+
+def _login(uri: str) -> tuple[str, str] | None:
+    if without_password(uri) == uri:
+        return None
     user, _, password = urlsplit(uri).netloc.rpartition("@")[0].partition(":")
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
-    return without_password(uri)
+    return unquote(user), unquote(password)
 
 
 @contextmanager
-def asked_once() -> Iterator[None]:
-    """Let MLflow meanwhile ask a server once and for seconds, where it would try for minutes."""
-    hurry = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
-    before = {name: os.environ.get(name) for name in hurry}
-    os.environ.update(hurry)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def asked_once() -> AbstractContextManager[None]:
+    """Let MLflow meanwhile ask a server once and for seconds, where it would try for minutes."""
+    return environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"})
 
 
 def creation_lock(url: str) -> FileLock:
@@ -170,13 +238,21 @@ def memory_folder() -> str | None:
 
 
 def put(file: Path, content: bytes) -> None:
-    """Write a file that others find whole or not at all, even after a kill."""
-    new = file.with_name(f".{file.name}.new")
-    with new.open("wb") as open_file:
-        open_file.write(content)
-        open_file.flush()
-        os.fsync(open_file.fileno())
-    new.replace(file)
+    """Write a file that others find whole or not at all, even after a kill.
+
+    Raises:
+        OSError: it cannot be written; an older one stays as it is.
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as open_file:
+            open_file.write(content)
+            open_file.flush()
+            os.fsync(open_file.fileno())
+        new.replace(file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def use_write_ahead_log(database: Path) -> None:

@@ -41,13 +41,14 @@ def linear_probe_accuracy(model: SingleVAE, data: Dataset) -> float:
 def knn_accuracy(model: SingleVAE, data: Dataset) -> float:
     """Share of test images whose class the nearest posterior means tell.
 
-    The 5 nearest of the first 5,000 training images vote. Distances are Euclidean between means as
-    they are, in units of the prior's deviation: a collapsed latent adds nothing, where standardised
-    it would add noise. 1 / classes is chance.
+    The 5 nearest of the first 5,000 training images vote (all, if there are fewer than 5).
+    Distances are Euclidean between means as they are, in units of the prior's deviation: a
+    collapsed latent adds nothing, where standardised it would add noise. 1 / classes is chance.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
-    return _score(KNeighborsClassifier(NEIGHBOURS), model, data)
+    neighbours = min(NEIGHBOURS, len(data.train))
+    return _score(KNeighborsClassifier(neighbours), model, data)
 
 
 def _score(probe: Any, model: SingleVAE, data: Dataset) -> float:  # noqa: ANN401 - scikit-learn's

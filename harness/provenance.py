@@ -20,7 +20,8 @@ from typing import Any
 import threadpoolctl
 import torch
 
-from harness.data import TORCHVISION, Dataset
+from harness.data import DATASETS, Dataset
+from harness.official import TORCHVISION
 
 UNKNOWN = "unknown"
 PACKAGES = {"harness": "vae-sweep-harness"} | {
@@ -153,13 +154,23 @@ def blas_threads(count: int) -> Iterator[None]:
 
 def dataset(data: Dataset) -> dict[str, Any]:
     """Return what a dataset is recognised by, and how it is loaded again."""
-    root = ", root=DATA_DIR" if data.name in TORCHVISION else ""
     return {
         "name": data.name,
         "digest": data.digest,
         "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
-        "load": f"harness.load_dataset({data.name!r}{root})",
+        "image_shape": list(data.image_shape),
+        "load": _loading(data),
     }
+
+
+def _loading(data: Dataset) -> str:
+    """Return the expression that makes the dataset; of own images without their place."""
+    if data.name in DATASETS:
+        root = ", root=DATA_DIR" if data.name in TORCHVISION else ""
+        return f"harness.load_dataset({data.name!r}{root})"
+    if data.name.startswith("folder-"):
+        return f"harness.load_dataset('folder:PATH', image_size={data.image_shape[1:]})"
+    return f"harness.Dataset.from_tensors({data.name!r}, ...)"
 
 
 def provenance(data: Dataset, device_kind: str) -> dict[str, Any]:

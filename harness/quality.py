@@ -24,25 +24,25 @@ def measure_quality(
     Returns:
         One dict per run: metrics of `likelihood.likelihood_metrics`, `latents.measure_latents` and
         `frechet.measure_images`, `probe_accuracy` and `knn_accuracy`. Metrics that the run does not
-        have are absent.
+        have are absent; so are all that need classes, if the dataset has not two of them.
     """
     stack = VAE([model]) if isinstance(model, SingleVAE) else model
     data = data.to(stack.device).binarized(stack.configs[0].binarization)
-    known = frechet.reference(data, folder)
+    known = frechet.reference(data, folder) if data.has_classes else None
     parts = apart(stack)
     with crew(lambda i: _measured(parts[i][0], data, known), len(parts), stack.device) as cores:
         return [metrics for own in cores.map(range(len(parts))) for metrics in own]
 
 
-def _measured(stack: VAE, data: Dataset, known: frechet.Reference) -> list[dict[str, float]]:
+def _measured(stack: VAE, data: Dataset, known: frechet.Reference | None) -> list[dict[str, float]]:
+    runs = range(len(stack.configs))
     informed = latents.measure_latents(stack, data.test).items()
-    images = frechet.measure_images(stack, data, known)
     likely = likelihood.likelihood_metrics(stack, data)
-    return [
-        finite({name: float(values[run]) for name, values in informed} | images[run] | likely[run])
-        | _probed(stack.run(run), data)
-        for run in range(len(stack.configs))
-    ]
+    found = [{name: float(values[run]) for name, values in informed} | likely[run] for run in runs]
+    if known is not None:
+        images = frechet.measure_images(stack, data, known)
+        found = [found[run] | images[run] | _probed(stack.run(run), data) for run in runs]
+    return [finite(metrics) for metrics in found]
 
 
 def _probed(run: SingleVAE, data: Dataset) -> dict[str, float]:

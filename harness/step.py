@@ -7,12 +7,14 @@ handed views of these buffers, which costs it less than to gather from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from harness.autograd import Autograd, needs_autograd
 from harness.config import Precision
 from harness.gradient import Gradient
 from harness.optimizer import Adam
@@ -33,7 +35,7 @@ class Step:
     def __init__(self, model: VAE, steps: int) -> None:
         configs, batch = model.configs, model.configs[0].batch_size
         self.model = model
-        self.gradient = Gradient(model, batch)
+        self.gradient = (Autograd if needs_autograd(configs[0]) else Gradient)(model, batch)
         rates = [config.learning_rate for config in configs]
         self.adam = Adam(self.gradient.weights, self.gradient.gradients, rates)
         lead, seen = self.gradient.lead, len(configs) * batch
@@ -131,6 +133,42 @@ class Step:
         kept = Step(self.model.keep(rows), len(self.order))
         kept.adam.take(self.adam, rows)
         return kept
+
+    def state(self, row: int) -> dict[str, Tensor]:
+        """Return all that one run goes on from: weights, Adam's moments, steps taken.
+
+        Each as the plain run has it, without padding, so that it fits into any stack.
+        """
+        parts = {name: form.run(row).state_dict() for name, form in self._forms().items()}
+        named = {
+            f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()
+        }
+        return named | {"steps": self.adam.steps[row].clone()}
+
+    def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from the states of runs that have taken equally many steps, in stack order."""
+        for name, form in self._forms().items():
+            runs = [form.run(row) for row in range(len(states))]
+            for run, state in zip(runs, states, strict=True):
+                run.load_state_dict({key: state[f"{name}.{key}"] for key in run.state_dict()})
+            for place, value in zip(form.parameters(), VAE(runs).parameters(), strict=True):
+                place.data.copy_(value.data)
+        self.adam.steps.copy_(torch.stack([state["steps"] for state in states]))
+
+    def _forms(self) -> dict[str, VAE]:
+        """Return weights and moments as stacks of the model's form, in the step's own memory."""
+        weights, (first, second, _) = self.gradient.weights, self.adam.state
+        flats = {"weights": weights, "first": first, "second": second}
+        return {name: _like(self.model, weights, flat) for name, flat in flats.items()}
+
+
+def _like(model: VAE, weights: Tensor, flat: Tensor) -> VAE:
+    """Return a stack with its parameters in another buffer, where the model's are in `weights`."""
+    form = copy.deepcopy(model)
+    for own, parameter in zip(form.parameters(), model.parameters(), strict=True):
+        place = flat.storage_offset() + parameter.storage_offset() - weights.storage_offset()
+        own.data = flat.as_strided(parameter.shape, parameter.stride(), place)
+    return form
 
 
 @contextmanager

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness import networks
 from harness.config import RunConfig, UserError
 from harness.vae import SingleVAE
 
@@ -61,11 +60,7 @@ def _check_size(
     config: RunConfig, shape: tuple[int, int, int], weights: Mapping[str, Tensor]
 ) -> None:
     """Refuse weights of another number than the model has, before it takes memory."""
-    hidden = config.hidden if config.model == "mlp" else ()
-    pixels, latents = math.prod(shape), config.latent_size
-    halves = ((pixels, *hidden, 2 * latents), (latents, *reversed(hidden), pixels))
-    expected = sum((a + 1) * b for half in halves for a, b in pairwise(half))
-    expected += config.sigma == "learned"
+    expected = networks.numbers(config, shape) + (config.sigma == "learned")
     found = sum(tensor.numel() for tensor in weights.values())
     if found != expected:
         raise ValueError(

@@ -10,16 +10,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from harness import streams
+from harness import networks, streams
 from harness.config import RunConfig, UserError
-from harness.nn import MLP, Linear
+from harness.nn import Conv, Linear, Shape, constant
 
 MIN_VARIANCE = 1e-8
 """Floor of the blog's posterior variance (its 1e-8 inside the logarithm), latent^2."""
@@ -52,7 +50,7 @@ class Posterior:
 
 def has_sigmoid(config: RunConfig) -> bool:
     """Say whether decoder means are a sigmoid of the last layer: all but the linear Gaussian."""
-    return config.model == "mlp" or config.likelihood == "bernoulli"
+    return config.model != "linear" or config.likelihood == "bernoulli"
 
 
 class SingleVAE(nn.Module):
@@ -63,14 +61,12 @@ class SingleVAE(nn.Module):
         image_shape: (channels, height, width).
     """
 
-    def __init__(self, config: RunConfig, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, config: RunConfig, image_shape: Shape) -> None:
         super().__init__()
         self.config = config
         self.image_shape = image_shape
-        pixels = math.prod(image_shape)
-        hidden = config.hidden if config.model == "mlp" else ()
-        self.encoder = _mlp((pixels, *hidden, 2 * config.latent_size))
-        self.decoder = _mlp((config.latent_size, *reversed(hidden), pixels))
+        self.encoder = networks.encoder(config, image_shape)
+        self.decoder = networks.decoder(config, image_shape)
         if has_sigmoid(config):
             self.decoder.append(nn.Sigmoid())
         if config.sigma == "learned":
@@ -110,8 +106,10 @@ class VAE(nn.Module):
             raise UserError("runs of one stack must agree in model, batch_size, epochs and data")
         sizes = [c.latent_size for c in self.configs]
         self.latent_size = max(sizes)
-        self.encoder = MLP(_stack([_padded_encoder(r, self.latent_size) for r in runs]))
-        self.decoder = MLP(_stack([_padded_decoder(r, self.latent_size) for r in runs]))
+        shared = self.configs[0], self.image_shape
+        halves = [run.encoder for run in runs], [run.decoder for run in runs]
+        self.encoder = networks.stacked_encoder(*shared, halves[0], self.latent_size)
+        self.decoder = networks.stacked_decoder(*shared, halves[1], self.latent_size)
         used = torch.arange(self.latent_size) < torch.tensor(sizes).unsqueeze(1)
         self.register_buffer("used_latents", used.unsqueeze(1).to(self.device))
         self.padded = not bool(used.all())
@@ -164,7 +162,8 @@ class VAE(nn.Module):
         """
         if self.log_decoder_variance is None:
             return mse
-        learned = torch.tensor([c.sigma == "learned" for c in self.configs], device=mse.device)
+        which = tuple(c.sigma == "learned" for c in self.configs)
+        learned = constant(which, torch.bool, mse.device)
         return torch.where(learned, self.log_decoder_variance.exp(), mse)
 
     def keep(self, rows: Sequence[int]) -> VAE:
@@ -193,24 +192,26 @@ class VAE(nn.Module):
                     weight, bias = weight[:, columns], bias[columns]
                 if stacked is self.decoder.layers[0]:
                     weight = weight[kept]
-                own.weight.copy_(weight.T)
-                own.bias.copy_(bias)
+                own_weight, own_bias = own.parameters()
+                own_weight.copy_(networks.facing(own, weight))
+                own_bias.copy_(bias)
             if self.log_decoder_variance is not None and config.sigma == "learned":
                 single.log_decoder_variance.copy_(self.log_decoder_variance[index])
         return single
 
 
-def initial(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
+def initial(config: RunConfig, image_shape: Shape) -> SingleVAE:
     """Return an untrained run with weights and biases U(-1, 1) / sqrt(inputs) from its stream.
 
-    This is PyTorch's default for linear layers, hence the blog's.
+    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; of a
+    transposed one it takes the outputs times the kernel for the inputs.
     """
     run = _empty(config, image_shape)
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     with torch.no_grad():
-        for layer in _linears(run):
-            bound = 1 / math.sqrt(layer.in_features)
-            for parameter in (layer.weight, layer.bias):
+        for layer in networks.layers(run.encoder, run.decoder):
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            for parameter in layer.parameters():
                 drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
                 parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
     return run
@@ -226,51 +227,11 @@ def _learned_variances(runs: Sequence[SingleVAE]) -> nn.Parameter | None:
     )
 
 
-def _empty(config: RunConfig, image_shape: tuple[int, int, int]) -> SingleVAE:
+def _empty(config: RunConfig, image_shape: Shape) -> SingleVAE:
     with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
         return SingleVAE(config, image_shape)
 
 
-def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _linears(run: SingleVAE) -> list[nn.Linear]:
-    return [m for m in (*run.encoder, *run.decoder) if isinstance(m, nn.Linear)]
-
-
-def _pairs(run: SingleVAE, stack: VAE) -> list[tuple[nn.Linear, Linear]]:
-    return list(zip(_linears(run), (*stack.encoder.layers, *stack.decoder.layers), strict=True))
-
-
-Layers = list[tuple[Tensor, Tensor]]
-"""Weight (in, out) and bias (out,) of each layer of one run."""
-
-
-def _layers(modules: nn.Sequential) -> Layers:
-    return [(m.weight.detach().T, m.bias.detach()) for m in modules if isinstance(m, nn.Linear)]
-
-
-def _padded_encoder(run: SingleVAE, latent_size: int) -> Layers:
-    *hidden, (weight, bias) = _layers(run.encoder)
-    missing = latent_size - run.config.latent_size
-    halves = (2, run.config.latent_size)
-    weight = functional.pad(weight.unflatten(1, halves), (0, missing)).flatten(1)
-    bias = functional.pad(bias.unflatten(0, halves), (0, missing)).flatten()
-    return [*hidden, (weight, bias)]
-
-
-def _padded_decoder(run: SingleVAE, latent_size: int) -> Layers:
-    (weight, bias), *rest = _layers(run.decoder)
-    missing = latent_size - run.config.latent_size
-    return [(functional.pad(weight, (0, 0, 0, missing)), bias), *rest]
-
-
-def _stack(runs: Sequence[Layers]) -> list[Linear]:
-    return [
-        Linear(torch.stack([w for w, _ in layer]), torch.stack([b for _, b in layer]))
-        for layer in zip(*runs, strict=True)
-    ]
+def _pairs(run: SingleVAE, stack: VAE) -> list[tuple[networks.Plain, Linear | Conv]]:
+    own = networks.layers(run.encoder, run.decoder)
+    return list(zip(own, (*stack.encoder.layers, *stack.decoder.layers), strict=True))

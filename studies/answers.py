@@ -41,7 +41,7 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
             f"{blog['mse']:.4f} against {row['mse']:.4f}, with {blog['active_units']:.1f} of "
             f"{size} latents active."
         )
-    return " ".join([*sentences, worst_class(frame[frame[axis] == best])])
+    return " ".join([*sentences, worst_class(frame[frame[axis] == best])]).strip()
 
 
 def calibration(row: pd.Series) -> str:
@@ -92,17 +92,23 @@ def useful_latents(frame: pd.DataFrame) -> str:
         best = frames.best_value(part, "latent_size")
         sizes = sorted(part["latent_size"].unique())
         enough = next(size for size in sizes if not _worse(part, size, best))
-        means = part.groupby("latent_size")[["active_units", "mse", "pca_floor"]].mean()
-        below = [f"{size}" for size in sizes if means["mse"][size] < means["pca_floor"][size]]
+        active = part.groupby("latent_size")["active_units"].mean()
         sentences.append(
             f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
             f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
-            f"{sizes[-1]} latents {means['active_units'].iloc[-1]:.1f} "
-            "are active. Its test mse is below the floor of principal components at "
-            f"{', '.join(below) if below else 'no size'}"
-            f"{' latents' if below else ''}."
+            f"{sizes[-1]} latents {active.iloc[-1]:.1f} are active.{_below_floor(part)}"
         )
     return "\n\n".join(sentences)
+
+
+def _below_floor(frame: pd.DataFrame) -> str:
+    """Say at which sizes the mse is below that of principal components, if that is known."""
+    if "pca_floor" not in frame:
+        return ""
+    means = frame.groupby("latent_size")[["mse", "pca_floor"]].mean()
+    below = [f"{size}" for size in means.index if means["mse"][size] < means["pca_floor"][size]]
+    sizes = f"{', '.join(below)} latents" if below else "no size"
+    return f" Its test mse is below the floor of principal components at {sizes}."
 
 
 def one_curve(frame: pd.DataFrame) -> str:
@@ -150,11 +156,12 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
     sentences = []
     for other in (error_only, conditions.AUTOENCODER):
         if {elbo, other} <= there:
-            gaps = [compare(frame, "condition", elbo, other, m) for m in ("mse", "probe_accuracy")]
-            sentences.append(
-                f"Against {other!r} the calibrated KL term changes test mse by {gaps[0]} pixel² "
-                f"and linear-probe accuracy by {gaps[1]}."
-            )
+            mse = compare(frame, "condition", elbo, other, "mse")
+            changed = f"test mse by {mse} pixel²"
+            if "probe_accuracy" in frame:
+                accuracy = compare(frame, "condition", elbo, other, "probe_accuracy")
+                changed += f" and linear-probe accuracy by {accuracy}"
+            sentences.append(f"Against {other!r} the calibrated KL term changes {changed}.")
     if {elbo, error_only} <= there:
         gap = compare(frame, "condition", error_only, elbo, "neg_elbo")
         sentences.append(f"It buys {gap} nats / image of neg_elbo over the error alone.")
@@ -193,11 +200,19 @@ def against_linear(runs: pd.DataFrame) -> str:
 
 
 def worst_class(frame: pd.DataFrame, suspect: int = 8) -> str:
-    """Say which class reconstructs worst, and where the blog's suspect, digit 8, stands."""
+    """Say which class reconstructs worst, and where the blog's suspect, digit 8, stands.
+
+    Nothing of images without labels, or of one class.
+    """
     from analysis import frames
 
-    errors = frames.class_errors(frame)
+    errors, names = frames.class_errors(frame), frames.class_names(frame)
+    if len(errors) < 2:
+        return ""
     worst = errors.index[0]
+    if names or suspect not in errors.index:
+        name = names.get(worst, worst)
+        return f"Class {name} reconstructs worst (mse {errors[worst]:.4f})."
     if worst == suspect:
         return f"Class {suspect} reconstructs worst (mse {errors[worst]:.4f}), as the blog says."
     place = list(errors.index).index(suspect) + 1

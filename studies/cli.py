@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from harness import places
 from harness.config import UserError
 from studies import stopping
 from studies.options import Options, make_plan
+from studies.sources import read_own
 from studies.study import Study
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command goes on from here."
+LACKING = {
+    "disk": "the disk is full ({}). Make room; finished runs are kept, the same command goes on.",
+    "memory": "there is too little memory ({}). Free some, and the same command goes on, or give a "
+    "smaller --batch-size under another --study-name.",
+}
+"""What is said where something lacks."""
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -34,10 +42,10 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
-    """Turn a user's error, Ctrl-C or SIGTERM into one line and an exit code.
+    """Turn a user's error, a full disk or memory, Ctrl-C or SIGTERM into a line and an exit code.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        stopped: what to say after Ctrl-C or SIGTERM.
     """
     stopping.install()
     try:
@@ -47,7 +55,13 @@ def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stopping.exit_code())
+    except Exception as error:
+        lacking = places.shortage(error)
+        if lacking is None:
+            raise
+        print(f"error: {LACKING[lacking].format(places.reason(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(name: str, question: str, kind: type, args: Sequence[str] | None = None) -> Options[Any]:
@@ -100,12 +114,13 @@ def _one_line(box: str) -> str:
 
 
 def execute(study: Study, options: Options[Any]) -> Outcome | None:
-    """Run a study and show it; None for a dry run, which trains nothing.
+    """Run a study and show it; None for a dry run, or where another process shows it.
 
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    plan = make_plan(study, options)
+    own = read_own(options)
+    plan = make_plan(study, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
@@ -114,7 +129,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
 
     console = Console()
     harness.engine.resolve_device(options.device, options.precision or "float32")
-    data = harness.load_dataset(options.dataset, options.data_dir)
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
         harness.engine.check_stack([config], data)
     console.plan(plan, data.pixels)
@@ -122,5 +137,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
         return None
     harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)
+    if outcome is None:
+        return None
     console.outcome(plan, outcome, options.tracking_uri)
     return outcome

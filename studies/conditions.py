@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 from harness.config import RunConfig
+from studies.sources import Source
 
 if TYPE_CHECKING:
     from harness.data import Dataset
@@ -14,13 +15,6 @@ if TYPE_CHECKING:
 
 BLOG_WEIGHT = 1.0
 """The blog's weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
-
-CALIBRATED = {"digits": 0.02, "mnist": 0.05, "fashion_mnist": 0.03, "kmnist": 0.1}
-"""A weight near calibration_ratio = 1 with 10 latents; digits and mnist measured by
-`python -m studies.kl_weight`, the others guessed from their variance."""
-
-PIXELS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784}
-"""D of each dataset, so that a plan can be made before any data is read."""
 
 CALIBRATED_ELBO = "ELBO, calibrated"
 BLOG_ELBO = "ELBO, weight 1"
@@ -40,15 +34,15 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 """What ELBO and MSE-only training are compared by: name -> changes to the calibrated ELBO."""
 
 
-def weights(dataset: str) -> Mapping[str, Mapping[str, Any]]:
+def weights(data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the blog's and a calibrated weight as groups of a study."""
     return {
         "blog's weight": {"kl_weight": BLOG_WEIGHT},
-        "calibrated weight": {"kl_weight": CALIBRATED[dataset]},
+        "calibrated weight": {"kl_weight": data.calibrated},
     }
 
 
-def set_condition(config: RunConfig, name: str, dataset: str) -> RunConfig:
+def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
     """Apply a named condition.
 
     Raises:
@@ -56,14 +50,19 @@ def set_condition(config: RunConfig, name: str, dataset: str) -> RunConfig:
     """
     if name not in CONDITIONS:
         raise harness.UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
-    return config.replace(**{"kl_weight": CALIBRATED[dataset], **CONDITIONS[name]})
+    return config.replace(**{"kl_weight": data.calibrated, **CONDITIONS[name]})
 
 
-def set_decoder_variance(config: RunConfig, variance: float, dataset: str) -> RunConfig:
+def set_decoder_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:
     """Apply the KL weight that means a decoder variance in the configuration's normalisation."""
-    return harness.objective.with_decoder_variance(config, variance, PIXELS[dataset])
+    return harness.objective.with_decoder_variance(config, variance, data.pixels)
 
 
 def pca_floor(run: SingleVAE, data: Dataset) -> dict[str, float]:
-    """Measure the test mse of a principal component projection onto as many dimensions."""
+    """Measure the test mse of a principal component projection onto as many dimensions.
+
+    Of images that are too large for it, nothing.
+    """
+    if not harness.oracle.is_small(data):
+        return {}
     return {"test/pca_floor": harness.oracle.pca(data).floor(data.test, run.config.latent_size)}

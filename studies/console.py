@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from analysis import tables
 from harness.places import without_password
+from studies import worker
+from studies.progress import Steps, bar, report
 
 if TYPE_CHECKING:
-    from harness.engine import EpochRecord
     from studies.claims import Row
     from studies.options import Plan
     from studies.search_options import SearchPlan
@@ -53,6 +53,8 @@ def _header(name: str) -> str:
 
 
 def _terminal() -> rich.console.Console:
+    if worker.crowd():  # its parent does the talking
+        return rich.console.Console(quiet=True)
     width = None if sys.stdout.isatty() else 100
     return rich.console.Console(highlight=False, width=width)
 
@@ -78,7 +80,7 @@ class Console:
         )
 
     @contextmanager
-    def progress(self, plan: Plan, left: int) -> Iterator[Callable[[EpochRecord], None]]:
+    def progress(self, plan: Plan, left: int) -> Iterator[Steps]:
         """Show training as it goes; yields what is to be called after every epoch."""
         points, epochs = len(plan.configs), plan.runs[0].epochs
         if left == 0:
@@ -89,29 +91,13 @@ class Console:
             yield on_epoch
 
     @contextmanager
-    def bar(self, runs: int, epochs: int) -> Iterator[Callable[[EpochRecord], None]]:
+    def bar(self, runs: int, epochs: int) -> Iterator[Steps]:
         """Show the training of so many runs; yields what is to be called after every epoch."""
-        bar = Progress(
-            TextColumn("{task.percentage:3.0f} %"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(),
-            console=self.out,
-            disable=not self.out.is_terminal or runs == 0,
-        )
-        with bar:
-            task = bar.add_task("training", total=runs * epochs, now="starting")
-
-            def on_epoch(record: EpochRecord) -> None:
-                now = _progress_line(record, epochs)
-                before = bar.tasks[0].percentage
-                saved = len(record.dropped) * (epochs - record.epoch)
-                bar.update(task, advance=len(record.rows) + saved, now=now)
-                after = bar.tasks[0].percentage
-                if not self.out.is_terminal and after // 10 > before // 10:
-                    self.out.print(f"{after:3.0f} %  {now}")
-
-            yield on_epoch
+        if worker.crowd():
+            yield Steps(epochs, report)
+            return
+        with bar(self.out, runs * epochs) as advance:
+            yield Steps(epochs, advance)
 
     def outcome(self, plan: Plan | SearchPlan, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer, and where to look further."""
@@ -124,6 +110,13 @@ class Console:
             table.add_row(*(_short(name, cell) for name, cell in row.items()))
         self.out.print(table)
         self.answer(outcome, tracking_uri)
+
+    def conclusion(self, ended: Outcome | str) -> Outcome | None:
+        """Return what was found; if another process says it, say which."""
+        if not isinstance(ended, str):
+            return ended
+        self.out.print(ended, soft_wrap=True, markup=False)
+        return None
 
     def ledger(self, rows: Sequence[Row], outcome: Outcome, tracking_uri: str | None) -> None:
         """Show judged claims, heading by heading, the answer, and where to look further."""
@@ -153,11 +146,3 @@ class Console:
             option = f" --backend-store-uri {where}" if where else ""
             said = f"Every run: .venv/bin/mlflow ui -w 1{option}, then http://127.0.0.1:5000{link}"
         self.out.print(said, soft_wrap=True, markup=False)
-
-
-def _progress_line(record: EpochRecord, epochs: int) -> str:
-    best = min(record.val["neg_elbo"])
-    return (
-        f"epoch {record.epoch}/{epochs} of {len(record.model.configs)} runs, "
-        f"{record.images_per_second:,.0f} images/s, best neg_elbo {best:.2f}"
-    )

@@ -104,14 +104,15 @@ def _best(plan: Plan, frame: pd.DataFrame, labels: list[str]) -> str:
 def _scatter(folder: Path, models: Mapping[str, SingleVAE], data: Dataset) -> dict[str, Any]:
     """Draw where test images lie in each model's latent space."""
     part = data.test.head(SCATTERED)
-    classes = part.labels.cpu().numpy()
+    classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     places = []
     for label, model in models.items():
         x, y = harness.probe.latent_plane(model, part).T
         places.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     planes.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
+    coloured = ", coloured by class" if data.classes > 1 else ""
     caption = (
-        f"Posterior means of {len(classes)} test images, coloured by class: both latents of two, "
-        "the first two principal components of more. Each panel has its own scale."
+        f"Posterior means of {len(classes)} test images{coloured}: both latents of two, the first "
+        "two principal components of more. Each panel has its own scale."
     )
     return {"file": "pictures/latents.png", "caption": caption, "rows": None}

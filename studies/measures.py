@@ -21,6 +21,13 @@ WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
 
+LARGEST_ERROR = 1.0
+"""Squared error, pixel^2, above which a run has diverged."""
+
+LARGEST_RATE = 1e4
+"""Rate, nats a latent, above which a run has diverged whose loss counts it."""
+
+
 def objective(study: Study | None) -> str:
     """Return the metric that the best epoch of a run is chosen by, on validation data."""
     return "val/neg_elbo" if study is None else study.objective
@@ -36,6 +43,27 @@ def epoch_metrics(record: EpochRecord, row: int) -> Metrics:
     progress = (record.seconds, record.images_per_second, float(record.kl_warmup[row]))
     names = (*WALL_CLOCK, "progress/kl_warmup")
     return flat_record(record, row) | dict(zip(names, progress, strict=True))
+
+
+def divergence(record: EpochRecord, row: int) -> str | None:
+    """Say why a run has diverged in an epoch, None if it has not.
+
+    It has where its loss is no number or infinite, where its squared error is above 1, for pixels
+    lie in [0, 1] and no constant image errs more, or where its rate is above 10,000 nats a latent
+    although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
+    """
+    config = [config for model in record.models for config in model.configs][row]
+    limits = {"loss": math.inf, "mse": LARGEST_ERROR}
+    if config.kl_weight > 0:
+        limits["rate"] = LARGEST_RATE * config.latent_size
+    for part, metrics in (("training", record.train), ("validation", record.val)):
+        for name, limit in limits.items():
+            value = float(metrics[name][row]) if name in metrics else 0.0
+            if not abs(value) < math.inf:
+                return f"{part} {name} is {value}"
+            if value > limit:
+                return f"{part} {name} is {value:.3g}, above {limit:,.0f}"
+    return None
 
 
 def finals(record: EpochRecord, data: Dataset) -> list[tuple[int, Metrics]]:

@@ -13,20 +13,20 @@ from harness.config import (
     Binarization,
     KLNormalization,
     Likelihood,
+    Model,
     Precision,
     RunConfig,
     Sigma,
     UserError,
     checked_name,
 )
+from studies.sources import Source, source
 
 if TYPE_CHECKING:
+    from harness.data import Dataset
     from studies.study import Study
 
 Value = TypeVar("Value")
-
-EPOCHS = {"digits": 50, "mnist": 20, "fashion_mnist": 20, "kmnist": 20}
-"""Passes over the training split where the user names no number."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,15 @@ class Common:
     """What a user can set on every command line that trains.
 
     Attributes:
-        dataset: data to train on; digits needs no download.
-        data_dir: folder of the other data sets, downloaded into it if missing.
-        epochs: passes over the training split (digits 50, others 20).
+        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
+            images in PATH/CLASS/ or in PATH.
+        data_dir: folder of the MNIST family, downloaded into it if missing.
+        image_size: height and width that own images are resized to, or one number for both.
+        epochs: passes over the training split (digits and fewer than 10,000 own images 50, others
+            20).
         batch_size: images per step.
+        model: mlp, a linear VAE, or conv, convolutions in place of the MLP (mlp).
+        channels: channels of conv's convolutions, each of which halves the image (32 64).
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0 (0).
         kl_cycles: equal parts of the training that each begin with that warm-up (1).
         free_bits: nats of each latent's KL that cost nothing (0).
@@ -47,17 +52,24 @@ class Common:
         binarization: how bernoulli's pixels are made 0 or 1 (none).
         precision: tf32 trains faster on a GPU, less exactly (float32).
         device: auto takes a GPU where there is one.
+        workers: processes on this machine that share the study and its cores. Any number of
+            machines share one, too, that start the same command with a --storage of PostgreSQL.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
         fresh: start a new study beside one of the same name.
         dry_run: show the plan and train nothing.
     """
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
+    dataset: str = "digits"
     data_dir: Path = Path("data")
+    image_size: tuple[int, ...] = ()
     epochs: int | None = None
     batch_size: int = 32
+    model: Model | None = None
+    channels: tuple[int, ...] | None = None
     kl_warmup_epochs: int | None = None
     kl_cycles: int | None = None
     free_bits: float | None = None
@@ -66,9 +78,11 @@ class Common:
     binarization: Binarization | None = None
     precision: Precision | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
+    checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
 
@@ -77,13 +91,30 @@ class Common:
         given = {name: getattr(self, name, None) for name in CHOICES}
         return {name: value for name, value in given.items() if value is not None}
 
-    def base(self, config: RunConfig) -> RunConfig:
-        """Return a configuration with everything set that the user chose."""
-        epochs = EPOCHS[self.dataset] if self.epochs is None else self.epochs
-        return config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
+    def base(self, config: RunConfig, data: Source) -> RunConfig:
+        """Return a configuration with everything set that the user chose, for a dataset.
+
+        Raises:
+            UserError: a setting cannot be used.
+        """
+        check_least("checkpoint_every", self.checkpoint_every, 0)
+        check_least("workers", self.workers, 1)
+        epochs = data.epochs if self.epochs is None else self.epochs
+        found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
+        if self.channels is not None and found.model != "conv":
+            raise UserError(f"--channels with model={found.model!r}: only conv has them")
+        return found
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise UserError for an option that is too low."""
+    if value < least:
+        raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 CHOICES = (
+    "model",
+    "channels",
     "latent_size",
     "kl_normalization",
     "kl_warmup_epochs",
@@ -123,7 +154,11 @@ def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[
         fixed: fields that may be said; others differ from run to run.
     """
     differ = [f for f in CHOICES if f in fixed and getattr(config, f) != getattr(default, f)]
-    return [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in differ]
+    return [f"--{name.replace('_', '-')} {_said(getattr(config, name))}" for name in differ]
+
+
+def _said(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Point(NamedTuple):
@@ -140,14 +175,19 @@ class Plan:
     Attributes:
         study: the study.
         name: of the Optuna study, and tag of its runs.
-        dataset: name of the dataset.
+        source: what is known of the dataset.
         configs: point -> one configuration per seed.
     """
 
     study: Study
     name: str
-    dataset: str
+    source: Source
     configs: dict[Point, list[RunConfig]] = field(repr=False)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset."""
+        return self.source.name
 
     @property
     def experiment(self) -> str:
@@ -171,7 +211,7 @@ class Plan:
         first = json.loads(self.runs[0].to_json())
         shared = {name: value for name, value in first.items() if name not in varied}
         values = list(dict.fromkeys(point.value for point in self.configs))
-        return {"dataset": self.dataset, "values": values, "seeds": self.seeds, **shared}
+        return {**self.source.settings, "values": values, "seeds": self.seeds, **shared}
 
     def _varied(self) -> Iterator[str]:
         """Yield the fields in which the points differ."""
@@ -203,8 +243,13 @@ class Plan:
         return f"{point.group}, {named}" if point.group else named
 
 
-def make_plan(study: Study, options: Options[Any]) -> Plan:
+def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Decide every run of a study; all settings are checked here, before anything is written.
+
+    Args:
+        study: the study.
+        options: what the user set.
+        own: the user's own images, which take the place of `options.dataset`.
 
     Raises:
         UserError: a setting cannot be used.
@@ -215,15 +260,16 @@ def make_plan(study: Study, options: Options[Any]) -> Plan:
     values = options.values or study.axis.values
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
-    name = checked_name(options.study_name or f"{study.name}-{options.dataset}")
-    base = _base(study, options)
+    data = source(options.dataset, own)
+    name = checked_name(options.study_name or f"{study.name}-{data.name}")
+    base = _base(study, options, data)
     configs: dict[Point, list[RunConfig]] = {}
-    for group, changes in study.groups(options.dataset).items():
+    for group, changes in study.groups(data).items():
         for value in values:
-            config = study.axis.apply(base.replace(**changes), value, options.dataset)
+            config = study.axis.apply(base.replace(**changes), value, data)
             point = Point(group, value)
             configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
-    return Plan(study, name, options.dataset, configs)
+    return Plan(study, name, data, configs)
 
 
 def first_unused(name: str, taken: Container[str]) -> str:
@@ -232,13 +278,13 @@ def first_unused(name: str, taken: Container[str]) -> str:
     return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
-def _base(study: Study, options: Options[Any]) -> RunConfig:
+def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
     given = options.chosen()
     for swept in given.keys() & {study.axis.name, study.group}:
         raise UserError(
             f"{swept}={given[swept]}: {study.name} sweeps it; choose its values with --values"
         )
-    base = options.base(study.base)
+    base = options.base(study.base, data)
     if not base.has_likelihood and study.objective.endswith("neg_elbo"):
         raise UserError(
             f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"

@@ -39,7 +39,7 @@ class ReplayOptions:
     Attributes:
         run_id: the run's id in MLflow, as its page shows it.
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        data_dir: folder of the data sets other than digits.
+        data_dir: folder of the MNIST family; of a run on own images, the folder of these.
         device: auto takes the kind of the record where there is one, otherwise the CPU.
     """
 
@@ -139,7 +139,10 @@ def load(record: Record, data_dir: Path) -> Dataset:
     import harness
 
     then = record.made_with["dataset"]
-    data = harness.load_dataset(then["name"], data_dir)
+    if then["name"].startswith("folder-"):
+        data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
+    else:
+        data = harness.load_dataset(then["name"], data_dir)
     now = harness.provenance.dataset(data)
     for part in ("digest", "images"):
         if then[part] != now[part]:

@@ -21,6 +21,7 @@ from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
 from studies.cli import clear_errors, read
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
+from studies.options import check_least
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,
@@ -51,6 +52,8 @@ class ReproduceOptions:
         device: auto takes a GPU where there is one.
         study_name: name in MLflow (reproduce-mnist).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
         fresh: train everything anew beside what is there.
         dry_run: show what is trained and train nothing.
     """
@@ -60,6 +63,7 @@ class ReproduceOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     study_name: str | None = None
     tracking_uri: str | None = None
+    checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
 
@@ -186,6 +190,7 @@ def execute(options: ReproduceOptions) -> list[Row]:
     """
     page = reproduction(FULL if options.full else SHORT)
     checked_name(options.study_name or NAME)
+    check_least("checkpoint_every", options.checkpoint_every, 0)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness

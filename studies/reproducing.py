@@ -26,7 +26,7 @@ from studies.claims import (
 from studies.evidence import Evidence
 from studies.gallery import draw_models
 from studies.options import first_unused
-from studies.stack import Place, Planned, train_stack
+from studies.stack import Place, Planned, keep, train_stack
 from studies.summary import (
     Outcome,
     describe,
@@ -116,7 +116,9 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
         runs = harness.tracking.read_runs(store, experiment)
         name = first_unused(name, {found["tags"]["study"] for found in runs})
     harness.ledger.bury_open_runs(store, experiment, name)
-    return Check(page, name, Place(None, data, device, store, experiment_id, lambda record: None))
+    kept = keep(store, name, options.checkpoint_every)
+    quiet = lambda record: None  # noqa: E731
+    return Check(page, name, Place(None, data, device, store, experiment_id, quiet, kept))
 
 
 def train_missing(check: Check, console: Console) -> None:
@@ -138,6 +140,8 @@ def train_missing(check: Check, console: Console) -> None:
         with console.bar(len(stack), epochs) as on_epoch:
             planned = [check.planned(*run) for run in stack]
             train_stack(planned, replace(place, on_epoch=on_epoch))
+            place.forget([config for config, *_ in planned])
+    place.close()
 
 
 def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:

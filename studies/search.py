@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from analysis import search_plots
 from harness.config import RunConfig
-from studies import conditions
 from studies.cli import clear_errors, read
 from studies.search_options import Range, Search, SearchOptions, Space, make_search_plan
+from studies.sources import Source, read_own
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
@@ -40,9 +40,9 @@ def space(epochs: int) -> Space:
     }
 
 
-def calibrated(base: RunConfig, dataset: str) -> RunConfig:
+def calibrated(base: RunConfig, data: Source) -> RunConfig:
     """Return the default configuration with its calibrated KL weight."""
-    return base.replace(kl_weight=conditions.CALIBRATED[dataset])
+    return base.replace(kl_weight=data.calibrated)
 
 
 SEARCH = Search(
@@ -85,12 +85,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def execute(options: SearchOptions) -> Outcome | None:
-    """Run the search and show it; None for a dry run, which trains nothing.
+    """Run the search and show it; None for a dry run, or where another process shows it.
 
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    plan = make_search_plan(SEARCH, options)
+    own = read_own(options)
+    plan = make_search_plan(SEARCH, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
@@ -99,13 +100,15 @@ def execute(options: SearchOptions) -> Outcome | None:
 
     console = Console()
     harness.engine.resolve_device(options.device, options.precision or "float32")
-    data = harness.load_dataset(options.dataset, options.data_dir)
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
     harness.engine.check_stack([plan.base], data)
     console.out.print(f"[bold]{SEARCH.question.strip().splitlines()[0]}[/bold]")
     console.out.print(plan.sentence(data.pixels))
     if options.dry_run:
         return None
     outcome = run(plan, data, options, console)
+    if outcome is None:
+        return None
     console.outcome(plan, outcome, options.tracking_uri)
     return outcome
 

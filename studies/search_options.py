@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
 from studies.options import Common, flags
+from studies.sources import Source, source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from harness.data import Dataset
     from studies.search_summary import Findings
 
 Pruner = Literal["median", "hyperband", "none"]
@@ -67,7 +69,7 @@ class Search:
         question: the page's docstring.
         base: settings shared by all runs.
         space: epochs -> what is tried.
-        baseline: (base, dataset) -> configuration that the best one is compared with.
+        baseline: (base, source of the data) -> configuration that the best one is compared with.
         figures: file name -> (findings -> figure, caption).
         front: figures of the form with two objectives, beside the others.
     """
@@ -76,7 +78,7 @@ class Search:
     question: str
     base: RunConfig
     space: Callable[[int], Space]
-    baseline: Callable[[RunConfig, str], RunConfig]
+    baseline: Callable[[RunConfig, Source], RunConfig]
     figures: Mapping[str, tuple[Callable[[Findings], Figure], str]]
     front: Mapping[str, tuple[Callable[[Findings], Figure], str]]
 
@@ -88,7 +90,7 @@ class SearchPlan:
     Attributes:
         search: the search.
         name: of the Optuna study, and tag of its runs.
-        dataset: name of the dataset.
+        source: what is known of the dataset.
         base: configuration that the searched fields are set in.
         chosen: its fields that the user set.
         trials: configurations in all.
@@ -99,13 +101,18 @@ class SearchPlan:
 
     search: Search
     name: str
-    dataset: str
+    source: Source
     base: RunConfig = field(repr=False)
     chosen: tuple[str, ...]
     trials: int
     seeds: int
     pruner: Pruner
     objectives: tuple[str, ...]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset."""
+        return self.source.name
 
     @property
     def experiment(self) -> str:
@@ -125,8 +132,8 @@ class SearchPlan:
         fixed = json.loads(self.base.to_json())
         fixed = {k: v for k, v in fixed.items() if k not in {"seed", *self.space}}
         space = {name: list(values) for name, values in self.space.items()}
-        objectives, names = list(self.objectives), ("dataset", "seeds", "pruner")
-        own = {name: getattr(self, name) for name in names}
+        objectives, names = list(self.objectives), ("seeds", "pruner")
+        own = {**self.source.settings, **{name: getattr(self, name) for name in names}}
         return {**own, "objectives": objectives, "space": space, **fixed}
 
     @property
@@ -170,7 +177,7 @@ class SearchPlan:
 
     def command(self) -> str:
         """Return the command line that repeats the search."""
-        words = [f"python -m studies.{self.search.name} --dataset {self.dataset}"]
+        words = [f"python -m studies.{self.search.name} {self.source.words}"]
         words += [f"--trials {self.trials} --seeds {self.seeds} --epochs {self.base.epochs}"]
         words += [f"--batch-size {self.base.batch_size} --pruner {self.pruner}"]
         words += ["--multi-objective"] if len(self.objectives) > 1 else []
@@ -187,8 +194,15 @@ class SearchPlan:
         )
 
 
-def make_search_plan(search: Search, options: SearchOptions) -> SearchPlan:
+def make_search_plan(
+    search: Search, options: SearchOptions, own: Dataset | None = None
+) -> SearchPlan:
     """Decide all of a search that can be decided before it; checked before anything is written.
+
+    Args:
+        search: the search.
+        options: what the user set.
+        own: the user's own images, which take the place of `options.dataset`.
 
     Raises:
         UserError: a setting cannot be used.
@@ -203,13 +217,14 @@ def make_search_plan(search: Search, options: SearchOptions) -> SearchPlan:
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     suffix = "-front" if options.multi_objective else ""
-    name = checked_name(options.study_name or f"{search.name}-{options.dataset}{suffix}")
-    base = _base(search, options)
+    data = source(options.dataset, own)
+    name = checked_name(options.study_name or f"{search.name}-{data.name}{suffix}")
+    base = _base(search, options, data)
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
     return SearchPlan(
         search,
         name,
-        options.dataset,
+        data,
         base,
         tuple(options.chosen()),
         options.trials,
@@ -219,8 +234,8 @@ def make_search_plan(search: Search, options: SearchOptions) -> SearchPlan:
     )
 
 
-def _base(search: Search, options: SearchOptions) -> RunConfig:
-    base = options.base(search.base)
+def _base(search: Search, options: SearchOptions, data: Source) -> RunConfig:
+    base = options.base(search.base, data)
     if not base.has_likelihood:
         raise UserError(
             f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"

@@ -25,7 +25,7 @@ from studies.summary import (
 )
 
 if TYPE_CHECKING:
-    from studies.searching import Hunt
+    from studies.hunt import Hunt
 
 TOP = 10
 """Configurations in the table."""

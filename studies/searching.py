@@ -7,16 +7,16 @@ mean. A trial that is pruned, or of which a seed diverges, leaves the stack with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import lazy_loader
-
 import harness
-from harness.config import UserError
-from studies.search_options import Range, SearchOptions, SearchPlan
-from studies.study import agree, bury_trials, claim, open_both, unused_name
+from studies import worker, workers
+from studies.books import Books
+from studies.hunt import Hunt, open_hunt
+from studies.search_options import SearchOptions, SearchPlan
+from studies.storage import open_both, unused_name
 
 if TYPE_CHECKING:
     import optuna
@@ -24,122 +24,8 @@ if TYPE_CHECKING:
     from harness.data import Dataset
     from harness.engine import EpochRecord
     from studies.console import Console
-    from studies.stack import End, Metrics, Place
+    from studies.stack import End, Place
     from studies.summary import Outcome
-else:
-    optuna = lazy_loader.load("optuna")
-
-SELECTION = "val/neg_elbo"
-"""What the best trial is chosen by, with one objective or two: neg_elbo of a front's points is
-their own, and the lowest of all lies on the front, since it rises with rate and with mse."""
-
-
-@dataclass(frozen=True)
-class Hunt:
-    """The Optuna study behind a search."""
-
-    plan: SearchPlan
-    study: optuna.Study = field(repr=False)
-
-    @property
-    def choices(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        """The plan's space in Optuna's terms."""
-        return {name: _distribution(values) for name, values in self.plan.space.items()}
-
-    def trials(self, *states: str) -> list[optuna.trial.FrozenTrial]:
-        """Return the trials in the named states (COMPLETE, PRUNED, FAIL)."""
-        wanted = tuple(optuna.trial.TrialState[state] for state in states)
-        return self.study.get_trials(deepcopy=False, states=wanted)
-
-    def diverged(self) -> list[optuna.trial.FrozenTrial]:
-        """Return the trials that failed for good."""
-        return [trial for trial in self.trials("FAIL") if "diverged" in trial.user_attrs]
-
-    def left(self) -> int:
-        """Return how many trials are still to be run."""
-        done = len(self.trials("COMPLETE", "PRUNED")) + len(self.diverged())
-        return max(0, self.plan.trials - done)
-
-    def asked(self, at_once: int) -> Iterator[list[optuna.Trial]]:
-        """Ask for the trials that are left, batch by batch."""
-        while left := self.left():
-            trials = [self.study.ask(self.choices) for _ in range(min(left, at_once))]
-            claim(trials)
-            yield trials
-
-    def tell(
-        self,
-        trials: Sequence[optuna.Trial],
-        results: Sequence[Metrics | None],
-        pruned: set[int],
-    ) -> None:
-        """Tell what became of a batch.
-
-        Args:
-            trials: the batch.
-            results: final metrics of its runs, seed by seed, None for one that was ended.
-            pruned: numbers of the trials that were pruned.
-        """
-        for i, trial in enumerate(trials):
-            runs = results[i * self.plan.seeds : (i + 1) * self.plan.seeds]
-            finals = [metrics for metrics in runs if metrics is not None]
-            if trial.number in pruned:
-                self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            elif len(finals) < len(runs):
-                trial.set_user_attr("diverged", "a seed did")
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                means = [_mean([m[name] for m in finals]) for name in self.plan.objectives]
-                trial.set_user_attr(SELECTION, _mean([m[SELECTION] for m in finals]))
-                self.study.tell(trial, means)
-
-    def front(self) -> list[optuna.trial.FrozenTrial]:
-        """Return the trials that no other beats in every objective; with one, the best."""
-        return self.study.best_trials
-
-    def best(self) -> optuna.trial.FrozenTrial:
-        """Return the trial with the lowest validation neg_elbo, of the front if there is one.
-
-        Raises:
-            UserError: no trial finished.
-        """
-        if not self.trials("COMPLETE"):
-            raise UserError(f"search {self.plan.name!r} has no finished trial: all diverged")
-        return min(self.front(), key=lambda trial: trial.user_attrs[SELECTION])
-
-    def importances(self) -> dict[str, dict[str, float]]:
-        """Return the share of each objective's variation that each parameter explains.
-
-        Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few
-        hopeless trials do not explain everything. Empty for fewer than two finished trials.
-        """
-        done = self.trials("COMPLETE")
-        if len(done) < 2:
-            return {}
-        found = {}
-        for i, name in enumerate(self.plan.objectives):
-            order = sorted(done, key=lambda trial, i=i: trial.values[i])  # type: ignore[misc]
-            rank = {trial.number: float(place) for place, trial in enumerate(order)}
-            shares = optuna.importance.get_param_importances(
-                self.study,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                target=lambda trial, rank=rank: rank[trial.number],  # type: ignore[misc]
-            )
-            found[name] = {setting: float(share) for setting, share in shares.items()}
-        return found
-
-
-def _distribution(values: Range | tuple[str, ...]) -> optuna.distributions.BaseDistribution:
-    if not isinstance(values, Range):
-        return optuna.distributions.CategoricalDistribution(values)
-    low, high, log = values
-    if isinstance(low, int) and isinstance(high, int):
-        return optuna.distributions.IntDistribution(low, high, log=log)
-    return optuna.distributions.FloatDistribution(low, high, log=log)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -147,12 +33,12 @@ class Judge:
     """Reports a batch's validation neg_elbo to Optuna, and ends what is not worth going on.
 
     Attributes:
-        plan: the search.
+        hunt: the search.
         trials: the batch; its runs are rows of the stack, seed by seed.
         pruned: numbers of the trials that were pruned.
     """
 
-    plan: SearchPlan
+    hunt: Hunt
     trials: Sequence[optuna.Trial]
     pruned: set[int] = field(default_factory=set)
 
@@ -160,7 +46,7 @@ class Judge:
         """Return which rows of a record are to be ended, and why."""
         rows: dict[int, list[int]] = {}
         for row, origin in enumerate(record.rows):
-            rows.setdefault(origin // self.plan.seeds, []).append(row)
+            rows.setdefault(origin // self.hunt.plan.seeds, []).append(row)
         ends: dict[int, End] = {}
         for i, own in rows.items():
             values = [float(record.val["neg_elbo"][row]) for row in own]
@@ -172,7 +58,7 @@ class Judge:
 
     def _is_due(self, record: EpochRecord, rows: list[int]) -> bool:
         """Say whether a trial is compared now: not while a warm-up lowers its KL weight."""
-        judged = record.epoch in self.plan.judged and self.plan.pruner != "none"
+        judged = record.epoch in self.hunt.plan.judged and self.hunt.plan.pruner != "none"
         return judged and bool((record.kl_warmup[rows] == 1).all())
 
     def _diverged(self, epoch: int, values: dict[int, float]) -> dict[int, End]:
@@ -188,78 +74,84 @@ class Judge:
     def _verdict(self, i: int, values: list[float], record: EpochRecord) -> End | None:
         from studies.stack import End
 
-        trial, mean = self.trials[i], _mean(values)
-        trial.report(mean, record.epoch)
-        if not trial.should_prune():
+        trial, mean = self.trials[i], sum(values) / len(values)
+        if not self.hunt.is_worse(trial, mean, record.epoch):
             return None
         self.pruned.add(trial.number)
         why = {
             "median": "worse than the median of finished trials",
             "hyperband": "not among the best third of its bracket",
-        }[self.plan.pruner]
+        }[self.hunt.plan.pruner]
         said = f"pruned at epoch {record.epoch}: validation neg_elbo {mean:.2f} is {why}"
         return End("KILLED", said, pruned=True)
 
 
-def open_hunt(plan: SearchPlan, storage: optuna.storages.BaseStorage) -> Hunt:
-    """Open or create the Optuna study of a search.
-
-    Raises:
-        UserError: it exists with other settings.
-    """
-    study = optuna.create_study(
-        storage=storage,
-        study_name=plan.name,
-        directions=["minimize"] * len(plan.objectives),
-        pruner=_pruner(plan),
-        load_if_exists=True,
-    )
-    agree(study, plan.settings)
-    # Keyed by the trials so far: a search that goes on does not draw its first points again.
-    study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
-    return Hunt(plan, study)
-
-
-def _pruner(plan: SearchPlan) -> optuna.pruners.BasePruner:
-    if plan.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(plan.judged.start, plan.base.epochs)
-    return optuna.pruners.MedianPruner() if plan.pruner == "median" else optuna.pruners.NopPruner()
-
-
-def run(plan: SearchPlan, data: Dataset, options: SearchOptions, console: Console) -> Outcome:
+def run(
+    plan: SearchPlan, data: Dataset, options: SearchOptions, console: Console
+) -> Outcome | None:
     """Run what is left of a search, train the best configuration again, then answer.
+
+    Returns:
+        What was found; None if another process says it.
 
     Raises:
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, train_stack
+    from studies.stack import Place, keep
 
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))
     hunt = open_hunt(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.search.question)
-    dead = [trial_label(number) for number in bury_trials(hunt.study)]
-    harness.ledger.bury_runs(store, plan.experiment, plan.name, dead)
+    books = Books(hunt.desk, store, plan.experiment, trial_label)
+    hunt.desk.section(hunt.desk.bury)
+    books.settle()
     device = harness.engine.resolve_device(options.device).type
     left = hunt.left()
     if left < plan.trials:
         console.out.print(f"{plan.trials - left} trials are finished; {left} are left.")
-    with console.bar(left * plan.seeds, plan.base.epochs) as on_epoch:
-        place = Place(None, data, device, store, experiment, on_epoch)
-        for trials in hunt.asked(plan.at_once(harness.engine.STACK_WIDTH[device])):
-            judge = Judge(plan, trials)
+    with console.bar(left * plan.seeds, plan.base.epochs) as progress:
+        kept = keep(store, plan.name, options.checkpoint_every)
+        watching = hunt.desk.watching(progress)
+        place = Place(None, data, device, store, experiment, watching, kept)
+        if options.workers > 1:
+            workers.train(options, plan.search.name, plan.name, progress.advance)
+        else:
+            work(hunt, books, place)
+    if worker.crowd():
+        return None
+    workers.check_done(hunt.left(), plan.name)
+
+    def finish() -> Outcome:
+        from studies.search_summary import summarize  # seaborn, which training does not wait for
+
+        confirm(hunt, replace(place, on_epoch=lambda record: None))
+        return summarize(hunt, data, store, experiment)
+
+    ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
+    place.close()
+    return console.conclusion(ended)
+
+
+def work(hunt: Hunt, books: Books, place: Place) -> None:
+    """Ask for trials, train and tell them until none is left."""
+    from studies.stack import train_stack
+
+    plan = hunt.plan
+    for trials in hunt.asked(plan.at_once(harness.engine.STACK_WIDTH[place.device])):
+        books.settle()
+        judge = Judge(hunt, trials)
+        with hunt.desk.working():
             planned = [
                 plan.planned(trial_label(trial.number), trial.number, config)
                 for trial in trials
                 for config in plan.configs(trial.params)
             ]
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
-    confirm(hunt, replace(place, on_epoch=lambda record: None))
-    from studies.search_summary import summarize  # seaborn, which training does not wait for
-
-    return summarize(hunt, data, store, experiment)
+            place.forget([config for config, *_ in planned])
+        books.settle()
 
 
 def trial_label(number: int) -> str:
@@ -274,7 +166,7 @@ def confirm(hunt: Hunt, place: Place) -> None:
     plan, best = hunt.plan, hunt.best()
     wanted = {
         f"best, trial {best.number}": (best.number, plan.base.replace(**best.params)),
-        "default": (-1, plan.search.baseline(plan.base, plan.dataset)),
+        "default": (-1, plan.search.baseline(plan.base, plan.source)),
     }
     mine = f"tags.study = '{plan.name}' and status = 'FINISHED'"
     runs = harness.tracking.read_runs(place.store, plan.experiment, mine)
@@ -288,3 +180,4 @@ def confirm(hunt: Hunt, place: Place) -> None:
     ]
     if planned:
         train_stack(planned, place)
+        place.forget([config for config, *_ in planned])

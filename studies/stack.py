@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,15 +17,26 @@ from harness.data import Dataset
 from harness.engine import EpochRecord
 from harness.tracking import RunLog, Store
 from studies import companions, stopping
-from studies.measures import Metrics, course_value, epoch_metrics, final_metrics, finals
+from studies.measures import (
+    Metrics,
+    course_value,
+    divergence,
+    epoch_metrics,
+    final_metrics,
+    finals,
+)
 from studies.origin import description, log_origin, made_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from harness.checkpoint import Checkpoints
     from harness.vae import SingleVAE
     from studies.options import Plan, Point
     from studies.study import Study
+
+LONGEST_PARAM = 6_000
+"""Characters of a parameter that MLflow keeps."""
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
@@ -31,7 +44,17 @@ PICTURES = 10
 
 @dataclass(frozen=True)
 class Place:
-    """Where stacks are trained and recorded; `plan` is None for runs that are no study's points."""
+    """Where stacks are trained and recorded.
+
+    Attributes:
+        plan: None for runs that are no study's points.
+        data: their dataset.
+        device: "cpu" or "cuda".
+        store: where they are tracked.
+        experiment_id: their experiment.
+        on_epoch: called after every epoch.
+        checkpoints: where unfinished runs are kept, if they are.
+    """
 
     plan: Plan | None
     data: Dataset
@@ -39,11 +62,22 @@ class Place:
     store: Store
     experiment_id: str
     on_epoch: Callable[[EpochRecord], None] = field(repr=False)
+    checkpoints: Checkpoints | None = None
 
     @property
     def study(self) -> Study | None:
         """The study whose points the runs are."""
         return None if self.plan is None else self.plan.study
+
+    def forget(self, configs: Sequence[RunConfig]) -> None:
+        """Remove the checkpoints of runs that have ended and been told."""
+        if self.checkpoints is not None:
+            self.checkpoints.remove(configs)
+
+    def close(self) -> None:
+        """Remove what is left of the checkpoints: all runs have ended."""
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
 
 
 class End(NamedTuple):
@@ -107,8 +141,11 @@ def train_stack(
     courses: list[list[float]] = [[] for _ in planned]
     stack = companions.Companions.of(configs)
     with _open_logs(planned, place) as every:
-        for record in harness.train(configs, place.data, place.device):
+        kept = place.checkpoints
+        for record in harness.train(configs, place.data, place.device, checkpoints=kept):
             logs = [every[row] for row in record.rows]
+            if record.epoch == 1:
+                _log_resumption(record, logs)
             for row, origin in enumerate(record.rows):
                 metrics = epoch_metrics(record, row)
                 every[origin].metrics(metrics, record.epoch)
@@ -131,12 +168,15 @@ def train_stack(
 
 
 def _diverged(record: EpochRecord) -> dict[int, End]:
-    errors = {row: float(mse) for row, mse in enumerate(record.train["mse"])}
-    return {
-        row: End("FAILED", f"diverged in epoch {record.epoch}: training mse is {mse}")
-        for row, mse in errors.items()
-        if not math.isfinite(mse)
-    }
+    found = {row: divergence(record, row) for row in range(len(record.rows))}
+    said = f"diverged in epoch {record.epoch}"
+    return {row: End("FAILED", f"{said}: {why}") for row, why in found.items() if why}
+
+
+def _log_resumption(record: EpochRecord, logs: Sequence[RunLog]) -> None:
+    for log, epoch in zip(logs, record.resumed, strict=True):
+        if epoch:
+            log.tag("resumed_from_epoch", str(epoch))
 
 
 def _log_end(log: RunLog, end: End) -> None:
@@ -171,30 +211,42 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
             log_origin(log, made)
         yield logs
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        _end_all(logs, place, error)
+        raise
+
+
+def _end_all(logs: Sequence[RunLog], place: Place, error: BaseException) -> None:
+    """Give every open run its status; what cannot be written now, the next start writes."""
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    status, reason = ("KILLED", str(error)) if interrupted else ("FAILED", repr(error))
+    with suppress(Exception):
         for log in logs:
             log.flush()
-        status = "KILLED" if interrupted else "FAILED"
-        harness.ledger.end_own_runs(place.store, place.experiment_id, status, repr(error))
-        raise
+        harness.ledger.end_own_runs(place.store, place.experiment_id, status, reason)
 
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     variance = harness.objective.decoder_variance(config, data.pixels)
+    names = json.dumps(data.class_names)
     return {
         **asdict(config),
         "beta": harness.objective.beta(config, data.pixels),
         **({} if math.isnan(variance) else {"decoder_variance": variance}),
         "dataset": data.name,
         "dataset_digest": data.digest,
+        **({"class_names": names} if data.class_names and len(names) < LONGEST_PARAM else {}),
     }
 
 
 def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
+    """Log pictures, but of no model that has gone on since: those are with its earlier run."""
+    there = [epoch <= record.epoch for epoch in record.resumed]
+    if not any(there):
+        return
     kind = record.model.configs[0].binarization
     val = data.binarized(kind).val.to(record.model.device)
     pictures = harness.pictures.reconstructions(record.model, val, PICTURES)
-    for log, picture in zip(logs, pictures, strict=True):
+    for log, picture in itertools.compress(zip(logs, pictures, strict=True), there):
         log.picture("reconstructions", picture, record.epoch)
 
 
@@ -204,3 +256,9 @@ def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:
     log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)
     log.model(run)
     log.end()
+
+
+def keep(store: Store, study: str, every: int) -> Checkpoints | None:
+    """Return where a study's unfinished runs are kept every so many epochs, None for 0."""
+    folder = store.home / "cache" / "checkpoints" / study
+    return harness.Checkpoints(folder, every) if every else None

@@ -24,17 +24,19 @@ def check() -> None:
     """Stop here if a signal has come.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C.
-        SystemExit: after SIGTERM, with the customary code 143.
+        KeyboardInterrupt: it has; its text names the signal.
     """
-    if signal.SIGINT in _received:
-        raise KeyboardInterrupt
     if _received:
-        sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(_received[0]).name}")
+
+
+def exit_code() -> int:
+    """Return the customary code of a process that a signal stopped: 130 for Ctrl-C, 143."""
+    return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     if _received:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped by a second signal")
     _received.append(number)
     print("\nStopping after this epoch; Ctrl-C once more stops at once.", file=sys.stderr)

@@ -19,6 +19,7 @@ from harness.config import UserError
 from harness.data import Dataset
 from harness.places import without_password
 from harness.tracking import RunLog, Store
+from studies import diverged
 from studies.cli import program
 from studies.gallery import write_pictures
 from studies.options import Plan, Point, flags
@@ -65,12 +66,16 @@ def summarize(
     _check_complete(plan, frame, finished, store)
     keys = list(plan.coordinates(finished[0]))
     table = frames.along_axis(frame, keys, [m for m in plan.study.table if m in frame])
-    outcome = Outcome(
-        table, plan.study.answer(frame), store.home / "reports" / plan.name, experiment_id
-    )
-    _write(outcome, plan, data, frame, store)
+    wild = diverged.runs_of(plan, store)
+    ranked = diverged.without(frame, wild)
+    answer = plan.study.answer(ranked)
+    if wild:
+        table = diverged.with_column(table, plan, wild)
+        answer += f"\n\n{diverged.sentence(wild)}"
+    outcome = Outcome(table, answer, store.home / "reports" / plan.name, experiment_id)
+    _write(outcome, plan, data, frame, ranked, store)
     if not _recorded(plan, store):
-        _log(plan, data, store, frame, outcome)
+        _log(plan, data, store, ranked, outcome)
     return outcome
 
 
@@ -86,12 +91,19 @@ def _check_complete(plan: Plan, frame: pd.DataFrame, finished: list[Point], stor
         )
 
 
-def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, store: Store) -> None:
+def _write(
+    outcome: Outcome,
+    plan: Plan,
+    data: Dataset,
+    frame: pd.DataFrame,
+    ranked: pd.DataFrame,
+    store: Store,
+) -> None:
     """Write all that a report is made of into the outcome's folder."""
     folder = make_folder(outcome.folder)
     frame.to_csv(folder / "runs.csv", index=False)
     tables.cells(outcome.table).to_csv(folder / "table.csv", index=False)
-    reference = reference_runs(plan, frame)
+    reference = reference_runs(plan, ranked)
     keys = list(plan.coordinates(next(iter(plan.configs))))
     compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, keys, reference, compared)
@@ -112,7 +124,7 @@ def _write(outcome: Outcome, plan: Plan, data: Dataset, frame: pd.DataFrame, sto
         command=command(plan),
         settings=plan.settings,
         figures=save_figures(folder, drawn),
-        pictures=write_pictures(folder, plan, data, frame, store),
+        pictures=write_pictures(folder, plan, data, ranked, store),
         tables=[
             {"file": "table.csv", "caption": TABLE_CAPTION},
             {"file": "differences.csv", "caption": difference_caption},
@@ -176,7 +188,7 @@ TABLE_CAPTION = (
 def command(plan: Plan) -> str:
     """Return the command line that repeats a plan."""
     first, study = plan.runs[0], plan.study
-    words = [f"{program(study.name)} --dataset {plan.dataset}"]
+    words = [f"{program(study.name)} {plan.source.words}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
     words += flags(first, study.base, plan.settings)
@@ -234,6 +246,7 @@ def log_summary(
         log.end("FAILED")
         raise
     log.end()
+    store.writer.settle()
 
 
 def describe(question: str, outcome: Outcome) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from harness.data import Dataset, load_dataset
 
-pytest_plugins = ["real_stores"]
+pytest_plugins = ["real_stores", "real_postgres"]
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -29,7 +29,7 @@ from studies import (
     reproduce,
     search,
 )
-from studies.study import open_storage
+from studies.storage import open_storage
 from tests.test_report import write_folder
 
 MAINS = {

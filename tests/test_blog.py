@@ -9,7 +9,8 @@ import torch
 from benchmarks import blog
 from harness.config import RunConfig
 from harness.data import Dataset, load_dataset
-from harness.engine import losses, train
+from harness.elbo import losses
+from harness.engine import train
 from harness.objective import betas
 from harness.vae import VAE, initial
 

@@ -110,6 +110,7 @@ def test_every_other_field_splits_stacks():
     other = {
         "model": "linear",
         "hidden": (8,),
+        "channels": (8,),
         "head": "relu",
         "latent": "deterministic",
         "likelihood": "bernoulli",
@@ -126,6 +127,7 @@ def test_every_other_field_splits_stacks():
 
 
 CONTRADICTIONS = [
+    ({"model": "conv", "channels": ()}, "at least one convolution"),
     ({"latent": "deterministic", "kl_weight": 0, "free_bits": 0.1}, "^free_bits=0.1 .*no KL"),
     ({"latent": "deterministic", "kl_weight": 0, "sigma": "optimal"}, "^sigma='optimal' .*no KL"),
     ({"likelihood": "bernoulli", "sigma": "learned"}, "only a Gaussian decoder has a variance"),

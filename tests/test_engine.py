@@ -1,6 +1,7 @@
 """Training a stack is training each of its runs alone, step by step the textbook's training."""
 
 import math
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +21,12 @@ KINDS = [
     {"model": "mlp", "head": "gaussian"},
     {"model": "mlp", "head": "relu"},
     {"model": "linear", "head": "gaussian"},
+    {"model": "conv", "head": "gaussian"},
 ]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
+
+
+mlp_or_conv = pytest.mark.parametrize("model", ["mlp", "conv"])
 
 
 def last_of(configs: list[RunConfig], data: Dataset, **settings) -> EpochRecord:
@@ -60,9 +65,10 @@ def check_training(configs: list[RunConfig], data: Dataset) -> None:
         torch.testing.assert_close(flat(last.model.run(s)), flat(textbook), rtol=1e-9, atol=1e-9)
 
 
-def test_every_remedy_trains_by_its_definition(tiny, parts):
+@mlp_or_conv
+def test_every_remedy_trains_by_its_definition(tiny, parts, model):
     # Cyclical warm-up, free bits, optimal and learned decoder variance, in one stack.
-    check_training(REMEDIES, tiny)
+    check_training(of_kind(REMEDIES, {"model": model}), tiny)
 
 
 def test_a_bernoulli_decoder_trains_on_fixed_binary_pixels(tiny, parts):
@@ -81,25 +87,40 @@ def check_alone(configs: list[RunConfig], data: Dataset, dtype: torch.dtype, lim
             assert stacked.val[name][s] == expected, name
 
 
+@mlp_or_conv
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_a_cpu_a_run_is_bitwise_the_same_in_any_company_on_any_number_of_cores(
-    tiny, threads, dtype
+    tiny, threads, dtype, model
 ):
-    check_alone(WIDE, tiny, dtype, limit=0)
+    check_alone(of_kind(WIDE, {"model": model}), tiny, dtype, limit=0)
 
 
+@mlp_or_conv
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_runs_computed_together_are_the_runs_alone(tiny, dtype, limit, monkeypatch):
+def test_runs_computed_together_are_the_runs_alone(tiny, dtype, limit, model, monkeypatch):
     # Other shapes of matrices are summed in another order: 2.3e-7 in float32 after 80 steps.
     monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
-    check_alone(WIDE, tiny, dtype, limit)
+    check_alone(of_kind(WIDE, {"model": model}), tiny, dtype, limit)
 
 
-def test_cores_change_no_bit(tiny, monkeypatch):
-    by_cores = []
+def test_beside_a_gpu_convolutions_train_in_this_process(tiny, monkeypatch):
+    # PyTorch's autograd refuses to work in a fork there; nothing of the numbers may change.
+    configs = of_kind(MIXED[:2], {"model": "conv"})
+    forked = last_of(configs, tiny)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(multiprocessing, "get_context", None)  # what a fork would begin with
+    here = last_of(configs, tiny)
+    for row in range(2):
+        assert torch.equal(flat(here.model.run(row)), flat(forked.model.run(row)))
+
+
+@mlp_or_conv
+def test_cores_change_no_bit(tiny, model, monkeypatch):
+    by_cores, configs = [], of_kind(WIDE, {"model": model})
     for cores in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
-        by_cores.append(last_of(WIDE, tiny))
+        by_cores.append(last_of(configs, tiny))
     first, second = by_cores
     for name, weights in first.model.state_dict().items():
         assert torch.equal(weights, second.model.state_dict()[name])
@@ -194,9 +215,10 @@ def check_untouched(broken: EpochRecord, whole: EpochRecord, row: int) -> None:
         np.testing.assert_array_equal(broken.val[name][others], values[others])
 
 
+@mlp_or_conv
 @pytest.mark.parametrize("rate", [1e-3, None], ids=["one rate", "mixed rates"])
-def test_nan_in_one_run_leaves_the_others_bitwise_untouched(tiny, parts, rate):
-    configs = [c.replace(learning_rate=rate or c.learning_rate) for c in MIXED]
+def test_nan_in_one_run_leaves_the_others_bitwise_untouched(tiny, parts, rate, model):
+    configs = [c.replace(learning_rate=rate or c.learning_rate, model=model) for c in MIXED]
     whole = last_of(configs, tiny)
     for record in train(configs, tiny, device="cpu"):
         if record.epoch == 1:
@@ -220,8 +242,8 @@ DROPS = {1: [1, 2], 3: [0]}
 one_or_many_rates = pytest.mark.parametrize("rate", [1e-3, None], ids=["one rate", "mixed rates"])
 
 
-def with_rate(rate: float | None) -> list[RunConfig]:
-    return [c.replace(learning_rate=rate or c.learning_rate) for c in LONGER]
+def with_rate(rate: float | None, model: str = "mlp") -> list[RunConfig]:
+    return [c.replace(learning_rate=rate or c.learning_rate, model=model) for c in LONGER]
 
 
 def dropping(configs: list[RunConfig], data: Dataset, **settings) -> list[EpochRecord]:
@@ -233,9 +255,14 @@ def dropping(configs: list[RunConfig], data: Dataset, **settings) -> list[EpochR
 
 
 @one_or_many_rates
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(tiny, parts, rate, dtype, limit):
-    configs = with_rate(rate)
+@pytest.mark.parametrize(
+    ("model", "dtype", "limit"),
+    [("mlp", torch.float64, 1e-9), ("mlp", torch.float32, 1e-5), ("conv", torch.float64, 1e-9)],
+)
+def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(
+    tiny, parts, rate, model, dtype, limit
+):
+    configs = with_rate(rate, model)
     whole = list(train(configs, tiny, device="cpu", dtype=dtype))
     cut = dropping(configs, tiny, dtype=dtype)
     assert [r.rows for r in cut] == [(0, 1, 2, 3, 4), (0, 3, 4), (0, 3, 4), (3, 4)]

@@ -1,20 +1,28 @@
-"""The gradient written out is autograd's, and autograd's of a stack is each run's textbook one."""
+"""The gradient written out is autograd's, and autograd's of a stack is each run's textbook one.
+
+A step of convolutions has its gradient from autograd, in the same buffers.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from textbook import BERNOULLI, MIXED, REMEDIES, Textbook, flat, plain
 
+from harness.autograd import Autograd
 from harness.config import RunConfig
 from harness.data import Dataset
-from harness.engine import losses
+from harness.elbo import losses
 from harness.gradient import Gradient
 from harness.objective import betas
+from harness.step import Step
 from harness.vae import VAE, initial
 
 KINDS = [
     {"model": "mlp", "head": "gaussian"},
     {"model": "mlp", "head": "relu"},
     {"model": "linear", "head": "gaussian"},
+    {"model": "conv", "head": "gaussian"},
 ]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
@@ -61,12 +69,18 @@ def test_kl_weight_zero_has_the_errors_gradient(tiny, kind):
     check_gradients(of_kind([c.replace(kl_weight=0.0) for c in MIXED], kind), tiny)
 
 
+@pytest.mark.parametrize("model", ["mlp", "conv"])
 @pytest.mark.parametrize("configs", [REMEDIES, BERNOULLI], ids=["remedies", "bernoulli"])
-def test_every_remedy_has_its_definitions_gradient(tiny, configs):
-    check_gradients(configs, tiny)
+def test_every_remedy_has_its_definitions_gradient(tiny, configs, model):
+    check_gradients(of_kind(configs, {"model": model}), tiny)
 
 
-# --- written out --------------------------------------------------------------------------------
+def test_colour_and_odd_sides_have_the_textbooks_gradient(tiny):
+    images = replace(tiny, image_shape=(3, 5, 7))
+    check_gradients(of_kind(MIXED, {"model": "conv"}), images)
+
+
+# --- in a step ----------------------------------------------------------------------------------
 
 CASES = {
     **{"-".join(kind.values()): of_kind(MIXED, kind) for kind in KINDS},
@@ -75,6 +89,8 @@ CASES = {
     "remedies, relu": [c.replace(head="relu") for c in REMEDIES],
     "bernoulli": BERNOULLI,
     "bernoulli, linear": [c.replace(model="linear") for c in BERNOULLI],
+    "remedies, conv": [c.replace(model="conv") for c in REMEDIES],
+    "bernoulli, conv": [c.replace(model="conv") for c in BERNOULLI],
 }
 
 
@@ -85,6 +101,11 @@ def stack_of(configs: list[RunConfig], data: Dataset) -> VAE:
     return model
 
 
+def slopes(model: VAE) -> Gradient | Autograd:
+    """Return what a step has of a model."""
+    return Step(model, 1).gradient
+
+
 def check_written(configs: list[RunConfig], data: Dataset) -> None:
     """Compare both gradients, and that writing one changes no weight."""
     theirs, ours = stack_of(configs, data), stack_of(configs, data)
@@ -92,7 +113,7 @@ def check_written(configs: list[RunConfig], data: Dataset) -> None:
     eps = torch.randn(len(configs), 8, ours.latent_size, dtype=torch.float64) * ours.used_latents
     beta = betas(configs, data.pixels)
     losses(theirs, x, eps, beta).sum().backward()
-    gradient = Gradient(ours, 8)
+    gradient = slopes(ours)
     one = len(configs) == 1
     for _ in range(2):  # the second call overwrites what the first one wrote
         gradient(x[0] if one else x, eps[0] if one else eps, beta.view(*gradient.lead, 1, 1))
@@ -104,15 +125,17 @@ def check_written(configs: list[RunConfig], data: Dataset) -> None:
 
 
 @pytest.mark.parametrize("configs", CASES.values(), ids=CASES.keys())
-def test_the_gradient_written_out_is_autograds(tiny, configs):
+def test_the_gradient_of_a_step_is_autograds(tiny, configs):
     check_written(configs, tiny)
     for config in configs:
         check_written([config], tiny)
 
 
-def test_weights_and_gradients_lie_in_one_buffer_each_run_its_row(tiny):
-    model = stack_of(MIXED, tiny)
-    gradient = Gradient(model, 8)
+@pytest.mark.parametrize(("kind", "way"), [("mlp", Gradient), ("conv", Autograd)])
+def test_weights_and_gradients_lie_in_one_buffer_each_run_its_row(tiny, kind, way):
+    model = stack_of(of_kind(MIXED, {"model": kind}), tiny)
+    gradient = slopes(model)
+    assert type(gradient) is way
     gradient.weights[1] = 7.0
     gradient.gradients[2] = 5.0
     for parameter in model.parameters():

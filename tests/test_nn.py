@@ -1,10 +1,22 @@
 """Stacked layers are S independent torch.nn layers."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.functional import conv2d, conv_transpose2d
 
-from harness.nn import MLP, Linear, linear
+from harness.nn import (
+    MLP,
+    Conv,
+    Linear,
+    TransposedConv,
+    halved,
+    linear,
+    output_padding,
+    steady_convolutions,
+)
+from harness.step import products_in
 
 
 def random_layer(runs: int, inputs: int, outputs: int) -> Linear:
@@ -31,6 +43,42 @@ def test_linear_couples_no_runs():
     for gradient in (x.grad, layer.weight.grad):
         assert gradient[1].abs().sum() > 0
         assert not gradient[[0, 2]].any()
+
+
+@pytest.mark.parametrize("sides", [(5, 8), (6, 7), (1, 2)])
+def test_convolutions_are_torchs_per_run_there_and_back(sides):
+    large, small = (2, *sides), halved((2, *sides), 3)
+    there, back = torch.randn(4, 3, 2, 3, 3).double(), torch.randn(4, 3, 2, 3, 3).double()
+    bias, other = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    x = torch.rand(4, 6, *large, dtype=torch.float64)
+    y = Conv(there, bias, large, small)(x.flatten(2)).unflatten(2, small)
+    z = TransposedConv(back, other, small, large)(y.flatten(2)).unflatten(2, large)
+    more = output_padding(small, large)
+    for s in range(4):
+        torch.testing.assert_close(y[s], conv2d(x[s], there[s], bias[s], 2, 1))
+        own = conv_transpose2d(y[s], back[s], other[s], 2, 1, more)
+        torch.testing.assert_close(z[s], own)
+
+
+def test_convolutions_couple_no_runs():
+    layer = Conv(torch.randn(3, 2, 1, 3, 3), torch.zeros(3, 2), (1, 4, 4), (2, 2, 2))
+    x = torch.rand(3, 5, 16, requires_grad=True)
+    layer(x)[1].sum().backward()
+    assert x.grad is not None
+    assert not x.grad[[0, 2]].any()
+    assert x.grad[1].any()
+
+
+def test_convolutions_follow_the_precision_of_products_and_leave_no_setting_behind():
+    cudnn, seen = torch.backends.cudnn, []
+    before = cudnn.deterministic, cudnn.conv.fp32_precision
+    for precision in ("float32", "tf32"):
+        with products_in(precision), steady_convolutions():
+            seen.append((cudnn.deterministic, cudnn.conv.fp32_precision))
+    with steady_convolutions():
+        seen.append((cudnn.deterministic, cudnn.conv.fp32_precision))
+    assert seen == [(True, "ieee"), (True, "tf32"), (True, "ieee")]
+    assert (cudnn.deterministic, cudnn.conv.fp32_precision) == before
 
 
 def test_mlp_is_a_torch_sequential_per_run():

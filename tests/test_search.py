@@ -1,8 +1,8 @@
 """A search from its command line to its summary, and how trials leave the stack."""
 
 import json
+import os
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import pytest
 
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
-from studies import search
+from studies import search, worker
+from studies.hunt import open_hunt
 from studies.search_options import SearchOptions, make_search_plan
-from studies.searching import Judge, open_hunt, trial_label
+from studies.searching import Judge, trial_label
 from studies.stack import Place, train_stack
-from studies.study import bury_trials, open_storage
+from studies.storage import open_storage
 
 # MLflow's own type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
@@ -180,8 +181,8 @@ def leave_behind(home: Home) -> None:
     """Leave a trial and a run open as a process does that is killed."""
     plan = make_search_plan(search.SEARCH, SearchOptions(trials=6, seeds=2, epochs=2))
     hunt = open_hunt(plan, open_storage(home.places[-1]))
+    hunt.desk.me = worker.name(2**22 + 1)  # above the largest id
     ((trial,),) = [next(hunt.asked(at_once=1))]
-    trial.set_user_attr("process", f"{socket.gethostname()}:{2**22 + 1}")  # above the largest id
     store = tracking.connect(home.uri)
     experiment = tracking.open_experiment(store, NAME, "")
     config, params, tags = plan.planned(trial_label(trial.number), trial.number, plan.base)
@@ -213,12 +214,14 @@ def test_other_settings_are_refused_with_the_differences(searched, capsys):
     assert "epochs: 2 there, 3 here; pruner: median there, none here" in said
 
 
-def test_a_search_that_another_process_runs_is_refused():
+def test_a_search_that_another_process_runs_is_refused(tmp_path):
     plan = make_search_plan(search.SEARCH, SearchOptions(trials=2))
-    hunt = open_hunt(plan, optuna.storages.InMemoryStorage())
+    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
+    hunt.desk.me = worker.name(os.getppid())
     next(hunt.asked(at_once=2))
+    hunt.desk.me = worker.name()
     with pytest.raises(UserError, match="is being run by process"):
-        bury_trials(hunt.study)
+        hunt.desk.bury()
 
 
 def test_a_remedy_that_is_set_is_not_searched():
@@ -258,10 +261,10 @@ def test_a_batch_is_as_wide_as_the_stack_but_a_search_has_rounds():
 
 
 @pytest.fixture
-def hunt():
+def hunt(tmp_path):
     """Open a search of two seeds among whose finished trials everything else looks bad."""
     plan = make_search_plan(search.SEARCH, SearchOptions(trials=9, seeds=2, epochs=3))
-    hunt = open_hunt(plan, optuna.storages.InMemoryStorage())
+    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
     for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
         params = plan.search.baseline(plan.base, "digits")
         hunt.study.add_trial(
@@ -279,7 +282,7 @@ def hunt():
 def train_batch(hunt, trials, uri, data, configs):
     store = tracking.connect(uri)
     place = Place(None, data, "cpu", store, experiment_of(store), lambda record: None)
-    judge = Judge(hunt.plan, trials)
+    judge = Judge(hunt, trials)
     planned = [
         hunt.plan.planned(trial_label(t.number), t.number, config)
         for t, own in zip(trials, configs, strict=True)
@@ -337,9 +340,9 @@ def test_a_diverging_seed_ends_its_trial_and_no_other(hunt, tracking_uri, tiny):
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner):
+def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, tmp_path):
     plan = make_search_plan(search.SEARCH, SearchOptions(trials=99, epochs=27, pruner=pruner))
-    hunt = open_hunt(plan, optuna.storages.InMemoryStorage())
+    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
     fates = {}
     for _ in range(3):
         for place, trial in enumerate(next(hunt.asked(at_once=9))):

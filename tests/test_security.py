@@ -1,6 +1,7 @@
 """No password in what is written or shown, no path out of a folder, no pickle, no open port."""
 
 import json
+import os
 import pickle
 import socket
 import threading
@@ -14,7 +15,7 @@ import torch
 
 from analysis import frames, report
 from harness import RunConfig, UserError, load_run, tracking
-from harness.places import reason, without_password
+from harness.places import reason, signed_in, without_password
 from harness.vae import initial
 from studies import cli, kl_weight
 from studies.console import Console
@@ -83,6 +84,20 @@ def test_a_server_that_is_not_there(option, scheme, closed_port, no_login, tmp_p
     assert not (tmp_path / "o.db").exists()
 
 
+def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
+    closed_port, no_login, tmp_path, capfd
+):
+    (tmp_path / "o.db").touch()
+    with pytest.raises(SystemExit):
+        cli.main(
+            kl_weight.STUDY,
+            ["--tracking-uri", f"http://127.0.0.1:{closed_port}"]
+            + ["--storage", f"sqlite:///{tmp_path}/o.db"],
+        )
+    assert "connection refused" in capfd.readouterr().err
+    assert (tmp_path / "o.db").read_bytes() == b""
+
+
 class Server(BaseHTTPRequestHandler):
     """Answers as an MLflow server that holds one run, whose artifacts have hostile paths."""
 
@@ -142,6 +157,24 @@ def test_a_password_reaches_the_server_and_nothing_else(server, no_login):
     assert Server.seen[-1] == f"Basic {b64encode(b'us@er:se/cret').decode()}"
     assert store.uri == f"http://{server}"
     assert "cret" not in repr(store)
+
+
+@pytest.mark.parametrize("other", ["http://other", "http://v:word@other", "http://v:word@one:5"])
+def test_a_password_is_for_one_server_and_one_user(other, no_login):
+    assert signed_in("http://u:secret@one:5") == "http://one:5"
+    assert signed_in("http://one:5/") == "http://one:5/"
+    with pytest.raises(UserError, match="http://one:5 was signed in to") as refusal:
+        signed_in(other)
+    assert "secret" not in str(refusal.value)
+    assert "word@" not in str(refusal.value)
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret"
+
+
+def test_who_sets_the_login_anew_decides_for_all_servers(no_login, monkeypatch):
+    signed_in("http://u:secret@one")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "w")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "anew")
+    assert signed_in("http://other") == "http://other"
 
 
 @pytest.mark.parametrize(

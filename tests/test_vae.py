@@ -8,6 +8,7 @@ import torch
 from textbook import Textbook, flat
 from torch import nn
 
+from harness import engine, networks
 from harness.config import RunConfig, UserError
 from harness.engine import train
 from harness.objective import kl_per_latent
@@ -20,12 +21,14 @@ KINDS = [
     {"model": "mlp", "head": "relu"},
     {"model": "linear", "head": "gaussian"},
     {"model": "linear", "head": "relu"},
+    {"model": "conv", "head": "gaussian"},
+    {"model": "conv", "head": "relu"},
 ]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
 
 def mixed_runs(**settings) -> list[SingleVAE]:
-    base = RunConfig(hidden=(16, 12), **settings)
+    base = RunConfig(hidden=(16, 12), channels=(4, 6), **settings)
     return [
         initial(base.replace(latent_size=size, seed=seed), SHAPE).double()
         for seed, size in enumerate(SIZES)
@@ -49,7 +52,7 @@ def test_a_stack_of_mixed_latent_sizes_encodes_and_decodes_as_each_run_does(kind
 
 @all_kinds
 def test_a_single_run_is_the_textbook_network(kind):
-    config = RunConfig(hidden=(16, 12), latent_size=5, **kind)
+    config = RunConfig(hidden=(16, 12), channels=(4, 6), latent_size=5, **kind)
     run, textbook = initial(config, SHAPE).double(), Textbook(config, SHAPE)
     x, z = torch.rand(7, 64).double(), torch.randn(7, 5).double()
     posterior, q = run.encode(x), textbook.posterior(x)
@@ -70,9 +73,13 @@ def test_padded_latents_are_standard_normal_and_free(kind):
         assert kl[s, :, :size].all()
 
 
+@pytest.mark.parametrize("model", ["mlp", "conv"])
 @pytest.mark.parametrize("head", ["gaussian", "relu"])
-def test_padded_weights_stay_zero_in_training(tiny, head):
-    base = RunConfig(head=head, hidden=(16,), epochs=3, kl_normalization="latent")
+def test_padded_weights_stay_zero_in_training(tiny, monkeypatch, model, head):
+    monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
+    base = RunConfig(
+        model=model, head=head, hidden=(16,), channels=(4,), epochs=3, kl_normalization="latent"
+    )
     rates = (1e-3, 1e-1, 1e-3)
     configs = [
         base.replace(latent_size=n, learning_rate=rate)
@@ -115,13 +122,19 @@ def test_a_run_is_a_plain_module_of_torch_layers():
     run = VAE(mixed_runs()).run(1)
     kinds = {type(m) for m in run.modules() if not list(m.children())}
     assert kinds == {nn.Linear, nn.ReLU, nn.Sigmoid}
+    conv = VAE(mixed_runs(model="conv")).run(1)
+    kinds = {type(m) for m in conv.modules() if not list(m.children())}
+    assert kinds - {nn.Flatten, nn.Unflatten} == {
+        *(nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.ReLU, nn.Sigmoid),
+    }
     linear = VAE(mixed_runs(model="linear")).run(1)
     assert [type(m) for m in (*linear.encoder, *linear.decoder)] == [nn.Linear, nn.Linear]
 
 
+@pytest.mark.parametrize("model", ["mlp", "conv"])
 @pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 64)])
-def test_a_reconstruction_has_the_shape_of_the_images(shape):
-    run = initial(RunConfig(), SHAPE)
+def test_a_reconstruction_has_the_shape_of_the_images(shape, model):
+    run = initial(RunConfig(model=model), SHAPE)
     x = torch.rand(shape)
     y = run(x)
     assert y.shape == shape
@@ -155,9 +168,13 @@ def test_a_deterministic_latent_is_the_mean():
     assert torch.equal(z, posterior.mean)
 
 
+def weighted(run: SingleVAE) -> list[nn.Module]:
+    return [m for m in run.modules() if getattr(m, "weight", None) is not None]
+
+
 def test_initial_weights_are_pytorchs_distribution():
     run = initial(RunConfig(), (1, 28, 28))
-    for layer in [m for m in run.modules() if isinstance(m, nn.Linear)]:
+    for layer in weighted(run):
         scaled = layer.weight.detach() * layer.in_features**0.5
         assert -1 <= scaled.min() < -0.99
         assert 0.99 < scaled.max() <= 1
@@ -165,6 +182,16 @@ def test_initial_weights_are_pytorchs_distribution():
         assert abs(scaled.mean()) < five_sigma * (1 / 3) ** 0.5
         assert abs(scaled.square().mean() - 1 / 3) < five_sigma * (4 / 45) ** 0.5
         assert layer.bias.abs().max() * layer.in_features**0.5 <= 1
+
+
+def test_convolutions_begin_with_pytorchs_bounds():
+    run = initial(RunConfig(model="conv", channels=(64, 64, 64)), (3, 16, 16))
+    for layer in weighted(run):
+        theirs = copy.deepcopy(layer)
+        theirs.reset_parameters()
+        bound = theirs.weight.detach().abs().max()
+        assert float(layer.weight.detach().abs().max() / bound) == pytest.approx(1, rel=0.03)
+        assert layer.bias.abs().max() < 1.03 * bound
 
 
 def test_initial_weights_depend_on_seed_and_latent_size_alone():
@@ -200,9 +227,43 @@ def test_hidden_layers_mirror_in_the_decoder():
         initial(RunConfig(hidden=(8,)), SHAPE),
         initial(RunConfig(head="relu"), SHAPE),
         initial(RunConfig(), (1, 4, 16)),
+        initial(RunConfig(model="conv"), SHAPE),
     ],
-    ids=["hidden", "head", "images"],
+    ids=["hidden", "head", "images", "model"],
 )
 def test_runs_of_different_shapes_share_no_stack(other):
     with pytest.raises(UserError, match="one stack"):
         VAE([initial(RunConfig(), SHAPE), other])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (3, 5, 8), (1, 7, 12), (3, 9, 6)])
+@pytest.mark.parametrize("channels", [(3,), (4, 5, 6, 7)])
+def test_convolutions_take_images_of_any_size(shape, channels):
+    runs = [
+        initial(RunConfig(model="conv", channels=channels, latent_size=size), shape).double()
+        for size in SIZES
+    ]
+    x = torch.rand(3, 7, *shape, dtype=torch.float64)
+    stack = VAE(runs)
+    decoded = stack.decode(stack.encode(x.flatten(2)).mean)
+    for s, run in enumerate(runs):
+        assert run(x[s]).shape == x[s].shape
+        torch.testing.assert_close(decoded[s], run(x[s]).flatten(1))
+
+
+def test_channels_mirror_in_the_decoder():
+    run = initial(RunConfig(model="conv", channels=(5, 6, 7)), (3, 9, 14))
+    there = [(m.in_channels, m.out_channels) for m in run.encoder if isinstance(m, nn.Conv2d)]
+    back = [
+        (m.in_channels, m.out_channels) for m in run.decoder if isinstance(m, nn.ConvTranspose2d)
+    ]
+    assert there == [(3, 5), (5, 6), (6, 7)]
+    assert back == [(7, 6), (6, 5), (5, 3)]
+    assert run.encoder[-1].in_features == run.decoder[0].out_features == 7 * 2 * 2
+
+
+@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
+def test_the_number_of_weights_is_known_beforehand(model):
+    config = RunConfig(model=model, hidden=(30, 20), channels=(5, 6, 7), latent_size=4)
+    run = initial(config, (3, 9, 14))
+    assert networks.numbers(config, (3, 9, 14)) == sum(p.numel() for p in run.parameters())

@@ -11,7 +11,7 @@ from harness.config import RunConfig
 from harness.streams import batches, noise
 from harness.vae import initial
 
-SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8)
+SMALL = RunConfig(hidden=(16, 12), channels=(4, 6), epochs=2, batch_size=8)
 MIXED = [
     SMALL,
     SMALL.replace(latent_size=3, kl_weight=0.1, kl_normalization="batch", seed=1),
@@ -30,7 +30,7 @@ REMEDIES = [
 ]
 """Runs with every remedy, of different latent sizes, that share one stack."""
 BERNOULLI = [c.replace(likelihood="bernoulli") for c in [*MIXED, REMEDIES[2].replace(epochs=2)]]
-WIDE = [c.replace(hidden=(256, 64), batch_size=32) for c in MIXED]
+WIDE = [c.replace(hidden=(256, 64), channels=(32, 64), batch_size=32) for c in MIXED]
 
 
 class Textbook(nn.Module):
@@ -41,8 +41,11 @@ class Textbook(nn.Module):
         self.config = config
         pixels = image_shape[0] * image_shape[1] * image_shape[2]
         hidden = config.hidden if config.model == "mlp" else ()
-        self.encoder = _layers([pixels, *hidden, 2 * config.latent_size])
-        self.decoder = _layers([config.latent_size, *hidden[::-1], pixels])
+        if config.model == "conv":
+            self.encoder, self.decoder = _convolutions(config, image_shape)
+        else:
+            self.encoder = _layers([pixels, *hidden, 2 * config.latent_size])
+            self.decoder = _layers([config.latent_size, *hidden[::-1], pixels])
         if config.sigma == "learned":
             self.log_variance = nn.Parameter(torch.zeros(()))
         self.double()
@@ -116,6 +119,30 @@ def _layers(sizes: list[int]) -> nn.Sequential:
         layers += [nn.ReLU()] if i else []
         layers.append(nn.Linear(sizes[i], size))
     return nn.Sequential(*layers)
+
+
+def _convolutions(
+    config: RunConfig, image_shape: tuple[int, int, int]
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return a convolutional encoder and decoder that find their sizes by being run."""
+    image = torch.zeros(1, *image_shape)
+    there: list[nn.Module] = [nn.Unflatten(1, image_shape)]
+    back: list[nn.Module] = [nn.Flatten()]
+    for channels in config.channels:
+        conv = nn.Conv2d(image.shape[1], channels, 3, stride=2, padding=1)
+        smaller = conv(image)
+        even = [int(side % 2 == 0) for side in image.shape[2:]]
+        turned = nn.ConvTranspose2d(channels, image.shape[1], 3, 2, 1, output_padding=even)
+        assert turned(smaller).shape == image.shape
+        there += [conv, nn.ReLU()]
+        back = [nn.ReLU(), turned, *back]
+        image = smaller
+    head = nn.Linear(image.numel(), 2 * config.latent_size)
+    first = nn.Linear(config.latent_size, image.numel())
+    return (
+        nn.Sequential(*there, nn.Flatten(), head),
+        nn.Sequential(first, back[0], nn.Unflatten(1, image.shape[1:]), *back[1:]),
+    )
 
 
 def flat(model: nn.Module) -> Tensor:

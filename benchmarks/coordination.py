@@ -1,0 +1,111 @@
+"""What handing out trials costs, and how it scales: `python -m benchmarks.coordination`.
+
+Workers are processes that take trials, send one heartbeat and tell a result, and train nothing: the
+most that a study of many machines can ask of its database. Each takes up to `--at-once` trials at a
+time, as a stack does. PostgreSQL is named by `--storage` (an empty database; every repetition makes
+a study of its own) and SQLite is measured beside it; `VAE_SWEEP_WORKER` is set, as by `--workers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing.synchronize import Barrier
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import machine
+from studies import kl_weight, worker
+from studies.grid import open_grid
+from studies.options import Options, Plan, make_plan
+from studies.storage import open_storage
+
+WORKERS = (1, 2, 4, 8)
+
+
+class Asked(NamedTuple):
+    """Trials of a study, trials of a stack, studies."""
+
+    trials: int
+    at_once: int
+    repeat: int
+
+
+def plan(name: str, trials: int) -> Plan:
+    """Return a plan of so many points."""
+    values = tuple((i + 1) / trials for i in range(trials))
+    return make_plan(kl_weight.STUDY, Options(values=values, seeds=1, study_name=name))
+
+
+def work(url: str, names: list[str], asked: Asked, crowd: str, start: Barrier) -> None:
+    """Be a worker: take, beat, tell until nothing is left, in one study after the other."""
+    os.environ[worker.NUMBER] = crowd
+    for name in names:
+        grid = open_grid(plan(name, asked.trials), open_storage(url))
+        grid.finished()
+        start.wait()
+        for taken in grid.asked(asked.at_once):
+            with grid.desk.working():
+                grid.desk._beat()
+                for trial in taken:
+                    grid.tell(trial, [0.0])
+        start.wait()
+
+
+def rates(url: str, asked: Asked, workers: int) -> list[float]:
+    """Return trials per second of so many workers, once per repetition; starts do not count."""
+    names = [f"b{time.time_ns()}-{i}" for i in range(asked.repeat)]
+    grids = [open_grid(plan(name, asked.trials), open_storage(url)) for name in names]
+    for grid in grids:
+        grid.bury()
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(workers + 1)
+    crowds = [f"{i + 1}/{workers}" for i in range(workers)]
+    team: list[Any] = [
+        context.Process(target=work, args=(url, names, asked, crowd, start)) for crowd in crowds
+    ]
+    for process in team:
+        process.start()
+    found = []
+    for grid in grids:
+        start.wait()
+        since = time.perf_counter()
+        start.wait()
+        found.append(asked.trials / (time.perf_counter() - since))
+        if len(grid.finished()) != asked.trials:
+            raise RuntimeError("a study is not complete")
+    for process in team:
+        process.join()
+    return found
+
+
+def main() -> None:
+    """Print a table of rates."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", help="a PostgreSQL database, beside SQLite")
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--at-once", type=int, default=5, help="trials of a stack (5)")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    asked = Asked(options.trials, options.at_once, options.repeat)
+    print("\n".join(machine.hardware(torch.device("cpu"), "optuna", "sqlalchemy", "psycopg")))
+    print(f"{asked.trials} trials, up to {asked.at_once} at once, n = {asked.repeat}.\n")
+    print("| database | workers | trials/s, median | range |\n| --- | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        urls = {"SQLite": f"sqlite:///{folder}/optuna.db"}
+        if options.storage:
+            urls["PostgreSQL"] = options.storage
+        for database, url in urls.items():
+            for workers in WORKERS:
+                found = rates(url, asked, workers)
+                middle, low, high = statistics.median(found), min(found), max(found)
+                print(f"| {database} | {workers} | {middle:.0f} | {low:.0f} to {high:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

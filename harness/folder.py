@@ -1,0 +1,209 @@
+"""Image files in a folder, in the layout of torchvision's ImageFolder, as one tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from harness.config import UserError
+from harness.tensors import PARTS
+
+LARGEST_SIDE = 512
+"""Pixels; larger images are to be resized: the first layer alone would have 10^8 weights."""
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of files that are images to torchvision, which takes seconds to ask."""
+
+GREY = ("1", "L", "LA", "La")
+"""Pillow's modes without colour; 16-bit grey aside."""
+
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+"""What Pillow raises for files that are cut short or no images."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What was read.
+
+    Attributes:
+        name: a name made of the folder's own, without its path.
+        images: uint8, shape (N, C, H, W); grey if all files are.
+        labels: class of each image, shape (N,); None without classes.
+        class_names: names of the classes' folders, in order.
+        rows: part -> its images.
+    """
+
+    name: str
+    images: Tensor
+    labels: list[int] | None
+    class_names: tuple[str, ...]
+    rows: dict[str, range]
+
+
+def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Folder:
+    """Read the images below a folder.
+
+    PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
+    there, hold those of a part. Without any folder of classes there are no labels. Files that are
+    no images by their names are passed over. Sizes are made alike by antialiased bilinear
+    resizing, which may change the proportions; transparency is dropped, 16-bit grey is cut to 8.
+
+    Args:
+        path: the folder.
+        image_size: height and width, or one number for both; None takes images as they are.
+
+    Raises:
+        UserError: there is no such folder, no image, or a class without one; a file is broken;
+            sizes differ or are too large, and no image_size is given.
+    """
+    size = _size(image_size)
+    path = path.expanduser()
+    if not path.is_dir():
+        raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
+    inside = {entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    in_parts = "train" in inside <= set(PARTS)
+    parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
+    names = _classes(parts)
+    found = {part: _files(folder, names) for part, folder in parts.items()}
+    files = [file for part in found.values() for file, _ in part]
+    if not files:
+        raise UserError(
+            f"folder:{path}: no image in it; give .png, .jpg, .bmp, .tif or .webp files"
+        )
+    ends = np.cumsum([0, *(len(part) for part in found.values())]).tolist()
+    return Folder(
+        name=_name(path),
+        images=_read(files, size),
+        labels=[label for part in found.values() for _, label in part] if names else None,
+        class_names=names,
+        rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
+    )
+
+
+def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return (height, width), or None."""
+    if given is None:
+        return None
+    sides = [given] if isinstance(given, int) else list(given)
+    if len(sides) not in (1, 2) or not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise UserError(
+            f"image_size={given!r}: give height and width, or one number for both, from 1 to "
+            f"{LARGEST_SIDE} pixels"
+        )
+    return sides[0], sides[-1]
+
+
+def _name(path: Path) -> str:
+    own = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
+    return f"folder-{own or 'images'}"
+
+
+def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
+    """Return the names of the training classes; there may be no others in the other parts."""
+    every = {
+        part: sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
+        for part, folder in parts.items()
+    }
+    known = every["train"]
+    for part, names in every.items():
+        strange = sorted(set(names) - set(known))
+        if strange or bool(names) != bool(known):
+            raise UserError(
+                f"folder:{parts[part]}: its classes {names} are not those of training, {known}; "
+                "give every part folders of the same classes, or none"
+            )
+    return tuple(known)
+
+
+def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Return the images of a part with their classes, in torchvision's order.
+
+    Raises:
+        UserError: a class has no image.
+    """
+    if not classes:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+        return [(folder / name, 0) for name in names if _is_image(name)]
+    found = []
+    for label, name in enumerate(classes):
+        if (folder / name).is_dir():
+            walked = sorted(os.walk(folder / name, followlinks=True))
+            images = [Path(at, file) for at, _, files in walked for file in sorted(files)]
+            images = [file for file in images if _is_image(file.name)]
+            if not images:
+                raise UserError(f"folder:{folder / name}: no image in it; take it away, or fill it")
+            found += [(file, label) for file in images]
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def _read(files: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
+    """Return all images as one tensor (N, C, H, W), C = 3 if any has colours."""
+    first = _picture(files[0], size)
+    if max(first.shape[:2]) > LARGEST_SIDE:
+        raise UserError(
+            f"{files[0]} has {_sides(first)} pixels: give --image-size (image_size=), at most "
+            f"{LARGEST_SIDE}"
+        )
+
+    def picture(file: Path) -> np.ndarray:
+        read = _picture(file, size)
+        if read.shape[:2] != first.shape[:2]:
+            raise UserError(
+                f"{files[0]} has {_sides(first)} pixels and {file} {_sides(read)}: give "
+                "--image-size (image_size=), to which all are resized"
+            )
+        return read
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        every = list(pool.map(picture, files))
+    if any(one.ndim == 3 for one in every):
+        every = [one if one.ndim == 3 else np.stack([one] * 3, -1) for one in every]
+        return torch.from_numpy(np.stack(every)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(every)).unsqueeze(1)
+
+
+def _sides(picture: np.ndarray) -> str:
+    return f"{picture.shape[0]} x {picture.shape[1]}"
+
+
+def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """Return one image as uint8, (H, W) or (H, W, 3).
+
+    Raises:
+        UserError: it cannot be read, or holds numbers without a largest one.
+    """
+    try:
+        with Image.open(file) as opened:
+            picture = _eight_bits(ImageOps.exif_transpose(opened))
+            if size is not None:
+                picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+            return np.array(picture)
+    except BROKEN as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{file} cannot be read as an image ({said}); mend it or take it away"
+        ) from None
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture in mode L or RGB."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode}: give 8 or 16 bits a channel")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # at once to RGB, Pillow warns
+    return picture.convert("L" if picture.mode in GREY else "RGB")

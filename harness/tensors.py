@@ -1,0 +1,146 @@
+"""A user's own images as tensors: what they must be, and how they are split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from harness.config import UserError
+from harness.streams import generator
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SPLIT_SEED = 0
+"""Seed of the permutation that makes the splits; the same for every run, whatever its own seed."""
+
+PARTS = ("train", "val", "test")
+
+SHARE = 10
+"""A part that is not given is one image in so many of the others."""
+
+LEAST = 20
+"""Images that can be split."""
+
+MOST_CLASSES = 10_000
+"""Labels number classes from 0 on; a larger one is a code, not a number."""
+
+
+def checked_dataset_name(name: str) -> str:
+    """Return the name of a dataset, which becomes part of names in MLflow and of folders.
+
+    Raises:
+        UserError: it has other characters, or too many.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,59}", name):
+        raise UserError(
+            f"dataset name {name!r}: use up to 60 letters, digits, '.', '_' and '-', the first "
+            "neither '.' nor '-'"
+        )
+    return name
+
+
+def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
+    """Return images as uint8 of shape (N, C, H, W).
+
+    Args:
+        images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8 from 0 to
+            `largest`, or floating-point numbers from 0 to 1, which are rounded to 256 levels.
+        largest: grey value that stands for 1; floats become 255 levels whatever it is.
+
+    Raises:
+        UserError: they are of another shape, type or range.
+    """
+    if not 1 <= largest <= 255:
+        raise UserError(f"largest={largest}: give a whole number from 1 to 255")
+    images = torch.as_tensor(images).detach().cpu()
+    shape = tuple(images.shape)
+    images = images.unsqueeze(1) if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape:
+        swapped = images.ndim == 4 and images.shape[-1] in (1, 3)
+        hint = "; for (N, H, W, C) give images.permute(0, 3, 1, 2)" if swapped else ""
+        raise UserError(
+            f"images of shape {shape}: give (N, H, W) or (N, C, H, W) with 1 or 3 channels{hint}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"images of type {images.dtype}: give torch.uint8, or floats from 0 to 1")
+    low, high = float(images.min()), float(images.max())
+    allowed = 1 if images.is_floating_point() else largest
+    if not 0 <= low <= high <= allowed:  # NaN too
+        raise UserError(
+            f"images from {low:g} to {high:g}: {images.dtype} is to be from 0 to {allowed}; scale "
+            "them, or give largest= for integers"
+        )
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
+def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tensor:
+    """Return the class of each image as int64, shape (N,).
+
+    Raises:
+        UserError: they are of another length or type, or do not number classes from 0 on.
+    """
+    labels = torch.as_tensor(labels).detach().cpu()
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if tuple(labels.shape) != (images,) or not whole:
+        raise UserError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: give one whole number "
+            f"for each of {images} images"
+        )
+    labels = labels.long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+        raise UserError(
+            f"labels from {int(labels.min())} to {int(labels.max())}: number classes from 0 on"
+        )
+    return labels
+
+
+def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
+    """Return the rows of train, val and test in random order, always the same.
+
+    Args:
+        images: their number N.
+        given: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
+            "train". None: a tenth each for val and test.
+
+    Raises:
+        UserError: a part is unknown or has fewer than 2 images, or a row is not there or twice.
+    """
+    if given is None:
+        given = {"train": range(images)}
+    unknown = set(given) - set(PARTS)
+    if unknown or "train" not in given:
+        raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
+    rows = {part: torch.as_tensor(list(given[part]), dtype=torch.int64) for part in given}
+    _check_rows(rows, images)
+    for part, own in rows.items():
+        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(own))
+        rows[part] = own[torch.from_numpy(order)]
+    missing = [part for part in PARTS if part not in rows]
+    train = rows["train"]
+    if missing and len(train) < LEAST:
+        raise UserError(
+            f"{len(train)} images: {' and '.join(missing)} are taken from them, which needs "
+            f"{LEAST}; give more, or give every part"
+        )
+    for part in missing:
+        rows[part], rows["train"] = rows["train"].split(
+            [len(train) // SHARE, len(rows["train"]) - len(train) // SHARE]
+        )
+    return [rows[part] for part in PARTS]
+
+
+def _check_rows(rows: Mapping[str, Tensor], images: int) -> None:
+    for part, own in rows.items():
+        if len(own) < 2:
+            raise UserError(f"part {part!r} has {len(own)} images: give at least 2")
+    every = torch.cat(list(rows.values()))
+    if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
+        raise UserError(
+            f"rows of {', '.join(rows)}: give each row of the {images} images once at most, "
+            "counted from 0"
+        )

@@ -1,0 +1,89 @@
+"""Optuna's database: how it is opened, and whose study is in it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import lazy_loader
+
+import harness
+from harness import places
+from harness.config import UserError
+from studies.databases import check_kind, engine_options, exclusive
+from studies.options import first_unused
+from studies.worker import SILENT, beat
+
+if TYPE_CHECKING:
+    import optuna
+
+    from harness.tracking import Store
+    from studies.options import Common
+else:
+    optuna = lazy_loader.load("optuna")
+
+
+def open_storage(url: str | None) -> optuna.storages.RDBStorage:
+    """Open Optuna's database, creating its tables if need be.
+
+    Args:
+        url: SQLAlchemy URL; None means `optuna.db` in the repository.
+
+    Raises:
+        UserError: the storage cannot be used.
+    """
+    url = places.storage_address(url)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    places.check_database(url, "--storage")
+    check_kind(url)
+    seconds = beat()
+    try:
+        with exclusive(url, "tables"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(
+                url, engine_options(url), heartbeat_interval=seconds, grace_period=SILENT * seconds
+            )
+    except Exception as error:  # any driver's error
+        raise places.unusable(url, "--storage", error) from error
+
+
+def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
+    """Open tracking store and storage, so that one that cannot be used leaves no other behind.
+
+    Raises:
+        UserError: one of them cannot be used, or they are the same file.
+    """
+    tracking = places.tracking_address(options.tracking_uri)
+    storage = places.storage_address(options.storage)
+    places.check_database(tracking, "--tracking-uri")
+    places.check_database(storage, "--storage")
+    check_kind(storage)
+    if places.sqlite_file(tracking) == places.sqlite_file(storage) is not None:
+        raise UserError(f"--storage {storage} is the tracking database too; give each its own file")
+    if places.is_new(storage) or places.is_server(tracking):  # opening a server writes nothing
+        return harness.tracking.connect(tracking), open_storage(storage)
+    found = open_storage(storage)
+    return harness.tracking.connect(tracking), found
+
+
+def unused_name(storage: optuna.storages.RDBStorage, name: str) -> str:
+    """Return the name, or the first of NAME-2, NAME-3, ... that no study has."""
+    return first_unused(name, optuna.get_all_study_names(storage))
+
+
+def agree(study: optuna.Study, here: dict[str, Any]) -> None:
+    """Write down the settings of a new study, or check that they are those of an old one.
+
+    Raises:
+        UserError: the study exists with other settings.
+    """
+    there = study.user_attrs.get("settings")
+    if there is None:
+        study.set_user_attr("settings", here)
+    elif there != here:
+        changed = sorted(k for k in there | here if there.get(k) != here.get(k))
+        listed = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed)
+        raise UserError(
+            f"study {study.study_name!r} exists with other settings ({listed}); repeat its "
+            "settings to continue it, or start another with --fresh or --study-name"
+        )

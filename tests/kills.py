@@ -1,0 +1,103 @@
+"""Children that die at a chosen durable step of a real study.
+
+A durable step is a call that changes a database or a file that outlives the process. Such calls are
+counted by wrapping the libraries' real methods in a forked child; the production code has no hooks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+
+from benchmarks import children
+from benchmarks.children import Ended
+from harness.checkpoint import Checkpoints
+from studies import summary
+
+STEPS: list[tuple[Any, tuple[str, ...]]] = [
+    (
+        optuna.storages.RDBStorage,
+        (
+            *("create_new_study", "set_study_user_attr", "_create_new_trial", "_set_trial_param"),
+            *("set_trial_state_values", "set_trial_user_attr", "set_trial_system_attr"),
+        ),
+    ),
+    (
+        mlflow.MlflowClient,
+        (
+            *("create_experiment", "create_run", "log_batch", "log_inputs", "log_image"),
+            *("log_text", "log_artifact", "log_artifacts", "set_tag", "set_terminated"),
+            *("_create_logged_model", "log_outputs", "log_model_artifacts"),
+            "finalize_logged_model",
+        ),
+    ),
+    (summary, ("make_folder", "save_figures", "write_pictures", "write_summary")),
+    (Checkpoints, ("save", "remove", "clear")),
+]
+"""Owner and names of the calls that are durable steps."""
+
+
+def in_child(
+    folder: Path,
+    function: Callable[[], Any],
+    die_at: int = 0,
+    by: int = signal.SIGKILL,
+    among: str = "",
+) -> Ended:
+    """Call a function in a forked child that sends itself a signal as its n-th step begins.
+
+    Args:
+        folder: for what the child says, returns and does (`begun`).
+        function: what is called.
+        die_at: number of the step, from 1; 0 sends nothing.
+        by: the signal.
+        among: count the steps of this name only.
+    """
+    steps = folder / "child.steps"
+    steps.unlink(missing_ok=True)
+
+    def counting() -> Any:
+        count_steps(steps, die_at, by, among)
+        return function()
+
+    child = children.start(counting, folder)
+    ended = child.wait()
+    assert not child.left_behind()
+    return ended
+
+
+def begun(folder: Path) -> list[str]:
+    """Return the names of the durable steps that the last child of a folder began."""
+    steps = folder / "child.steps"
+    return steps.read_text().split() if steps.exists() else []
+
+
+def count_steps(file: Path, die_at: int, by: int, among: str) -> None:
+    """Write down every durable step of this process as it begins, and get a signal at one."""
+    out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    own, count = os.getpid(), 0
+
+    def note(name: str) -> None:
+        nonlocal count
+        if os.getpid() == own:  # not a worker of the engine
+            count += among in ("", name)
+            os.write(out, f"{name}\n".encode())
+            if count == die_at and among in ("", name):
+                os.kill(own, by)
+
+    def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, names in STEPS:
+        for name in names:
+            setattr(owner, name, wrapped(getattr(owner, name), name))

@@ -1,0 +1,113 @@
+"""A run that diverges fails alone, and whoever reads the table or the answer learns of it."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from harness import RunConfig, tracking, train
+from harness.vae import VAE, initial
+from studies import diverged, kl_weight
+from studies.console import Console
+from studies.measures import divergence
+from studies.options import Options, make_plan
+from studies.study import run
+
+SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
+
+
+def verdicts(configs, data):
+    record = next(iter(train(configs, data, device="cpu")))
+    return record, [divergence(record, row) for row in range(len(configs))]
+
+
+def test_a_loss_that_is_no_number_is_divergence(tiny):
+    _, (tame, wild) = verdicts([SMALL, SMALL.replace(learning_rate=1e30)], tiny)
+    assert tame is None
+    assert wild in ("training mse is nan", "training loss is nan")
+
+
+def test_a_finite_error_beyond_that_of_any_constant_image_is_divergence(tiny):
+    linear = SMALL.replace(model="linear")
+    record, (tame, wild) = verdicts([linear, linear.replace(learning_rate=3.0)], tiny)
+    assert tame is None
+    assert math.isfinite(record.train["loss"][1])
+    assert wild == f"training mse is {record.train['mse'][1]:.3g}, above 1"
+
+
+def test_posterior_means_far_from_the_prior_are_divergence_if_the_loss_counts_them(tiny):
+    wild = SMALL.replace(kl_weight=1e-9, learning_rate=1.2)
+    record, (counted,) = verdicts([wild], tiny)
+    assert record.train["mse"][0] < 1
+    assert counted == f"training rate is {record.train['rate'][0]:.3g}, above 20,000"
+    free = replace(record, models=(VAE([initial(wild.replace(kl_weight=0.0), (1, 8, 8))]),))
+    assert divergence(free, 0) is None
+
+
+def test_a_run_of_extreme_settings_that_gets_on_has_not_diverged(tiny):
+    extreme = [
+        SMALL.replace(head="relu", latent_size=10, kl_weight=1e3, kl_normalization="sum"),
+        SMALL.replace(kl_weight=1e3, kl_normalization="sum", latent_size=16),
+        SMALL.replace(kl_weight=0.0, latent_size=16, learning_rate=1e-2),
+        SMALL.replace(kl_weight=0.0, latent="deterministic"),
+        SMALL.replace(sigma="optimal"),
+        SMALL.replace(likelihood="bernoulli"),
+    ]
+    assert [v for config in extreme for v in verdicts([config], tiny)[1]] == [None] * len(extreme)
+
+
+@pytest.fixture(scope="module")
+def outcome(empty_database, tmp_path_factory, tiny):
+    """Run a study of which one value loses a seed of two, and one loses both."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("diverged")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    options = Options(
+        values=(0.02, 0.5, 1.0),
+        seeds=2,
+        epochs=1,
+        storage=f"sqlite:///{folder}/optuna.db",
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+    )
+    # The learning rate is no axis of a study: a plan with wild seeds is made by hand.
+    plan = make_plan(replace(kl_weight.STUDY, base=SMALL, figures={}), options)
+    tame, half, wild = plan.configs.values()
+    half[1] = half[1].replace(learning_rate=1e30)
+    wild[:] = [config.replace(learning_rate=1e30) for config in wild]
+    return plan, options, run(plan, tiny, options, Console())
+
+
+def test_the_runs_fail_alone_with_epoch_and_reason(outcome):
+    plan, options, _ = outcome
+    store = tracking.connect(options.tracking_uri)
+    runs = tracking.read_runs(store, plan.experiment, "tags.role = 'run'")
+    ends = {run["name"]: (run["status"], run["tags"].get("reason")) for run in runs}
+    failed = {name: reason for name, (status, reason) in ends.items() if status == "FAILED"}
+    assert failed.keys() == {
+        *("kl_weight=0.5 seed=1", "kl_weight=1 seed=0", "kl_weight=1 seed=1"),
+    }
+    assert all(reason.startswith("diverged in epoch 1: ") for reason in failed.values())
+    assert {status for status, _ in ends.values()} == {"FINISHED", "FAILED"}
+
+
+def test_table_answer_and_report_say_so(outcome, capsys):
+    plan, options, found = outcome
+    assert list(found.table["kl_weight"]) == [0.02, 0.5, 1.0]
+    assert list(found.table["diverged"]) == ["0 of 2", "1 of 2", "2 of 2"]
+    assert list(found.table["seeds"].fillna(0)) == [2, 1, 0]
+    assert math.isnan(found.table["mse"][2])
+    said = "3 runs diverged, and their values are not ranked: kl_weight=0.5 seed=1 diverged in "
+    assert said in found.answer
+    assert "kl_weight = 0.02 has the lowest validation neg_elbo of 1 values" in found.answer
+    assert said in (found.folder / "report.html").read_text()
+    Console().outcome(plan, found, options.tracking_uri)
+    shown = capsys.readouterr().out
+    assert "2 of 2" in shown
+    assert "3 runs diverged" in " ".join(shown.split())
+
+
+def test_without_divergence_nothing_is_added():
+    frame = pd.DataFrame({"name": ["kl_weight=1 seed=0"], "mse": [0.1]})
+    pd.testing.assert_frame_equal(diverged.without(frame, []), frame)

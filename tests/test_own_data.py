@@ -1,0 +1,367 @@
+"""A user's own images: tensors and folders, checked, split, and through every metric."""
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness import Dataset, RunConfig, UserError, load_dataset, measure_quality, train
+from harness import linear as linear_model
+from harness.evaluate import evaluate
+from harness.vae import initial
+
+COLOURS = torch.randint(0, 256, (40, 3, 5, 7), dtype=torch.uint8)
+LABELS = torch.arange(40) % 4
+
+
+def own(images=COLOURS, labels=LABELS, **given) -> Dataset:
+    return Dataset.from_tensors("mine", images, labels, **given)
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def test_images_keep_their_values_labels_and_channels():
+    data = own()
+    assert (data.image_shape, data.classes, data.pixels) == ((3, 5, 7), 4, 105)
+    images = torch.cat([data.train.images, data.val.images, data.test.images])
+    labels = torch.cat([data.train.labels, data.val.labels, data.test.labels])
+    known = {
+        tuple(row.tolist()): int(label)
+        for row, label in zip(COLOURS.flatten(1), LABELS, strict=True)
+    }
+    assert {tuple(r.tolist()): int(n) for r, n in zip(images, labels, strict=True)} == known
+    assert data.digest == hashlib.sha256(COLOURS.numpy().tobytes()).hexdigest()
+
+
+NUMBERED = torch.arange(40, dtype=torch.uint8).view(40, 1, 1)
+
+
+def test_the_made_split_is_8_to_1_to_1_and_pinned():
+    data = own(NUMBERED)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [32, 4, 4]
+    assert data.val.images[:, 0].tolist() == [26, 39, 25, 22]
+    assert data.test.images[:, 0].tolist() == [38, 1, 4, 23]
+
+
+def test_given_parts_are_kept_and_missing_ones_come_from_training():
+    data = own(NUMBERED, rows={"train": range(10, 40), "test": range(10)})
+    assert sorted(data.test.images[:, 0].tolist()) == list(range(10))
+    assert data.test.images[:, 0].tolist() != list(range(10))  # `head` takes any of them
+    assert [len(data.train), len(data.val)] == [27, 3]
+    both = torch.cat([data.train.images, data.val.images])[:, 0]
+    assert sorted(both.tolist()) == list(range(10, 40))
+
+
+@pytest.mark.parametrize("largest", [255, 7])
+def test_floats_are_rounded_to_256_levels(largest):
+    x = torch.linspace(0, 1, 40 * 6).view(40, 2, 3)
+    data = own(x.numpy(), largest=largest)
+    assert data.image_shape == (1, 2, 3)
+    pixels = data.train.pixels(slice(None), torch.float64)
+    found = {float(p) for p in pixels.flatten()}
+    assert all(min(abs(p - q) for q in x.flatten().tolist()) < 0.6 / 255 for p in found)
+
+
+def test_integers_are_shares_of_the_largest():
+    data = own(torch.full((40, 2, 2), 3, dtype=torch.uint8), largest=4)
+    assert (data.train.pixels(slice(None), torch.float64) == 0.75).all()
+
+
+def test_images_without_labels_have_no_class():
+    data = own(labels=None)
+    assert data.classes == 0
+    assert not data.has_classes
+    assert own(labels=torch.zeros(40, dtype=torch.int64)).classes == 1
+    assert own(class_names=["a", "b", "c", "d"]).class_name(2) == "c"
+    assert own().class_name(2) == "2"
+
+
+def test_the_variance_of_a_pixel(data):
+    x = data.train.pixels(slice(None), torch.float64)
+    assert data.pixel_variance == pytest.approx(float(x.var(0, correction=0).mean()), rel=1e-12)
+
+
+WRONG = {
+    "a slash in the name": ({"name": "a/b"}, "dataset name 'a/b'"),
+    "a name in use": ({"name": "mnist"}, "taken"),
+    "two axes": ({"images": torch.zeros(40, 9)}, r"shape \(40, 9\)"),
+    "channels last": ({"images": torch.zeros(40, 5, 7, 3)}, r"permute\(0, 3, 1, 2\)"),
+    "two channels": ({"images": torch.zeros(40, 2, 5, 7)}, "1 or 3 channels"),
+    "no pixels": ({"images": torch.zeros(40, 1, 0, 7)}, "shape"),
+    "no images": ({"images": torch.zeros(0, 5, 7)}, "shape"),
+    "whole numbers": ({"images": torch.zeros(40, 5, 7, dtype=torch.int64)}, "torch.int64"),
+    "floats to 255": ({"images": torch.full((40, 5, 7), 255.0)}, "from 255 to 255"),
+    "negative": ({"images": torch.full((40, 5, 7), -0.1)}, "from -0.1 to"),
+    "NaN": ({"images": torch.full((40, 5, 7), torch.nan)}, "nan"),
+    "above the largest": ({"largest": 16}, "give largest="),
+    "largest 0": ({"largest": 0}, "largest=0"),
+    "labels too few": ({"labels": torch.zeros(39, dtype=torch.int64)}, r"\(39,\)"),
+    "float labels": ({"labels": torch.zeros(40)}, "one whole number"),
+    "negative labels": ({"labels": LABELS - 1}, "from -1 to 2"),
+    "codes as labels": ({"labels": LABELS * 10_000}, "from 0 to 30000"),
+    "names too few": ({"class_names": ["a"]}, "class_names has 1 names"),
+    "names without labels": ({"labels": None, "class_names": ["a"]}, "class_names has 1 names"),
+    "an unknown part": ({"rows": {"train": range(20), "dev": range(20, 40)}}, "'dev'"),
+    "no training part": ({"rows": {"test": range(20)}}, "name 'train'"),
+    "a row twice": ({"rows": {"train": range(40), "test": [0, 1]}}, "once at most"),
+    "a row that is not there": ({"rows": {"train": range(1, 41)}}, "once at most"),
+    "a negative row": ({"rows": {"train": range(-1, 30)}}, "once at most"),
+    "one image": ({"rows": {"train": range(30), "test": [39]}}, "'test' has 1 images"),
+    "too few to split": ({"images": COLOURS[:19], "labels": None}, "19 images"),
+}
+
+
+@pytest.mark.parametrize(("given", "says"), WRONG.values(), ids=WRONG.keys())
+def test_tensors_that_cannot_be_used_are_refused(given, says):
+    with pytest.raises(UserError, match=says) as refused:
+        Dataset.from_tensors(**{"name": "mine", "images": COLOURS, "labels": LABELS} | given)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"## Your own data.*?```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].model(names["images"][:4]).shape == (4, 3, 12, 16)
+    assert [len(getattr(names["data"], part)) for part in ("train", "val", "test")] == [135, 15, 50]
+    assert names["data"].class_name(1) == "dogs"
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def draw(file: Path, shape=(6, 9), mode="RGB", value=0) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pixels = np.random.default_rng(value).integers(0, 256, (*shape, *channels), dtype=np.uint8)
+    Image.fromarray(pixels, mode).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a folder with two classes of twelve small pictures, in colour."""
+    for i in range(24):
+        draw(tmp_path / "own pictures" / ("cats" if i % 2 else "dogs") / f"{i:02d}.png", value=i)
+    return tmp_path / "own pictures"
+
+
+def test_a_folder_is_read_in_torchvisions_order(folder):
+    from torchvision.datasets import ImageFolder
+
+    (folder / "cats" / "notes.txt").write_text("no image by its name")
+    (folder / ".hidden").mkdir()
+    data = load_dataset(f"folder:{folder}")
+    theirs = ImageFolder(folder, allow_empty=True)
+    pixels = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture, _ in theirs])
+    assert data.digest == hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    assert (data.name, data.image_shape) == ("folder-own-pictures", (3, 6, 9))
+    assert data.class_names == ("cats", "dogs")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [20, 2, 2]
+    again = load_dataset(f"folder:{folder}/")
+    assert torch.equal(again.test.images, data.test.images)
+
+
+def test_grey_files_are_grey_and_mixed_ones_are_in_colour(folder):
+    for file in sorted(folder.rglob("*.png"))[:-1]:
+        draw(file, mode="L")
+    assert load_dataset(f"folder:{folder}").image_shape == (3, 6, 9)
+    draw(file.parent / "23.png", mode="L")
+    draw(folder / "dogs" / "22.png", mode="L")
+    assert load_dataset(f"folder:{folder}").image_shape == (1, 6, 9)
+
+
+@pytest.mark.parametrize(("given", "size"), [(4, (4, 4)), ((4, 7), (4, 7)), ([5], (5, 5))])
+def test_images_are_resized(folder, given, size):
+    draw(folder / "dogs" / "other.png", (40, 30), "RGBA")
+    data = load_dataset(f"folder:{folder}", image_size=given)
+    assert data.image_shape == (3, *size)
+
+
+def test_sixteen_bits_are_cut_to_eight(tmp_path):
+    for i in range(20):
+        pixels = np.full((3, 4), 256 * i + 77, dtype=np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
+    data = load_dataset(f"folder:{tmp_path}")
+    assert sorted(data.train.images[:, 0].tolist() + data.val.images[:, 0].tolist()) == sorted(
+        set(range(20)) - set(data.test.images[:, 0].tolist())
+    )
+
+
+def test_parts_in_folders_are_kept(tmp_path):
+    for part, count in (("train", 30), ("test", 6)):
+        for i in range(count):
+            draw(tmp_path / part / ("a" if i % 3 else "b") / f"{i}.png", value=i)
+    data = load_dataset(f"folder:{tmp_path}")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [27, 3, 6]
+    official = {f.relative_to(tmp_path / "test") for f in (tmp_path / "test").rglob("*.png")}
+    expected = {np.asarray(Image.open(tmp_path / "test" / f)).tobytes() for f in official}
+    found = data.test.images.unflatten(1, data.image_shape).permute(0, 2, 3, 1).contiguous()
+    assert {image.numpy().tobytes() for image in found} == expected
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for i in range(20):
+        draw(tmp_path / ("train" if i % 2 else "plane") / f"{i}.png", value=i)
+    assert load_dataset(f"folder:{tmp_path}").class_names == ("plane", "train")
+
+
+def test_a_folder_without_classes_has_no_labels(tmp_path):
+    for i in range(20):
+        draw(tmp_path / f"{i}.png", value=i)
+    assert load_dataset(f"folder:{tmp_path}").classes == 0
+
+
+def broken_picture(folder: Path) -> str:
+    (folder / "dogs" / "x.png").write_bytes((folder / "dogs" / "00.png").read_bytes()[:90])
+    return "x.png cannot be read as an image"
+
+
+def no_picture(folder: Path) -> str:
+    (folder / "dogs" / "page.jpg").write_text("<html>")
+    return "page.jpg cannot be read as an image"
+
+
+def empty_picture(folder: Path) -> str:
+    (folder / "dogs" / "nothing.png").touch()
+    return "nothing.png cannot be read"
+
+
+def floats(folder: Path) -> str:
+    Image.fromarray(np.zeros((6, 9), np.float32)).save(folder / "dogs" / "f.tif")
+    return "f.tif cannot be read as an image \\(mode F"
+
+
+def two_sizes(folder: Path) -> str:
+    draw(folder / "dogs" / "wide.png", (6, 10))
+    return "00.png|01.png has 6 x 9 pixels and .*wide.png 6 x 10: give --image-size"
+
+
+def huge(folder: Path) -> str:
+    draw(folder / "cats" / "00.png", (513, 2), "L")
+    return "513 x 2 pixels: give --image-size"
+
+
+def an_empty_class(folder: Path) -> str:
+    (folder / "birds").mkdir()
+    return "birds"
+
+
+def no_pictures(folder: Path) -> str:
+    for file in folder.rglob("*.png"):
+        file.rename(file.with_suffix(".dat"))
+    return "cats: no image in it"
+
+
+def nothing(folder: Path) -> str:
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    (folder / "cats").rmdir()
+    (folder / "dogs").rmdir()
+    return "no image in it"
+
+
+def other_classes(folder: Path) -> str:
+    (folder / "cats").rename(folder / "c")
+    (folder / "dogs").rename(folder / "d")
+    for part, own_class in (("train", "d"), ("test", "c")):
+        (folder / part).mkdir()
+        (folder / own_class).rename(folder / part / own_class)
+    return r"classes \['c'\] are not those of training, \['d'\]"
+
+
+BROKEN = (
+    *(broken_picture, no_picture, empty_picture, floats, two_sizes, huge, an_empty_class),
+    *(no_pictures, nothing, other_classes),
+)
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+def test_a_folder_that_cannot_be_used_is_refused(folder, damage):
+    says = damage(folder)
+    with pytest.raises(UserError, match=f"(?i){says}") as refused:
+        load_dataset(f"folder:{folder}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, 513, (4, 4, 4), ()])
+def test_an_image_size_that_is_none_is_refused(folder, size):
+    with pytest.raises(UserError, match="image_size="):
+        load_dataset(f"folder:{folder}", image_size=size)
+
+
+def test_only_own_images_are_resized():
+    with pytest.raises(UserError, match="only images of folder:PATH"):
+        load_dataset("digits", image_size=4)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_dataset(f"folder:{tmp_path}/none")
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+FEW = {"hidden": (8,), "channels": (4, 5), "latent_size": 3, "epochs": 2, "batch_size": 8}
+
+
+@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
+def test_colour_images_have_every_metric(model, tmp_path):
+    data = own()
+    *_, last = train([RunConfig(model=model, kl_weight=0.1, **FEW)], data, device="cpu")
+    (ends,) = evaluate(last.model, data)
+    (quality,) = measure_quality(last.model, data, tmp_path)
+    wanted = {"neg_elbo", "mse_class/3", "gap_to_linear", "kl/2"}
+    assert wanted <= ends.keys()
+    more = {"frechet", "probe_accuracy", "knn_accuracy", "neg_log_likelihood", "aggregate_gap"}
+    assert more <= quality.keys()
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(40, dtype=torch.int64)])
+def test_without_two_classes_their_metrics_are_left_out_and_the_others_are_the_same(
+    labels, tmp_path
+):
+    configs = [RunConfig(kl_weight=0.1, **FEW)]
+    found = []
+    for data in (own(), own(labels=labels)):
+        *_, last = train(configs, data, device="cpu")
+        found.append(evaluate(last.model, data)[0] | measure_quality(last.model, data, tmp_path)[0])
+    labelled, bare = found
+    of_classes = {"probe_accuracy", "knn_accuracy", "feature_accuracy"}
+    left = {k for k in labelled if "mse_class" in k or "frechet" in k or k in of_classes}
+    kept = {k for k in bare if "mse_class" in k}
+    assert len(kept) == (0 if labels is None else 3)
+    assert {k: v for k, v in bare.items() if k not in kept} == {
+        k: v for k, v in labelled.items() if k not in left
+    }
+
+
+def test_large_images_have_no_linear_model(monkeypatch):
+    from harness import oracle
+
+    monkeypatch.setattr(oracle, "MOST_PIXELS", 104)
+    data, config = own(), RunConfig(kl_weight=0.1, sigma="learned", **FEW)
+    *_, last = train([config], data, device="cpu")
+    assert np.isnan(last.val["gap_to_linear"]).all()
+    assert linear_model.linear_metrics(config, data) == {}
+
+
+def test_a_model_of_convolutions_is_stored_and_loaded(tmp_path):
+    from harness.storage import load_model, save_model
+
+    run = initial(RunConfig(model="conv", **FEW), (3, 5, 7))
+    save_model(run, tmp_path)
+    back = load_model(tmp_path)
+    assert back.config == run.config
+    for name, weights in run.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weights)
+    other = replace(run.config, channels=(4, 6))
+    (tmp_path / "config.json").write_text(other.to_json())
+    with pytest.raises(UserError, match="numbers; the configuration has"):
+        load_model(tmp_path)
