@@ -1,5 +1,6 @@
 """Pages of the documentation that are made of other files, so that they cannot fall behind them."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -39,17 +40,23 @@ def modules() -> list[str]:
     return [*sorted(set(places)), *FURTHER]
 
 
+def about(module: str) -> str:
+    """Return the first line of a module's docstring."""
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+
+
 def overview() -> str:
     """Write the page of all public names."""
     single = [f"- [`{n}`][{place}]" for n, place in names().items() if place.count(".") > 1]
-    whole = [f"- [`{module}`]({module}.md)" for module in modules()]
+    whole = [f"- [`{module}`]({module}.md): {about(module)}" for module in modules()]
     return "\n".join(
         [
             "# Reference\n\nMade from the docstrings. Symbols everywhere: D pixels (all channels), "
             "L latents, B images of a batch, S stacked runs; shapes are written (S, B, D).\n",
             "## `from harness import ...`\n",
             *single,
-            "\nModules named below can be used as `harness.NAME` after `import harness`.\n",
+            "\nModules load on first use: `import harness`, then `harness.objective.beta(...)`.\n",
             "## Modules\n",
             *whole,
         ]
