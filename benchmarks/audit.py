@@ -14,9 +14,10 @@ from typing import Any
 
 import harness
 from harness.places import sqlite_file
+from studies.grid import Grid, open_grid
 from studies.measures import WALL_CLOCK
 from studies.options import Plan
-from studies.study import Grid, open_grid, open_storage
+from studies.storage import open_storage
 
 Runs = list[dict[str, Any]]
 

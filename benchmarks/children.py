@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 180.0
+PATIENCE = 600.0
 """Seconds after which a child that does not end is given up."""
 
 

@@ -63,7 +63,7 @@ def rates(url: str, asked: Asked, workers: int) -> list[float]:
     grids = [open_grid(plan(name, asked.trials), open_storage(url)) for name in names]
     for grid in grids:
         grid.bury()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # imports are dear
     start = context.Barrier(workers + 1)
     crowds = [f"{i + 1}/{workers}" for i in range(workers)]
     team: list[Any] = [
@@ -88,9 +88,9 @@ def main() -> None:
     """Print a table of rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", help="a PostgreSQL database, beside SQLite")
-    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--at-once", type=int, default=5, help="trials of a stack (5)")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     asked = Asked(options.trials, options.at_once, options.repeat)
     print("\n".join(machine.hardware(torch.device("cpu"), "optuna", "sqlalchemy", "psycopg")))
@@ -104,7 +104,7 @@ def main() -> None:
             for workers in WORKERS:
                 found = rates(url, asked, workers)
                 middle, low, high = statistics.median(found), min(found), max(found)
-                print(f"| {database} | {workers} | {middle:.0f} | {low:.0f} to {high:.0f} |")
+                print(f"| {database} | {workers} | {middle:.1f} | {low:.1f} to {high:.1f} |")
 
 
 if __name__ == "__main__":

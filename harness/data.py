@@ -150,6 +150,8 @@ class Dataset:
             replace(whole, images=whole.images[own], labels=classes[own])
             for own in split_rows(len(pictures), rows)
         )
+        if bool((train.images == train.images[0]).all()):
+            raise UserError("all training images are the same: there is nothing to learn of them")
         channels, height, width = pictures.shape[1:]
         shape = channels, height, width
         digest = _digest(pictures)

@@ -138,9 +138,10 @@ def begin(
         part.rehearse()
     except torch.OutOfMemoryError:
         if len(rows) == 1:
+            widths = "channels" if configs[0].model == "conv" else "hidden"
             raise UserError(
-                f"batch_size={configs[0].batch_size}, hidden={configs[0].hidden}: one run needs "
-                "more memory than is free on the GPU; give smaller ones, or --device cpu"
+                f"batch_size={configs[0].batch_size}, {widths}={getattr(configs[0], widths)}: one "
+                "run needs more memory than is free on the GPU; give smaller ones, or --device cpu"
             ) from None
     else:
         return [part]

@@ -151,10 +151,17 @@ def pulse(beat: Callable[[], object], seconds: float) -> Iterator[None]:
 
 def is_away(error: BaseException) -> bool:
     """Say whether an error means that a database does not answer now, and later may."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import (
+        DBAPIError,
+        InterfaceError,
+        OperationalError,
+        PendingRollbackError,
+    )
 
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, PendingRollbackError):  # a pulse found the connection lost
+            return True
         if isinstance(cause, DBAPIError):
             if type(cause.orig).__module__.startswith("sqlite3"):
                 return "locked" in str(cause.orig)

@@ -143,12 +143,6 @@ class Desk:
         workers = max(len(self.others()) + 1, crowd.workers if crowd else 1)
         return min(at_once, math.ceil(left / workers))
 
-    def mine(self) -> list[optuna.trial.FrozenTrial]:
-        """Return the trials that this process took; of an attempt that broke off, all it signed."""
-        mine = [t for t in self.trials("RUNNING") if t.user_attrs.get(OWNER) == self.me]
-        self.held = {trial.number: trial._trial_id for trial in mine}
-        return mine
-
     def take(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Make a waiting trial this process's, in a `section`; False if it waits no longer."""
         if not self._set_state(trial, "RUNNING"):
@@ -180,7 +174,6 @@ class Desk:
         trial: Trial,
         state: str,
         values: Sequence[float] | None = None,
-        refused: Callable[[], bool] = bool,
         said: Mapping[str, object] | None = None,
     ) -> None:
         """Bring the result of a trial.
@@ -189,7 +182,6 @@ class Desk:
             trial: the trial.
             state: COMPLETE, PRUNED or FAIL.
             values: of its objectives, if it is complete.
-            refused: whether it does not count, though nobody has taken the trial.
             said: attributes to be set before.
 
         Raises:
@@ -202,7 +194,7 @@ class Desk:
             now = self.storage.get_trial(trial._trial_id)
             if now.state == ended and noted.keys() <= now.user_attrs.keys():
                 return  # an attempt whose reply was lost
-            if now.state.is_finished() or refused():
+            if now.state.is_finished():
                 raise LostError
             for name, value in noted.items():
                 self.storage.set_trial_user_attr(trial._trial_id, name, value)
@@ -242,9 +234,9 @@ class Desk:
             print(SILENCED, file=sys.stderr)
         except BaseException:
             with suppress(Exception):  # what matters is what interrupted
-                self._give_back()
+                self.give_back()
             raise
-        self.section(self._give_back)
+        self.section(self.give_back)
 
     def _beat(self) -> None:
         for number, trial in list(self.held.items()):
@@ -252,9 +244,11 @@ class Desk:
             if self.storage.get_trial(trial).state.is_finished() and number in self.held:
                 self.lost = True
 
-    def _give_back(self) -> None:
-        for trial in self.mine():
-            self.fail(trial)
+    def give_back(self) -> None:
+        """Fail the trials of this process: of an attempt to take some that broke off, too."""
+        for trial in self.trials("RUNNING"):
+            if trial.user_attrs.get(OWNER) == self.me:
+                self.fail(trial)
         self.held.clear()
 
     def _open(self) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import lazy_loader
@@ -57,19 +56,24 @@ class Grid:
         done = self.finished() + failed
         return [point for point in self.plan.configs if point not in done]
 
-    def replenish(self) -> None:
+    def replenish(self) -> list[optuna.trial.FrozenTrial]:
         """Let every point wait that is left and that nobody runs; only in a section of the desk.
 
         Of a point that has more trials than one, all but the first are failed.
+
+        Returns:
+            The trials that wait, one for each of those points.
         """
         running = [self.point(trial) for trial in self.trials("RUNNING")]
         left = [point for point in self.left() if point not in running]
+        waiting = {}
         for trial in self.trials("WAITING"):
-            if (point := self.point(trial)) in left:
-                left.remove(point)
+            if (point := self.point(trial)) in left and point not in waiting:
+                waiting[point] = trial
             else:
                 self.desk.fail(trial)
-        for point in left:
+        missing = [point for point in left if point not in waiting]
+        for point in missing:
             self.study.add_trial(
                 optuna.trial.create_trial(
                     state=optuna.trial.TrialState.WAITING,
@@ -77,6 +81,7 @@ class Grid:
                     distributions=self._choices(),
                 )
             )
+        return self.trials("WAITING") if missing else list(waiting.values())
 
     def _choices(self) -> dict[str, optuna.distributions.BaseDistribution]:
         every = [self.plan.coordinates(point) for point in self.plan.configs]
@@ -112,11 +117,10 @@ class Grid:
                 return
 
     def _take(self, at_once: int) -> list[optuna.trial.FrozenTrial]:
-        if mine := self.desk.mine():
-            return mine
+        # What an attempt took whose lock was lost may have been taken by another, too.
+        self.desk.give_back()
         self.desk.bury()
-        self.replenish()
-        waiting = self.trials("WAITING")
+        waiting = self.replenish()
         share = self.desk.share(len(waiting), at_once)
         return [trial for trial in waiting[:share] if self.desk.take(trial)]
 
@@ -130,13 +134,7 @@ class Grid:
         if gone := len(objectives) - len(finite):
             self.desk.tell(trial, "FAIL", said={"diverged": f"{gone} seeds"})
         else:
-            mean = sum(finite) / len(finite)
-            # Twice only where a lock was lost to a restart of the database, at the worst moment.
-            twice = partial(self._has_result, self.point(trial))
-            self.desk.tell(trial, "COMPLETE", [mean], twice)
-
-    def _has_result(self, point: Point) -> bool:
-        return point in self.finished()
+            self.desk.tell(trial, "COMPLETE", [sum(finite) / len(finite)])
 
 
 def open_grid(plan: Plan, storage: optuna.storages.RDBStorage) -> Grid:

@@ -67,8 +67,7 @@ class Hunt:
                 self.desk.wait()
 
     def _take(self, at_once: int) -> list[optuna.Trial]:
-        if mine := self.desk.mine():
-            return [optuna.Trial(self.study, trial._trial_id) for trial in mine]
+        self.desk.give_back()  # what an attempt took that broke off
         self.desk.bury()
         left = self.left() - len(self.trials("RUNNING"))
         return [self._ask() for _ in range(self.desk.share(max(0, left), at_once))]

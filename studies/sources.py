@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.config import UserError
 
@@ -24,7 +24,8 @@ class Source:
         pixels: D.
         calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
         epochs: passes over the training split where the user names no number.
-        digest: of own images, which a name does not identify; None for the datasets that it does.
+        digest: of own images, which a name does not identify; "" for the datasets that it does.
+        images: their number in train, val and test.
         words: options that name it on a command line; of own images without the folder's place.
     """
 
@@ -32,14 +33,15 @@ class Source:
     pixels: int
     calibrated: float
     epochs: int
-    digest: str | None = None
+    digest: str = ""
+    images: tuple[int, ...] = ()
     words: str = ""
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """What makes two datasets the same, as a study's settings have it."""
-        named = {"dataset": self.name}
-        return named if self.digest is None else named | {"dataset_digest": self.digest}
+        own = {"dataset_digest": self.digest, "dataset_images": list(self.images)}
+        return {"dataset": self.name} | (own if self.digest else {})
 
 
 KNOWN = {
@@ -91,4 +93,5 @@ def source(name: str, own: Dataset | None) -> Source:
     folder = own.name.removeprefix("folder-")
     words = f"--dataset folder:{folder} --image-size {height} {width}"
     epochs = KNOWN["digits" if len(own.train) < FEW_IMAGES else "mnist"].epochs
-    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, words)
+    images = (len(own.train), len(own.val), len(own.test))
+    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)

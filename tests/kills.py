@@ -31,8 +31,8 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
         mlflow.MlflowClient,
         (
-            *("create_experiment", "create_run", "log_batch", "log_inputs", "log_image"),
-            *("log_text", "log_artifact", "log_artifacts", "set_tag", "set_terminated"),
+            *("create_experiment", "create_run", "log_batch", "log_inputs"),
+            *("log_artifact", "log_artifacts", "set_tag", "set_terminated"),
             *("_create_logged_model", "log_outputs", "log_model_artifacts"),
             "finalize_logged_model",
         ),

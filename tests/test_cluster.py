@@ -27,10 +27,10 @@ pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = [str(0.01 * 2**i) for i in range(6)]
-STUDY = ["--values", *VALUES, "--seeds", "5", "--epochs", "3"]
+STUDY = ["--values", *VALUES, "--seeds", "5", "--epochs", "2"]
 WORKERS, KILLS = 4, 3
-ENVIRONMENT = {**os.environ, worker.BEAT: "1", "OMP_NUM_THREADS": "2"}
-"""A second between heartbeats; two threads, so that workers fork while heartbeats go on."""
+ENVIRONMENT = {**os.environ, worker.BEAT: "3", "OMP_NUM_THREADS": "2"}
+"""18 seconds of grace; two threads, so that workers fork while heartbeats go on."""
 
 PATIENCE = 1800
 """Seconds within which everything happens, or the test fails."""
@@ -119,7 +119,7 @@ def test_nothing_is_lost_and_nothing_twice(postgres, empty_database, tmp_path, m
     storage, chance = postgres.create("cluster_optuna"), random.Random(0)
     with mlflow_server(postgres.create("cluster_mlflow"), tmp_path) as uri:
         arguments = [*STUDY, "--storage", storage, "--tracking-uri", uri]
-        monkeypatch.setenv(worker.BEAT, "1")
+        monkeypatch.setenv(worker.BEAT, "3")
         with team_of(arguments, tmp_path) as team:
             plan = make_plan(kl_weight.STUDY, parse("kl_weight", "", float, arguments))
             grid = open_grid(plan, open_storage(storage))

@@ -72,6 +72,24 @@ def test_postgres_takes_its_lock_from_a_process_that_is_stopped(postgres, monkey
     assert is_away(left.value)
 
 
+def test_a_lock_whose_connection_is_lost_says_so_also_after_a_pulse(postgres, monkeypatch):
+    monkeypatch.setattr(databases, "SILENCE", 1)
+    url = postgres.create("lost")
+    engine = sqlalchemy.create_engine(url)
+    others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+
+    def lose():
+        with exclusive(url, "a"):
+            with engine.connect() as connection:
+                connection.exec_driver_sql(f"{others} and datname = 'lost'")
+            time.sleep(0.6)
+
+    with pytest.raises(sqlalchemy.exc.SQLAlchemyError) as lost:
+        lose()
+    engine.dispose()
+    assert is_away(lost.value)
+
+
 def test_a_pulse_keeps_the_lock_of_a_process_that_is_busy(postgres, monkeypatch):
     monkeypatch.setattr(databases, "SILENCE", 1)
     url = postgres.create("busy")

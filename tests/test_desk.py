@@ -185,7 +185,7 @@ def test_heartbeats_keep_trials_and_what_is_not_told_is_given_back(url):
     assert_exact(other)
 
 
-def test_a_point_that_waits_twice_is_trained_once_and_told_once(url):
+def test_a_point_that_waits_twice_is_trained_once(url):
     first, second = joined(url, 1), joined(url, 2)
     first.bury()
     twin = first.trials("WAITING")[0]
@@ -209,9 +209,6 @@ def test_a_point_that_waits_twice_is_trained_once_and_told_once(url):
         first.tell(running, [running.params["kl_weight"]])
         heir.result()
     assert_exact(second)
-    add(states.RUNNING)
-    with pytest.raises(LostError):
-        first.tell(first.trials("RUNNING")[0], [0.0])
 
 
 def test_a_telling_that_is_repeated_counts_once(url):
@@ -223,6 +220,19 @@ def test_a_telling_that_is_repeated_counts_once(url):
     assert [t.number for t in grid.trials("COMPLETE")] == [first.number]
     assert [t.number for t in grid.desk.diverged()] == [second.number]
     assert len(grid.left()) == len(VALUES) - 2
+
+
+def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(url):
+    grid = joined(url, 1)
+    first = grid.desk.section(lambda: grid._take(at_once=2))
+    again = grid.desk.section(lambda: grid._take(at_once=2))
+    assert [grid.point(t) for t in first] != [grid.point(t) for t in again]
+    assert {t.number for t in first} == set(grid.desk.dead())
+    assert (
+        grid.desk.held.keys()
+        == {t.number for t in again}
+        == {t.number for t in grid.trials("RUNNING")}
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")  # elsewhere ignored there, but not among threads

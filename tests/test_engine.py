@@ -432,8 +432,9 @@ def test_tf32_changes_training_by_its_rounding_only(data):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=["f64", "f32"]
 )
-def test_an_epoch_on_the_gpu_is_the_epoch_on_the_cpu(data, dtype, tolerance):
-    configs = [c.replace(epochs=1, batch_size=32) for c in MIXED]
+@mlp_or_conv
+def test_an_epoch_on_the_gpu_is_the_epoch_on_the_cpu(data, dtype, tolerance, model):
+    configs = [c.replace(epochs=1, batch_size=32, model=model) for c in MIXED]
     cpu, cuda = (last_of(configs, data, device=d, dtype=dtype) for d in ("cpu", "cuda"))
     assert cuda.model.device.type == "cuda"
     for s in range(len(configs)):

@@ -141,7 +141,7 @@ def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
 
 def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
     # A signal that arrives in the last epoch or later is too late to stop anything.
-    middle = alone.steps.index("log_image")
+    middle = alone.steps.index("set_tag")  # of the first picture
     for by in (signal.SIGINT, signal.SIGTERM):
         ended = in_child(place.notes, place.start, middle, by)
         assert ended.code == 128 + by
@@ -172,7 +172,7 @@ def test_a_study_that_is_killed_at_any_step_gets_done(place, alone, empty_databa
         steps = begun(place.notes)
         finish(place, alone)
     names = {"create_new_study", "_create_new_trial", "set_trial_state_values", "create_run"}
-    assert names | {"log_batch", "log_image", "set_terminated", "write_summary"} <= set(steps)
+    assert names | {"log_batch", "log_artifacts", "set_terminated", "write_summary"} <= set(steps)
 
 
 def test_runs_that_ended_before_a_kill_count_once_though_clearing_up_was_killed_too(place, alone):

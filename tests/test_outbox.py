@@ -30,6 +30,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.open, self.taken, self.asked = True, [], 0
+        self.searched: set[str] = set()
 
     def send(self, write, run_id, *, again):
         """Take a write, or say that it is closed."""
@@ -42,6 +43,7 @@ class Desk:
     def remove_others(self, experiment, key, run_id):
         """Look whether the run is one that it knows."""
         assert (experiment, run_id) == ("7", f"id-of-{key}")
+        self.searched.add(key)
 
 
 @pytest.fixture
@@ -179,6 +181,7 @@ def test_what_a_killed_process_left_is_delivered_and_its_run_ended(kinds, outbox
     outbox.settle()
     kinds_taken = [kind for _, kind, *_ in desk.taken]
     ended = ["create", "batch", "end"]
+    assert desk.searched == {"a"}, "the dead may have created it twice"
     assert kinds_taken == (ended if kinds == 3 else [*ended[:kinds], "tag", "end"])
     assert journals(tmp_path) == []
 

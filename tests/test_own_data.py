@@ -69,8 +69,11 @@ def test_floats_are_rounded_to_256_levels(largest):
 
 
 def test_integers_are_shares_of_the_largest():
-    data = own(torch.full((40, 2, 2), 3, dtype=torch.uint8), largest=4)
-    assert (data.train.pixels(slice(None), torch.float64) == 0.75).all()
+    images = torch.full((40, 2, 2), 3, dtype=torch.uint8)
+    images[:, 0, 0] = torch.arange(40) % 5
+    pixels = own(images, largest=4).train.pixels(slice(None), torch.float64)
+    assert set(pixels[:, 0].tolist()) == {0, 0.25, 0.5, 0.75, 1}
+    assert (pixels[:, 1:] == 0.75).all()
 
 
 def test_images_without_labels_have_no_class():
@@ -113,6 +116,7 @@ WRONG = {
     "a row that is not there": ({"rows": {"train": range(1, 41)}}, "once at most"),
     "a negative row": ({"rows": {"train": range(-1, 30)}}, "once at most"),
     "one image": ({"rows": {"train": range(30), "test": [39]}}, "'test' has 1 images"),
+    "one picture again and again": ({"images": torch.ones(40, 5, 7)}, "are the same"),
     "too few to split": ({"images": COLOURS[:19], "labels": None}, "19 images"),
 }
 
@@ -169,8 +173,8 @@ def test_a_folder_is_read_in_torchvisions_order(folder):
 
 
 def test_grey_files_are_grey_and_mixed_ones_are_in_colour(folder):
-    for file in sorted(folder.rglob("*.png"))[:-1]:
-        draw(file, mode="L")
+    for i, file in enumerate(sorted(folder.rglob("*.png"))[:-1]):
+        draw(file, mode="L", value=i)
     assert load_dataset(f"folder:{folder}").image_shape == (3, 6, 9)
     draw(file.parent / "23.png", mode="L")
     draw(folder / "dogs" / "22.png", mode="L")
