@@ -1,8 +1,8 @@
 """Pages of the documentation that are made of other files, so that they cannot fall behind them."""
 
+import ast
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -18,7 +18,10 @@ ELSEWHERE = {
 }
 """Page -> file of the repository."""
 
-FURTHER = ("analysis.frames", "analysis.plots", "analysis.planes", "studies.study", "studies.cli")
+FURTHER = (
+    *("analysis.frames", "analysis.plots", "analysis.planes"),
+    *("studies.study", "studies.sources", "studies.cli"),
+)
 """Modules of the reference beside those of `harness/__init__.pyi`."""
 
 STUB = re.compile(r"from (\.\w*) import (\w+) as \w+")
@@ -37,17 +40,23 @@ def modules() -> list[str]:
     return [*sorted(set(places)), *FURTHER]
 
 
+def about(module: str) -> str:
+    """Return the first line of a module's docstring."""
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+
+
 def overview() -> str:
     """Write the page of all public names."""
     single = [f"- [`{n}`][{place}]" for n, place in names().items() if place.count(".") > 1]
-    whole = [f"- [`{module}`]({module}.md)" for module in modules()]
+    whole = [f"- [`{module}`]({module}.md): {about(module)}" for module in modules()]
     return "\n".join(
         [
             "# Reference\n\nMade from the docstrings. Symbols everywhere: D pixels (all channels), "
             "L latents, B images of a batch, S stacked runs; shapes are written (S, B, D).\n",
             "## `from harness import ...`\n",
             *single,
-            "\nModules named below can be used as `harness.NAME` after `import harness`.\n",
+            "\nModules load on first use: `import harness`, then `harness.objective.beta(...)`.\n",
             "## Modules\n",
             *whole,
         ]
@@ -55,27 +64,12 @@ def overview() -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the reference to the contents, and leave out pages that are not there."""
+    """Add the reference to the contents."""
     assert config.nav is not None
     pages = [{"Public names": "reference/index.md"}]
     pages += [{module: f"reference/{module}.md"} for module in modules()]
-    config.nav = _there([*config.nav[:-1], {"Reference": pages}, config.nav[-1]])
+    config.nav = [*config.nav[:-1], {"Reference": pages}, config.nav[-1]]
     return config
-
-
-OPTIONAL = ("cluster.md", "own-data.md")
-
-
-def _there(nav: list[Any]) -> list[Any]:
-    """Leave out the optional pages whose files are not there."""
-    kept = []
-    for entry in nav:
-        title, place = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
-        if isinstance(place, list):
-            kept.append({title: _there(place)})
-        elif place not in OPTIONAL or (ROOT / "docs" / place).exists():
-            kept.append(entry)
-    return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
