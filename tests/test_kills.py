@@ -140,7 +140,7 @@ def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
 
 
 def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
-    # A signal that arrives in the last epoch or later is too late to stop anything.
+    # Before the first epoch; in the last or later it would be too late to stop anything.
     middle = alone.steps.index("set_tag")  # of the first picture
     for by in (signal.SIGINT, signal.SIGTERM):
         ended = in_child(place.notes, place.start, middle, by)
@@ -237,7 +237,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("room", [40, 300])  # kilobytes: too few for a run, and for a summary
+# In kilobytes: too few for a run, and for a summary.
+@pytest.mark.parametrize("room", [pytest.param(40, marks=pytest.mark.slow), 300])
 def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
     small_disk, alone, empty_database, tiny, tmp_path, room
 ):
