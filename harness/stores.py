@@ -17,6 +17,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import requests
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -107,6 +108,7 @@ _servers: dict[tuple[int, str], Store] = {}
 
 def _server(uri: str) -> Store:
     if not is_server(uri):  # a database server, through SQLAlchemy
+        _reach(uri)
         client = _client(uri)
         return Store(client, uri, project_root(), local=False, writer=Direct(client))
     try:
@@ -118,6 +120,18 @@ def _server(uri: str) -> Store:
     outbox = Outbox(folder, uri, ServerSender(client, uri))
     store = Store(client, uri, project_root(), local=False, writer=outbox)
     return _servers.setdefault((os.getpid(), uri), store)
+
+
+def _reach(uri: str) -> None:
+    """Connect to a database server once, where MLflow would try for minutes.
+
+    Raises:
+        SQLAlchemyError: it is not there, or refuses.
+    """
+    url = sqlalchemy.make_url(uri)
+    hurry = {"connect_timeout": 4} if url.get_backend_name() == "postgresql" else {}
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=hurry)
+    engine.connect().close()
 
 
 def _client(uri: str) -> MlflowClient:

@@ -39,12 +39,22 @@ def executed(path, tracking_uri, monkeypatch):
     return notebook
 
 
+def shows_a_figure(notebook):
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return any("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's event loop, not of ours
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_a_figure(path, tracking_of_all, monkeypatch):
-    notebook = executed(path, tracking_of_all, monkeypatch)
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert shows_a_figure(executed(path, tracking_of_all, monkeypatch))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_of_a_finished_study_shows_a_figure(finished, monkeypatch):
+    path = next(path for path in NOTEBOOKS if path.stem == "kl_weight")
+    assert shows_a_figure(executed(path, finished.tracking_uri, monkeypatch))
 
 
 @pytest.mark.filterwarnings("ignore")

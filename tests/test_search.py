@@ -266,7 +266,7 @@ def hunt(tmp_path):
     plan = make_search_plan(search.SEARCH, SearchOptions(trials=9, seeds=2, epochs=3))
     hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
     for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
-        params = plan.search.baseline(plan.base, "digits")
+        params = plan.search.baseline(plan.base, plan.source)
         hunt.study.add_trial(
             optuna.trial.create_trial(
                 params={name: getattr(params, name) for name in plan.space},
