@@ -1,5 +1,6 @@
 from . import batches as batches
 from . import checkpoint as checkpoint
+from . import doing as doing
 from . import elbo as elbo
 from . import engine as engine
 from . import features as features

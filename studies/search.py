@@ -99,10 +99,11 @@ def execute(options: SearchOptions) -> Outcome | None:
     from studies.searching import run
 
     console = Console()
+    console.question(SEARCH.question)
+    harness.doing.say(f"loading PyTorch and {plan.dataset}")
     harness.engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     harness.engine.check_stack([plan.base], data)
-    console.out.print(f"[bold]{SEARCH.question.strip().splitlines()[0]}[/bold]")
     console.out.print(plan.sentence(data.pixels))
     if options.dry_run:
         return None

@@ -62,6 +62,7 @@ def summarize(
     Raises:
         UserError: nothing finished, or the tracking store lacks runs of finished points.
     """
+    harness.doing.say("reading the runs back from MLflow")
     frame = frames.load_runs(plan.experiment, plan.name, store.uri)
     _check_complete(plan, frame, finished, store)
     keys = list(plan.coordinates(finished[0]))
@@ -108,6 +109,7 @@ def _write(
     compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, keys, reference, compared)
     tables.cells(differences).to_csv(folder / "differences.csv", index=False)
+    harness.doing.say("drawing figures")
     figures = plan.study.figures.items()
     drawn = {name: (draw(frame), caption) for name, (draw, caption) in figures}
     compared_with = reference["name"].iloc[0].split(" seed=")[0]
@@ -234,6 +236,7 @@ def log_summary(
         store: where runs are.
     """
     tags = {"study": study, "role": "summary", "configuration": f"best: {best['name']}"}
+    harness.doing.say("writing the summary to MLflow, with the best run's model")
     log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
     try:
         log.dataset(data)
