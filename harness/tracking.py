@@ -7,6 +7,8 @@ without the global active run, and metrics in one batch per run and several epoc
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from harness import view
 from harness.config import RunConfig, UserError
 from harness.places import asked_once, reason, unusable, without_password
 from harness.runlog import NOTE
@@ -67,6 +70,31 @@ def open_experiment(store: Store, name: str, description: str) -> str:
                 "good with `mlflow gc`"
             ) from None
         return found.experiment_id
+
+
+def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
+    """Give an experiment a view of its runs, which the page lists, unless it has one.
+
+    Args:
+        store: where the runs are.
+        experiment_id: the experiment.
+        columns: parameters and metrics; "mse" also finds "test/mse".
+        run_id: a run that has them; sorted is by the first metric.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    with answering(store):
+        if view.TAG in store.client.get_experiment(experiment_id).tags:
+            return
+        there = store.client.get_run(run_id).data
+        known = {name: f"params.`{name}`" for name in there.params}
+        known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in there.metrics}
+        chosen = [known[name] for name in columns if name in known]
+        measured = [column for column in chosen if column.startswith("metrics.")]
+        order_by = next(iter(measured), "attributes.start_time")
+        value = view.saved_view("Study", chosen, order_by, int(time.time() * 1000))
+        store.client.set_experiment_tag(experiment_id, view.TAG, value)
 
 
 def close_run(store: Store, run_id: str, status: str, reason: str) -> None:

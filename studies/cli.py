@@ -137,6 +137,8 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
         harness.engine.check_stack([config], data)
     console.plan(plan, data.pixels)
     if options.dry_run:
+        seeds = plan.seeds
+        console.estimate(plan.runs, data, options, lambda width: max(1, width // seeds) * seeds)
         return None
     harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)

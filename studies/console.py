@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import rich.console
 from rich.table import Table
 
-from harness import doing, places
+from harness import doing, places, view
 from studies import live, worker
 from studies.progress import Steps, report
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.config import RunConfig
+    from harness.data import Dataset
     from studies.claims import Row
-    from studies.options import Plan
+    from studies.options import Common, Plan
     from studies.search_options import SearchPlan
     from studies.summary import Outcome
 
@@ -93,6 +95,28 @@ class Console:
             f"study {plan.name!r}"
         )
 
+    def estimate(
+        self,
+        runs: Sequence[RunConfig],
+        data: Dataset,
+        options: Common,
+        at_once: Callable[[int], int],
+    ) -> None:
+        """Say in how many stacks runs are trained, about how long that takes, and why.
+
+        Args:
+            runs: all runs of the plan.
+            data: their dataset.
+            options: device and tracking store.
+            at_once: width of a device's stack -> width of the plan's.
+        """
+        from studies import estimate
+
+        doing.say("estimating the time")
+        said = estimate.sentence(runs, data, options.device, options.tracking_uri, at_once)
+        doing.say("")
+        self.out.print(said, markup=False)
+
     @contextmanager
     def progress(self, plan: Plan, left: int) -> Iterator[Steps]:
         """Show training as it goes; yields what is to be called after every epoch."""
@@ -154,7 +178,7 @@ class Console:
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         report = f"\nReport: {outcome.folder / 'report.html'}"
         self.out.print(report, soft_wrap=True, markup=False)
-        page = f"/#/experiments/{outcome.experiment_id}?workflowType=machine_learning"
+        page = f"/#/experiments/{outcome.experiment_id}{view.LINK}"
         self.out.print(f"Every run: {_way(tracking_uri)}{page}", soft_wrap=True, markup=False)
         self.out.print(NEXT, soft_wrap=True, markup=False)
 

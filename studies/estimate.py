@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
@@ -26,10 +26,10 @@ RECENT = 48
 TRIAL_STEPS, TRIAL_EPOCHS = 32, 3
 """Length of the trial where no run like it has finished; only its last epoch is timed."""
 
-FINAL_IMAGES = {64: 35_000, 784: 140_000}
+FINAL_IMAGES = {64: 60_000, 784: 110_000}
 """Pixels -> training images that take as long as what is measured and written at a run's end.
 
-Measured beside other work, see LOG: evaluation, log-likelihood, Frechet distances, probes, MLflow.
+Roughly, from the times in LOG.md: evaluation, log-likelihood, Frechet distances, probes, MLflow.
 """
 
 AROUND = 20.0
@@ -56,14 +56,36 @@ class Pace:
         return images / self.images_per_second + len(configs) * self.final + AROUND
 
 
+def sentence(
+    configs: Sequence[RunConfig],
+    data: Dataset,
+    device: str,
+    tracking_uri: str | None,
+    at_once: Callable[[int], int],
+) -> str:
+    """Say in how many stacks and about how long runs are trained, and what that is known from.
+
+    Args:
+        configs: the runs, alike but for what is swept.
+        data: their dataset.
+        device: "auto", "cpu" or "cuda".
+        tracking_uri: where finished runs are looked for, as an option.
+        at_once: width of a device's stack -> width of the plan's.
+    """
+    kind = harness.engine.resolve_device(device).type
+    width = at_once(harness.engine.STACK_WIDTH[kind])
+    stacks = harness.sweep.stacks(configs, width)
+    known = pace(configs[0], data, kind, tracking_uri)
+    return (
+        f"{len(stacks)} stack{'s'[: len(stacks) > 1]} of up to {max(map(len, stacks))} runs on "
+        f"{kind}. About {duration(known.seconds(configs, data))} with final metrics and report: "
+        f"{known.basis}. Nothing was trained."
+    )
+
+
 def pace(config: RunConfig, data: Dataset, device: str, tracking_uri: str | None) -> Pace:
     """Return how fast runs like one are: of finished runs if there are any, else of a trial."""
     return _recorded(config, data, device, tracking_uri) or _tried(config, data, device)
-
-
-def sentence(configs: Sequence[RunConfig], data: Dataset, known: Pace) -> str:
-    """Say about how long runs take, and what that is known from."""
-    return f"About {duration(known.seconds(configs, data))}, final metrics included: {known.basis}."
 
 
 def duration(seconds: float) -> str:

@@ -250,6 +250,8 @@ def log_summary(
         raise
     log.end()
     store.writer.settle()
+    columns = ["seed", *outcome.table.columns]
+    harness.tracking.save_view(store, outcome.experiment_id, columns, best["run_id"])
 
 
 def describe(question: str, outcome: Outcome) -> str:
