@@ -72,6 +72,17 @@ def open_experiment(store: Store, name: str, description: str) -> str:
         return found.experiment_id
 
 
+def metric_names(store: Store, run_id: str) -> dict[str, str]:
+    """Return the names of a run's metrics as they are logged, by their names without "test/".
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    with answering(store):
+        logged = store.client.get_run(run_id).data.metrics
+    return {name.removeprefix("test/"): name for name in logged}
+
+
 def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
     """Give an experiment a view of its runs, which the page lists, unless it has one.
 
@@ -87,9 +98,9 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     with answering(store):
         if view.TAG in store.client.get_experiment(experiment_id).tags:
             return
-        there = store.client.get_run(run_id).data
-        known = {name: f"params.`{name}`" for name in there.params}
-        known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in there.metrics}
+        params = store.client.get_run(run_id).data.params
+        known = {name: f"params.`{name}`" for name in params}
+        known |= {k: f"metrics.`{name}`" for k, name in metric_names(store, run_id).items()}
         chosen = [known[name] for name in columns if name in known]
         measured = [column for column in chosen if column.startswith("metrics.")]
         order_by = next(iter(measured), "attributes.start_time")

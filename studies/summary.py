@@ -241,7 +241,10 @@ def log_summary(
     try:
         log.dataset(data)
         log.describe(description)
-        log.metrics(shown, step=int(best["epochs"]))
+        # Named as in the runs, so that they share columns and charts.
+        names = harness.tracking.metric_names(store, best["run_id"])
+        named = {names.get(name, name): value for name, value in shown.items()}
+        log.metrics(named, step=int(best["epochs"]))
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model
         harness.tracking.log_best_model(store, log, model, data.test.head(4))
