@@ -145,7 +145,8 @@ class Console:
         cells = tables.cells(outcome.table)
         for left_out in ((), *(SPARE[: n + 1] for n in range(len(SPARE)))):
             table = _table(cells.drop(columns=[*HIDDEN, *left_out], errors="ignore"))
-            if self.out.measure(table).minimum <= self.out.width:
+            wanted = self.out.options.update(max_width=1000)
+            if self.out.measure(table, options=wanted).maximum <= self.out.width:
                 break
         self.out.print(table)
         self.answer(outcome, tracking_uri)
