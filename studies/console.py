@@ -186,9 +186,9 @@ class Console:
 
 def _way(tracking_uri: str | None) -> str:
     """Say how the page of a tracking store is opened, up to its address."""
-    where = places.tracking_address(tracking_uri)
+    where = places.without_password(places.tracking_address(tracking_uri))
     if where.startswith(("http://", "https://")):
-        return places.without_password(where).rstrip("/")
+        return where.rstrip("/")
     own = where == places.default_tracking() and (places.project_root() / "Makefile").exists()
     command = "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {where}"
     return f"{command}, then http://127.0.0.1:5000"

@@ -235,6 +235,9 @@ def log_summary(
         data: the dataset.
         store: where runs are.
     """
+    # Before the summary: a study with a summary that is killed here would not come by again.
+    columns = ["seed", *outcome.table.columns]
+    harness.tracking.save_view(store, outcome.experiment_id, columns, best["run_id"])
     tags = {"study": study, "role": "summary", "configuration": f"best: {best['name']}"}
     harness.doing.say("writing the summary to MLflow, with the best run's model")
     log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
@@ -253,8 +256,6 @@ def log_summary(
         raise
     log.end()
     store.writer.settle()
-    columns = ["seed", *outcome.table.columns]
-    harness.tracking.save_view(store, outcome.experiment_id, columns, best["run_id"])
 
 
 def describe(question: str, outcome: Outcome) -> str:

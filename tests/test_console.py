@@ -55,7 +55,7 @@ def test_the_default_store_is_shown_by_make(monkeypatch):
     assert "make ui, then http://127.0.0.1:5000/#/experiments/7" in screen(100)
 
 
-def test_a_server_is_linked_to_without_its_password(monkeypatch):
+def test_no_link_shows_a_password():
     printed = screen(100, "https://me:secret@host:5000/")
     assert f"Every run: https://host:5000/#/experiments/7{view.LINK}" in printed
-    assert "secret" not in printed
+    assert "secret" not in printed + screen(100, "postgresql://me:secret@host/db")
