@@ -1,3 +1,6 @@
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 # The environment is built once and rebuilt only when its pins change.
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,10 +13,12 @@ setup: $(READY)
 
 # uv, itself fetched by pip, installs everything in a quarter of pip's time.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
-	touch $(READY)
+	@echo 'Making $(VENV) with PyTorch, MLflow and all else (6 GB): one to several minutes, once.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>&1 \
+		| awk '!/^ [-+~] / { print; fflush() }'
+	@touch $(READY)
 
 study: $(READY)
 	$(BIN)/python -m studies.kl_weight
@@ -38,9 +43,14 @@ bench: $(READY)
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak --kills $(or $(KILLS),300)
 
+# Without MLflow's workers for GenAI jobs, seven processes, the page is there in half the time.
+UI_ENV := MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	MLFLOW_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
+UI := http://127.0.0.1:5000/\#/experiments?workflowType=machine_learning
+
 ui: $(READY)
-	@echo 'MLflow: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops it)'
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --workers 1
+	@echo 'In some seconds: $(UI) (Ctrl-C stops it)'
+	@$(UI_ENV) $(BIN)/mlflow ui --host 127.0.0.1 --workers 1 --uvicorn-opts '--log-level warning'
 
 # Building needs no network; the first time, its tools are installed. Under --quiet mkdocs counts no
 # warnings, so its lines stay.

@@ -1,5 +1,6 @@
 from . import batches as batches
 from . import checkpoint as checkpoint
+from . import doing as doing
 from . import elbo as elbo
 from . import engine as engine
 from . import features as features
@@ -18,6 +19,7 @@ from . import quality as quality
 from . import records as records
 from . import sweep as sweep
 from . import tracking as tracking
+from . import view as view
 from .checkpoint import Checkpoints as Checkpoints
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError

@@ -22,6 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from harness import doing
+
 PATIENCE = 1.0
 """Seconds after which a waiting worker looks whether its parent is still there."""
 
@@ -73,15 +75,23 @@ class Crew:
         there.close()
         return worker, here
 
-    def map(self, items: Sequence[Any]) -> list[Any]:
+    def map(self, items: Sequence[Any], what: str = "") -> list[Any]:
         """Return the function's results in the order of the items.
+
+        Args:
+            items: the function's arguments.
+            what: said of every item that is done; "" where items are many and short.
 
         Raises:
             Exception: what the function raised first.
         """
         if not self._workers:
             with one_thread() if self._on_cpu else contextlib.nullcontext():
-                return [self._function(item) for item in items]
+                done = []
+                for item in items:
+                    done.append(self._function(item))
+                    _count(what, len(done), len(items))
+                return done
         results: dict[int, Any] = {}
         left = iter(enumerate(items))
         busy: dict[Any, int] = {}
@@ -91,6 +101,7 @@ class Crew:
             for ready in wait(list(busy)):
                 connection = cast("Connection", ready)
                 results[busy.pop(connection)] = _received(connection)
+                _count(what, len(results), len(items))
                 _hand(connection, left, busy)
         return [results[i] for i in range(len(items))]
 
@@ -119,6 +130,11 @@ def _hand(connection: Connection, left: Iterator[tuple[int, Any]], busy: dict[An
         connection.send(item)
         busy[connection] = place
         return
+
+
+def _count(what: str, done: int, of: int) -> None:
+    if what:
+        doing.count(what, done, of)
 
 
 def _received(connection: Connection) -> Any:  # noqa: ANN401 - the function's result

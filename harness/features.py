@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import streams
+from harness import doing, streams
 from harness.cores import one_thread
 from harness.data import Dataset, Split
 from harness.places import project_root
@@ -103,6 +103,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     try:
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
+        doing.say(f"training the classifier behind frechet on {data.name}, once a dataset")
         net = _trained(_untrained(data), train)
         with contextlib.suppress(OSError):
             _save(net, file)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import frechet, latents, likelihood, probe
+from harness import doing, frechet, latents, likelihood, probe
 from harness.cores import crew
 from harness.data import Dataset
 from harness.evaluate import apart, finite
 from harness.vae import VAE, SingleVAE
+
+WHAT = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
 
 
 def measure_quality(
@@ -31,7 +33,8 @@ def measure_quality(
     known = frechet.reference(data, folder) if data.has_classes else None
     parts = apart(stack)
     with crew(lambda i: _measured(parts[i][0], data, known), len(parts), stack.device) as cores:
-        return [metrics for own in cores.map(range(len(parts))) for metrics in own]
+        doing.say(WHAT)
+        return [metrics for own in cores.map(range(len(parts)), WHAT) for metrics in own]
 
 
 def _measured(stack: VAE, data: Dataset, known: frechet.Reference | None) -> list[dict[str, float]]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 BATCH = 1000
 """Metric values of one write, MLflow's largest batch."""
 
+SHOWN = 12
+"""Characters of a dataset's digest in MLflow's run table; the whole is a parameter."""
+
 NOTE = "mlflow.note.content"
 """Tag with the description that the page of a run or an experiment shows."""
 
@@ -84,11 +87,11 @@ class RunLog:
             del self._waiting[:BATCH]
 
     def dataset(self, data: Dataset) -> None:
-        """Log the dataset as the run's input; MLflow keeps 36 characters of its digest."""
+        """Log the dataset as the run's input; MLflow shows so much of its digest."""
         counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
         profile = json.dumps({"image_shape": data.image_shape, "images": counts})
         source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
-        digest = data.digest[:36]
+        digest = data.digest[:SHOWN]
         self._put(
             "input",
             name=data.name,

@@ -7,6 +7,8 @@ without the global active run, and metrics in one batch per run and several epoc
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from harness import view
 from harness.config import RunConfig, UserError
 from harness.places import asked_once, reason, unusable, without_password
 from harness.runlog import NOTE
@@ -67,6 +70,42 @@ def open_experiment(store: Store, name: str, description: str) -> str:
                 "good with `mlflow gc`"
             ) from None
         return found.experiment_id
+
+
+def metric_names(store: Store, run_id: str) -> dict[str, str]:
+    """Return the names of a run's metrics as they are logged, by their names without "test/".
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    with answering(store):
+        logged = store.client.get_run(run_id).data.metrics
+    return {name.removeprefix("test/"): name for name in logged}
+
+
+def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
+    """Give an experiment a view of its runs, which the page lists, unless it has one.
+
+    Args:
+        store: where the runs are.
+        experiment_id: the experiment.
+        columns: parameters and metrics; "mse" also finds "test/mse".
+        run_id: a run that has them; sorted is by the first metric.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    with answering(store):
+        if view.TAG in store.client.get_experiment(experiment_id).tags:
+            return
+        params = store.client.get_run(run_id).data.params
+        known = {name: f"params.`{name}`" for name in params}
+        known |= {k: f"metrics.`{name}`" for k, name in metric_names(store, run_id).items()}
+        chosen = [known[name] for name in columns if name in known]
+        measured = [column for column in chosen if column.startswith("metrics.")]
+        order_by = next(iter(measured), "attributes.start_time")
+        value = view.saved_view("Study", chosen, order_by, int(time.time() * 1000))
+        store.client.set_experiment_tag(experiment_id, view.TAG, value)
 
 
 def close_run(store: Store, run_id: str, status: str, reason: str) -> None:

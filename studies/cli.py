@@ -15,7 +15,7 @@ import tyro
 
 from harness import places
 from harness.config import UserError
-from studies import stopping
+from studies import live, stopping
 from studies.options import Options, make_plan
 from studies.sources import read_own
 from studies.study import Study
@@ -49,7 +49,8 @@ def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
     """
     stopping.install()
     try:
-        yield
+        with live.shown():
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -128,12 +129,16 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     from studies.study import run
 
     console = Console()
+    console.question(study.question)
+    harness.doing.say(f"loading PyTorch and {plan.dataset}")
     harness.engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
         harness.engine.check_stack([config], data)
     console.plan(plan, data.pixels)
     if options.dry_run:
+        seeds = plan.seeds
+        console.estimate(plan.runs, data, options, lambda width: max(1, width // seeds) * seeds)
         return None
     harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)

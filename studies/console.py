@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,14 +11,17 @@ from typing import TYPE_CHECKING
 import rich.console
 from rich.table import Table
 
-from analysis import tables
-from harness.places import without_password
-from studies import worker
-from studies.progress import Steps, bar, report
+from harness import doing, places, view
+from studies import live, worker
+from studies.progress import Steps, report
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.config import RunConfig
+    from harness.data import Dataset
     from studies.claims import Row
-    from studies.options import Plan
+    from studies.options import Common, Plan
     from studies.search_options import SearchPlan
     from studies.summary import Outcome
 
@@ -29,6 +31,15 @@ HIDDEN = (
     *("best/val/neg_elbo", "best/val/mse"),
 )
 """Columns left to the report, so that the table fits 100 characters."""
+
+NEXT = (
+    "Next: a closer look with other --values and more --seeds (and a --study-name), one run again "
+    "with python -m studies.replay RUN_ID, or another study: python -m studies.all --dry-run."
+)
+"""What can be done once a study has answered."""
+
+SPARE = ("best/epoch", "pca_floor", "calibration_ratio")
+"""Columns left to it one by one where the table is still too wide."""
 
 COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 """Of the verdicts of a ledger."""
@@ -52,18 +63,24 @@ def _header(name: str) -> str:
     return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
 
 
-def _terminal() -> rich.console.Console:
-    if worker.crowd():  # its parent does the talking
-        return rich.console.Console(quiet=True)
-    width = None if sys.stdout.isatty() else 100
-    return rich.console.Console(highlight=False, width=width)
+def _table(cells: pd.DataFrame) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in cells.columns:
+        table.add_column(_header(name), justify="right", no_wrap=True)
+    for row in cells.to_dict("records"):
+        table.add_row(*(_short(str(name), cell) for name, cell in row.items()))
+    return table
 
 
 @dataclass(frozen=True)
 class Console:
     """A terminal, or a log file without one: then a line every 10 % instead of a bar."""
 
-    out: rich.console.Console = field(default_factory=_terminal)
+    out: rich.console.Console = field(default_factory=live.terminal)
+
+    def question(self, question: str) -> None:
+        """Show what is asked, in its first line."""
+        self.out.print(f"[bold]{question.strip().splitlines()[0]}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""
@@ -72,12 +89,33 @@ class Console:
         groups = [group for group in dict.fromkeys(point.group for point in plan.configs) if group]
         listed = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values)
         each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
-        self.out.print(f"[bold]{study.question.strip().splitlines()[0]}[/bold]")
         self.out.print(
             f"{len(values)} values of {study.axis.name} ({listed}){each} x {plan.seeds} seeds "
             f"= {len(runs)} runs of {runs[0].epochs} epochs on {plan.dataset} ({pixels} pixels), "
             f"study {plan.name!r}"
         )
+
+    def estimate(
+        self,
+        runs: Sequence[RunConfig],
+        data: Dataset,
+        options: Common,
+        at_once: Callable[[int], int],
+    ) -> None:
+        """Say in how many stacks runs are trained, about how long that takes, and why.
+
+        Args:
+            runs: all runs of the plan.
+            data: their dataset.
+            options: device and tracking store.
+            at_once: width of a device's stack -> width of the plan's.
+        """
+        from studies import estimate
+
+        doing.say("estimating the time")
+        said = estimate.sentence(runs, data, options.device, options.tracking_uri, at_once)
+        doing.say("")
+        self.out.print(said, markup=False)
 
     @contextmanager
     def progress(self, plan: Plan, left: int) -> Iterator[Steps]:
@@ -94,20 +132,22 @@ class Console:
     def bar(self, runs: int, epochs: int) -> Iterator[Steps]:
         """Show the training of so many runs; yields what is to be called after every epoch."""
         if worker.crowd():
-            yield Steps(epochs, report)
+            with doing.heard(lambda what, further: report(0, what)):
+                yield Steps(epochs, report)
             return
-        with bar(self.out, runs * epochs) as advance:
+        with live.bar(self.out, runs * epochs) as advance:
             yield Steps(epochs, advance)
 
     def outcome(self, plan: Plan | SearchPlan, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer, and where to look further."""
-        table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        from analysis import tables  # pandas, which the plan does not wait for
+
         cells = tables.cells(outcome.table)
-        shown = [name for name in cells.columns if name not in HIDDEN]
-        for name in shown:
-            table.add_column(_header(name), justify="right", no_wrap=True)
-        for row in cells[shown].to_dict("records"):
-            table.add_row(*(_short(name, cell) for name, cell in row.items()))
+        for left_out in ((), *(SPARE[: n + 1] for n in range(len(SPARE)))):
+            table = _table(cells.drop(columns=[*HIDDEN, *left_out], errors="ignore"))
+            wanted = self.out.options.update(max_width=1000)
+            if self.out.measure(table, options=wanted).maximum <= self.out.width:
+                break
         self.out.print(table)
         self.answer(outcome, tracking_uri)
 
@@ -139,10 +179,16 @@ class Console:
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         report = f"\nReport: {outcome.folder / 'report.html'}"
         self.out.print(report, soft_wrap=True, markup=False)
-        where = without_password(tracking_uri or "")
-        link = f"/#/experiments/{outcome.experiment_id}?workflowType=machine_learning"
-        said = f"Every run: {where.rstrip('/')}{link}"
-        if not where.startswith(("http://", "https://")):
-            option = f" --backend-store-uri {where}" if where else ""
-            said = f"Every run: .venv/bin/mlflow ui -w 1{option}, then http://127.0.0.1:5000{link}"
-        self.out.print(said, soft_wrap=True, markup=False)
+        page = f"/#/experiments/{outcome.experiment_id}{view.LINK}"
+        self.out.print(f"Every run: {_way(tracking_uri)}{page}", soft_wrap=True, markup=False)
+        self.out.print(NEXT, soft_wrap=True, markup=False)
+
+
+def _way(tracking_uri: str | None) -> str:
+    """Say how the page of a tracking store is opened, up to its address."""
+    where = places.without_password(places.tracking_address(tracking_uri))
+    if where.startswith(("http://", "https://")):
+        return where.rstrip("/")
+    own = where == places.default_tracking() and (places.project_root() / "Makefile").exists()
+    command = "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {where}"
+    return f"{command}, then http://127.0.0.1:5000"

@@ -28,6 +28,7 @@ def write_pictures(
     Returns:
         For each picture its file, its caption and the labels of its rows, for the report.
     """
+    harness.doing.say("drawing pictures of the models")
     models = _models(plan, frame, store)
     return draw_models(folder, models, _best(plan, frame, list(models)), data)
 

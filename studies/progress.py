@@ -1,15 +1,11 @@
-"""How far training is: a bar in a terminal, a line every 10 % in a log, a message to a parent."""
+"""How far training is, for a bar (`live`) or, from a worker, for its parent."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
@@ -41,30 +37,6 @@ class Steps:
             self._others = runs
 
 
-@contextmanager
-def bar(out: rich.console.Console, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show how much of a total is done; yields (how much more, what is happening) -> None."""
-    shown = Progress(
-        TextColumn("{task.percentage:3.0f} %"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.fields[now]}"),
-        TimeRemainingColumn(),
-        console=out,
-        disable=not out.is_terminal or total == 0,
-    )
-    with shown:
-        task = shown.add_task("training", total=total, now="starting")
-
-        def advance(steps: int, now: str) -> None:
-            before = shown.tasks[0].percentage
-            shown.update(task, advance=steps, now=now)
-            after = shown.tasks[0].percentage
-            if not out.is_terminal and after // 10 > before // 10:
-                out.print(f"{after:3.0f} %  {now}")
-
-        yield advance
-
-
 def report(steps: int, now: str) -> None:
     """Tell the parent of a worker how much more is done.
 
@@ -78,8 +50,8 @@ def report(steps: int, now: str) -> None:
 
 
 def _line(record: EpochRecord, epochs: int) -> str:
-    best = min(record.val["neg_elbo"])
+    best, runs = min(record.val["neg_elbo"]), len(record.model.configs)
     return (
-        f"epoch {record.epoch}/{epochs} of {len(record.model.configs)} runs, "
+        f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
         f"{record.images_per_second:,.0f} images/s, best neg_elbo {best:.2f}"
     )

@@ -198,10 +198,11 @@ def execute(options: ReproduceOptions) -> list[Row]:
     from studies.reproducing import run
 
     console = Console()
+    console.question(page.question)
+    harness.doing.say("loading PyTorch and mnist")
     device = harness.engine.resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
     wanted = page.trained_on(device)
-    console.out.print(f"[bold]{page.question.strip().splitlines()[0]}[/bold]")
     console.out.print(
         f"{sum(map(len, page.ledger.values()))} claims, {'full' if page.full else 'short'} form; "
         f"{sum(runs.seeds for runs in wanted)} runs of {len(wanted)} configurations"

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from analysis import search_plots
 from harness.config import RunConfig
 from studies.cli import clear_errors, read
-from studies.search_options import Range, Search, SearchOptions, Space, make_search_plan
+from studies.search_options import (
+    CONFIRMING,
+    Range,
+    Search,
+    SearchOptions,
+    Space,
+    make_search_plan,
+)
 from studies.sources import Source, read_own
 
 if TYPE_CHECKING:
@@ -99,12 +106,15 @@ def execute(options: SearchOptions) -> Outcome | None:
     from studies.searching import run
 
     console = Console()
+    console.question(SEARCH.question)
+    harness.doing.say(f"loading PyTorch and {plan.dataset}")
     harness.engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     harness.engine.check_stack([plan.base], data)
-    console.out.print(f"[bold]{SEARCH.question.strip().splitlines()[0]}[/bold]")
     console.out.print(plan.sentence(data.pixels))
     if options.dry_run:
+        runs = [plan.base] * (plan.trials * plan.seeds + 2 * CONFIRMING)
+        console.estimate(runs, data, options, lambda width: plan.at_once(width) * plan.seeds)
         return None
     outcome = run(plan, data, options, console)
     if outcome is None:

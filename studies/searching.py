@@ -100,6 +100,7 @@ def run(
     """
     from studies.stack import Place, keep
 
+    harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))
@@ -127,7 +128,7 @@ def run(
     def finish() -> Outcome:
         from studies.search_summary import summarize  # seaborn, which training does not wait for
 
-        confirm(hunt, replace(place, on_epoch=lambda record: None))
+        confirm(hunt, place, console)
         return summarize(hunt, data, store, experiment)
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
@@ -160,7 +161,7 @@ def trial_label(number: int) -> str:
     return f"trial {number}"
 
 
-def confirm(hunt: Hunt, place: Place) -> None:
+def confirm(hunt: Hunt, place: Place, console: Console) -> None:
     """Train the best configuration and the baseline with fresh seeds, unless that is done."""
     from studies.stack import train_stack
 
@@ -180,5 +181,7 @@ def confirm(hunt: Hunt, place: Place) -> None:
         for seed in plan.fresh_seeds
     ]
     if planned:
-        train_stack(planned, place)
+        console.out.print(f"Again with fresh seeds: {', '.join(missing)}.")
+        with console.bar(len(planned), plan.base.epochs) as on_epoch:
+            train_stack(planned, replace(place, on_epoch=on_epoch))
         place.forget([config for config, *_ in planned])

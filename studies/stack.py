@@ -158,7 +158,9 @@ def train_stack(
             stack.note(record)
             place.on_epoch(record)
             stopping.check()
-        for row, final in finals(record, place.data):
+        measured = finals(record, place.data)
+        for done, (row, final) in enumerate(measured, 1):
+            harness.doing.count("writing finished runs to MLflow", done, len(measured))
             origin, run = record.rows[row], record.model.run(row)
             logged = final_metrics(run, final, courses[origin], place.data, place.study)
             stack.log(every[origin], origin, place.device)

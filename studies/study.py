@@ -113,6 +113,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     """
     from studies.stack import Place, keep
 
+    harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=unused_name(storage, plan.name))

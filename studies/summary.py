@@ -62,6 +62,7 @@ def summarize(
     Raises:
         UserError: nothing finished, or the tracking store lacks runs of finished points.
     """
+    harness.doing.say("reading the runs back from MLflow")
     frame = frames.load_runs(plan.experiment, plan.name, store.uri)
     _check_complete(plan, frame, finished, store)
     keys = list(plan.coordinates(finished[0]))
@@ -108,6 +109,7 @@ def _write(
     compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, keys, reference, compared)
     tables.cells(differences).to_csv(folder / "differences.csv", index=False)
+    harness.doing.say("drawing figures")
     figures = plan.study.figures.items()
     drawn = {name: (draw(frame), caption) for name, (draw, caption) in figures}
     compared_with = reference["name"].iloc[0].split(" seed=")[0]
@@ -233,12 +235,19 @@ def log_summary(
         data: the dataset.
         store: where runs are.
     """
+    # Before the summary: a study with a summary that is killed here would not come by again.
+    columns = ["seed", *outcome.table.columns]
+    harness.tracking.save_view(store, outcome.experiment_id, columns, best["run_id"])
     tags = {"study": study, "role": "summary", "configuration": f"best: {best['name']}"}
+    harness.doing.say("writing the summary to MLflow, with the best run's model")
     log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
     try:
         log.dataset(data)
         log.describe(description)
-        log.metrics(shown, step=int(best["epochs"]))
+        # Named as in the runs, so that they share columns and charts.
+        names = harness.tracking.metric_names(store, best["run_id"])
+        named = {names.get(name, name): value for name, value in shown.items()}
+        log.metrics(named, step=int(best["epochs"]))
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model
         harness.tracking.log_best_model(store, log, model, data.test.head(4))

@@ -31,7 +31,7 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
         mlflow.MlflowClient,
         (
-            *("create_experiment", "create_run", "log_batch", "log_inputs"),
+            *("create_experiment", "set_experiment_tag", "create_run", "log_batch", "log_inputs"),
             *("log_artifact", "log_artifacts", "set_tag", "set_terminated"),
             *("_create_logged_model", "log_outputs", "log_model_artifacts"),
             "finalize_logged_model",

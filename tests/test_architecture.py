@@ -30,7 +30,8 @@ HARNESS = {
     "vae": {"config", "networks", "nn", "streams"},
     "optimum": {"config", "data", "objective", "oracle", "vae"},
     "elbo": {"nn", "objective", "vae"},
-    "cores": set(),
+    "doing": set(),
+    "cores": {"doing"},
     "optimizer": {"cores"},
     "gradient": {"cores", "nn", "vae"},
     "autograd": {"config", "elbo", "gradient", "nn", "vae"},
@@ -53,15 +54,19 @@ HARNESS = {
     "sending": {"config", "journal", "outbox", "places"},
     "stores": {"config", "outbox", "places", "sending"},
     "runlog": {"data", "journal", "places", "storage", "stores", "vae"},
-    "tracking": {"config", "data", "places", "runlog", "storage", "stores", "vae"},
+    "view": set(),
+    "tracking": {"config", "data", "places", "runlog", "storage", "stores", "vae", "view"},
     "ledger": {"config", "places", "stores", "tracking"},
     "records": {"config", "places", "tracking"},
     "provenance": {"data", "official"},
     "probe": {"data", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
-    "features": {"cores", "data", "places", "streams"},
+    "features": {"cores", "data", "doing", "places", "streams"},
     "frechet": {"cores", "data", "evaluate", "features", "streams", "vae"},
-    "quality": {"cores", "data", "evaluate", "frechet", "latents", "likelihood", "probe", "vae"},
+    "quality": {
+        *("cores", "data", "doing", "evaluate"),
+        *("frechet", "latents", "likelihood", "probe", "vae"),
+    },
 }
 """Which modules of harness each of them may import."""
 
