@@ -107,7 +107,7 @@ def test_pictures_without_classes_and_too_large_for_a_linear_model(
     small_study(study, [*command, "--values", *values], store)
     said = capsys.readouterr().out
     assert "(60 pixels)" in said
-    assert "probe" not in said
+    assert "probe_" not in said
     assert "frechet" not in said
     assert "linear model" not in said
     assert "principal components" not in said

@@ -132,6 +132,7 @@ def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(finished):
         assert trial.value == pytest.approx(means[trial.params["kl_weight"]], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_stopped_command_is_finished_by_the_same_command(tracking_uri, tmp_path, capsys):
     # Four values of eight seeds are two stacks: one is told before the stop, one is open.
     arguments = ["--values", "0.01", "0.02", "0.03", "0.04", "--seeds", "8", "--epochs", "6"]
