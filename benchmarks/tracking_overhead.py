@@ -29,6 +29,7 @@ from harness.engine import resolve_device
 from studies import kl_weight
 from studies.console import Console
 from studies.options import Options, Plan, make_plan
+from studies.progress import Steps
 from studies.study import run
 
 WEIGHTS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
@@ -37,7 +38,7 @@ SEEDS = 4
 WORK = {
     "MLflow": (
         "harness.tracking:connect open_experiment read_runs log_best_model load_run",
-        "harness.tracking.RunLog:__init__ metrics flush dataset picture folder tag describe model "
+        "harness.runlog.RunLog:__init__ metrics flush dataset picture folder tag describe model "
         "end",
         "harness.ledger:bury_runs",
         "studies.summary:_recorded _log",
@@ -45,8 +46,9 @@ WORK = {
     ),
     "pictures": ("harness.pictures:reconstructions prior_samples",),
     "Optuna": (
-        "studies.study:open_storage open_grid",
-        "studies.study.Grid:asked tell bury finished left",
+        "studies.storage:open_storage",
+        "studies.study:open_grid",
+        "studies.grid.Grid:asked tell bury finished left",
     ),
     "final evaluation": ("harness.evaluate:evaluate",),
     "quality metrics": ("harness.quality:measure_quality", "harness.linear:linear_metrics"),
@@ -185,17 +187,30 @@ def run_study(
         clock.switch(None)
 
 
+class Told(Steps):
+    """Hands every epoch on instead of showing it."""
+
+    def __init__(self, epochs: int, on_epoch: Callable[[Any], None]) -> None:
+        super().__init__(epochs, lambda done, now: None)
+        self._on_epoch = on_epoch
+
+    def __call__(self, record: harness.EpochRecord) -> None:
+        """Hand the epoch on."""
+        self._on_epoch(record)
+
+
 class Watched(Console):
-    """A console that hands every epoch on instead of showing a bar."""
+    """A console without a bar."""
 
     def __init__(self, on_epoch: Callable[[Any], None]) -> None:
         super().__init__()
         object.__setattr__(self, "_on_epoch", on_epoch)
 
     @contextmanager
-    def progress(self, plan: Plan, left: int) -> Iterator[Callable[[Any], None]]:
+    def progress(self, plan: Plan, left: int) -> Iterator[Steps]:
         """Yield what is called after every epoch."""
-        yield getattr(self, "_on_epoch")  # noqa: B009 - a frozen dataclass declares no attribute
+        told = getattr(self, "_on_epoch")  # noqa: B009 - a frozen dataclass declares no attribute
+        yield Told(plan.runs[0].epochs, told)
 
 
 def parts(

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import count
@@ -137,6 +139,17 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
 def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
     kills = next(n for n in count() if not killed_at(place, stride * (n + 1)))
     assert kills * stride > len(alone.steps) / 2
+    finish(place, alone)
+
+
+def test_a_study_that_is_killed_at_random_moments_gets_done(place, alone):
+    chance = random.Random(0)
+    for _ in range(3):
+        child = children.start(place.start, place.notes)
+        time.sleep(3 * chance.random())
+        child.send(chance.choice((signal.SIGKILL, signal.SIGTERM)))
+        child.wait()
+        assert not child.left_behind()
     finish(place, alone)
 
 
