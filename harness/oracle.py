@@ -219,8 +219,8 @@ class LinearOptimum:
 
 
 MOST_PIXELS = 4_096
-"""Values of an image, at most, that a linear model is computed of: the decomposition takes 18 s
-of a core there and grows with the third power (8 min and 4 GB for 64 x 64 in colour)."""
+"""Values of an image, at most, that a linear model is computed of: the decomposition takes 7.5 s
+of a core for 3,072 and grows with the third power (so 18 s here, 8 min for 64 x 64 in colour)."""
 
 _KNOWN: dict[str, PCA] = {}
 """Digest of the training images -> components, which take seconds on MNIST and never change."""
