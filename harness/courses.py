@@ -13,7 +13,8 @@ from harness import checkpoint
 from harness.checkpoint import Checkpoints, Epoch, Saved
 from harness.config import RunConfig
 from harness.data import Dataset
-from harness.part import Arrays, Part
+from harness.gauge import Arrays
+from harness.part import Part
 
 
 class Measured(NamedTuple):

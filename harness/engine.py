@@ -19,7 +19,8 @@ from harness.cores import crew
 from harness.courses import Courses, Measured
 from harness.data import Dataset
 from harness.evaluate import linear_losses
-from harness.part import Arrays, Part, begin, probe
+from harness.gauge import Arrays, probe
+from harness.part import Part, begin
 from harness.vae import VAE
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -18,6 +18,7 @@ from harness import elbo, linear, objective, streams
 from harness.config import RunConfig
 from harness.cores import crew
 from harness.data import Dataset, Split
+from harness.nn import constant
 from harness.vae import VAE, SingleVAE
 
 CHUNK = 500
@@ -111,7 +112,7 @@ def measure(
     error, cross_entropy = seen.error.mean(1), _mean(seen.cross_entropy)
     mse = error / pixels
     fitted = mse if variance is None else variance
-    beta = objective.betas(model.configs, pixels).to(error.device)
+    beta = objective.betas(model.configs, pixels, error.device)
     kl = torch.full_like(seen.mean[:, 0], torch.nan).double() if seen.kl is None else seen.kl
     rate = kl.sum(-1)
     distortion = _distortion(model, mse, fitted, cross_entropy, pixels)
@@ -214,7 +215,8 @@ def _decoder_variance(model: VAE, beta: Tensor, fitted: Tensor) -> Tensor:
     """
     if model.configs[0].likelihood != "gaussian":
         return torch.full_like(fitted, torch.nan)
-    fixed = torch.tensor([c.sigma == "fixed" for c in model.configs], device=fitted.device)
+    which = tuple(c.sigma == "fixed" for c in model.configs)
+    fixed = constant(which, torch.bool, fitted.device)
     return torch.where(fixed, beta / 2, beta * model.decoder_variances(fitted))
 
 

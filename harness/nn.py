@@ -22,7 +22,7 @@ KERNEL, STRIDE, PADDING = 3, 2, 1
 
 @cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor that is made once: a step captured by a GPU cannot copy them."""
+    """Return numbers as a tensor that is made once: what a GPU records cannot copy them."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.config import RunConfig, UserError
+from harness.nn import constant
+
+CPU = torch.device("cpu")
 
 ACTIVE_VARIANCE = 0.01
 """A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
@@ -139,9 +142,9 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
     return config.replace(kl_weight=variance / unit)
 
 
-def betas(configs: Sequence[RunConfig], pixels: int) -> Tensor:
-    """Return `beta` of each run, float64, shape (S,)."""
-    return torch.tensor([beta(c, pixels) for c in configs], dtype=torch.float64)
+def betas(configs: Sequence[RunConfig], pixels: int, device: torch.device = CPU) -> Tensor:
+    """Return `beta` of each run, float64, shape (S,); made once, so not to be written to."""
+    return constant(tuple(beta(c, pixels) for c in configs), torch.float64, device)
 
 
 def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from harness import objective, streams
 from harness.config import RunConfig, UserError
 from harness.data import Dataset, Split
-from harness.evaluate import Metrics, evaluation_noise, measure, to_arrays
+from harness.gauge import Arrays, Gauge
 from harness.step import Step
 from harness.vae import VAE, initial
 
-Arrays = dict[str, np.ndarray]
-"""Metric name -> float64 values of shape (S,)."""
+MARGIN = 0.05
+"""Share of a GPU's memory that is left free, for metrics of finished runs and for neighbours."""
+
+
+class Epoch(NamedTuple):
+    """All that an epoch takes from the data and from the random streams, as `Step.load` has it."""
+
+    images: Tensor
+    largest: int
+    order: Tensor
+    noise: Tensor
+    betas: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,88 +38,74 @@ class Part:
 
     Attributes:
         step: their training step, and the model that it trains.
+        gauge: what is measured of them after every epoch.
         grey: training images as they are in the dataset.
-        data: the dataset as the runs are measured on it.
-        linear: loss of the exact linear model at each run's knob, on `probe` and validation
-            images, shape (2, S).
         rows: positions of the runs in the list that `train` was given.
+        ahead: epochs drawn while a GPU was busy with the one before.
     """
 
     step: Step
+    gauge: Gauge
     grey: Split
-    data: Dataset
-    linear: Tensor
     rows: tuple[int, ...]
+    ahead: dict[int, Epoch] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> VAE:
         """The stack of these runs."""
         return self.step.model
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.model.device.type == "cuda"
+
     def epoch(self, epoch: int) -> tuple[float, float, Arrays, Arrays]:
         """Train one epoch and measure; return the seconds of both, and train and val metrics."""
         start = time.perf_counter()
         self.train(epoch)
-        self._synchronize()
+        if self._on_gpu:
+            if epoch < self.model.configs[0].epochs:
+                self.ahead[epoch + 1] = self._draw(epoch + 1)
+            torch.cuda.synchronize(self.model.device)
         between = time.perf_counter()
-        metrics = self.measure()
+        metrics = self.gauge.read()
         return between - start, time.perf_counter() - between, *metrics
 
-    def _synchronize(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-
     def train(self, epoch: int) -> None:
-        """Train one epoch."""
-        self._lay_out(epoch)
+        """Train one epoch; a GPU may still be at it on return."""
+        self.step.load(*(self.ahead.pop(epoch, None) or self._draw(epoch)))
         self.step.epoch()
 
     def rehearse(self) -> None:
-        """Take all the memory that an epoch takes on a GPU, and change nothing."""
-        if self.model.device.type != "cuda":
-            return
-        self._lay_out(1)
-        self.step.capture()
-        self.measure()
+        """Take all the memory that an epoch takes on a GPU, and change nothing.
 
-    def _lay_out(self, epoch: int) -> None:
+        Raises:
+            torch.OutOfMemoryError: it is not there, or less than `MARGIN` is left.
+        """
+        if not self._on_gpu:
+            return
+        self.step.load(*self._draw(1))
+        self.step.capture()
+        self.gauge.read()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.model.device)
+        if free < MARGIN * total:
+            raise torch.OutOfMemoryError(f"{free} bytes of {total} are left")
+
+    def _draw(self, epoch: int) -> Epoch:
         model, configs = self.model, self.model.configs
-        steps = len(self.step.order)
         order = streams.batches(configs, len(self.grey), epoch)
         noise = streams.noise(configs, "noise", order.shape[1], epoch, model.latent_size)
-        warmup = objective.kl_warmup(configs, epoch, steps)
+        warmup = objective.kl_warmup(configs, epoch, len(self.step.order))
         betas = warmup * objective.betas(configs, model.pixels)
         split, order = _seen(self.grey, order, configs, epoch)
-        self.step.load(split.images, split.largest, order, noise, betas)
-
-    def measure(self) -> tuple[Arrays, Arrays]:
-        """Return the metrics on the first training images and on validation, in one transfer."""
-        data, model = self.data, self.model
-        first = probe(data)
-        noise = evaluation_noise(model, "val", len(data.val))
-        val = measure(model, data.val, noise, data.classes, None, self.linear[1])
-        noise = evaluation_noise(model, "train", len(first))
-        train = measure(model, first, noise, data.classes, val["mse"], self.linear[0])
-        arrays = to_arrays(_prefixed(train) | val)
-        return {name: arrays.pop(f"train/{name}") for name in train}, arrays
+        return Epoch(split.images, split.largest, order, noise, betas)
 
     def keep(self, rows: Sequence[int]) -> Part:
         """Return the part with some of its runs."""
-        return replace(
-            self,
-            step=self.step.keep(rows),
-            linear=self.linear[:, list(rows)],
-            rows=tuple(self.rows[row] for row in rows),
-        )
-
-
-def _prefixed(metrics: Metrics) -> Metrics:
-    return {f"train/{name}": values for name, values in metrics.items()}
-
-
-def probe(data: Dataset) -> Split:
-    """Return the training images that train metrics are measured on: as many as validation has."""
-    return data.train.head(len(data.val))
+        step = self.step.keep(rows)
+        kept = tuple(self.rows[row] for row in rows)
+        return Part(step, self.gauge.keep(step.model, rows), self.grey, kept)
 
 
 def begin(
@@ -166,7 +162,7 @@ def _untrained(
         # The mse of a decoder that knows the mean image alone.
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     step = Step(model, len(grey.train) // chosen[0].batch_size)
-    return Part(step, grey.train, data, linear[:, list(rows)], tuple(rows))
+    return Part(step, Gauge(model, data, linear[:, list(rows)]), grey.train, tuple(rows))
 
 
 def _seen(

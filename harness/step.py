@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from harness.autograd import Autograd, needs_autograd
+from harness.capture import record
 from harness.config import Precision
 from harness.gradient import Gradient
 from harness.optimizer import Adam
 from harness.vae import VAE
-
-WARM_UP = 3
-"""Steps before a capture, which let libraries choose their kernels; undone afterwards."""
 
 
 class Step:
@@ -105,28 +103,12 @@ class Step:
         self.now.add_(1)
 
     def capture(self) -> None:
-        """Record the step once, on a GPU; what the warm-up changes is put back."""
+        """Record the step, on a GPU, unless it is recorded."""
         if self.model.device.type != "cuda" or self.graph is not None:
             return
         changed = (self.gradient.weights, *self.adam.state, self.now)
-        before = [tensor.clone() for tensor in changed]
         with products_in(self.model.configs[0].precision):
-            self.graph = self._captured()
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._counted()
-                self.now.zero_()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._counted()
-        return graph
+            self.graph, _ = record(self._counted, changed)
 
     def keep(self, rows: Sequence[int]) -> Step:
         """Return the step of some runs, with their weights and moments."""
