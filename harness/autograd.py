@@ -55,5 +55,6 @@ class Autograd:
         with steady_convolutions():  # which the way back follows too
             loss = elbo.losses(self.model, x, eps, beta.flatten()).sum()
             # Not `backward`, which a GPU could capture only on the stream that made the graph.
-            slopes = torch.autograd.grad(loss, self.parameters)
+            # A learned variance has no slope once all runs that learn one are dropped.
+            slopes = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         torch._foreach_copy_(self.slopes, slopes)

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -127,7 +128,8 @@ def crew(function: Callable[[Any], Any], workers: int, device: torch.device) -> 
 
 def _hand(connection: Connection, left: Iterator[tuple[int, Any]], busy: dict[Any, int]) -> None:
     for place, item in left:
-        connection.send(item)
+        with _lost_worker():
+            connection.send(item)
         busy[connection] = place
         return
 
@@ -138,13 +140,20 @@ def _count(what: str, done: int, of: int) -> None:
 
 
 def _received(connection: Connection) -> Any:  # noqa: ANN401 - the function's result
-    try:
+    with _lost_worker():
         result, error = connection.recv()
-    except EOFError:
-        raise RuntimeError("a worker process was killed; was there too little memory?") from None
     if error is not None:
         raise error
     return result
+
+
+@contextlib.contextmanager
+def _lost_worker() -> Iterator[None]:
+    """Say what it means that nobody is at the other end."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise RuntimeError("a worker process was killed; was there too little memory?") from None
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
@@ -165,8 +174,16 @@ def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
         try:
             answer = function(item), None
         except Exception as error:
+            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
             answer = None, error
+        _send(connection, answer)
+
+
+def _send(connection: Connection, answer: tuple[Any, Exception | None]) -> None:
+    try:
         connection.send(answer)
+    except Exception as error:
+        connection.send((None, RuntimeError(f"a worker's answer cannot be sent: {error!r}")))
 
 
 def _die_with_parent() -> None:

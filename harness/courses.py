@@ -105,9 +105,9 @@ class Courses:
         if self._checkpoints is None:
             return
         for part in parts:
-            for i, row in enumerate(part.rows):
+            for row, state in zip(part.rows, part.step.states(), strict=True):
                 if epoch > self.starts[row]:
-                    saved = Saved(self._epochs[row], part.step.state(i))
+                    saved = Saved(self._epochs[row], state)
                     self._checkpoints.save(self._configs[row], self._made_with, saved)
 
 

@@ -1,4 +1,4 @@
-"""Training of a stack of runs, epoch by epoch; device and precision are chosen here."""
+"""Training of a stack of runs, epoch by epoch, on the device that is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +21,6 @@ from harness.evaluate import linear_losses
 from harness.gauge import Arrays, probe
 from harness.part import Part, begin
 from harness.vae import VAE
-
-Device = Literal["auto", "cpu", "cuda"]
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -66,15 +63,24 @@ class EpochRecord:
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
-        """End the training of some rows of this record; dropping all of them ends it all."""
-        self.dropped.update(rows)
+        """End the training of some rows of this record; dropping all of them ends it all.
+
+        Raises:
+            UserError: a row that the record does not have.
+        """
+        chosen = set(rows)
+        if unknown := chosen.difference(range(len(self.rows))):
+            last = len(self.rows) - 1
+            raise UserError(f"drop({sorted(unknown)}): the rows of this record are 0 to {last}")
+        self.dropped.update(chosen)
 
     @cached_property
     def model(self) -> VAE:
         """All runs as one stack: the live one, or a copy where they are computed in parts."""
         if len(self.models) == 1:
             return self.models[0]
-        return VAE([part.run(row) for part in self.models for row in range(len(part.configs))])
+        runs = [part.run(row) for part in self.models for row in range(len(part.configs))]
+        return VAE(runs).to(self.models[0].device)
 
     @property
     def images_per_second(self) -> float:
@@ -122,10 +128,12 @@ def train(
             bits as one that was never stopped.
 
     Raises:
-        UserError: the runs cannot share a stack, the device is not there, or a batch is larger
-            than the training split.
+        UserError: when the first record is asked for: the runs cannot share a stack, the device is
+            not there, the dtype is another, or a batch is larger than the training split.
     """
     check_stack(configs, data)
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
     target = resolve_device(device, configs[0].precision)
     courses = Courses(configs, data, target, dtype, checkpoints)
     parts = _parts(configs, data.to(target), dtype, courses)

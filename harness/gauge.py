@@ -64,7 +64,8 @@ class Gauge:
         ), val
 
     def keep(self, model: VAE, rows: Sequence[int]) -> Gauge:
-        """Return the gauge of some of the runs, whose stack is given."""
+        """Return the gauge of some of the runs, whose stack is given; what is recorded goes."""
+        self._graph, self._recorded = None, ({}, {})
         return Gauge(model, self._data, self._linear[:, list(rows)])
 
 

@@ -1,8 +1,8 @@
 """The gradient of a stack's loss written out, forward and backward, into buffers made once.
 
-It is what autograd gives for `elbo.loss` (a test compares them), without a graph, an allocation or
-a synchronisation, so that a step can be captured by a GPU and costs a CPU little beside its matrix
-products. One run drops its axis S: `mm` is faster than a `bmm` of one.
+It is what autograd gives for `elbo.loss` (a test compares them), without a graph or a
+synchronisation and almost without allocations, so that a GPU can record a step and a CPU spends
+little beside its matrix products. One run drops its axis S: `mm` is faster than a `bmm` of one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Gradient:
         self.head = self.encoder.outputs[-1].chunk(2, -1)
         self.head_slopes = self.encoder.slopes[-1].chunk(2, -1)
         self.used = model.used_latents[0] if stack == 1 else model.used_latents
-        self.sigma, self.learned, self.floor = (
+        self.own_variance, self.learned, self.free_bits = (
             self._by_run([read(c) for c in model.configs])
             for read in (
                 lambda c: c.sigma != "fixed",
@@ -49,8 +49,8 @@ class Gradient:
                 lambda c: c.free_bits,
             )
         )
-        self.fixed = not bool(self.sigma.any())
-        self.free = bool(self.floor.any())
+        self.fixed = not bool(self.own_variance.any())
+        self.free = bool(self.free_bits.any())
 
     def new(self, width: int) -> Tensor:
         """Return a buffer for a batch of every run, shape (S, B, width), or (B, width) for one."""
@@ -58,8 +58,9 @@ class Gradient:
         return torch.zeros(shape, device=self.model.device, dtype=self.model.dtype)
 
     def _by_run(self, values: Sequence[float]) -> Tensor:
-        """Return a number a run, shape (S, 1, 1), or (1, 1) for one."""
-        return torch.tensor(values, device=self.model.device).view(*self.lead, 1, 1)
+        """Return a number a run, shape (S, 1, 1), or (1, 1) for one; yes and no stay bool."""
+        kept = torch.tensor(values, device=self.model.device).view(*self.lead, 1, 1)
+        return kept if kept.dtype == torch.bool else kept.to(self.model.dtype)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, eps: Tensor, beta: Tensor) -> None:
@@ -119,7 +120,7 @@ class Gradient:
             own = learned.detach().exp().view_as(mse)
             variance = torch.where(self.learned, own, mse)
             learned.grad.copy_(((1 - mse / variance) / 2).flatten())
-        return torch.where(self.sigma, 1 / variance, 2) / values
+        return torch.where(self.own_variance, 1 / variance, 2) / values
 
     def _latent_slope(self, head: Tensor, slope: Tensor, eps: Tensor, weight: Tensor) -> None:
         """Write the slope of the whole loss at the encoder's last layer.
@@ -159,7 +160,7 @@ class Gradient:
         """Return 1 for latents whose batch-mean KL is above the free bits, else 0, (S, 1, L)."""
         variance = self.std.square()
         kl = ((mean.square() + variance - variance.log() - 1) / 2).mean(-2, keepdim=True)
-        return (kl > self.floor).to(kl.dtype)
+        return (kl > self.free_bits).to(kl.dtype)
 
 
 def flatten(model: VAE) -> tuple[Tensor, Tensor]:

@@ -39,14 +39,14 @@ class Part:
     Attributes:
         step: their training step, and the model that it trains.
         gauge: what is measured of them after every epoch.
-        grey: training images as they are in the dataset.
+        images: training images as they are drawn from, anew every epoch where pixels are random.
         rows: positions of the runs in the list that `train` was given.
         ahead: epochs drawn while a GPU was busy with the one before.
     """
 
     step: Step
     gauge: Gauge
-    grey: Split
+    images: Split
     rows: tuple[int, ...]
     ahead: dict[int, Epoch] = field(default_factory=dict, repr=False)
 
@@ -73,7 +73,9 @@ class Part:
 
     def train(self, epoch: int) -> None:
         """Train one epoch; a GPU may still be at it on return."""
-        self.step.load(*(self.ahead.pop(epoch, None) or self._draw(epoch)))
+        drawn = self.ahead.pop(epoch, None) or self._draw(epoch)
+        self.ahead.clear()
+        self.step.load(*drawn)
         self.step.epoch()
 
     def rehearse(self) -> None:
@@ -87,6 +89,7 @@ class Part:
         self.step.load(*self._draw(1))
         self.step.capture()
         self.gauge.read()
+        self.ahead[1] = self._draw(1)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.model.device)
         if free < MARGIN * total:
@@ -94,18 +97,18 @@ class Part:
 
     def _draw(self, epoch: int) -> Epoch:
         model, configs = self.model, self.model.configs
-        order = streams.batches(configs, len(self.grey), epoch)
+        order = streams.batches(configs, len(self.images), epoch)
         noise = streams.noise(configs, "noise", order.shape[1], epoch, model.latent_size)
         warmup = objective.kl_warmup(configs, epoch, len(self.step.order))
         betas = warmup * objective.betas(configs, model.pixels)
-        split, order = _seen(self.grey, order, configs, epoch)
+        split, order = _seen(self.images, order, configs, epoch)
         return Epoch(split.images, split.largest, order, noise, betas)
 
     def keep(self, rows: Sequence[int]) -> Part:
         """Return the part with some of its runs."""
         step = self.step.keep(rows)
         kept = tuple(self.rows[row] for row in rows)
-        return Part(step, self.gauge.keep(step.model, rows), self.grey, kept)
+        return Part(step, self.gauge.keep(step.model, rows), self.images, kept)
 
 
 def begin(
@@ -116,35 +119,59 @@ def begin(
     linear: Tensor,
     dtype: torch.dtype,
 ) -> list[Part]:
-    """Return untrained runs together, or in halves that follow one another if memory is short.
+    """Return untrained runs together, or in halves that take turns if memory is short.
+
+    All of them stay in memory: halves share only what an epoch takes for a while.
 
     Args:
         configs: every run of the stack.
         rows: which of them make the part.
         grey: the dataset as it is, on the device.
-        data: the dataset as the runs are measured on it.
+        data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         linear: loss of the exact linear model for every run of the stack, shape (2, S).
         dtype: torch.float32 or torch.float64.
 
     Raises:
         UserError: there is no room for one run.
     """
-    try:
-        part = _untrained(configs, rows, grey, data, linear, dtype)
-        part.rehearse()
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            widths = "channels" if configs[0].model == "conv" else "hidden"
-            raise UserError(
-                f"batch_size={configs[0].batch_size}, {widths}={getattr(configs[0], widths)}: one "
-                "run needs more memory than is free on the GPU; give smaller ones, or --device cpu"
-            ) from None
-    else:
+    part = _fitting(configs, rows, grey, data, linear, dtype)
+    if part is not None:
         return [part]
-    torch.cuda.empty_cache()  # outside the handler, which holds what did not fit
+    if len(rows) == 1:
+        widths = "channels" if configs[0].model == "conv" else "hidden"
+        raise UserError(
+            f"batch_size={configs[0].batch_size}, {widths}={getattr(configs[0], widths)}: one run "
+            "needs more memory than is free on the GPU; give smaller ones, or --device cpu"
+        )
+    torch.cuda.empty_cache()
     middle = len(rows) // 2
     halves = (rows[:middle], rows[middle:])
     return [part for half in halves for part in begin(configs, half, grey, data, linear, dtype)]
+
+
+def _fitting(
+    configs: Sequence[RunConfig],
+    rows: Sequence[int],
+    grey: Dataset,
+    data: Dataset,
+    linear: Tensor,
+    dtype: torch.dtype,
+) -> Part | None:
+    """Return runs together; None if they do not fit, and nothing of them is kept then."""
+    try:
+        part = _untrained(configs, rows, grey, data, linear, dtype)
+        part.rehearse()
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
+        return None
+    return part
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Say whether a GPU is full: its libraries and its recordings have errors of their own."""
+    words = ("out of memory", "ALLOC_FAILED", "StreamCaptureInvalidated")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _untrained(
@@ -162,7 +189,8 @@ def _untrained(
         # The mse of a decoder that knows the mean image alone.
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     step = Step(model, len(grey.train) // chosen[0].batch_size)
-    return Part(step, Gauge(model, data, linear[:, list(rows)]), grey.train, tuple(rows))
+    images = grey.train if chosen[0].binarization == "stochastic" else data.train
+    return Part(step, Gauge(model, data, linear[:, list(rows)]), images, tuple(rows))
 
 
 def _seen(
@@ -174,9 +202,10 @@ def _seen(
     """
     kind = configs[0].binarization
     if kind != "stochastic":
-        return split.binarized(kind), order
-    seeds = sorted({c.seed for c in configs})
-    streamed = [streams.generator(seed, "binarize", epoch) for seed in seeds]
-    copies = [split.binarized(kind, stream) for stream in streamed]
-    first = torch.tensor([[seeds.index(c.seed) * len(split)] for c in configs])
-    return replace(copies[0], images=torch.cat([c.images for c in copies])), order + first
+        return split, order
+    seeds, size = sorted({c.seed for c in configs}), len(split)
+    copies = split.images.repeat(len(seeds), 1)
+    for own, seed in zip(copies.split(size), seeds, strict=True):
+        own.copy_(split.binarized(kind, streams.generator(seed, "binarize", epoch)).images)
+    first = torch.tensor([[seeds.index(c.seed) * size] for c in configs])
+    return replace(split, images=copies, largest=1), order + first

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.autograd import Autograd, needs_autograd
 from harness.capture import record
@@ -34,8 +35,8 @@ class Step:
         configs, batch = model.configs, model.configs[0].batch_size
         self.model = model
         self.gradient = (Autograd if needs_autograd(configs[0]) else Gradient)(model, batch)
-        rates = [config.learning_rate for config in configs]
-        self.adam = Adam(self.gradient.weights, self.gradient.gradients, rates)
+        learning_rates = [config.learning_rate for config in configs]
+        self.adam = Adam(self.gradient.weights, self.gradient.gradients, learning_rates)
         lead, seen = self.gradient.lead, len(configs) * batch
         self.order = self._new(steps, seen, dtype=torch.int64)
         self.noise = self._new(steps, *lead, batch, model.latent_size)
@@ -87,7 +88,7 @@ class Step:
 
     def _step(self, rows: Tensor, eps: Tensor, beta: Tensor) -> None:
         torch.index_select(self.images, 0, rows, out=self.raw)
-        torch.div(self.raw.view(self.x.shape), self.largest, out=self.x)
+        self.x.copy_(self.raw.view(self.x.shape)).div_(self.largest)
         self.gradient(self.x, eps, beta)
         self.adam.step()
 
@@ -111,21 +112,27 @@ class Step:
             self.graph, _ = record(self._counted, changed)
 
     def keep(self, rows: Sequence[int]) -> Step:
-        """Return the step of some runs, with their weights and moments."""
+        """Return the step of some runs, with their weights and moments; what is recorded goes."""
+        self.graph = None
         kept = Step(self.model.keep(rows), len(self.order))
         kept.adam.take(self.adam, rows)
         return kept
 
-    def state(self, row: int) -> dict[str, Tensor]:
-        """Return all that one run goes on from: weights, Adam's moments, steps taken.
+    def states(self) -> list[dict[str, Tensor]]:
+        """Return all that each run goes on from: weights, Adam's moments, steps taken.
 
         Each as the plain run has it, without padding, so that it fits into any stack.
         """
-        parts = {name: form.run(row).state_dict() for name, form in self._forms().items()}
-        named = {
-            f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()
-        }
-        return named | {"steps": self.adam.steps[row].clone()}
+        forms = self._forms()
+        return [
+            {
+                f"{name}.{key}": value
+                for name, form in forms.items()
+                for key, value in form.run(row).state_dict().items()
+            }
+            | {"steps": self.adam.steps[row].clone()}
+            for row in range(len(self.model.configs))
+        ]
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from the states of runs that have taken equally many steps, in stack order."""
@@ -146,11 +153,12 @@ class Step:
 
 def _like(model: VAE, weights: Tensor, flat: Tensor) -> VAE:
     """Return a stack with its parameters in another buffer, where the model's are in `weights`."""
-    form = copy.deepcopy(model)
-    for own, parameter in zip(form.parameters(), model.parameters(), strict=True):
+    own: dict[int, Any] = {}  # what a deep copy takes instead of copying the parameters
+    for parameter in model.parameters():
         place = flat.storage_offset() + parameter.storage_offset() - weights.storage_offset()
-        own.data = flat.as_strided(parameter.shape, parameter.stride(), place)
-    return form
+        view = flat.as_strided(parameter.shape, parameter.stride(), place)
+        own[id(parameter)] = nn.Parameter(view, requires_grad=False)
+    return copy.deepcopy(model, own)
 
 
 @contextmanager

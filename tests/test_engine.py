@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from harness.config import RunConfig, UserError
 from harness.data import Dataset
 from harness.engine import EpochRecord, resolve_device, train
 from harness.objective import with_decoder_variance
-from harness.part import Part
+from harness.part import Part, begin
 from harness.step import products_in
 
 KINDS = [
@@ -316,6 +317,30 @@ def test_a_stack_without_room_is_computed_in_halves_with_the_same_results(tiny, 
         np.testing.assert_allclose(narrow.val[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+def test_what_did_not_fit_is_gone_before_the_halves_begin(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
+    failed = []
+
+    def room_for_two(self):
+        assert all(part() is None for part in failed)
+        if len(self.rows) > 2:
+            failed.append(weakref.ref(self.model))
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(Part, "rehearse", room_for_two)
+    assert len(last_of(MIXED, tiny).models) == 3
+    assert len(failed) == 2
+
+
+def test_another_error_of_a_rehearsal_is_no_lack_of_memory(tiny, monkeypatch):
+    def broken(self):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Part, "rehearse", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(train(MIXED, tiny, device="cpu"))
+
+
 def test_a_run_without_room_says_so(tiny, monkeypatch):
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -399,6 +424,39 @@ def test_cuda_is_refused_where_there_is_none(tiny):
 
 
 # --- CPU and GPU --------------------------------------------------------------------------------
+
+
+def test_training_in_float64_sees_the_pixels_that_evaluation_sees():
+    images = np.arange(40 * 9, dtype=np.uint8).reshape(40, 3, 3)
+    data = Dataset.from_tensors("every-grey-level", images)
+    config = RunConfig(hidden=(4,), latent_size=1, batch_size=8, epochs=1)
+    linear = torch.zeros(2, 1, dtype=torch.float64)
+    (part,) = begin([config], [0], data, data, linear, torch.float64)
+    part.train(1)
+    last = part.step.order[-1]
+    assert torch.equal(part.step.x, data.train.pixels(last, torch.float64))
+
+
+@pytest.mark.parametrize("rows", [[-1], [5], [0, 99]])
+def test_rows_that_a_record_does_not_have_cannot_be_dropped(tiny, rows):
+    record = next(train(MIXED, tiny, "cpu"))
+    with pytest.raises(UserError, match=r"rows of this record are 0 to 4"):
+        record.drop(rows)
+    assert not record.dropped
+
+
+def test_a_dtype_that_is_not_trained_in_is_refused(tiny):
+    with pytest.raises(UserError, match=r"dtype=torch.float16: choose"):
+        next(train(MIXED, tiny, "cpu", torch.float16))
+
+
+def test_convolutions_go_on_when_every_run_that_learns_its_variance_is_dropped(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
+    configs = [SMALL.replace(model="conv", epochs=2, sigma=s) for s in ("fixed", "learned")]
+    for record in train(configs, tiny, "cpu"):
+        record.drop([row for row in range(len(record.rows)) if record.rows[row] == 1])
+    assert record.rows == (0,)
+    assert np.isfinite(record.val["neg_elbo"]).all()
 
 
 def test_a_cpu_has_no_tf32(data):
