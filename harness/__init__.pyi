@@ -19,6 +19,7 @@ from . import quality as quality
 from . import records as records
 from . import sweep as sweep
 from . import tracking as tracking
+from . import vae as vae
 from . import view as view
 from .checkpoint import Checkpoints as Checkpoints
 from .config import RunConfig as RunConfig

@@ -16,7 +16,7 @@ from harness.config import RunConfig, UserError
 from harness.data import Dataset, Split
 from harness.gauge import Arrays, Gauge
 from harness.step import Step
-from harness.vae import VAE, initial
+from harness.vae import VAE, untrained
 
 MARGIN = 0.05
 """Share of a GPU's memory that is left free, for metrics of finished runs and for neighbours."""
@@ -183,8 +183,7 @@ def _untrained(
     dtype: torch.dtype,
 ) -> Part:
     chosen = [configs[row] for row in rows]
-    model = VAE([initial(c, data.image_shape) for c in chosen])
-    model = model.to(data.train.images.device, dtype)
+    model = untrained(chosen, data.image_shape).to(data.train.images.device, dtype)
     if model.log_decoder_variance is not None:
         # The mse of a decoder that knows the mean image alone.
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))

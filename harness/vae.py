@@ -217,6 +217,11 @@ def initial(config: RunConfig, image_shape: Shape) -> SingleVAE:
     return run
 
 
+def untrained(configs: Sequence[RunConfig], image_shape: Shape) -> VAE:
+    """Return a stack of runs with their initial weights."""
+    return VAE([initial(config, image_shape) for config in configs])
+
+
 def _learned_variances(runs: Sequence[SingleVAE]) -> nn.Parameter | None:
     """Return the logarithms of learned decoder variances, shape (S,); None if no run learns one."""
     if all(run.config.sigma != "learned" for run in runs):

@@ -30,8 +30,10 @@ from studies.origin import description, log_origin, made_with
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
+
     from harness.checkpoint import Checkpoints
-    from harness.vae import SingleVAE
+    from harness.vae import VAE, SingleVAE
     from studies.options import Plan, Point
     from studies.study import Study
 
@@ -141,6 +143,7 @@ def train_stack(
     courses: list[list[float]] = [[] for _ in planned]
     stack = companions.Companions.of(configs)
     with _open_logs(planned, place) as every:
+        _log_untrained(configs, every, place.data)
         kept = place.checkpoints
         for record in harness.train(configs, place.data, place.device, checkpoints=kept):
             logs = [every[row] for row in record.rows]
@@ -189,7 +192,7 @@ def _log_end(log: RunLog, end: End) -> None:
 
 
 def picture_epochs(epochs: int) -> set[int]:
-    """Return the epochs with a picture: the first, a fifth of the way, and the last."""
+    """Return the epochs after which there is a picture: the first, a fifth of the way, the last."""
     return {1, max(1, epochs // 5), epochs}
 
 
@@ -240,16 +243,26 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     }
 
 
+def _log_untrained(configs: Sequence[RunConfig], logs: Sequence[RunLog], data: Dataset) -> None:
+    """Log pictures at step 0, where MLflow's slider stands when a run is opened."""
+    model = harness.vae.untrained(configs, data.image_shape)
+    for log, picture in zip(logs, _reconstructions(model, data), strict=True):
+        log.picture("reconstructions", picture, 0)
+
+
 def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
     """Log pictures, but of no model that has gone on since: those are with its earlier run."""
     there = [epoch <= record.epoch for epoch in record.resumed]
     if not any(there):
         return
-    kind = record.model.configs[0].binarization
-    val = data.binarized(kind).val.to(record.model.device)
-    pictures = harness.pictures.reconstructions(record.model, val, PICTURES)
+    pictures = _reconstructions(record.model, data)
     for log, picture in itertools.compress(zip(logs, pictures, strict=True), there):
         log.picture("reconstructions", picture, record.epoch)
+
+
+def _reconstructions(model: VAE, data: Dataset) -> list[np.ndarray]:
+    val = data.binarized(model.configs[0].binarization).val.to(model.device)
+    return harness.pictures.reconstructions(model, val, PICTURES)
 
 
 def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:

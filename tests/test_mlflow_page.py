@@ -124,12 +124,11 @@ def test_the_page_shows_runs_columns_and_pictures(finished, server, page):
     run = runs["kl_weight=0.02 seed=0"]
     page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/model-metrics")
     page.get_by_placeholder("Search metric charts").fill("reconstructions")
-    title = page.get_by_text("reconstructions", exact=True).last
-    title.wait_for()
-    title.scroll_into_view_if_needed()
-    picture = page.locator("img[src*='get-artifact'][src*='images']").first
-    picture.wait_for()
-    assert picture.evaluate("image => image.naturalWidth") > 0
+    for step in (0, 1):  # untrained, where the slider stands at first, and after an epoch
+        picture = page.locator(f"img[src*='reconstructions%2Bstep%2B{step}%2B']").first
+        picture.wait_for()
+        assert picture.evaluate("image => image.naturalWidth") > 0
+        page.locator("[role=slider]:not([data-disabled])").last.press("ArrowRight")
 
     page.goto(f"{server}/#/experiments/{experiment}/runs/{runs['summary']}")
     page.get_by_text("has the lowest validation neg_elbo").first.wait_for()

@@ -47,7 +47,7 @@ def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
             history = store.client.get_metric_history(run["run_id"], metric)
             assert [m.step for m in history] == [1, 2, 3]
         images = [a.path for a in store.client.list_artifacts(run["run_id"], "images")]
-        assert sum("reconstructions+step" in i and i.endswith(".png") for i in images) == 2
+        assert sum("reconstructions+step" in i and i.endswith(".png") for i in images) == 3
         assert sum("prior_samples+step" in i and i.endswith(".png") for i in images) == 1
 
 
