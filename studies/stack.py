@@ -143,12 +143,12 @@ def train_stack(
     courses: list[list[float]] = [[] for _ in planned]
     stack = companions.Companions.of(configs)
     with _open_logs(planned, place) as every:
-        _log_untrained(configs, every, place.data)
         kept = place.checkpoints
         for record in harness.train(configs, place.data, place.device, checkpoints=kept):
             logs = [every[row] for row in record.rows]
             if record.epoch == 1:
                 _log_resumption(record, logs)
+                _log_untrained(configs, every, place.data)
             for row, origin in enumerate(record.rows):
                 metrics = epoch_metrics(record, row)
                 every[origin].metrics(metrics, record.epoch)
