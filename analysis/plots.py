@@ -164,9 +164,14 @@ def focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
     span = rest.max() - rest.min()
     if zero.mean() > rest.max() + span:
         panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
-        note = f"kl_weight = 0: {zero.mean():.3g}, above"
-        look = {"color": GREY, "bbox": {"fc": "white", "ec": "none", "pad": 1}}  # lines end at it
-        panel.annotate(note, (0.2, 0.97), xycoords="axes fraction", va="top", **look)
+        panel.annotate(
+            f"kl_weight = 0: {zero.mean():.3g}, above",
+            (0.2, 0.97),
+            xycoords="axes fraction",
+            va="top",
+            color=GREY,
+            bbox={"fc": "white", "ec": "none", "pad": 1},  # over lines
+        )
 
 
 def mark_calibration(panel: Axes, frame: pd.DataFrame, axis: str, group: str = "") -> None:
