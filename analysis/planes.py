@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import lazy_loader
 import numpy as np
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, plain_text
+from analysis.plots import COLORS, GREY, LABELS, canvas, plain_text, said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 sns = lazy_loader.load("seaborn")
+
+DISTINCT = 10
+"""Colours of seaborn's palette "colorblind"; more classes than these would share some."""
+
+MARKS = "osD^vP*X"
+"""One more than colours, so that groups with the same colour have other marks."""
 
 
 def latent_scatter(places: pd.DataFrame) -> Figure:
@@ -27,7 +34,8 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
     figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
-    palette = sns.color_palette("colorblind", places["class"].nunique())
+    classes = places["class"].nunique()
+    palette = sns.color_palette("colorblind" if classes <= DISTINCT else "husl", classes)
     for panel, model in zip(panels.flat, models, strict=False):
         part = places[places["model"] == model]
         for digit, color in zip(sorted(places["class"].unique()), palette, strict=True):
@@ -40,7 +48,7 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    if places["class"].nunique() > 1:
+    if classes > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
     return figure
 
@@ -60,7 +68,7 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     keys = [group, axis] if group else [axis]
     means = frame.groupby(keys, sort=False)[["rate", "distortion"]].mean().reset_index()
     lines = means.groupby(group, sort=False) if group else [("", means)]
-    colors = iter(sns.color_palette("viridis", len(means)) if not group else COLORS)
+    colors = cycle(COLORS if group else sns.color_palette("viridis", len(means)))
     for name, part in lines:
         line_color = next(colors) if group else GREY
         part = part.sort_values(axis)
@@ -73,7 +81,7 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
             place = (point["rate"], point["distortion"])
             panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4, label=label)
             if group:
-                panel.annotate(f"{point[axis]:g}", place, xytext=(5, 4), textcoords="offset points")
+                panel.annotate(said(point[axis]), place, xytext=(5, 4), textcoords="offset points")
     panel.set_xlabel(LABELS["rate"])
     panel.set_ylabel(LABELS["distortion"])
     title = f"{group}; numbers are {axis}" if group else LABELS.get(axis, axis)
@@ -87,7 +95,7 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
     figure, panel = canvas(9, 6)
     iso_lines(panel, frame)
     for (name, part), color, mark in zip(
-        frame.groupby(group, sort=False), COLORS, "osD^vP*", strict=False
+        frame.groupby(group, sort=False), cycle(COLORS), cycle(MARKS), strict=False
     ):
         panel.plot(part["rate"], part["distortion"], mark, color=color, ms=5, alpha=0.6, label=name)
     panel.set_xlabel(LABELS["rate"])
@@ -99,7 +107,7 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
 
 def _point_label(point: pd.Series, axis: str, shown: pd.DataFrame) -> str:
     off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
-    return f"{point[axis]:.3g}{off}"
+    return f"{said(point[axis])}{off}"
 
 
 def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ Lines are means over seeds with the interval of `frames.half_width`; dots are si
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import lazy_loader
@@ -90,7 +91,7 @@ def line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = 
     from analysis import frames
 
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
-    for (name, part), color in zip(parts, COLORS, strict=False):
+    for (name, part), color in zip(parts, cycle(COLORS), strict=False):
         means = frames.along_axis(part, axis, [metric])
         x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
         panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
@@ -107,8 +108,8 @@ def linear_line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group:
     if column not in frame or frame[column].isna().all():
         return
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
-    for (_, part), color in zip(parts, COLORS if group else (GREY,), strict=False):
-        means = part.groupby(axis)[column].mean()
+    for (_, part), color in zip(parts, cycle(COLORS if group else (GREY,)), strict=False):
+        means = part.groupby(axis, sort=_is_numeric(part[axis]))[column].mean()
         panel.plot(means.index, means, color=color, ls="--", lw=1.2, alpha=0.9)
     panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
 
@@ -123,7 +124,12 @@ def mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str, group: str = "") 
 
 
 def scale_axis(panel: Axes, values: pd.Series) -> None:
-    """Use a logarithmic axis for positive values of more than a decade, with room for 0."""
+    """Use a logarithmic axis for positive values of more than a decade, with room for 0.
+
+    Names, such as those of models, have their places already.
+    """
+    if not _is_numeric(values):
+        return
     positive = values[values > 0]
     if positive.empty or positive.max() / positive.min() <= 10:
         return
@@ -137,21 +143,43 @@ def scale_axis(panel: Axes, values: pd.Series) -> None:
         panel.set_xscale("log")
 
 
+def _is_numeric(values: pd.Series) -> bool:
+    return values.dtype.kind in "iuf"
+
+
+def said(value: object) -> str:
+    """Return a value of an axis as figures say it: three digits, whole numbers all of theirs."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if value.is_integer() else f"{value:.3g}"
+
+
 def focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
     """Keep weight 0, whose rate nothing bounds, from flattening the rest; say where it lies."""
+    if axis != "kl_weight":
+        return
     rest, zero = frame.loc[frame[axis] != 0, metric], frame.loc[frame[axis] == 0, metric]
-    if axis != "kl_weight" or zero.empty or rest.empty:
+    if zero.empty or rest.empty:
         return
     span = rest.max() - rest.min()
     if zero.mean() > rest.max() + span:
         panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
-        note = f"kl_weight = 0: {zero.mean():.3g}, above"
-        panel.annotate(note, (0.2, 0.97), xycoords="axes fraction", va="top", color=GREY)
+        panel.annotate(
+            f"kl_weight = 0: {zero.mean():.3g}, above",
+            (0.2, 0.97),
+            xycoords="axes fraction",
+            va="top",
+            color=GREY,
+            bbox={"fc": "white", "ec": "none", "pad": 1},  # over lines
+        )
 
 
 def mark_calibration(panel: Axes, frame: pd.DataFrame, axis: str, group: str = "") -> None:
-    """Mark where the mean `calibration_ratio` crosses 1: the weight agrees with the noise left."""
-    if group:
+    """Mark where the mean `calibration_ratio` crosses 1: the weight agrees with the noise left.
+
+    Along other axes than a weight's the ratio need not rise, and its crossing means nothing.
+    """
+    if group or axis not in ("kl_weight", "decoder_variance"):
         return
     ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
     ratio = ratio[ratio > 0]
@@ -169,7 +197,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     if "pca_floor" in frame:  # not of large images
         floor = frame.groupby("latent_size")["pca_floor"].mean()
         mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
-    active.plot(sizes, sizes, "--", color=GREY, lw=1)
+    active.plot(sizes, sizes, "-", color=GREY, lw=0.6)  # dashed is the linear model
     active.annotate(
         "all",
         (sizes[-1], sizes[-1]),

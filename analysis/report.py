@@ -139,7 +139,8 @@ def run_list(folder: Path, summary: Summary) -> str:
     pages = f"{server or UI}/#/experiments/{quote(summary.experiment_id)}/runs"
     links = {run["run_id"]: f"{pages}/{quote(run['run_id'])}" for run in runs}
     listed = markup.table(["name", "seed", *shown, "run id"], cells, links)
-    start = f"<pre>.venv/bin/mlflow ui --backend-store-uri {escape(shlex.quote(store))}</pre>"
+    command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(store)}"
+    start = f"<pre>{escape(command)}</pre>"
     note = (
         "<p>Metrics of the test split; val/ and best/ on validation data, after the last epoch and "
     )

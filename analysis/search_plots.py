@@ -49,6 +49,15 @@ PANELS = (
 WHOLE = ("kl_warmup_epochs", "kl_cycles")
 CATEGORIES = ("kl_normalization", "sigma")
 
+NAMES = {
+    "kl_weight": "weight",
+    "kl_normalization": "normalisation",
+    "latent_size": "latents",
+    "learning_rate": "learning rate",
+    "kl_warmup_epochs": "warm-up",
+}
+"""Settings that stand beside a front, where they were searched."""
+
 NAMED = 14
 """Most points of a front that are numbered."""
 
@@ -167,20 +176,22 @@ def front(trials: pd.DataFrame) -> Figure:
     panel.set_yscale("log")
     panel.set_xlabel(UNITS["val/rate"])
     panel.set_ylabel(UNITS["val/mse"])
-    lines = ["", "trial: weight, latents, learning rate, warm-up"]
+    named = {column: name for column, name in NAMES.items() if column in trials}
+    lines = ["", f"trial: {', '.join(named.values())}"]
     for _, trial in _spread(best, lowest).iterrows():
         place = (trial["val/rate"], trial["val/mse"])
         offset = {"xytext": (7, 7), "textcoords": "offset points"}
         panel.annotate(f"{trial['trial']}", place, **offset)
-        lines.append(
-            f"{trial['trial']}: {trial['kl_weight']:.2g} {trial['kl_normalization']}, "
-            f"{trial['latent_size']}, {trial['learning_rate']:.2g}, {trial['kl_warmup_epochs']}"
-        )
+        lines.append(f"{trial['trial']}: {', '.join(_said(trial[column]) for column in named)}")
     for text in lines:
         panel.plot([], [], " ", label=text or " ")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     sns.despine(figure)
     return figure
+
+
+def _said(value: object) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _spread(best: pd.DataFrame, lowest: pd.Series) -> pd.DataFrame:

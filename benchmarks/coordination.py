@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.synchronize import Barrier
@@ -84,6 +84,7 @@ def rates(url: str, asked: Asked, workers: int) -> list[float]:
     return found
 
 
+@machine.clear_errors()
 def main() -> None:
     """Print a table of rates."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,18 +94,21 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     asked = Asked(options.trials, options.at_once, options.repeat)
+    if options.storage:
+        open_storage(options.storage)  # refused before anything is measured
     print("\n".join(machine.hardware(torch.device("cpu"), "optuna", "sqlalchemy", "psycopg")))
     print(f"{asked.trials} trials, up to {asked.at_once} at once, n = {asked.repeat}.\n")
-    print("| database | workers | trials/s, median | range |\n| --- | ---: | ---: | ---: |")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         urls = {"SQLite": f"sqlite:///{folder}/optuna.db"}
         if options.storage:
             urls["PostgreSQL"] = options.storage
         for database, url in urls.items():
             for workers in WORKERS:
-                found = rates(url, asked, workers)
-                middle, low, high = statistics.median(found), min(found), max(found)
-                print(f"| {database} | {workers} | {middle:.1f} | {low:.1f} to {high:.1f} |")
+                found = machine.spread(rates(url, asked, workers), 1)
+                print(f"{database}, {workers} workers: {found[0]}/s", file=sys.stderr)
+                rows.append([database, str(workers), *found])
+    print(machine.table(["database", "workers", "trials/s, median", "range"], rows))
 
 
 if __name__ == "__main__":

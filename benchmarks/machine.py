@@ -1,16 +1,48 @@
-"""What a figure was measured on, said the same way by every benchmark."""
+"""What benchmarks share: command line, errors, what a figure was measured on, tables."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
 import torch
+
+from harness.config import UserError
+
+
+def parser(name: str, about: str | None, *, device: bool = True) -> argparse.ArgumentParser:
+    """Return the command line of `python -m benchmarks.NAME` with what all of them have."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    if device:
+        made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return made
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a user's error into a line and exit code 2, as studies do.
+
+    Not `studies.cli.clear_errors`: its imports would count in what is measured, and it takes over
+    Ctrl-C for trainings that go on later.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def hardware(device: torch.device, *packages: str) -> list[str]:

@@ -34,7 +34,8 @@ def main() -> None:
     """Train in a process of its own and watch it, or be that process."""
     args = parse()
     if args.inside:
-        train_cut(args)
+        with machine.clear_errors():
+            train_cut(args)
         return
     options = ["--data-dir", str(args.data_dir), "--runs", str(args.runs), "--device", args.device]
     command = [sys.executable, "-m", "benchmarks.memory", "--inside", *options]
@@ -52,14 +53,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser = machine.parser("memory", __doc__)
     parser.add_argument("--runs", type=int, default=64)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 

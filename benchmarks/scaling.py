@@ -21,7 +21,6 @@ import torch
 from benchmarks import machine
 from benchmarks.floor import Floor, floor
 from harness import RunConfig, load_dataset, train
-from harness.config import UserError
 from harness.data import Dataset
 from harness.engine import resolve_device
 
@@ -45,14 +44,12 @@ class Point:
     config: RunConfig
 
 
+@machine.clear_errors()
 def main() -> None:
     """Measure, print and draw."""
     args = parse()
-    try:
-        device = resolve_device(args.device)
-        data = load_dataset(args.dataset, args.data_dir)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    device = resolve_device(args.device)
+    data = load_dataset(args.dataset, args.data_dir)
     points = list(listed(device.type))
     rates, floors = measure(points, data, device, args)
     print("\n".join([*machine.hardware(device), *settings(args), rates_of(floors[1]), ""]))
@@ -62,16 +59,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = machine.parser("scaling", __doc__)
     parser.add_argument("--dataset", choices=("mnist", "fashion_mnist", "kmnist"), default="mnist")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each point; default: 3")
     parser.add_argument("--images", type=int, default=16_384, help="of a turn; default: 16384")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--figure", type=Path, default=FIGURE, help=f"default: {FIGURE.name}")
     return parser.parse_args()
 

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from benchmarks import machine
+from harness.config import UserError
 from harness.engine import resolve_device
 
 STUDY = """
@@ -38,6 +38,7 @@ cli.main(kl_weight.STUDY, sys.argv[1:])
 """A study whose first step says when it is done; the modules are those it imports anyway."""
 
 
+@machine.clear_errors()
 def main() -> None:
     """Measure and print."""
     args = parse()
@@ -56,12 +57,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.start_up",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser = machine.parser("start_up", __doc__, device=False)
     parser.add_argument("--dataset", choices=("digits", "mnist"), default="mnist")
     parser.add_argument("--repeats", type=int, default=5, help="default: 5")
     return parser.parse_args()
@@ -86,7 +82,7 @@ def seconds(args: argparse.Namespace, folder: str, name: str) -> float:
     os.killpg(study.pid, signal.SIGKILL)
     study.wait()
     if not said:
-        raise RuntimeError("the study ended before its first step")
+        raise UserError("the study ended before its first step; what it said stands above")
     return float(said) - start
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from benchmarks import machine
@@ -46,32 +45,24 @@ class Entry:
     each_core: bool = False
 
 
+@machine.clear_errors()
 def main() -> None:
     """Measure and print."""
     args = parse()
-    try:
-        device = resolve_device(args.device)
-        load_dataset(args.dataset, args.data_dir)
-        rates = measure(entries(device.type, peers=args.peers), args, device.type)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    device = resolve_device(args.device)
+    load_dataset(args.dataset, args.data_dir)
+    rates = measure(entries(device.type, peers=args.peers), args, device.type)
     versions = machine.hardware(device, *(PEERS if args.peers else ()))
     print("\n".join([*versions, *settings(args), "", table(rates)]))
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = machine.parser("throughput", __doc__)
     parser.add_argument("--dataset", choices=TORCHVISION, default="mnist")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each; default: 5")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; default: 2")
     parser.add_argument("--steps", type=int, default=300, help="of a round; default: 300")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--peers", action="store_true", help="also pythae, JAX, plain PyTorch")
     return parser.parse_args()
 

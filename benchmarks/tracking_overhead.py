@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -38,9 +37,9 @@ SEEDS = 4
 WORK = {
     "MLflow": (
         "harness.tracking:connect open_experiment read_runs log_best_model load_run",
-        "harness.runlog.RunLog:__init__ metrics flush dataset picture folder tag describe model "
-        "end",
-        "harness.ledger:bury_runs",
+        "harness.runlog.RunLog:__init__ metrics flush dataset picture folder text tag describe "
+        "model end",
+        "harness.ledger:bury_runs bury_summaries",
         "studies.summary:_recorded _log",
         "analysis.frames:load_runs",
     ),
@@ -126,6 +125,7 @@ class Clock:
             setattr(harness, name, timed)
 
 
+@machine.clear_errors()
 def main() -> None:
     """Run the study and print."""
     args = parse()
@@ -148,15 +148,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tracking_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser = machine.parser("tracking_overhead", __doc__)
     parser.add_argument("--epochs", type=int, default=20, help="default: 20")
     parser.add_argument("--cut", type=int, default=20, help="train on 1 image in so many")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 

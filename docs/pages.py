@@ -24,6 +24,16 @@ FURTHER = (
 )
 """Modules of the reference beside those of `harness/__init__.pyi`."""
 
+FOLDERS = {
+    "harness": "The core: torch and numpy; MLflow in three modules.",
+    "studies": "Questions, and all that plans, runs and tracks them; the importers of Optuna.",
+    "analysis": "MLflow to data frame to table, figure and report; no torch.",
+    "benchmarks": "What is measured of the harness itself, with results in `RESULTS.md`.",
+    "examples": "A study in a file of one's own.",
+    "tests": "About one file a module: mathematics and behaviour.",
+}
+"""Folder of the list of files -> what is in it."""
+
 STUB = re.compile(r"from (\.\w*) import (\w+) as \w+")
 
 
@@ -44,6 +54,22 @@ def about(module: str) -> str:
     """Return the first line of a module's docstring."""
     text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
     return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+
+
+def list_of_files() -> str:
+    """Write the page of all Python files, each with the first line of its docstring."""
+    parts = ["# All files\n\nEach with the first line of its own docstring.\n"]
+    for folder, what in FOLDERS.items():
+        names = [f"{folder}.{path.stem}" for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+        parts += [f"## {folder}\n", f"{what}\n", *map(entry, names), ""]
+    return "\n".join(parts)
+
+
+def entry(module: str) -> str:
+    """Write a file's line, with a link to its reference if it has one."""
+    name = f"`{module.rpartition('.')[2]}.py`"
+    linked = f"[{name}](reference/{module}.md)" if module in modules() else name
+    return f"- {linked}: {about(module)}"
 
 
 def overview() -> str:
@@ -76,6 +102,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     for page, source in ELSEWHERE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, "files.md", content=list_of_files()))
     files.append(File.generated(config, "reference/index.md", content=overview()))
     for module in modules():
         text = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"

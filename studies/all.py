@@ -1,14 +1,17 @@
 """Every study of a dataset, one after the other, and an index page of their reports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
+from harness import doing
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.cli import clear_errors, execute, parse
-from studies.options import Common, Options
-from studies.search_options import SearchOptions
+from studies.options import Common, Options, make_plan
+from studies.search_options import SearchOptions, make_search_plan
+from studies.sources import read_own
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
@@ -20,6 +23,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in ("values", "study_name", "latent_size", "kl_normalization"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
+        check_plans(options)
         outcomes = [execute(study, options) for study in STUDIES]
         outcomes.append(search.execute(search_options(options)))
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
@@ -28,6 +32,25 @@ def main(args: Sequence[str] | None = None) -> None:
 
             folder = reports[0].parents[1]
             print(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+
+
+def check_plans(options: Options[Any]) -> None:
+    """Plan everything, so that what one study refuses is said before another has trained.
+
+    Raises:
+        UserError: an option cannot be used in every study; names the first that refuses it.
+    """
+    doing.say("planning every study")  # the first to need PyTorch waits for it
+    own = read_own(options)
+    plans: dict[str, Callable[[], object]] = {
+        study.name: partial(make_plan, study, options, own) for study in STUDIES
+    }
+    plans["search"] = partial(make_search_plan, search.SEARCH, search_options(options), own)
+    for name, plan in plans.items():
+        try:
+            plan()
+        except UserError as error:
+            raise UserError(f"studies.{name}: {error}") from None
 
 
 def search_options(options: Options[Any]) -> SearchOptions:

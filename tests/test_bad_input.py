@@ -93,6 +93,9 @@ ARGUMENTS = [
     ("all", "--study-name mine", "--study-name: studies differ in it"),
     ("all", "--latent-size 3", "--latent-size: studies differ in it"),
     ("all", "--trials 3", "--trials"),
+    # Of a later study: said before the first one trains.
+    ("all", "--sigma optimal", "studies.kl_normalization: sigma='optimal'"),
+    ("all", "--free-bits 0.1", "studies.elbo_vs_mse: free_bits=0.1"),
     ("reproduce", "--study-name a/b", "study_name='a/b'"),
     ("reproduce", "--dataset digits", "--dataset"),
     ("reproduce", "--device abacus", "'abacus'"),

@@ -51,6 +51,7 @@ def test_the_documentation_builds_without_a_warning_and_loads_nothing_from_a_net
     assert done.returncode == 0, done.stderr
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
     assert tmp_path / "reference" / "harness.objective.html" in pages
+    assert "RATES" in pages[tmp_path / "own-study.html"]  # of the example that the page shows
     for path, page in pages.items():
         assert not LOADED.findall(page) + LINKED.findall(page), path
     for path in tmp_path.rglob("*.css"):

@@ -1,11 +1,13 @@
 """The worked example of `docs/own-study.md`: a study in a file of the user's own."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 from harness import tracking
+from studies.options import Options, make_plan
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learning_rate.py"
 
@@ -26,3 +28,12 @@ def test_a_file_outside_the_package_is_a_whole_study(tracking_uri, tmp_path, mon
     assert (folder / "figures" / "metrics_along_axis.png").exists()
     command = json.loads((folder / "summary.json").read_text())["command"]
     assert command.startswith(f"python {EXAMPLE} --dataset digits --epochs 1 --seeds 2")
+
+
+def test_the_study_of_the_readme_can_be_planned():
+    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"## Your own study.*?```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    plan = make_plan(names["STUDY"], Options())
+    assert [config.learning_rate for config in plan.runs[::3]] == [1e-4, 1e-3, 1e-2]

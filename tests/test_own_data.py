@@ -128,11 +128,11 @@ def test_tensors_that_cannot_be_used_are_refused(given, says):
     assert "\n" not in str(refused.value)
 
 
-def test_the_example_of_the_readme_runs():
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"## Your own data.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "own-data.md").read_text()
+    (code,) = re.findall(r"## Tensors.*?```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "own-data.md", "exec"), names)
     assert names["result"].model(names["images"][:4]).shape == (4, 3, 12, 16)
     assert [len(getattr(names["data"], part)) for part in ("train", "val", "test")] == [135, 15, 50]
     assert names["data"].class_name(1) == "dogs"

@@ -1,9 +1,10 @@
 """Figures show the numbers of the frame they were given."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import frames, planes, plots
+from analysis import frames, latent_plots, planes, plots
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,60 @@ def test_stores_without_the_linear_model_are_drawn_without_it(frame):
 def test_one_seed_and_one_value_can_be_drawn(frame):
     plots.metrics_along_axis(frame[:1], "kl_weight")
     planes.rate_distortion(frame[:1], "kl_weight")
+
+
+NAMES = ["mlp", "mlp", "conv", "conv", "linear", "linear"]
+TWELVE = [f"group {i}" for i in range(12)]
+
+
+def test_an_axis_of_names_is_drawn_in_its_order(frame):
+    made = frame.assign(model=NAMES)
+    figure = plots.metrics_along_axis(made, "model")
+    mean, dashed = (
+        next(line for line in figure.axes[0].get_lines() if line.get_linestyle() == style)
+        for style in ("-", "--")
+    )
+    for line in (mean, dashed):
+        assert list(line.get_xdata()) == ["mlp", "conv", "linear"]
+    latent_plots.quality_along_axis(made, "model")
+    (legend,) = planes.rate_distortion(made, "model").legends
+    assert {text.get_text() for text in legend.get_texts()} >= set(NAMES)
+
+
+def test_calibration_is_marked_on_the_axis_of_a_weight_alone(frame):
+    made = frame.assign(learning_rate=[0.01, 0.01, 0.1, 0.1, 1.0, 1.0])
+    made["calibration_ratio"] = [0.1, 0.1, 10.0, 10.0, 0.5, 0.5]
+    for panel in plots.metrics_along_axis(made, "learning_rate").axes:
+        assert "calibration_ratio = 1" not in [line.get_label() for line in panel.get_lines()]
+
+
+def test_no_group_is_left_out_and_none_looks_like_another(frame):
+    made = pd.concat([frame.assign(part=part) for part in TWELVE])
+    panel = plots.metrics_along_axis(made, "kl_weight", "part").axes[0]
+    assert [n for n in panel.get_legend_handles_labels()[1] if n.startswith("group")] == TWELVE
+    planes.rate_distortion(made, "kl_weight", "part")
+    lines = planes.frontier(made, "part").axes[0].get_lines()
+    looks = {(x.get_color(), x.get_marker()) for x in lines if x.get_label() in TWELVE}
+    assert len(looks) == len(TWELVE)
+
+
+def test_many_classes_have_a_colour_each():
+    rows = {"model": "one", "x": range(12), "y": range(12), "class": range(12)}
+    panel = planes.latent_scatter(pd.DataFrame(rows)).axes[0]
+    assert len({line.get_color() for line in panel.get_lines()}) == 12
+
+
+def test_the_diagonal_of_all_latents_does_not_look_like_the_linear_model(frame):
+    made = frame.assign(latent_size=[2, 2, 4, 4, 8, 8], part="first")
+    active = plots.metrics_along_latent_size(made, "part").axes[3]
+    sizes = [2, 4, 8]
+    (diagonal,) = [line for line in active.get_lines() if list(line.get_ydata()) == sizes]
+    assert diagonal.get_linestyle() == "-"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0021544, "0.00215"), (1024.0, "1024"), (10, "10"), ("conv", "conv"), (0.0, "0")],
+)
+def test_values_of_an_axis_are_said_shortly(value, text):
+    assert plots.said(value) == text

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 NAME = "search-digits"
 FRONT = "search-digits-front"
 SMALL = ["--trials", "5", "--seeds", "2", "--epochs", "2"]
-FLAT = ["--trials", "5", "--epochs", "1", "--multi-objective"]
+# A setting of the user's is not searched, and its column is nowhere.
+FLAT = ["--trials", "5", "--epochs", "1", "--multi-objective", "--kl-warmup-epochs", "0"]
 
 
 @dataclass(frozen=True)
@@ -391,6 +392,20 @@ def test_the_front_is_drawn_through_its_trials_alone(trials):
     panel = search_plots.front(trials).axes[0]
     line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
     assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/mse"])
+
+
+@pytest.mark.parametrize("left_out", [[], ["kl_warmup_epochs"], ["kl_weight", "latent_size"]])
+def test_the_front_says_the_settings_that_were_searched(trials, left_out):
+    searched = {c: n for c, n in search_plots.NAMES.items() if c not in left_out}
+    (legend,) = search_plots.front(trials.drop(columns=left_out)).legends
+    said = [text.get_text() for text in legend.get_texts()]
+    heading = next(i for i, text in enumerate(said) if text.startswith("trial: "))
+    assert said[heading] == f"trial: {', '.join(searched.values())}"
+    for line in said[heading + 1 :]:
+        number, values = line.split(": ")
+        trial = trials.set_index("trial").loc[int(number)]
+        for value, column in zip(values.split(", "), searched, strict=True):
+            assert value == str(trial[column]) or float(value) == pytest.approx(trial[column], 0.05)
 
 
 def test_one_trial_can_be_drawn(trials):

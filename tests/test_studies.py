@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -36,6 +37,16 @@ def test_every_configuration_and_seed_is_one_finished_run_beside_one_summary(fin
     assert sorted(cells) == sorted((w, s) for w in ("0.0", "0.02", "1.0") for s in ("0", "1"))
     assert {r["status"] for r in runs} == {"FINISHED"}
     assert [r["status"] for r in runs_of(finished.tracking_uri, "summary")] == ["FINISHED"]
+
+
+def test_every_metric_of_a_run_is_described(finished):
+    page = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+    rows = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| `")]
+    described = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    families = {"kl", "mse_class", "linear", "neg_log_likelihood"}
+    for run in runs_of(finished.tracking_uri):
+        plain = {re.sub("^(best/)?(train|val|test)/", "", name) for name in run["metrics"]}
+        assert {n for n in plain if n.split("/")[0] not in families} <= described
 
 
 def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
