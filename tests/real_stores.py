@@ -1,24 +1,56 @@
 """Fixtures with real databases, and a study run once in a process of its own."""
 
 import importlib
+import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from harness import tracking
 from studies import cli
 
 
+def once(name: str, make: Callable[[Path], None], temporary: pytest.TempPathFactory) -> Path:
+    """Return a folder of a name that the first process to ask for it makes, for all that test."""
+    base = temporary.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, made = shared / name, shared / f"{name}.made"
+    with FileLock(shared / f"{name}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
+def copy_home(there: Path, here: Path) -> None:
+    """Copy a folder with databases that name it, in which they then name the copy."""
+    shutil.copytree(there, here, ignore=shutil.ignore_patterns("*.db*"), dirs_exist_ok=True)
+    for file in there.glob("*.db"):
+        with (
+            closing(sqlite3.connect(file)) as old,
+            closing(sqlite3.connect(here / file.name)) as new,
+        ):
+            new.executescript("\n".join(old.iterdump()).replace(str(there), str(here)))
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create the tables of an MLflow database once, which takes seconds."""
-    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    tracking.connect(f"sqlite:///{database}")
-    return database
+
+    def make(folder: Path) -> None:
+        tracking.connect(f"sqlite:///{folder}/mlflow.db")
+
+    return once("empty", make, tmp_path_factory) / "mlflow.db"
 
 
 @pytest.fixture
@@ -33,31 +65,48 @@ class Finished:
     """A study that ran through: its addresses and what it printed."""
 
     folder: Path
-    tracking_uri: str
-    storage: str
     arguments: list[str]
     printed: str
+
+    @property
+    def tracking_uri(self) -> str:
+        """Address of the MLflow database."""
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+    @property
+    def storage(self) -> str:
+        """Address of Optuna's database."""
+        return f"sqlite:///{self.folder}/optuna.db"
 
 
 @pytest.fixture(scope="session")
 def finished(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Run a small KL-weight study once, through its command line; tests only read it."""
-    folder = tmp_path_factory.mktemp("study")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    tracking_uri, storage = f"sqlite:///{folder}/mlflow.db", f"sqlite:///{folder}/optuna.db"
-    arguments = ["--values", "0", "0.02", "1", "--seeds", "2", "--epochs", "3"]
-    arguments += ["--tracking-uri", tracking_uri, "--storage", storage]
-    done = study_command(arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return Finished(folder, tracking_uri, storage, arguments, done.stdout)
+
+    def make(folder: Path) -> None:
+        shutil.copy(empty_database, folder / "mlflow.db")
+        done = study_command(arguments(folder))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        (folder / "printed").write_text(done.stdout)
+
+    def arguments(folder: Path) -> list[str]:
+        words = ["--values", "0", "0.02", "1", "--seeds", "2", "--epochs", "3"]
+        words += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+        return [*words, "--storage", f"sqlite:///{folder}/optuna.db"]
+
+    # A copy for this process: tests that give the command again write what they found already.
+    there, here = once("study", make, tmp_path_factory), tmp_path_factory.mktemp("study")
+    copy_home(there, here)
+    printed = (here / "printed").read_text().replace(str(there), str(here))
+    return Finished(here, arguments(here), printed)
 
 
 def study_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `python -m studies.kl_weight` in a process of its own."""
+    """Run `python -m studies.kl_weight` in a process of its own, which has two cores."""
     command = [sys.executable, "-m", "studies.kl_weight", *arguments]
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    root, two = Path(__file__).resolve().parents[1], {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=two, check=False)
 
 
 def small_study(name: str, arguments: list[str], folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from kills import begun, in_child
 
 from benchmarks import audit, children
-from harness import RunConfig, cores, places, tracking
+from harness import RunConfig, cores, likelihood, places, tracking
 from harness.data import Dataset
 from studies import cli, kl_weight, live
 from studies.console import Console
@@ -71,6 +71,7 @@ class Place:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         cores.available = lambda: 2  # so that runs have workers
+        likelihood.LIKELIHOOD_IMAGES = 5  # otherwise half of a run's time
         with cli.clear_errors():
             return run(self.plan, self.data, self.options, Console()).table
 
@@ -135,7 +136,7 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
 # --- killed, again and again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [25, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
     kills = next(n for n in count() if not killed_at(place, stride * (n + 1)))
     assert kills * stride > len(alone.steps) / 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_stores import copy_home
 
 from harness import RunConfig, UserError, records, tracking
 from harness.engine import train
@@ -72,9 +73,10 @@ def stack(empty_database, tmp_path_factory, data) -> Trained:
 
 
 @pytest.fixture
-def own_stack(tracking_uri, tmp_path, data) -> Trained:
-    """Train such a stack for one test, which may spoil it."""
-    return trained(tmp_path, data)
+def own_stack(stack, tmp_path) -> Trained:
+    """Return a copy of that stack for one test, which may spoil it."""
+    copy_home(stack.folder, tmp_path / "own")
+    return replace(stack, folder=tmp_path / "own")
 
 
 def trained(folder: Path, data) -> Trained:
@@ -154,7 +156,7 @@ def test_another_value_in_the_record_is_found_and_named(own_stack, capsys):
 
 def test_a_metric_that_nobody_computes_is_found_and_named(own_stack, capsys):
     store = tracking.connect(own_stack.uri)
-    store.client.log_metric(own_stack.run_id(0), "test/wishful", 0.5, step=5)
+    store.client.log_metric(own_stack.run_id(0), "test/wishful", 0.5, step=CONFIG.epochs)
     code, said = own_stack.replayed(0, capsys)
     assert code == 1
     assert "logged but not computed now: test/wishful" in said
@@ -167,7 +169,7 @@ def test_another_device_is_judged_by_the_tolerance_and_other_code_is_named(own_s
     file.write_text(json.dumps(made))
     store = tracking.connect(own_stack.uri)
     value = own_stack.runs[0]["metrics"]["test/mse"]
-    store.client.log_metric(own_stack.run_id(0), "test/mse", 1.001 * value, step=5)
+    store.client.log_metric(own_stack.run_id(0), "test/mse", 1.001 * value, step=CONFIG.epochs)
     code, said = own_stack.replayed(0, capsys)
     assert code == 0
     assert "device name: Z80 then" in said

@@ -11,6 +11,7 @@ import optuna
 import pandas as pd
 import pytest
 
+import harness
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search, worker
@@ -59,6 +60,14 @@ class Home:
     def summary(self, name: str) -> dict:
         """Read the summary.json of a search."""
         return json.loads((self.folder / "reports" / name / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_images(tiny):
+    """Search on cut digits: nothing here depends on how many images there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "load_dataset", lambda name, root: tiny)
+        yield
 
 
 @pytest.fixture(scope="module")
