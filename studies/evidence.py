@@ -39,6 +39,7 @@ class Evidence:
     store: Store = field(repr=False)
     records: Sequence[Record] = field(repr=False)
     _batches: dict[Runs, BatchLosses] = field(default_factory=dict, repr=False)
+    _frames: dict[Runs, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @cached_property
     def official(self) -> PCA:
@@ -72,8 +73,10 @@ class Evidence:
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return some runs as a tidy frame, a row a seed, test metrics under their plain names."""
-        found = (self.find(config) for config in runs.configs)
-        return frames.tidy([record for record in found if record is not None])
+        if runs not in self._frames:
+            found = (self.find(config) for config in runs.configs)
+            self._frames[runs] = frames.tidy([record for record in found if record is not None])
+        return self._frames[runs]
 
     def mean(self, runs: Runs, metric: str) -> float:
         """Return the mean of a metric over seeds."""

@@ -228,8 +228,8 @@ def test_a_published_likelihood_is_read_off_binary_pixels(copied, tiny):
 
 def test_a_ledger_that_says_something_new_is_recorded_anew(copied, tiny):
     check = opened(copied, tiny)
-    wider = [about("new", "nobody", "1", 1.0, "none", lambda e: 1.0)]
-    page = replace(check.page, ledger={**check.page.ledger, "x": wider}, pictured=())
+    wider = [about("new", "nobody", "1", 1.0, "none", lambda e: 1.0, (TINY.blog,))]
+    page = replace(check.page, ledger={"x": wider}, pictured=())
     check = replace(check, page=page)
     for _ in range(2):
         evidence = check.evidence()
