@@ -19,7 +19,10 @@ pytest_plugins = ["real_stores", "real_postgres"]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-FIRST = ()
+FIRST = (
+    *("kills", "search", "engine", "studies", "reproduce", "desk", "own_study", "example_study"),
+    *("workers", "replay", "architecture", "oracle", "servers", "likelihood", "diverged", "data"),
+)
 """Modules that take longest, in this order: begun last, one would run while a core is idle."""
 
 

@@ -6,13 +6,17 @@ import runpy
 import sys
 from pathlib import Path
 
+import harness
 from harness import tracking
 from studies.options import Options, make_plan
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learning_rate.py"
 
 
-def test_a_file_outside_the_package_is_a_whole_study(tracking_uri, tmp_path, monkeypatch, capsys):
+def test_a_file_outside_the_package_is_a_whole_study(
+    tracking_uri, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(harness, "load_dataset", lambda name, root: tiny)
     options = ["--values", "0.001", "0.01", "--seeds", "2", "--epochs", "1"]
     places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options, *places])
