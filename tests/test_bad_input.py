@@ -223,7 +223,9 @@ def databases(empty_database, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("option", "address", "says"), PLACES)
 def test_a_place_that_cannot_be_used(option, address, says, refused, databases, tmp_path):
-    shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
+    named = [path for path in databases.iterdir() if f"HERE/{path.name}" in address]
+    for path in named:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     places = {"--tracking-uri": "sqlite:///HERE/new.db", "--storage": "sqlite:///HERE/o.db"}
     words = [word for pair in (places | {option: address}).items() for word in pair]
     words = [word.replace("HERE", str(tmp_path)) for word in words]
@@ -241,7 +243,7 @@ def test_a_broken_database_on_every_command_line(command, refused, databases, tm
 
 
 def test_a_run_that_is_not_there(refused, databases, tmp_path):
-    shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
+    shutil.copy(databases / "good.db", tmp_path)
     words = [f"--tracking-uri=sqlite:///{tmp_path}/good.db"]
     assert "is not in" in refused(lambda: replay.main([RUN, *words]))
     assert "no finished summary" in refused(lambda: report.main(["kl_weight", *words]))
@@ -256,25 +258,34 @@ def idx(shape: tuple[int, ...], magic: int, *, claimed: tuple[int, ...] | None =
 
 
 IMAGES, LABELS = idx((3, 28, 28), 0x803), idx((3,), 0x801)
-GZ = "train-images-idx3-ubyte.gz"
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+NO_IMAGES, NO_LABELS = (
+    f"{name} is not an IDX file of bytes" for name in (TRAIN_IMAGES, TRAIN_LABELS)
+)
 
 FILES = {
-    "none": {},
-    "images cut short": {"train-images-idx3-ubyte": IMAGES[:-1]},
-    "images without an end of their header": {"train-images-idx3-ubyte": IMAGES[:6]},
-    "an empty file": {"train-images-idx3-ubyte": b""},
-    "images with a wrong magic number": {"train-images-idx3-ubyte": idx((3, 28, 28), 0x903)},
-    "images of floats": {"train-images-idx3-ubyte": idx((3, 28, 28), 0xD03)},
-    "labels in place of images": {"train-images-idx3-ubyte": LABELS},
-    "images of another size": {"train-images-idx3-ubyte": idx((3, 8, 8), 0x803)},
-    "more images than the file holds": {
-        "train-images-idx3-ubyte": idx((3, 28, 28), 0x803, claimed=(2**32 - 1, 28, 28))
-    },
-    "labels fewer than images": {"train-labels-idx1-ubyte": idx((2,), 0x801)},
-    "labels cut short": {"train-labels-idx1-ubyte": LABELS[:-1]},
-    "labels with a wrong magic number": {"train-labels-idx1-ubyte": idx((3,), 0x800)},
-    "a page in place of labels": {"train-labels-idx1-ubyte": b"<!DOCTYPE html><html></html>"},
-    "too few images": {"train-images-idx3-ubyte": IMAGES},
+    # files in place of good ones, what the line says
+    "none": (None, "Error downloading train-images"),
+    "images cut short": ({TRAIN_IMAGES: IMAGES[:-1]}, "holds 2,351 values, not 3 x 28 x 28"),
+    "images without an end of their header": ({TRAIN_IMAGES: IMAGES[:6]}, NO_IMAGES),
+    "an empty file": ({TRAIN_IMAGES: b""}, NO_IMAGES),
+    "images with a wrong magic number": ({TRAIN_IMAGES: idx((3, 28, 28), 0x903)}, NO_IMAGES),
+    "images of floats": ({TRAIN_IMAGES: idx((3, 28, 28), 0xD03)}, NO_IMAGES),
+    "labels in place of images": ({TRAIN_IMAGES: LABELS}, "found images (3,) and labels (3,)"),
+    "images of another size": ({TRAIN_IMAGES: idx((3, 8, 8), 0x803)}, "found images (3, 8, 8)"),
+    "more images than the file holds": (
+        {TRAIN_IMAGES: idx((3, 28, 28), 0x803, claimed=(2**32 - 1, 28, 28))},
+        "holds 2,352 values, not 4294967295 x 28 x 28",
+    ),
+    "labels fewer than images": (
+        {TRAIN_LABELS: idx((2,), 0x801)},
+        "found images (3, 28, 28) and labels (2,)",
+    ),
+    "labels cut short": ({TRAIN_LABELS: LABELS[:-1]}, "holds 2 values, not 3"),
+    "labels with a wrong magic number": ({TRAIN_LABELS: idx((3,), 0x800)}, NO_LABELS),
+    "no magic number": ({TRAIN_LABELS: idx((3,), 0)}, NO_LABELS),
+    "a page in place of labels": ({TRAIN_LABELS: b"<!DOCTYPE html></html>"}, NO_LABELS),
+    "too few images": ({}, "expected 60,000 images of 28 x 28 and as many labels"),
 }
 
 
@@ -285,17 +296,18 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
 
 
-@pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
-def test_bad_image_files(files, refused, offline, tmp_path):
+@pytest.mark.parametrize(("files", "says"), FILES.values(), ids=FILES.keys())
+def test_bad_image_files(files, says, refused, offline, tmp_path):
     raw = tmp_path / "data" / "MNIST" / "raw"
-    if files:
+    if files is not None:
         raw.mkdir(parents=True)
         good = {"images-idx3-ubyte": IMAGES, "labels-idx1-ubyte": LABELS}
         both = {f"{part}-{name}": good[name] for part in ("train", "t10k") for name in good}
         for name, content in (both | files).items():
             (raw / name).write_bytes(content)
     said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
-    assert f"no usable data in {raw}" in said
+    assert f"no usable data in {raw} (" in said
+    assert says in said
     assert "Offline, put the files" in said
 
 

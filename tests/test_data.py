@@ -215,15 +215,24 @@ def test_original_gz_files_need_no_network(tmp_path, offline, monkeypatch):
 
 def test_one_missing_file(broken):
     (broken / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-    refusal(broken)
+    assert "(Error downloading " in refusal(broken)
 
 
-@pytest.mark.parametrize("part", ["train", "t10k"])
-@pytest.mark.parametrize("kept", [0, 3, 16, 1_000_000])
-def test_images_cut_short(broken, idx, part, kept):
+# Damage of every kind is in tests/test_bad_input.py, on files of three images.
+@pytest.mark.parametrize(
+    ("part", "kept", "says"),
+    [
+        ("train", 1_000_000, "holds 999,984 values, not 60000 x 28 x 28"),
+        ("t10k", 3, "is not an IDX file of bytes"),
+    ],
+)
+def test_images_cut_short(broken, idx, part, kept, says):
     name = f"{part}-images-idx3-ubyte"
-    replace_file(broken, name, idx_bytes(idx.images[part], 0x803)[:kept])
-    assert "a broken file: delete it first" in refusal(broken)
+    with (idx.root / "MNIST" / "raw" / name).open("rb") as file:
+        replace_file(broken, name, file.read(kept))
+    message = refusal(broken)
+    assert f"({name} {says})" in message
+    assert "a broken file: delete it first" in message
 
 
 def test_bytes_missing_from_whole_images(broken, idx):
@@ -234,22 +243,10 @@ def test_bytes_missing_from_whole_images(broken, idx):
     assert "(10000, 28, 28)" in message
 
 
-@pytest.mark.parametrize("magic", [0x801, 0xD03, 0x7F03, 0])
-def test_a_wrong_magic_number(broken, idx, magic):
-    content = idx_bytes(idx.images["train"], magic)
-    replace_file(broken, "train-images-idx3-ubyte", content)
-    refusal(broken)
-
-
 def test_labels_that_are_too_few(broken, idx):
     content = idx_bytes(idx.labels["train"][:-1], 0x801)
     replace_file(broken, "train-labels-idx1-ubyte", content)
     assert "labels (59999,)" in refusal(broken)
-
-
-def test_a_page_in_place_of_a_file(broken):
-    replace_file(broken, "train-labels-idx1-ubyte", b"<!DOCTYPE html><html></html>")
-    refusal(broken)
 
 
 # --- the real MNIST -----------------------------------------------------------------------------

@@ -71,9 +71,16 @@ def test_stores_without_the_linear_model_are_drawn_without_it(frame):
         assert not [line for line in panel.get_lines() if line.get_linestyle() in ("--", "-.")]
 
 
-def test_one_seed_and_one_value_can_be_drawn(frame):
-    plots.metrics_along_axis(frame[:1], "kl_weight")
-    planes.rate_distortion(frame[:1], "kl_weight")
+def test_one_seed_and_one_value_are_drawn_as_one_point(frame):
+    one = frame[:1]
+    panels = plots.metrics_along_axis(one, "kl_weight").axes
+    for panel, metric in zip(panels, ("neg_elbo", "mse", "rate", "active_units"), strict=True):
+        first = panel.get_lines()[0]
+        assert first.get_xydata().tolist() == [[one["kl_weight"].item(), one[metric].item()]]
+    lines = planes.rate_distortion(one, "kl_weight").axes[0].get_lines()
+    assert [one["rate"].item(), one["distortion"].item()] in [
+        point for line in lines for point in line.get_xydata().tolist()
+    ]
 
 
 NAMES = ["mlp", "mlp", "conv", "conv", "linear", "linear"]

@@ -35,13 +35,6 @@ def test_the_cyclical_warm_up_starts_again_in_every_cycle():
     assert factors.tolist() == cycle * 2
 
 
-def test_one_cycle_is_the_linear_warm_up_and_none_is_the_full_weight():
-    configs = [RunConfig(epochs=3, kl_warmup_epochs=n) for n in (2, 0)]
-    factors = torch.cat([kl_warmup(configs, epoch, 2) for epoch in (1, 2, 3)])
-    assert factors[:, 0].tolist() == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert (factors[:, 1] == 1).all()
-
-
 # --- free bits ------------------------------------------------------------------------------------
 
 

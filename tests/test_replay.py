@@ -214,16 +214,6 @@ def refused(arguments: list[str], capsys) -> str:
     return said
 
 
-def test_a_run_that_is_not_there_is_refused(tracking_uri, capsys):
-    assert "is not in sqlite" in refused(["0" * 32, "--tracking-uri", tracking_uri], capsys)
-
-
-def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path, capsys):
-    places = ["--tracking-uri", f"sqlite:///{tmp_path}/none.db"]
-    assert "does not exist" in refused(["0" * 32, *places], capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_summary_is_refused(finished, capsys):
     store = tracking.connect(finished.tracking_uri)
     (summary,) = tracking.read_runs(store, "kl_weight-digits", "tags.role = 'summary'")

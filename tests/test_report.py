@@ -321,8 +321,3 @@ def test_without_a_finished_summary_the_command_to_run_is_named(tracking_uri, ca
     named = ["latent_size", "--dataset", "mnist", "--study-name", "a.b"]
     line = refused([*named, "--tracking-uri", tracking_uri], capsys)
     assert "python -m studies.latent_size --dataset mnist --study-name a.b" in line
-
-
-def test_a_bad_command_line_is_one_line(capsys):
-    assert "STUDY" in refused([], capsys)
-    assert "--wieght" in refused(["kl_weight", "--wieght", "1"], capsys)

@@ -259,28 +259,6 @@ def test_help_says_all_options_and_loads_neither_torch_nor_mlflow():
         assert option in done.stdout
 
 
-def refusal(arguments, capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(arguments)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
-
-
-def test_without_mnist_it_says_where_to_put_it(tmp_path, monkeypatch, capsys):
-    import torchvision
-
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    assert "Offline, put the files" in refusal(["--data-dir", str(tmp_path)], capsys)
-
-
-def test_bad_options_are_one_line(capsys):
-    assert "study_name='a/b'" in refusal(["--study-name", "a/b"], capsys)
-    assert "--dataset" in refusal(["--dataset", "digits"], capsys)
-
-
 def test_a_dry_run_says_what_is_trained_and_writes_nothing(mnist_folder, tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/m.db"
     with pytest.raises(SystemExit) as stop:

@@ -417,9 +417,20 @@ def test_the_front_says_the_settings_that_were_searched(trials, left_out):
             assert value == str(trial[column]) or float(value) == pytest.approx(trial[column], 0.05)
 
 
-def test_one_trial_can_be_drawn(trials):
+def test_one_trial_is_drawn_as_one_point(trials):
     one = trials[~trials["pruned"]][:1].assign(front=True)
-    search_plots.history(one)
-    search_plots.parameters(one)
-    search_plots.front(one)
+    number, value = one["trial"].item(), one["val/neg_elbo"].item()
+    done, cut, best = search_plots.history(one).axes[0].get_lines()[:3]
+    assert done.get_xydata().tolist() == best.get_xydata().tolist() == [[number, value]]
+    assert len(cut.get_xdata()) == 0
+    dots = [
+        dot for c in search_plots.parameters(one).axes[0].collections for dot in c.get_offsets()
+    ]
+    assert [dot[1] for dot in dots] == [value]
+    (front,) = [
+        line
+        for line in search_plots.front(one).axes[0].get_lines()
+        if line.get_label() == "Pareto front"
+    ]
+    assert front.get_ydata().tolist() == [one["val/mse"].item()]
     search_plots.importances(search_frames.importances({"val/neg_elbo": {"kl_weight": 1.0}}))
