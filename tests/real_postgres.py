@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from real_servers import free_port
 
 PLACES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 SETTINGS = {
@@ -24,13 +24,6 @@ SETTINGS = {
 def program(name: str) -> str | None:
     """Find a program of PostgreSQL, which Debian keeps out of the path."""
     return shutil.which(name, path=os.pathsep.join([*map(str, PLACES), os.environ["PATH"]]))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        return there.getsockname()[1]
 
 
 @dataclass(frozen=True)

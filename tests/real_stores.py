@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,15 @@ def copy_home(there: Path, here: Path) -> None:
             closing(sqlite3.connect(here / file.name)) as new,
         ):
             new.executescript("\n".join(old.iterdump()).replace(str(there), str(here)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the classifiers that tests train out of the cache of the repository."""
+    folder = once("cache", lambda folder: None, tmp_path_factory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.features.project_root", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

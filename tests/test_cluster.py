@@ -20,7 +20,7 @@ from studies.cli import parse
 from studies.grid import open_grid
 from studies.options import make_plan
 from studies.storage import open_storage
-from tests.real_postgres import free_port
+from tests.real_servers import free_port
 from tests.test_workers import NAME, assert_exact, results
 
 pytestmark = [pytest.mark.slow]

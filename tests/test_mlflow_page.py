@@ -3,7 +3,6 @@
 import base64
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_servers import free_port
 
 from harness import tracking, view
 
@@ -67,9 +67,7 @@ def test_the_last_screen_links_to_that_view(finished):
 @pytest.fixture(scope="module")
 def server(finished) -> Iterator[str]:
     """Serve a finished study's store as `make ui` does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--backend-store-uri", finished.tracking_uri]
     log = (finished.folder / "ui.log").open("w")

@@ -347,7 +347,8 @@ def test_training_reaches_the_closed_form(name):
     base = LINEAR.replace(latent_size=size, learning_rate=rate, batch_size=256, epochs=240)
     configs = [with_decoder_variance(base, variance, known.pixels) for variance in variances]
     sums: dict[str, torch.Tensor] = {}
-    for record in train(configs, known, device="cpu", dtype=torch.float64):
+    measured = replace(known, val=known.val.head(20))  # every epoch, and nobody reads it
+    for record in train(configs, measured, device="cpu", dtype=torch.float64):
         if record.epoch > 120:
             for key, weights in record.model.named_parameters():
                 sums[key] = sums.get(key, 0) + weights.detach() / 120

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import socket
 import threading
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +19,7 @@ from harness.vae import initial
 from studies import cli, kl_weight
 from studies.console import Console
 from studies.summary import Outcome
+from tests.real_servers import free_port
 from tests.test_report import ATTACK, Page, write_folder
 
 # --- passwords ----------------------------------------------------------------------------------
@@ -53,9 +53,7 @@ def test_a_reason_is_one_line_without_password():
 @pytest.fixture
 def closed_port() -> int:
     """Return a local port that nothing listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
