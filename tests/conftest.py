@@ -20,10 +20,14 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 FIRST = (
-    *("kills", "search", "engine", "studies", "reproduce", "desk", "own_study", "example_study"),
+    *("engine", "kills", "search", "studies", "reproduce", "desk", "own_study", "example_study"),
     *("workers", "replay", "architecture", "oracle", "servers", "likelihood", "diverged", "data"),
 )
-"""Modules that take longest, in this order: begun last, one would run while a core is idle."""
+"""Modules that take longest: begun last, one would run while a core is idle.
+
+The engine's come before a study in the same process has logged a model: after `torch.export` and a
+backward pass PyTorch's autograd refuses to work in a fork.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
