@@ -140,6 +140,8 @@ class RunConfig:
         _number("kl_weight", self.kl_weight, "a finite number >= 0", lambda v: v >= 0)
         _number("free_bits", self.free_bits, "a finite number >= 0", lambda v: v >= 0)
         _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
+        for name in ("kl_weight", "free_bits", "learning_rate"):  # 1 and 1.0 are one run
+            object.__setattr__(self, name, float(getattr(self, name)))
         self._check_together()
 
     def _check_together(self) -> None:

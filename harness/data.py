@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from harness.tensors import (
     as_images,
     as_labels,
     checked_dataset_name,
+    digest,
     split_rows,
 )
 
@@ -55,6 +57,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of these very images: a dataset that was cut has its source's digest."""
+        return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
+
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
         return self.images[rows].to(dtype) / self.largest
@@ -71,7 +78,7 @@ class Split:
         """
         if kind == "none":
             return self
-        levels = np.full(1, (self.largest + 1) // 2 - 1)
+        levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
             shape = tuple(self.images.shape)
@@ -81,6 +88,8 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """Return the split with its tensors on the device."""
+        if self.images.device == device:
+            return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
@@ -95,7 +104,8 @@ class Dataset:
         train: what is trained on.
         val: what settings are chosen on.
         test: what is read once, at the end.
-        digest: SHA-256 of the pixels of all images, in the source's order.
+        digest: SHA-256 of the pixels of all images, in the source's order; of own images, whose
+            parts and labels a name does not fix, of these too.
         class_names: of own images; else () and classes are numbers.
     """
 
@@ -154,8 +164,10 @@ class Dataset:
             raise UserError("all training images are the same: there is nothing to learn of them")
         channels, height, width = pictures.shape[1:]
         shape = channels, height, width
-        digest = _digest(pictures)
-        return cls(name, shape, count, train, val, test, digest, tuple(class_names))
+        parts = (train, val, test)
+        known = [tensor for part in parts for tensor in (part.images, part.labels)]
+        about = json.dumps([shape, grey, count, *map(len, parts)])
+        return cls(name, shape, count, *parts, digest(*known, about=about), tuple(class_names))
 
     @property
     def has_classes(self) -> bool:
@@ -167,7 +179,7 @@ class Dataset:
         """D: values of an image, all channels."""
         return math.prod(self.image_shape)
 
-    @property
+    @cached_property
     def pixel_variance(self) -> float:
         """Variance of a pixel over the training images, mean over pixels, pixel^2.
 
@@ -257,7 +269,7 @@ def _digits() -> Dataset:
     images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
     whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
     train, val, test = _parts(whole, *DIGITS_SPLIT)
-    return Dataset("digits", (1, 8, 8), 10, train, val, test, _digest(images))
+    return Dataset("digits", (1, 8, 8), 10, train, val, test, digest(images))
 
 
 def _torchvision(name: str, root: Path) -> Dataset:
@@ -266,8 +278,8 @@ def _torchvision(name: str, root: Path) -> Dataset:
         for images, labels in (read_official(name, root, train=train) for train in (True, False))
     )
     train, val, _ = _parts(official, len(official) - VALIDATION_IMAGES, VALIDATION_IMAGES)
-    digest = _digest(official.images, test.images)
-    return Dataset(name, (1, 28, 28), 10, train, val, test, digest)
+    both = digest(official.images, test.images)
+    return Dataset(name, (1, 28, 28), 10, train, val, test, both)
 
 
 def _parts(whole: Split, train: int, val: int) -> tuple[Split, Split, Split]:
@@ -277,10 +289,3 @@ def _parts(whole: Split, train: int, val: int) -> tuple[Split, Split, Split]:
         replace(whole, images=whole.images[part], labels=whole.labels[part]) for part in rows
     )
     return first, second, third
-
-
-def _digest(*images: Tensor) -> str:
-    whole = hashlib.sha256()
-    for part in images:
-        whole.update(np.ascontiguousarray(part.numpy()).data)
-    return whole.hexdigest()

@@ -7,6 +7,7 @@ be compared with these, nor those of one dataset with another's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from harness import features, streams
 from harness.cores import one_thread
 from harness.data import Dataset, Split
 from harness.evaluate import CHUNK
+from harness.nn import steady_convolutions
 from harness.vae import VAE
 
 IMAGES = 10_000
@@ -48,8 +50,10 @@ def distance(first: Gaussian, second: Gaussian) -> float:
     values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982; Heusel et al. 2017, 1706.08500.)
 
     Returns:
-        Squared unit of the features, never negative beyond rounding.
+        Squared unit of the features, never negative beyond rounding; NaN if a moment is not finite.
     """
+    if not all(np.isfinite(part).all() for part in (*first, *second)):
+        return math.nan
     roots = (_root(gaussian.covariance) for gaussian in (first, second))
     shared = np.linalg.svd(np.matmul(*roots), compute_uv=False).sum()
     spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * shared
@@ -140,7 +144,9 @@ def _real(split: Split) -> Iterator[Tensor]:
 
 def _embed(net: features.Classifier, images: Iterator[Tensor]) -> Tensor:
     """Return the features (S, N, F) of chunks of images (S, B, D), one run at a time."""
-    return torch.cat([torch.stack([net.embed(run) for run in chunk]) for chunk in images], dim=1)
+    with steady_convolutions():
+        found = [torch.stack([net.embed(run) for run in chunk]) for chunk in images]
+    return torch.cat(found, dim=1)
 
 
 def _moments(embedded: Tensor) -> Gaussian:

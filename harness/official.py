@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,10 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMN
 IDX_PARTS = ("train", "t10k")
 IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
-BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
+BROKEN = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError),
+    HTTPException,
+)
 """What is raised for files that are absent, unreachable, cut short or not IDX."""
 
 

@@ -15,7 +15,6 @@ only the second moments E[c_i^2] take the place of the lambda_i that stem from t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from dataclasses import dataclass, field
@@ -66,11 +65,10 @@ class PCA:
 
     def moments(self, split: Split) -> Moments:
         """Return the moments of a split's coordinates; computed once for the same images."""
-        key = _digest(split)
-        if key not in self._moments:
+        if split.digest not in self._moments:
             c = self.coordinates(split)
-            self._moments[key] = Moments(c.mean(0), np.square(c).mean(0))
-        return self._moments[key]
+            self._moments[split.digest] = Moments(c.mean(0), np.square(c).mean(0))
+        return self._moments[split.digest]
 
     def floor(self, split: Split, latent_size: int) -> float:
         """Return the mse of projecting a split onto the first components: the PCA floor.
@@ -236,7 +234,7 @@ def is_small(data: Dataset) -> bool:
 
 def pca(data: Dataset) -> PCA:
     """Return the principal components of a dataset's training split; computed once."""
-    key = _digest(data.train)
+    key = data.train.digest
     if key not in _KNOWN:  # without the lock, which a forked process could find held for ever
         with _BUSY:
             if key not in _KNOWN:
@@ -279,10 +277,3 @@ def _covariance(split: Split) -> np.ndarray:
 def pixels(split: Split) -> np.ndarray:
     """Return a split's pixels in [0, 1] as float64, shape (N, D)."""
     return split.images.cpu().numpy() / split.largest
-
-
-def _digest(split: Split) -> str:
-    """Return a key of the images themselves: a dataset that was cut has its source's digest."""
-    images = np.ascontiguousarray(split.images.cpu().numpy())
-    shape = f"{images.shape}/{split.largest}/".encode()
-    return hashlib.sha256(shape + images.tobytes()).hexdigest()

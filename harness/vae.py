@@ -181,7 +181,7 @@ class VAE(nn.Module):
     def run(self, index: int) -> SingleVAE:
         """Copy one run out of the stack as a plain module on the CPU."""
         config = self.configs[index]
-        single = _empty(config, self.image_shape).to(self.dtype)
+        single = empty(config, self.image_shape).to(self.dtype)
         head = self.encoder.layers[-1]
         kept = torch.arange(self.latent_size) < config.latent_size
         columns = torch.cat([kept, kept])
@@ -206,7 +206,7 @@ def initial(config: RunConfig, image_shape: Shape) -> SingleVAE:
     This is PyTorch's default for linear layers, hence the blog's, and for convolutions; of a
     transposed one it takes the outputs times the kernel for the inputs.
     """
-    run = _empty(config, image_shape)
+    run = empty(config, image_shape)
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     with torch.no_grad():
         for layer in networks.layers(run.encoder, run.decoder):
@@ -226,13 +226,14 @@ def _learned_variances(runs: Sequence[SingleVAE]) -> nn.Parameter | None:
     """Return the logarithms of learned decoder variances, shape (S,); None if no run learns one."""
     if all(run.config.sigma != "learned" for run in runs):
         return None
-    none = torch.zeros(())
+    none = next(runs[0].parameters()).new_zeros(())
     return nn.Parameter(
         torch.stack([getattr(run, "log_decoder_variance", none).detach() for run in runs])
     )
 
 
-def _empty(config: RunConfig, image_shape: Shape) -> SingleVAE:
+def empty(config: RunConfig, image_shape: Shape) -> SingleVAE:
+    """Return a run whose weights are to be written, of any values."""
     with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
         return SingleVAE(config, image_shape)
 

@@ -64,7 +64,7 @@ HARNESS = {
     "probe": {"data", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
     "features": {"cores", "data", "doing", "places", "streams"},
-    "frechet": {"cores", "data", "evaluate", "features", "streams", "vae"},
+    "frechet": {"cores", "data", "evaluate", "features", "nn", "streams", "vae"},
     "quality": {
         *("cores", "data", "doing", "evaluate"),
         *("frechet", "latents", "likelihood", "probe", "vae"),

@@ -301,7 +301,10 @@ def test_no_step_away_from_the_optimum_lowers_the_loss(data, variance):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "mlp"}, {"head": "relu"}, {"kl_weight": 0.0}, {"latent_size": 65}],
+    [
+        *({"model": "mlp"}, {"head": "relu"}, {"kl_weight": 0.0}, {"latent_size": 65}),
+        *({"sigma": "optimal"}, {"likelihood": "bernoulli"}, {"free_bits": 0.1}),
+    ],
     ids=lambda c: next(iter(c)),
 )
 def test_a_run_without_a_linear_optimum_is_refused(data, change):
