@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import Binarization, UserError
+from harness.config import Binarization, UserError, checked_name
 from harness.official import TORCHVISION, read_official
 from harness.streams import generator
 from harness.tensors import (
@@ -21,7 +21,6 @@ from harness.tensors import (
     SPLIT_SEED,
     as_images,
     as_labels,
-    checked_dataset_name,
     digest,
     split_rows,
 )
@@ -31,6 +30,9 @@ DIGITS_SPLIT = (1280, 256)
 
 VALIDATION_IMAGES = 5_000
 """Taken from the 60,000 training images of the MNIST family, whose own test split is kept."""
+
+LONGEST_NAME = 60
+"""Characters of a dataset's name, which becomes part of a study's."""
 
 CHUNK = 1_000
 """Images that are made floating-point numbers at once."""
@@ -145,7 +147,7 @@ class Dataset:
         Raises:
             UserError: something of this is not as it must be.
         """
-        if checked_dataset_name(name) in DATASETS:
+        if checked_name(name, "name", LONGEST_NAME) in DATASETS:
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
         pictures = as_images(images, largest)
         classes = torch.zeros(len(pictures), dtype=torch.int64)

@@ -8,7 +8,7 @@ be compared with these, nor those of one dataset with another's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 from harness import features, streams
 from harness.cores import one_thread
 from harness.data import Dataset, Split
-from harness.evaluate import CHUNK
+from harness.evaluate import chunks
 from harness.nn import steady_convolutions
 from harness.vae import VAE
 
@@ -124,8 +124,9 @@ def measure_images(model: VAE, data: Dataset, known: Reference) -> list[dict[str
         x = split.pixels(rows, model.dtype).expand(len(model.configs), -1, -1)
         return model.decode(model.encode(x).mean)
 
+    rows = [*chunks(*split.images.shape)]
     drawn = {"frechet": sample, "frechet_reconstructions": reconstruct}
-    sets = {name: _embed(known.net, _chunks(known.images, draw)) for name, draw in drawn.items()}
+    sets = {name: _embed(known.net, map(draw, rows)) for name, draw in drawn.items()}
     same = {"frechet_floor": known.floor, "feature_accuracy": known.accuracy}
     return [
         {name: distance(_moments(every[run]), known.test) for name, every in sets.items()} | same
@@ -133,13 +134,9 @@ def measure_images(model: VAE, data: Dataset, known: Reference) -> list[dict[str
     ]
 
 
-def _chunks(images: int, draw: Callable[[slice], Tensor]) -> Iterator[Tensor]:
-    for start in range(0, images, CHUNK):
-        yield draw(slice(start, min(start + CHUNK, images)))
-
-
 def _real(split: Split) -> Iterator[Tensor]:
-    return _chunks(len(split), lambda rows: split.pixels(rows, torch.float32).unsqueeze(0))
+    for rows in chunks(*split.images.shape):
+        yield split.pixels(rows, torch.float32).unsqueeze(0)
 
 
 def _embed(net: features.Classifier, images: Iterator[Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.data import Dataset, Split
-from harness.vae import SingleVAE
+from harness.evaluate import posteriors
+from harness.vae import VAE, SingleVAE
 
 PROBE_IMAGES = 5_000
 """Training images that a probe is fitted on, at most."""
@@ -22,8 +23,7 @@ NEIGHBOURS = 5
 @torch.no_grad()
 def posterior_means(model: SingleVAE, split: Split) -> np.ndarray:
     """Return the posterior means of a split, shape (N, L)."""
-    dtype = next(model.parameters()).dtype
-    return model.encode(split.pixels(slice(None), dtype).cpu()).mean.numpy()
+    return posteriors(VAE([model]), split).mean[0].numpy()
 
 
 def linear_probe_accuracy(model: SingleVAE, data: Dataset) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,20 +28,6 @@ LEAST = 20
 
 MOST_CLASSES = 10_000
 """Labels number classes from 0 on; a larger one is a code, not a number."""
-
-
-def checked_dataset_name(name: str) -> str:
-    """Return the name of a dataset, which becomes part of names in MLflow and of folders.
-
-    Raises:
-        UserError: it has other characters, or too many.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,59}", name):
-        raise UserError(
-            f"dataset name {name!r}: use up to 60 letters, digits, '.', '_' and '-', the first "
-            "neither '.' nor '-'"
-        )
-    return name
 
 
 def digest(*parts: Tensor, about: str = "") -> str:

@@ -43,7 +43,7 @@ HARNESS = {
     "checkpoint": {"config", "data", "places", "provenance"},
     "courses": {"checkpoint", "config", "data", "gauge", "part"},
     "likelihood": {"data", "evaluate", "objective", "streams", "vae"},
-    "pictures": {"config", "data", "objective", "streams", "vae"},
+    "pictures": {"data", "evaluate", "objective", "streams", "vae"},
     "storage": {"config", "networks", "places", "vae"},
     "engine": {
         *("autograd", "checkpoint", "config", "cores", "courses", "data", "evaluate"),
@@ -61,9 +61,9 @@ HARNESS = {
     "ledger": {"config", "places", "stores", "tracking"},
     "records": {"config", "places", "tracking"},
     "provenance": {"data", "official"},
-    "probe": {"data", "vae"},
+    "probe": {"data", "evaluate", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},
-    "features": {"cores", "data", "doing", "places", "streams"},
+    "features": {"cores", "data", "doing", "networks", "places", "streams", "tensors"},
     "frechet": {"cores", "data", "evaluate", "features", "nn", "streams", "vae"},
     "quality": {
         *("cores", "data", "doing", "evaluate"),

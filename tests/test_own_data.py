@@ -97,7 +97,7 @@ def test_the_variance_of_a_pixel(data):
 
 
 WRONG = {
-    "a slash in the name": ({"name": "a/b"}, "dataset name 'a/b'"),
+    "a slash in the name": ({"name": "a/b"}, "name='a/b'"),
     "a name in use": ({"name": "mnist"}, "taken"),
     "two axes": ({"images": torch.zeros(40, 9)}, r"shape \(40, 9\)"),
     "channels last": ({"images": torch.zeros(40, 5, 7, 3)}, r"permute\(0, 3, 1, 2\)"),
