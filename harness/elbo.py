@@ -67,7 +67,7 @@ def loss(
         pixels: D.
 
     Returns:
-        Shape (S,).
+        Per pixel, as `objective.loss`: pixel^2 with the squared error, else nats; shape (S,).
     """
     reconstruction = _data_term(model, error, pixels) if cross_entropy is None else cross_entropy
     if kl is None:

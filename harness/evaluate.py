@@ -1,4 +1,7 @@
-"""Held-out metrics: pure functions of a stack of runs and a split, in float64.
+"""Held-out metrics: pure functions of a stack of runs and a split.
+
+The forward pass and the sum over an image's pixels are computed in the model's type; sums over
+latents and images, and all that follows from them, in float64.
 
 Names and units are those of the vocabulary: `mse` pixel^2 per pixel, `rate` nats per image, and so
 on. Metrics that a model does not have are NaN: a deterministic latent has no `rate`, and a run has

@@ -71,8 +71,8 @@ class Reference:
 
     Attributes:
         net: the classifier whose features are compared, on the data's device.
-        test: features of the first 10,000 test images.
-        images: their number, that of every set.
+        test: moments of the features of the first test images.
+        images: number of images of every set, at most 10,000.
         floor: distance from as many training images, in the variance of a feature over training
             images, mean over the F features.
         accuracy: share of those test images that the classifier tells right.

@@ -103,13 +103,13 @@ class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
     Metrics have the names and units of every run's. Over the training split E[c_i^2] = lambda_i,
-    and they are the textbook's (SCIENCE.md, section 3): kl of latent i is ln(lambda_i / s2) / 2 and
+    and they are the textbook's (docs/science.md): kl of latent i is ln(lambda_i / s2) / 2 and
     E[SSE] is a s2 + sum_{i > a} lambda_i for a active latents.
 
     Attributes:
         variances: eigenvalues lambda of the training covariance, falling, pixel^2, shape (D,).
         moments: of the split that it is measured on.
-        latent_size: L, at most D.
+        latent_size: L; those beyond D collapse.
         decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
             is infinite.
     """
