@@ -12,6 +12,9 @@ from harness import idx
 from harness.config import UserError
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = ("digits", *TORCHVISION)
+"""Names that are no names of own images."""
+
 IDX_PARTS = ("train", "t10k")
 IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 

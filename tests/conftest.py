@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.data import Dataset, load_dataset
+from harness.data import Dataset
+from harness.loading import load_dataset
 
 pytest_plugins = ["real_stores", "real_postgres"]
 
