@@ -130,12 +130,18 @@ def measure(
         metrics["learned_variance"] = model.decoder_variances(torch.full_like(mse, torch.nan))
     if linear_loss is not None:
         metrics["gap_to_linear"] = gap_to_linear(metrics["loss"], linear_loss)
-    kl = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
-    metrics |= {f"kl/{i}": column for i, column in enumerate(kl.unbind(-1))}
+    by_latent = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
+    metrics |= _numbered("kl", by_latent)
     if not classes:
         return metrics
-    per_class = mse_per_class(seen.error / pixels, split.labels, classes)
-    return metrics | {f"mse_class/{c}": column for c, column in enumerate(per_class.unbind(-1))}
+    return metrics | _numbered(
+        "mse_class", mse_per_class(seen.error / pixels, split.labels, classes)
+    )
+
+
+def _numbered(name: str, columns: Tensor) -> Metrics:
+    """Return the columns of (S, n) as metrics NAME/0 to NAME/n-1."""
+    return {f"{name}/{i}": column for i, column in enumerate(columns.unbind(-1))}
 
 
 def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
