@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from harness import elbo, objective, streams
 from harness.data import Dataset
@@ -52,13 +51,7 @@ def batch_losses(runs: Sequence[SingleVAE], data: Dataset) -> BatchLosses:
     columns = []
     for rows, eps in zip(order.split(size, 1), noise.split(size, 1), strict=True):
         seen = elbo.terms(model, split.pixels(rows, model.dtype), eps)
-        columns.append(torch.stack([_loss(model, seen, b, data.pixels) for b in (beta, 0 * beta)]))
+        both = [elbo.mean_loss(model, seen, b, data.pixels) for b in (beta, 0 * beta)]
+        columns.append(torch.stack(both))
     loss, error = torch.stack(columns, -1).double().numpy()
     return BatchLosses(loss, loss - error)
-
-
-def _loss(model: VAE, seen: elbo.Terms, beta: Tensor, pixels: int) -> Tensor:
-    """Return the loss of a batch, shape (S,)."""
-    cross_entropy = None if seen.cross_entropy is None else seen.cross_entropy.mean(-1)
-    kl = None if seen.kl is None else seen.kl.mean(1)
-    return elbo.loss(model, seen.error.mean(-1), cross_entropy, kl, beta, pixels)

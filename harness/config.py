@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -45,15 +46,20 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def checked_name(name: str) -> str:
-    """Return a study's name if it is one.
+def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
+    """Return a name that becomes part of names in MLflow and of folders, if it can.
+
+    Args:
+        name: of a study or of a dataset.
+        what: option or argument that it was given as.
+        longest: characters, at most.
 
     Raises:
         UserError: it has other characters, or too many.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
         raise UserError(
-            f"study_name={name!r}: use up to 100 letters, digits, '.', '_' and '-', the first "
+            f"{what}={name!r}: use up to {longest} letters, digits, '.', '_' and '-', the first "
             "neither '.' nor '-'"
         )
     return name
@@ -140,6 +146,8 @@ class RunConfig:
         _number("kl_weight", self.kl_weight, "a finite number >= 0", lambda v: v >= 0)
         _number("free_bits", self.free_bits, "a finite number >= 0", lambda v: v >= 0)
         _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
+        for name in ("kl_weight", "free_bits", "learning_rate"):  # 1 and 1.0 are one run
+            object.__setattr__(self, name, float(getattr(self, name)))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -221,6 +229,13 @@ class RunConfig:
                 f"{sorted(names - given)}; it was written by another version of the harness"
             )
         return cls(**values)
+
+
+def check_static(configs: Sequence[RunConfig]) -> None:
+    """Raise UserError unless the runs can share a stack."""
+    if len({config.static() for config in configs}) > 1:
+        fixed = ", ".join(f.name for f in fields(RunConfig) if f.name not in SWEPT)
+        raise UserError(f"runs of one stack must agree in every field that is not swept: {fixed}")
 
 
 def _one_of(name: str, value: object, allowed: Any) -> None:  # noqa: ANN401 - a Literal type

@@ -1,41 +1,34 @@
-"""Image datasets as uint8 tensors that live on the training device, split once and for all."""
+"""Image datasets as uint8 tensors that live on the training device, in three fixed parts."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import Binarization, UserError
-from harness.official import TORCHVISION, read_official
+from harness.config import Binarization, UserError, checked_name
+from harness.official import DATASETS
 from harness.streams import generator
 from harness.tensors import (
     PARTS,
     SPLIT_SEED,
     as_images,
     as_labels,
-    checked_dataset_name,
+    digest,
     split_rows,
 )
 
-DIGITS_SPLIT = (1280, 256)
-"""Training and validation images of digits; the other 261 of the 1,797 are for testing."""
-
-VALIDATION_IMAGES = 5_000
-"""Taken from the 60,000 training images of the MNIST family, whose own test split is kept."""
+LONGEST_NAME = 60
+"""Characters of a dataset's name, which becomes part of a study's."""
 
 CHUNK = 1_000
 """Images that are made floating-point numbers at once."""
-
-DATASETS = ("digits", *TORCHVISION)
-FOLDER = "folder:"
-"""What stands before the path of a folder of images in the name that `load_dataset` is given."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of these very images: a dataset that was cut has its source's digest."""
+        return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
+
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
         return self.images[rows].to(dtype) / self.largest
@@ -71,7 +69,7 @@ class Split:
         """
         if kind == "none":
             return self
-        levels = np.full(1, (self.largest + 1) // 2 - 1)
+        levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
             shape = tuple(self.images.shape)
@@ -81,6 +79,8 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """Return the split with its tensors on the device."""
+        if self.images.device == device:
+            return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
@@ -95,7 +95,8 @@ class Dataset:
         train: what is trained on.
         val: what settings are chosen on.
         test: what is read once, at the end.
-        digest: SHA-256 of the pixels of all images, in the source's order.
+        digest: SHA-256 of the pixels of all images, in the source's order; of own images, whose
+            parts and labels a name does not fix, of these too.
         class_names: of own images; else () and classes are numbers.
     """
 
@@ -135,7 +136,7 @@ class Dataset:
         Raises:
             UserError: something of this is not as it must be.
         """
-        if checked_dataset_name(name) in DATASETS:
+        if checked_name(name, "name", LONGEST_NAME) in DATASETS:
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
         pictures = as_images(images, largest)
         classes = torch.zeros(len(pictures), dtype=torch.int64)
@@ -154,8 +155,10 @@ class Dataset:
             raise UserError("all training images are the same: there is nothing to learn of them")
         channels, height, width = pictures.shape[1:]
         shape = channels, height, width
-        digest = _digest(pictures)
-        return cls(name, shape, count, train, val, test, digest, tuple(class_names))
+        parts = (train, val, test)
+        known = [tensor for part in parts for tensor in (part.images, part.labels)]
+        about = json.dumps([shape, grey, count, *map(len, parts)])
+        return cls(name, shape, count, *parts, digest(*known, about=about), tuple(class_names))
 
     @property
     def has_classes(self) -> bool:
@@ -167,7 +170,7 @@ class Dataset:
         """D: values of an image, all channels."""
         return math.prod(self.image_shape)
 
-    @property
+    @cached_property
     def pixel_variance(self) -> float:
         """Variance of a pixel over the training images, mean over pixels, pixel^2.
 
@@ -203,33 +206,6 @@ class Dataset:
         return replace(self, **parts)
 
 
-def load_dataset(
-    name: str = "digits",
-    root: str | Path = "data",
-    image_size: int | Sequence[int] | None = None,
-) -> Dataset:
-    """Load a dataset and split it.
-
-    digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, inside scikit-learn; no file needed.
-    mnist, fashion_mnist, kmnist: 28 x 28 pixels, read from IDX files under `root`, where
-    torchvision downloads them to if missing.
-    folder:PATH: own images, grey or colour (`harness.folder.read_folder` says where files lie),
-    made `image_size` (height and width, or one number for both) where it is given.
-
-    Raises:
-        UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.
-    """
-    if name.startswith(FOLDER):
-        return _folder(Path(name.removeprefix(FOLDER)), image_size)
-    if image_size is not None:
-        raise UserError(f"image_size={image_size!r}: only images of {FOLDER}PATH are resized")
-    if name == "digits":
-        return _digits()
-    if name in TORCHVISION:
-        return _torchvision(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or {FOLDER}PATH")
-
-
 def with_official_training(data: Dataset) -> Dataset:
     """Return a dataset of the MNIST family with its official 60,000 training images.
 
@@ -239,48 +215,3 @@ def with_official_training(data: Dataset) -> Dataset:
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])
     return replace(data, train=replace(data.train, images=images, labels=labels))
-
-
-def _folder(path: Path, image_size: int | Sequence[int] | None) -> Dataset:
-    from harness.folder import read_folder
-
-    found = read_folder(path, image_size)
-    return Dataset.from_tensors(
-        found.name, found.images, found.labels, rows=found.rows, class_names=found.class_names
-    )
-
-
-def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
-    whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
-    train, val, test = _parts(whole, *DIGITS_SPLIT)
-    return Dataset("digits", (1, 8, 8), 10, train, val, test, _digest(images))
-
-
-def _torchvision(name: str, root: Path) -> Dataset:
-    official, test = (
-        Split(images.flatten(1), labels.long(), largest=255)
-        for images, labels in (read_official(name, root, train=train) for train in (True, False))
-    )
-    train, val, _ = _parts(official, len(official) - VALIDATION_IMAGES, VALIDATION_IMAGES)
-    digest = _digest(official.images, test.images)
-    return Dataset(name, (1, 28, 28), 10, train, val, test, digest)
-
-
-def _parts(whole: Split, train: int, val: int) -> tuple[Split, Split, Split]:
-    order = torch.from_numpy(generator(SPLIT_SEED, "split").permutation(len(whole)))
-    rows = order.split([train, val, len(whole) - train - val])
-    first, second, third = (
-        replace(whole, images=whole.images[part], labels=whole.labels[part]) for part in rows
-    )
-    return first, second, third
-
-
-def _digest(*images: Tensor) -> str:
-    whole = hashlib.sha256()
-    for part in images:
-        whole.update(np.ascontiguousarray(part.numpy()).data)
-    return whole.hexdigest()

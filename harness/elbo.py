@@ -67,7 +67,7 @@ def loss(
         pixels: D.
 
     Returns:
-        Shape (S,).
+        Per pixel, as `objective.loss`: pixel^2 with the squared error, else nats; shape (S,).
     """
     reconstruction = _data_term(model, error, pixels) if cross_entropy is None else cross_entropy
     if kl is None:
@@ -87,14 +87,19 @@ def losses(model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
     Returns:
         Shape (S,). Summing it gives every run exactly its own gradient.
     """
-    error, cross_entropy, kl, _ = terms(model, x, eps)
+    return mean_loss(model, terms(model, x, eps), beta, x.shape[-1])
+
+
+def mean_loss(model: VAE, seen: Terms, beta: Tensor, pixels: int) -> Tensor:
+    """Return `loss` of the terms of a batch, shape (S,)."""
+    error, cross_entropy, kl, _ = seen
     return loss(
         model,
         error.mean(-1),
         None if cross_entropy is None else cross_entropy.mean(-1),
         None if kl is None else kl.mean(1),
         beta,
-        x.shape[-1],
+        pixels,
     )
 
 

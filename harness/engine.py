@@ -13,12 +13,12 @@ import torch
 from harness import objective
 from harness.autograd import may_fork
 from harness.checkpoint import Checkpoints
-from harness.config import Precision, RunConfig, UserError
+from harness.config import Precision, RunConfig, UserError, check_static
 from harness.cores import crew
 from harness.courses import Courses, Measured
 from harness.data import Dataset
-from harness.evaluate import linear_losses
-from harness.gauge import Arrays, probe
+from harness.evaluate import losses_of_linear
+from harness.gauge import Arrays, first_training_images
 from harness.part import Part, begin
 from harness.vae import VAE
 
@@ -168,8 +168,7 @@ def _parts(
     configs: Sequence[RunConfig], grey: Dataset, dtype: torch.dtype, courses: Courses
 ) -> list[Part]:
     data = grey.binarized(configs[0].binarization)
-    splits = (probe(data), data.val)
-    linear = torch.stack([linear_losses(configs, data, split) for split in splits])
+    linear = losses_of_linear(configs, data, (first_training_images(data), data.val))
     device = grey.train.images.device
     together = [
         [row for row in rows if courses.starts[row] == start]
@@ -250,8 +249,7 @@ def check_stack(configs: Sequence[RunConfig], data: Dataset) -> None:
     """Raise UserError unless the runs can be trained together on the data."""
     if not configs:
         raise UserError("configs is empty: give at least one RunConfig")
-    if len({c.static() for c in configs}) > 1:
-        raise UserError("runs of one stack must agree in every field that is not swept")
+    check_static(configs)
     if configs[0].batch_size > len(data.train):
         raise UserError(
             f"batch_size={configs[0].batch_size}: {data.name} has {len(data.train)} training "

@@ -1,4 +1,7 @@
-"""Held-out metrics: pure functions of a stack of runs and a split, in float64.
+"""Held-out metrics: pure functions of a stack of runs and a split.
+
+The forward pass and the sum over an image's pixels are computed in the model's type; sums over
+latents and images, and all that follows from them, in float64.
 
 Names and units are those of the vocabulary: `mse` pixel^2 per pixel, `rate` nats per image, and so
 on. Metrics that a model does not have are NaN: a deterministic latent has no `rate`, and a run has
@@ -7,7 +10,7 @@ no `kl/i` beyond its own latent size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,10 +22,13 @@ from harness.config import RunConfig
 from harness.cores import crew
 from harness.data import Dataset, Split
 from harness.nn import constant
-from harness.vae import VAE, SingleVAE
+from harness.vae import VAE, Posterior, SingleVAE
 
 CHUNK = 500
-"""Images evaluated at once; fixed, so that a run's sums do not depend on its stack."""
+"""Images evaluated at once, at most; fixed, so that a run's sums do not depend on its stack."""
+
+CHUNK_PIXELS = 2**24
+"""Pixels evaluated at once, at most, so that large images take no more memory: 64 MiB a run."""
 
 Metrics = dict[str, Tensor]
 """Metric name -> float64 values of shape (S,), on the model's device."""
@@ -70,17 +76,12 @@ def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
     return 100 * (linear - loss) / linear
 
 
-def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> Tensor:
-    """Return the loss of the exact linear model at each run's knob, on a split.
-
-    Linear algebra of the training split, done once per dataset; NaN where the linear model has no
-    loss in closed form to compare with (`harness.linear`).
-
-    Returns:
-        float64, shape (S,), on the split's device.
-    """
-    losses = torch.from_numpy(linear.linear_losses(configs, data, split))
-    return losses.to(split.images.device)
+def losses_of_linear(
+    configs: Sequence[RunConfig], data: Dataset, splits: Sequence[Split]
+) -> Tensor:
+    """Return `linear.linear_losses` of some splits, float64, shape (splits, S), on their device."""
+    losses = np.stack([linear.linear_losses(configs, data, split) for split in splits])
+    return torch.from_numpy(losses).to(splits[0].images.device)
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def measure(
         classes: number of classes; without any there is no `mse_class/c`.
         variance: decoder variance for `distortion`, fitted on validation data, shape (S,);
             None fits it here: the maximum-likelihood variance is the `mse` itself.
-        linear_loss: `linear_losses` of the split; None leaves `gap_to_linear` out.
+        linear_loss: `linear.linear_losses` of the split; None leaves `gap_to_linear` out.
 
     Returns:
         `mse`, `rate`, `loss`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
@@ -129,12 +130,18 @@ def measure(
         metrics["learned_variance"] = model.decoder_variances(torch.full_like(mse, torch.nan))
     if linear_loss is not None:
         metrics["gap_to_linear"] = gap_to_linear(metrics["loss"], linear_loss)
-    kl = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
-    metrics |= {f"kl/{i}": column for i, column in enumerate(kl.unbind(-1))}
+    by_latent = torch.where(model.used_latents.squeeze(1), kl, torch.nan)
+    metrics |= _numbered("kl", by_latent)
     if not classes:
         return metrics
-    per_class = mse_per_class(seen.error / pixels, split.labels, classes)
-    return metrics | {f"mse_class/{c}": column for c, column in enumerate(per_class.unbind(-1))}
+    return metrics | _numbered(
+        "mse_class", mse_per_class(seen.error / pixels, split.labels, classes)
+    )
+
+
+def _numbered(name: str, columns: Tensor) -> Metrics:
+    """Return the columns of (S, n) as metrics NAME/0 to NAME/n-1."""
+    return {f"{name}/{i}": column for i, column in enumerate(columns.unbind(-1))}
 
 
 def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
@@ -146,10 +153,8 @@ def evaluate(model: VAE | SingleVAE, data: Dataset) -> list[dict[str, float]]:
         One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics
         that the run does not have are absent.
     """
-    stack = VAE([model]) if isinstance(model, SingleVAE) else model
-    data = data.to(stack.device).binarized(stack.configs[0].binarization)
-    splits = (data.val, data.test)
-    known = torch.stack([linear_losses(stack.configs, data, split) for split in splits])
+    stack, data = prepared(model, data)
+    known = losses_of_linear(stack.configs, data, (data.val, data.test))
     parts = apart(stack)
 
     def finals(index: int) -> list[dict[str, float]]:
@@ -178,7 +183,30 @@ def _finals(stack: VAE, linear: Tensor, data: Dataset) -> list[dict[str, float]]
     test = measure(stack, data.test, noise[1], data.classes, val["mse"], linear[1])
     named = {f"val/{k}": v for k, v in val.items()} | {f"test/{k}": v for k, v in test.items()}
     values = to_arrays(named | test)
-    return [finite({k: float(v[s]) for k, v in values.items()}) for s in range(len(stack.configs))]
+    return [of_run(values, run) for run in range(len(stack.configs))]
+
+
+def prepared(model: VAE | SingleVAE, data: Dataset) -> tuple[VAE, Dataset]:
+    """Return a model as a stack, and its dataset as its runs are measured on it, on its device."""
+    stack = VAE([model]) if isinstance(model, SingleVAE) else model
+    return stack, data.to(stack.device).binarized(stack.configs[0].binarization)
+
+
+def chunks(images: int, pixels: int) -> Iterator[slice]:
+    """Yield the rows of the images, of so many pixels each, that are evaluated at once."""
+    size = max(1, min(CHUNK, CHUNK_PIXELS // pixels))
+    for start in range(0, images, size):
+        yield slice(start, min(start + size, images))
+
+
+def posteriors(model: VAE, split: Split) -> Posterior:
+    """Return the posteriors of a split, shape (S, N, L), on the model's device."""
+    parts = []
+    for rows in chunks(*split.images.shape):
+        x = split.pixels(rows, model.dtype).to(model.device)
+        parts.append(model.encode(x.expand(len(model.configs), -1, -1)))
+    means, log_variances = zip(*((p.mean, p.log_variance) for p in parts), strict=True)
+    return Posterior(torch.cat(means, 1), torch.cat(log_variances, 1))
 
 
 def evaluation_noise(stack: VAE, part: str, images: int) -> Tensor:
@@ -192,6 +220,11 @@ def to_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
     """Copy metrics to the host in one transfer: name -> float64 array of shape (S,)."""
     table = torch.stack(list(metrics.values())).cpu().numpy()
     return dict(zip(metrics, table, strict=True))
+
+
+def of_run(metrics: Mapping[str, np.ndarray | Tensor], run: int) -> dict[str, float]:
+    """Return the metrics of one run of a stack that it has a number for."""
+    return finite({name: float(values[run]) for name, values in metrics.items()})
 
 
 def finite(values: dict[str, float]) -> dict[str, float]:
@@ -227,14 +260,13 @@ def _mean(values: Tensor | None) -> Tensor | None:
 def _forward(model: VAE, split: Split, noise: Tensor) -> elbo.Terms:
     """Return the terms of a whole split in float64; of the KL, its mean over images (S, L)."""
     stack, dtype = len(model.configs), noise.dtype
-    chunks: list[elbo.Terms] = []
-    for start in range(0, len(split), CHUNK):
-        rows = slice(start, start + CHUNK)
+    parts: list[elbo.Terms] = []
+    for rows in chunks(*split.images.shape):
         x = split.pixels(rows, dtype).expand(stack, -1, -1)
         part = elbo.terms(model, x, noise[:, rows])
         kl = None if part.kl is None else part.kl.double().sum(1)
-        chunks.append(part._replace(kl=kl))
-    error, cross_entropy, kls, mean = zip(*chunks, strict=True)
+        parts.append(part._replace(kl=kl))
+    error, cross_entropy, kls, mean = zip(*parts, strict=True)
     return elbo.Terms(
         torch.cat(error, 1).double(),
         None if cross_entropy[0] is None else torch.cat(cross_entropy, 1).double(),

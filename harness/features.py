@@ -8,7 +8,6 @@ the CPU by one thread, so that it does not depend on the number of cores.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -16,16 +15,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import doing, streams
+from harness import doing, networks, streams
 from harness.cores import one_thread
 from harness.data import Dataset, Split
 from harness.places import project_root
+from harness.tensors import digest
 
 CHANNELS = (16, 32)
 """Channels of the two convolutions, each 3 x 3 with stride 2."""
@@ -112,10 +111,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
 
 def _key(data: Dataset, train: Split) -> str:
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
-    known = hashlib.sha256(json.dumps(about).encode())
-    for tensor in (train.images, train.labels):
-        known.update(np.ascontiguousarray(tensor.numpy()).data)
-    return known.hexdigest()[:32]
+    return digest(train.images, train.labels, about=json.dumps(about))[:32]
 
 
 def _untrained(data: Dataset) -> Classifier:
@@ -123,13 +119,7 @@ def _untrained(data: Dataset) -> Classifier:
     with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
         net = Classifier(data.image_shape, data.classes)
     stream = streams.generator(0, "features/weights")
-    with torch.no_grad():
-        for layer in (*net.features, net.head):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                bound = 1 / math.sqrt(layer.weight[0].numel())
-                for parameter in layer.parameters():
-                    drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
-                    parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    networks.draw([*networks.layers(net.features), net.head], stream)
     return net
 
 

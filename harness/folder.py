@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +63,14 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Fo
 
     Raises:
         UserError: there is no such folder, no image, or a class without one; a file is broken;
-            sizes differ or are too large, and no image_size is given.
+            sizes differ or are too large, and no image_size is given; a folder cannot be listed.
     """
     size = _size(image_size)
     path = path.expanduser()
-    if not path.is_dir():
-        raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
-    inside = {entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    in_parts = "train" in inside <= set(PARTS)
-    parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
-    names = _classes(parts)
-    found = {part: _files(folder, names) for part, folder in parts.items()}
+    try:
+        names, found = _listed(path)
+    except OSError as error:
+        raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
     files = [file for part in found.values() for file, _ in part]
     if not files:
         raise UserError(
@@ -89,12 +86,24 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Fo
     )
 
 
+def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
+    """Return the names of the classes, and the images of each part with their classes."""
+    if not path.is_dir():
+        raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
+    inside = {entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    in_parts = "train" in inside <= set(PARTS)
+    parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
+    names = _classes(parts)
+    return names, {part: _files(folder, names) for part, folder in parts.items()}
+
+
 def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Return (height, width), or None."""
     if given is None:
         return None
-    sides = [given] if isinstance(given, int) else list(given)
-    if len(sides) not in (1, 2) or not all(1 <= side <= LARGEST_SIDE for side in sides):
+    sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
+    whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
+    if len(sides) not in (1, 2) or not whole:
         raise UserError(
             f"image_size={given!r}: give height and width, or one number for both, from 1 to "
             f"{LARGEST_SIDE} pixels"
@@ -136,13 +145,33 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     found = []
     for label, name in enumerate(classes):
         if (folder / name).is_dir():
-            walked = sorted(os.walk(folder / name, followlinks=True))
-            images = [Path(at, file) for at, _, files in walked for file in sorted(files)]
+            walked = sorted(_walked(folder / name))
+            images = [Path(at, file) for at, files in walked for file in sorted(files)]
             images = [file for file in images if _is_image(file.name)]
             if not images:
                 raise UserError(f"folder:{folder / name}: no image in it; take it away, or fill it")
             found += [(file, label) for file in images]
     return found
+
+
+def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below one and its files, links followed, the same folder only once.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for at, inside, files in os.walk(folder, followlinks=True, onerror=fail):
+        if (real := os.path.realpath(at)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside.sort()  # else chance decides which of two links is followed
+        yield at, files
 
 
 def _is_image(name: str) -> bool:

@@ -7,7 +7,8 @@ be compared with these, nor those of one dataset with another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from torch import Tensor
 from harness import features, streams
 from harness.cores import one_thread
 from harness.data import Dataset, Split
-from harness.evaluate import CHUNK
+from harness.evaluate import chunks
+from harness.nn import steady_convolutions
 from harness.vae import VAE
 
 IMAGES = 10_000
@@ -48,8 +50,10 @@ def distance(first: Gaussian, second: Gaussian) -> float:
     values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982; Heusel et al. 2017, 1706.08500.)
 
     Returns:
-        Squared unit of the features, never negative beyond rounding.
+        Squared unit of the features, never negative beyond rounding; NaN if a moment is not finite.
     """
+    if not all(np.isfinite(part).all() for part in (*first, *second)):
+        return math.nan
     roots = (_root(gaussian.covariance) for gaussian in (first, second))
     shared = np.linalg.svd(np.matmul(*roots), compute_uv=False).sum()
     spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * shared
@@ -67,8 +71,8 @@ class Reference:
 
     Attributes:
         net: the classifier whose features are compared, on the data's device.
-        test: features of the first 10,000 test images.
-        images: their number, that of every set.
+        test: moments of the features of the first test images.
+        images: number of images of every set, at most 10,000.
         floor: distance from as many training images, in the variance of a feature over training
             images, mean over the F features.
         accuracy: share of those test images that the classifier tells right.
@@ -120,8 +124,9 @@ def measure_images(model: VAE, data: Dataset, known: Reference) -> list[dict[str
         x = split.pixels(rows, model.dtype).expand(len(model.configs), -1, -1)
         return model.decode(model.encode(x).mean)
 
+    rows = [*chunks(*split.images.shape)]
     drawn = {"frechet": sample, "frechet_reconstructions": reconstruct}
-    sets = {name: _embed(known.net, _chunks(known.images, draw)) for name, draw in drawn.items()}
+    sets = {name: _embed(known.net, map(draw, rows)) for name, draw in drawn.items()}
     same = {"frechet_floor": known.floor, "feature_accuracy": known.accuracy}
     return [
         {name: distance(_moments(every[run]), known.test) for name, every in sets.items()} | same
@@ -129,18 +134,16 @@ def measure_images(model: VAE, data: Dataset, known: Reference) -> list[dict[str
     ]
 
 
-def _chunks(images: int, draw: Callable[[slice], Tensor]) -> Iterator[Tensor]:
-    for start in range(0, images, CHUNK):
-        yield draw(slice(start, min(start + CHUNK, images)))
-
-
 def _real(split: Split) -> Iterator[Tensor]:
-    return _chunks(len(split), lambda rows: split.pixels(rows, torch.float32).unsqueeze(0))
+    for rows in chunks(*split.images.shape):
+        yield split.pixels(rows, torch.float32).unsqueeze(0)
 
 
 def _embed(net: features.Classifier, images: Iterator[Tensor]) -> Tensor:
     """Return the features (S, N, F) of chunks of images (S, B, D), one run at a time."""
-    return torch.cat([torch.stack([net.embed(run) for run in chunk]) for chunk in images], dim=1)
+    with steady_convolutions():
+        found = [torch.stack([net.embed(run) for run in chunk]) for chunk in images]
+    return torch.cat(found, dim=1)
 
 
 def _moments(embedded: Tensor) -> Gaussian:

@@ -25,13 +25,13 @@ class Gauge:
     Args:
         model: the stack; its weights may change in place between readings.
         data: the dataset as the runs are measured on it.
-        linear: loss of the exact linear model at each run's knob, on `probe` and validation
-            images, shape (2, S).
+        linear: loss of the exact linear model at each run's knob, on `first_training_images`
+            and validation images, shape (2, S).
     """
 
     def __init__(self, model: VAE, data: Dataset, linear: Tensor) -> None:
         self._model, self._data, self._linear = model, data, linear
-        self._first = probe(data)
+        self._first = first_training_images(data)
         self._noise = {
             "train": evaluation_noise(model, "train", len(self._first)),
             "val": evaluation_noise(model, "val", len(data.val)),
@@ -69,6 +69,6 @@ class Gauge:
         return Gauge(model, self._data, self._linear[:, list(rows)])
 
 
-def probe(data: Dataset) -> Split:
+def first_training_images(data: Dataset) -> Split:
     """Return the training images that train metrics are measured on: as many as validation has."""
     return data.train.head(len(data.val))

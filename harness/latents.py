@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness import objective, streams
 from harness.data import Split
-from harness.evaluate import CHUNK, Metrics
+from harness.evaluate import Metrics, posteriors
 from harness.vae import VAE, Posterior
 
 SAMPLED_IMAGES = 2_000
@@ -111,7 +111,8 @@ def measure_latents(model: VAE, split: Split) -> Metrics:
     """
     if model.configs[0].latent == "deterministic":
         return {}
-    mean, log_variance = posteriors(model, split)
+    found = posteriors(model, split)
+    mean, log_variance = found.mean, found.log_variance
     rate = objective.kl_per_latent(mean.double(), log_variance.double()).mean(1).sum(-1)
     gap = aggregate_gap(mean, log_variance)
     first = min(len(split), SAMPLED_IMAGES)
@@ -123,12 +124,3 @@ def measure_latents(model: VAE, split: Split) -> Metrics:
             mean[:, :first], log_variance[:, :first], eps.to(mean.device)
         ),
     }
-
-
-def posteriors(model: VAE, split: Split) -> tuple[Tensor, Tensor]:
-    """Return posterior means and log-variances of a split, each of shape (S, N, L)."""
-    parts = []
-    for start in range(0, len(split), CHUNK):
-        x = split.pixels(slice(start, start + CHUNK), model.dtype)
-        parts.append(model.encode(x.expand(len(model.configs), -1, -1)))
-    return torch.cat([p.mean for p in parts], 1), torch.cat([p.log_variance for p in parts], 1)

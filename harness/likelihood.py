@@ -16,7 +16,15 @@ from torch import Tensor
 
 from harness import objective, streams
 from harness.data import Dataset, Split
-from harness.evaluate import CHUNK, Metrics, evaluation_noise, finite, measure, to_arrays
+from harness.evaluate import (
+    Metrics,
+    evaluation_noise,
+    measure,
+    of_run,
+    posteriors,
+    prepared,
+    to_arrays,
+)
 from harness.vae import VAE, Posterior
 
 SAMPLES = (1, 8, 64, 512)
@@ -94,15 +102,14 @@ def likelihood_metrics(
         the most samples, mean over images. Empty where there is no likelihood: a deterministic
         latent, cross-entropy of grey pixels.
     """
-    config = model.configs[0]
-    if config.latent == "deterministic" or not config.has_likelihood:
+    if model.configs[0].latent == "deterministic" or not model.configs[0].has_likelihood:
         return [{} for _ in model.configs]
-    data = data.to(model.device).binarized(config.binarization)
+    model, data = prepared(model, data)
     noise = evaluation_noise(model, "val", len(data.val))
     variance = measure(model, data.val, noise, data.classes)["mse"]
     found = importance_bounds(model, data.test.head(LIKELIHOOD_IMAGES), variance, samples)
     values = to_arrays(_means(found))
-    return [finite({k: float(v[s]) for k, v in values.items()}) for s in range(len(model.configs))]
+    return [of_run(values, run) for run in range(len(model.configs))]
 
 
 def _means(found: ImportanceBounds) -> Metrics:
@@ -117,7 +124,8 @@ def _means(found: ImportanceBounds) -> Metrics:
 
 def _log_weights(model: VAE, split: Split, variance: Tensor, count: int) -> Iterator[Tensor]:
     """Yield log w_j of each image, float64, shape (S, N), for j = 1 ... count."""
-    posterior = _encode(model, split)
+    found = posteriors(model, split)  # with an axis for samples
+    posterior = Posterior(found.mean.unsqueeze(1), found.log_variance.unsqueeze(1))
     row = len(model.configs) * split.images.shape[1] * model.dtype.itemsize
     rows = max(1, OUTPUT_BYTES[model.device.type] // row)
     for js in torch.arange(1, count + 1).split(max(1, rows // len(split))):
@@ -133,20 +141,6 @@ def _noise(model: VAE, images: int, j: int) -> Tensor:
     """Return the noise of every image's sample j, shape (S, N, L)."""
     drawn = streams.noise(model.configs, "likelihood", images, j, model.latent_size)
     return drawn.to(model.device, model.dtype)
-
-
-def _encode(model: VAE, split: Split) -> Posterior:
-    """Return the posteriors of a split, shape (S, 1, N, L): an axis for samples."""
-    stack = len(model.configs)
-    parts = [
-        model.encode(split.pixels(slice(start, start + CHUNK), model.dtype).expand(stack, -1, -1))
-        for start in range(0, len(split), CHUNK)
-    ]
-    mean, log_variance = (
-        torch.cat([getattr(p, name) for p in parts], 1).unsqueeze(1)
-        for name in ("mean", "log_variance")
-    )
-    return Posterior(mean, log_variance)
 
 
 def _block(

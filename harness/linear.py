@@ -65,7 +65,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "loss": test.loss if _comparable(config) else math.nan,
         "mse": test.mse,
         "rate": test.rate,
-        "neg_elbo": test.neg_elbo(val.mse),
+        "neg_elbo": test.neg_elbo(val.mse) if val.mse > 0 else math.nan,
         "active_units": float(test.active_units),
         "collapse_variance": float(known.variances[0]),
     }

@@ -9,9 +9,10 @@ layer. Everywhere a ReLU between layers and none after the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -91,6 +92,16 @@ def numbers(config: RunConfig, image_shape: Shape) -> int:
 def layers(*networks: nn.Sequential) -> list[Plain]:
     """Return the layers of some networks that have weights, in order."""
     return [layer for network in networks for layer in network if isinstance(layer, Plain)]
+
+
+@torch.no_grad()
+def draw(layers: Iterable[Plain], stream: np.random.Generator) -> None:
+    """Set weights and biases to U(-1, 1) / sqrt(inputs), PyTorch's default, from a stream."""
+    for layer in layers:
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        for parameter in layer.parameters():
+            drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
 
 Weights = tuple[Tensor, Tensor]

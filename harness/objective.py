@@ -214,7 +214,7 @@ def loss(error: Tensor, rate: Tensor, beta: Tensor, pixels: int) -> Tensor:
         pixels: D.
 
     Returns:
-        Shape (S,), one loss per run.
+        pixel^2 with the squared error, else nats per pixel; shape (S,), one loss per run.
     """
     return (error + beta * rate) / pixels
 

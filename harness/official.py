@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
@@ -11,10 +12,16 @@ from harness import idx
 from harness.config import UserError
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = ("digits", *TORCHVISION)
+"""Names that are no names of own images."""
+
 IDX_PARTS = ("train", "t10k")
 IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
-BROKEN = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError)
+BROKEN = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError),
+    HTTPException,
+)
 """What is raised for files that are absent, unreachable, cut short or not IDX."""
 
 

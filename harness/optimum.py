@@ -20,15 +20,16 @@ def linear_vae(config: RunConfig, data: Dataset) -> SingleVAE:
     signs, and where decoder variances coincide up to rotations. (Lucas et al. 2019, 1911.02469.)
 
     Raises:
-        UserError: the run is not a linear VAE with KL, or has more latents than pixels.
+        UserError: the closed form is not that of the run's loss, or the run has no KL, or more
+            latents than pixels.
     """
     variance = objective.decoder_variance(config, data.pixels)
-    linear = config.model == "linear" and config.head == "gaussian"
-    if not linear or variance == 0 or config.latent_size > data.pixels:
+    linear = config.model == "linear" and config.head == "gaussian" and config.free_bits == 0
+    if not linear or not variance > 0 or config.latent_size > data.pixels:  # NaN too
         raise UserError(
-            "the exact optimum needs model='linear', head='gaussian', kl_weight > 0 and at most "
-            f"{data.pixels} latents; given {config.model!r}, {config.head!r}, {config.kl_weight}, "
-            f"{config.latent_size}"
+            "the exact optimum needs model='linear', head='gaussian', likelihood='gaussian', "
+            "sigma='fixed', free_bits=0, kl_weight > 0 and at most "
+            f"{data.pixels} latents; given {config}"
         )
     known = oracle.pca(data)
     best = known.trained_optimum(config.latent_size, variance)

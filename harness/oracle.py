@@ -15,7 +15,6 @@ only the second moments E[c_i^2] take the place of the lambda_i that stem from t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from dataclasses import dataclass, field
@@ -66,11 +65,10 @@ class PCA:
 
     def moments(self, split: Split) -> Moments:
         """Return the moments of a split's coordinates; computed once for the same images."""
-        key = _digest(split)
-        if key not in self._moments:
+        if split.digest not in self._moments:
             c = self.coordinates(split)
-            self._moments[key] = Moments(c.mean(0), np.square(c).mean(0))
-        return self._moments[key]
+            self._moments[split.digest] = Moments(c.mean(0), np.square(c).mean(0))
+        return self._moments[split.digest]
 
     def floor(self, split: Split, latent_size: int) -> float:
         """Return the mse of projecting a split onto the first components: the PCA floor.
@@ -105,13 +103,13 @@ class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
     Metrics have the names and units of every run's. Over the training split E[c_i^2] = lambda_i,
-    and they are the textbook's (SCIENCE.md, section 3): kl of latent i is ln(lambda_i / s2) / 2 and
+    and they are the textbook's (docs/science.md): kl of latent i is ln(lambda_i / s2) / 2 and
     E[SSE] is a s2 + sum_{i > a} lambda_i for a active latents.
 
     Attributes:
         variances: eigenvalues lambda of the training covariance, falling, pixel^2, shape (D,).
         moments: of the split that it is measured on.
-        latent_size: L, at most D.
+        latent_size: L; those beyond D collapse.
         decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
             is infinite.
     """
@@ -236,7 +234,7 @@ def is_small(data: Dataset) -> bool:
 
 def pca(data: Dataset) -> PCA:
     """Return the principal components of a dataset's training split; computed once."""
-    key = _digest(data.train)
+    key = data.train.digest
     if key not in _KNOWN:  # without the lock, which a forked process could find held for ever
         with _BUSY:
             if key not in _KNOWN:
@@ -279,10 +277,3 @@ def _covariance(split: Split) -> np.ndarray:
 def pixels(split: Split) -> np.ndarray:
     """Return a split's pixels in [0, 1] as float64, shape (N, D)."""
     return split.images.cpu().numpy() / split.largest
-
-
-def _digest(split: Split) -> str:
-    """Return a key of the images themselves: a dataset that was cut has its source's digest."""
-    images = np.ascontiguousarray(split.images.cpu().numpy())
-    shape = f"{images.shape}/{split.largest}/".encode()
-    return hashlib.sha256(shape + images.tobytes()).hexdigest()

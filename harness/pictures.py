@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import streams
+from harness import objective, streams
 from harness.data import Dataset, Split
+from harness.evaluate import posteriors
 from harness.vae import VAE, SingleVAE
 
 CELL = 56
@@ -31,7 +32,7 @@ def reconstructions(model: VAE, split: Split, images: int = 10) -> list[np.ndarr
 @torch.no_grad()
 def reconstruction_rows(models: Sequence[SingleVAE], split: Split, images: int = 10) -> np.ndarray:
     """Draw originals in the first row and each model's reconstructions in a row below."""
-    x = split.pixels(slice(images), _dtype(models[0])).cpu()
+    x = split.pixels(slice(images), models[0].dtype).cpu()
     return grid(torch.stack([x, *(model(x) for model in models)]), models[0].image_shape)
 
 
@@ -47,7 +48,7 @@ def prior_samples(model: SingleVAE, rows: int = 4, columns: int = 10) -> np.ndar
     config = model.config
     stream = streams.generator(config.seed, "prior", latent_size=config.latent_size)
     drawn = stream.standard_normal((rows * columns, config.latent_size), dtype=np.float32)
-    decoded = model.decode(torch.from_numpy(drawn).to(_dtype(model)))
+    decoded = model.decode(torch.from_numpy(drawn).to(model.dtype))
     return grid(decoded.unflatten(0, (rows, columns)), model.image_shape)
 
 
@@ -55,13 +56,18 @@ def prior_samples(model: SingleVAE, rows: int = 4, columns: int = 10) -> np.ndar
 def traversals(model: SingleVAE, data: Dataset, span: float = 3.0, columns: int = 9) -> np.ndarray:
     """Draw one row per latent: that latent from -span to span, the others at 0.
 
-    Rows are ordered by the latent's KL over the validation images, largest first.
+    Rows are ordered by the latent's KL over the validation images, largest first; without KL, of a
+    deterministic latent, by the variance of its mean.
     """
-    posterior = model.encode(data.val.pixels(slice(None), _dtype(model)).cpu())
-    kl = (posterior.mean.square() + posterior.log_variance.exp() - posterior.log_variance).mean(0)
-    steps = torch.linspace(-span, span, columns, dtype=_dtype(model))
-    z = torch.zeros(len(kl), columns, len(kl), dtype=steps.dtype)
-    for row, latent in enumerate(kl.argsort(descending=True)):
+    posterior = posteriors(VAE([model]), data.val)
+    means, log_variances = posterior.mean[0], posterior.log_variance[0]
+    if model.config.latent == "deterministic":
+        said = means.var(0, correction=0)
+    else:
+        said = objective.kl_per_latent(means, log_variances).mean(0)
+    steps = torch.linspace(-span, span, columns, dtype=model.dtype)
+    z = torch.zeros(len(said), columns, len(said), dtype=steps.dtype)
+    for row, latent in enumerate(said.argsort(descending=True)):
         z[row, :, latent] = steps
     decoded = model.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
     return grid(decoded, model.image_shape)
@@ -74,7 +80,7 @@ def interpolations(model: SingleVAE, split: Split, rows: int = 5, columns: int =
     Fewer rows if the split has fewer pairs.
     """
     rows = min(rows, len(split) // 2)
-    x = split.pixels(slice(2 * rows), _dtype(model)).cpu()
+    x = split.pixels(slice(2 * rows), model.dtype).cpu()
     first, last = model.encode(x).mean.chunk(2)
     share = torch.linspace(0, 1, columns, dtype=x.dtype).reshape(1, -1, 1)
     z = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), share)
@@ -101,7 +107,3 @@ def grid(images: Tensor, image_shape: tuple[int, int, int]) -> np.ndarray:
     picture = framed.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
     array = (picture * 255).round().to(torch.uint8).numpy()
     return array[..., 0] if channels == 1 else array
-
-
-def _dtype(model: SingleVAE) -> torch.dtype:
-    return next(model.parameters()).dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.data import Dataset, Split
-from harness.vae import SingleVAE
+from harness.evaluate import posteriors
+from harness.vae import VAE, SingleVAE
 
 PROBE_IMAGES = 5_000
 """Training images that a probe is fitted on, at most."""
@@ -21,15 +23,15 @@ NEIGHBOURS = 5
 @torch.no_grad()
 def posterior_means(model: SingleVAE, split: Split) -> np.ndarray:
     """Return the posterior means of a split, shape (N, L)."""
-    dtype = next(model.parameters()).dtype
-    return model.encode(split.pixels(slice(None), dtype).cpu()).mean.numpy()
+    return posteriors(VAE([model]), split).mean[0].numpy()
 
 
 def linear_probe_accuracy(model: SingleVAE, data: Dataset) -> float:
     """Share of test images whose class a logistic regression reads off their posterior mean.
 
     Fitted on the first 5,000 training images; means standardised by their training deviation;
-    ridge penalty of scikit-learn's default (C = 1). 1 / classes is chance.
+    ridge penalty of scikit-learn's default (C = 1). 1 / classes is chance. NaN where a mean is not
+    finite, or those images are of one class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -43,7 +45,8 @@ def knn_accuracy(model: SingleVAE, data: Dataset) -> float:
 
     The 5 nearest of the first 5,000 training images vote (all, if there are fewer than 5).
     Distances are Euclidean between means as they are, in units of the prior's deviation: a
-    collapsed latent adds nothing, where standardised it would add noise. 1 / classes is chance.
+    collapsed latent adds nothing, where standardised it would add noise. 1 / classes is chance. NaN
+    where a mean is not finite, or those images are of one class.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -54,10 +57,12 @@ def knn_accuracy(model: SingleVAE, data: Dataset) -> float:
 def _score(probe: Any, model: SingleVAE, data: Dataset) -> float:  # noqa: ANN401 - scikit-learn's
     from threadpoolctl import threadpool_limits
 
-    train = data.train.head(PROBE_IMAGES)
+    splits = (data.train.head(PROBE_IMAGES), data.test)
+    (seen, classes), new = ((posterior_means(model, s), _labels(s.labels)) for s in splits)
+    if len(np.unique(classes)) < 2 or not np.isfinite(seen).all() or not np.isfinite(new[0]).all():
+        return math.nan
     with threadpool_limits(1):  # runs are measured side by side, in forked processes
-        probe.fit(posterior_means(model, train), _labels(train.labels))
-        return float(probe.score(posterior_means(model, data.test), _labels(data.test.labels)))
+        return float(probe.fit(seen, classes).score(*new))
 
 
 def latent_plane(model: SingleVAE, split: Split) -> np.ndarray:

@@ -20,8 +20,8 @@ from typing import Any
 import threadpoolctl
 import torch
 
-from harness.data import DATASETS, Dataset
-from harness.official import TORCHVISION
+from harness.data import Dataset
+from harness.official import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"
 PACKAGES = {"harness": "vae-sweep-harness"} | {

@@ -7,7 +7,7 @@ from pathlib import Path
 from harness import doing, frechet, latents, likelihood, probe
 from harness.cores import crew
 from harness.data import Dataset
-from harness.evaluate import apart, finite
+from harness.evaluate import apart, finite, of_run, prepared
 from harness.vae import VAE, SingleVAE
 
 WHAT = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
@@ -28,8 +28,7 @@ def measure_quality(
         `frechet.measure_images`, `probe_accuracy` and `knn_accuracy`. Metrics that the run does not
         have are absent; so are all that need classes, if the dataset has not two of them.
     """
-    stack = VAE([model]) if isinstance(model, SingleVAE) else model
-    data = data.to(stack.device).binarized(stack.configs[0].binarization)
+    stack, data = prepared(model, data)
     known = frechet.reference(data, folder) if data.has_classes else None
     parts = apart(stack)
     with crew(lambda i: _measured(parts[i][0], data, known), len(parts), stack.device) as cores:
@@ -39,9 +38,9 @@ def measure_quality(
 
 def _measured(stack: VAE, data: Dataset, known: frechet.Reference | None) -> list[dict[str, float]]:
     runs = range(len(stack.configs))
-    informed = latents.measure_latents(stack, data.test).items()
+    informed = latents.measure_latents(stack, data.test)
     likely = likelihood.likelihood_metrics(stack, data)
-    found = [{name: float(values[run]) for name, values in informed} | likely[run] for run in runs]
+    found = [of_run(informed, run) | likely[run] for run in runs]
     if known is not None:
         images = frechet.measure_images(stack, data, known)
         found = [found[run] | images[run] | _probed(stack.run(run), data) for run in runs]

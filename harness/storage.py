@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness import networks
 from harness.config import RunConfig, UserError
-from harness.vae import SingleVAE
+from harness.vae import SingleVAE, empty
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 
@@ -36,7 +36,7 @@ def load_model(folder: Path) -> SingleVAE:
             shape = _image_shape(file.metadata() or {})
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_size(config, shape, weights)
-        model = SingleVAE(config, shape).to(next(iter(weights.values())).dtype)
+        model = empty(config, shape).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())

@@ -1,8 +1,8 @@
 """Stateless random streams: every draw is named, so no draw depends on what was drawn before.
 
-A stream is keyed by (seed, purpose, epoch, latent size) and always drawn on the CPU in float32,
-so a run sees the same weights, batches and noise alone or in a stack, on CPU or GPU, in float32 or
-float64, and from any epoch on without generator state.
+A stream is keyed by (seed, purpose, epoch, latent size) and always drawn on the CPU; noise is drawn
+in float32, and weights are rounded to it. So a run sees the same weights, batches and noise alone
+or in a stack, on CPU or GPU, in float32 or float64, and from any epoch on without generator state.
 """
 
 from __future__ import annotations

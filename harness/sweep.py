@@ -11,7 +11,7 @@ import torch
 from harness.config import RunConfig
 from harness.data import Dataset
 from harness.engine import STACK_WIDTH, EpochRecord, resolve_device, train
-from harness.evaluate import evaluate, finite
+from harness.evaluate import evaluate, of_run
 from harness.vae import SingleVAE
 
 
@@ -79,4 +79,4 @@ def flat_record(record: EpochRecord, run: int) -> dict[str, float]:
     """Return one run's metrics of an epoch, names prefixed `train/` and `val/`."""
     named = {f"train/{k}": v for k, v in record.train.items()}
     named |= {f"val/{k}": v for k, v in record.val.items()}
-    return finite({k: float(v[run]) for k, v in named.items()})
+    return of_run(named, run)

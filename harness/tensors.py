@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,18 +30,12 @@ MOST_CLASSES = 10_000
 """Labels number classes from 0 on; a larger one is a code, not a number."""
 
 
-def checked_dataset_name(name: str) -> str:
-    """Return the name of a dataset, which becomes part of names in MLflow and of folders.
-
-    Raises:
-        UserError: it has other characters, or too many.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,59}", name):
-        raise UserError(
-            f"dataset name {name!r}: use up to 60 letters, digits, '.', '_' and '-', the first "
-            "neither '.' nor '-'"
-        )
-    return name
+def digest(*parts: Tensor, about: str = "") -> str:
+    """Return SHA-256, in hexadecimal, of a text and the numbers of tensors, one after another."""
+    whole = hashlib.sha256(about.encode())
+    for part in parts:
+        whole.update(part.cpu().contiguous().numpy().data)
+    return whole.hexdigest()
 
 
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
@@ -94,7 +88,8 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
     labels = labels.long()
     if not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
         raise UserError(
-            f"labels from {int(labels.min())} to {int(labels.max())}: number classes from 0 on"
+            f"labels from {int(labels.min())} to {int(labels.max())}: number classes from 0 on, "
+            f"below {MOST_CLASSES}"
         )
     return labels
 
@@ -115,7 +110,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     unknown = set(given) - set(PARTS)
     if unknown or "train" not in given:
         raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
-    rows = {part: torch.as_tensor(list(given[part]), dtype=torch.int64) for part in given}
+    rows = {part: _rows(part, own) for part, own in given.items()}
     _check_rows(rows, images)
     for part, own in rows.items():
         order = generator(SPLIT_SEED, f"split/{part}").permutation(len(own))
@@ -134,10 +129,17 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     return [rows[part] for part in PARTS]
 
 
+def _rows(part: str, given: Iterable[int]) -> Tensor:
+    """Return the rows of a part as int64."""
+    rows = torch.as_tensor(list(given))
+    if len(rows) < 2:
+        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
+    if rows.is_floating_point() or rows.dtype == torch.bool:
+        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
+    return rows.long()
+
+
 def _check_rows(rows: Mapping[str, Tensor], images: int) -> None:
-    for part, own in rows.items():
-        if len(own) < 2:
-            raise UserError(f"part {part!r} has {len(own)} images: give at least 2")
     every = torch.cat(list(rows.values()))
     if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
         raise UserError(

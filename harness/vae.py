@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from harness import networks, streams
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig, UserError, check_static
 from harness.nn import Conv, Linear, Shape, constant
 
 MIN_VARIANCE = 1e-8
@@ -72,6 +71,11 @@ class SingleVAE(nn.Module):
         if config.sigma == "learned":
             self.log_decoder_variance = nn.Parameter(torch.zeros(()))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.parameters()).dtype
+
     def encode(self, x: Tensor) -> Posterior:
         """Map images (B, D) or (B, C, H, W), pixels in [0, 1], to their posterior (B, L)."""
         return Posterior.from_head(self.encoder(x.flatten(1)), self.config.head)
@@ -102,8 +106,9 @@ class VAE(nn.Module):
         super().__init__()
         self.configs = tuple(run.config for run in runs)
         self.image_shape = runs[0].image_shape
-        if len({(run.config.static(), run.image_shape) for run in runs}) > 1:
-            raise UserError("runs of one stack must agree in model, batch_size, epochs and data")
+        check_static(self.configs)
+        if len({run.image_shape for run in runs}) > 1:
+            raise UserError("runs of one stack must agree in the shape of their images")
         sizes = [c.latent_size for c in self.configs]
         self.latent_size = max(sizes)
         shared = self.configs[0], self.image_shape
@@ -181,7 +186,7 @@ class VAE(nn.Module):
     def run(self, index: int) -> SingleVAE:
         """Copy one run out of the stack as a plain module on the CPU."""
         config = self.configs[index]
-        single = _empty(config, self.image_shape).to(self.dtype)
+        single = empty(config, self.image_shape).to(self.dtype)
         head = self.encoder.layers[-1]
         kept = torch.arange(self.latent_size) < config.latent_size
         columns = torch.cat([kept, kept])
@@ -206,14 +211,9 @@ def initial(config: RunConfig, image_shape: Shape) -> SingleVAE:
     This is PyTorch's default for linear layers, hence the blog's, and for convolutions; of a
     transposed one it takes the outputs times the kernel for the inputs.
     """
-    run = _empty(config, image_shape)
+    run = empty(config, image_shape)
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
-    with torch.no_grad():
-        for layer in networks.layers(run.encoder, run.decoder):
-            bound = 1 / math.sqrt(layer.weight[0].numel())
-            for parameter in layer.parameters():
-                drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
-                parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    networks.draw(networks.layers(run.encoder, run.decoder), stream)
     return run
 
 
@@ -226,13 +226,14 @@ def _learned_variances(runs: Sequence[SingleVAE]) -> nn.Parameter | None:
     """Return the logarithms of learned decoder variances, shape (S,); None if no run learns one."""
     if all(run.config.sigma != "learned" for run in runs):
         return None
-    none = torch.zeros(())
+    none = next(runs[0].parameters()).new_zeros(())
     return nn.Parameter(
         torch.stack([getattr(run, "log_decoder_variance", none).detach() for run in runs])
     )
 
 
-def _empty(config: RunConfig, image_shape: Shape) -> SingleVAE:
+def empty(config: RunConfig, image_shape: Shape) -> SingleVAE:
+    """Return a run whose weights are to be written, of any values."""
     with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
         return SingleVAE(config, image_shape)
 

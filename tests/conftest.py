@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from harness.data import Dataset, load_dataset
+from harness.data import Dataset
+from harness.loading import load_dataset
 
 pytest_plugins = ["real_stores", "real_postgres"]
 

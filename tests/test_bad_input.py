@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -308,6 +310,24 @@ def test_bad_image_files(files, says, refused, offline, tmp_path):
     said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
     assert f"no usable data in {raw} (" in said
     assert says in said
+    assert "Offline, put the files" in said
+
+
+def test_a_server_that_does_not_speak_http(refused, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(10_000)
+                connection.sendall(b"no HTTP at all\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv("no_proxy", "*")
+        mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/"]
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
+        said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
+        thread.join()
     assert "Offline, put the files" in said
 
 

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from harness.config import SWEPT, RunConfig, UserError
+from harness.objective import beta
 
 WRONG = [
     ("model", "cnn"),
@@ -73,6 +74,12 @@ def test_a_plain_autoencoder_has_no_kl_weight():
 def test_replace_checks_again():
     with pytest.raises(UserError, match="^epochs="):
         RunConfig().replace(epochs=0)
+
+
+def test_whole_numbers_and_floats_make_the_same_run():
+    whole, real = RunConfig(kl_weight=1, free_bits=0), RunConfig(kl_weight=1.0, free_bits=0.0)
+    assert whole.to_json() == real.to_json()
+    assert beta(RunConfig(kl_weight=10**308, kl_normalization="sum"), 784) == math.inf
 
 
 def test_a_config_is_a_value():

@@ -12,7 +12,8 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from harness.config import UserError
-from harness.data import DATASETS, load_dataset
+from harness.loading import load_dataset
+from harness.official import DATASETS
 
 PARTS = ("train", "val", "test")
 FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}

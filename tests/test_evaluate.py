@@ -12,7 +12,14 @@ from torch import nn
 from harness.config import RunConfig
 from harness.data import Dataset, Split
 from harness.engine import train
-from harness.evaluate import active_units, evaluate, evaluation_noise, measure, mse_per_class
+from harness.evaluate import (
+    active_units,
+    chunks,
+    evaluate,
+    evaluation_noise,
+    measure,
+    mse_per_class,
+)
 from harness.streams import noise
 from harness.vae import VAE, SingleVAE, initial
 
@@ -186,6 +193,12 @@ def test_plain_names_are_those_of_the_test_split(tiny):
         assert plain == {
             k.removeprefix("test/"): v for k, v in metrics.items() if k.startswith("test/")
         }
+
+
+def test_large_images_are_evaluated_few_at_once():
+    assert [*chunks(1200, 784)] == [slice(0, 500), slice(500, 1000), slice(1000, 1200)]
+    assert next(chunks(50, 3 * 512 * 512)) == slice(0, 21)
+    assert next(chunks(50, 10**9)) == slice(0, 1)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 1000])

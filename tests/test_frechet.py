@@ -78,6 +78,11 @@ def test_moments_are_mean_and_covariance():
     assert np.allclose(found.covariance, np.cov(values.T, bias=True))
 
 
+def test_what_is_not_finite_has_no_distance():
+    values = np.full((5, 6), np.nan)
+    assert np.isnan(distance(moments(values), gaussian()))
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 
@@ -136,6 +141,17 @@ def test_a_run_has_the_same_distances_alone_and_in_a_stack(data, known):
     runs = [initial(config, data.image_shape).double() for config in configs]
     for run, together in zip(runs, measure_images(VAE(runs), data, known), strict=True):
         assert measure_images(VAE([run]), data, known)[0] == pytest.approx(together, rel=1e-5)
+
+
+def test_features_are_computed_to_the_same_bits_at_every_call(tiny, folder):
+    # A CPU heeds no such setting, so it is only seen to be made.
+    known, seen = reference(tiny, folder), []
+    known.net.features.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.deterministic)
+    )
+    measure_images(VAE([initial(RunConfig(), tiny.image_shape)]), tiny, known)
+    assert set(seen) == {True}
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_sets_have_equal_size_if_there_are_fewer_training_images(data, folder):

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from harness import RunConfig, UserError, linear, load_dataset, oracle
 from harness.data import Dataset, Split, with_official_training
 from harness.engine import train
-from harness.evaluate import active_units, evaluate, linear_losses, measure
+from harness.evaluate import active_units, evaluate, losses_of_linear, measure
 from harness.objective import kl_per_latent, with_decoder_variance
 from harness.optimum import linear_vae
 from harness.vae import VAE, SingleVAE
@@ -209,7 +209,7 @@ EVERYTHING = pytest.mark.parametrize(
 def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
     stack, split = VAE([linear_vae(config, data)]), getattr(data, part)
     twice, noise = quadrature(split, config.latent_size)
-    linear = linear_losses(stack.configs, data, split)
+    (linear,) = losses_of_linear(stack.configs, data, [split])
     metrics = measure(stack, twice, noise, 10, linear_loss=linear)
     variance = config.kl_weight * {  # beta / 2, from the table of SCIENCE.md
         "pixels": 1, "batch": 64, "latent": 64 / config.latent_size, "sum": 64 * config.batch_size
@@ -301,7 +301,10 @@ def test_no_step_away_from_the_optimum_lowers_the_loss(data, variance):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "mlp"}, {"head": "relu"}, {"kl_weight": 0.0}, {"latent_size": 65}],
+    [
+        *({"model": "mlp"}, {"head": "relu"}, {"kl_weight": 0.0}, {"latent_size": 65}),
+        *({"sigma": "optimal"}, {"likelihood": "bernoulli"}, {"free_bits": 0.1}),
+    ],
     ids=lambda c: next(iter(c)),
 )
 def test_a_run_without_a_linear_optimum_is_refused(data, change):

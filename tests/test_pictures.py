@@ -67,6 +67,18 @@ def test_traversals_put_the_latent_with_most_kl_first(data):
     assert (columns == columns[:, :1]).all()  # an unused latent changes nothing along its row
 
 
+def test_traversals_of_an_autoencoder_put_the_latent_that_varies_most_first(data):
+    run = initial(RunConfig(latent="deterministic", kl_weight=0, latent_size=3), data.image_shape)
+    with torch.no_grad():
+        run.encoder[-1].weight[1] *= 20
+        run.encoder[-1].bias[5] += 9  # an untrained log-variance says nothing
+        run.decoder[0].weight.zero_()
+        run.decoder[0].weight[:, 1] = 1.0
+    picture = pictures.traversals(run, data, columns=5)
+    cells = picture.reshape(3, picture.shape[0] // 3, 5, -1).astype(int)
+    assert [np.ptp(row, axis=1).max() > 0 for row in cells] == [True, False, False]
+
+
 def test_interpolations_begin_and_end_at_the_reconstructions(data):
     run = initial(RunConfig(), data.image_shape)
     picture = pictures.interpolations(run, data.val, rows=1, columns=4)

@@ -48,6 +48,11 @@ def test_more_latents_are_shown_by_their_principal_components(data):
     assert np.allclose(np.abs(places), np.abs(expected), atol=1e-5)
 
 
+def test_one_class_among_the_images_it_is_fitted_on_is_no_number(data, monkeypatch):
+    monkeypatch.setattr(probe, "PROBE_IMAGES", 1)
+    assert np.isnan(probe.linear_probe_accuracy(encoder_of(data, range(64)), data))
+
+
 def test_neighbours_tell_the_digit_from_all_pixels_and_not_from_a_constant(data):
     assert probe.knn_accuracy(encoder_of(data, range(64)), data) > 0.95
     assert probe.knn_accuracy(encoder_of(data, [0]), data) < 0.2

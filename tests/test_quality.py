@@ -63,6 +63,15 @@ def test_runs_on_binary_pixels_are_measured_on_them(tiny, folder):
     assert floors[0] != floors[1]
 
 
+def test_a_diverged_run_has_no_metrics_of_its_own_and_no_error(tiny, folder):
+    run = initial(RunConfig(), tiny.image_shape)
+    with torch.no_grad():
+        run.encoder[0].weight.fill_(torch.nan)
+        run.decoder[0].weight.fill_(torch.nan)
+    (found,) = measure_quality(run, tiny, folder)
+    assert found.keys() == {"frechet_floor", "feature_accuracy"}
+
+
 def test_a_deterministic_latent_has_no_information_but_probes_and_images(tiny, folder):
     run = initial(RunConfig(latent="deterministic", kl_weight=0.0), tiny.image_shape)
     (found,) = measure_quality(run, tiny, folder)

@@ -16,6 +16,7 @@ from harness.evaluate import evaluate
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
 from harness.storage import load_model, save_model
 from harness.sweep import train_and_evaluate
+from harness.vae import VAE, initial
 
 SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8, latent_size=3, learning_rate=3e-3)
 BINARY = SMALL.replace(likelihood="bernoulli", binarization="stochastic")
@@ -87,6 +88,15 @@ def test_learned_variances_find_the_error_that_is_left(tiny):
     *_, last = train([config], tiny, "cpu", torch.float64)
     assert last.train["mse"][0] < 0.9 * oracle.pca(tiny).likeliest_variance(0)
     assert last.train["learned_variance"][0] == pytest.approx(last.train["mse"][0], rel=0.1)
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu_with_and_without_a_learned_variance_share_a_stack(tiny):
+    runs = [
+        initial(SMALL.replace(sigma=sigma), tiny.image_shape).cuda()
+        for sigma in ("learned", "fixed")
+    ]
+    assert VAE(runs).log_decoder_variance.tolist() == [0, 0]
 
 
 def test_learned_variances_survive_files_rows_and_stacks(tiny, tmp_path):
