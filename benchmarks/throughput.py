@@ -20,8 +20,8 @@ from typing import IO
 
 from benchmarks import machine
 from harness.config import UserError
+from harness.data import load_dataset
 from harness.engine import resolve_device
-from harness.loading import load_dataset
 from harness.official import TORCHVISION
 
 STACKS = {"cpu": (1, 2, 16), "cuda": (1, 64)}

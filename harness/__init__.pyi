@@ -1,5 +1,6 @@
 from . import batches as batches
 from . import checkpoint as checkpoint
+from . import dataset as dataset
 from . import doing as doing
 from . import elbo as elbo
 from . import engine as engine
@@ -24,11 +25,11 @@ from . import view as view
 from .checkpoint import Checkpoints as Checkpoints
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError
-from .data import Dataset as Dataset
+from .data import load_dataset as load_dataset
+from .dataset import Dataset as Dataset
 from .engine import EpochRecord as EpochRecord
 from .engine import train as train
 from .evaluate import evaluate as evaluate
-from .loading import load_dataset as load_dataset
 from .quality import measure_quality as measure_quality
 from .sweep import RunResult as RunResult
 from .sweep import train_and_evaluate as train_and_evaluate

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from harness import elbo
 from harness.config import RunConfig
+from harness.cores import works_forked
 from harness.gradient import flatten
 from harness.nn import steady_convolutions
 from harness.vae import VAE
@@ -18,12 +19,18 @@ def needs_autograd(config: RunConfig) -> bool:
 
 
 def may_fork(config: RunConfig) -> bool:
-    """Say whether a forked process can train a run.
+    """Say whether a process forked now can train a run.
 
-    Where there is a GPU PyTorch's autograd keeps threads for it, even on the CPU, and refuses to
-    work in a fork of a process that has used it.
+    PyTorch's autograd keeps threads for a GPU, and after `torch.export` for a pretended one, and
+    then refuses to work in a fork of the process that has used it. Nothing tells beforehand, so it
+    is tried.
     """
-    return not (needs_autograd(config) and torch.cuda.is_available())
+    return not needs_autograd(config) or works_forked(_differentiate)
+
+
+def _differentiate() -> None:
+    one = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(one, one)
 
 
 class Autograd:

@@ -68,11 +68,7 @@ class Crew:
 
     def _hire(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         here, there = multiprocessing.Pipe()
-        context = multiprocessing.get_context("fork")
-        worker = context.Process(target=_serve, args=(self._function, there), daemon=True)
-        with warnings.catch_warnings():  # a worker uses nothing that a thread could have locked
-            warnings.simplefilter("ignore", DeprecationWarning)
-            worker.start()
+        worker = _forked(_serve, self._function, there)
         there.close()
         return worker, here
 
@@ -116,6 +112,20 @@ class Crew:
         self._workers = []
 
 
+def works_forked(function: Callable[[], None]) -> bool:
+    """Say whether a function ends without an error in a forked process."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            function()
+            os._exit(0)
+        os._exit(1)
+
+    child = _forked(attempt)
+    child.join()
+    return child.exitcode == 0
+
+
 @contextlib.contextmanager
 def crew(function: Callable[[Any], Any], workers: int, device: torch.device) -> Iterator[Crew]:
     """Hire a `Crew` for a while."""
@@ -124,6 +134,18 @@ def crew(function: Callable[[Any], Any], workers: int, device: torch.device) -> 
         yield hired
     finally:
         hired.dismiss()
+
+
+def _forked(
+    function: Callable[..., None],
+    *args: Any,  # noqa: ANN401 - of any function
+) -> multiprocessing.process.BaseProcess:
+    """Start a forked process that ends with this one."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=args, daemon=True)
+    with warnings.catch_warnings():  # it uses nothing that a thread could have locked
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    return child
 
 
 def _hand(connection: Connection, left: Iterator[tuple[int, Any]], busy: dict[Any, int]) -> None:

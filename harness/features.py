@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from harness import doing, networks, streams
 from harness.cores import one_thread
-from harness.data import Dataset, Split
+from harness.dataset import Dataset, Split
 from harness.places import project_root
 from harness.tensors import digest
 

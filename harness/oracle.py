@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from harness import objective
-from harness.data import Dataset, Split
+from harness.dataset import Dataset, Split
 
 
 @dataclass(frozen=True)

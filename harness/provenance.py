@@ -20,7 +20,7 @@ from typing import Any
 import threadpoolctl
 import torch
 
-from harness.data import Dataset
+from harness.dataset import Dataset
 from harness.official import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"

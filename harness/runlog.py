@@ -18,7 +18,7 @@ from harness.places import own_process
 if TYPE_CHECKING:
     import numpy as np
 
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from harness.stores import Store
     from harness.vae import SingleVAE
 

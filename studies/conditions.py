@@ -10,7 +10,7 @@ from harness.config import RunConfig
 from studies.sources import Source
 
 if TYPE_CHECKING:
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from harness.vae import SingleVAE
 
 BLOG_WEIGHT = 1.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.config import RunConfig
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from studies.claims import Row
     from studies.options import Common, Plan
     from studies.search_options import SearchPlan

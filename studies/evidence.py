@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.batches import BatchLosses
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from harness.oracle import PCA
     from harness.tracking import Store
     from harness.vae import SingleVAE
@@ -44,7 +44,7 @@ class Evidence:
     @cached_property
     def official(self) -> PCA:
         """Principal components of the official training images, validation images included."""
-        return harness.oracle.pca(harness.data.with_official_training(self.data))
+        return harness.oracle.pca(harness.dataset.with_official_training(self.data))
 
     @cached_property
     def _by_settings(self) -> dict[tuple[str, ...], Record]:

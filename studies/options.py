@@ -23,7 +23,7 @@ from harness.config import (
 from studies.sources import Source, source
 
 if TYPE_CHECKING:
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from studies.study import Study
 
 Value = TypeVar("Value")

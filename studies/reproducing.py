@@ -37,7 +37,7 @@ from studies.summary import (
 )
 
 if TYPE_CHECKING:
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from studies.console import Console
     from studies.reproduce import ReproduceOptions
 

@@ -14,7 +14,7 @@ from studies.sources import Source, source
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from studies.search_summary import Findings
 
 Pruner = Literal["median", "hyperband", "none"]

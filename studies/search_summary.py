@@ -10,7 +10,7 @@ import pandas as pd
 import harness
 from analysis import frames, search_frames, tables
 from harness.config import UserError
-from harness.data import Dataset
+from harness.dataset import Dataset
 from harness.tracking import Store
 from studies.answers import calibration, plus_minus
 from studies.gallery import draw_models

@@ -21,7 +21,7 @@ from studies.storage import open_both, unused_name
 if TYPE_CHECKING:
     import optuna
 
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from harness.engine import EpochRecord
     from studies.console import Console
     from studies.stack import End, Place

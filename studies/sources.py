@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config import UserError
 
 if TYPE_CHECKING:
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from studies.options import Common
 
 FEW_IMAGES = 10_000

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from harness.data import Dataset
+    from harness.dataset import Dataset
     from harness.vae import SingleVAE
     from studies.console import Console
     from studies.options import Options, Plan

@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from harness.data import Dataset
-from harness.loading import load_dataset
+from harness.data import load_dataset
+from harness.dataset import Dataset
 
 pytest_plugins = ["real_stores", "real_postgres"]
 
@@ -24,11 +24,7 @@ FIRST = (
     *("engine", "kills", "search", "studies", "reproduce", "desk", "own_study", "example_study"),
     *("workers", "replay", "architecture", "oracle", "servers", "likelihood", "diverged", "data"),
 )
-"""Modules that take longest: begun last, one would run while a core is idle.
-
-The engine's come before a study in the same process has logged a model: after `torch.export` and a
-backward pass PyTorch's autograd refuses to work in a fork.
-"""
+"""Modules that take longest: begun last, one would run while a core is idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

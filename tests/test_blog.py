@@ -8,10 +8,10 @@ import torch
 
 from benchmarks import blog
 from harness.config import RunConfig
-from harness.data import Dataset
+from harness.data import load_dataset
+from harness.dataset import Dataset
 from harness.elbo import losses
 from harness.engine import train
-from harness.loading import load_dataset
 from harness.objective import betas
 from harness.vae import VAE, initial
 

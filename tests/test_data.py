@@ -12,7 +12,7 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from harness.config import UserError
-from harness.loading import load_dataset
+from harness.data import load_dataset
 from harness.official import DATASETS
 
 PARTS = ("train", "val", "test")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from harness import RunConfig, UserError, tracking
-from harness.data import Dataset
+from harness.dataset import Dataset
 from studies import reproduce
 from studies.claims import Row, Runs, about, count, judge
 from studies.console import Console

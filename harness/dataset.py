@@ -1,0 +1,217 @@
+"""Image datasets as uint8 tensors that live on the training device, in three fixed parts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.config import Binarization, UserError, checked_name
+from harness.official import DATASETS
+from harness.streams import generator
+from harness.tensors import (
+    PARTS,
+    SPLIT_SEED,
+    as_images,
+    as_labels,
+    digest,
+    split_rows,
+)
+
+LONGEST_NAME = 60
+"""Characters of a dataset's name, which becomes part of a study's."""
+
+CHUNK = 1_000
+"""Images that are made floating-point numbers at once."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one part of a dataset.
+
+    Attributes:
+        images: uint8, shape (N, D).
+        labels: class of each image, int64, shape (N,); 0 if the dataset has no classes.
+        largest: grey value that stands for 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+    largest: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of these very images: a dataset that was cut has its source's digest."""
+        return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
+
+    def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
+        return self.images[rows].to(dtype) / self.largest
+
+    def head(self, images: int) -> Split:
+        """Return the first images of the split, which is in random order."""
+        return replace(self, images=self.images[:images], labels=self.labels[:images])
+
+    def binarized(self, kind: Binarization, stream: np.random.Generator | None = None) -> Split:
+        """Return the split with pixels 0 or 1.
+
+        "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "none": as it is.
+        """
+        if kind == "none":
+            return self
+        levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
+        if kind == "stochastic":
+            assert stream is not None
+            shape = tuple(self.images.shape)
+            levels = stream.integers(self.largest, size=shape, dtype=np.uint8)
+        ones = self.images > torch.from_numpy(levels).to(self.images.device)
+        return replace(self, images=ones.to(torch.uint8), largest=1)
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split with its tensors on the device."""
+        if self.images.device == device:
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in three fixed parts.
+
+    Attributes:
+        name: as given to `load_dataset` or `from_tensors`; of own images "folder-NAME".
+        image_shape: (channels, height, width).
+        classes: number of classes; 0 for images without labels.
+        train: what is trained on.
+        val: what settings are chosen on.
+        test: what is read once, at the end.
+        digest: SHA-256 of the pixels of all images, in the source's order; of own images, whose
+            parts and labels a name does not fix, of these too.
+        class_names: of own images; else () and classes are numbers.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: int
+    train: Split
+    val: Split
+    test: Split
+    digest: str
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        images: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | Sequence[int] | None = None,
+        *,
+        rows: Mapping[str, Iterable[int]] | None = None,
+        class_names: Sequence[str] = (),
+        largest: int = 255,
+    ) -> Dataset:
+        """Make a dataset of one's own images.
+
+        Args:
+            name: what it is called in MLflow; letters, digits, ".", "_", "-".
+            images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8, or floats
+                in [0, 1], which are rounded to 256 levels.
+            labels: class of each image, counted from 0, shape (N,); None leaves out the metrics
+                that need classes.
+            rows: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
+                "train"; None splits all images 8 : 1 : 1, always alike.
+            class_names: a name for each class.
+            largest: grey value of uint8 images that stands for 1.
+
+        Raises:
+            UserError: something of this is not as it must be.
+        """
+        if checked_name(name, "name", LONGEST_NAME) in DATASETS:
+            raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
+        pictures = as_images(images, largest)
+        classes = torch.zeros(len(pictures), dtype=torch.int64)
+        if labels is not None:
+            classes = as_labels(labels, len(pictures))
+        count = 0 if labels is None else max(int(classes.max()) + 1, len(class_names))
+        if class_names and len(class_names) != count:
+            raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
+        grey = 255 if torch.as_tensor(images).is_floating_point() else largest
+        whole = Split(pictures.flatten(1), classes, grey)
+        train, val, test = (
+            replace(whole, images=whole.images[own], labels=classes[own])
+            for own in split_rows(len(pictures), rows)
+        )
+        if bool((train.images == train.images[0]).all()):
+            raise UserError("all training images are the same: there is nothing to learn of them")
+        channels, height, width = pictures.shape[1:]
+        shape = channels, height, width
+        parts = (train, val, test)
+        known = [tensor for part in parts for tensor in (part.images, part.labels)]
+        about = json.dumps([shape, grey, count, *map(len, parts)])
+        return cls(name, shape, count, *parts, digest(*known, about=about), tuple(class_names))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are classes to tell apart: at least two among the training images."""
+        return self.classes > 1 and len(self.train.labels.unique()) > 1
+
+    @property
+    def pixels(self) -> int:
+        """D: values of an image, all channels."""
+        return math.prod(self.image_shape)
+
+    @cached_property
+    def pixel_variance(self) -> float:
+        """Variance of a pixel over the training images, mean over pixels, pixel^2.
+
+        It is the mse of a model that knows the mean image alone.
+        """
+        sums = torch.zeros(2, self.pixels, dtype=torch.float64, device=self.train.images.device)
+        for rows in torch.arange(len(self.train)).split(CHUNK):
+            x = self.train.pixels(rows, torch.float64)
+            sums += torch.stack([x.sum(0), x.square().sum(0)])
+        mean, square = sums / len(self.train)
+        return float((square - mean.square()).mean())
+
+    def class_name(self, label: int) -> str:
+        """Return what a class is called: its name, or its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def binarized(self, kind: Binarization) -> Dataset:
+        """Return the dataset as runs with this `binarization` are measured on it.
+
+        The drawn pixels are the same for every run and seed; binary images stay as they are.
+        """
+        if kind == "none":
+            return self
+        parts = {
+            part: getattr(self, part).binarized(kind, generator(SPLIT_SEED, f"binarize/{part}"))
+            for part in PARTS
+        }
+        return replace(self, **parts)
+
+    def to(self, device: torch.device) -> Dataset:
+        """Return the dataset with its tensors on the device."""
+        parts = {part: getattr(self, part).to(device) for part in PARTS}
+        return replace(self, **parts)
+
+
+def with_official_training(data: Dataset) -> Dataset:
+    """Return a dataset of the MNIST family with its official 60,000 training images.
+
+    The validation split is put back behind the training split (and stays what it is), so published
+    numbers of the official parts can be compared with. Nothing is to be chosen on it then.
+    """
+    images = torch.cat([data.train.images, data.val.images])
+    labels = torch.cat([data.train.labels, data.val.labels])
+    return replace(data, train=replace(data.train, images=images, labels=labels))
