@@ -20,7 +20,7 @@ def runs_of(plan: Plan, store: Store) -> Runs:
     """Return the runs of a study that diverged, as `tracking.read_runs` does."""
     failed = f"tags.study = '{plan.name}' and tags.role = 'run' and attributes.status = 'FAILED'"
     runs = harness.tracking.read_runs(store, plan.experiment, failed)
-    return [run for run in runs if run["tags"].get("reason", "").startswith("diverged in epoch")]
+    return [run for run in runs if harness.ledger.has_diverged(run)]
 
 
 def sentence(runs: Runs) -> str:

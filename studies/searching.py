@@ -49,11 +49,11 @@ class Judge:
             rows.setdefault(origin // self.hunt.plan.seeds, []).append(row)
         ends: dict[int, End] = {}
         for i, own in rows.items():
-            values = [float(record.val["neg_elbo"][row]) for row in own]
-            if not all(math.isfinite(value) for value in values):
-                ends |= self._diverged(record.epoch, dict(zip(own, values, strict=True)))
-            elif self._is_due(record, own):
-                ends |= dict.fromkeys(own, end) if (end := self._verdict(i, values, record)) else {}
+            wild = {row: why for row in own if (why := _divergence(record, row))}
+            if wild:
+                ends |= _diverged(record.epoch, own, wild)
+            elif self._is_due(record, own) and (end := self._verdict(i, own, record)):
+                ends |= dict.fromkeys(own, end)
         return ends
 
     def _is_due(self, record: EpochRecord, rows: list[int]) -> bool:
@@ -61,19 +61,10 @@ class Judge:
         judged = record.epoch in self.hunt.plan.judged and self.hunt.plan.pruner != "none"
         return judged and bool((record.kl_warmup[rows] == 1).all())
 
-    def _diverged(self, epoch: int, values: dict[int, float]) -> dict[int, End]:
+    def _verdict(self, i: int, rows: list[int], record: EpochRecord) -> End | None:
         from studies.stack import End
 
-        said = f"diverged in epoch {epoch}: validation neg_elbo is"
-        other = End("KILLED", f"another seed of its configuration diverged in epoch {epoch}")
-        return {
-            row: other if math.isfinite(value) else End("FAILED", f"{said} {value}")
-            for row, value in values.items()
-        }
-
-    def _verdict(self, i: int, values: list[float], record: EpochRecord) -> End | None:
-        from studies.stack import End
-
+        values = [float(record.val["neg_elbo"][row]) for row in rows]
         trial, mean = self.trials[i], sum(values) / len(values)
         if not self.hunt.is_worse(trial, mean, record.epoch):
             return None
@@ -84,6 +75,24 @@ class Judge:
         }[self.hunt.plan.pruner]
         said = f"pruned at epoch {record.epoch}: validation neg_elbo {mean:.2f} is {why}"
         return End("KILLED", said, pruned=True)
+
+
+def _divergence(record: EpochRecord, row: int) -> str | None:
+    """Say why a run has diverged: also where only its neg_elbo, which is compared, is no number."""
+    from studies.measures import divergence
+
+    value = float(record.val["neg_elbo"][row])
+    lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"
+    return divergence(record, row) or lost
+
+
+def _diverged(epoch: int, rows: list[int], wild: dict[int, str]) -> dict[int, End]:
+    """End a trial of which some rows have diverged: its other runs have nothing to be part of."""
+    from studies.stack import End
+
+    other = End("KILLED", f"another seed of its configuration diverged in epoch {epoch}")
+    said = f"diverged in epoch {epoch}"
+    return {row: End("FAILED", f"{said}: {wild[row]}") if row in wild else other for row in rows}
 
 
 def run(
@@ -170,9 +179,9 @@ def confirm(hunt: Hunt, place: Place, console: Console) -> None:
         f"best, trial {best.number}": (best.number, plan.base.replace(**best.params)),
         "default": (-1, plan.search.baseline(plan.base, plan.source)),
     }
-    mine = f"tags.study = '{plan.name}' and status = 'FINISHED'"
+    mine = f"tags.study = '{plan.name}'"
     runs = harness.tracking.read_runs(place.store, plan.experiment, mine)
-    done = [run["tags"].get("trial") for run in runs]
+    done = [run["tags"].get("trial") for run in runs if harness.ledger.has_ended(run)]
     missing = [label for label in wanted if done.count(label) < len(plan.fresh_seeds)]
     harness.ledger.bury_runs(place.store, plan.experiment, plan.name, missing)
     planned = [

@@ -155,7 +155,7 @@ def train_stack(
                 courses[origin].append(course_value(metrics, place.study))
             if record.epoch in picture_epochs(configs[0].epochs):
                 _log_reconstructions(record, logs, place.data)
-            for row, end in {**judge(record), **_diverged(record)}.items():
+            for row, end in {**_diverged(record), **judge(record)}.items():
                 _log_end(logs[row], end)
                 record.drop([row])
             stack.note(record)
@@ -224,9 +224,10 @@ def _end_all(logs: Sequence[RunLog], place: Place, error: BaseException) -> None
     """Give every open run its status; what cannot be written now, the next start writes."""
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
     status, reason = ("KILLED", str(error)) if interrupted else ("FAILED", repr(error))
-    with suppress(Exception):
-        for log in logs:
+    for log in logs:
+        with suppress(Exception):
             log.flush()
+    with suppress(Exception):
         harness.ledger.end_own_runs(place.store, place.experiment_id, status, reason)
 
 
