@@ -16,7 +16,7 @@ from studies import worker, workers
 from studies.books import Books
 from studies.hunt import Hunt, open_hunt
 from studies.search_options import SearchOptions, SearchPlan
-from studies.storage import open_both, unused_name
+from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
     import optuna
@@ -112,7 +112,8 @@ def run(
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
-        plan = replace(plan, name=unused_name(storage, plan.name))
+        plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
+    check_storage(storage, store, plan.experiment, plan.name)
     hunt = open_hunt(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.search.question)
     books = Books(hunt.desk, store, plan.experiment, trial_label)

@@ -10,6 +10,7 @@ import lazy_loader
 import harness
 from harness import places
 from harness.config import UserError
+from harness.places import without_password
 from studies.databases import check_kind, engine_options, exclusive
 from studies.options import first_unused
 from studies.worker import SILENT, beat
@@ -66,9 +67,35 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     return harness.tracking.connect(tracking), found
 
 
-def unused_name(storage: optuna.storages.RDBStorage, name: str) -> str:
-    """Return the name, or the first of NAME-2, NAME-3, ... that no study has."""
-    return first_unused(name, optuna.get_all_study_names(storage))
+def new_name(
+    storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str
+) -> str:
+    """Return the name, or the first of NAME-2, NAME-3, ... that neither Optuna nor MLflow knows."""
+    runs = harness.tracking.read_runs(store, experiment)
+    tracked = {run["tags"].get("study") for run in runs}
+    return first_unused(name, {*optuna.get_all_study_names(storage), *tracked})
+
+
+def check_storage(
+    storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str
+) -> None:
+    """Refuse a study of which MLflow has runs and the storage knows nothing.
+
+    Its points would be trained again, and its summary would count both runs of each.
+
+    Raises:
+        UserError: it is one.
+    """
+    if name in optuna.get_all_study_names(storage):
+        return
+    runs = harness.tracking.read_runs(store, experiment, f"tags.study = '{name}'")
+    # Asked again: who writes runs created the study before, maybe just now.
+    if runs and name not in optuna.get_all_study_names(storage):
+        raise UserError(
+            f"{without_password(store.uri)} has {len(runs)} runs of study {name!r}, of which "
+            f"--storage {without_password(storage.url)} knows nothing; name the storage that it "
+            "was run with, start another with --fresh or --study-name, or delete those runs"
+        )
 
 
 def agree(study: optuna.Study, here: dict[str, Any]) -> None:

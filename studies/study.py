@@ -17,7 +17,7 @@ from studies import worker, workers
 from studies.books import Books
 from studies.grid import Grid, open_grid
 from studies.sources import Source
-from studies.storage import open_both, unused_name
+from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,7 +116,8 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
-        plan = replace(plan, name=unused_name(storage, plan.name))
+        plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
+    check_storage(storage, store, plan.experiment, plan.name)
     grid = open_grid(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.study.question)
     books = Books(grid.desk, store, plan.experiment)
