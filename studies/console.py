@@ -85,9 +85,9 @@ class Console:
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""
         runs, study = plan.runs, plan.study
-        values = dict.fromkeys(point.value for point in plan.configs)
+        values = plan.written.values()
         groups = [group for group in dict.fromkeys(point.group for point in plan.configs) if group]
-        listed = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values)
+        listed = ", ".join(values)
         each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
         self.out.print(
             f"{len(values)} values of {study.axis.name} ({listed}){each} x {plan.seeds} seeds "

@@ -67,9 +67,7 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     return harness.tracking.connect(tracking), found
 
 
-def new_name(
-    storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str
-) -> str:
+def new_name(storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str) -> str:
     """Return the name, or the first of NAME-2, NAME-3, ... that neither Optuna nor MLflow knows."""
     runs = harness.tracking.read_runs(store, experiment)
     tracked = {run["tags"].get("study") for run in runs}

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 Apply = Callable[[RunConfig, Any, Source], RunConfig]
 """(config, value, source of the data) -> config with the value set."""
 
+Groups = Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]]
+"""(base, source of the data) -> {group: changes to base}."""
+
 
 TABLE = (
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
@@ -61,7 +64,7 @@ class Axis:
         self.apply = apply or set_field(name)
 
 
-def no_groups(data: Source) -> Mapping[str, Mapping[str, Any]]:
+def no_groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the one group of a study that has none, for any dataset."""
     return {"": {}}
 
@@ -78,7 +81,8 @@ class Study:
         figures: file name -> (frame -> figure, caption).
         answer: frame of runs in, sentences out.
         group: column that tells the groups apart, "" without groups.
-        groups: source of the data -> {group: changes to base}; the axis is swept in every group.
+        groups: (base, source of the data) -> {group: changes to base}; the axis is swept in every
+            group.
         seeds: repetitions where the user names no number.
         objective: metric whose mean over seeds is told to Optuna.
         extras: further metrics of a finished run, e.g. a linear probe.
@@ -93,7 +97,7 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Callable[[Source], Mapping[str, Mapping[str, Any]]] = no_groups
+    groups: Groups = no_groups
     seeds: int = 3
     objective: str = "val/neg_elbo"
     extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None

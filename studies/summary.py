@@ -193,7 +193,7 @@ def command(plan: Plan) -> str:
     words = [f"{program(study.name)} {plan.source.words}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
-    words += flags(first, study.base, plan.settings)
+    words += flags(first, study.base, plan.settings.keys() - {study.axis.name, study.group})
     values = list(dict.fromkeys(point.value for point in plan.configs))
     if tuple(values) != study.axis.values:
         words.append("--values " + " ".join(shlex.quote(str(value)) for value in values))

@@ -1,0 +1,51 @@
+"""Plans before anything is trained: what labels, weights and commands of points say is so."""
+
+import shlex
+
+import pytest
+
+from harness import RunConfig, UserError
+from harness.objective import beta, decoder_variance
+from studies import cli, conditions, elbo_vs_mse, kl_weight, latent_size, search
+from studies.options import Options, Point, make_plan
+from studies.sources import KNOWN
+from studies.summary import command
+
+
+@pytest.mark.parametrize("mode", ["pixels", "batch", "sum"])
+def test_a_calibrated_weight_is_calibrated_in_every_normalisation(mode):
+    for study in (latent_size.STUDY, elbo_vs_mse.STUDY):
+        plan = make_plan(study, Options(kl_normalization=mode, seeds=1))
+        variances = {p: decoder_variance(c[0], 64) for p, c in plan.configs.items()}
+        wanted = dict.fromkeys(variances, 0.01) | {
+            point: 0.5 for point in variances if point.group == "blog's weight"
+        }
+        if study is elbo_vs_mse.STUDY:
+            wanted = dict.fromkeys(variances, 0.0)
+            wanted |= {Point("", name): 0.5 for name in (conditions.BLOG_ELBO, conditions.BLOG)}
+            wanted[Point("", conditions.CALIBRATED_ELBO)] = 0.01
+        assert variances == pytest.approx(wanted, rel=1e-15)
+    baseline = search.calibrated(RunConfig(kl_normalization=mode), KNOWN["digits"])
+    assert decoder_variance(baseline, 64) == pytest.approx(0.01, rel=1e-15)
+
+
+@pytest.mark.parametrize("study", [latent_size.STUDY, elbo_vs_mse.STUDY], ids=lambda s: s.name)
+def test_no_weight_is_called_calibrated_where_weights_set_no_variance(study):
+    with pytest.raises(UserError, match="the KL weight sets the decoder variance only"):
+        make_plan(study, Options(sigma="optimal"))
+    sigma_vae = search.calibrated(RunConfig(sigma="optimal"), KNOWN["mnist"])
+    assert beta(sigma_vae, 784) == 1
+
+
+def test_points_that_differ_have_different_names():
+    plan = make_plan(kl_weight.STUDY, Options(values=(0.1001, 0.1002, 1 / 3)))
+    assert [plan.label(point).split("=")[1] for point in plan.configs] == [
+        *("0.1001", "0.1002", "0.3333")
+    ]
+
+
+def test_the_command_of_a_report_is_one_that_the_study_takes():
+    plan = make_plan(latent_size.STUDY, Options(values=(8,), seeds=1, kl_normalization="sum"))
+    arguments = shlex.split(command(plan).partition("studies.latent_size ")[2])
+    options = cli.parse("latent_size", "Why?", int, arguments)
+    assert make_plan(latent_size.STUDY, options).settings == plan.settings
