@@ -15,6 +15,15 @@ GONE = "its process is gone"
 SILENT = "its process was silent too long while it wrote it"
 
 
+def interruption(error: BaseException) -> tuple[str, str]:
+    """Return the status of a run that an exception ends, and the reason in words."""
+    if isinstance(error, SystemExit):
+        return "KILLED", f"its process ended with exit code {error.code}"
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", str(error) or "stopped by Ctrl-C"
+    return "FAILED", repr(error)
+
+
 def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> None:
     """Close every run that this process has left open in an experiment, with the reason as a tag.
 

@@ -23,14 +23,7 @@ class Point(NamedTuple):
 
 
 def written(values: Sequence[Any]) -> dict[Any, str]:
-    """Write values in as few digits, but at least three, as tell them apart.
-
-    Examples:
-        >>> written([0.1, 1 / 3]).values()
-        dict_values(['0.1', '0.333'])
-        >>> written([0.1001, 0.1002]).values()
-        dict_values(['0.1001', '0.1002'])
-    """
+    """Write values in as few digits, but at least three, as tell them apart."""
     for digits in range(3, 18):
         said = [f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in values]
         if len(set(said)) == len(said):

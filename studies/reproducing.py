@@ -42,6 +42,13 @@ if TYPE_CHECKING:
     from studies.reproduce import ReproduceOptions
 
 
+COLUMNS = (
+    *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
+    "active_units",
+)
+"""Of the view of a ledger's runs in MLflow."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A ledger being checked on a dataset.
@@ -57,10 +64,12 @@ class Check:
     place: Place
 
     def evidence(self) -> Evidence:
-        """Return what has finished so far."""
-        done = f"tags.study = '{self.name}' and tags.role = 'run' and status = 'FINISHED'"
-        records = harness.tracking.read_runs(self.place.store, self.experiment, done)
-        return Evidence(self.place.data, self.place.store, records)
+        """Return what has ended so far."""
+        mine = f"tags.study = '{self.name}' and tags.role = 'run'"
+        runs = harness.tracking.read_runs(self.place.store, self.experiment, mine)
+        done = [run for run in runs if run["status"] == "FINISHED"]
+        lost = [run for run in runs if harness.ledger.has_diverged(run)]
+        return Evidence(self.place.data, self.place.store, done, lost)
 
     @property
     def experiment(self) -> str:
@@ -114,7 +123,7 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
     name = checked_name(options.study_name or experiment)
     if options.fresh:
         runs = harness.tracking.read_runs(store, experiment)
-        name = first_unused(name, {found["tags"]["study"] for found in runs})
+        name = first_unused(name, {found["tags"].get("study") for found in runs})
     harness.ledger.bury_open_runs(store, experiment, name)
     kept = keep(store, name, options.checkpoint_every)
     quiet = lambda record: None  # noqa: E731
@@ -127,7 +136,7 @@ def train_missing(check: Check, console: Console) -> None:
     missing = [
         (runs, config)
         for runs in check.page.trained_on(place.device)
-        for config in evidence.unfinished(runs)
+        for config in evidence.untrained(runs)
     ]
     if not missing:
         console.out.print("Every run is finished already; nothing is trained again.")
@@ -189,7 +198,15 @@ def summarize(check: Check, rows: Sequence[Row], evidence: Evidence) -> Outcome:
         counts = {f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)}
         description = describe(page.question, outcome)
         log_summary(
-            outcome, check.name, settings, description, best, counts, place.data, place.store
+            outcome,
+            check.name,
+            settings,
+            description,
+            best,
+            counts,
+            place.data,
+            place.store,
+            COLUMNS,
         )
     return outcome
 

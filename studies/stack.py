@@ -222,8 +222,7 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
 
 def _end_all(logs: Sequence[RunLog], place: Place, error: BaseException) -> None:
     """Give every open run its status; what cannot be written now, the next start writes."""
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-    status, reason = ("KILLED", str(error)) if interrupted else ("FAILED", repr(error))
+    status, reason = harness.ledger.interruption(error)
     for log in logs:
         with suppress(Exception):
             log.flush()

@@ -1,5 +1,7 @@
 """Statuses of MLflow runs: what is overwritten when a trial is repeated, and what never is."""
 
+import pytest
+
 from harness import ledger, tracking
 from harness.runlog import RunLog
 from studies.stack import Place, _end_all
@@ -50,3 +52,31 @@ def test_a_log_that_cannot_be_sent_leaves_no_other_run_open(tracking_uri, tiny):
     _end_all(logs, place, KeyboardInterrupt("stopped by SIGTERM"))
     assert ends(store) == {"sent": ("KILLED", "stopped by SIGTERM")}
     assert store.client.get_run(logs[1].run_id).data.metrics == {"mse": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (KeyboardInterrupt("stopped by SIGTERM"), ("KILLED", "stopped by SIGTERM")),
+        (KeyboardInterrupt(), ("KILLED", "stopped by Ctrl-C")),
+        (SystemExit(1), ("KILLED", "its process ended with exit code 1")),
+        (ValueError("3"), ("FAILED", "ValueError('3')")),
+    ],
+)
+def test_every_end_has_a_reason_in_words(error, end):
+    assert ledger.interruption(error) == end
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [("/home/x/studies/kl_weight.py", "studies/kl_weight.py"), ("/home/x/mine.py", "mine.py")],
+)
+def test_a_run_says_which_script_made_it_and_not_where_it_is(
+    tracking_uri, script, named, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", [script])
+    store = tracking.connect(tracking_uri)
+    begun(store, "one", "FINISHED")
+    (run,) = tracking.read_runs(store, EXPERIMENT)
+    assert run["tags"]["mlflow.source.type"] == "LOCAL"
+    assert run["tags"]["mlflow.source.name"] == named
