@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rich.console
+from rich.markup import escape
 from rich.table import Table
 
 from harness import doing, places, view
@@ -80,7 +81,7 @@ class Console:
 
     def question(self, question: str) -> None:
         """Show what is asked, in its first line."""
-        self.out.print(f"[bold]{question.strip().splitlines()[0]}[/bold]")
+        self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""

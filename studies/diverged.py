@@ -26,7 +26,8 @@ def runs_of(plan: Plan, store: Store) -> Runs:
 def sentence(runs: Runs) -> str:
     """Name every run that diverged, with epoch and reason."""
     named = "; ".join(f"{run['name']} {run['tags']['reason']}" for run in runs)
-    return f"{len(runs)} runs diverged, and their values are not ranked: {named}."
+    count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
+    return f"{count} values are not ranked: {named}."
 
 
 def without(frame: pd.DataFrame, runs: Runs) -> pd.DataFrame:

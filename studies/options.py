@@ -66,7 +66,7 @@ class Common:
 
     dataset: str = "digits"
     data_dir: Path = Path("data")
-    image_size: tuple[int, ...] = ()
+    image_size: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int = 32
     model: Model | None = None
@@ -140,7 +140,7 @@ class Options(Common, Generic[Value]):
         kl_normalization: what the KL sum is divided by (pixels).
     """
 
-    values: tuple[Value, ...] = ()
+    values: tuple[Value, ...] | None = None
     seeds: int | None = None
     latent_size: int | None = None
     kl_normalization: KLNormalization | None = None
@@ -176,16 +176,20 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UserError(f"seeds={seeds}: give a whole number >= 1")
-    values = options.values or study.axis.values
+    values = study.axis.values if options.values is None else options.values
+    if not values:
+        raise UserError("--values: give at least one, or leave it out")
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
     data = source(options.dataset, own)
-    name = checked_name(options.study_name or f"{study.name}-{data.name}")
+    given = options.study_name
+    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
     base = _base(study, options, data)
     configs: dict[Point, list[RunConfig]] = {}
     for group, changes in study.groups(base, data).items():
         for value in values:
             config = study.axis.apply(base.replace(**changes), value, data)
+            _check_objective(study, config)
             point = Point(group, value)
             configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
     return Plan(study, name, data, configs)
@@ -200,14 +204,22 @@ def first_unused(name: str, taken: Container[str]) -> str:
 def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
     given = options.chosen()
     for swept in given.keys() & {study.axis.name, study.group}:
+        advice = "leave it out" if swept == study.group else "choose its values with --values"
+        raise UserError(f"{swept}={given[swept]}: {study.name} sweeps it; {advice}")
+    return options.base(study.base, data)
+
+
+def _check_objective(study: Study, config: RunConfig) -> None:
+    if not study.objective.endswith("neg_elbo"):
+        return
+    if not config.has_likelihood:
         raise UserError(
-            f"{swept}={given[swept]}: {study.name} sweeps it; choose its values with --values"
-        )
-    base = options.base(study.base, data)
-    if not base.has_likelihood and study.objective.endswith("neg_elbo"):
-        raise UserError(
-            f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
+            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
             f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
             "--binarization stochastic or threshold"
         )
-    return base
+    if config.latent == "deterministic":
+        raise UserError(
+            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "
+            "compares; give the study the objective 'val/mse'"
+        )

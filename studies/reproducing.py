@@ -117,6 +117,7 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
         UserError: as `run`.
     """
     store = harness.tracking.connect(options.tracking_uri)
+    store.check_home()
     device = harness.engine.resolve_device(options.device).type
     experiment = f"{page.name}-{data.name}"
     experiment_id = harness.tracking.open_experiment(store, experiment, page.question)

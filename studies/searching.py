@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import harness
-from studies import worker, workers
+from studies import stopping, worker, workers
 from studies.books import Books
 from studies.hunt import Hunt, open_hunt
 from studies.search_options import SearchOptions, SearchPlan
@@ -127,13 +127,14 @@ def run(
         kept = keep(store, plan.name, options.checkpoint_every)
         watching = hunt.desk.watching(progress)
         place = Place(None, data, device, store, experiment, watching, kept)
+        refused = False
         if options.workers > 1:
-            workers.train(options, plan.search.name, plan.name, progress.advance)
+            refused = workers.train(options, plan.search.name, plan.name, progress.advance)
         else:
             work(hunt, books, place)
     if worker.crowd():
         return None
-    workers.check_done(hunt.left(), plan.name)
+    workers.check_done(hunt.left(), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.search_summary import summarize  # seaborn, which training does not wait for
@@ -163,6 +164,7 @@ def work(hunt: Hunt, books: Books, place: Place) -> None:
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
             place.forget([config for config, *_ in planned])
         books.settle()
+        stopping.check()
     place.store.writer.settle()  # whoever writes the summary reads these runs
 
 

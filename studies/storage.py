@@ -52,7 +52,8 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     """Open tracking store and storage, so that one that cannot be used leaves no other behind.
 
     Raises:
-        UserError: one of them cannot be used, or they are the same file.
+        UserError: one of them cannot be used, they are the same file, or nothing can be written
+            beside the tracking store.
     """
     tracking = places.tracking_address(options.tracking_uri)
     storage = places.storage_address(options.storage)
@@ -62,9 +63,12 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     if places.sqlite_file(tracking) == places.sqlite_file(storage) is not None:
         raise UserError(f"--storage {storage} is the tracking database too; give each its own file")
     if places.is_new(storage) or places.is_server(tracking):  # opening a server writes nothing
-        return harness.tracking.connect(tracking), open_storage(storage)
-    found = open_storage(storage)
-    return harness.tracking.connect(tracking), found
+        store, found = harness.tracking.connect(tracking), open_storage(storage)
+    else:
+        found = open_storage(storage)
+        store = harness.tracking.connect(tracking)
+    store.check_home()
+    return store, found
 
 
 def new_name(storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str) -> str:

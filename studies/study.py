@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import harness
-from harness.config import RunConfig
-from studies import worker, workers
+from harness.config import RunConfig, UserError, checked_name
+from studies import stopping, worker, workers
 from studies.books import Books
 from studies.grid import Grid, open_grid
 from studies.sources import Source
@@ -57,10 +57,19 @@ class Axis:
         name: column of the frames and axis of the figures.
         values: what is tried.
         apply: (config, value, source) -> config; by default `name` is a field that is set.
+
+    Raises:
+        UserError: there is no value, or one that Optuna does not give back as it was.
     """
 
     def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
-        self.name, self.values = name, values
+        plain = all(isinstance(value, str | int | float) for value in values)
+        if not values or not plain:
+            raise UserError(
+                f"axis {name!r} has the values {list(values)}: give at least one, each a number or "
+                "a word"
+            )
+        self.name, self.values = name, tuple(values)
         self.apply = apply or set_field(name)
 
 
@@ -88,6 +97,9 @@ class Study:
         extras: further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all others are compared with; None means the best one.
+
+    Raises:
+        UserError: its name cannot be one, or it asks nothing.
     """
 
     name: str
@@ -103,6 +115,11 @@ class Study:
     extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
     reference: Any = None
+
+    def __post_init__(self) -> None:
+        checked_name(self.name)
+        if not (self.question or "").strip():
+            raise UserError(f"study {self.name!r} asks nothing; give its question, or a docstring")
 
 
 def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> Outcome | None:
@@ -129,9 +146,10 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     books.settle()
     left = len(grid.left())
     kept = keep(store, plan.name, options.checkpoint_every)
+    refused = False
     with console.progress(plan, left) as progress:
         if options.workers > 1:
-            workers.train(options, plan.study.name, plan.name, progress.advance)
+            refused = workers.train(options, plan.study.name, plan.name, progress.advance)
         else:
             device = harness.engine.resolve_device(options.device).type
             watching = grid.desk.watching(progress)
@@ -139,7 +157,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
             work(grid, books, place, progress)
     if worker.crowd():
         return None
-    workers.check_done(len(grid.left()), plan.name)
+    workers.check_done(len(grid.left()), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.summary import summarize  # seaborn, which training does not wait for
@@ -170,4 +188,5 @@ def work(grid: Grid, books: Books, place: Place, progress: Steps) -> None:
                 told += 1
             place.forget([config for point in points for config in plan.configs[point]])
         books.settle()
+        stopping.check()
     place.store.writer.settle()  # whoever writes the summary reads these runs

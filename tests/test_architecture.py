@@ -16,6 +16,7 @@ every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.rela
 HARNESS = {
     "config": set(),
     "places": {"config"},
+    "login": {"config", "places"},
     "nn": set(),
     "streams": {"config"},
     "objective": {"config", "nn"},
@@ -54,7 +55,7 @@ HARNESS = {
     "journal": {"config", "places"},
     "outbox": {"config", "journal"},
     "sending": {"config", "journal", "outbox", "places"},
-    "stores": {"config", "outbox", "places", "sending"},
+    "stores": {"config", "login", "outbox", "places", "sending"},
     "runlog": {"data", "journal", "places", "storage", "stores", "vae"},
     "view": set(),
     "tracking": {"config", "data", "places", "runlog", "storage", "stores", "vae", "view"},

@@ -1,5 +1,6 @@
 """The command line: its options, dry runs and light start; bad input is in test_bad_input.py."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ def test_cuda_where_there_is_none_is_refused(capsys):
         cli.main(kl_weight.STUDY, ["--device", "cuda"])
     assert stop.value.code == 2
     assert "no CUDA device is usable here" in capsys.readouterr().err
+
+
+def test_after_a_study_signals_do_what_they_did_before():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with cli.clear_errors():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """Plans before anything is trained: what labels, weights and commands of points say is so."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from harness import RunConfig, UserError
 from harness.objective import beta, decoder_variance
 from studies import cli, conditions, elbo_vs_mse, kl_weight, latent_size, search
+from studies.console import Console
 from studies.options import Options, Point, make_plan
 from studies.sources import KNOWN
+from studies.study import Axis
 from studies.summary import command
 
 
@@ -35,6 +38,30 @@ def test_no_weight_is_called_calibrated_where_weights_set_no_variance(study):
         make_plan(study, Options(sigma="optimal"))
     sigma_vae = search.calibrated(RunConfig(sigma="optimal"), KNOWN["mnist"])
     assert beta(sigma_vae, 784) == 1
+
+
+@pytest.mark.parametrize("values", [(), ((1, 2),), (None,)])
+def test_an_axis_has_values_that_optuna_gives_back(values):
+    with pytest.raises(UserError, match="give at least one, each a number or a word"):
+        Axis("hidden", values)
+
+
+@pytest.mark.parametrize(("name", "question"), [("mine", None), ("mine", " "), ("a/b", "Why?")])
+def test_a_study_has_a_name_and_a_question(name, question):
+    with pytest.raises(UserError, match="asks nothing|study_name="):
+        replace(kl_weight.STUDY, name=name, question=question)
+
+
+def test_brackets_in_a_question_are_shown(capsys):
+    Console().question("Which [red]weight[/red] of [0, 1]?")
+    assert capsys.readouterr().out == "Which [red]weight[/red] of [0, 1]?\n"
+
+
+def test_every_configuration_has_what_the_study_compares():
+    axis = Axis("latent", ("stochastic", "deterministic"))
+    study = replace(kl_weight.STUDY, base=RunConfig(kl_weight=0.0), axis=axis)
+    with pytest.raises(UserError, match="a plain autoencoder has no neg_elbo"):
+        make_plan(study, Options())
 
 
 def test_points_that_differ_have_different_names():
