@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from harness.config import RunConfig, UserError
 from harness.places import reason, sqlite_file, tracking_address, without_password
+from harness.stores import answering
 from harness.tracking import Store, connect
 
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
@@ -85,8 +86,14 @@ def read_record(store: Store, run_id: str) -> Record:
             provenance or its configuration, or has two configurations.
     """
     try:
-        run = store.client.get_run(run_id)
+        with answering(store):
+            run = store.client.get_run(run_id)
     except Exception as error:  # any store's: MLflow's, a server's, a driver's
+        if not _is_unknown(error):
+            if isinstance(error, UserError):
+                raise
+            where = without_password(store.uri)
+            raise UserError(f"{where} cannot be read ({reason(error)})") from error
         raise UserError(
             f"run {run_id!r} is not in {without_password(store.uri)}; its page in MLflow shows the "
             "id, and --tracking-uri names another store"
@@ -106,12 +113,20 @@ def read_record(store: Store, run_id: str) -> Record:
                 f"run {run_id} contradicts itself: {name} is {run.data.params.get(name)} among its "
                 f"parameters and {value} in its model"
             )
-    values = [
-        Logged(metric, entry.step, entry.value)
-        for metric in sorted(run.data.metrics)
-        for entry in store.client.get_metric_history(run_id, metric)
-    ]
+    with answering(store):
+        values = [
+            Logged(metric, entry.step, entry.value)
+            for metric in sorted(run.data.metrics)
+            for entry in store.client.get_metric_history(run_id, metric)
+        ]
     return Record(run_id, run.info.run_name, config, made_with, values)
+
+
+def _is_unknown(error: BaseException) -> bool:
+    """Say whether MLflow, or a server behind a `UserError`, answered that there is no such run."""
+    answered = error.__cause__ if isinstance(error, UserError) else error
+    code = getattr(answered, "error_code", "")
+    return code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def _check_provenance(made_with: dict[str, Any], run_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,5 +192,7 @@ def _way(tracking_uri: str | None) -> str:
     if where.startswith(("http://", "https://")):
         return where.rstrip("/")
     own = where == places.default_tracking() and (places.project_root() / "Makefile").exists()
-    command = "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {where}"
+    command = (
+        "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
+    )
     return f"{command}, then http://127.0.0.1:5000"

@@ -26,7 +26,7 @@ from studies.claims import (
 from studies.evidence import Evidence
 from studies.gallery import draw_models
 from studies.options import first_unused
-from studies.stack import Place, Planned, keep, train_stack
+from studies.stack import Place, Planned, forget_all, keep, train_stack
 from studies.summary import (
     Outcome,
     describe,
@@ -151,7 +151,7 @@ def train_missing(check: Check, console: Console) -> None:
             planned = [check.planned(*run) for run in stack]
             train_stack(planned, replace(place, on_epoch=on_epoch))
             place.forget([config for config, *_ in planned])
-    place.close()
+    forget_all(place.store, check.name)
 
 
 def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:

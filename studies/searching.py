@@ -107,7 +107,7 @@ def run(
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, keep
+    from studies.stack import Place, forget_all, keep
 
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
@@ -143,7 +143,7 @@ def run(
         return summarize(hunt, data, store, experiment)
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
-    place.close()
+    forget_all(store, plan.name)
     return console.conclusion(ended)
 
 

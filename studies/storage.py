@@ -107,6 +107,11 @@ def agree(study: optuna.Study, here: dict[str, Any]) -> None:
         UserError: the study exists with other settings.
     """
     there = study.user_attrs.get("settings")
+    if there is None and study.get_trials(deepcopy=False):
+        raise UserError(
+            f"study {study.study_name!r} in --storage was not made by this harness; start another "
+            "with --study-name"
+        )
     if there is None:
         study.set_user_attr("settings", here)
     elif there != here:

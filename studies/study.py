@@ -132,7 +132,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         UserError: the tracking store or the storage cannot be used, or the study exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, keep
+    from studies.stack import Place, forget_all, keep
 
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
@@ -165,8 +165,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         return summarize(plan, data, store, experiment, grid.finished())
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
-    if kept:
-        kept.clear()
+    forget_all(store, plan.name)
     return console.conclusion(ended)
 
 

@@ -60,7 +60,7 @@ HARNESS = {
     "view": set(),
     "tracking": {"config", "data", "places", "runlog", "storage", "stores", "vae", "view"},
     "ledger": {"config", "places", "stores", "tracking"},
-    "records": {"config", "places", "tracking"},
+    "records": {"config", "places", "stores", "tracking"},
     "provenance": {"data", "official"},
     "probe": {"data", "vae"},
     "latents": {"data", "evaluate", "objective", "streams", "vae"},

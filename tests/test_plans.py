@@ -3,14 +3,20 @@
 import shlex
 from dataclasses import replace
 
+import optuna
 import pytest
 
-from harness import RunConfig, UserError
+from harness import RunConfig, UserError, tracking, train
 from harness.objective import beta, decoder_variance
 from studies import cli, conditions, elbo_vs_mse, kl_weight, latent_size, search
 from studies.console import Console
+from studies.grid import open_grid
 from studies.options import Options, Point, make_plan
+from studies.origin import description
+from studies.progress import Steps
 from studies.sources import KNOWN
+from studies.stack import forget_all
+from studies.storage import open_storage
 from studies.study import Axis
 from studies.summary import command
 
@@ -76,3 +82,37 @@ def test_the_command_of_a_report_is_one_that_the_study_takes():
     arguments = shlex.split(command(plan).partition("studies.latent_size ")[2])
     options = cli.parse("latent_size", "Why?", int, arguments)
     assert make_plan(latent_size.STUDY, options).settings == plan.settings
+
+
+def test_the_line_of_an_epoch_names_the_lowest_number_that_there_is(tiny):
+    small = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1, kl_weight=0.0)
+    for latent, name in (("stochastic", "neg_elbo"), ("deterministic", "mse")):
+        record = next(iter(train([small.replace(latent=latent)], tiny, "cpu")))
+        said = []
+        Steps(1, lambda steps, now, said=said: said.append(now))(record)
+        assert said[0].startswith("epoch 1/1 of 1 run, ")
+        assert f"best {name} {float(record.val[name][0]):.2f}" in said[0]
+
+
+def test_a_study_that_somebody_else_made_is_refused(tmp_path):
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    optuna.create_study(storage=storage, study_name="mine").add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
+    with pytest.raises(UserError, match="'mine' in --storage was not made by this harness"):
+        open_grid(make_plan(kl_weight.STUDY, Options(study_name="mine")), storage)
+
+
+def test_a_finished_study_keeps_no_checkpoints_whoever_finishes_it(tracking_uri):
+    store = tracking.connect(tracking_uri)
+    file = store.home / "cache" / "checkpoints" / "mine" / "left"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    forget_all(store, "mine")
+    forget_all(store, "mine")
+    assert not file.parent.exists()
+
+
+def test_addresses_in_commands_are_quoted():
+    said = description("0", "sqlite:////my place/m.db")
+    assert "--tracking-uri 'sqlite:////my place/m.db'" in said
