@@ -37,19 +37,34 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the blog's and a calibrated weight as groups of a study.
 
+    Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
+
     Raises:
-        UserError: the KL weight sets no decoder variance, or sets it by the number of latents.
+        UserError: what the weight means depends on the number of latents.
     """
     if base.kl_normalization == "latent":
         raise UserError(
             "kl_normalization='latent' divides by the number of latents, so that one weight means "
             "another decoder variance at each; choose among pixels, batch, sum"
         )
+    if not sets_variance(base):
+        return {"exact ELBO's weight": {"kl_weight": exact(base, data).kl_weight}}
     named = {"blog's weight": BLOG_WEIGHT, "calibrated weight": data.calibrated}
     return {
         name: {"kl_weight": weighted(base, weight, data).kl_weight}
         for name, weight in named.items()
     }
+
+
+def sets_variance(config: RunConfig) -> bool:
+    """Say whether the KL weight sets the decoder's variance."""
+    return config.sigma == "fixed" and config.likelihood == "gaussian"
+
+
+def exact(config: RunConfig, data: Source) -> RunConfig:
+    """Apply the weight at which beta is 1."""
+    whole = config.replace(kl_weight=1.0)
+    return config.replace(kl_weight=1 / harness.objective.beta(whole, data.pixels))
 
 
 def weighted(config: RunConfig, weight: float, data: Source) -> RunConfig:

@@ -54,10 +54,9 @@ def calibrated(base: RunConfig, data: Source) -> RunConfig:
 
     Where no weight sets the decoder's variance the loss is an exact ELBO at beta 1.
     """
-    if base.sigma == "fixed" and base.likelihood == "gaussian":
+    if conditions.sets_variance(base):
         return conditions.weighted(base, data.calibrated, data)
-    whole = base.replace(kl_weight=1.0)
-    return base.replace(kl_weight=1 / harness.objective.beta(whole, data.pixels))
+    return conditions.exact(base, data)
 
 
 SEARCH = Search(

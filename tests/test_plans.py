@@ -38,10 +38,14 @@ def test_a_calibrated_weight_is_calibrated_in_every_normalisation(mode):
     assert decoder_variance(baseline, 64) == pytest.approx(0.01, rel=1e-15)
 
 
-@pytest.mark.parametrize("study", [latent_size.STUDY, elbo_vs_mse.STUDY], ids=lambda s: s.name)
-def test_no_weight_is_called_calibrated_where_weights_set_no_variance(study):
+def test_no_weight_is_called_calibrated_where_weights_set_no_variance():
     with pytest.raises(UserError, match="the KL weight sets the decoder variance only"):
-        make_plan(study, Options(sigma="optimal"))
+        make_plan(elbo_vs_mse.STUDY, Options(sigma="optimal"))
+    plan = make_plan(latent_size.STUDY, Options(sigma="optimal", kl_normalization="batch"))
+    assert {point.group for point in plan.configs} == {"exact ELBO's weight"}
+    assert {beta(config, 64) for config in plan.runs} == {1.0}
+    with pytest.raises(UserError, match="divides by the number of latents"):
+        make_plan(latent_size.STUDY, Options(kl_normalization="latent"))
     sigma_vae = search.calibrated(RunConfig(sigma="optimal"), KNOWN["mnist"])
     assert beta(sigma_vae, 784) == 1
 
