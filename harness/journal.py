@@ -8,6 +8,7 @@ that it belongs to and free once that is dead, so that another delivers it, and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -116,6 +117,7 @@ class Journal:
             line["run_id"] = self.run_ids.get(write.run)
             _append(self.folder / WRITES, json.dumps(line))
         except OSError as error:
+            shutil.rmtree(self._files(number), ignore_errors=True)
             raise _unwritable(self.folder, error) from error
         self._note(number, write)
 
@@ -145,9 +147,13 @@ class Journal:
         if write.kind == "end":
             del self.unfinished[write.run]
 
+    def _files(self, number: int) -> Path:
+        return self.folder / FILES / str(number)
+
     def _copied(self, folder: Path, number: int) -> Path:
-        copy = self.folder / FILES / str(number)
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        copy = self._files(number)
+        shutil.rmtree(copy, ignore_errors=True)  # of a process that died over it
+        shutil.copytree(folder, copy)
         for path in [*copy.rglob("*"), copy, copy.parent, self.folder]:
             _synchronise(path)
         return copy
@@ -173,8 +179,13 @@ class Journal:
                 self.waiting.popleft()
 
     def _acknowledged(self) -> list[tuple[int, str, str]]:
+        """Read what was delivered; lines that a power cut tore apart say nothing."""
         words = [line.split() for line in _whole_lines(self.folder / DONE)]
-        return [(int(number), run, run_id) for number, run, run_id in words]
+        whole = [line for line in words if len(line) == 3 and line[0].isdigit()]
+        return [
+            (int(number), run.decode(errors="replace"), run_id.decode(errors="replace"))
+            for number, run, run_id in whole
+        ]
 
 
 def _owner_is_gone(folder: Path) -> bool:
@@ -183,7 +194,7 @@ def _owner_is_gone(folder: Path) -> bool:
     return host == own_process()["host"] and not alive(int(process))
 
 
-def _whole_lines(file: Path) -> list[str]:
+def _whole_lines(file: Path) -> list[bytes]:
     """Read the lines of a file, and cut off a torn last one, so that more can be appended."""
     if not file.exists():
         return []
@@ -191,16 +202,17 @@ def _whole_lines(file: Path) -> list[str]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(file, len(whole))
-    return whole.decode().splitlines()
+    return whole.splitlines()
 
 
 def _append(file: Path, line: str) -> None:
     """Append a line and wait until it is on disk; what could not be written whole is taken back."""
-    with file.open("ab") as opened:
-        before = opened.tell()
+    whole = line.encode() + b"\n"
+    with file.open("ab", buffering=0) as opened:  # a buffer would be written again on closing
+        before = opened.seek(0, os.SEEK_END)
         try:
-            opened.write(line.encode() + b"\n")
-            opened.flush()
+            if opened.write(whole) != len(whole):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(opened.fileno())
         except OSError:
             os.truncate(file, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness.config import UserError
@@ -13,6 +13,15 @@ from harness.tracking import close_run, read_runs
 
 GONE = "its process is gone"
 SILENT = "its process was silent too long while it wrote it"
+
+
+def interruption(error: BaseException) -> tuple[str, str]:
+    """Return the status of a run that an exception ends, and the reason in words."""
+    if isinstance(error, SystemExit):
+        return "KILLED", f"its process ended with exit code {error.code}"
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", str(error) or "stopped by Ctrl-C"
+    return "FAILED", repr(error)
 
 
 def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> None:
@@ -29,6 +38,16 @@ def end_own_runs(store: Store, experiment_id: str, status: str, reason: str) -> 
             close_run(store, run.info.run_id, status, reason)
 
 
+def has_ended(run: Mapping[str, Any]) -> bool:
+    """Say whether a run of `read_runs` has said what it can: it finished, or it diverged."""
+    return run["status"] == "FINISHED" or has_diverged(run)
+
+
+def has_diverged(run: Mapping[str, Any]) -> bool:
+    """Say whether a run of `read_runs` diverged."""
+    return run["status"] == "FAILED" and run["tags"].get("reason", "").startswith("diverged")
+
+
 def bury_runs(
     store: Store,
     experiment: str,
@@ -36,10 +55,13 @@ def bury_runs(
     trials: Iterable[object],
     reason: str = GONE,
 ) -> None:
-    """Close every run of trials that are repeated, as KILLED even where it was finished."""
+    """Close every run of trials that are repeated, as KILLED even where it has ended.
+
+    What failed for a reason of its own, or was killed, counts for nothing and keeps that reason.
+    """
     dead = {str(number) for number in trials}
     for run in read_runs(store, experiment, f"tags.study = '{study}'"):
-        if run["tags"].get("trial") in dead and run["status"] != "KILLED":
+        if run["tags"].get("trial") in dead and (run["status"] == "RUNNING" or has_ended(run)):
             close_run(store, run["run_id"], "KILLED", reason)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -138,7 +139,11 @@ class Outbox:
         for folder in sorted(found.parent for found in self.folder.glob(f"*/{WRITES}")):
             journal = Journal.left(folder)
             if journal is not None:
-                Outbox(self.folder, self.address, self._sender, journal)._finish()
+                dead = Outbox(self.folder, self.address, self._sender, journal)
+                dead._finish()
+                self._run_ids |= dead._run_ids
+                self._doubtful |= dead._doubtful
+        self._remove_twins([key for key in self._doubtful if key not in self._open])
 
     def _finish(self) -> None:
         """Deliver what a dead process left, and end what it had not ended."""
@@ -186,8 +191,6 @@ class Outbox:
             self._run_ids[write.run] = self._sender.send(
                 write, self._run_ids.get(write.run), again=again
             )
-            if write.kind == "end" and write.run in self._doubtful:
-                self._sender.remove_others(*self._identity(write.run))
             answered = True
         except Unavailable as error:
             self._first_failure(str(error))
@@ -195,7 +198,24 @@ class Outbox:
             raise self._refused(error) from error
         finally:
             self._pace.note(time.monotonic() - start, answered=answered)
+        if answered and write.kind == "end":
+            self._remove_twins([write.run])
         return answered
+
+    def _remove_twins(self, keys: Iterable[str]) -> None:
+        """Delete what late answers to lost requests have made of runs; what fails is tried again.
+
+        That of a run which is not over may still come.
+        """
+        for key in [key for key in keys if key in self._doubtful and key in self._run_ids]:
+            try:
+                self._sender.remove_others(*self._identity(key))
+            except Unavailable:
+                return
+            except UserError as error:
+                _say(f"A run may be there twice: {error}.")
+            if key not in self._open:
+                del self._doubtful[key]
 
     def _identity(self, key: str) -> tuple[str, str, str]:
         return self._doubtful[key], key, self._run_ids[key]
@@ -209,19 +229,14 @@ class Outbox:
             self._doubtful[write.run] = write.experiment
 
     def _close(self) -> None:
-        """Remove the journal, all delivered, and what late answers to lost requests have made."""
+        """Remove the journal, all delivered, and the twins of its runs."""
         assert self._journal is not None
         self._journal.remove()
         self._journal = None
         if self._error:
             _say(f"The MLflow server at {self.address} is back; all records are delivered.")
             self._error = ""
-        for key in self._doubtful:
-            try:
-                self._sender.remove_others(*self._identity(key))
-            except Unavailable:
-                return
-        self._doubtful = {key: self._doubtful[key] for key in self._open if key in self._doubtful}
+        self._remove_twins(self._doubtful)
 
     def _first_failure(self, reason: str) -> None:
         if not self._error:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -26,9 +25,6 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Module of a database's driver -> what pip installs, where the names differ."""
-
-LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-"""Where MLflow reads user and password of a server."""
 
 TABLES = {"--tracking-uri": "experiments", "--storage": "studies"}
 """Option that names a database -> a table that the database has unless it is empty."""
@@ -47,12 +43,22 @@ def default_tracking() -> str:
 
 def tracking_address(uri: str | None) -> str:
     """Return a tracking URI, of None that of MLFLOW_TRACKING_URI or the default."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
+    if uri is None:
+        return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
+    return _given(uri, "--tracking-uri")
 
 
 def storage_address(url: str | None) -> str:
     """Return the URL of Optuna's storage, of None `optuna.db` where databases go."""
-    return url or f"sqlite:///{project_root() / 'optuna.db'}"
+    if url is None:
+        return f"sqlite:///{project_root() / 'optuna.db'}"
+    return _given(url, "--storage")
+
+
+def _given(address: str, option: str) -> str:
+    if not address.strip():
+        raise UserError(f"{option} is empty; give an address, or leave it out")
+    return address
 
 
 def without_password(text: str) -> str:
@@ -131,15 +137,35 @@ def _check_sqlite(url: str, table: str) -> None:
     if file is None:
         return
     if is_new(url):
-        above = next(folder for folder in file.parents if folder.exists())
-        if not above.is_dir():
-            raise OSError(f"{above} is not a folder")
-        with tempfile.TemporaryFile(dir=above):  # has no name, and tells what rights alone do not
-            pass
+        _try_folder(file.parent)
     elif not file.is_file():
         raise OSError(f"{file} is not a file")
     elif _is_foreign(file, table):
         raise OSError(f"{file} is a database of something else")
+
+
+def _try_folder(folder: Path) -> None:
+    """Raise OSError unless a folder can be made, or written if it is there."""
+    above = next(there for there in (folder, *folder.parents) if there.exists())
+    if not above.is_dir():
+        raise OSError(f"{above} is not a folder")
+    with tempfile.TemporaryFile(dir=above):  # has no name, and tells what rights alone do not
+        pass
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written; nothing is.
+
+    Raises:
+        UserError: it cannot be written, or something else is there.
+    """
+    try:
+        _try_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({reason(error)}), where results go; make room or rights "
+            "there, or name a --tracking-uri in another folder"
+        ) from error
 
 
 def is_new(url: str) -> bool:
@@ -165,46 +191,6 @@ def _tables(file: Path, how: str = "") -> set[str]:
 def is_server(uri: str) -> bool:
     """Say whether a tracking URI is a server's address."""
     return uri.startswith(("http://", "https://"))
-
-
-_signed_in: dict[str, tuple[str, str]] = {}
-"""Server -> user and password given with its address."""
-
-
-def signed_in(uri: str) -> str:
-    """Return a server's address without user and password, which go where MLflow reads them.
-
-    MLflow knows one user for all servers, and would send it to any.
-
-    Raises:
-        UserError: another server was signed in to, or this one as somebody else.
-    """
-    if not is_server(uri):
-        return uri
-    server, login = without_password(uri), _login(uri)
-    told = tuple(os.environ.get(name) for name in LOGIN)
-    for known, other in _signed_in.items():
-        # Only while MLflow still has it: who sets the variables anew decides for all servers.
-        if other == told and (
-            known.rstrip("/") != server.rstrip("/") or login not in (None, other)
-        ):
-            raise UserError(
-                f"{known} was signed in to with a user of its own, and MLflow knows one user at a "
-                f"time; use {server} in another process, or set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD and leave users out of the addresses"
-            )
-    if login is not None:
-        _signed_in.clear()
-        _signed_in[server] = login
-        os.environ.update(zip(LOGIN, login, strict=True))
-    return server
-
-
-def _login(uri: str) -> tuple[str, str] | None:
-    if without_password(uri) == uri:
-        return None
-    user, _, password = urlsplit(uri).netloc.rpartition("@")[0].partition(":")
-    return unquote(user), unquote(password)
 
 
 @contextmanager

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.config import RunConfig, UserError
 from harness.places import reason, sqlite_file, tracking_address, without_password
+from harness.stores import answering
 from harness.tracking import Store, connect
 
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 """Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
+
+
+NEEDED: Mapping[str, tuple[type, ...]] = {
+    "study": (str, type(None)),
+    "device.kind": (str,),
+    "threads.blas": (int,),
+    "code.commit": (str,),
+    "code.dirty": (bool, type(None)),
+    "code.sources": (str,),
+    "code.untracked": (list,),
+    "versions": (dict,),
+    "platform": (str,),
+    "dataset.name": (str,),
+    "dataset.digest": (str,),
+    "dataset.images.train": (int,),
+    "dataset.image_shape": (list,),
+}
+"""What a provenance must hold so that its run can be repeated."""
 
 
 class Logged(NamedTuple):
@@ -66,8 +86,14 @@ def read_record(store: Store, run_id: str) -> Record:
             provenance or its configuration, or has two configurations.
     """
     try:
-        run = store.client.get_run(run_id)
+        with answering(store):
+            run = store.client.get_run(run_id)
     except Exception as error:  # any store's: MLflow's, a server's, a driver's
+        if not _is_unknown(error):
+            if isinstance(error, UserError):
+                raise
+            where = without_password(store.uri)
+            raise UserError(f"{where} cannot be read ({reason(error)})") from error
         raise UserError(
             f"run {run_id!r} is not in {without_password(store.uri)}; its page in MLflow shows the "
             "id, and --tracking-uri names another store"
@@ -79,6 +105,7 @@ def read_record(store: Store, run_id: str) -> Record:
     if status != "FINISHED":
         raise UserError(f"run {run_id} is {status}; only a FINISHED run can be compared")
     made_with = read_json(store, run_id, PROVENANCE)
+    _check_provenance(made_with, run_id)
     config = RunConfig.from_json(read_text(store, run_id, "model/config.json"))
     for name, value in asdict(config).items():
         if run.data.params.get(name) != str(value):
@@ -86,12 +113,29 @@ def read_record(store: Store, run_id: str) -> Record:
                 f"run {run_id} contradicts itself: {name} is {run.data.params.get(name)} among its "
                 f"parameters and {value} in its model"
             )
-    values = [
-        Logged(metric, entry.step, entry.value)
-        for metric in sorted(run.data.metrics)
-        for entry in store.client.get_metric_history(run_id, metric)
-    ]
+    with answering(store):
+        values = [
+            Logged(metric, entry.step, entry.value)
+            for metric in sorted(run.data.metrics)
+            for entry in store.client.get_metric_history(run_id, metric)
+        ]
     return Record(run_id, run.info.run_name, config, made_with, values)
+
+
+def _is_unknown(error: BaseException) -> bool:
+    """Say whether MLflow, or a server behind a `UserError`, answered that there is no such run."""
+    answered = error.__cause__ if isinstance(error, UserError) else error
+    code = getattr(answered, "error_code", "")
+    return code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _check_provenance(made_with: dict[str, Any], run_id: str) -> None:
+    for path, kinds in NEEDED.items():
+        found: Any = made_with
+        for name in path.split("."):
+            found = found.get(name, ...) if isinstance(found, dict) else ...
+        if not isinstance(found, kinds):
+            raise UserError(f"{PROVENANCE} of run {run_id} lacks {path}; it cannot be repeated")
 
 
 def read_json(store: Store, run_id: str, file: str) -> dict[str, Any]:
@@ -101,9 +145,12 @@ def read_json(store: Store, run_id: str, file: str) -> dict[str, Any]:
         UserError: as `read_text`, or it is not JSON.
     """
     try:
-        return json.loads(read_text(store, run_id, file))
-    except json.JSONDecodeError as error:
+        found = json.loads(read_text(store, run_id, file))
+    except (ValueError, RecursionError) as error:  # also brackets without end
         raise UserError(f"{file} of run {run_id} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} of run {run_id} is no JSON object; it cannot be repeated")
+    return found
 
 
 def read_text(store: Store, run_id: str, file: str) -> str:

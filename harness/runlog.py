@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
+import sys
 import tempfile
 import time
 import uuid
@@ -39,7 +42,7 @@ class RunLog:
         store: where to write. Where that is a server which does not answer, all waits on disk.
         experiment_id: experiment of the run.
         name: shown in the run table.
-        tags: added to host and process.
+        tags: added to host, process, user and the name of the script.
         params: any values; written as text.
         description: run id -> Markdown that the run's page shows.
     """
@@ -55,7 +58,8 @@ class RunLog:
     ) -> None:
         self._writer, self._experiment, self._key = store.writer, experiment_id, uuid.uuid4().hex
         self._waiting: list[tuple[str, float, int, int]] = []
-        self._put("create", name=name, tags={**tags, **own_process()}, time=_now())
+        made_by = {**own_process(), **_source()}
+        self._put("create", name=name, tags={**made_by, **tags}, time=_now())
         # The key stands for an id that the server has not given yet.
         note = {NOTE: description(self._writer.known(self._key))} if description else {}
         written = {name: str(value) for name, value in params.items()}
@@ -147,6 +151,17 @@ class RunLog:
         """Send what is waiting and close the run: FINISHED, FAILED or KILLED."""
         self.flush()
         self._put("end", status=status, time=_now())
+
+
+def _source() -> dict[str, str]:
+    """Return the tags of which MLflow makes its columns "Source" and "Created by"."""
+    script = Path(sys.argv[0])
+    page = script.parent.name == "studies"  # else by name alone: a folder is nobody's business
+    named = f"studies/{script.name}" if page else script.name
+    source = {"mlflow.source.type": "LOCAL", "mlflow.source.name": named} if named else {}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
+        source["mlflow.user"] = getpass.getuser()
+    return source
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -22,17 +22,18 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from harness.config import UserError
+from harness.login import signed_in
 from harness.outbox import Outbox
 from harness.places import (
     asked_once,
     check_database,
+    check_folder,
     creation_lock,
     environment,
     is_server,
     memory_folder,
     project_root,
     put,
-    signed_in,
     sqlite_file,
     tracking_address,
     unusable,
@@ -63,6 +64,15 @@ class Store:
     home: Path
     local: bool
     writer: Direct | Outbox = field(repr=False)
+
+    def check_home(self) -> None:
+        """Refuse a store beside which nothing can be written, before hours of training.
+
+        Raises:
+            UserError: reports or unfinished runs cannot be kept there.
+        """
+        for name in ("reports", "cache"):
+            check_folder(self.home / name)
 
 
 def connect(uri: str | None = None) -> Store:

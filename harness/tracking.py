@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from harness import view
 from harness.config import RunConfig, UserError
-from harness.places import asked_once, reason, unusable, without_password
+from harness.places import asked_once, is_server, reason, unusable, without_password
 from harness.runlog import NOTE
 from harness.runlog import RunLog as RunLog
 from harness.stores import Store as Store
@@ -54,7 +54,9 @@ def open_experiment(store: Store, name: str, description: str) -> str:
         UserError: the experiment was deleted, or the store does not answer.
     """
     store.writer.settle()
-    location = (store.home / "mlruns" / name).as_uri() if store.local else None
+    # A server knows its own place; a database would take the folder that a process stands in.
+    own = is_server(store.uri)
+    location = None if own else (store.home / "mlruns" / name).as_uri()
     tags = {NOTE: description, "mlflow.experimentKind": TRAINING_VIEW}
     try:
         with asked_once():

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -19,6 +18,7 @@ from studies import live, stopping
 from studies.options import Options, make_plan
 from studies.sources import read_own
 from studies.study import Study
+from studies.worker import start_words
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
@@ -47,9 +47,8 @@ def clear_errors(stopped: str = STOPPED) -> Iterator[None]:
     Args:
         stopped: what to say after Ctrl-C or SIGTERM.
     """
-    stopping.install()
     try:
-        with live.shown():
+        with stopping.heeded(), live.shown():
             yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,8 +97,7 @@ def read(options: type[Given], name: str, question: str, args: Sequence[str] | N
 
 def program(name: str) -> str:
     """Return how a study is started: as a page of `studies`, or as the user's own file."""
-    page = Path(__file__).with_name(f"{name}.py").exists()
-    return f"python -m studies.{name}" if page else f"python {shlex.quote(sys.argv[0])}"
+    return shlex.join(["python", *start_words(name)])
 
 
 def _one_line(box: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import harness
-from harness.config import RunConfig
+from harness.config import RunConfig, UserError
 
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
@@ -64,11 +64,17 @@ def read(store: Store, record: Record, device: str) -> tuple[Companions, int]:
     """Read whom a run is to be trained with on a device, and its place among them.
 
     Raises:
-        UserError: the run has no record of its stack.
+        UserError: the run has no record of its stack, or a broken one.
     """
     if "cpu" in (device, record.made_with["device"]["kind"]):
         return Companions.of([record.config]), 0
-    return from_json(harness.records.read_json(store, record.run_id, FILE))
+    values = harness.records.read_json(store, record.run_id, FILE)
+    try:
+        return from_json(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{FILE} of run {record.run_id} is broken ({error!r}); it cannot be repeated"
+        ) from None
 
 
 def from_json(values: Mapping[str, Any]) -> tuple[Companions, int]:

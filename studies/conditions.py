@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import harness
-from harness.config import RunConfig
+from harness.config import RunConfig, UserError
 from studies.sources import Source
 
 if TYPE_CHECKING:
@@ -34,23 +34,59 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 """What ELBO and MSE-only training are compared by: name -> changes to the calibrated ELBO."""
 
 
-def weights(data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return the blog's and a calibrated weight as groups of a study."""
+def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
+    """Return the blog's and a calibrated weight as groups of a study.
+
+    Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
+
+    Raises:
+        UserError: what the weight means depends on the number of latents.
+    """
+    if base.kl_normalization == "latent":
+        raise UserError(
+            "kl_normalization='latent' divides by the number of latents, so that one weight means "
+            "another decoder variance at each; choose among pixels, batch, sum"
+        )
+    if not sets_variance(base):
+        return {"exact ELBO's weight": {"kl_weight": exact(base, data).kl_weight}}
+    named = {"blog's weight": BLOG_WEIGHT, "calibrated weight": data.calibrated}
     return {
-        "blog's weight": {"kl_weight": BLOG_WEIGHT},
-        "calibrated weight": {"kl_weight": data.calibrated},
+        name: {"kl_weight": weighted(base, weight, data).kl_weight}
+        for name, weight in named.items()
     }
 
 
-def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
-    """Apply a named condition.
+def sets_variance(config: RunConfig) -> bool:
+    """Say whether the KL weight sets the decoder's variance."""
+    return config.sigma == "fixed" and config.likelihood == "gaussian"
+
+
+def exact(config: RunConfig, data: Source) -> RunConfig:
+    """Apply the weight at which beta is 1."""
+    whole = config.replace(kl_weight=1.0)
+    return config.replace(kl_weight=1 / harness.objective.beta(whole, data.pixels))
+
+
+def weighted(config: RunConfig, weight: float, data: Source) -> RunConfig:
+    """Apply a KL weight of mode "pixels", in other modes the one that means the same variance.
 
     Raises:
-        UserError: there is no condition of that name.
+        UserError: the KL weight sets no decoder variance.
+    """
+    return set_decoder_variance(config, weight / 2, data)
+
+
+def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
+    """Apply a named condition; its weight is one of mode "pixels", as in `weighted`.
+
+    Raises:
+        UserError: there is no condition of that name, or the KL weight sets no decoder variance.
     """
     if name not in CONDITIONS:
-        raise harness.UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
-    return config.replace(**{"kl_weight": data.calibrated, **CONDITIONS[name]})
+        raise UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
+    changes = {"kl_weight": data.calibrated, **CONDITIONS[name]}
+    weight = weighted(config, changes["kl_weight"], data).kl_weight
+    return config.replace(**{**changes, "kl_weight": weight})
 
 
 def set_decoder_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:

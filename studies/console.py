@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rich.console
+from rich.markup import escape
 from rich.table import Table
 
 from harness import doing, places, view
@@ -80,14 +82,14 @@ class Console:
 
     def question(self, question: str) -> None:
         """Show what is asked, in its first line."""
-        self.out.print(f"[bold]{question.strip().splitlines()[0]}[/bold]")
+        self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
         """Say what will be trained."""
         runs, study = plan.runs, plan.study
-        values = dict.fromkeys(point.value for point in plan.configs)
+        values = plan.written.values()
         groups = [group for group in dict.fromkeys(point.group for point in plan.configs) if group]
-        listed = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values)
+        listed = ", ".join(values)
         each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
         self.out.print(
             f"{len(values)} values of {study.axis.name} ({listed}){each} x {plan.seeds} seeds "
@@ -190,5 +192,7 @@ def _way(tracking_uri: str | None) -> str:
     if where.startswith(("http://", "https://")):
         return where.rstrip("/")
     own = where == places.default_tracking() and (places.project_root() / "Makefile").exists()
-    command = "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {where}"
+    command = (
+        "make ui" if own else f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
+    )
     return f"{command}, then http://127.0.0.1:5000"

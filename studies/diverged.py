@@ -20,13 +20,14 @@ def runs_of(plan: Plan, store: Store) -> Runs:
     """Return the runs of a study that diverged, as `tracking.read_runs` does."""
     failed = f"tags.study = '{plan.name}' and tags.role = 'run' and attributes.status = 'FAILED'"
     runs = harness.tracking.read_runs(store, plan.experiment, failed)
-    return [run for run in runs if run["tags"].get("reason", "").startswith("diverged in epoch")]
+    return [run for run in runs if harness.ledger.has_diverged(run)]
 
 
 def sentence(runs: Runs) -> str:
     """Name every run that diverged, with epoch and reason."""
     named = "; ".join(f"{run['name']} {run['tags']['reason']}" for run in runs)
-    return f"{len(runs)} runs diverged, and their values are not ranked: {named}."
+    count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
+    return f"{count} values are not ranked: {named}."
 
 
 def without(frame: pd.DataFrame, runs: Runs) -> pd.DataFrame:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.dataset import Dataset
     from harness.tracking import Store
 
-ALIKE = ("model", "hidden", "batch_size", "head", "likelihood", "precision")
+ALIKE = ("model", "hidden", "channels", "batch_size", "head", "likelihood", "precision")
 """Fields of `RunConfig` that set how fast a run of a dataset is, other than `epochs`."""
 
 RECENT = 48

@@ -33,11 +33,13 @@ class Evidence:
         data: the dataset.
         store: where the runs are.
         records: the finished runs, found by their settings.
+        lost: those that diverged, and would do so again.
     """
 
     data: Dataset
     store: Store = field(repr=False)
     records: Sequence[Record] = field(repr=False)
+    lost: Sequence[Record] = field(default=(), repr=False)
     _batches: dict[Runs, BatchLosses] = field(default_factory=dict, repr=False)
     _frames: dict[Runs, pd.DataFrame] = field(default_factory=dict, repr=False)
 
@@ -54,6 +56,10 @@ class Evidence:
             found.setdefault(_read_settings(record["params"]), record)
         return found
 
+    @cached_property
+    def _diverged(self) -> set[tuple[str, ...]]:
+        return {_read_settings(record["params"]) for record in self.lost}
+
     def find(self, config: RunConfig) -> Record | None:
         """Return the finished run of a configuration on these very images, None without one."""
         return self._by_settings.get(_settings(config, self.data.digest))
@@ -62,14 +68,20 @@ class Evidence:
         """Return the configurations that have no finished run."""
         return [config for config in runs.configs if self.find(config) is None]
 
+    def untrained(self, runs: Runs) -> list[RunConfig]:
+        """Return the configurations that have neither finished nor diverged."""
+        digest = self.data.digest
+        left = self.unfinished(runs)
+        return [config for config in left if _settings(config, digest) not in self._diverged]
+
     def missing(self, needs: Sequence[Runs]) -> str:
         """Say why a claim cannot be measured; "" if it can."""
-        lacking = [runs for runs in needs if self.unfinished(runs)]
-        if not lacking:
-            return ""
-        if lacking[0].gpu:
-            return "needs --full on a GPU"
-        return f"{lacking[0].label!r} diverged"
+        for runs in needs:
+            if self.untrained(runs):
+                return "needs --full on a GPU"
+            if self.unfinished(runs):
+                return f"{runs.label!r} diverged"
+        return ""
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return some runs as a tidy frame, a row a seed, test metrics under their plain names."""

@@ -85,15 +85,14 @@ def draw_models(
 
 
 def _models(plan: Plan, frame: pd.DataFrame, store: Store) -> dict[str, SingleVAE]:
-    """Load seed 0 of each finished point of the last group: label -> model."""
-    group = list(plan.configs)[-1].group
+    """Load seed 0 of each point of the last group that has one: label -> model."""
     run_ids = dict(zip(frame["name"], frame["run_id"], strict=True))
-    labels = [plan.label(point) for point in plan.configs if point.group == group]
-    there = {label: run_ids.get(f"{label} seed=0") for label in labels}
+    there = {point: run_ids.get(f"{plan.label(point)} seed=0") for point in plan.configs}
+    group = [point.group for point, run_id in there.items() if run_id][-1]
     return {
-        label: harness.load_run(run_id, store.uri).model
-        for label, run_id in there.items()
-        if run_id is not None
+        plan.label(point): harness.load_run(run_id, store.uri).model
+        for point, run_id in there.items()
+        if run_id and point.group == group
     }
 
 

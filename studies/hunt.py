@@ -143,7 +143,9 @@ class Hunt:
             UserError: no trial finished.
         """
         if not self.trials("COMPLETE"):
-            raise UserError(f"search {self.plan.name!r} has no finished trial: all diverged")
+            raise UserError(
+                f"search {self.plan.name!r} has no finished trial: all diverged or were pruned"
+            )
         return min(self.front(), key=lambda trial: trial.user_attrs[SELECTION])
 
     def importances(self) -> dict[str, dict[str, float]]:

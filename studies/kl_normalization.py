@@ -21,7 +21,7 @@ STUDY = Study(
     base=RunConfig(),
     axis=Axis("decoder_variance", VARIANCES, conditions.set_decoder_variance),
     group="kl_normalization",
-    groups=lambda data: {mode: {"kl_normalization": mode} for mode in MODES},
+    groups=lambda base, data: {mode: {"kl_normalization": mode} for mode in MODES},
     figures={
         "one_curve": (
             plots.one_curve,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from harness.config import (
     Binarization,
@@ -20,6 +19,8 @@ from harness.config import (
     UserError,
     checked_name,
 )
+from studies.plan import Plan as Plan
+from studies.plan import Point as Point
 from studies.sources import Source, source
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Common:
 
     dataset: str = "digits"
     data_dir: Path = Path("data")
-    image_size: tuple[int, ...] = ()
+    image_size: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int = 32
     model: Model | None = None
@@ -139,7 +140,7 @@ class Options(Common, Generic[Value]):
         kl_normalization: what the KL sum is divided by (pixels).
     """
 
-    values: tuple[Value, ...] = ()
+    values: tuple[Value, ...] | None = None
     seeds: int | None = None
     latent_size: int | None = None
     kl_normalization: KLNormalization | None = None
@@ -161,88 +162,6 @@ def _said(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-class Point(NamedTuple):
-    """What a trial is: a value of the axis, in one of the study's groups ("" without groups)."""
-
-    group: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study with everything decided: which runs, under which names.
-
-    Attributes:
-        study: the study.
-        name: of the Optuna study, and tag of its runs.
-        source: what is known of the dataset.
-        configs: point -> one configuration per seed.
-    """
-
-    study: Study
-    name: str
-    source: Source
-    configs: dict[Point, list[RunConfig]] = field(repr=False)
-
-    @property
-    def dataset(self) -> str:
-        """Name of the dataset."""
-        return self.source.name
-
-    @property
-    def experiment(self) -> str:
-        """Name of the MLflow experiment: one per study and dataset."""
-        return f"{self.study.name}-{self.dataset}"
-
-    @property
-    def runs(self) -> list[RunConfig]:
-        """All configurations, point by point."""
-        return [config for configs in self.configs.values() for config in configs]
-
-    @property
-    def seeds(self) -> int:
-        """Runs of each point."""
-        return len(next(iter(self.configs.values())))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes two starts the same study, as plain values."""
-        varied = {"seed", *self._varied()}
-        first = json.loads(self.runs[0].to_json())
-        shared = {name: value for name, value in first.items() if name not in varied}
-        values = list(dict.fromkeys(point.value for point in self.configs))
-        return {**self.source.settings, "values": values, "seeds": self.seeds, **shared}
-
-    def _varied(self) -> Iterator[str]:
-        """Yield the fields in which the points differ."""
-        first, *others = (configs[0] for configs in self.configs.values())
-        for name in RunConfig.__dataclass_fields__:
-            if any(getattr(first, name) != getattr(other, name) for other in others):
-                yield name
-
-    def coordinates(self, point: Point) -> dict[str, Any]:
-        """Return a point as Optuna's parameters and the frames' columns name it."""
-        group = {self.study.group: point.group} if self.study.group else {}
-        return {**group, self.study.axis.name: point.value}
-
-    def tags(self, point: Point, trial: int) -> dict[str, str]:
-        """Return what the MLflow runs of a point are found by."""
-        label = self.label(point)
-        return {
-            "study": self.name,
-            "role": "run",
-            "trial": str(trial),
-            "configuration": label,
-            "seed_group": f"{self.name}/{label}",
-        }
-
-    def label(self, point: Point) -> str:
-        """Name a point for people, e.g. "batch, kl_weight=0.1"."""
-        value = f"{point.value:.3g}" if isinstance(point.value, float) else str(point.value)
-        named = value if self.study.axis.name == "condition" else f"{self.study.axis.name}={value}"
-        return f"{point.group}, {named}" if point.group else named
-
-
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Decide every run of a study; all settings are checked here, before anything is written.
 
@@ -257,16 +176,20 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UserError(f"seeds={seeds}: give a whole number >= 1")
-    values = options.values or study.axis.values
+    values = study.axis.values if options.values is None else options.values
+    if not values:
+        raise UserError("--values: give at least one, or leave it out")
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
     data = source(options.dataset, own)
-    name = checked_name(options.study_name or f"{study.name}-{data.name}")
+    given = options.study_name
+    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
     base = _base(study, options, data)
     configs: dict[Point, list[RunConfig]] = {}
-    for group, changes in study.groups(data).items():
+    for group, changes in study.groups(base, data).items():
         for value in values:
             config = study.axis.apply(base.replace(**changes), value, data)
+            _check_objective(study, config)
             point = Point(group, value)
             configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
     return Plan(study, name, data, configs)
@@ -281,14 +204,22 @@ def first_unused(name: str, taken: Container[str]) -> str:
 def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
     given = options.chosen()
     for swept in given.keys() & {study.axis.name, study.group}:
+        advice = "leave it out" if swept == study.group else "choose its values with --values"
+        raise UserError(f"{swept}={given[swept]}: {study.name} sweeps it; {advice}")
+    return options.base(study.base, data)
+
+
+def _check_objective(study: Study, config: RunConfig) -> None:
+    if not study.objective.endswith("neg_elbo"):
+        return
+    if not config.has_likelihood:
         raise UserError(
-            f"{swept}={given[swept]}: {study.name} sweeps it; choose its values with --values"
-        )
-    base = options.base(study.base, data)
-    if not base.has_likelihood and study.objective.endswith("neg_elbo"):
-        raise UserError(
-            f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
+            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
             f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
             "--binarization stochastic or threshold"
         )
-    return base
+    if config.latent == "deterministic":
+        raise UserError(
+            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "
+            "compares; give the study the objective 'val/mse'"
+        )

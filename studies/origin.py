@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def log_origin(log: RunLog, made: Mapping[str, Any]) -> None:
 def description(run_id: str, tracking_uri: str) -> str:
     """Say in Markdown how a run is repeated; a user's data folder is not part of it."""
     default = tracking_uri == default_tracking()
-    where = "" if default else f" --tracking-uri {without_password(tracking_uri)}"
+    where = "" if default else f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
     return (
         "Train it again from its record and compare every metric:\n\n"
         f"    python -m studies.replay {run_id}{where}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -50,8 +51,17 @@ def report(steps: int, now: str) -> None:
 
 
 def _line(record: EpochRecord, epochs: int) -> str:
-    best, runs = min(record.val["neg_elbo"]), len(record.model.configs)
+    runs = len(record.rows)
     return (
         f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
-        f"{record.images_per_second:,.0f} images/s, best neg_elbo {best:.2f}"
+        f"{record.images_per_second:,.0f} images/s, best {_best(record)}"
     )
+
+
+def _best(record: EpochRecord) -> str:
+    """Name the lowest neg_elbo; of plain autoencoders, which have none, the lowest mse."""
+    for name, digits in (("neg_elbo", 2), ("mse", 4)):
+        found = [float(value) for value in record.val[name] if math.isfinite(value)]
+        if found:
+            return f"{name} {min(found):.{digits}f}"
+    return "of none: all diverge"

@@ -189,7 +189,7 @@ def execute(options: ReproduceOptions) -> list[Row]:
         UserError: an option, the data or a store cannot be used.
     """
     page = reproduction(FULL if options.full else SHORT)
-    checked_name(options.study_name or NAME)
+    checked_name(NAME if options.study_name is None else options.study_name)
     check_least("checkpoint_every", options.checkpoint_every, 0)
 
     # After parsing, so that --help and misspelt options answer at once.

@@ -26,7 +26,7 @@ from studies.claims import (
 from studies.evidence import Evidence
 from studies.gallery import draw_models
 from studies.options import first_unused
-from studies.stack import Place, Planned, keep, train_stack
+from studies.stack import Place, Planned, forget_all, keep, train_stack
 from studies.summary import (
     Outcome,
     describe,
@@ -40,6 +40,13 @@ if TYPE_CHECKING:
     from harness.dataset import Dataset
     from studies.console import Console
     from studies.reproduce import ReproduceOptions
+
+
+COLUMNS = (
+    *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
+    "active_units",
+)
+"""Of the view of a ledger's runs in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,12 @@ class Check:
     place: Place
 
     def evidence(self) -> Evidence:
-        """Return what has finished so far."""
-        done = f"tags.study = '{self.name}' and tags.role = 'run' and status = 'FINISHED'"
-        records = harness.tracking.read_runs(self.place.store, self.experiment, done)
-        return Evidence(self.place.data, self.place.store, records)
+        """Return what has ended so far."""
+        mine = f"tags.study = '{self.name}' and tags.role = 'run'"
+        runs = harness.tracking.read_runs(self.place.store, self.experiment, mine)
+        done = [run for run in runs if run["status"] == "FINISHED"]
+        lost = [run for run in runs if harness.ledger.has_diverged(run)]
+        return Evidence(self.place.data, self.place.store, done, lost)
 
     @property
     def experiment(self) -> str:
@@ -108,13 +117,14 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
         UserError: as `run`.
     """
     store = harness.tracking.connect(options.tracking_uri)
+    store.check_home()
     device = harness.engine.resolve_device(options.device).type
     experiment = f"{page.name}-{data.name}"
     experiment_id = harness.tracking.open_experiment(store, experiment, page.question)
     name = checked_name(options.study_name or experiment)
     if options.fresh:
         runs = harness.tracking.read_runs(store, experiment)
-        name = first_unused(name, {found["tags"]["study"] for found in runs})
+        name = first_unused(name, {found["tags"].get("study") for found in runs})
     harness.ledger.bury_open_runs(store, experiment, name)
     kept = keep(store, name, options.checkpoint_every)
     quiet = lambda record: None  # noqa: E731
@@ -127,7 +137,7 @@ def train_missing(check: Check, console: Console) -> None:
     missing = [
         (runs, config)
         for runs in check.page.trained_on(place.device)
-        for config in evidence.unfinished(runs)
+        for config in evidence.untrained(runs)
     ]
     if not missing:
         console.out.print("Every run is finished already; nothing is trained again.")
@@ -141,7 +151,7 @@ def train_missing(check: Check, console: Console) -> None:
             planned = [check.planned(*run) for run in stack]
             train_stack(planned, replace(place, on_epoch=on_epoch))
             place.forget([config for config, *_ in planned])
-    place.close()
+    forget_all(place.store, check.name)
 
 
 def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -189,7 +199,15 @@ def summarize(check: Check, rows: Sequence[Row], evidence: Evidence) -> Outcome:
         counts = {f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)}
         description = describe(page.question, outcome)
         log_summary(
-            outcome, check.name, settings, description, best, counts, place.data, place.store
+            outcome,
+            check.name,
+            settings,
+            description,
+            best,
+            counts,
+            place.data,
+            place.store,
+            COLUMNS,
         )
     return outcome
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import harness
 from analysis import search_plots
 from harness.config import RunConfig
+from studies import conditions
 from studies.cli import clear_errors, read
 from studies.search_options import (
     CONFIRMING,
@@ -48,8 +50,13 @@ def space(epochs: int) -> Space:
 
 
 def calibrated(base: RunConfig, data: Source) -> RunConfig:
-    """Return the default configuration with its calibrated KL weight."""
-    return base.replace(kl_weight=data.calibrated)
+    """Return the default configuration with its calibrated KL weight.
+
+    Where no weight sets the decoder's variance the loss is an exact ELBO at beta 1.
+    """
+    if conditions.sets_variance(base):
+        return conditions.weighted(base, data.calibrated, data)
+    return conditions.exact(base, data)
 
 
 SEARCH = Search(
@@ -101,7 +108,6 @@ def execute(options: SearchOptions) -> Outcome | None:
     plan = make_search_plan(SEARCH, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.
-    import harness
     from studies.console import Console
     from studies.searching import run
 

@@ -218,7 +218,8 @@ def make_search_plan(
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     suffix = "-front" if options.multi_objective else ""
     data = source(options.dataset, own)
-    name = checked_name(options.study_name or f"{search.name}-{data.name}{suffix}")
+    given = options.study_name
+    name = checked_name(f"{search.name}-{data.name}{suffix}" if given is None else given)
     base = _base(search, options, data)
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
     return SearchPlan(

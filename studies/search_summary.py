@@ -11,6 +11,7 @@ import harness
 from analysis import frames, search_frames, tables
 from harness.config import UserError
 from harness.dataset import Dataset
+from harness.places import without_password
 from harness.tracking import Store
 from studies.answers import calibration, plus_minus
 from studies.gallery import draw_models
@@ -98,8 +99,8 @@ def find(hunt: Hunt, store: Store) -> Findings:
     if len(searched) < len(ended) * plan.seeds:
         raise UserError(
             f"search {plan.name!r} has {len(ended)} trials x {plan.seeds} seeds in Optuna but "
-            f"{len(searched)} runs in {store.uri}; name the store it was tracked in with "
-            "--tracking-uri, or start anew with --fresh"
+            f"{len(searched)} runs in {without_password(store.uri)}; name the store it was "
+            "tracked in with --tracking-uri, or start anew with --fresh"
         )
     number = hunt.best().number
     confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]

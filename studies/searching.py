@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import harness
-from studies import worker, workers
+from studies import stopping, worker, workers
 from studies.books import Books
 from studies.hunt import Hunt, open_hunt
 from studies.search_options import SearchOptions, SearchPlan
-from studies.storage import open_both, unused_name
+from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
     import optuna
@@ -49,11 +49,11 @@ class Judge:
             rows.setdefault(origin // self.hunt.plan.seeds, []).append(row)
         ends: dict[int, End] = {}
         for i, own in rows.items():
-            values = [float(record.val["neg_elbo"][row]) for row in own]
-            if not all(math.isfinite(value) for value in values):
-                ends |= self._diverged(record.epoch, dict(zip(own, values, strict=True)))
-            elif self._is_due(record, own):
-                ends |= dict.fromkeys(own, end) if (end := self._verdict(i, values, record)) else {}
+            wild = {row: why for row in own if (why := _divergence(record, row))}
+            if wild:
+                ends |= _diverged(record.epoch, own, wild)
+            elif self._is_due(record, own) and (end := self._verdict(i, own, record)):
+                ends |= dict.fromkeys(own, end)
         return ends
 
     def _is_due(self, record: EpochRecord, rows: list[int]) -> bool:
@@ -61,19 +61,10 @@ class Judge:
         judged = record.epoch in self.hunt.plan.judged and self.hunt.plan.pruner != "none"
         return judged and bool((record.kl_warmup[rows] == 1).all())
 
-    def _diverged(self, epoch: int, values: dict[int, float]) -> dict[int, End]:
+    def _verdict(self, i: int, rows: list[int], record: EpochRecord) -> End | None:
         from studies.stack import End
 
-        said = f"diverged in epoch {epoch}: validation neg_elbo is"
-        other = End("KILLED", f"another seed of its configuration diverged in epoch {epoch}")
-        return {
-            row: other if math.isfinite(value) else End("FAILED", f"{said} {value}")
-            for row, value in values.items()
-        }
-
-    def _verdict(self, i: int, values: list[float], record: EpochRecord) -> End | None:
-        from studies.stack import End
-
+        values = [float(record.val["neg_elbo"][row]) for row in rows]
         trial, mean = self.trials[i], sum(values) / len(values)
         if not self.hunt.is_worse(trial, mean, record.epoch):
             return None
@@ -84,6 +75,24 @@ class Judge:
         }[self.hunt.plan.pruner]
         said = f"pruned at epoch {record.epoch}: validation neg_elbo {mean:.2f} is {why}"
         return End("KILLED", said, pruned=True)
+
+
+def _divergence(record: EpochRecord, row: int) -> str | None:
+    """Say why a run has diverged: also where only its neg_elbo, which is compared, is no number."""
+    from studies.measures import divergence
+
+    value = float(record.val["neg_elbo"][row])
+    lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"
+    return divergence(record, row) or lost
+
+
+def _diverged(epoch: int, rows: list[int], wild: dict[int, str]) -> dict[int, End]:
+    """End a trial of which some rows have diverged: its other runs have nothing to be part of."""
+    from studies.stack import End
+
+    other = End("KILLED", f"another seed of its configuration diverged in epoch {epoch}")
+    said = f"diverged in epoch {epoch}"
+    return {row: End("FAILED", f"{said}: {wild[row]}") if row in wild else other for row in rows}
 
 
 def run(
@@ -98,12 +107,13 @@ def run(
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, keep
+    from studies.stack import Place, forget_all, keep
 
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
-        plan = replace(plan, name=unused_name(storage, plan.name))
+        plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
+    check_storage(storage, store, plan.experiment, plan.name)
     hunt = open_hunt(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.search.question)
     books = Books(hunt.desk, store, plan.experiment, trial_label)
@@ -117,13 +127,14 @@ def run(
         kept = keep(store, plan.name, options.checkpoint_every)
         watching = hunt.desk.watching(progress)
         place = Place(None, data, device, store, experiment, watching, kept)
+        refused = False
         if options.workers > 1:
-            workers.train(options, plan.search.name, plan.name, progress.advance)
+            refused = workers.train(options, plan.search.name, plan.name, progress.advance)
         else:
             work(hunt, books, place)
     if worker.crowd():
         return None
-    workers.check_done(hunt.left(), plan.name)
+    workers.check_done(hunt.left(), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.search_summary import summarize  # seaborn, which training does not wait for
@@ -132,7 +143,7 @@ def run(
         return summarize(hunt, data, store, experiment)
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
-    place.close()
+    forget_all(store, plan.name)
     return console.conclusion(ended)
 
 
@@ -153,6 +164,7 @@ def work(hunt: Hunt, books: Books, place: Place) -> None:
             hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
             place.forget([config for config, *_ in planned])
         books.settle()
+        stopping.check()
     place.store.writer.settle()  # whoever writes the summary reads these runs
 
 
@@ -170,9 +182,9 @@ def confirm(hunt: Hunt, place: Place, console: Console) -> None:
         f"best, trial {best.number}": (best.number, plan.base.replace(**best.params)),
         "default": (-1, plan.search.baseline(plan.base, plan.source)),
     }
-    mine = f"tags.study = '{plan.name}' and status = 'FINISHED'"
+    mine = f"tags.study = '{plan.name}'"
     runs = harness.tracking.read_runs(place.store, plan.experiment, mine)
-    done = [run["tags"].get("trial") for run in runs]
+    done = [run["tags"].get("trial") for run in runs if harness.ledger.has_ended(run)]
     missing = [label for label in wanted if done.count(label) < len(plan.fresh_seeds)]
     harness.ledger.bury_runs(place.store, plan.experiment, plan.name, missing)
     planned = [

@@ -64,12 +64,12 @@ def read_own(options: Common) -> Dataset | None:
         UserError: they cannot be read, or an option is for own images alone.
     """
     if not options.dataset.startswith("folder:"):
-        if options.image_size:
+        if options.image_size is not None:
             raise UserError("--image-size: only images of --dataset folder:PATH are resized")
         return None
     import harness
 
-    return harness.load_dataset(options.dataset, image_size=options.image_size or None)
+    return harness.load_dataset(options.dataset, image_size=options.image_size)
 
 
 def source(name: str, own: Dataset | None) -> Source:

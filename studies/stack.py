@@ -29,6 +29,7 @@ from studies.origin import description, log_origin, made_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import numpy as np
 
@@ -75,11 +76,6 @@ class Place:
         """Remove the checkpoints of runs that have ended and been told."""
         if self.checkpoints is not None:
             self.checkpoints.remove(configs)
-
-    def close(self) -> None:
-        """Remove what is left of the checkpoints: all runs have ended."""
-        if self.checkpoints is not None:
-            self.checkpoints.clear()
 
 
 class End(NamedTuple):
@@ -155,7 +151,7 @@ def train_stack(
                 courses[origin].append(course_value(metrics, place.study))
             if record.epoch in picture_epochs(configs[0].epochs):
                 _log_reconstructions(record, logs, place.data)
-            for row, end in {**judge(record), **_diverged(record)}.items():
+            for row, end in {**_diverged(record), **judge(record)}.items():
                 _log_end(logs[row], end)
                 record.drop([row])
             stack.note(record)
@@ -222,11 +218,11 @@ def _open_logs(planned: Sequence[Planned], place: Place) -> Iterator[list[RunLog
 
 def _end_all(logs: Sequence[RunLog], place: Place, error: BaseException) -> None:
     """Give every open run its status; what cannot be written now, the next start writes."""
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-    status, reason = ("KILLED", str(error)) if interrupted else ("FAILED", repr(error))
-    with suppress(Exception):
-        for log in logs:
+    status, reason = harness.ledger.interruption(error)
+    for log in logs:
+        with suppress(Exception):
             log.flush()
+    with suppress(Exception):
         harness.ledger.end_own_runs(place.store, place.experiment_id, status, reason)
 
 
@@ -273,7 +269,15 @@ def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:
     log.end()
 
 
+def forget_all(store: Store, study: str) -> None:
+    """Remove the checkpoints of a study that is finished, whoever kept them."""
+    harness.Checkpoints(_kept(store, study), every=1).clear()
+
+
+def _kept(store: Store, study: str) -> Path:
+    return store.home / "cache" / "checkpoints" / study
+
+
 def keep(store: Store, study: str, every: int) -> Checkpoints | None:
     """Return where a study's unfinished runs are kept every so many epochs, None for 0."""
-    folder = store.home / "cache" / "checkpoints" / study
-    return harness.Checkpoints(folder, every) if every else None
+    return harness.Checkpoints(_kept(store, study), every) if every else None

@@ -6,18 +6,25 @@ between two halves of a write; a flag that is looked at after every epoch cannot
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _received: list[int] = []
 
 
-def install() -> None:
-    """Heed Ctrl-C and SIGTERM from now on."""
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Heed Ctrl-C and SIGTERM meanwhile; afterwards they do what they did before."""
     _received.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _note)
+    before = {n: signal.signal(n, _note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def check() -> None:
@@ -39,4 +46,5 @@ def _note(number: int, frame: FrameType | None) -> None:
     if _received:
         raise KeyboardInterrupt("stopped by a second signal")
     _received.append(number)
-    print("\nStopping after this epoch; Ctrl-C once more stops at once.", file=sys.stderr)
+    # Not print: a signal may arrive within one.
+    os.write(2, b"\nStopping at the next safe point; Ctrl-C once more stops at once.\n")

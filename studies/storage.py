@@ -10,6 +10,7 @@ import lazy_loader
 import harness
 from harness import places
 from harness.config import UserError
+from harness.places import without_password
 from studies.databases import check_kind, engine_options, exclusive
 from studies.options import first_unused
 from studies.worker import SILENT, beat
@@ -51,7 +52,8 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     """Open tracking store and storage, so that one that cannot be used leaves no other behind.
 
     Raises:
-        UserError: one of them cannot be used, or they are the same file.
+        UserError: one of them cannot be used, they are the same file, or nothing can be written
+            beside the tracking store.
     """
     tracking = places.tracking_address(options.tracking_uri)
     storage = places.storage_address(options.storage)
@@ -61,14 +63,41 @@ def open_both(options: Common) -> tuple[Store, optuna.storages.RDBStorage]:
     if places.sqlite_file(tracking) == places.sqlite_file(storage) is not None:
         raise UserError(f"--storage {storage} is the tracking database too; give each its own file")
     if places.is_new(storage) or places.is_server(tracking):  # opening a server writes nothing
-        return harness.tracking.connect(tracking), open_storage(storage)
-    found = open_storage(storage)
-    return harness.tracking.connect(tracking), found
+        store, found = harness.tracking.connect(tracking), open_storage(storage)
+    else:
+        found = open_storage(storage)
+        store = harness.tracking.connect(tracking)
+    store.check_home()
+    return store, found
 
 
-def unused_name(storage: optuna.storages.RDBStorage, name: str) -> str:
-    """Return the name, or the first of NAME-2, NAME-3, ... that no study has."""
-    return first_unused(name, optuna.get_all_study_names(storage))
+def new_name(storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str) -> str:
+    """Return the name, or the first of NAME-2, NAME-3, ... that neither Optuna nor MLflow knows."""
+    runs = harness.tracking.read_runs(store, experiment)
+    tracked = {run["tags"].get("study") for run in runs}
+    return first_unused(name, {*optuna.get_all_study_names(storage), *tracked})
+
+
+def check_storage(
+    storage: optuna.storages.RDBStorage, store: Store, experiment: str, name: str
+) -> None:
+    """Refuse a study of which MLflow has runs and the storage knows nothing.
+
+    Its points would be trained again, and its summary would count both runs of each.
+
+    Raises:
+        UserError: it is one.
+    """
+    if name in optuna.get_all_study_names(storage):
+        return
+    runs = harness.tracking.read_runs(store, experiment, f"tags.study = '{name}'")
+    # Asked again: who writes runs created the study before, maybe just now.
+    if runs and name not in optuna.get_all_study_names(storage):
+        raise UserError(
+            f"{without_password(store.uri)} has {len(runs)} runs of study {name!r}, of which "
+            f"--storage {without_password(storage.url)} knows nothing; name the storage that it "
+            "was run with, start another with --fresh or --study-name, or delete those runs"
+        )
 
 
 def agree(study: optuna.Study, here: dict[str, Any]) -> None:
@@ -78,6 +107,11 @@ def agree(study: optuna.Study, here: dict[str, Any]) -> None:
         UserError: the study exists with other settings.
     """
     there = study.user_attrs.get("settings")
+    if there is None and study.get_trials(deepcopy=False):
+        raise UserError(
+            f"study {study.study_name!r} in --storage was not made by this harness; start another "
+            "with --study-name"
+        )
     if there is None:
         study.set_user_attr("settings", here)
     elif there != here:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import harness
-from harness.config import RunConfig
-from studies import worker, workers
+from harness.config import RunConfig, UserError, checked_name
+from studies import stopping, worker, workers
 from studies.books import Books
 from studies.grid import Grid, open_grid
 from studies.sources import Source
-from studies.storage import open_both, unused_name
+from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 Apply = Callable[[RunConfig, Any, Source], RunConfig]
 """(config, value, source of the data) -> config with the value set."""
+
+Groups = Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]]
+"""(base, source of the data) -> {group: changes to base}."""
 
 
 TABLE = (
@@ -54,14 +57,23 @@ class Axis:
         name: column of the frames and axis of the figures.
         values: what is tried.
         apply: (config, value, source) -> config; by default `name` is a field that is set.
+
+    Raises:
+        UserError: there is no value, or one that Optuna does not give back as it was.
     """
 
     def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
-        self.name, self.values = name, values
+        plain = all(isinstance(value, str | int | float) for value in values)
+        if not values or not plain:
+            raise UserError(
+                f"axis {name!r} has the values {list(values)}: give at least one, each a number or "
+                "a word"
+            )
+        self.name, self.values = name, tuple(values)
         self.apply = apply or set_field(name)
 
 
-def no_groups(data: Source) -> Mapping[str, Mapping[str, Any]]:
+def no_groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the one group of a study that has none, for any dataset."""
     return {"": {}}
 
@@ -78,12 +90,16 @@ class Study:
         figures: file name -> (frame -> figure, caption).
         answer: frame of runs in, sentences out.
         group: column that tells the groups apart, "" without groups.
-        groups: source of the data -> {group: changes to base}; the axis is swept in every group.
+        groups: (base, source of the data) -> {group: changes to base}; the axis is swept in every
+            group.
         seeds: repetitions where the user names no number.
         objective: metric whose mean over seeds is told to Optuna.
         extras: further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all others are compared with; None means the best one.
+
+    Raises:
+        UserError: its name cannot be one, or it asks nothing.
     """
 
     name: str
@@ -93,12 +109,17 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Callable[[Source], Mapping[str, Mapping[str, Any]]] = no_groups
+    groups: Groups = no_groups
     seeds: int = 3
     objective: str = "val/neg_elbo"
     extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
     reference: Any = None
+
+    def __post_init__(self) -> None:
+        checked_name(self.name)
+        if not (self.question or "").strip():
+            raise UserError(f"study {self.name!r} asks nothing; give its question, or a docstring")
 
 
 def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> Outcome | None:
@@ -111,12 +132,13 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         UserError: the tracking store or the storage cannot be used, or the study exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, keep
+    from studies.stack import Place, forget_all, keep
 
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
-        plan = replace(plan, name=unused_name(storage, plan.name))
+        plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
+    check_storage(storage, store, plan.experiment, plan.name)
     grid = open_grid(plan, storage)
     experiment = harness.tracking.open_experiment(store, plan.experiment, plan.study.question)
     books = Books(grid.desk, store, plan.experiment)
@@ -124,9 +146,10 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     books.settle()
     left = len(grid.left())
     kept = keep(store, plan.name, options.checkpoint_every)
+    refused = False
     with console.progress(plan, left) as progress:
         if options.workers > 1:
-            workers.train(options, plan.study.name, plan.name, progress.advance)
+            refused = workers.train(options, plan.study.name, plan.name, progress.advance)
         else:
             device = harness.engine.resolve_device(options.device).type
             watching = grid.desk.watching(progress)
@@ -134,7 +157,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
             work(grid, books, place, progress)
     if worker.crowd():
         return None
-    workers.check_done(len(grid.left()), plan.name)
+    workers.check_done(len(grid.left()), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.summary import summarize  # seaborn, which training does not wait for
@@ -142,8 +165,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         return summarize(plan, data, store, experiment, grid.finished())
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
-    if kept:
-        kept.clear()
+    forget_all(store, plan.name)
     return console.conclusion(ended)
 
 
@@ -165,4 +187,5 @@ def work(grid: Grid, books: Books, place: Place, progress: Steps) -> None:
                 told += 1
             place.forget([config for point in points for config in plan.configs[point]])
         books.settle()
+        stopping.check()
     place.store.writer.settle()  # whoever writes the summary reads these runs

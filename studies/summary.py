@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -193,7 +193,7 @@ def command(plan: Plan) -> str:
     words = [f"{program(study.name)} {plan.source.words}"]
     words += [f"--epochs {first.epochs} --seeds {plan.seeds} --batch-size {first.batch_size}"]
     words += [f"--study-name {plan.name}"]
-    words += flags(first, study.base, plan.settings)
+    words += flags(first, study.base, plan.settings.keys() - {study.axis.name, study.group})
     values = list(dict.fromkeys(point.value for point in plan.configs))
     if tuple(values) != study.axis.values:
         words.append("--values " + " ".join(shlex.quote(str(value)) for value in values))
@@ -222,6 +222,7 @@ def log_summary(
     shown: Mapping[str, float],
     data: Dataset,
     store: Store,
+    columns: Sequence[str] = (),
 ) -> None:
     """Write the summary run of a study, with the model of its best run.
 
@@ -234,11 +235,15 @@ def log_summary(
         shown: metrics of the summary run.
         data: the dataset.
         store: where runs are.
+        columns: of the experiment's view of its runs; of the outcome's table if none are given.
     """
     # Before the summary: a study with a summary that is killed here would not come by again.
-    columns = ["seed", *outcome.table.columns]
+    columns = columns or ["seed", *outcome.table.columns]
     harness.tracking.save_view(store, outcome.experiment_id, columns, best["run_id"])
     tags = {"study": study, "role": "summary", "configuration": f"best: {best['name']}"}
+    made = harness.provenance.tags(harness.provenance.provenance(data, "cpu"))
+    del made["device_name"]  # of the runs, if they were trained on a GPU
+    tags |= made
     harness.doing.say("writing the summary to MLflow, with the best run's model")
     log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
     try:
@@ -251,8 +256,10 @@ def log_summary(
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model
         harness.tracking.log_best_model(store, log, model, data.test.head(4))
-    except BaseException:
-        log.end("FAILED")
+    except BaseException as error:
+        status, reason = harness.ledger.interruption(error)
+        log.tag("reason", reason)
+        log.end(status)
         raise
     log.end()
     store.writer.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,14 @@ def name(process: int | None = None) -> str:
     The token tells this process from earlier ones of its number.
     """
     return f"{_host()}:{process or os.getpid()}:{_token}"
+
+
+def start_words(name: str) -> list[str]:
+    """Return how Python runs a study: as a page of `studies`, or as the user's own script."""
+    page = Path(__file__).with_name(f"{name}.py")
+    if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
+        return ["-m", f"studies.{name}"]
+    return [sys.argv[0]]
 
 
 def is_here(owner: str) -> bool:

@@ -6,7 +6,6 @@ They share the cores of a CPU evenly. What one says that is not progress is pass
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
@@ -15,14 +14,13 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import harness
 from harness.config import UserError
 from studies import stopping
 from studies.progress import MARK
-from studies.worker import NUMBER
+from studies.worker import NUMBER, start_words
 
 if TYPE_CHECKING:
     from studies.options import Common
@@ -34,7 +32,7 @@ LOOK = 0.2
 """Seconds between looks for a signal."""
 
 
-def train(options: Common, page: str, study: str, advance: Callable[[int, str], None]) -> None:
+def train(options: Common, page: str, study: str, advance: Callable[[int, str], None]) -> bool:
     """Train what is left of a study by worker processes; all have ended when this returns.
 
     Args:
@@ -43,8 +41,10 @@ def train(options: Common, page: str, study: str, advance: Callable[[int, str], 
         study: name of the study, which exists.
         advance: (epochs of runs that are done, what is happening) -> None.
 
+    Returns:
+        Whether a worker refused its work; then the others may have done it all.
+
     Raises:
-        UserError: a worker refused its work.
         KeyboardInterrupt, SystemExit: as `stopping.check`, when all workers have stopped.
     """
     options = replace(options, study_name=study, fresh=False)
@@ -63,17 +63,27 @@ def train(options: Common, page: str, study: str, advance: Callable[[int, str], 
             stopping.check()
     except BaseException:
         _stop(team)
+        for ear in ears:
+            ear.join(PATIENCE)
+        while not said.empty():
+            _listen(said, advance)
         raise
-    if 2 in [worker.returncode for worker in team]:
-        raise UserError("a worker refused its work (above); repair that and repeat the command")
+    return 2 in [worker.returncode for worker in team]
 
 
-def check_done(left: int, study: str) -> None:
+def check_done(left: int, study: str, *, refused: bool = False) -> None:
     """Refuse to conclude a study of which trials are left.
+
+    Args:
+        left: how many.
+        study: its name.
+        refused: whether a worker refused its work.
 
     Raises:
         UserError: there are some.
     """
+    if left and refused:
+        raise UserError("a worker refused its work (above); repair that and repeat the command")
     if left:
         raise UserError(
             f"study {study!r} is not finished (trials left: {left}): no worker is left alive; the "
@@ -103,7 +113,7 @@ def _start(number: int, options: Common, page: str) -> subprocess.Popen[str]:
     workers = options.workers
     threads = cores(number, workers, harness.cores.available())
     return subprocess.Popen(
-        [sys.executable, *_module(page), *arguments(options)],
+        [sys.executable, *start_words(page), *arguments(options)],
         env={**os.environ, NUMBER: f"{number}/{workers}", "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -120,13 +130,6 @@ def _hear(number: int, worker: subprocess.Popen[str], said: queue.Queue[tuple[in
             said.put((number, line.rstrip("\n")))
     if code := worker.wait():
         said.put((number, f"ended with code {code}"))
-
-
-def _module(page: str) -> list[str]:
-    """Return how Python runs a study: as a module of `studies`, or as the user's own script."""
-    if importlib.util.find_spec(f"studies.{page}"):
-        return ["-m", f"studies.{page}"]
-    return [str(Path(sys.argv[0]).absolute())]
 
 
 def _listen(said: queue.Queue[tuple[int, str]], advance: Callable[[int, str], None]) -> None:

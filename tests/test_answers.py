@@ -15,6 +15,7 @@ def frame_of(weights, errors):
         | {"val/neg_elbo": e + luck, "neg_elbo": e + luck + 1, "mse": 0.01, "active_units": 5}
         | {"calibration_ratio": 1.0, "mse_class/8": 0.02, "mse_class/3": 0.01}
         | {"sigma": "fixed", "likelihood": "gaussian", "kl_normalization": "pixels"}
+        | {"dataset": "digits"}
         for w, e in zip(weights, errors, strict=True)
         for s, luck in enumerate(LUCK)
     ]
@@ -26,7 +27,9 @@ def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
     assert said.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
     assert "weight 1 costs 13 ±" in said
     assert "Every other value is distinguishably worse" in said
-    assert "Class 8 reconstructs worst (mse 0.0200), as the blog says" in said
+    assert "Class 8 reconstructs worst (mse 0.0200), of which the blog says" in said
+    undivided = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)).assign(kl_normalization="sum")
+    assert ". Weight 1 costs 13" in answers.best_weight(undivided, "kl_weight")
 
 
 def test_where_the_loss_is_a_likelihood_weight_one_is_the_exact_elbo():
@@ -63,7 +66,11 @@ def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
 
 def test_another_class_than_the_blogs_eight_is_named():
     frame = frame_of((0.1,), (0.0,)).assign(**{"mse_class/3": 0.5})
-    assert "Class 3 reconstructs worst (mse 0.5000), not the blog's 8" in answers.worst_class(frame)
+    said = answers.worst_class(frame)
+    assert "Class 3 reconstructs worst (mse 0.5000); 8, of which the blog says" in said
+    assert "is number 2 of 2 (mse 0.0200)" in said
+    said = answers.worst_class(frame.assign(dataset="kmnist"))
+    assert said == "Class 3 reconstructs worst (mse 0.5000)."
 
 
 def sizes_frame():
@@ -108,7 +115,13 @@ def test_modes_that_agree_are_called_one_curve_with_each_modes_weight():
 
 
 def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
-    assert "one curve" not in answers.one_curve(modes_frame(5.0))
+    assert "the modes disagree" in answers.one_curve(modes_frame(5.0))
+
+
+def test_of_a_single_seed_no_verdict_on_the_modes_is_given():
+    frame = modes_frame(5.0)
+    said = answers.one_curve(frame[frame["seed"] == 0])
+    assert "differs by at most 5 nats / image with a single seed. The best" in said
 
 
 def test_cost_and_gain_are_paired_differences():

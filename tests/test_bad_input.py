@@ -73,12 +73,18 @@ ARGUMENTS = [
     ("kl_weight", "--binarization threshold", "need likelihood='bernoulli'"),
     ("kl_weight", "--kl-warmup-epochs 20 --kl-cycles 3", "within epochs=50"),
     ("kl_weight", "--kl-warmup-epochs -1", "kl_warmup_epochs=-1"),
+    ("kl_weight", "--values", "--values: give at least one"),
+    ("kl_weight", "--image-size", "--image-size"),
+    ("kl_weight", "--study-name=", "study_name=''"),
+    ("kl_weight", "--tracking-uri=", "--tracking-uri is empty"),
+    ("search", "--study-name=", "study_name=''"),
+    ("replay", f"{RUN} --tracking-uri=", "--tracking-uri is empty"),
     ("latent_size", "--values 0", "latent_size=0: give a whole number >= 1"),
     ("latent_size", "--values 2.5", "--values"),
     ("latent_size", "--latent-size 4", "latent_size sweeps it"),
     ("latent_size", "--seeds -1", "seeds=-1"),
     ("kl_normalization", "--values -1", "kl_weight=-2.0: give"),
-    ("kl_normalization", "--kl-normalization sum", "kl_normalization sweeps it"),
+    ("kl_normalization", "--kl-normalization sum", "kl_normalization sweeps it; leave it out"),
     ("kl_normalization", "--epochs nine", "--epochs"),
     ("elbo_vs_mse", "--values plain", "plain"),
     ("elbo_vs_mse", "--batch-size 1e3", "--batch-size"),
@@ -184,6 +190,16 @@ def test_a_bad_command_line(command, arguments, says, refused, tmp_path, monkeyp
     if command not in ("reproduce", "replay", "report"):
         words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
     assert says in refused(lambda: MAINS[command](words))
+
+
+def test_a_place_whose_reports_cannot_be_written(refused, databases, tmp_path):
+    shutil.copy(databases / "good.db", tmp_path / "m.db")
+    (tmp_path / "reports").touch()
+    words = ["--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
+    open_storage(f"sqlite:///{tmp_path}/o.db")
+    words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
+    said = refused(lambda: cli.main(kl_weight.STUDY, words))
+    assert "reports is not a folder), where results go" in said
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,10 +1,18 @@
 """The command line: its options, dry runs and light start; bad input is in test_bad_input.py."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from studies import cli, kl_weight
+
+
+def test_after_a_study_signals_do_what_they_did_before():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with cli.clear_errors():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, capsys):

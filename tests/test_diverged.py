@@ -8,10 +8,10 @@ import pytest
 
 from harness import RunConfig, tracking, train
 from harness.vae import VAE, initial
-from studies import diverged, kl_weight
+from studies import diverged, kl_normalization, kl_weight
 from studies.console import Console
 from studies.measures import divergence
-from studies.options import Options, make_plan
+from studies.options import Options, Point, make_plan
 from studies.study import run
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
@@ -111,3 +111,21 @@ def test_table_answer_and_report_say_so(outcome, capsys):
 def test_without_divergence_nothing_is_added():
     frame = pd.DataFrame({"name": ["kl_weight=1 seed=0"], "mse": [0.1]})
     pd.testing.assert_frame_equal(diverged.without(frame, []), frame)
+
+
+def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path, tiny):
+    study = replace(
+        kl_normalization.STUDY,
+        base=SMALL,
+        figures={},
+        answer=lambda frame: "So.",
+        groups=lambda base, data: {m: {"kl_normalization": m} for m in ("sum", "batch")},
+    )
+    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
+    options = Options(values=(0.5,), seeds=1, epochs=1, **places)
+    plan = make_plan(study, options)
+    ((wild,),) = [plan.configs[Point("batch", 0.5)]]
+    plan.configs[Point("batch", 0.5)][:] = [wild.replace(learning_rate=1e30)]
+    found = run(plan, tiny, options, Console())
+    assert (found.folder / "pictures" / "latents.png").exists()
+    assert "1 run diverged, and its values are not ranked: batch, " in found.answer

@@ -50,6 +50,8 @@ def test_other_runs_are_not_asked_and_a_store_that_is_not_there_is_not_made(fini
     for uri in (finished.tracking_uri, f"sqlite:///{tmp_path}/m.db"):
         assert "a trial of" in estimate.pace(other, data, "cpu", uri).basis
     assert list(tmp_path.iterdir()) == []
+    narrow = RunConfig(channels=(3, 4), epochs=1)
+    assert estimate._recorded(narrow, data, "cpu", finished.tracking_uri) is None
 
 
 def test_the_sentence_names_stacks_time_and_basis(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 
 import pytest
@@ -31,6 +32,7 @@ class Desk:
     def __init__(self) -> None:
         self.open, self.taken, self.asked = True, [], 0
         self.searched: set[str] = set()
+        self.refuses: type[Exception] | None = None
 
     def send(self, write, run_id, *, again):
         """Take a write, or say that it is closed."""
@@ -42,6 +44,8 @@ class Desk:
 
     def remove_others(self, experiment, key, run_id):
         """Look whether the run is one that it knows."""
+        if self.refuses:
+            raise self.refuses("not now")
         assert (experiment, run_id) == ("7", f"id-of-{key}")
         self.searched.add(key)
 
@@ -209,6 +213,62 @@ def test_what_was_delivered_is_not_delivered_again(tmp_path, desk):
         *[("b", item.kind) for item in a_run("b")],
     ]
     assert desk.taken[0][3] == "id-of-a"
+
+
+@pytest.mark.parametrize("torn", [b"\x00\x00\x00\n", b"0 a\n", b"x a id\n", b"\xff b c\n"])
+def test_a_torn_note_of_delivery_costs_a_second_delivery_and_nothing_else(torn, tmp_path, desk):
+    journal = Journal.new(tmp_path / "box")
+    for item in a_run("a"):
+        journal.keep(item)
+    (journal.folder / "done.txt").write_bytes(torn)
+    journal._lock.release()
+    Outbox(tmp_path / "box", "http://x", desk).settle()
+    assert [kind for _, kind, *_ in desk.taken] == ["create", "batch", "end"]
+
+
+def test_a_line_that_is_no_text_is_one_clear_error(tmp_path):
+    journal = Journal.new(tmp_path)
+    journal.keep(a_run("a")[0])
+    with (journal.folder / "writes.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    journal._lock.release()
+    with pytest.raises(UserError, match=r"writes.jsonl is broken in line 2; delete"):
+        left(tmp_path)
+
+
+def test_a_line_that_was_refused_does_not_come_when_the_file_is_closed(tmp_path):
+    journal = Journal.new(tmp_path / "box")
+    journal.keep(a_run("a")[0])
+    file = journal.folder / "writes.jsonl"
+    before = file.read_bytes()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            journal.keep(Write("a", "7", "files", {"path": "x" * 99}, tmp_path / "files"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list((journal.folder / "files").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [Unavailable, UserError])
+def test_a_twin_that_cannot_be_removed_now_is_removed_later_and_refuses_no_write(
+    error, outbox, desk, tmp_path, capsys
+):
+    desk.open, desk.refuses = False, error
+    for item in a_run("a"):
+        outbox.put(item)
+    desk.open = True
+    outbox.settle()
+    assert [kind for _, kind, *_ in desk.taken] == ["create", "batch", "end"]
+    assert journals(tmp_path) == []
+    desk.refuses = None
+    outbox.settle()
+    assert desk.searched == ({"a"} if error is Unavailable else set())
+    assert ("may be there twice" in capsys.readouterr().err) == (error is UserError)
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_whole_lines(tmp_path, monkeypatch):

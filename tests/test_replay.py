@@ -258,10 +258,30 @@ def test_a_configuration_that_was_changed_is_refused(own_stack, capsys):
     assert "kl_weight is 1.0 among its parameters and 0.5 in its model" in said
 
 
-def test_a_broken_record_is_refused(own_stack, capsys):
-    own_stack.artifact(0, "provenance.json").write_text("{")
-    said = refused([own_stack.run_id(0), "--tracking-uri", own_stack.uri], capsys)
-    assert "is not JSON" in said
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1]", "is no JSON object"),
+        ("{}", "lacks study; it cannot be repeated"),
+        ('{"study": null, "device": {"kind": "cpu"}, "threads": [1]}', "lacks threads.blas"),
+    ],
+    ids=len,
+)
+def test_a_broken_record_is_refused(own_stack, record, says, capsys):
+    own_stack.artifact(0, "provenance.json").write_text(record)
+    assert says in refused([own_stack.run_id(0), "--tracking-uri", own_stack.uri], capsys)
+
+
+@pytest.mark.parametrize("broken", ["{}", '{"configs": [1], "left": {}, "own": 0}'])
+def test_a_broken_record_of_the_stack_is_refused(own_stack, broken):
+    store = records.open_existing(own_stack.uri)
+    record = records.read_record(store, own_stack.run_id(0))
+    record = replace(record, made_with=record.made_with | {"device": {"kind": "cuda"}})
+    own_stack.artifact(0, "stack.json").write_text(broken)
+    with pytest.raises(UserError, match="stack.json of run .* is broken|configuration has"):
+        companions.read(store, record, "cuda")
 
 
 def test_a_study_that_is_not_known_here_is_refused(stack):

@@ -1,16 +1,18 @@
 """The ledger from training to report, on cut digits: what is trained, judged, kept and repeated."""
 
+import base64
 import json
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from harness import RunConfig, UserError, tracking
+from harness import RunConfig, UserError, tracking, view
 from harness.dataset import Dataset
 from studies import reproduce
 from studies.claims import Row, Runs, about, count, judge
@@ -18,6 +20,7 @@ from studies.console import Console
 from studies.forms import Form
 from studies.reproduce import ReproduceOptions, reproduction
 from studies.reproducing import Check, open_check, run, summarize, train_missing
+from studies.stack import train_stack
 from studies.summary import Outcome
 from studies.trained_claims import mean
 
@@ -125,6 +128,16 @@ def test_the_summary_run_counts_verdicts(checked):
     assert summary["status"] == "FINISHED"
     assert summary["metrics"]["claims/fail"] == count(checked.rows, "fail")
     assert "| claim | reference |" in summary["tags"]["mlflow.note.content"]
+    assert summary["tags"]["mlflow.source.type"] == "LOCAL"
+    assert summary["tags"]["versions"] == checked.runs()[0]["tags"]["versions"]
+
+
+def test_the_view_of_the_runs_shows_what_the_ledger_is_about(checked):
+    store = tracking.connect(checked.uri)
+    experiment = store.client.get_experiment_by_name(EXPERIMENT)
+    packed = json.loads(experiment.tags[view.TAG])["state"].removeprefix("deflate;")
+    shown = json.loads(zlib.decompress(base64.b64decode(packed)))["selectedColumns"]
+    assert {"params.`latent_size`", "metrics.`val/neg_elbo`", "metrics.`test/mse`"} <= set(shown)
 
 
 # --- repeating ------------------------------------------------------------------------------------
@@ -209,6 +222,21 @@ def test_a_claim_that_nothing_here_can_train_is_not_run(copied, tiny):
     full = replace(check.page, full=True)
     assert [full.trained_on(device) for device in ("cpu", "cuda")] == [[], [large]]
     assert check.page.trained_on("cuda") == []
+
+
+def test_a_run_that_diverged_is_not_trained_again_and_no_gpu_is_asked_for(copied, tiny):
+    wild = RunConfig(hidden=(16,), epochs=1, learning_rate=1e30)
+    runs = Runs("wild", wild, 1, gpu=True)
+    claim = about("far", "nobody", "1", 1.0, "none", lambda e: e.mean(runs, "mse"), (runs,))
+    check = opened(copied, tiny)
+    check = replace(check, page=replace(check.page, full=True, ledger={"x": [claim]}))
+    train_stack([check.planned(runs, wild)], check.place)  # as on a GPU
+    before = copied.runs()
+    here = replace(claim, needs=(replace(runs, gpu=False),))
+    train_missing(replace(check, page=replace(check.page, ledger={"x": [here]})), Console())
+    assert copied.runs() == before
+    (row,) = judge(check.page.ledger, check.evidence())
+    assert (row.verdict, row.note) == ("not run", "'wild' diverged")
 
 
 def test_a_published_likelihood_is_read_off_binary_pixels(copied, tiny):

@@ -15,9 +15,10 @@ import harness
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search, worker
+from studies.console import Console
 from studies.hunt import open_hunt
 from studies.search_options import SearchOptions, make_search_plan
-from studies.searching import Judge, trial_label
+from studies.searching import Judge, confirm, trial_label
 from studies.stack import Place, train_stack
 from studies.storage import open_storage
 
@@ -347,6 +348,46 @@ def test_a_diverging_seed_ends_its_trial_and_no_other(hunt, tracking_uri, tiny):
     assert "diverged in epoch 1" in runs[second, "1"]["tags"]["reason"]
     assert [t.state.name for t in hunt.study.trials[5:]] == ["COMPLETE", "FAIL"]
     assert [t.number for t in hunt.diverged()] == [int(second)]
+
+
+def test_a_trial_that_diverges_where_it_would_be_pruned_has_diverged(hunt, tracking_uri, tiny):
+    # Finite, but beyond any constant image; all its runs leave, since none can be summarised.
+    (trial,) = next(hunt.asked(at_once=1))
+    configs = [
+        hunt.plan.base.replace(model="linear", kl_weight=0.02, learning_rate=rate, seed=seed)
+        for seed, rate in enumerate((1e-3, 3.0))
+    ]
+    runs = train_batch(hunt, [trial], tracking_uri, tiny, [configs])
+    tame, wild = (runs[str(trial.number), seed] for seed in "01")
+    assert wild["status"] == "FAILED"
+    assert wild["tags"]["reason"].startswith("diverged in epoch 1: training mse is")
+    assert (tame["status"], "pruned" in tame["tags"]) == ("KILLED", False)
+    assert hunt.study.trials[trial.number].state.name == "FAIL"
+    assert [t.number for t in hunt.diverged()] == [trial.number]
+
+
+def test_a_fresh_seed_that_diverges_is_not_trained_again(hunt, tracking_uri, tiny):
+    best = hunt.best().number
+    store = tracking.connect(tracking_uri)
+    place = Place(None, tiny, "cpu", store, experiment_of(store), lambda record: None)
+    for label, number in ((f"best, trial {best}", best), ("default", -1)):
+        wild = [1e-3, 1e-3, 1e30] if number == best else [1e-3] * 3
+        train_stack(
+            [
+                hunt.plan.planned(
+                    label,
+                    number,
+                    hunt.plan.base.replace(seed=s, learning_rate=rate, epochs=1),
+                    "confirmation",
+                )
+                for s, rate in zip(hunt.plan.fresh_seeds, wild, strict=True)
+            ],
+            place,
+        )
+    before = tracking.read_runs(store, NAME)
+    assert sorted(run["status"] for run in before) == ["FAILED"] + ["FINISHED"] * 5
+    confirm(hunt, place, Console())
+    assert tracking.read_runs(store, NAME) == before
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])

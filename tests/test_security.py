@@ -14,7 +14,8 @@ import torch
 
 from analysis import frames, report
 from harness import RunConfig, UserError, load_run, tracking
-from harness.places import reason, signed_in, without_password
+from harness.login import signed_in
+from harness.places import reason, storage_address, without_password
 from harness.vae import initial
 from studies import cli, kl_weight
 from studies.console import Console
@@ -42,6 +43,11 @@ def test_an_address_is_shown_without_its_password(address, shown):
     assert without_password(address) == shown
     said = without_password(f"API request to {address} failed")
     assert said == f"API request to {shown} failed"
+
+
+def test_an_empty_storage_is_not_the_default_one():
+    with pytest.raises(UserError, match="--storage is empty; give an address, or leave it out"):
+        storage_address("")
 
 
 def test_a_reason_is_one_line_without_password():
@@ -163,7 +169,7 @@ def test_a_password_reaches_the_server_and_nothing_else(server, no_login):
 @pytest.mark.parametrize("other", ["http://other", "http://v:word@other", "http://v:word@one:5"])
 def test_a_password_is_for_one_server_and_one_user(other, no_login):
     assert signed_in("http://u:secret@one:5") == "http://one:5"
-    assert signed_in("http://one:5/") == "http://one:5/"
+    assert signed_in("http://one:5/") == "http://one:5"  # one outbox for both
     with pytest.raises(UserError, match="http://one:5 was signed in to") as refusal:
         signed_in(other)
     assert "secret" not in str(refusal.value)

@@ -21,7 +21,7 @@ from studies import cli, kl_weight, worker
 from studies.grid import open_grid
 from studies.options import Options, Point, make_plan
 from studies.stack import Place, train_tracked
-from studies.storage import open_storage, unused_name
+from studies.storage import check_storage, new_name, open_storage
 
 NAME = "kl_weight-digits"
 
@@ -130,9 +130,22 @@ def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
 
 
 def test_fresh_takes_the_first_unused_name(finished):
-    storage = open_storage(finished.storage)
-    assert unused_name(storage, NAME) == f"{NAME}-2"
-    assert unused_name(storage, "new") == "new"
+    storage, store = open_storage(finished.storage), tracking.connect(finished.tracking_uri)
+    assert new_name(storage, store, NAME, NAME) == f"{NAME}-2"
+    assert new_name(storage, store, NAME, "new") == "new"
+
+
+def test_a_study_whose_storage_is_another_is_refused_and_fresh_takes_no_name_of_mlflow(
+    finished, tmp_path, capsys
+):
+    other = f"sqlite:///{tmp_path}/optuna.db"
+    arguments = [*finished.arguments, "--storage", other]
+    for _ in range(2):  # also once the storage is there
+        said = refusal(arguments, capsys)
+        assert f"has 7 runs of study '{NAME}', of which --storage {other} knows nothing" in said
+    store = tracking.connect(finished.tracking_uri)
+    assert new_name(open_storage(other), store, NAME, NAME) == f"{NAME}-2"
+    check_storage(open_storage(other), store, NAME, "another")
 
 
 def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(finished):

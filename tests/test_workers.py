@@ -104,7 +104,7 @@ def test_workers_share_the_cores_and_have_one_at_least(workers, available):
 def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypatch):
     # A worker that ends at once stands for one that is killed.
     end = ["-c", "import sys; print('so'); sys.exit(9)"]
-    monkeypatch.setattr(workers, "_module", lambda page: end)
+    monkeypatch.setattr(workers, "start_words", lambda page: end)
     places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, ["--values", "0.1", "--workers", "2", *places])
@@ -114,6 +114,19 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     assert "worker 2: ended with code 9" in said
     assert "is not finished (trials left: 1)" in said
     assert tracking.read_runs(tracking.connect(tracking_uri), NAME) == []
+
+
+def test_a_worker_that_refuses_its_work_stops_no_study_that_the_others_finish():
+    workers.check_done(0, "mine", refused=True)
+    with pytest.raises(UserError, match="a worker refused its work"):
+        workers.check_done(1, "mine", refused=True)
+
+
+def test_a_study_named_as_a_module_that_is_no_page_is_started_as_its_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mine.py"])
+    assert worker.start_words("kl_weight") == ["-m", "studies.kl_weight"]
+    for name in ("grid", "live", "mine"):
+        assert worker.start_words(name) == ["mine.py"]
 
 
 def test_a_worker_knows_itself_and_its_crowd(monkeypatch):
