@@ -106,8 +106,8 @@ def test_runs_computed_together_are_the_runs_alone(tiny, dtype, limit, model, mo
 
 
 def test_convolutions_train_in_this_process_where_autograd_refuses_to_work_in_a_fork():
-    # As beside a GPU, or if a model was exported before the process first differentiated. Nothing of
-    # the numbers may change.
+    # As beside a GPU, or if a model was exported before the process first differentiated. Nothing
+    # of the numbers may change.
     code = """
 import torch, harness
 from harness import autograd
