@@ -16,7 +16,7 @@ import harness
 from harness.places import sqlite_file
 from studies.grid import Grid, open_grid
 from studies.measures import WALL_CLOCK
-from studies.options import Plan
+from studies.plan import Plan
 from studies.storage import open_storage
 
 Runs = list[dict[str, Any]]

@@ -22,7 +22,8 @@ import torch
 from benchmarks import machine
 from studies import kl_weight, worker
 from studies.grid import open_grid
-from studies.options import Options, Plan, make_plan
+from studies.options import Options
+from studies.plan import Plan, make_plan
 from studies.storage import open_storage
 
 WORKERS = (1, 2, 4, 8)

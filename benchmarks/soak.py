@@ -29,7 +29,7 @@ import tyro
 import harness
 from benchmarks import audit, children, machine
 from studies import cli, kl_weight
-from studies.options import make_plan
+from studies.plan import make_plan
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """Half of the deaths give no warning."""

@@ -27,7 +27,8 @@ from harness.dataset import Dataset
 from harness.engine import resolve_device
 from studies import kl_weight
 from studies.console import Console
-from studies.options import Options, Plan, make_plan
+from studies.options import Options
+from studies.plan import Plan, make_plan
 from studies.progress import Steps
 from studies.study import run
 

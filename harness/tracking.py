@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -121,8 +121,23 @@ def close_run(store: Store, run_id: str, status: str, reason: str) -> None:
         store.client.set_terminated(run_id, status)
 
 
-def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split) -> None:
+def log_best_model(
+    store: Store,
+    run: RunLog,
+    model: SingleVAE,
+    examples: Split,
+    metrics: Mapping[str, float],
+    description: str,
+) -> None:
     """Log a model from images to reconstructions in an open run, with signature and example.
+
+    Args:
+        store: where the run is.
+        run: the open run; what it is still to write is written first.
+        model: a trained run.
+        examples: images that the page shows as the model's input.
+        metrics: of the model, logged for the run and the model at its last epoch.
+        description: Markdown on the model's page.
 
     Raises:
         UserError: the store does not answer.
@@ -136,13 +151,15 @@ def log_best_model(store: Store, run: RunLog, model: SingleVAE, examples: Split)
     store.writer.settle()
     mlflow.set_tracking_uri(store.uri)
     with answering(store), mlflow.start_run(run_id=run.run_id):
-        mlflow.pytorch.log_model(
+        logged = mlflow.pytorch.log_model(
             model,
             name="best_model",
             input_example=images.numpy(),
             signature=mlflow.models.infer_signature(images.numpy(), output),
             pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "numpy")],
+            tags={"mlflow.note.content": description},
         )
+        mlflow.log_metrics(dict(metrics), model.config.epochs, model_id=logged.model_id)
 
 
 def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[dict[str, Any]]:

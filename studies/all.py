@@ -9,7 +9,8 @@ from harness import doing
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.cli import clear_errors, execute, parse
-from studies.options import Common, Options, make_plan
+from studies.options import Common, Options
+from studies.plan import make_plan
 from studies.search_options import SearchOptions, make_search_plan
 from studies.sources import read_own
 
@@ -41,7 +42,7 @@ def check_plans(options: Options[Any]) -> None:
         UserError: an option cannot be used in every study; names the first that refuses it.
     """
     doing.say("planning every study")  # the first to need PyTorch waits for it
-    own = read_own(options)
+    own = read_own(options.dataset, options.image_size)
     plans: dict[str, Callable[[], object]] = {
         study.name: partial(make_plan, study, options, own) for study in STUDIES
     }

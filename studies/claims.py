@@ -7,36 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness.config import RunConfig
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from studies.evidence import Evidence
+    from studies.evidence import Evidence, Runs
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Runs that a claim is measured on: one configuration, several seeds.
-
-    Attributes:
-        label: name of the configuration, for people.
-        config: every setting but the seed.
-        seeds: repetitions, seeds 0, 1, ...
-        gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
-    """
-
-    label: str
-    config: RunConfig
-    seeds: int
-    gpu: bool = False
-
-    @property
-    def configs(self) -> list[RunConfig]:
-        """One configuration per seed."""
-        return [self.config.replace(seed=seed) for seed in range(self.seeds)]
 
 
 class Spread(NamedTuple):

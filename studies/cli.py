@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,10 +14,11 @@ import tyro
 from harness import places
 from harness.config import UserError
 from studies import live, stopping
-from studies.options import Options, make_plan
+from studies.options import Options
+from studies.plan import make_plan
 from studies.sources import read_own
 from studies.study import Study
-from studies.worker import start_words
+from studies.worker import program
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
@@ -95,11 +95,6 @@ def read(options: type[Given], name: str, question: str, args: Sequence[str] | N
         raise UserError(_one_line(said.getvalue())) from None
 
 
-def program(name: str) -> str:
-    """Return how a study is started: as a page of `studies`, or as the user's own file."""
-    return shlex.join(["python", *start_words(name)])
-
-
 def _one_line(box: str) -> str:
     """Take the message out of tyro's box of several lines."""
     first, *rest = box.strip().splitlines()
@@ -118,7 +113,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    own = read_own(options)
+    own = read_own(options.dataset, options.image_size)
     plan = make_plan(study, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.

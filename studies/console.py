@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from harness.config import RunConfig
     from harness.dataset import Dataset
     from studies.claims import Row
-    from studies.options import Common, Plan
+    from studies.options import Common
+    from studies.plan import Plan
     from studies.search_options import SearchPlan
     from studies.summary import Outcome
 

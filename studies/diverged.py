@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.tracking import Store
-    from studies.options import Plan
+    from studies.plan import Plan
 
 Runs = list[dict[str, Any]]
 

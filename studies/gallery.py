@@ -14,7 +14,7 @@ from analysis import planes
 from harness.dataset import Dataset
 from harness.tracking import Store
 from harness.vae import SingleVAE
-from studies.options import Plan
+from studies.plan import Plan
 
 SCATTERED = 1000
 """Test images of a latent scatter."""

@@ -10,13 +10,13 @@ import lazy_loader
 
 from studies.databases import exclusive, patiently
 from studies.desk import Desk
-from studies.options import Point
+from studies.plan import Point
 from studies.storage import agree
 
 if TYPE_CHECKING:
     import optuna
 
-    from studies.options import Plan
+    from studies.plan import Plan
 
     Trial = optuna.Trial | optuna.trial.FrozenTrial
 else:

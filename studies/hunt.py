@@ -18,7 +18,7 @@ from studies.storage import agree
 if TYPE_CHECKING:
     import optuna
 
-    from studies.stack import Metrics
+    from studies.measures import Metrics
 else:
     optuna = lazy_loader.load("optuna")
 

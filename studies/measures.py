@@ -13,7 +13,7 @@ from harness.sweep import best_epoch, flat_record
 if TYPE_CHECKING:
     from harness.engine import EpochRecord
     from harness.vae import SingleVAE
-    from studies.study import Study
+    from studies.question import Study
 
 Metrics = dict[str, float]
 

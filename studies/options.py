@@ -1,4 +1,4 @@
-"""From what the user asks for to a plan: which runs, under which names, everything checked."""
+"""What a user can set on a command line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,10 @@ from harness.config import (
     RunConfig,
     Sigma,
     UserError,
-    checked_name,
 )
-from studies.plan import Plan as Plan
-from studies.plan import Point as Point
-from studies.sources import Source, source
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
-    from studies.study import Study
+    from studies.sources import Source
 
 Value = TypeVar("Value")
 
@@ -146,6 +141,32 @@ class Options(Common, Generic[Value]):
     kl_normalization: KLNormalization | None = None
 
 
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """What a user can set on the ledger's command line.
+
+    Attributes:
+        data_dir: folder of MNIST, downloaded into it if missing.
+        full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
+        device: auto takes a GPU where there is one.
+        study_name: name in MLflow (reproduce-mnist).
+        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
+        fresh: train everything anew beside what is there.
+        dry_run: show what is trained and train nothing.
+    """
+
+    data_dir: Path = Path("data")
+    full: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    study_name: str | None = None
+    tracking_uri: str | None = None
+    checkpoint_every: int = 0
+    fresh: bool = False
+    dry_run: bool = False
+
+
 def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:
     """Return the options that turn a default configuration into another, for a command line.
 
@@ -162,64 +183,7 @@ def _said(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
-    """Decide every run of a study; all settings are checked here, before anything is written.
-
-    Args:
-        study: the study.
-        options: what the user set.
-        own: the user's own images, which take the place of `options.dataset`.
-
-    Raises:
-        UserError: a setting cannot be used.
-    """
-    seeds = study.seeds if options.seeds is None else options.seeds
-    if seeds < 1:
-        raise UserError(f"seeds={seeds}: give a whole number >= 1")
-    values = study.axis.values if options.values is None else options.values
-    if not values:
-        raise UserError("--values: give at least one, or leave it out")
-    if len(set(values)) < len(values):
-        raise UserError(f"values={list(values)}: give every value once")
-    data = source(options.dataset, own)
-    given = options.study_name
-    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
-    base = _base(study, options, data)
-    configs: dict[Point, list[RunConfig]] = {}
-    for group, changes in study.groups(base, data).items():
-        for value in values:
-            config = study.axis.apply(base.replace(**changes), value, data)
-            _check_objective(study, config)
-            point = Point(group, value)
-            configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
-    return Plan(study, name, data, configs)
-
-
 def first_unused(name: str, taken: Container[str]) -> str:
     """Return the name, or the first of NAME-2, NAME-3, ... that is not taken."""
     numbered = (f"{name}-{i}" for i in itertools.count(2))
     return name if name not in taken else next(n for n in numbered if n not in taken)
-
-
-def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
-    given = options.chosen()
-    for swept in given.keys() & {study.axis.name, study.group}:
-        advice = "leave it out" if swept == study.group else "choose its values with --values"
-        raise UserError(f"{swept}={given[swept]}: {study.name} sweeps it; {advice}")
-    return options.base(study.base, data)
-
-
-def _check_objective(study: Study, config: RunConfig) -> None:
-    if not study.objective.endswith("neg_elbo"):
-        return
-    if not config.has_likelihood:
-        raise UserError(
-            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
-            "--binarization stochastic or threshold"
-        )
-    if config.latent == "deterministic":
-        raise UserError(
-            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "
-            "compares; give the study the objective 'val/mse'"
-        )

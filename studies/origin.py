@@ -13,7 +13,7 @@ from harness.records import DIFF, PROVENANCE
 
 if TYPE_CHECKING:
     from harness.tracking import RunLog
-    from studies.stack import Place
+    from studies.place import Place
 
 
 def made_with(place: Place) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A study with everything decided: its points, their names, tags and settings."""
+"""From what the user asks for to a plan: which runs, under which names, everything checked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.config import RunConfig
-from studies.sources import Source
+from harness.config import RunConfig, UserError, checked_name
+from studies.sources import Source, source
 
 if TYPE_CHECKING:
-    from studies.study import Study
+    from harness.dataset import Dataset
+    from studies.options import Options
+    from studies.question import Study
 
 
 class Point(NamedTuple):
@@ -109,3 +111,60 @@ class Plan:
         value = self.written[point.value]
         named = value if self.study.axis.name == "condition" else f"{self.study.axis.name}={value}"
         return f"{point.group}, {named}" if point.group else named
+
+
+def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
+    """Decide every run of a study; all settings are checked here, before anything is written.
+
+    Args:
+        study: the study.
+        options: what the user set.
+        own: the user's own images, which take the place of `options.dataset`.
+
+    Raises:
+        UserError: a setting cannot be used.
+    """
+    seeds = study.seeds if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise UserError(f"seeds={seeds}: give a whole number >= 1")
+    values = study.axis.values if options.values is None else options.values
+    if not values:
+        raise UserError("--values: give at least one, or leave it out")
+    if len(set(values)) < len(values):
+        raise UserError(f"values={list(values)}: give every value once")
+    data = source(options.dataset, own)
+    given = options.study_name
+    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
+    base = _base(study, options, data)
+    configs: dict[Point, list[RunConfig]] = {}
+    for group, changes in study.groups(base, data).items():
+        for value in values:
+            config = study.axis.apply(base.replace(**changes), value, data)
+            _check_objective(study, config)
+            point = Point(group, value)
+            configs[point] = [config.replace(seed=seed) for seed in range(seeds)]
+    return Plan(study, name, data, configs)
+
+
+def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
+    given = options.chosen()
+    for swept in given.keys() & {study.axis.name, study.group}:
+        advice = "leave it out" if swept == study.group else "choose its values with --values"
+        raise UserError(f"{swept}={given[swept]}: {study.name} sweeps it; {advice}")
+    return options.base(study.base, data)
+
+
+def _check_objective(study: Study, config: RunConfig) -> None:
+    if not study.objective.endswith("neg_elbo"):
+        return
+    if not config.has_likelihood:
+        raise UserError(
+            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
+            f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
+            "--binarization stochastic or threshold"
+        )
+    if config.latent == "deterministic":
+        raise UserError(
+            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "
+            "compares; give the study the objective 'val/mse'"
+        )

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from analysis import ledger_plots
 from harness.config import checked_name
@@ -21,7 +19,7 @@ from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
 from studies.cli import clear_errors, read
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
-from studies.options import check_least
+from studies.options import ReproduceOptions, check_least
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,
@@ -40,32 +38,6 @@ if TYPE_CHECKING:
     from studies.evidence import Evidence
 
 NAME = "reproduce"
-
-
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """What a user can set on the ledger's command line.
-
-    Attributes:
-        data_dir: folder of MNIST, downloaded into it if missing.
-        full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
-        device: auto takes a GPU where there is one.
-        study_name: name in MLflow (reproduce-mnist).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: train everything anew beside what is there.
-        dry_run: show what is trained and train nothing.
-    """
-
-    data_dir: Path = Path("data")
-    full: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    study_name: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
 
 
 def reproduction(form: Form) -> Reproduction:

@@ -26,7 +26,8 @@ from studies.claims import (
 from studies.evidence import Evidence
 from studies.gallery import draw_models
 from studies.options import first_unused
-from studies.stack import Place, Planned, forget_all, keep, train_stack
+from studies.place import Place
+from studies.stack import Planned, forget_all, keep, train_stack
 from studies.summary import (
     Outcome,
     describe,
@@ -39,7 +40,7 @@ from studies.summary import (
 if TYPE_CHECKING:
     from harness.dataset import Dataset
     from studies.console import Console
-    from studies.reproduce import ReproduceOptions
+    from studies.options import ReproduceOptions
 
 
 COLUMNS = (

@@ -104,7 +104,7 @@ def execute(options: SearchOptions) -> Outcome | None:
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    own = read_own(options)
+    own = read_own(options.dataset, options.image_size)
     plan = make_search_plan(SEARCH, options, own)
 
     # After parsing, so that --help and misspelt options answer at once.

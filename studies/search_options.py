@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.dataset import Dataset
-    from studies.search_summary import Findings
+    from studies.findings import Findings
 
 Pruner = Literal["median", "hyperband", "none"]
 

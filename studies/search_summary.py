@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -14,6 +13,7 @@ from harness.dataset import Dataset
 from harness.places import without_password
 from harness.tracking import Store
 from studies.answers import calibration, plus_minus
+from studies.findings import Findings
 from studies.gallery import draw_models
 from studies.search_options import CONFIRMING
 from studies.summary import (
@@ -36,30 +36,6 @@ REPORTED = [
     *("decoder_variance", "calibration_ratio", "active_units"),
 ]
 """Metrics of the configurations that are trained again; test data, unless the name says other."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a search found, as frames.
-
-    Attributes:
-        trials: one row per trial that finished or was pruned (`search_frames.by_trial`), with
-            `front`: no other trial beats it in every objective.
-        importances: setting, objective, share.
-        runs: one row per run, of the search and of the confirmation.
-        best: runs of the best configuration with fresh seeds.
-        default: runs of the baseline with the same seeds.
-        diverged: number of trials that failed.
-        best_trial: number of the best trial.
-    """
-
-    trials: pd.DataFrame
-    importances: pd.DataFrame
-    runs: pd.DataFrame
-    best: pd.DataFrame
-    default: pd.DataFrame
-    diverged: int
-    best_trial: int
 
 
 def summarize(hunt: Hunt, data: Dataset, store: Store, experiment_id: str) -> Outcome:

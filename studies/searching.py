@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from harness.dataset import Dataset
     from harness.engine import EpochRecord
     from studies.console import Console
-    from studies.stack import End, Place
+    from studies.place import Place
+    from studies.stack import End
     from studies.summary import Outcome
 
 
@@ -107,7 +108,8 @@ def run(
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
-    from studies.stack import Place, forget_all, keep
+    from studies.place import Place
+    from studies.stack import forget_all, keep
 
     harness.doing.say("opening MLflow and Optuna")
     store, storage = open_both(options)

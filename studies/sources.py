@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from harness.config import UserError
 
 if TYPE_CHECKING:
     from harness.dataset import Dataset
-    from studies.options import Common
 
 FEW_IMAGES = 10_000
 """Own images below this number are passed over as often as digits are, others as often as MNIST."""
@@ -57,19 +57,19 @@ KNOWN = {
 from their variance."""
 
 
-def read_own(options: Common) -> Dataset | None:
+def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
     """Read the user's own images, which a plan depends on; None for any other dataset.
 
     Raises:
         UserError: they cannot be read, or an option is for own images alone.
     """
-    if not options.dataset.startswith("folder:"):
-        if options.image_size is not None:
+    if not name.startswith("folder:"):
+        if image_size is not None:
             raise UserError("--image-size: only images of --dataset folder:PATH are resized")
         return None
     import harness
 
-    return harness.load_dataset(options.dataset, image_size=options.image_size)
+    return harness.load_dataset(name, image_size=image_size)
 
 
 def source(name: str, own: Dataset | None) -> Source:

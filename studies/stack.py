@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from studies.measures import (
     finals,
 )
 from studies.origin import description, log_origin, made_with
+from studies.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,47 +36,13 @@ if TYPE_CHECKING:
 
     from harness.checkpoint import Checkpoints
     from harness.vae import VAE, SingleVAE
-    from studies.options import Plan, Point
-    from studies.study import Study
+    from studies.plan import Point
 
 LONGEST_PARAM = 6_000
 """Characters of a parameter that MLflow keeps."""
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where stacks are trained and recorded.
-
-    Attributes:
-        plan: None for runs that are no study's points.
-        data: their dataset.
-        device: "cpu" or "cuda".
-        store: where they are tracked.
-        experiment_id: their experiment.
-        on_epoch: called after every epoch.
-        checkpoints: where unfinished runs are kept, if they are.
-    """
-
-    plan: Plan | None
-    data: Dataset
-    device: str
-    store: Store
-    experiment_id: str
-    on_epoch: Callable[[EpochRecord], None] = field(repr=False)
-    checkpoints: Checkpoints | None = None
-
-    @property
-    def study(self) -> Study | None:
-        """The study whose points the runs are."""
-        return None if self.plan is None else self.plan.study
-
-    def forget(self, configs: Sequence[RunConfig]) -> None:
-        """Remove the checkpoints of runs that have ended and been told."""
-        if self.checkpoints is not None:
-            self.checkpoints.remove(configs)
 
 
 class End(NamedTuple):

@@ -20,9 +20,10 @@ from harness.dataset import Dataset
 from harness.places import without_password
 from harness.tracking import RunLog, Store
 from studies import diverged
-from studies.cli import program
 from studies.gallery import write_pictures
-from studies.options import Plan, Point, flags
+from studies.options import flags
+from studies.plan import Plan, Point
+from studies.worker import program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,10 +253,9 @@ def log_summary(
         # Named as in the runs, so that they share columns and charts.
         names = harness.tracking.metric_names(store, best["run_id"])
         named = {names.get(name, name): value for name, value in shown.items()}
-        log.metrics(named, step=int(best["epochs"]))
         log.folder(outcome.folder)
         model = harness.load_run(best["run_id"], store.uri).model
-        harness.tracking.log_best_model(store, log, model, data.test.head(4))
+        harness.tracking.log_best_model(store, log, model, data.test.head(4), named, description)
     except BaseException as error:
         status, reason = harness.ledger.interruption(error)
         log.tag("reason", reason)

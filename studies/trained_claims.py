@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from studies.claims import Claim, Runs, Spread, about, between, inside
+from studies.claims import Claim, Spread, about, between, inside
+from studies.evidence import Runs
 from studies.exact_claims import LINEAR, LINEAR_LOSSES
 from studies.forms import BLOG_EPOCHS, Form
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 import uuid
@@ -64,6 +65,11 @@ def start_words(name: str) -> list[str]:
     if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
         return ["-m", f"studies.{name}"]
     return [sys.argv[0]]
+
+
+def program(name: str) -> str:
+    """Return how a study is started: as a page of `studies`, or as the user's own file."""
+    return shlex.join(["python", *start_words(name)])
 
 
 def is_here(owner: str) -> bool:

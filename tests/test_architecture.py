@@ -158,6 +158,19 @@ def test_the_table_of_harness_has_no_cycle():
         done |= ready
 
 
+@pytest.mark.parametrize("package", ["analysis", "studies"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    # Imports for types alone and inside functions count too.
+    below = {
+        path.stem: {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
+        for path in (ROOT / package).glob("*.py")
+    }
+    while ready := [name for name, others in below.items() if not others & below.keys()]:
+        for name in ready:
+            del below[name]
+    assert not below, f"circle among {sorted(below)}"
+
+
 @every_module
 def test_mlflow_and_optuna_are_imported_where_the_table_says(path):
     for library, owners in ONLY_IN.items():

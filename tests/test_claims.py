@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from harness import RunConfig, load_dataset
-from studies.claims import Row, Runs, Spread, about, between, decimals, inside, printed, required
-from studies.evidence import Evidence
+from studies.claims import Row, Spread, about, between, decimals, inside, printed, required
+from studies.evidence import Evidence, Runs
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT
 from studies.reproduce import exit_code, reproduction

@@ -18,7 +18,7 @@ from harness import tracking
 from studies import kl_weight, worker
 from studies.cli import parse
 from studies.grid import open_grid
-from studies.options import make_plan
+from studies.plan import make_plan
 from studies.storage import open_storage
 from tests.real_servers import free_port
 from tests.test_workers import NAME, assert_exact, results

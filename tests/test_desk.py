@@ -16,7 +16,8 @@ from studies.books import Books
 from studies.desk import LostError
 from studies.grid import open_grid
 from studies.hunt import open_hunt
-from studies.options import Options, Point, make_plan
+from studies.options import Options
+from studies.plan import Point, make_plan
 from studies.search_options import SearchOptions, make_search_plan
 from studies.storage import open_storage
 

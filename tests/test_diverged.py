@@ -11,7 +11,8 @@ from harness.vae import VAE, initial
 from studies import diverged, kl_normalization, kl_weight
 from studies.console import Console
 from studies.measures import divergence
-from studies.options import Options, Point, make_plan
+from studies.options import Options
+from studies.plan import Point, make_plan
 from studies.study import run
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import harness
 from harness import tracking
-from studies.options import Options, make_plan
+from studies.options import Options
+from studies.plan import make_plan
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learning_rate.py"
 

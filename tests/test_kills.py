@@ -24,7 +24,8 @@ from harness import RunConfig, cores, likelihood, places, tracking
 from harness.dataset import Dataset
 from studies import cli, kl_weight, live
 from studies.console import Console
-from studies.options import Options, Plan, make_plan
+from studies.options import Options
+from studies.plan import Plan, make_plan
 from studies.study import run
 
 STUDY = replace(kl_weight.STUDY, figures={})

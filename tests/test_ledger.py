@@ -4,7 +4,8 @@ import pytest
 
 from harness import ledger, tracking
 from harness.runlog import RunLog
-from studies.stack import Place, _end_all
+from studies.place import Place
+from studies.stack import _end_all
 
 EXPERIMENT = "statuses"
 

@@ -11,8 +11,9 @@ from harness.objective import beta, decoder_variance
 from studies import cli, conditions, elbo_vs_mse, kl_weight, latent_size, search
 from studies.console import Console
 from studies.grid import open_grid
-from studies.options import Options, Point, make_plan
+from studies.options import Options
 from studies.origin import description
+from studies.plan import Point, make_plan
 from studies.progress import Steps
 from studies.sources import KNOWN
 from studies.stack import forget_all

@@ -22,7 +22,8 @@ from studies.companions import Companions
 from studies.console import Console
 from studies.measures import WALL_CLOCK
 from studies.origin import description
-from studies.stack import End, Place, train_stack
+from studies.place import Place
+from studies.stack import End, train_stack
 
 CONFIG = RunConfig(hidden=(16, 12), epochs=5)
 STACK = [CONFIG.replace(seed=seed) for seed in range(3)]

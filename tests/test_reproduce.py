@@ -15,10 +15,12 @@ import pytest
 from harness import RunConfig, UserError, tracking, view
 from harness.dataset import Dataset
 from studies import reproduce
-from studies.claims import Row, Runs, about, count, judge
+from studies.claims import Row, about, count, judge
 from studies.console import Console
+from studies.evidence import Runs
 from studies.forms import Form
-from studies.reproduce import ReproduceOptions, reproduction
+from studies.options import ReproduceOptions
+from studies.reproduce import reproduction
 from studies.reproducing import Check, open_check, run, summarize, train_missing
 from studies.stack import train_stack
 from studies.summary import Outcome

@@ -17,9 +17,10 @@ from harness import RunConfig, UserError, tracking
 from studies import search, worker
 from studies.console import Console
 from studies.hunt import open_hunt
+from studies.place import Place
 from studies.search_options import SearchOptions, make_search_plan
 from studies.searching import Judge, confirm, trial_label
-from studies.stack import Place, train_stack
+from studies.stack import train_stack
 from studies.storage import open_storage
 
 # MLflow's own type hints, when the best model is logged

@@ -19,8 +19,10 @@ import torch
 from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
 from studies import cli, kl_weight, worker
 from studies.grid import open_grid
-from studies.options import Options, Point, make_plan
-from studies.stack import Place, train_tracked
+from studies.options import Options
+from studies.place import Place
+from studies.plan import Point, make_plan
+from studies.stack import train_tracked
 from studies.storage import check_storage, new_name, open_storage
 
 NAME = "kl_weight-digits"
@@ -98,6 +100,9 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
     model = mlflow.pyfunc.load_model(best.model_uri)
     images = data.test.pixels(slice(4), torch.float32).reshape(-1, 1, 8, 8).numpy()
     assert model.predict(images).shape == images.shape
+    assert best.tags["mlflow.note.content"] == description
+    measured = {metric.key: metric.value for metric in best.metrics}
+    assert measured == summary["metrics"]
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsys):

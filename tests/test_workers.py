@@ -11,7 +11,8 @@ import harness
 from harness import UserError, tracking
 from studies import cli, kl_weight, worker, workers
 from studies.grid import open_grid
-from studies.options import Options, make_plan
+from studies.options import Options
+from studies.plan import make_plan
 from studies.storage import open_storage
 from studies.workers import arguments, cores
 
