@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from studies.evidence import Evidence, Runs
+    from studies.evidence import Evidence
+    from studies.runs import Runs
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 

@@ -19,31 +19,10 @@ if TYPE_CHECKING:
     from harness.oracle import PCA
     from harness.tracking import Store
     from harness.vae import SingleVAE
+    from studies.runs import Runs
 
 Record = dict[str, Any]
 """A run as `tracking.read_runs` gives it."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Runs that a claim is measured on: one configuration, several seeds.
-
-    Attributes:
-        label: name of the configuration, for people.
-        config: every setting but the seed.
-        seeds: repetitions, seeds 0, 1, ...
-        gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
-    """
-
-    label: str
-    config: RunConfig
-    seeds: int
-    gpu: bool = False
-
-    @property
-    def configs(self) -> list[RunConfig]:
-        """One configuration per seed."""
-        return [self.config.replace(seed=seed) for seed in range(self.seeds)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.config import RunConfig
-from studies.evidence import Runs
+from studies.runs import Runs
 
 BLOG_EPOCHS = 176
 """Epochs after which the blog prints its numbers."""

@@ -18,7 +18,6 @@ from studies.claims import (
     PASS,
     Reproduction,
     Row,
-    Runs,
     count,
     judge,
     required,
@@ -27,6 +26,7 @@ from studies.evidence import Evidence
 from studies.gallery import draw_models
 from studies.options import first_unused
 from studies.place import Place
+from studies.runs import Runs
 from studies.stack import Planned, forget_all, keep, train_stack
 from studies.summary import (
     Outcome,

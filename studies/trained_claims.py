@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from studies.claims import Claim, Spread, about, between, inside
-from studies.evidence import Runs
 from studies.exact_claims import LINEAR, LINEAR_LOSSES
 from studies.forms import BLOG_EPOCHS, Form
+from studies.runs import Runs
 
 if TYPE_CHECKING:
     from studies.evidence import Evidence

@@ -7,10 +7,11 @@ import pytest
 
 from harness import RunConfig, load_dataset
 from studies.claims import Row, Spread, about, between, decimals, inside, printed, required
-from studies.evidence import Evidence, Runs
+from studies.evidence import Evidence
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT
 from studies.reproduce import exit_code, reproduction
+from studies.runs import Runs
 
 
 def nothing(evidence: Evidence) -> float:

@@ -17,11 +17,11 @@ from harness.dataset import Dataset
 from studies import reproduce
 from studies.claims import Row, about, count, judge
 from studies.console import Console
-from studies.evidence import Runs
 from studies.forms import Form
 from studies.options import ReproduceOptions
 from studies.reproduce import reproduction
 from studies.reproducing import Check, open_check, run, summarize, train_missing
+from studies.runs import Runs
 from studies.stack import train_stack
 from studies.summary import Outcome
 from studies.trained_claims import mean
