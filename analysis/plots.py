@@ -95,7 +95,9 @@ def line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = 
         means = frames.along_axis(part, axis, [metric])
         x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
         panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
-        panel.plot(x, y, color=color, label=name or f"mean of {means['seeds'].max()} seeds, 95 %")
+        seeds = means["seeds"].max()
+        mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds, 95 %"
+        panel.plot(x, y, color=color, label=name or mean)
         panel.plot(part[axis], part[metric], ".", color=color, ms=4, alpha=0.7)
     panel.set_xlabel(LABELS.get(axis, axis))
     panel.set_ylabel(LABELS.get(metric, metric))

@@ -30,8 +30,7 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
     sentences = [
         f"{axis} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image "
-        f"(test {plus_minus(row, 'neg_elbo')}; mean and 95 % interval over "
-        f"{row['seeds']:.0f} seeds).",
+        f"(test {plus_minus(row, 'neg_elbo')}; {_from(int(row['seeds']))}).",
         calibration(row) + f"{row['active_units']:.1f} of {size} latents are active.",
         rivals(frame, axis, best),
         *linear_prediction(frame, axis, best),
@@ -45,6 +44,10 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[axis] == best])]).strip()
+
+
+def _from(seeds: int) -> str:
+    return "one seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
 
 
 def calibration(row: pd.Series) -> str:
