@@ -76,10 +76,11 @@ def _of_summaries(runs: Runs) -> Iterator[str]:
 
 def _of_the_dead(runs: Runs) -> Iterator[str]:
     for run in runs:
-        if run["status"] not in ("FINISHED", "KILLED"):
-            yield f"run {run['run_id']} ({run['name']}) is {run['status']}"
-        elif run["status"] == "KILLED" and "reason" not in run["tags"]:
-            yield f"run {run['run_id']} ({run['name']}) was killed for no reason"
+        which = f"run {run['run_id']} ({run['name']}) is {run['status']}"
+        if run["status"] not in ("FINISHED", "KILLED", "FAILED"):
+            yield which
+        elif run["status"] != "FINISHED" and "reason" not in run["tags"]:
+            yield f"{which} for no reason"
 
 
 def _of_contents(store: harness.tracking.Store, run: dict[str, Any]) -> Iterator[str]:

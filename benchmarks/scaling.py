@@ -25,7 +25,7 @@ from harness.dataset import Dataset
 from harness.engine import resolve_device
 
 FIGURE = Path(__file__).parent / "figures" / "scaling.png"
-WIDTHS = {"cpu": (1, 2, 4, 8, 16, 32, 64), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STACK = {"cpu": 2, "cuda": 64}
 """Runs of the points at which something else than the width changes: the device is full."""
 
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 def listed(device: str) -> Iterator[Point]:
     """Yield every point, axis by axis; the blog's recipe is on all of them."""
     base, stack = RunConfig.seed_recipe(), STACK[device]
-    for runs in WIDTHS[device]:
+    for runs in WIDTHS:
         yield Point("stack width", runs, runs, base)
     for hidden in HIDDEN:
         yield Point("first hidden layer", hidden[0], stack, base.replace(hidden=hidden))
