@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ def begin(
     Raises:
         UserError: there is no room for one run.
     """
-    part = _fitting(configs, rows, grey, data, linear, dtype)
+    part = _fitting(lambda: _untrained(configs, rows, grey, data, linear, dtype))
     if part is not None:
         return [part]
     if len(rows) == 1:
@@ -149,17 +149,10 @@ def begin(
     return [part for half in halves for part in begin(configs, half, grey, data, linear, dtype)]
 
 
-def _fitting(
-    configs: Sequence[RunConfig],
-    rows: Sequence[int],
-    grey: Dataset,
-    data: Dataset,
-    linear: Tensor,
-    dtype: torch.dtype,
-) -> Part | None:
-    """Return runs together; None if they do not fit, and nothing of them is kept then."""
+def _fitting(make: Callable[[], Part]) -> Part | None:
+    """Return what is made if it fits; else None, and nothing of it is kept."""
     try:
-        part = _untrained(configs, rows, grey, data, linear, dtype)
+        part = make()
         part.rehearse()
     except RuntimeError as error:
         if not _lacks_memory(error):
