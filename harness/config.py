@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-Model = Literal["mlp", "linear", "conv"]
+from harness import registry
+from harness.errors import UserError as UserError
+
 Head = Literal["gaussian", "relu"]
 Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
@@ -18,32 +20,8 @@ Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
 Precision = Literal["float32", "tf32"]
 
-SWEPT = (
-    "latent_size",
-    "kl_weight",
-    "kl_normalization",
-    "kl_warmup_epochs",
-    "kl_cycles",
-    "free_bits",
-    "sigma",
-    "learning_rate",
-    "seed",
-)
-"""Fields that runs of one stack may differ in; all others fix tensor shapes or the graph."""
-
 LARGEST = sys.float_info.max
 """The largest number that is finite."""
-
-
-class UserError(ValueError):
-    """Something the user gave cannot be used; the message names it, what is allowed, what to do.
-
-    Command lines print the message alone and exit with code 2.
-    """
-
-    def _render_traceback_(self) -> list[str]:
-        """Show the message alone in a notebook too (IPython's hook)."""
-        return [f"error: {self}"]
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
@@ -65,13 +43,21 @@ def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str
     return name
 
 
+class Weights(dict[str, float]):
+    """Weights of loss terms by name; hashable, since a configuration is a value."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of one run; together with a dataset they determine every number of it.
 
     Attributes:
         model: "mlp"; "linear": no hidden layers and no output sigmoid (pPCA as a VAE); "conv":
-            convolutions 3 x 3 of stride 2 and a linear layer (`harness.networks`).
+            convolutions 3 x 3 of stride 2 and a linear layer (`harness.models.networks`); or the
+            name of a registered network (`harness.network`).
         hidden: widths of the encoder's hidden layers, of "mlp" alone; the decoder mirrors them.
         channels: channels of the encoder's convolutions, of "conv" alone; the decoder mirrors them.
         latent_size: number of latents L.
@@ -93,6 +79,9 @@ class RunConfig:
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
+        terms: weight of each registered loss term (`harness.term`) by name, in the unit of beta:
+            per image the loss is proportional to error + beta * rate + weight * term. `kl_weight`,
+            normalisation and warm-up do not touch it.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
@@ -101,7 +90,7 @@ class RunConfig:
         seed: key of the initial weights, the batch order and the noise.
     """
 
-    model: Model = "mlp"
+    model: str = "mlp"
     hidden: tuple[int, ...] = (256, 64)
     channels: tuple[int, ...] = (32, 64)
     latent_size: int = 10
@@ -120,6 +109,7 @@ class RunConfig:
     epochs: int = 20
     precision: Precision = "float32"
     seed: int = 0
+    terms: Mapping[str, float] = field(default_factory=Weights)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "channels"):
@@ -129,7 +119,11 @@ class RunConfig:
             object.__setattr__(self, name, tuple(widths))
             for width in widths:
                 _whole(name, width, at_least=1)
-        _one_of("model", self.model, Model)
+        if self.model not in registry.NETWORKS:
+            known = ", ".join(registry.NETWORKS)
+            raise UserError(
+                f"model={self.model!r}: choose one of {known}, or register a network of that name"
+            )
         _one_of("head", self.head, Head)
         _one_of("latent", self.latent, Latent)
         _one_of("kl_normalization", self.kl_normalization, KLNormalization)
@@ -148,7 +142,16 @@ class RunConfig:
         _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
         for name in ("kl_weight", "free_bits", "learning_rate"):  # 1 and 1.0 are one run
             object.__setattr__(self, name, float(getattr(self, name)))
+        self._check_terms()
         self._check_together()
+
+    def _check_terms(self) -> None:
+        if not isinstance(self.terms, Mapping):
+            raise UserError(f"terms={self.terms!r}: give a dictionary of weights by name")
+        for name, weight in self.terms.items():
+            _number(f"terms[{name!r}]", weight, "a finite number", lambda v: True)
+        weights = Weights({name: float(self.terms[name]) for name in sorted(self.terms)})
+        object.__setattr__(self, "terms", weights)
 
     def _check_together(self) -> None:
         """Refuse settings that contradict each other."""
@@ -202,40 +205,29 @@ class RunConfig:
         """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
         return self.likelihood == "gaussian" or self.binarization != "none"
 
-    def static(self) -> tuple[Any, ...]:
-        """Return the values that all runs of one stack must share."""
-        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in SWEPT)
-
     def to_json(self) -> str:
         """Return the configuration as a JSON object, field by field."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Read a configuration written by `to_json`.
+        """Read a configuration written by `to_json`; fields that it lacks take their defaults.
 
         Raises:
-            UserError: the text is no JSON object, or its fields are not those of this class.
+            UserError: the text is no JSON object, or has a field that this class lacks.
         """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:  # also digits and brackets without end
             raise UserError(f"configuration is not JSON ({error})") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            given = set(values) if isinstance(values, dict) else {type(values).__name__}
+        given = set(values) if isinstance(values, dict) else {type(values).__name__}
+        if unknown := given - names:
             raise UserError(
-                f"configuration has unknown fields {sorted(given - names)} and lacks "
-                f"{sorted(names - given)}; it was written by another version of the harness"
+                f"configuration has unknown fields {sorted(unknown)}; it was written by another "
+                "version of the harness"
             )
         return cls(**values)
-
-
-def check_static(configs: Sequence[RunConfig]) -> None:
-    """Raise UserError unless the runs can share a stack."""
-    if len({config.static() for config in configs}) > 1:
-        fixed = ", ".join(f.name for f in fields(RunConfig) if f.name not in SWEPT)
-        raise UserError(f"runs of one stack must agree in every field that is not swept: {fixed}")
 
 
 def _one_of(name: str, value: object, allowed: Any) -> None:  # noqa: ANN401 - a Literal type

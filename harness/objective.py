@@ -1,40 +1,140 @@
-"""The training objective and the quantities around it, as pure functions.
+"""The training objective of one run and the quantities around it, as pure functions.
 
-Symbols as everywhere in the project: D pixels, L latents, B images of a batch, S stacked runs.
-The loss of a run is SSE / (B D) + kl_weight * KL / c with KL summed over batch and latents and c
-set by `kl_normalization`; times D it is SSE + beta * rate per image, which is an exact negative
-ELBO, up to scale and constant, for a Gaussian decoder of variance beta / 2.
+Symbols: D pixels (all channels), L latents, B images of a batch. The loss of a run is
+SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c set by
+`kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
+to scale and a constant, for a Gaussian decoder of variance beta / 2.
+
+`objective` is what training differentiates. Its parts are means over images, exact for any set of
+images, so that validation applies the same `loss` to a whole split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.config import RunConfig, UserError
-from harness.nn import constant
-
-CPU = torch.device("cpu")
+from harness.config import RunConfig
+from harness.errors import UserError
 
 ACTIVE_VARIANCE = 0.01
 """A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
 
+MIN_VARIANCE = 1e-8
+"""Floor of the posterior variance with `head="relu"`: the 1e-8 inside the blog's logarithm."""
+
+
+class Posterior(NamedTuple):
+    """The posterior q(z|x) = N(mean, diag(exp(log_variance))), both of shape (B, L)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    @classmethod
+    def from_head(cls, output: Tensor, head: str) -> Posterior:
+        """Return the posterior that an encoder's output stands for.
+
+        gaussian: the halves are mean and log-variance.
+        relu: the halves behind a ReLU are mean and standard deviation sigma, as in the blog;
+        log_variance = ln(sigma^2 + 1e-8).
+
+        Args:
+            output: shape (B, 2 L).
+            head: "gaussian" or "relu".
+        """
+        if head == "gaussian":
+            return cls(*output.chunk(2, dim=-1))
+        mean, sigma = output.relu().chunk(2, dim=-1)
+        return cls(mean, (sigma.square() + MIN_VARIANCE).log())
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Return z = mean + exp(log_variance / 2) * eps, shape (B, L) for eps of that shape."""
+        return self.mean + (self.log_variance / 2).exp() * eps
+
+
+class Batch(NamedTuple):
+    """One batch of a run and what the model makes of it: the argument of a loss term.
+
+    Attributes:
+        x: pixels in [0, 1], shape (B, *data_shape).
+        posterior: of each image, shape (B, L).
+        z: latents that the decoder sees: a sample, or the mean if the latent is deterministic.
+        output: decoder output before the non-linearity, shape (B, *data_shape); the logits of a
+            Bernoulli decoder.
+        reconstruction: decoder means, shape (B, *data_shape).
+        scale: learned decoder variance, pixel^2, shape (); None if none is learned.
+        prior: draws from N(0, I), shape (B, L); None for a run without terms.
+        training_size: number of training images N.
+        progress: of training, in [0, 1], shape ().
+    """
+
+    x: Tensor
+    posterior: Posterior
+    z: Tensor
+    output: Tensor
+    reconstruction: Tensor
+    scale: Tensor | None = None
+    prior: Tensor | None = None
+    training_size: int = 0
+    progress: Tensor | float = 1.0
+
+
+class Coefficients(NamedTuple):
+    """The numbers of a loss: tensors of shape (), since runs of a stack may differ in them.
+
+    Attributes:
+        beta: weight of the rate beside the summed squared error.
+        free_bits: nats of each latent that cost nothing; None if there are none.
+        weights: weight of each loss term, in the unit of beta.
+    """
+
+    beta: Tensor
+    free_bits: Tensor | None = None
+    weights: Mapping[str, Tensor] = {}
+
+
+class Means(NamedTuple):
+    """Averages over images that the loss is made of.
+
+    Attributes:
+        error: SSE of an image, pixel^2, shape ().
+        cross_entropy: nats of an image, shape (); None for a Gaussian decoder.
+        kl: KL of each latent, nats, shape (L,); None if the latent is deterministic.
+    """
+
+    error: Tensor
+    cross_entropy: Tensor | None
+    kl: Tensor | None
+
+
+class PerImage(NamedTuple):
+    """The parts of the loss image by image: error (B,), cross_entropy (B,) and kl (B, L)."""
+
+    error: Tensor
+    cross_entropy: Tensor | None
+    kl: Tensor | None
+
+    def mean(self) -> Means:
+        """Return the averages over the images."""
+        return Means(*(None if part is None else part.mean(0) for part in self))  # type: ignore[arg-type]
+
 
 def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of a diagonal Gaussian posterior from N(0, I), latent by latent.
+    """Return the KL divergence of a diagonal Gaussian from N(0, I), latent by latent.
 
     KL = (mean^2 + exp(log_variance) - log_variance - 1) / 2   (Kingma & Welling 2013, appendix B)
 
     Args:
-        mean: posterior means, shape (S, B, L).
-        log_variance: logarithms of the posterior variances, shape (S, B, L).
+        mean: posterior means, shape (B, L).
+        log_variance: logarithms of the posterior variances, shape (B, L).
 
     Returns:
-        KL in nats, shape (S, B, L), never negative beyond rounding.
+        Nats, shape (B, L), never negative beyond rounding.
 
     Examples:
         A latent at the prior costs nothing; one moved by 2 standard deviations costs 2 nats.
@@ -46,36 +146,36 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
+    """Return the squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
 
     Args:
-        x: pixels in [0, 1], shape (S, B, D).
-        reconstruction: decoder means, shape (S, B, D).
+        x: pixels in [0, 1], shape (B, ...).
+        reconstruction: decoder means, shape (B, ...).
 
     Returns:
-        SSE in pixel^2, shape (S, B).
+        Pixel^2, shape (B,).
     """
-    return (x - reconstruction).square().sum(-1)
+    return (x - reconstruction).square().flatten(1).sum(-1)
 
 
 def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
-    """Cross-entropy of each image under independent Bernoulli pixels, summed over them.
+    """Return the cross-entropy of each image under independent Bernoulli pixels.
 
     CE = sum_d ln(1 + exp(a_d)) - x_d a_d = -ln p(x|z) if x is binary   (Kingma & Welling 2013,
     appendix C.1)
 
     Args:
-        x: pixels, 0 or 1 (grey ones give a loss that is no likelihood), shape (S, B, D).
-        logits: decoder output a before its sigmoid, shape (S, B, D).
+        x: pixels, 0 or 1 (grey ones give a loss that is no likelihood), shape (B, ...).
+        logits: decoder output a before its sigmoid, shape (B, ...).
 
     Returns:
-        nats, shape (S, B).
+        Nats, shape (B,).
     """
-    return (functional.softplus(logits) - x * logits).sum(-1)
+    return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
 
 
 def kl_scale(config: RunConfig, pixels: int) -> float:
-    """Return c, what the KL sum over batch and latents is divided by in the loss.
+    """Return c, the divisor of the KL summed over batch and latents in the loss.
 
     pixels: B D; batch: B; latent: B L; sum: 1.
     """
@@ -142,12 +242,7 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
     return config.replace(kl_weight=variance / unit)
 
 
-def betas(configs: Sequence[RunConfig], pixels: int, device: torch.device = CPU) -> Tensor:
-    """Return `beta` of each run, float64, shape (S,); made once, so not to be written to."""
-    return constant(tuple(beta(c, pixels) for c in configs), torch.float64, device)
-
-
-def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:
+def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
     """Return the factor of beta at each step of an epoch: min(1, t / T), linear warm-up.
 
     t counts steps from the start of the cycle, T is the number of steps in the warm-up epochs;
@@ -155,81 +250,125 @@ def kl_warmup(configs: Sequence[RunConfig], epoch: int, steps: int) -> Tensor:
     the usual linear warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
 
     Args:
-        configs: the runs.
+        config: the run.
         epoch: epoch, counted from 1.
         steps: steps of an epoch.
 
     Returns:
-        float64, shape (steps, S).
+        float64, shape (steps,). The first step of a warm-up has factor 0.
     """
-    done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64).unsqueeze(1)
-    cycle = torch.tensor([c.epochs * steps / c.kl_cycles for c in configs], dtype=torch.float64)
-    length = torch.tensor([c.kl_warmup_epochs * steps for c in configs], dtype=torch.float64)
-    return torch.where(length > 0, done % cycle / length.clamp(min=1), 1.0).clamp(max=1.0)
+    length = config.kl_warmup_epochs * steps
+    if not length:
+        return torch.ones(steps, dtype=torch.float64)
+    done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
+    return (done % (config.epochs * steps / config.kl_cycles) / length).clamp(max=1.0)
 
 
 def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
-    """Return the rate that the loss sees: sum over latents of max(free_bits, KL of the latent).
+    """Return the rate that the loss counts: sum over latents of max(free_bits, KL of the latent).
 
-    With free_bits = 0 it is the rate itself. (Kingma et al. 2016, 1606.04934, appendix C.8.)
+    (Kingma et al. 2016, 1606.04934, appendix C.8.)
 
     Args:
-        kl: KL of each latent, mean over the batch, nats, shape (S, L).
-        free_bits: nats of each latent that cost nothing, shape (S, 1) or (S, L).
+        kl: KL of each latent, mean over the batch, nats, shape (L,).
+        free_bits: nats of each latent that cost nothing, shape ().
 
     Returns:
-        nats, shape (S,).
+        Nats, shape ().
     """
     return kl.maximum(free_bits).sum(-1)
 
 
-def data_term(error: Tensor, variance: Tensor, fixed: Tensor, pixels: int) -> Tensor:
-    """Return the part of the loss, times D, that comes from the reconstruction.
-
-    The squared error itself where the KL weight sets the decoder variance, else `distortion` with
-    the run's own variance (Rybkin et al. 2021, 2006.13202).
-
-    Args:
-        error: SSE of an image, mean over the batch, shape (S,).
-        variance: decoder variance in pixel^2, positive, ignored where fixed, shape (S,).
-        fixed: whether the KL weight sets the variance, bool, shape (S,).
-        pixels: D.
-
-    Returns:
-        pixel^2 where fixed, else nats, shape (S,).
-    """
-    return torch.where(fixed, error, distortion(error / pixels, variance, pixels))
-
-
-def loss(error: Tensor, rate: Tensor, beta: Tensor, pixels: int) -> Tensor:
-    """Return what is minimised, per pixel: (error + beta * rate) / D.
-
-    With the squared error it is SSE / (B D) + kl_weight * KL / c of the whole batch, in pixel^2;
-    with a negative log-likelihood it is the negative ELBO per pixel at beta = 1.
-
-    Args:
-        error: `data_term` or `cross_entropy`, mean over the batch, shape (S,).
-        rate: KL of an image summed over latents, mean over the batch, nats, shape (S,).
-        beta: shape (S,).
-        pixels: D.
-
-    Returns:
-        pixel^2 with the squared error, else nats per pixel; shape (S,), one loss per run.
-    """
-    return (error + beta * rate) / pixels
-
-
 def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
-    """Negative log-likelihood of an image under a Gaussian decoder of the given variance.
+    """Return the negative log-likelihood of an image under a Gaussian decoder.
 
     -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance)
 
     Args:
-        mse: squared error per pixel, z drawn from q(z|x), shape (S,).
-        variance: decoder variance in pixel^2, shape (S,).
+        mse: squared error per pixel, z drawn from q(z|x), any shape.
+        variance: decoder variance in pixel^2, the same shape.
         pixels: D.
 
     Returns:
-        nats per image, shape (S,).
+        Nats per image, the same shape.
     """
     return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
+
+
+def per_image(config: RunConfig, batch: Batch) -> PerImage:
+    """Return the parts of the loss of each image of a batch."""
+    kl = None if config.latent == "deterministic" else kl_per_latent(*batch.posterior)
+    error = squared_error(batch.x, batch.reconstruction)
+    if config.likelihood == "gaussian":
+        return PerImage(error, None, kl)
+    return PerImage(error, cross_entropy(batch.x, batch.output), kl)
+
+
+def loss(
+    config: RunConfig,
+    means: Means,
+    coefficients: Coefficients,
+    scale: Tensor | None,
+    pixels: int,
+) -> Tensor:
+    """Return the loss that averages over images give, without a user's terms.
+
+    (data + beta * rate) / D, where data is the cross-entropy of a Bernoulli decoder, the SSE of a
+    Gaussian decoder with sigma="fixed", and else its `distortion` at the variance that it fits to
+    the error (sigma="optimal") or learns (Rybkin et al. 2021, 2006.13202).
+
+    Args:
+        config: the run, of which only what all runs of a stack share is read.
+        means: averages over a batch or over a split.
+        coefficients: beta and free bits.
+        scale: learned decoder variance, pixel^2, shape (), or None.
+        pixels: D.
+
+    Returns:
+        Shape (): pixel^2 with the squared error, else nats per pixel.
+    """
+    if means.cross_entropy is not None:
+        data = means.cross_entropy
+    elif config.sigma == "fixed":
+        data = means.error
+    else:
+        mse = means.error / pixels
+        data = distortion(mse, mse if scale is None else scale, pixels)
+    if means.kl is None:
+        return data / pixels
+    free = coefficients.free_bits
+    rate = means.kl.sum(-1) if free is None else free_rate(means.kl, free)
+    return (data + coefficients.beta * rate) / pixels
+
+
+Terms = Mapping[str, Callable[[Batch], Tensor]]
+"""Loss terms of a run by name: functions of a batch with results of shape ()."""
+
+
+def objective(
+    config: RunConfig, batch: Batch, coefficients: Coefficients, terms: Terms | None = None
+) -> Tensor:
+    """Return the loss that training minimises on a batch.
+
+    `loss` of the batch's averages + sum_k weight_k * term_k(batch) / D
+
+    Args:
+        config: the run, of which only what all runs of a stack share is read.
+        batch: images and what the model makes of them.
+        coefficients: beta, free bits and the weights of the terms.
+        terms: the run's terms.
+
+    Returns:
+        Shape ().
+    """
+    pixels = batch.x[0].numel()
+    means = per_image(config, batch).mean()
+    total = loss(config, means, coefficients, batch.scale, pixels)
+    return total + weighted_terms(batch, coefficients, terms or {}, pixels)
+
+
+def weighted_terms(
+    batch: Batch, coefficients: Coefficients, terms: Terms, pixels: int
+) -> Tensor | float:
+    """Return the part of the loss that comes from terms: sum_k weight_k * term_k(batch) / D."""
+    return sum(coefficients.weights[name] * term(batch) / pixels for name, term in terms.items())

@@ -1,4 +1,4 @@
-"""Stateless random streams: every draw is named, so no draw depends on what was drawn before.
+"""Stateless random streams of one run: no draw depends on earlier draws.
 
 A stream is keyed by (seed, purpose, epoch, latent size) and always drawn on the CPU; noise is drawn
 in float32, and weights are rounded to it. So a run sees the same weights, batches and noise alone
@@ -8,7 +8,6 @@ or in a stack, on CPU or GPU, in float32 or float64, and from any epoch on witho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -34,37 +33,22 @@ def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> 
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def batches(configs: Sequence[RunConfig], images: int, epoch: int) -> Tensor:
-    """Draw the order in which each run sees the training images in an epoch.
+def batches(config: RunConfig, images: int, epoch: int) -> Tensor:
+    """Return the order in which a run sees the training images in an epoch.
 
     Returns:
-        Indices, int64, shape (S, steps * batch_size), without repetition; what does not fill a
-        batch is left out.
+        Indices, int64, shape (steps * batch_size,), without repetition; images that do not fill a
+        batch are left out.
     """
-    used = images - images % configs[0].batch_size
-    orders = {
-        seed: generator(seed, "batches", epoch).permutation(images)[:used]
-        for seed in {c.seed for c in configs}
-    }
-    return torch.from_numpy(np.stack([orders[c.seed] for c in configs]))
+    order = generator(config.seed, "batches", epoch).permutation(images)
+    return torch.from_numpy(order[: images - images % config.batch_size])
 
 
-def noise(
-    configs: Sequence[RunConfig], purpose: str, images: int, epoch: int = 0, width: int = 0
-) -> Tensor:
-    """Draw standard normal noise for each run, each image and each latent.
+def noise(seed: int, purpose: str, images: int, latent_size: int, epoch: int = 0) -> Tensor:
+    """Return standard normal noise for each image and each latent of a run.
 
     Returns:
-        float32, shape (S, images, L) with L the largest latent size, or `width` if that is more;
-        zero beyond a run's own latent size.
+        float32, shape (images, L).
     """
-    widest = max(width, *(c.latent_size for c in configs))
-    out = np.zeros((len(configs), images, widest), dtype=np.float32)
-    drawn: dict[tuple[int, int], np.ndarray] = {}
-    for row, config in enumerate(configs):
-        key = (config.seed, config.latent_size)
-        if key not in drawn:
-            stream = generator(config.seed, purpose, epoch, config.latent_size)
-            drawn[key] = stream.standard_normal((images, config.latent_size), dtype=np.float32)
-        out[row, :, : config.latent_size] = drawn[key]
-    return torch.from_numpy(out)
+    stream = generator(seed, purpose, epoch, latent_size)
+    return torch.from_numpy(stream.standard_normal((images, latent_size), dtype=np.float32))

@@ -1,0 +1,1 @@
+"""Networks, the VAE made of them, and stacks of VAEs."""

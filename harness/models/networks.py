@@ -1,0 +1,90 @@
+"""The built-in networks, as two plain modules of one run.
+
+mlp: linear layers. conv: convolutions 3 x 3 of stride 2, then one linear layer; the decoder mirrors
+it with transposed convolutions. A side of n pixels becomes n / 2, rounded up, and comes back as n:
+`output_padding` adds the missing row or column, so images may have any size. linear: one layer.
+Everywhere a ReLU between layers and none after the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+
+KERNEL, STRIDE, PADDING = 3, 2, 1
+"""Of every convolution: a side of n pixels becomes one of n / 2, rounded up, whatever n is."""
+
+Pair = tuple[nn.Module, nn.Module]
+"""Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
+
+
+def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int] = (256, 64)) -> Pair:
+    """Return an encoder with hidden layers of these widths, and a decoder that mirrors it."""
+    pixels = math.prod(data_shape)
+    encoder = nn.Sequential(nn.Flatten(), *_linears((pixels, *hidden, 2 * latent_size)))
+    layers = _linears((latent_size, *reversed(hidden), pixels))
+    return encoder, nn.Sequential(*layers, nn.Unflatten(1, tuple(data_shape)))
+
+
+def linear(data_shape: Sequence[int], latent_size: int) -> Pair:
+    """Return one linear layer each: probabilistic PCA as a VAE."""
+    return mlp(data_shape, latent_size, hidden=())
+
+
+def conv(
+    data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int] = (32, 64)
+) -> Pair:
+    """Return a convolutional encoder with these channels, and a decoder that mirrors it."""
+    shapes = [tuple(data_shape)]
+    for outputs in channels:
+        shapes.append((outputs, *(-(-side // STRIDE) for side in shapes[-1][1:])))
+    flat = math.prod(shapes[-1])
+    encoder: list[nn.Module] = []
+    for (inputs, *_), (outputs, *_) in pairwise(shapes):
+        encoder += [nn.Conv2d(inputs, outputs, KERNEL, STRIDE, PADDING), nn.ReLU()]
+    encoder += [nn.Flatten(), nn.Linear(flat, 2 * latent_size)]
+    decoder: list[nn.Module] = [nn.Linear(latent_size, flat), nn.ReLU()]
+    decoder.append(nn.Unflatten(1, shapes[-1]))
+    for small, large in pairwise(reversed(shapes)):
+        more = _output_padding(small, large)
+        turned = nn.ConvTranspose2d(small[0], large[0], KERNEL, STRIDE, PADDING, more)
+        decoder += [turned, nn.ReLU()]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder[:-1])
+
+
+def _linears(sizes: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return layers[:-1]
+
+
+def _output_padding(small: Sequence[int], large: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns by which a transposed convolution falls short: 0 or 1.
+
+    It makes 2 n - 1 pixels of n, where a convolution makes n of 2 n - 1 and of 2 n alike.
+    """
+    height, width = (
+        b - (STRIDE * (a - 1) + 1) for a, b in zip(small[1:], large[1:], strict=True)
+    )
+    return height, width
+
+
+@torch.no_grad()
+def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
+    """Set weights and biases to U(-1, 1) / sqrt(inputs) from a stream, layer by layer.
+
+    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; for a
+    transposed one, inputs are the output channels times the kernel's size.
+    """
+    for layer in layers:
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            for parameter in layer.parameters():
+                drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))

@@ -1,0 +1,240 @@
+"""The variational autoencoder of one run: an encoder, a decoder, and what their outputs mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from harness import registry, streams
+from harness.config import RunConfig
+from harness.errors import UserError
+from harness.models import networks
+from harness.objective import Batch, Posterior
+
+
+class VAE(nn.Module):
+    """A variational autoencoder around two plain modules.
+
+    Args:
+        encoder: maps images (B, *data_shape) to the posterior's parameters (B, 2 L).
+        decoder: maps latents (B, L) to (B, *data_shape), before the output's non-linearity.
+        data_shape: shape of an image, e.g. (channels, height, width).
+        latent_size: number of latents L.
+        head: "gaussian": the encoder returns mean and log-variance; "relu": the blog's mean and
+            standard deviation, behind a ReLU.
+        latent: "stochastic", or "deterministic": the decoder sees the posterior mean.
+        likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
+        output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
+        learned_variance: whether the Gaussian decoder's variance is a trained parameter.
+        largest: grey value of uint8 images that stands for 1.
+
+    Examples:
+        >>> encoder, decoder = nn.Linear(4, 2), nn.Linear(1, 4)
+        >>> model = VAE(encoder, decoder, data_shape=(4,), latent_size=1)
+        >>> model.encode(torch.zeros(3, 4)).mean.shape, model.sample(5).shape
+        (torch.Size([3, 1]), torch.Size([5, 4]))
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        data_shape: Sequence[int],
+        latent_size: int,
+        head: str = "gaussian",
+        latent: str = "stochastic",
+        likelihood: str = "gaussian",
+        output: str = "sigmoid",
+        learned_variance: bool = False,
+        largest: int = 255,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.data_shape, self.latent_size = tuple(data_shape), latent_size
+        self.head, self.latent, self.likelihood = head, latent, likelihood
+        self.has_sigmoid = output == "sigmoid" or likelihood == "bernoulli"
+        self.largest = largest
+        if learned_variance:
+            self.log_decoder_variance = nn.Parameter(torch.zeros(()))
+        lay_out(self)
+
+    @property
+    def pixels(self) -> int:
+        """D: values of an image, all channels."""
+        return math.prod(self.data_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Learned variance of the decoder, pixel^2, shape (); None if none is learned."""
+        logarithm = getattr(self, "log_decoder_variance", None)
+        return None if logarithm is None else logarithm.exp()
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Return the posterior (B, L) of pixels in [0, 1], shape (B, *data_shape)."""
+        return Posterior.from_head(self.encoder(x), self.head)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the decoder means (B, *data_shape) of latents (B, L)."""
+        return self._means(self.decoder(z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstructions of pixels (B, *data_shape) from their posterior means."""
+        return self.decode(self.posterior(x).mean)
+
+    def batch(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        prior: Tensor | None = None,
+        training_size: int = 0,
+        progress: Tensor | float = 1.0,
+    ) -> Batch:
+        """Encode, sample and decode.
+
+        Args:
+            x: pixels in [0, 1], shape (B, *data_shape).
+            eps: standard normal noise of the posterior samples, shape (B, L).
+            prior: draws from N(0, I) for loss terms, shape (B, L).
+            training_size: number of training images.
+            progress: of training, in [0, 1].
+        """
+        posterior = self.posterior(x)
+        z = posterior.mean if self.latent == "deterministic" else posterior.sample(eps)
+        output = self.decoder(z)
+        return Batch(
+            x,
+            posterior,
+            z,
+            output,
+            self._means(output),
+            self.scale,
+            prior,
+            training_size,
+            progress,
+        )
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Return the posteriors of images.
+
+        Args:
+            images: shape (B, *data_shape) or (B, D); uint8 with the grey levels of the training
+                data, or floating-point pixels in [0, 1].
+
+        Returns:
+            Mean and log-variance, each of shape (B, L), in the model's dtype.
+
+        Raises:
+            UserError: the images have another shape, type or range.
+        """
+        return self.posterior(self._pixels(images))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the decoder means (B, *data_shape) of the posterior means of images."""
+        return self.decode(self.encode(images).mean)
+
+    @torch.no_grad()
+    def sample(self, count: int, *, seed: int = 0) -> Tensor:
+        """Return decoder means (count, *data_shape) of latents drawn from N(0, I).
+
+        One seed and count give the same latents for all models with equally many latents.
+        """
+        drawn = streams.noise(seed, "prior", count, self.latent_size)
+        return self.decode(drawn.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def interpolate(self, first: Tensor, second: Tensor, steps: int = 9) -> Tensor:
+        """Return decoder means on straight lines between the posterior means of two sets of images.
+
+        Args:
+            first, second: images as for `encode`, equally many.
+            steps: points of each line, both ends among them.
+
+        Returns:
+            Shape (B, steps, *data_shape).
+        """
+        ends = self.encode(first).mean, self.encode(second).mean
+        share = torch.linspace(0, 1, steps, dtype=self.dtype, device=self.device)
+        z = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), share.view(1, -1, 1))
+        return self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def _means(self, output: Tensor) -> Tensor:
+        return output.sigmoid() if self.has_sigmoid else output
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        shape = tuple(images.shape)
+        if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
+            wanted = ", ".join(map(str, self.data_shape))
+            raise UserError(
+                f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise UserError(
+                f"images of type {images.dtype}: give torch.uint8 from 0 to {self.largest}, or "
+                "floats from 0 to 1"
+            )
+        whole = images.dtype == torch.uint8
+        allowed = self.largest if whole else 1
+        if images.numel() and not 0 <= images.min() <= images.max() <= allowed:  # NaN too
+            raise UserError(
+                f"images from {float(images.min()):g} to {float(images.max()):g}: {images.dtype} "
+                f"must be from 0 to {allowed}"
+            )
+        x = images.to(self.device, self.dtype).reshape(-1, *self.data_shape)
+        return x / self.largest if whole else x
+
+
+def lay_out(model: nn.Module) -> None:
+    """Store the weights of linear layers as (in, out), seen through transposed views.
+
+    Matrix products then sum in the same order wherever a model was made or loaded, so that its
+    numbers have the same bits.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def build(config: RunConfig, data_shape: Sequence[int], largest: int = 255) -> VAE:
+    """Return an untrained VAE with the initial weights that a run's seed fixes.
+
+    Args:
+        config: the run.
+        data_shape: shape of an image.
+        largest: grey value of uint8 images that stands for 1.
+    """
+    network = registry.NETWORKS[config.model]
+    stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
+    options = {name: getattr(config, name) for name in network.settings}
+    with torch.random.fork_rng(devices=[]):  # PyTorch's generator stays as it was
+        if network.initialize == "torch":
+            torch.manual_seed(int(stream.integers(2**63)))
+        encoder, decoder = network.build(tuple(data_shape), config.latent_size, **options)
+    if network.initialize == "stream":
+        networks.draw((*encoder.modules(), *decoder.modules()), stream)
+    return VAE(
+        encoder,
+        decoder,
+        data_shape=data_shape,
+        latent_size=config.latent_size,
+        head=config.head,
+        latent=config.latent,
+        likelihood=config.likelihood,
+        output=network.output,
+        learned_variance=config.sigma == "learned",
+        largest=largest,
+    )
