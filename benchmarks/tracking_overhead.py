@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 from benchmarks import machine
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import resolve_device
 from studies import kl_weight
 from studies.console import Console

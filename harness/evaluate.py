@@ -20,7 +20,7 @@ from torch.nn import functional
 from harness import elbo, linear, objective, streams
 from harness.config import RunConfig
 from harness.cores import crew
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.nn import constant
 from harness.vae import VAE, Posterior, SingleVAE
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from harness import objective
 from harness.config import RunConfig
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.oracle import PCA, LinearOptimum, is_small, pca
 
 SMALLEST_VARIANCE = 1e-12

@@ -7,7 +7,7 @@ import torch
 
 from harness import objective, oracle
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.vae import SingleVAE, initial
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from harness import objective
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 
 
 @dataclass(frozen=True)

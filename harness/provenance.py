@@ -20,8 +20,8 @@ from typing import Any
 import threadpoolctl
 import torch
 
-from harness.dataset import Dataset
-from harness.official import DATASETS, TORCHVISION
+from harness.data.dataset import Dataset
+from harness.data.mnist import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"
 PACKAGES = {"harness": "vae-sweep-harness"} | {

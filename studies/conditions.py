@@ -10,7 +10,7 @@ from harness.config import RunConfig, UserError
 from studies.sources import Source
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.vae import SingleVAE
 
 BLOG_WEIGHT = 1.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.batches import BatchLosses
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.oracle import PCA
     from harness.tracking import Store
     from harness.vae import SingleVAE
@@ -46,7 +46,9 @@ class Evidence:
     @cached_property
     def official(self) -> PCA:
         """Principal components of the official training images, validation images included."""
-        return harness.oracle.pca(harness.dataset.with_official_training(self.data))
+        from harness.data.dataset import with_official_training  # loads torch
+
+        return harness.oracle.pca(with_official_training(self.data))
 
     @cached_property
     def _by_settings(self) -> dict[tuple[str, ...], Record]:

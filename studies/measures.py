@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import harness
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.sweep import best_epoch, flat_record
 
 if TYPE_CHECKING:

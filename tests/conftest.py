@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from harness.data import load_dataset
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
+from harness.data.load import load_dataset
 
 pytest_plugins = ["real_stores", "real_postgres"]
 

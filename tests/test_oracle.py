@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
 from harness import RunConfig, UserError, linear, load_dataset, oracle
-from harness.dataset import Dataset, Split, with_official_training
+from harness.data.dataset import Dataset, Split, with_official_training
 from harness.engine import train
 from harness.evaluate import active_units, evaluate, losses_of_linear, measure
 from harness.objective import kl_per_latent, with_decoder_variance

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from harness import linear, oracle
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import train
 from harness.evaluate import evaluate
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
