@@ -19,6 +19,7 @@ ELSEWHERE = {
 """Page -> file of the repository."""
 
 FURTHER = (
+    *("harness.linear.pca", "harness.linear.vae"),
     *("analysis.frames", "analysis.plots", "analysis.planes"),
     *("studies.question", "studies.study", "studies.sources", "studies.cli"),
 )

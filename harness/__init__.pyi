@@ -8,10 +8,7 @@ from . import frechet as frechet
 from . import latents as latents
 from . import ledger as ledger
 from . import likelihood as likelihood
-from . import linear as linear
 from . import objective as objective
-from . import optimum as optimum
-from . import oracle as oracle
 from . import pictures as pictures
 from . import probe as probe
 from . import provenance as provenance

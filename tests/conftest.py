@@ -22,7 +22,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 FIRST = (
     *("engine", "kills", "search", "studies", "reproduce", "desk", "own_study", "example_study"),
-    *("workers", "replay", "architecture", "oracle", "servers", "likelihood", "diverged", "data"),
+    *("workers", "replay", "architecture", "linear", "servers", "likelihood", "diverged", "data"),
 )
 """Modules that take longest: begun last, one would run while a core is idle."""
 
