@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from harness import processes, streams
 from harness.config import RunConfig
-from harness.models.stack import Stack, kernels
+from harness.data.dataset import Split
+from harness.models.stack import Stack, has_hooks, kernels
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms, objective
 from harness.train.mlp_gradient import MLPGradient, covers
@@ -137,6 +138,11 @@ class Step:
         return self.training_size // self.configs[0].batch_size
 
     @property
+    def images(self) -> int:
+        """Images seen in an epoch, by all runs."""
+        return self.steps * self.configs[0].batch_size * len(self.configs)
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.weights.device
@@ -225,20 +231,24 @@ class Step:
 
     def epoch(self, draw: Draw) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""
-        if self._gradients is None:
-            self._prepare()
-        draw = draw.to(self.weights)
         with kernels(self.configs[0].precision):
-            if self.stack is None:
-                self._train_one(draw)
-            elif self.device.type == "cuda":
+            if self.stack is not None and self.device.type == "cuda":
                 self.capture(draw)
                 assert self._graph is not None
                 for _ in range(self.steps):
                     self._graph.replay()
             else:
-                for t in range(self.steps):
-                    self._step(draw, t)
+                self.take(draw)
+
+    def take(self, draw: Draw) -> None:
+        """Take every step of an epoch, without capturing it."""
+        if self._gradients is None:
+            self._prepare()
+        if self.stack is None:
+            self._train_one(draw)
+        else:
+            for t in range(self.steps):
+                self._step(draw, t)
 
     def _train_one(self, draw: Draw) -> None:
         """Train one run; layers that draw random numbers find the same ones in every process."""
@@ -361,6 +371,30 @@ def _places(model: VAE) -> tuple[dict[str, Place], int]:
             places[name] = Place(start, tuple(parameter.shape), transposed)
             start += -(-parameter.numel() // ALIGNED) * ALIGNED
     return places, start
+
+
+def refusal(run: Run, images: Split) -> str | None:
+    """Return why a run cannot be computed in a stack, None if it can: one step is tried on a copy.
+
+    Hooks are not called for the weights of a stack; random layers and branches on values are what
+    `torch.vmap` refuses.
+    """
+    if has_hooks(run.model):
+        return "a module or a parameter has a hook"
+    step = Step([run], run.config.batch_size, stacked=True)
+    batch, latents = run.config.batch_size, run.config.latent_size
+    zeros = torch.zeros(1, 1, batch, latents)
+    one = torch.ones(1, 1)
+    order = torch.arange(batch).view(1, 1, batch)
+    prior = zeros if run.terms else None
+    draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1).to(step.weights)
+    try:
+        step.take(draw)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any error of a user's layer or of PyTorch
+        return str(error).splitlines()[0] if str(error) else repr(error)
+    return None
 
 
 def captured(
