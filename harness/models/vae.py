@@ -162,7 +162,8 @@ class VAE(nn.Module):
         """Return decoder means on straight lines between the posterior means of two sets of images.
 
         Args:
-            first, second: images as for `encode`, equally many.
+            first: images as for `encode`.
+            second: as many images.
             steps: points of each line, both ends among them.
 
         Returns:
@@ -180,9 +181,7 @@ class VAE(nn.Module):
         shape = tuple(images.shape)
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
             wanted = ", ".join(map(str, self.data_shape))
-            raise UserError(
-                f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})"
-            )
+            raise UserError(f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise UserError(
                 f"images of type {images.dtype}: give torch.uint8 from 0 to {self.largest}, or "

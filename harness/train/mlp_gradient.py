@@ -166,9 +166,7 @@ class MLPGradient:
 class _Layers:
     """Forward and backward of linear layers into buffers; `slopes[i]` is that at output i."""
 
-    def __init__(
-        self, model: VAE, part: str, gradients: Mapping[str, Tensor], batch: int
-    ) -> None:
+    def __init__(self, model: VAE, part: str, gradients: Mapping[str, Tensor], batch: int) -> None:
         linears = {
             f"{part}.{name}": layer
             for name, layer in getattr(model, part).named_children()

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import (
+    adam,
+)  # without the class, whose first use imports torch.compile: seconds
 
 from harness import processes, streams
 from harness.config import RunConfig
@@ -20,6 +23,7 @@ from harness.data.dataset import Split
 from harness.models.stack import Stack, has_hooks, kernels
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms, objective
+from harness.train.draws import Draw
 from harness.train.mlp_gradient import MLPGradient, covers
 
 ALIGNED = 16
@@ -27,9 +31,6 @@ ALIGNED = 16
 
 WARM_UP = 3
 """Calls before one is captured, in which libraries choose their kernels."""
-
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Of Adam (Kingma & Ba 2014); PyTorch's defaults."""
 
 Result = TypeVar("Result")
 
@@ -46,44 +47,6 @@ class Run(NamedTuple):
     config: RunConfig
     model: VAE
     terms: Terms
-
-
-class Draw(NamedTuple):
-    """All that one epoch of a run takes from the data and the random streams.
-
-    Those of a stack have an axis S behind `steps`, where runs differ.
-
-    Attributes:
-        images: training images, uint8, shape (N, D).
-        largest: grey value that stands for 1.
-        order: rows of the images, int64, shape (steps, B).
-        noise: of the posterior samples, shape (steps, B, L).
-        betas: weight of the rate at each step, shape (steps,).
-        progress: of training at each step, in [0, 1], shape (steps,).
-        prior: latents from N(0, I) for loss terms, shape (steps, B, L); None without terms.
-        epoch: counted from 1.
-    """
-
-    images: Tensor
-    largest: int
-    order: Tensor
-    noise: Tensor
-    betas: Tensor
-    progress: Tensor
-    prior: Tensor | None
-    epoch: int
-
-    def to(self, like: Tensor) -> Draw:
-        """Return the draw on the device of a tensor, its floating-point numbers in its type."""
-        moved = {name: value.to(like) for name, value in self.by_step().items()}
-        moved["order"] = self.order.to(like.device)
-        return self._replace(images=self.images.to(like.device), **moved)
-
-    def by_step(self) -> dict[str, Tensor]:
-        """Return all tensors that have an axis of steps."""
-        named = {"order": self.order, "noise": self.noise, "betas": self.betas}
-        named["progress"] = self.progress
-        return named if self.prior is None else named | {"prior": self.prior}
 
 
 class Place(NamedTuple):
@@ -186,7 +149,7 @@ class Step:
         config, new = self.configs[0], self.weights.new_zeros
         self._gradients = torch.zeros_like(self.weights)
         gradients = {n: place.view(self._gradients) for n, place in self.places.items()}
-        self._adam = self._optimizer(self._gradients)
+        self._groups = self._adam_groups(self._gradients)
         lead = () if self.stack is None else (len(self.configs),)
         seen = config.batch_size * len(self.configs)
         self._raw = new(seen, self.model.pixels, dtype=torch.uint8)
@@ -210,24 +173,47 @@ class Step:
         made = self.weights.new_tensor(values)
         return made[0] if self.stack is None else made
 
-    def _optimizer(self, gradients: Tensor) -> torch.optim.Adam:
-        """Return PyTorch's Adam on the shared buffers, with each run as a parameter of its own."""
+    def _adam_groups(self, gradients: Tensor) -> list[tuple[float, list[list[Tensor]]]]:
+        """Return each learning rate with weights, gradients, moments and steps of its runs."""
         buffers = (self.weights, gradients, self.first, self.second)
-        rows = zip(*(buffer.view(len(self.configs), -1) for buffer in buffers), strict=True)
-        groups: dict[float, list[nn.Parameter]] = {}
-        state = {}
-        for config, count, row in zip(self.configs, self.counts, rows, strict=True):
-            weights, gradient, first, second = row
-            parameter = nn.Parameter(weights)
-            parameter.grad = gradient
-            groups.setdefault(config.learning_rate, []).append(parameter)
-            state[parameter] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
-        by_rate = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-        optimizer = torch.optim.Adam(
-            by_rate, betas=BETAS, eps=EPSILON, fused=True, capturable=self.device.type == "cuda"
+        rows = list(
+            zip(*(b.view(len(self.configs), -1) for b in buffers), self.counts, strict=True)
         )
-        optimizer.state.update(state)
-        return optimizer
+        rates = [config.learning_rate for config in self.configs]
+        return [
+            (
+                rate,
+                [
+                    list(part)
+                    for part in zip(
+                        *(rows[s] for s, r in enumerate(rates) if r == rate), strict=True
+                    )
+                ],
+            )
+            for rate in dict.fromkeys(rates)
+        ]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Update the weights by Adam (Kingma & Ba 2014)."""
+        for rate, (weights, gradients, first, second, steps) in self._groups:
+            adam(
+                weights,
+                gradients,
+                first,
+                second,
+                [],
+                steps,
+                fused=True,
+                capturable=self.device.type == "cuda",
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
 
     def epoch(self, draw: Draw) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""
@@ -274,7 +260,7 @@ class Step:
         else:
             slopes = self.stack.gradient(self._loss, *self._arguments(draw, t))
             torch._foreach_copy_([self._slopes[n] for n in slopes], list(slopes.values()))
-        self._adam.step()
+        self._update()
 
     def _arguments(self, draw: Draw, t: int) -> tuple[Any, ...]:
         coefficients = Coefficients(draw.betas[t], self._free_bits, self._term_weights)
@@ -333,7 +319,10 @@ class Step:
         Each as the plain run has it, so that it fits into any stack.
         """
         return [
-            {name: value.clone(memory_format=torch.contiguous_format) for name, value in row.items()}
+            {
+                name: value.clone(memory_format=torch.contiguous_format)
+                for name, value in row.items()
+            }
             for row in map(self._state, range(len(self.configs)))
         ]
 
