@@ -94,7 +94,7 @@ def blog_loop(args: argparse.Namespace) -> Rounds:
     from torchvision.transforms import ToTensor
 
     from benchmarks import blog
-    from harness.official import TORCHVISION
+    from harness.data.mnist import TORCHVISION
 
     source = getattr(torchvision.datasets, TORCHVISION[args.dataset])
     part = source(args.data_dir, train=True, transform=ToTensor())

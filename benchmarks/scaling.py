@@ -21,7 +21,7 @@ import torch
 from benchmarks import machine
 from benchmarks.floor import Floor, floor
 from harness import RunConfig, load_dataset, train
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import resolve_device
 
 FIGURE = Path(__file__).parent / "figures" / "scaling.png"

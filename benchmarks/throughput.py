@@ -20,9 +20,9 @@ from typing import IO
 
 from benchmarks import machine
 from harness.config import UserError
-from harness.data import load_dataset
+from harness.data.load import load_dataset
+from harness.data.mnist import TORCHVISION
 from harness.engine import resolve_device
-from harness.official import TORCHVISION
 
 STACKS = {"cpu": (1, 2, 16), "cuda": (1, 64)}
 PEERS = ("pythae", "jax", "optax")

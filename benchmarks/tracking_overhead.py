@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 from benchmarks import machine
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import resolve_device
 from studies import kl_weight
 from studies.console import Console
@@ -51,7 +51,7 @@ WORK = {
         "studies.grid.Grid:asked tell bury finished left",
     ),
     "final evaluation": ("harness.evaluate:evaluate",),
-    "quality metrics": ("harness.quality:measure_quality", "harness.linear:linear_metrics"),
+    "quality metrics": ("harness.quality:measure_quality", "harness.linear.vae:linear_metrics"),
     "summary, figures, report": ("studies.summary:summarize",),
 }
 """Kind of work -> module or class, and its functions."""

@@ -19,6 +19,7 @@ ELSEWHERE = {
 """Page -> file of the repository."""
 
 FURTHER = (
+    *("harness.linear.pca", "harness.linear.vae"),
     *("analysis.frames", "analysis.plots", "analysis.planes"),
     *("studies.question", "studies.study", "studies.sources", "studies.cli"),
 )
@@ -34,7 +35,7 @@ FOLDERS = {
 }
 """Folder of the list of files -> what is in it."""
 
-STUB = re.compile(r"from (\.\w*) import (\w+) as \w+")
+STUB = re.compile(r"from (\.[\w.]*) import (\w+) as \w+")
 
 
 def names() -> dict[str, str]:
@@ -60,14 +61,15 @@ def list_of_files() -> str:
     """Write the page of all Python files, each with the first line of its docstring."""
     parts = ["# All files\n\nEach with the first line of its own docstring.\n"]
     for folder, what in FOLDERS.items():
-        names = [f"{folder}.{path.stem}" for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+        paths = sorted((ROOT / folder).rglob("[a-z]*.py"))
+        names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
         parts += [f"## {folder}\n", f"{what}\n", *map(entry, names), ""]
     return "\n".join(parts)
 
 
 def entry(module: str) -> str:
     """Write a file's line, with a link to its reference if it has one."""
-    name = f"`{module.rpartition('.')[2]}.py`"
+    name = f"`{module.partition('.')[2].replace('.', '/')}.py`"
     linked = f"[{name}](reference/{module}.md)" if module in modules() else name
     return f"- {linked}: {about(module)}"
 

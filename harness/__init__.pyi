@@ -1,6 +1,5 @@
 from . import batches as batches
 from . import checkpoint as checkpoint
-from . import dataset as dataset
 from . import doing as doing
 from . import elbo as elbo
 from . import engine as engine
@@ -9,10 +8,7 @@ from . import frechet as frechet
 from . import latents as latents
 from . import ledger as ledger
 from . import likelihood as likelihood
-from . import linear as linear
 from . import objective as objective
-from . import optimum as optimum
-from . import oracle as oracle
 from . import pictures as pictures
 from . import probe as probe
 from . import provenance as provenance
@@ -25,8 +21,8 @@ from . import view as view
 from .checkpoint import Checkpoints as Checkpoints
 from .config import RunConfig as RunConfig
 from .config import UserError as UserError
-from .data import load_dataset as load_dataset
-from .dataset import Dataset as Dataset
+from .data.dataset import Dataset as Dataset
+from .data.load import load_dataset as load_dataset
 from .engine import EpochRecord as EpochRecord
 from .engine import train as train
 from .evaluate import evaluate as evaluate

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from harness import elbo, objective, streams
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.vae import VAE, SingleVAE
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from harness import provenance
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.places import put
 
 MADE_WITH = ("code", "versions", "device", "dataset")

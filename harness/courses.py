@@ -12,7 +12,7 @@ import torch
 from harness import checkpoint
 from harness.checkpoint import Checkpoints, Epoch, Saved
 from harness.config import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.gauge import Arrays
 from harness.part import Part
 

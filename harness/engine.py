@@ -16,7 +16,7 @@ from harness.checkpoint import Checkpoints
 from harness.config import Precision, RunConfig, UserError, check_static
 from harness.cores import crew
 from harness.courses import Courses, Measured
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.evaluate import losses_of_linear
 from harness.gauge import Arrays, first_training_images
 from harness.part import Part, begin

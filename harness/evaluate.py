@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import elbo, linear, objective, streams
+from harness import elbo, objective, streams
 from harness.config import RunConfig
 from harness.cores import crew
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
+from harness.linear.vae import linear_losses
 from harness.nn import constant
 from harness.vae import VAE, Posterior, SingleVAE
 
@@ -79,8 +80,8 @@ def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
 def losses_of_linear(
     configs: Sequence[RunConfig], data: Dataset, splits: Sequence[Split]
 ) -> Tensor:
-    """Return `linear.linear_losses` of some splits, float64, shape (splits, S), on their device."""
-    losses = np.stack([linear.linear_losses(configs, data, split) for split in splits])
+    """Return `linear_losses` of some splits, float64, shape (splits, S), on their device."""
+    losses = np.stack([linear_losses(configs, data, split) for split in splits])
     return torch.from_numpy(losses).to(splits[0].images.device)
 
 
@@ -102,7 +103,7 @@ def measure(
         classes: number of classes; without any there is no `mse_class/c`.
         variance: decoder variance for `distortion`, fitted on validation data, shape (S,);
             None fits it here: the maximum-likelihood variance is the `mse` itself.
-        linear_loss: `linear.linear_losses` of the split; None leaves `gap_to_linear` out.
+        linear_loss: of the exact linear model, shape (S,); None leaves `gap_to_linear` out.
 
     Returns:
         `mse`, `rate`, `loss`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from harness import doing, networks, streams
 from harness.cores import one_thread
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
+from harness.data.validate import digest
 from harness.places import project_root
-from harness.tensors import digest
 
 CHANNELS = (16, 32)
 """Channels of the two convolutions, each 3 x 3 with stride 2."""

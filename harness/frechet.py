@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness import features, streams
 from harness.cores import one_thread
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.evaluate import chunks
 from harness.nn import steady_convolutions
 from harness.vae import VAE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.capture import record
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.evaluate import Metrics, evaluation_noise, measure, to_arrays
 from harness.vae import VAE
 

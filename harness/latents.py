@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness import objective, streams
-from harness.dataset import Split
+from harness.data.dataset import Split
 from harness.evaluate import Metrics, posteriors
 from harness.vae import VAE, Posterior
 

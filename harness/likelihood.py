@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness import objective, streams
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.evaluate import (
     Metrics,
     evaluation_noise,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness import objective, streams
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.gauge import Arrays, Gauge
 from harness.step import Step
 from harness.vae import VAE, untrained

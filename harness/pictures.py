@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness import objective, streams
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.evaluate import posteriors
 from harness.vae import VAE, SingleVAE
 

@@ -20,8 +20,8 @@ from typing import Any
 import threadpoolctl
 import torch
 
-from harness.dataset import Dataset
-from harness.official import DATASETS, TORCHVISION
+from harness.data.dataset import Dataset
+from harness.data.mnist import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"
 PACKAGES = {"harness": "vae-sweep-harness"} | {
@@ -117,7 +117,7 @@ def _version(package: str) -> str:
 def device(kind: str) -> dict[str, str]:
     """Return what computes: kind ("cpu", "cuda"), its name, the CPU and its instruction set.
 
-    The CPU counts on a GPU too: the linear oracle is computed on it.
+    The CPU counts on a GPU too: the exact linear model is computed on it.
     """
     cpu = _cpu_name()
     name = torch.cuda.get_device_name() if kind == "cuda" else cpu
@@ -138,7 +138,7 @@ def threads() -> dict[str, int]:
     """Return the threads of PyTorch and of NumPy's linear algebra (BLAS).
 
     The first change no number. BLAS sums in another order with another number of them: some of the
-    linear oracle's metrics on MNIST then differ by 2e-14.
+    exact linear model's metrics on MNIST then differ by 2e-14.
     """
     pools = threadpoolctl.threadpool_info()
     blas = [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]

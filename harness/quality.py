@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness import doing, frechet, latents, likelihood, probe
 from harness.cores import crew
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.evaluate import apart, finite, of_run, prepared
 from harness.vae import VAE, SingleVAE
 

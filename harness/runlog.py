@@ -21,7 +21,7 @@ from harness.places import own_process
 if TYPE_CHECKING:
     import numpy as np
 
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.stores import Store
     from harness.vae import SingleVAE
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.config import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import STACK_WIDTH, EpochRecord, resolve_device, train
 from harness.evaluate import evaluate, of_run
 from harness.vae import SingleVAE

@@ -28,7 +28,7 @@ from harness.stores import answering, patient
 from harness.stores import connect as connect
 
 if TYPE_CHECKING:
-    from harness.dataset import Split
+    from harness.data.dataset import Split
     from harness.vae import SingleVAE
 
 TRAINING_VIEW = "custom_model_development"

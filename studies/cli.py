@@ -118,6 +118,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
+    from harness.linear.pca import begin_pca
     from studies.console import Console
     from studies.study import run
 
@@ -133,7 +134,7 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
         seeds = plan.seeds
         console.estimate(plan.runs, data, options, lambda width: max(1, width // seeds) * seeds)
         return None
-    harness.oracle.begin_pca(data.binarized(plan.runs[0].binarization))
+    begin_pca(data.binarized(plan.runs[0].binarization))
     outcome = run(plan, data, options, console)
     if outcome is None:
         return None

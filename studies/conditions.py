@@ -10,7 +10,7 @@ from harness.config import RunConfig, UserError
 from studies.sources import Source
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.vae import SingleVAE
 
 BLOG_WEIGHT = 1.0
@@ -99,6 +99,8 @@ def pca_floor(run: SingleVAE, data: Dataset) -> dict[str, float]:
 
     Of images that are too large for it, nothing.
     """
-    if not harness.oracle.is_small(data):
+    from harness.linear.pca import is_small, pca  # loads torch
+
+    if not is_small(data):
         return {}
-    return {"test/pca_floor": harness.oracle.pca(data).floor(data.test, run.config.latent_size)}
+    return {"test/pca_floor": pca(data).floor(data.test, run.config.latent_size)}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.config import RunConfig
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from studies.claims import Row
     from studies.options import Common
     from studies.plan import Plan

@@ -14,7 +14,7 @@ from harness import places
 from harness.config import RunConfig, UserError
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.tracking import Store
 
 ALIKE = ("model", "hidden", "channels", "batch_size", "head", "likelihood", "precision")

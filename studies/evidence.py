@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.batches import BatchLosses
-    from harness.dataset import Dataset
-    from harness.oracle import PCA
+    from harness.data.dataset import Dataset, Split
+    from harness.linear.pca import PCA
+    from harness.linear.vae import LinearOptimum
     from harness.tracking import Store
     from harness.vae import SingleVAE
     from studies.runs import Runs
@@ -46,7 +47,21 @@ class Evidence:
     @cached_property
     def official(self) -> PCA:
         """Principal components of the official training images, validation images included."""
-        return harness.oracle.pca(harness.dataset.with_official_training(self.data))
+        from harness.data.dataset import with_official_training  # loads torch
+        from harness.linear.pca import pca
+
+        return pca(with_official_training(self.data))
+
+    def official_optimum(
+        self, latent_size: int, decoder_variance: float, split: Split | None = None
+    ) -> LinearOptimum:
+        """Return the exact linear VAE of the official training images, measured on them or a split.
+
+        See `harness.linear.vae.linear_optimum`.
+        """
+        from harness.linear.vae import linear_optimum  # loads torch
+
+        return linear_optimum(self.official, latent_size, decoder_variance, split)
 
     @cached_property
     def _by_settings(self) -> dict[tuple[str, ...], Record]:
@@ -121,9 +136,11 @@ class Evidence:
 
     def gaps_to_linear(self, runs: Runs) -> list[float]:
         """Return by how many % each seed's loss is below the exact linear model's (`losses`)."""
+        from harness.linear.pca import pca
+        from harness.linear.vae import linear_optimum
+
         variance = harness.objective.decoder_variance(runs.config, self.data.pixels)
-        size = runs.config.latent_size
-        linear = harness.oracle.pca(self.data).trained_optimum(size, variance).loss
+        linear = linear_optimum(pca(self.data), runs.config.latent_size, variance).loss
         return [100 * (linear - loss) / linear for loss in self.losses(runs)]
 
 

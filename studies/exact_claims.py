@@ -96,7 +96,7 @@ def linear_vaes() -> list[Claim]:
 
 def linear_metric(evidence: Evidence, size: int, weight: float, metric: str) -> float:
     """Read a metric of the exact linear VAE; in use are the first L with lambda_i > s2."""
-    optimum = evidence.official.trained_optimum(size, weight / 2)
+    optimum = evidence.official_optimum(size, weight / 2)
     if metric == "latents in use":
         return float(optimum.active.sum())
     return float(getattr(optimum, metric))
@@ -119,7 +119,7 @@ def floors() -> list[Claim]:
 def floor(evidence: Evidence, size: int, part: str) -> float:
     """Read the mse of projecting official training or test images."""
     if part == "train":
-        return evidence.official.trained_optimum(size, 0.0).mse
+        return evidence.official_optimum(size, 0.0).mse
     return evidence.official.floor(evidence.data.test, size)
 
 
@@ -140,10 +140,9 @@ def likelihoods() -> list[Claim]:
 
 def likelihood(evidence: Evidence, size: int, name: str) -> float:
     """Read the most likely variance, or the log-likelihood of training or test images at it."""
-    known = evidence.official
-    variance = known.likeliest_variance(size)
+    variance = evidence.official.likeliest_variance(size)
     if name == "decoder variance":
         return variance
     if name.endswith("train"):
-        return known.trained_optimum(size, variance).log_likelihood
-    return known.optimum(evidence.data.test, size, variance).log_likelihood
+        return evidence.official_optimum(size, variance).log_likelihood
+    return evidence.official_optimum(size, variance, evidence.data.test).log_likelihood

@@ -11,7 +11,7 @@ from PIL import Image
 
 import harness
 from analysis import planes
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.tracking import Store
 from harness.vae import SingleVAE
 from studies.plan import Plan

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import harness
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
+from harness.linear.vae import linear_metrics
 from harness.sweep import best_epoch, flat_record
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def final_metrics(
     epoch = best_epoch(course)
     if math.isfinite(best := course[epoch - 1]):
         final |= {"best/epoch": float(epoch), f"best/{objective(study)}": best}
-    final |= harness.linear.linear_metrics(run.config, data)
+    final |= linear_metrics(run.config, data)
     if study is not None and study.extras is not None:
         final |= study.extras(run, data)
     return final

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import EpochRecord
 from harness.tracking import Store
 

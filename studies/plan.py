@@ -12,7 +12,7 @@ from harness.config import RunConfig, UserError, checked_name
 from studies.sources import Source, source
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from studies.options import Options
     from studies.question import Study
 

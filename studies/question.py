@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.vae import SingleVAE
 
 Apply = Callable[[RunConfig, Any, Source], RunConfig]

@@ -22,7 +22,7 @@ from studies import companions, stopping
 from studies.cli import clear_errors, read
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.records import Record
     from studies.agreement import Agreement
     from studies.companions import Companions

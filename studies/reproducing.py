@@ -38,7 +38,7 @@ from studies.summary import (
 )
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from studies.console import Console
     from studies.options import ReproduceOptions
 

@@ -14,7 +14,7 @@ from studies.sources import Source, source
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from studies.findings import Findings
 
 Pruner = Literal["median", "hyperband", "none"]

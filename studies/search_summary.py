@@ -9,7 +9,7 @@ import pandas as pd
 import harness
 from analysis import frames, search_frames, tables
 from harness.config import UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.places import without_password
 from harness.tracking import Store
 from studies.answers import calibration, plus_minus

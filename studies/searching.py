@@ -21,7 +21,7 @@ from studies.storage import check_storage, new_name, open_both
 if TYPE_CHECKING:
     import optuna
 
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from harness.engine import EpochRecord
     from studies.console import Console
     from studies.place import Place

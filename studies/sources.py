@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config import UserError
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
 
 FEW_IMAGES = 10_000
 """Own images below this number are passed over as often as digits are, others as often as MNIST."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import harness
 from harness.config import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import EpochRecord
 from harness.tracking import RunLog, Store
 from studies import companions, stopping

@@ -20,7 +20,7 @@ from studies.question import Study as Study
 from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
-    from harness.dataset import Dataset
+    from harness.data.dataset import Dataset
     from studies.console import Console
     from studies.options import Options
     from studies.place import Place

@@ -16,7 +16,7 @@ import pandas as pd
 import harness
 from analysis import frames, report, tables
 from harness.config import UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.places import without_password
 from harness.tracking import RunLog, Store
 from studies import diverged

@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from harness.data import load_dataset
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
+from harness.data.load import load_dataset
 
 pytest_plugins = ["real_stores", "real_postgres"]
 
@@ -22,7 +22,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 FIRST = (
     *("engine", "kills", "search", "studies", "reproduce", "desk", "own_study", "example_study"),
-    *("workers", "replay", "architecture", "oracle", "servers", "likelihood", "diverged", "data"),
+    *("workers", "replay", "architecture", "linear", "servers", "likelihood", "diverged", "data"),
 )
 """Modules that take longest: begun last, one would run while a core is idle."""
 

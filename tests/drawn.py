@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.linalg import hadamard
 
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 
 EIGENVALUES = 0.6 ** np.arange(8)
 """Of a Gaussian over 8 pixels, in a unit of 50 grey levels: rounding adds 1 / (12 * 50^2)."""

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import blog
 from harness.config import RunConfig
-from harness.data import load_dataset
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
+from harness.data.load import load_dataset
 from harness.elbo import losses
 from harness.engine import train
 from harness.objective import betas

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.gauge import Gauge
 from harness.nn import constant
 from harness.part import Part, begin

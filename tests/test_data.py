@@ -12,8 +12,8 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from harness.config import UserError
-from harness.data import load_dataset
-from harness.official import DATASETS
+from harness.data.load import load_dataset
+from harness.data.mnist import DATASETS
 
 PARTS = ("train", "val", "test")
 FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}

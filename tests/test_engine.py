@@ -13,7 +13,7 @@ from textbook import BERNOULLI, MIXED, REMEDIES, SMALL, WIDE, Textbook, flat, pl
 
 from harness import engine
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import EpochRecord, resolve_device, train
 from harness.objective import with_decoder_variance
 from harness.part import Part, begin

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harness.config import RunConfig
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.engine import train
 from harness.evaluate import (
     active_units,

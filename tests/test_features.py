@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import features
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.features import Classifier, classifier
 
 

@@ -11,7 +11,7 @@ from textbook import BERNOULLI, MIXED, REMEDIES, Textbook, flat, plain
 
 from harness.autograd import Autograd
 from harness.config import RunConfig
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.elbo import losses
 from harness.gradient import Gradient
 from harness.objective import betas

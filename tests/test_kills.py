@@ -21,7 +21,7 @@ from kills import begun, in_child
 
 from benchmarks import audit, children
 from harness import RunConfig, cores, likelihood, places, tracking
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from studies import cli, kl_weight, live
 from studies.console import Console
 from studies.options import Options

@@ -12,12 +12,12 @@ from scipy.stats import bernoulli, multivariate_normal, norm
 from torch.nn.functional import logsigmoid
 
 from harness import RunConfig, evaluate, likelihood, load_dataset
-from harness.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split
 from harness.engine import train
 from harness.evaluate import measure
 from harness.likelihood import importance_bounds, likelihood_metrics
+from harness.linear.vae import linear_vae
 from harness.objective import decoder_variance, with_decoder_variance
-from harness.optimum import linear_vae
 from harness.streams import noise
 from harness.vae import VAE, SingleVAE, initial
 

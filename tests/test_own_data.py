@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from harness import Dataset, RunConfig, UserError, load_dataset, measure_quality, train
-from harness import linear as linear_model
 from harness.evaluate import evaluate
+from harness.linear import pca
+from harness.linear.vae import linear_metrics
 from harness.vae import initial
 
 COLOURS = torch.randint(0, 256, (40, 3, 5, 7), dtype=torch.uint8)
@@ -370,18 +371,16 @@ def test_without_two_classes_their_metrics_are_left_out_and_the_others_are_the_s
 
 
 def test_large_images_have_no_linear_model(monkeypatch):
-    from harness import oracle
-
-    monkeypatch.setattr(oracle, "MOST_PIXELS", 104)
+    monkeypatch.setattr(pca, "MOST_PIXELS", 104)
     data, config = own(), RunConfig(kl_weight=0.1, sigma="learned", **FEW)
     *_, last = train([config], data, device="cpu")
     assert np.isnan(last.val["gap_to_linear"]).all()
-    assert linear_model.linear_metrics(config, data) == {}
+    assert linear_metrics(config, data) == {}
 
 
 def test_a_run_without_error_left_has_no_linear_neg_elbo():
     data = own(torch.randint(0, 256, (40, 3, 3), dtype=torch.uint8))
-    found = linear_model.linear_metrics(RunConfig(kl_weight=0, latent_size=10), data)
+    found = linear_metrics(RunConfig(kl_weight=0, latent_size=10), data)
     assert found["linear/mse"] == 0
     assert "linear/neg_elbo" not in found
 

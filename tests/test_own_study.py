@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from real_stores import small_study
 
-from harness import load_run, oracle, tracking
+from harness import load_run, tracking
+from harness.linear import pca
 from studies import cli, kl_weight, replay
 
 SHAPE = (7, 10)
@@ -96,7 +97,7 @@ def read(uri: str, experiment: str) -> list[dict]:
 def test_pictures_without_classes_and_too_large_for_a_linear_model(
     store, tmp_path, capsys, monkeypatch, study
 ):
-    monkeypatch.setattr(oracle, "MOST_PIXELS", 59)
+    monkeypatch.setattr(pca, "MOST_PIXELS", 59)
     for i in range(40):
         paint(tmp_path / "flat" / f"{i}.png", (i, 5 * i, 100), i)
     values = {

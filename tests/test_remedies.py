@@ -8,11 +8,12 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from harness import linear, oracle
 from harness.config import RunConfig, UserError
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from harness.engine import train
 from harness.evaluate import evaluate
+from harness.linear.pca import pca
+from harness.linear.vae import linear_metrics, linear_optimum, matched_variance
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
 from harness.storage import load_model, save_model
 from harness.sweep import train_and_evaluate
@@ -86,7 +87,7 @@ def test_beta_scales_the_variance_that_a_sigma_vae_is_calibrated_to(tiny):
 def test_learned_variances_find_the_error_that_is_left(tiny):
     config = SMALL.replace(sigma="learned", epochs=120, learning_rate=1e-2)
     *_, last = train([config], tiny, "cpu", torch.float64)
-    assert last.train["mse"][0] < 0.9 * oracle.pca(tiny).likeliest_variance(0)
+    assert last.train["mse"][0] < 0.9 * pca(tiny).likeliest_variance(0)
     assert last.train["learned_variance"][0] == pytest.approx(last.train["mse"][0], rel=0.1)
 
 
@@ -124,23 +125,23 @@ def test_where_the_weight_sets_no_decoder_variance_none_is_named():
 
 def test_the_linear_sigma_vae_is_ppca(data):
     # At beta = 1 the variance that fits itself is the maximum-likelihood one.
-    known = oracle.pca(data)
+    known = pca(data)
     for size in (1, 5, 20):
         config = RunConfig(sigma="optimal", latent_size=size)
-        matched = linear.matched_variance(known, config, data.pixels)
+        matched = matched_variance(known, config, data.pixels)
         assert matched == pytest.approx(known.likeliest_variance(size), rel=1e-10)
 
 
 def test_the_linear_sigma_vae_minimises_its_loss_at_any_beta(data):
-    known, config = oracle.pca(data), RunConfig(sigma="optimal", latent_size=6, kl_weight=2.0)
+    known, config = pca(data), RunConfig(sigma="optimal", latent_size=6, kl_weight=2.0)
 
     def loss(log_variance: float) -> float:
-        best = known.trained_optimum(6, 2.0 * math.exp(log_variance))
+        best = linear_optimum(known, 6, 2.0 * math.exp(log_variance))
         return best.distortion(math.exp(log_variance)) + 2.0 * best.rate
 
     found = minimize_scalar(loss, bracket=(-6, -2), tol=1e-12)
     expected = 2.0 * math.exp(found.x)
-    assert linear.matched_variance(known, config, data.pixels) == pytest.approx(expected, rel=1e-5)
+    assert matched_variance(known, config, data.pixels) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_the_linear_sigma_vae_minimises_its_loss_at_any_beta(data):
 def test_a_loss_without_a_linear_closed_form_has_no_gap(tiny, changes):
     metrics, *_ = finals([SMALL.replace(**changes)], tiny)
     assert "gap_to_linear" not in metrics
-    assert ("linear/mse" in linear.linear_metrics(SMALL.replace(**changes), tiny)) == (
+    assert ("linear/mse" in linear_metrics(SMALL.replace(**changes), tiny)) == (
         "likelihood" not in changes
     )
 

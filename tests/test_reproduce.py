@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from harness import RunConfig, UserError, tracking, view
-from harness.dataset import Dataset
+from harness.data.dataset import Dataset
 from studies import reproduce
 from studies.claims import Row, about, count, judge
 from studies.console import Console

@@ -15,30 +15,30 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harness.config import UserError
-from harness.tensors import PARTS
+from harness.data.validate import PARTS
 
 LARGEST_SIDE = 512
-"""Pixels; larger images are to be resized: the first layer alone would have 10^8 weights."""
+"""Pixels; larger images must be resized: the first layer alone would have 10^8 weights."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of files that are images to torchvision, which takes seconds to ask."""
+"""Endings of image files, those of torchvision (importing it takes seconds)."""
 
 GREY = ("1", "L", "LA", "La")
-"""Pillow's modes without colour; 16-bit grey aside."""
+"""Pillow's modes without colour, except 16-bit grey."""
 
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
-"""What Pillow raises for files that are cut short or no images."""
+"""What Pillow raises for files that are cut short or are not images."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What was read.
+    """Images read from a folder.
 
     Attributes:
-        name: a name made of the folder's own, without its path.
+        name: "folder-" and the last part of the path.
         images: uint8, shape (N, C, H, W); grey if all files are.
         labels: class of each image, shape (N,); None without classes.
-        class_names: names of the classes' folders, in order.
+        class_names: names of the folders of classes, in order.
         rows: part -> its images.
     """
 
@@ -53,13 +53,13 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Fo
     """Read the images below a folder.
 
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
-    there, hold those of a part. Without any folder of classes there are no labels. Files that are
-    no images by their names are passed over. Sizes are made alike by antialiased bilinear
-    resizing, which may change the proportions; transparency is dropped, 16-bit grey is cut to 8.
+    there, hold those of a part. Without any folder of classes there are no labels. Files without
+    an image's ending are ignored. Images are resized by antialiased bilinear interpolation, which
+    may change their proportions; transparency is dropped, 16-bit grey is cut to 8 bits.
 
     Args:
         path: the folder.
-        image_size: height and width, or one number for both; None takes images as they are.
+        image_size: height and width, or one number for both; None does not resize.
 
     Raises:
         UserError: there is no such folder, no image, or a class without one; a file is broken;
@@ -117,7 +117,7 @@ def _name(path: Path) -> str:
 
 
 def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
-    """Return the names of the training classes; there may be no others in the other parts."""
+    """Return the names of the training classes; other parts may have no others."""
     every = {
         part: sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
         for part, folder in parts.items()
@@ -155,7 +155,7 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below one and its files, links followed, the same folder only once.
+    """Yield each folder below one and its files; follow links, but enter no folder twice.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -170,7 +170,7 @@ def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
             inside.clear()
             continue
         seen.add(real)
-        inside.sort()  # else chance decides which of two links is followed
+        inside.sort()  # os.walk's order is arbitrary, and only one of two links is followed
         yield at, files
 
 
@@ -212,7 +212,7 @@ def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
     """Return one image as uint8, (H, W) or (H, W, 3).
 
     Raises:
-        UserError: it cannot be read, or holds numbers without a largest one.
+        UserError: the file cannot be read, or has an unbounded number type.
     """
     try:
         with Image.open(file) as opened:

@@ -10,12 +10,18 @@ from drawn import EIGENVALUES, gaussian
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
-from harness import RunConfig, UserError, linear, load_dataset, oracle
-from harness.dataset import Dataset, Split, with_official_training
+from harness import RunConfig, UserError, load_dataset
+from harness.data.dataset import Dataset, Split, with_official_training
 from harness.engine import train
 from harness.evaluate import active_units, evaluate, losses_of_linear, measure
+from harness.linear.pca import PCA as Components
+from harness.linear.pca import pca, pixels
+from harness.linear.vae import (
+    linear_metrics,
+    linear_optimum,
+    linear_vae,
+)
 from harness.objective import kl_per_latent, with_decoder_variance
-from harness.optimum import linear_vae
 from harness.vae import VAE, SingleVAE
 
 LINEAR = RunConfig(model="linear", latent_size=10)
@@ -26,35 +32,98 @@ LINEAR = RunConfig(model="linear", latent_size=10)
 
 @pytest.mark.parametrize("latent_size", [1, 10, 63])
 def test_the_floor_is_the_error_of_scikit_learns_projection(data, latent_size):
-    known = PCA(latent_size, svd_solver="full").fit(oracle.pixels(data.train))
+    known = PCA(latent_size, svd_solver="full").fit(pixels(data.train))
     for split in (data.train, data.test):
-        x = oracle.pixels(split)
+        x = pixels(split)
         again = known.inverse_transform(known.transform(x))
-        floor = oracle.pca(data).floor(split, latent_size)
+        floor = pca(data).floor(split, latent_size)
         assert floor == pytest.approx(np.square(x - again).mean(), rel=1e-9)
 
 
 def test_the_floor_of_the_training_split_is_the_sum_of_the_discarded_eigenvalues(data):
-    known = oracle.pca(data)
+    known = pca(data)
     expected = known.variances[10:].sum() / data.pixels
     assert known.floor(data.train, 10) == pytest.approx(expected, rel=1e-9)
     assert known.floor(data.train, data.pixels) == 0
 
 
 def test_pixels_that_never_change_have_variance_exactly_zero(data):
-    known = oracle.pca(data).variances
-    constant = int((oracle.pixels(data.train).var(0) == 0).sum())
+    known = pca(data).variances
+    constant = int((pixels(data.train).var(0) == 0).sum())
     assert constant > 0
     assert (known == 0).sum() >= constant
-    assert oracle.pca(data).trained_optimum(data.pixels, 0.0).active.sum() <= 64 - constant
+    assert linear_optimum(pca(data), data.pixels, 0.0).active.sum() <= 64 - constant
 
 
 def test_a_dataset_that_was_cut_has_its_own_components(data, tiny):
     # Its digest is that of its source.
     assert tiny.digest == data.digest
-    whole, cut = oracle.pca(data), oracle.pca(tiny)
-    assert cut.variances.sum() == pytest.approx(oracle.pixels(tiny.train).var(0).sum(), rel=1e-12)
+    whole, cut = pca(data), pca(tiny)
+    assert cut.variances.sum() == pytest.approx(pixels(tiny.train).var(0).sum(), rel=1e-12)
     assert cut.variances[0] != whole.variances[0]
+
+
+# --- fewer training images than pixels ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    """Return 24 training images of 48 pixels, correlated, and as many others."""
+    images = torch.rand(72, 3, 4, 4).cumsum(-1).cumsum(-2) / 16
+    rows = {"train": range(24), "val": range(24, 48), "test": range(48, 72)}
+    return Dataset.from_tensors("few", images, rows=rows)
+
+
+def covariances_pca(split: Split) -> Components:
+    """Return all D components and eigenvalues of a covariance, none of them beyond the rank."""
+    x = pixels(split)
+    values, columns = np.linalg.eigh(np.cov(x.T, bias=True))
+    values[: len(values) - len(x) + 1] = 0
+    return Components(x.mean(0), columns[:, ::-1], values[::-1])
+
+
+def test_of_few_images_the_components_are_those_of_the_covariance(few):
+    known, full = pca(few), covariances_pca(few.train)
+    assert known.components.shape == (48, 23)
+    assert (known.variances[:23] > 0).all()
+    assert (known.variances[23:] == 0).all()
+    assert known.variances == pytest.approx(full.variances, rel=1e-9)
+    assert known.components.T @ known.components == pytest.approx(np.eye(23), abs=1e-12)
+    for split in (few.train, few.val, few.test):
+        for size in (0, 1, 22, 23):
+            expected = full.floor(split, size)
+            assert known.floor(split, size) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        floors = [known.floor(split, size) for size in range(49)]
+        assert floors == sorted(floors, reverse=True)
+        assert floors[-1] == 0
+    for size in (1, 22, 40):
+        expected = full.likeliest_variance(size)
+        assert known.likeliest_variance(size) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test", None])
+@pytest.mark.parametrize("size", [1, 10, 23, 24, 48, 60])
+def test_of_few_images_every_metric_is_that_of_the_whole_decomposition(few, size, part):
+    split = part and getattr(few, part)
+    names = ("active", "posterior_variances", "kl", "rate", "mse", "loss", "active_units")
+    for variance in (1e-5, 0.003, 0.1, 10.0):
+        best = linear_optimum(pca(few), size, variance, split)
+        full = linear_optimum(covariances_pca(few.train), size, variance, split)
+        for name in (*names, "log_likelihood"):
+            assert getattr(best, name) == pytest.approx(getattr(full, name), rel=1e-9), name
+        assert best.distortion(0.02) == pytest.approx(full.distortion(0.02), rel=1e-9)
+        assert best.neg_elbo() == pytest.approx(full.neg_elbo(), rel=1e-9)
+    plain = linear_optimum(pca(few), size, 0.0, split)
+    whole = linear_optimum(covariances_pca(few.train), size, 0.0, split)
+    assert plain.loss == plain.mse == pytest.approx(whole.mse, rel=1e-9, abs=1e-15)
+    assert plain.rate == math.inf
+
+
+def test_a_model_of_few_images_is_at_its_optimum_with_more_latents_than_components(few):
+    config = with_decoder_variance(LINEAR.replace(latent_size=40), 0.003, few.pixels)
+    x = few.test.pixels(slice(None), torch.float64)
+    loss = expected_loss(linear_vae(config, few), x, 0.003).item()
+    assert loss == pytest.approx(linear_optimum(pca(few), 40, 0.003, few.test).loss, rel=1e-10)
 
 
 # --- reference numbers of SCIENCE.md, section 3 ---------------------------------------------------
@@ -67,7 +136,7 @@ def mnist(mnist_folder) -> Dataset:
 
 
 def test_the_spectrum_of_mnist(mnist):
-    known = oracle.pca(mnist).variances
+    known = pca(mnist).variances
     first = [5.1168, 3.7413, 3.2527, 2.8416, 2.5671, 2.2736, 1.7251, 1.5205, 1.4563, 1.2427]
     assert known[:10] == pytest.approx(first, abs=5e-5)
     assert known.sum() == pytest.approx(52.7250, abs=5e-5)
@@ -89,19 +158,19 @@ def test_the_losses_of_mnist_are_those_of_the_reference(mnist):
         (20, 10.4): (0, 0.067251),
     }
     for (size, weight), (active, loss) in reference.items():
-        best = oracle.pca(mnist).trained_optimum(size, weight / 2)
+        best = linear_optimum(pca(mnist), size, weight / 2)
         assert best.loss == pytest.approx(loss, abs=5e-7)
         assert best.active.sum() == active
-    best = oracle.pca(mnist).trained_optimum(20, 0.5)
+    best = linear_optimum(pca(mnist), 20, 0.5)
     assert best.rate == pytest.approx(10.083, abs=5e-4)
     assert best.mse == pytest.approx(0.036725, abs=5e-7)
 
 
 def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
-    known = oracle.pca(mnist)
+    known = pca(mnist)
     floors = {2: (0.05595, 0.05567), 10: (0.03442, 0.03407), 20: (0.02397, 0.02354)}
     for size, (on_train, on_test) in (floors | {50: (0.01179, 0.01149)}).items():
-        assert known.trained_optimum(size, 0.0).mse == pytest.approx(on_train, abs=5e-6)
+        assert linear_optimum(known, size, 0.0).mse == pytest.approx(on_train, abs=5e-6)
         assert known.floor(mnist.test, size) == pytest.approx(on_test, abs=5e-6)
     for size, variance, on_train, on_test in (
         (10, 0.03487, 182.15, 186.02),
@@ -109,9 +178,9 @@ def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
     ):
         likeliest = known.likeliest_variance(size)
         assert likeliest == pytest.approx(variance, abs=5e-6)
-        trained = known.trained_optimum(size, likeliest)
+        trained = linear_optimum(known, size, likeliest)
         assert trained.log_likelihood == pytest.approx(on_train, abs=5e-3)
-        held_out = known.optimum(mnist.test, size, likeliest)
+        held_out = linear_optimum(known, size, likeliest, mnist.test)
         assert held_out.log_likelihood == pytest.approx(on_test, abs=5e-3)
 
 
@@ -120,8 +189,8 @@ def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
 
 @pytest.mark.parametrize("variance", [0.002, 0.05, 0.3, 2.0])
 def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, variance):
-    values = oracle.pca(data).variances
-    best = oracle.pca(data).trained_optimum(10, variance)
+    values = pca(data).variances
+    best = linear_optimum(pca(data), 10, variance)
     used = values[:10][values[:10] > variance]
     assert best.active.sum() == len(used)
     rate = sum(math.log(value / variance) / 2 for value in used)
@@ -133,7 +202,7 @@ def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, 
     assert best.posterior_variances == pytest.approx([min(1, variance / v) for v in values[:10]])
     assert best.active_units == sum(1 - variance / value > 0.01 for value in values[:10])
     assert best.neg_elbo() == pytest.approx(32 * (math.log(2 * math.pi * best.mse) + 1) + rate)
-    read = oracle.pca(data).optimum(data.train, 10, variance)
+    read = linear_optimum(pca(data), 10, variance, data.train)
     assert (read.loss, read.rate) == pytest.approx((best.loss, best.rate), rel=1e-9)
 
 
@@ -141,32 +210,30 @@ def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, 
 @pytest.mark.parametrize("variance", [0.002, 0.05, 0.3])
 def test_the_elbo_is_the_log_likelihood_on_every_split(data, part, variance):
     # The encoder is the exact posterior on any image, so the bound is tight on held-out data too.
-    best = oracle.pca(data).optimum(getattr(data, part), 10, variance)
+    best = linear_optimum(pca(data), 10, variance, getattr(data, part))
     elbo = -64 / 2 * (math.log(2 * math.pi * variance) + best.loss / variance)
     assert best.log_likelihood == pytest.approx(elbo, rel=1e-10)
-    x, known = oracle.pixels(getattr(data, part)), oracle.pca(data)
+    x, known = pixels(getattr(data, part)), pca(data)
     spread = np.where(best.active, known.variances, variance)
     model = multivariate_normal(known.mean, (known.components * spread) @ known.components.T)
     assert best.log_likelihood == pytest.approx(model.logpdf(x).mean(), rel=1e-9)
 
 
 def test_the_likeliest_variance_is_scikit_learns_and_has_the_highest_likelihood(data):
-    known = oracle.pca(data)
+    known = pca(data)
     best = known.likeliest_variance(10)
-    peer = PCA(10, svd_solver="full").fit(oracle.pixels(data.train))
+    peer = PCA(10, svd_solver="full").fit(pixels(data.train))
     images = len(data.train)  # scikit-learn divides by N - 1
     assert best == pytest.approx(peer.noise_variance_ * (images - 1) / images, rel=1e-9)
-    at = [known.trained_optimum(10, factor * best).log_likelihood for factor in (0.99, 1, 1.01)]
+    at = [linear_optimum(known, 10, factor * best).log_likelihood for factor in (0.99, 1, 1.01)]
     assert at[1] == max(at)
 
 
 def test_without_kl_the_linear_model_is_the_pca_floor(data):
-    best = oracle.pca(data).optimum(data.test, 10, 0.0)
-    assert best.loss == best.mse == pytest.approx(oracle.pca(data).floor(data.test, 10), rel=1e-12)
+    best = linear_optimum(pca(data), 10, 0.0, data.test)
+    assert best.loss == best.mse == pytest.approx(pca(data).floor(data.test, 10), rel=1e-12)
     assert best.rate == math.inf
-    (metrics, with_kl) = (
-        linear.linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1)
-    )
+    (metrics, with_kl) = (linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1))
     names = {"loss", "mse", "rate", "neg_elbo", "active_units", "collapse_variance"}
     assert with_kl.keys() == {f"linear/{name}" for name in names}
     assert with_kl.keys() - metrics.keys() == {"linear/rate", "linear/neg_elbo"}
@@ -214,7 +281,7 @@ def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
     variance = config.kl_weight * {  # beta / 2, from the table of SCIENCE.md
         "pixels": 1, "batch": 64, "latent": 64 / config.latent_size, "sum": 64 * config.batch_size
     }[config.kl_normalization] / 2  # fmt: skip
-    best = oracle.pca(data).optimum(split, config.latent_size, variance)
+    best = linear_optimum(pca(data), config.latent_size, variance, split)
     expected = {
         "mse": best.mse,
         "rate": best.rate,
@@ -233,20 +300,20 @@ def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
 
 def test_the_cases_have_all_kinds_of_latents(data):
     # Else the test above would be empty: all active, some, none, and the threshold of 0.01.
-    counts = [oracle.pca(data).trained_optimum(10, v).active_units for v in (0.01, 0.3, 2.0)]
+    counts = [linear_optimum(pca(data), 10, v).active_units for v in (0.01, 0.3, 2.0)]
     assert counts[0] == 10
     assert 0 < counts[1] < 10
     assert counts[2] == 0
-    value = oracle.pca(data).variances[4]
-    near = oracle.pca(data).trained_optimum(10, 0.995 * value)
+    value = pca(data).variances[4]
+    near = linear_optimum(pca(data), 10, 0.995 * value)
     assert (near.active.sum(), near.active_units) == (5, 4)
 
 
 @pytest.mark.parametrize("variance", [0.01, 0.3])
 def test_the_sampled_mse_is_the_closed_form_of_its_noise_and_right_in_the_mean(data, variance):
     config = at_variance(variance)
-    stack, known = VAE([linear_vae(config, data)]), oracle.pca(data)
-    best = known.trained_optimum(10, variance)
+    stack, known = VAE([linear_vae(config, data)]), pca(data)
+    best = linear_optimum(known, 10, variance)
     used, values = int(best.active.sum()), known.variances
     c = known.coordinates(data.train)
     draws = []
@@ -287,9 +354,7 @@ def test_no_step_away_from_the_optimum_lowers_the_loss(data, variance):
     run = linear_vae(config, data)
     x = data.train.pixels(slice(None), torch.float64)
     least = expected_loss(run, x, variance)
-    assert least.item() == pytest.approx(
-        oracle.pca(data).trained_optimum(10, variance).loss, rel=1e-10
-    )
+    assert least.item() == pytest.approx(linear_optimum(pca(data), 10, variance).loss, rel=1e-10)
     slopes = torch.autograd.grad(least, list(run.parameters()))
     assert max(slope.abs().max().item() for slope in slopes) < 1e-12
     with torch.no_grad():
@@ -327,7 +392,7 @@ def expected_loss(run: SingleVAE, x: torch.Tensor, variance: float) -> torch.Ten
 
 def test_the_eigenvalues_of_a_known_gaussian_are_found():
     # The standard error of an eigenvalue is sqrt(2 / N) of it.
-    found = oracle.pca(gaussian()).variances
+    found = pca(gaussian()).variances
     assert found == pytest.approx(EIGENVALUES, rel=5 * math.sqrt(2 / 2560))
 
 
@@ -358,7 +423,7 @@ def test_training_reaches_the_closed_form(name):
     record.model.load_state_dict(sums, strict=False)
     x = known.train.pixels(slice(None), torch.float64)
     for s, variance in enumerate(variances):
-        run, best = record.model.run(s), oracle.pca(known).trained_optimum(size, variance)
+        run, best = record.model.run(s), linear_optimum(pca(known), size, variance)
         assert 1 <= expected_loss(run, x, variance).item() / best.loss < 1 + tolerance
         posterior = run.encode(x)
         kl = kl_per_latent(posterior.mean, posterior.log_variance).mean(0)

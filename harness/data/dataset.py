@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 
 from harness.config import Binarization, UserError, checked_name
-from harness.official import DATASETS
+from harness.data.mnist import DATASETS
+from harness.data.validate import PARTS, SPLIT_SEED, as_images, as_labels, digest, split_rows
 from harness.streams import generator
-from harness.tensors import (
-    PARTS,
-    SPLIT_SEED,
-    as_images,
-    as_labels,
-    digest,
-    split_rows,
-)
 
 LONGEST_NAME = 60
-"""Characters of a dataset's name, which becomes part of a study's."""
+"""Characters of a dataset's name, which becomes part of the name of a study."""
 
 CHUNK = 1_000
-"""Images that are made floating-point numbers at once."""
+"""Images that are converted to floating-point numbers at once."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +43,26 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of these very images: a dataset that was cut has its source's digest."""
+        """SHA-256 of these images; the digest of a dataset is that of its source, even when cut."""
         return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
 
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
         return self.images[rows].to(dtype) / self.largest
 
+    def rows(self, rows: Tensor | slice) -> Split:
+        """Return the chosen images and their labels."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
     def head(self, images: int) -> Split:
         """Return the first images of the split, which is in random order."""
-        return replace(self, images=self.images[:images], labels=self.labels[:images])
+        return self.rows(slice(images))
 
     def binarized(self, kind: Binarization, stream: np.random.Generator | None = None) -> Split:
         """Return the split with pixels 0 or 1.
 
         "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
-        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "none": as it is.
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "none": unchanged.
         """
         if kind == "none":
             return self
@@ -89,15 +86,15 @@ class Dataset:
     """A dataset in three fixed parts.
 
     Attributes:
-        name: as given to `load_dataset` or `from_tensors`; of own images "folder-NAME".
+        name: as given to `load_dataset` or `from_tensors`; "folder-NAME" of a folder of images.
         image_shape: (channels, height, width).
         classes: number of classes; 0 for images without labels.
-        train: what is trained on.
-        val: what settings are chosen on.
-        test: what is read once, at the end.
-        digest: SHA-256 of the pixels of all images, in the source's order; of own images, whose
-            parts and labels a name does not fix, of these too.
-        class_names: of own images; else () and classes are numbers.
+        train: images for training.
+        val: images for choosing settings.
+        test: images for measuring once, at the end.
+        digest: SHA-256 of the pixels of all images, in the source's order; of a user's images, of
+            parts and labels too, which their name does not determine.
+        class_names: names of the classes of a user's images; () where classes are numbers.
     """
 
     name: str
@@ -120,21 +117,21 @@ class Dataset:
         class_names: Sequence[str] = (),
         largest: int = 255,
     ) -> Dataset:
-        """Make a dataset of one's own images.
+        """Make a dataset of your own images.
 
         Args:
-            name: what it is called in MLflow; letters, digits, ".", "_", "-".
+            name: its name in MLflow; letters, digits, ".", "_", "-".
             images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8, or floats
                 in [0, 1], which are rounded to 256 levels.
             labels: class of each image, counted from 0, shape (N,); None leaves out the metrics
                 that need classes.
             rows: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
-                "train"; None splits all images 8 : 1 : 1, always alike.
+                "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
 
         Raises:
-            UserError: something of this is not as it must be.
+            UserError: an argument cannot be used.
         """
         if checked_name(name, "name", LONGEST_NAME) in DATASETS:
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
@@ -147,10 +144,7 @@ class Dataset:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
         grey = 255 if torch.as_tensor(images).is_floating_point() else largest
         whole = Split(pictures.flatten(1), classes, grey)
-        train, val, test = (
-            replace(whole, images=whole.images[own], labels=classes[own])
-            for own in split_rows(len(pictures), rows)
-        )
+        train, val, test = (whole.rows(own) for own in split_rows(len(pictures), rows))
         if bool((train.images == train.images[0]).all()):
             raise UserError("all training images are the same: there is nothing to learn of them")
         channels, height, width = pictures.shape[1:]
@@ -162,7 +156,7 @@ class Dataset:
 
     @property
     def has_classes(self) -> bool:
-        """Whether there are classes to tell apart: at least two among the training images."""
+        """Whether the training images are of at least two classes."""
         return self.classes > 1 and len(self.train.labels.unique()) > 1
 
     @property
@@ -174,7 +168,7 @@ class Dataset:
     def pixel_variance(self) -> float:
         """Variance of a pixel over the training images, mean over pixels, pixel^2.
 
-        It is the mse of a model that knows the mean image alone.
+        It is the mse of a model whose output is the mean image.
         """
         sums = torch.zeros(2, self.pixels, dtype=torch.float64, device=self.train.images.device)
         for rows in torch.arange(len(self.train)).split(CHUNK):
@@ -184,7 +178,7 @@ class Dataset:
         return float((square - mean.square()).mean())
 
     def class_name(self, label: int) -> str:
-        """Return what a class is called: its name, or its number."""
+        """Return the name of a class, or its number where classes have no names."""
         return self.class_names[label] if self.class_names else str(label)
 
     def binarized(self, kind: Binarization) -> Dataset:
@@ -194,23 +188,20 @@ class Dataset:
         """
         if kind == "none":
             return self
-        parts = {
-            part: getattr(self, part).binarized(kind, generator(SPLIT_SEED, f"binarize/{part}"))
-            for part in PARTS
-        }
+        streams = {part: generator(SPLIT_SEED, f"binarize/{part}") for part in PARTS}
+        parts = {part: getattr(self, part).binarized(kind, streams[part]) for part in PARTS}
         return replace(self, **parts)
 
     def to(self, device: torch.device) -> Dataset:
         """Return the dataset with its tensors on the device."""
-        parts = {part: getattr(self, part).to(device) for part in PARTS}
-        return replace(self, **parts)
+        return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
 
 def with_official_training(data: Dataset) -> Dataset:
     """Return a dataset of the MNIST family with its official 60,000 training images.
 
     The validation split is put back behind the training split (and stays what it is), so published
-    numbers of the official parts can be compared with. Nothing is to be chosen on it then.
+    numbers of the official parts can be compared with. Do not choose settings on it then.
     """
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])

@@ -1,4 +1,4 @@
-"""A user's own images as tensors: what they must be, and how they are split."""
+"""Requirements on a user's images and labels as tensors, and how they are split."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 SPLIT_SEED = 0
-"""Seed of the permutation that makes the splits; the same for every run, whatever its own seed."""
+"""Seed of the permutation that makes the splits; the same for runs of every seed."""
 
 PARTS = ("train", "val", "test")
 
 SHARE = 10
-"""A part that is not given is one image in so many of the others."""
+"""A part that is not given is one training image in so many."""
 
 LEAST = 20
-"""Images that can be split."""
+"""The fewest images that can be split."""
 
 MOST_CLASSES = 10_000
-"""Labels number classes from 0 on; a larger one is a code, not a number."""
+"""Labels number classes from 0 on; a larger one is a code and not a number."""
 
 
 def digest(*parts: Tensor, about: str = "") -> str:
-    """Return SHA-256, in hexadecimal, of a text and the numbers of tensors, one after another."""
+    """Return SHA-256, in hexadecimal, of a text and then the bytes of tensors."""
     whole = hashlib.sha256(about.encode())
     for part in parts:
         whole.update(part.cpu().contiguous().numpy().data)
@@ -44,10 +44,10 @@ def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     Args:
         images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8 from 0 to
             `largest`, or floating-point numbers from 0 to 1, which are rounded to 256 levels.
-        largest: grey value that stands for 1; floats become 255 levels whatever it is.
+        largest: grey value of uint8 images that stands for 1.
 
     Raises:
-        UserError: they are of another shape, type or range.
+        UserError: the images have another shape, type or range.
     """
     if not 1 <= largest <= 255:
         raise UserError(f"largest={largest}: give a whole number from 1 to 255")
@@ -76,7 +76,7 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
     """Return the class of each image as int64, shape (N,).
 
     Raises:
-        UserError: they are of another length or type, or do not number classes from 0 on.
+        UserError: the labels have another length or type, or do not number classes from 0 on.
     """
     labels = torch.as_tensor(labels).detach().cpu()
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
@@ -95,7 +95,7 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
 
 
 def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
-    """Return the rows of train, val and test in random order, always the same.
+    """Return the rows of train, val and test in a random order that is always the same.
 
     Args:
         images: their number N.
@@ -103,7 +103,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
             "train". None: a tenth each for val and test.
 
     Raises:
-        UserError: a part is unknown or has fewer than 2 images, or a row is not there or twice.
+        UserError: a part is unknown or has fewer than 2 images, or a row is missing or repeated.
     """
     if given is None:
         given = {"train": range(images)}

@@ -1,0 +1,109 @@
+"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from its IDX files.
+
+IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Missing files are downloaded by
+torchvision, which is imported for nothing else: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.config import UserError
+
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+"""Name of a dataset -> its class in torchvision, which is also its folder."""
+
+DATASETS = ("digits", *TORCHVISION)
+"""Names that a user's dataset cannot have."""
+
+PARTS = ("train", "t10k")
+KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
+BYTES = b"\0\0\x08"
+"""The first bytes of an IDX file of unsigned bytes; the number of axes follows."""
+
+BROKEN = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError),
+    HTTPException,
+)
+"""What is raised for files that are absent, unreachable, cut short or not IDX."""
+
+
+def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing.
+
+    Raises:
+        UserError: files are missing and cannot be downloaded, or broken.
+    """
+    folder = root / TORCHVISION[name] / "raw"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    files = [folder / f"{PARTS[0 if train else 1]}-{kind}" for kind in KINDS]
+    try:
+        if all(file.is_file() for file in files):
+            images, labels = map(read_idx, files)
+        else:
+            images, labels = _download(name, root, train=train)
+        _check_shapes(images, labels, 60_000 if train else 10_000)
+    except BROKEN as error:
+        for place in made:
+            with contextlib.suppress(OSError):  # never made, or not empty
+                place.rmdir()
+        names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
+        reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
+        raise UserError(
+            f"{name}: no usable data in {folder.resolve()} ({reason}). Offline, put the files "
+            f"{names} there (as they are or as .gz), or name the folder that holds "
+            f"{TORCHVISION[name]}/raw with --data-dir; a broken file: delete it first."
+        ) from error
+    return images, labels
+
+
+def read_idx(file: Path) -> Tensor:
+    """Read an IDX file: `BYTES`, the number of axes, their sizes (big-endian), the values.
+
+    Returns:
+        uint8, of the shape in the file.
+
+    Raises:
+        ValueError: the file is not IDX of unsigned bytes, or its length does not fit its sizes.
+    """
+    content = bytearray(file.read_bytes())
+    axes = content[3] if content.startswith(BYTES) and len(content) > 3 else 0
+    start = 4 + 4 * axes
+    if axes == 0 or len(content) < start:
+        raise ValueError(f"{file.name} is not an IDX file of bytes")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    values = len(content) - start
+    if values != math.prod(shape):
+        raise ValueError(f"{file.name} holds {values:,} values, not {' x '.join(map(str, shape))}")
+    if not values:
+        return torch.zeros(shape, dtype=torch.uint8)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)
+
+
+def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    import torchvision
+
+    source = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        part = source(root, train=train)  # unpacks .gz files that are there
+    except RuntimeError as error:
+        if "not found" not in str(error):  # torchvision's message where files are missing
+            raise
+        part = source(root, train=train, download=True)
+    return part.data, part.targets
+
+
+def _check_shapes(images: Tensor, labels: Tensor, count: int) -> None:
+    if images.shape != (count, 28, 28) or labels.shape != (count,):
+        raise ValueError(
+            f"expected {count:,} images of 28 x 28 and as many labels, found images "
+            f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""The exact linear VAE of a dataset: probabilistic PCA in closed form."""

@@ -1,0 +1,152 @@
+"""Principal components of a dataset's training images, computed once (numpy)."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.data.dataset import Dataset, Split
+
+MOST_PIXELS = 4_096
+"""The largest image, in pixels of all channels, that has a linear model: decomposing a covariance
+takes 7.5 s of a core for 3,072 and grows with the third power (18 s here, 8 min for 12,288)."""
+
+
+class Moments(NamedTuple):
+    """Moments of a split's coordinates c_i along the principal components of training.
+
+    Directions for which `PCA` has no component have mean 0 here and share their mean square evenly;
+    only its sum has a meaning.
+
+    Attributes:
+        means: E[c_i], 0 over the training split, shape (D,).
+        squares: E[c_i^2], lambda_i over the training split, pixel^2, shape (D,).
+    """
+
+    means: np.ndarray
+    squares: np.ndarray
+
+
+@dataclass(frozen=True)
+class PCA:
+    """Principal components of the training pixels in [0, 1].
+
+    Attributes:
+        mean: shape (D,).
+        components: orthonormal columns by falling variance, shape (D, K); K = D, or where D is at
+            least twice the number of images the rank of the covariance.
+        variances: eigenvalues of the covariance (1/N), falling, pixel^2, shape (D,); exactly 0
+            where only rounding is left.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+    variances: np.ndarray
+    _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
+
+    def coordinates(self, split: Split) -> np.ndarray:
+        """Return c = components^T (x - mean) of each image, shape (N, K)."""
+        return (pixels(split) - self.mean) @ self.components
+
+    def moments(self, split: Split) -> Moments:
+        """Return the moments of a split's coordinates; computed once for the same images."""
+        if split.digest not in self._moments:
+            c = self.coordinates(split)
+            means, squares = c.mean(0), np.square(c).mean(0)
+            if others := len(self.mean) - len(squares):
+                rest = pixels(split) - self.mean - c @ self.components.T
+                means = np.append(means, np.zeros(others))
+                squares = np.append(
+                    squares, np.full(others, np.square(rest).sum(1).mean() / others)
+                )
+            self._moments[split.digest] = Moments(means, squares)
+        return self._moments[split.digest]
+
+    def floor(self, split: Split, latent_size: int) -> float:
+        """Return the mse of projecting a split onto the first components: the PCA floor.
+
+        mse = sum_{i > L} E[c_i^2] / D, pixel^2 per pixel; over the training split it is
+        sum_{i > L} lambda_i / D. (Tipping & Bishop 1999.)
+        """
+        return float(self.moments(split).squares[latent_size:].sum() / len(self.mean))
+
+    def likeliest_variance(self, latent_size: int) -> float:
+        """Return the maximum-likelihood decoder variance of pPCA, pixel^2.
+
+        s2 = sum_{i > L} lambda_i / (D - L)   (Tipping & Bishop 1999, equation 8)
+        """
+        return float(self.variances[latent_size:].mean())
+
+
+_KNOWN: dict[str, PCA] = {}
+"""Digest of the training images -> components, which take seconds on MNIST and never change."""
+
+_BUSY = threading.Lock()
+
+
+def is_small(data: Dataset) -> bool:
+    """Return whether the images are small enough for a linear model."""
+    return data.pixels <= MOST_PIXELS
+
+
+def pca(data: Dataset) -> PCA:
+    """Return the principal components of a dataset's training split; computed once."""
+    key = data.train.digest
+    if key not in _KNOWN:  # without the lock, which a forked process could find held for ever
+        with _BUSY:
+            if key not in _KNOWN:
+                _KNOWN[key] = decompose(data.train)
+    return _KNOWN[key]
+
+
+def begin_pca(data: Dataset) -> None:
+    """Compute the principal components in a thread; `pca` waits for it."""
+    if is_small(data):
+        threading.Thread(target=pca, args=[data], daemon=True).start()
+
+
+def decompose(split: Split) -> PCA:
+    """Compute principal components from the covariance, or from the images if they are few.
+
+    With N = D / 2 images the second takes half the time of the first; with N = D, three times.
+    """
+    images, size = split.images.shape
+    mean = split.images.cpu().numpy().mean(0, dtype=np.float64) / split.largest
+    if 2 * images <= size:
+        _, scales, rows = np.linalg.svd(pixels(split) - mean, full_matrices=False)
+        variances = _cleared(np.append(np.square(scales) / images, np.zeros(size - images)))
+        return PCA(mean, rows[: np.count_nonzero(variances)].T, variances)
+    variances, components = np.linalg.eigh(_covariance(split))
+    return PCA(mean, components[:, ::-1], _cleared(variances)[::-1])
+
+
+def _cleared(variances: np.ndarray) -> np.ndarray:
+    """Return eigenvalues with exactly 0 where only rounding is left."""
+    rounding = variances.max() * len(variances) * np.finfo(np.float64).eps
+    return np.where(variances > rounding, variances, 0.0)
+
+
+def _covariance(split: Split) -> np.ndarray:
+    """Return the covariance (1/N) of a split's pixels, pixel^2, shape (D, D), rounded only once.
+
+    Grey values are whole numbers. In float32, whose products take half the time, they are summed
+    over so few images that every partial sum is below 2^24 and exact; float64 has room for
+    N sum(x x^T) - sum(x) sum(x)^T, below 2^53 for up to 372,000 images.
+    """
+    images = split.images.cpu().numpy()
+    together = 2**24 // int(images.max(initial=1)) ** 2
+    products = np.zeros((images.shape[1], images.shape[1]))
+    some = np.empty_like(products, dtype=np.float32)
+    for start in range(0, len(images), together):
+        x = images[start : start + together].astype(np.float32)
+        products += np.matmul(x.T, x, out=some)
+    sums = images.sum(0, dtype=np.float64)
+    return (len(images) * products - np.outer(sums, sums)) / (len(images) * split.largest) ** 2
+
+
+def pixels(split: Split) -> np.ndarray:
+    """Return a split's pixels in [0, 1] as float64, shape (N, D)."""
+    return split.images.cpu().numpy() / split.largest

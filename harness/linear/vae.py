@@ -1,0 +1,283 @@
+"""The exact linear VAE in closed form: its metrics, its curve, its weights.
+
+With a linear encoder and decoder and a Gaussian decoder of variance s2 the VAE's optimum is
+probabilistic PCA, whose every metric is a function of the eigenvalues lambda_1 >= lambda_2 >= ...
+of the training covariance (Tipping & Bishop 1999; Lucas et al. 2019, 1911.02469). Along an active
+component i (lambda_i > s2) with coordinate c_i = u_i . (x - mean) it has
+
+    posterior mean       sqrt(lambda_i - s2) / lambda_i * c_i
+    posterior variance   s2 / lambda_i
+    decoder column       sqrt(lambda_i - s2) * u_i, and the training mean as bias
+
+and a latent with lambda_i <= s2 collapses onto the prior. On other images than those of training
+only the second moments E[c_i^2] take the place of the lambda_i that stem from the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from harness import objective
+from harness.config import RunConfig, UserError
+from harness.data.dataset import Dataset, Split
+from harness.linear.pca import PCA, Moments, is_small, pca
+from harness.vae import SingleVAE, initial
+
+SMALLEST_VARIANCE = 1e-12
+"""Decoder variance, pixel^2, of a linear model without discarded components."""
+
+
+@dataclass(frozen=True)
+class LinearOptimum:
+    """The exact optimum of a linear VAE on the training split, measured on any split.
+
+    Metrics have the names and units of every run's. Over the training split E[c_i^2] = lambda_i,
+    and they are the textbook's (docs/science.md).
+
+    Attributes:
+        variances: eigenvalues lambda of the training covariance, falling, pixel^2, shape (D,).
+        moments: of the split that it is measured on.
+        latent_size: L; those beyond D collapse.
+        decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
+            is infinite.
+    """
+
+    variances: np.ndarray
+    moments: Moments
+    latent_size: int
+    decoder_variance: float
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which components are in use: the first L with lambda_i > s2, bool, shape (D,)."""
+        first = np.arange(len(self.variances)) < self.latent_size
+        return first & (self.variances > self.decoder_variance)
+
+    @property
+    def posterior_variances(self) -> np.ndarray:
+        """s2 / lambda_i of an active latent, 1 of a collapsed one, shape (min(L, D),)."""
+        return 1 - self._gain[: self.latent_size]
+
+    @property
+    def kl(self) -> np.ndarray:
+        """KL of each latent, mean over the split, nats, shape (min(L, D),).
+
+        (g E[c_i^2] / lambda_i - g - ln(1 - g)) / 2 with g = 1 - s2 / lambda_i, 0 if collapsed;
+        ln(lambda_i / s2) / 2 on the training split.
+        """
+        gain = self._gain
+        with np.errstate(divide="ignore"):
+            kl = (gain * self._over_variances(self.moments.squares) - gain - np.log1p(-gain)) / 2
+        return kl[: self.latent_size]
+
+    @property
+    def rate(self) -> float:
+        """KL summed over latents, nats / image; infinite at s2 = 0."""
+        return float(self.kl.sum())
+
+    @property
+    def mse(self) -> float:
+        """E[SSE] / D over posterior samples, pixel^2.
+
+        An active component leaves (s2 / lambda_i)^2 E[c_i^2] of bias and (lambda_i - s2) s2 /
+        lambda_i of noise, together s2 on the training split; any other leaves E[c_i^2].
+        """
+        bias = np.square(1 - self._gain) * self.moments.squares
+        noise = self._gain * np.where(self.active, self.decoder_variance, 0.0)
+        return float((bias + noise).sum() / len(self.variances))
+
+    @property
+    def loss(self) -> float:
+        """(E[SSE] + beta * rate) / D with beta = 2 s2, pixel^2; without KL it is the mse."""
+        if self.decoder_variance == 0:
+            return self.mse
+        return self.mse + 2 * self.decoder_variance * self.rate / len(self.variances)
+
+    @property
+    def active_units(self) -> int:
+        """Count latents whose posterior mean varies by more than 0.01, as for every run.
+
+        The variance is g Var[c_i] / lambda_i, hence 1 - s2 / lambda_i on the training split: a
+        latent with lambda_i less than about 1 % above s2 is in `active` and not counted here.
+        """
+        variances = self.moments.squares - np.square(self.moments.means)
+        means = self._over_variances(self._gain * variances)
+        return int((means > objective.ACTIVE_VARIANCE).sum())
+
+    def distortion(self, variance: float | None = None) -> float:
+        """D/2 (ln(2 pi v) + mse / v), nats / image, v the fitted decoder variance.
+
+        Args:
+            variance: v, the mse on validation data; None fits v here: the mse of this split.
+        """
+        fitted = self.mse if variance is None else variance
+        nats = math.log(2 * math.pi * fitted) + self.mse / fitted
+        return len(self.variances) / 2 * nats
+
+    def neg_elbo(self, variance: float | None = None) -> float:
+        """`distortion` + `rate`, nats / image."""
+        return self.distortion(variance) + self.rate
+
+    @property
+    def log_likelihood(self) -> float:
+        """Exact log p(x) of the generative model, mean over the split, nats / image.
+
+        x ~ N(mean, C) with eigenvalues C_i = lambda_i if active, else s2:
+        -sum_i (ln(2 pi C_i) + E[c_i^2] / C_i) / 2. The ELBO with decoder variance s2 equals it,
+        on every split, since the encoder is the exact posterior. (Tipping & Bishop 1999.)
+        """
+        c = np.where(self.active, self.variances, self.decoder_variance)
+        return float(-(np.log(2 * math.pi * c) + self.moments.squares / c).sum() / 2)
+
+    @property
+    def _gain(self) -> np.ndarray:
+        """g_i = 1 - s2 / lambda_i, the part of a coordinate that is decoded; 0 if not."""
+        return self.active - self._over_variances(self.decoder_variance)
+
+    def _over_variances(self, values: np.ndarray | float) -> np.ndarray:
+        """Return values / lambda_i of active components, else 0."""
+        zeros = np.zeros_like(self.variances)
+        return np.divide(values, self.variances, out=zeros, where=self.active)
+
+
+def linear_optimum(
+    known: PCA, latent_size: int, decoder_variance: float, split: Split | None = None
+) -> LinearOptimum:
+    """Return the exact linear VAE of the training split, measured on a split.
+
+    Args:
+        known: principal components of the training split.
+        latent_size: L.
+        decoder_variance: s2, pixel^2.
+        split: None is the training split, where E[c_i] = 0 and E[c_i^2] = lambda_i: no image is
+            read.
+    """
+    if split is None:
+        moments = Moments(np.zeros_like(known.variances), known.variances)
+    else:
+        moments = known.moments(split)
+    return LinearOptimum(known.variances, moments, latent_size, decoder_variance)
+
+
+def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
+    """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
+
+    The model is that of the training split. Without KL its loss is the PCA floor. NaN where the
+    run's loss has another optimum: a deterministic latent, free bits, a Bernoulli decoder; where
+    the loss is a log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative
+    gap means nothing; and for images too large for a linear model.
+
+    Returns:
+        pixel^2, shape (S,).
+    """
+    if not is_small(data):
+        return np.full(len(configs), np.nan)
+    known, variances = pca(data), [objective.decoder_variance(c, data.pixels) for c in configs]
+    return np.array(
+        [
+            linear_optimum(known, c.latent_size, v, split).loss if _comparable(c) else np.nan
+            for c, v in zip(configs, variances, strict=True)
+        ]
+    )
+
+
+def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
+    """Return the test metrics of the exact linear model at a run's KL weight and latent size.
+
+    As for a run, the decoder variance of `neg_elbo` is fitted on validation data. With `sigma`
+    not fixed the linear model's own variance is `matched_variance`. What is infinite without KL is
+    left out; a deterministic latent and a Bernoulli decoder have no linear model, nor have images
+    that are too large for it.
+
+    Returns:
+        `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
+        the decoder variance lambda_1 from which on no latent is active.
+    """
+    none = config.latent == "deterministic" or config.likelihood != "gaussian"
+    if none or not is_small(data):
+        return {}
+    known, variance = pca(data), objective.decoder_variance(config, data.pixels)
+    if config.sigma != "fixed":
+        variance = matched_variance(known, config, data.pixels)
+    val, test = (
+        linear_optimum(known, config.latent_size, variance, split)
+        for split in (data.val, data.test)
+    )
+    values = {
+        "loss": test.loss if _comparable(config) else math.nan,
+        "mse": test.mse,
+        "rate": test.rate,
+        "neg_elbo": test.neg_elbo(val.mse) if val.mse > 0 else math.nan,
+        "active_units": float(test.active_units),
+        "collapse_variance": float(known.variances[0]),
+    }
+    return {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
+    """Return the decoder variance v at which the linear model leaves the error it assumes, pixel^2.
+
+    A sigma-VAE minimises D/2 ln s2 + SSE / (2 s2) + beta * rate over s2 as well, so s2 = mse, and
+    its linear optimum has v = beta * s2: the solution of v = beta * mse(v) on the training split.
+    At beta = 1 it is the maximum-likelihood variance of pPCA (Tipping & Bishop 1999).
+    """
+    from scipy.optimize import brentq  # half a second that few runs need
+
+    beta = objective.beta(config, pixels)
+
+    def excess(log_variance: float) -> float:
+        variance = math.exp(log_variance)
+        return variance - beta * linear_optimum(known, config.latent_size, variance).mse
+
+    low = math.log(SMALLEST_VARIANCE)
+    high = math.log(beta * known.variances.mean() + 2 * SMALLEST_VARIANCE)
+    if excess(low) >= 0:
+        return SMALLEST_VARIANCE
+    return math.exp(brentq(excess, low, high, xtol=1e-14))
+
+
+def _comparable(config: RunConfig) -> bool:
+    """Return whether the loss of the run is that of the closed form."""
+    gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
+    return gaussian and config.latent == "stochastic" and config.free_bits == 0
+
+
+def linear_vae(config: RunConfig, data: Dataset) -> SingleVAE:
+    """Return the linear VAE that minimises a run's loss on the training split, in float64.
+
+    Latent i lies along principal component i; a collapsed latent has weights 0. The optimum is
+    unique up to signs, and where eigenvalues coincide up to rotations. (Lucas et al. 2019.)
+
+    Raises:
+        UserError: the closed form is not that of the run's loss, or the run has no KL, or more
+            latents than pixels.
+    """
+    variance = objective.decoder_variance(config, data.pixels)
+    linear = config.model == "linear" and config.head == "gaussian" and config.free_bits == 0
+    if not linear or not variance > 0 or config.latent_size > data.pixels:  # NaN too
+        raise UserError(
+            "the exact optimum needs model='linear', head='gaussian', likelihood='gaussian', "
+            "sigma='fixed', free_bits=0, kl_weight > 0 and at most "
+            f"{data.pixels} latents; given {config}"
+        )
+    known, size = pca(data), config.latent_size
+    best = linear_optimum(known, size, variance)
+    posterior = best.posterior_variances
+    basis = known.components[:, :size]
+    basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse
+    columns = basis * np.sqrt(known.variances[:size] * (1 - posterior))
+    rows = (columns / np.where(best.active, known.variances, 1.0)[:size]).T
+    run = initial(config, data.image_shape).double()
+    weights = {
+        "encoder.0.weight": np.concatenate([rows, np.zeros_like(rows)]),
+        "encoder.0.bias": np.concatenate([-rows @ known.mean, np.log(posterior)]),
+        "decoder.0.weight": columns,
+        "decoder.0.bias": known.mean,
+    }
+    run.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+    return run
