@@ -1,0 +1,418 @@
+"""Metrics of one run on a split, and the final metrics of finished runs.
+
+The forward pass and the sum over an image's pixels are computed in the model's dtype; sums over
+latents and images, and all that follows from them, in float64. Names and units are those of
+docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness import doing, objective, registry, streams
+from harness.config import RunConfig
+from harness.data.dataset import Dataset, Split
+from harness.linear.vae import linear_losses
+from harness.models.stack import kernels
+from harness.models.vae import VAE, lay_out
+from harness.objective import Coefficients, Means, Posterior, Terms
+from harness.processes import Pool
+
+CHUNK = 500
+"""Images evaluated at once, at most; fixed, so that the sums of a run are always the same."""
+
+CHUNK_PIXELS = 2**24
+"""Pixels evaluated at once, at most, so that large images take no more memory: 64 MiB a run."""
+
+R = TypeVar("R")
+Run = tuple[RunConfig, VAE]
+Metrics = dict[str, Tensor]
+"""Metric name -> float64 value of shape (), on the model's device."""
+
+
+def active_units(mean: Tensor) -> Tensor:
+    """Count the latents whose posterior mean varies: #{i : Var_x[mean_i(x)] > 0.01}.
+
+    Source: Burda et al. 2015, section 5.2 (1509.00519).
+
+    Args:
+        mean: posterior means, shape (N, L).
+
+    Returns:
+        Count as float64, shape ().
+    """
+    return (mean.double().var(0, correction=0) > objective.ACTIVE_VARIANCE).sum(-1).double()
+
+
+def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Average the squared error per pixel over the images of each class.
+
+    Args:
+        mse: squared error per pixel of each image, shape (N,).
+        labels: shape (N,).
+        classes: number of classes C.
+
+    Returns:
+        pixel^2, shape (C,); NaN for a class without images.
+    """
+    member = functional.one_hot(labels, classes).to(mse)
+    # A product of matrices: that of a vector and a matrix may sum in another order.
+    return (mse.unsqueeze(0) @ member).squeeze(0) / member.sum(0)
+
+
+def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
+    """Return by how much a loss is below the exact linear model's: 100 (linear - loss) / linear.
+
+    Args:
+        loss: shape ().
+        linear: loss of the exact linear model at the same KL weight on the same images, shape ().
+
+    Returns:
+        %, shape (); negative is worse than linear.
+    """
+    return 100 * (linear - loss) / linear
+
+
+def coefficients(
+    config: RunConfig, pixels: int, device: torch.device, dtype: torch.dtype = torch.float64
+) -> Coefficients:
+    """Return the numbers of a run's loss after any warm-up.
+
+    Args:
+        config: the run.
+        pixels: D.
+        device: of the tensors.
+        dtype: of the tensors.
+    """
+
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, dtype=dtype, device=device)
+
+    return Coefficients(
+        number(objective.beta(config, pixels)),
+        number(config.free_bits) if config.free_bits else None,
+        {name: number(weight) for name, weight in config.terms.items()},
+    )
+
+
+@torch.no_grad()
+def measure(
+    config: RunConfig,
+    model: VAE,
+    split: Split,
+    classes: int,
+    noise: Tensor,
+    coefficients: Coefficients,
+    linear_loss: Tensor | None = None,
+    variance: Tensor | None = None,
+    terms: Terms | None = None,
+    prior: Tensor | None = None,
+    training_size: int = 0,
+) -> Metrics:
+    """Return every metric of a run on a split.
+
+    Nothing here depends on values, so that `torch.vmap` can map the function over runs and a GPU
+    can capture it.
+
+    Args:
+        config: the run, of which only what all runs of a stack share is read.
+        model: its model, in `eval` mode.
+        split: images and labels, on the model's device.
+        classes: number of classes; without any there is no `mse_class/c`.
+        noise: standard normal noise of the posterior samples, in the model's dtype, shape (N, L).
+        coefficients: float64.
+        linear_loss: loss of the exact linear model on the split, float64, shape (); None leaves
+            `gap_to_linear` out.
+        variance: decoder variance for `distortion`, fitted on validation data, shape ();
+            None fits it here: the maximum-likelihood variance is the `mse` itself.
+        terms: the run's loss terms, averaged over parts of the split of about a batch.
+        prior: draws from N(0, I) for the terms, shape (N, L).
+        training_size: number of training images, for the terms.
+
+    Returns:
+        `loss`, `mse`, `rate`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
+        `learned_variance`, `gap_to_linear`, `term/NAME`, `kl/i` of latent i and `mse_class/c` of
+        class c; without those that the configuration does not define: a deterministic latent has
+        no `rate`, and the cross-entropy of grey pixels is no `distortion`.
+    """
+    seen = _forward(config, model, split, noise, terms or {}, prior, training_size)
+    pixels, means = split.images.shape[1], seen.means
+    scale = None if model.scale is None else model.scale.double()
+    mse = means.error / pixels
+    fitted = mse if variance is None else variance
+    loss = objective.loss(config, means, coefficients, scale, pixels)
+    for name, value in seen.terms.items():
+        loss = loss + coefficients.weights[name] * value / pixels
+    metrics = {"loss": loss, "mse": mse}
+    rate = None if means.kl is None else means.kl.sum(-1)
+    if rate is not None:
+        metrics["rate"] = rate
+    if config.has_likelihood:
+        cross_entropy = means.cross_entropy
+        if cross_entropy is None:
+            metrics["distortion"] = objective.distortion(mse, fitted, pixels)
+        else:
+            metrics["distortion"] = cross_entropy
+        if rate is not None:
+            metrics["neg_elbo"] = metrics["distortion"] + rate
+    if config.likelihood == "gaussian":
+        metrics["calibration_ratio"] = _elbo_variance(config, coefficients, scale, fitted) / mse
+    metrics["active_units"] = active_units(seen.posterior_means)
+    if scale is not None:
+        metrics["learned_variance"] = scale
+    if linear_loss is not None:
+        metrics["gap_to_linear"] = gap_to_linear(loss, linear_loss)
+    metrics |= {f"term/{name}": value for name, value in seen.terms.items()}
+    if means.kl is not None:
+        metrics |= _numbered("kl", means.kl)
+    if not classes:
+        return metrics
+    return metrics | _numbered(
+        "mse_class", mse_per_class(seen.error / pixels, split.labels, classes)
+    )
+
+
+def _numbered(name: str, values: Tensor) -> Metrics:
+    return {f"{name}/{i}": value for i, value in enumerate(values.unbind())}
+
+
+def _elbo_variance(
+    config: RunConfig, coefficients: Coefficients, scale: Tensor | None, fitted: Tensor
+) -> Tensor:
+    """Return the variance of the Gaussian decoder for which the loss is an ELBO.
+
+    beta / 2 where the KL weight sets it, else beta times the learned or fitted variance.
+    """
+    if config.sigma == "fixed":
+        return coefficients.beta / 2
+    return coefficients.beta * (fitted if scale is None else scale)
+
+
+class _Pass(NamedTuple):
+    """What one pass over a split gives, in float64: error of each image, (N,), and means."""
+
+    error: Tensor
+    means: Means
+    posterior_means: Tensor
+    terms: Metrics
+
+
+def _forward(
+    config: RunConfig,
+    model: VAE,
+    split: Split,
+    noise: Tensor,
+    terms: Terms,
+    prior: Tensor | None,
+    training_size: int,
+) -> _Pass:
+    error, cross_entropy, kl, mean, values = [], [], [], [], []
+    for rows in _batches(config, split) if terms else chunks(*split.images.shape):
+        x = pixels(model, split, rows)
+        batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
+        part = objective.per_image(config, batch)
+        error.append(part.error)
+        mean.append(batch.posterior.mean)
+        if part.cross_entropy is not None:
+            cross_entropy.append(part.cross_entropy)
+        if part.kl is not None:
+            kl.append(part.kl.double().sum(0))
+        values.append([term(batch).double() * len(x) for term in terms.values()])
+    errors = torch.cat(error).double()
+    means = Means(
+        errors.mean(0),
+        torch.cat(cross_entropy).double().mean(0) if cross_entropy else None,
+        torch.stack(kl).sum(0) / len(split) if kl else None,
+    )
+    averages = [torch.stack(parts).sum(0) / len(split) for parts in zip(*values, strict=True)]
+    return _Pass(errors, means, torch.cat(mean), dict(zip(terms, averages, strict=True)))
+
+
+def _batches(config: RunConfig, split: Split) -> Iterator[slice]:
+    """Yield the rows of parts of nearly equal size, none larger than a batch of training."""
+    parts = math.ceil(len(split) / config.batch_size)
+    size, more = divmod(len(split), parts)
+    for first, last in pairwise(i * size + min(i, more) for i in range(parts + 1)):
+        yield slice(first, last)
+
+
+def chunks(images: int, pixels: int) -> Iterator[slice]:
+    """Yield the rows of the images, of so many pixels each, that are evaluated at once."""
+    size = max(1, min(CHUNK, CHUNK_PIXELS // pixels))
+    for start in range(0, images, size):
+        yield slice(start, min(start + size, images))
+
+
+def pixels(model: VAE, split: Split, rows: Tensor | slice) -> Tensor:
+    """Return the chosen images as a model takes them: (B, *data_shape), in [0, 1]."""
+    x = split.pixels(rows, model.dtype).to(model.device)
+    return x.unflatten(1, model.data_shape)
+
+
+@torch.no_grad()
+def posteriors(model: VAE, split: Split) -> Posterior:
+    """Return the posteriors of a split, shape (N, L), on the model's device."""
+    rows = chunks(*split.images.shape)
+    means, log_variances = zip(
+        *(model.posterior(pixels(model, split, r)) for r in rows), strict=True
+    )
+    return Posterior(torch.cat(means), torch.cat(log_variances))
+
+
+def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> Tensor:
+    """Return the posterior noise of a split's images, shape (N, L), the same at every epoch."""
+    drawn = streams.noise(config.seed, f"evaluate/{part}", images, config.latent_size)
+    return drawn.to(model.device, model.dtype)
+
+
+@kernels()
+def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
+    """Return the final metrics of each run, with the noise that its seed fixes.
+
+    The decoder variance is fitted on the validation split; the test split is only read.
+
+    Args:
+        runs: configurations and models, all on one device.
+        data: their dataset.
+
+    Returns:
+        One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics
+        that the run does not have are absent.
+    """
+    configs = [config for config, _ in runs]
+    linear = [linear_losses(configs, data, split).tolist() for split in (data.val, data.test)]
+    terms = [{name: registry.TERMS[name] for name in config.terms} for config in configs]
+    items = [
+        (*run, own, losses)
+        for run, own, losses in zip(runs, terms, zip(*linear, strict=True), strict=True)
+    ]
+    return on_all_cores(_finals, (as_measured(runs, data),), items, runs[0][1].device)
+
+
+def _finals(
+    parts: dict[str, Dataset], item: tuple[RunConfig, VAE, Terms, tuple[float, float]]
+) -> dict[str, float]:
+    config, given, terms, linear = item
+    model, data = frozen(given), parts[config.binarization]
+    known = coefficients(config, data.pixels, model.device)
+    found: dict[str, Metrics] = {}
+    variance = None
+    for part, loss in zip(("val", "test"), linear, strict=True):
+        split = getattr(data, part)
+        found[part] = measure(
+            config,
+            model,
+            split,
+            data.classes,
+            evaluation_noise(config, model, part, len(split)),
+            known,
+            torch.tensor(loss, dtype=torch.float64, device=model.device),
+            variance,
+            terms,
+            evaluation_noise(config, model, f"prior/{part}", len(split)) if terms else None,
+            len(data.train),
+        )
+        variance = found["val"]["mse"]
+    named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
+    return finite(to_floats(named | found["test"]))
+
+
+def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
+    """Return the dataset on the device of the runs, for each `binarization` among them."""
+    moved = data.to(runs[0][1].device)
+    return {kind: moved.binarized(kind) for kind in {config.binarization for config, _ in runs}}
+
+
+def frozen(model: VAE) -> VAE:
+    """Return a copy of a model in `eval` mode, whose numbers have the same bits in any process."""
+    model = copy.deepcopy(model).eval()
+    lay_out(model)
+    return model
+
+
+def on_all_cores(
+    function: Callable[..., R],
+    common: tuple[Any, ...],
+    items: Sequence[Any],
+    device: torch.device,
+    what: str = "",
+) -> list[R]:
+    """Return `function(*common, item)` of each item; on a CPU each core computes one at a time.
+
+    Args:
+        function: defined in a module.
+        common: first arguments, the same for all items.
+        items: last arguments.
+        device: where the function computes.
+        what: description for progress messages; "" sends none.
+    """
+    found: dict[int, R] = {}
+    with Pool(len(items) if device.type == "cpu" else 1, common) as pool:
+        for index, result in pool.map(function, items):
+            found[index] = result
+            if what:
+                doing.count(what, len(found), len(items))
+    return [found[index] for index in range(len(items))]
+
+
+def to_floats(metrics: Metrics) -> dict[str, float]:
+    """Return metrics as numbers, copied to the host in one transfer."""
+    values = torch.stack(list(metrics.values())).tolist() if metrics else []
+    return dict(zip(metrics, values, strict=True))
+
+
+def finite(values: dict[str, float]) -> dict[str, float]:
+    """Leave out metrics without a number (NaN, inf)."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class BatchLosses(NamedTuple):
+    """The two numbers that the blog prints, for every batch of an epoch; float64, shape (steps,).
+
+    Attributes:
+        loss: training loss of each batch, z sampled, pixel^2.
+        kl_term: part of it that is the KL: beta * rate / D of the batch, pixel^2.
+    """
+
+    loss: np.ndarray
+    kl_term: np.ndarray
+
+
+@kernels()
+@torch.no_grad()
+def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
+    """Return the losses of one more epoch of training with the weights held.
+
+    Batches and noise are those of the epoch after a run's last, so they are the next draw of the
+    streams that the run was trained with. The mean over batches is the loss on the training split.
+    The KL term is the loss less the loss at beta = 0 with the same noise, whatever the loss is;
+    pixels drawn anew every epoch are those that the run is measured on. Loss terms of a user are
+    left out.
+    """
+    model, epoch = frozen(model), config.epochs + 1
+    split = data.to(model.device).binarized(config.binarization).train
+    order = streams.batches(config, len(split), epoch)
+    noise = streams.noise(config.seed, "noise", len(order), config.latent_size, epoch)
+    known = coefficients(config, data.pixels, model.device, model.dtype)
+    columns = []
+    for rows, eps in zip(
+        order.split(config.batch_size), noise.split(config.batch_size), strict=True
+    ):
+        batch = model.batch(pixels(model, split, rows), eps.to(model.device, model.dtype))
+        means = objective.per_image(config, batch).mean()
+        both = [
+            objective.loss(config, means, known._replace(beta=beta), batch.scale, data.pixels)
+            for beta in (known.beta, 0 * known.beta)
+        ]
+        columns.append(torch.stack(both))
+    loss, error = torch.stack(columns, -1).double().cpu().numpy()
+    return BatchLosses(loss, loss - error)

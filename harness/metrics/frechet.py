@@ -1,0 +1,286 @@
+"""Fréchet distances between the features of generated and of real images.
+
+Two sets of images are compared as Gaussians in the feature space of a small convolutional
+classifier, which separates classes better than pixels do. It is trained here, on the CPU by one
+thread, so that it depends on the training split and on the constants below alone, and kept in a
+cache. With the features of another network the distance is the FID (Heusel et al. 2017,
+1706.08500); its numbers cannot be compared with these, nor those of one dataset with another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from harness import doing, streams
+from harness.config import RunConfig
+from harness.data.dataset import Dataset, Split
+from harness.data.validate import digest
+from harness.metrics.evaluate import chunks, pixels
+from harness.models import networks
+from harness.models.stack import kernels
+from harness.models.vae import VAE
+from harness.places import project_root, put
+from harness.processes import one_thread
+
+IMAGES = 10_000
+"""Images of a set, at most. Sets that are compared have equal size, for few images have a bias."""
+
+CHANNELS = (16, 32)
+"""Channels of the classifier's two convolutions, each 3 x 3 with stride 2."""
+
+FEATURES = 64
+"""Width of the feature layer F."""
+
+STEPS, EPOCHS = 1_200, 40
+"""Length of the classifier's training: at most so many steps, and at most so many epochs."""
+
+BATCH, LEARNING_RATE = 128, 5e-3
+"""Images per step; Adam's step size at first, which falls linearly to 0."""
+
+VERSION = 1
+"""To be raised with any change of architecture or training that the constants do not show."""
+
+RECIPE = {
+    "version": VERSION,
+    "channels": CHANNELS,
+    "features": FEATURES,
+    "steps": STEPS,
+    "epochs": EPOCHS,
+    "batch": BATCH,
+    "learning_rate": LEARNING_RATE,
+}
+"""What a cached classifier is a function of, beside the training split."""
+
+
+class Gaussian(NamedTuple):
+    """Mean (F,) and covariance (F, F) of a set's features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def moments(embedded: np.ndarray) -> Gaussian:
+    """Return mean and covariance (1/N) of features of shape (N, F)."""
+    embedded = np.asarray(embedded, dtype=np.float64)
+    mean = embedded.mean(0)
+    centred = embedded - mean
+    return Gaussian(mean, centred.T @ centred / len(embedded))
+
+
+def distance(first: Gaussian, second: Gaussian) -> float:
+    """Return the Fréchet distance of two Gaussians: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    It is the squared 2-Wasserstein distance. The trace of the root is the sum of the singular
+    values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982; Heusel et al. 2017, 1706.08500.)
+
+    Returns:
+        Squared unit of the features, never negative beyond rounding; NaN if a moment is not finite.
+    """
+    if not all(np.isfinite(part).all() for part in (*first, *second)):
+        return math.nan
+    roots = (_root(gaussian.covariance) for gaussian in (first, second))
+    shared = np.linalg.svd(np.matmul(*roots), compute_uv=False).sum()
+    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * shared
+    return float(np.square(first.mean - second.mean).sum() + spread)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+
+
+class Classifier(nn.Module):
+    """Two convolutions of stride 2, a layer of F = 64 features, and a linear layer on their ReLU.
+
+    Args:
+        image_shape: (channels, height, width); below 8 x 8 hardly more than one place is left.
+        classes: number of classes.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        first, second = CHANNELS
+        places = math.prod(-(-side // 4) for side in (height, width))
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, first, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(second * places, FEATURES),
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W), clipped to [0, 1], to their features before the ReLU, (B, F)."""
+        return self.features(images.float().clamp(0, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to unnormalised log-probabilities of the classes."""
+        return self.head(self.embed(images).relu())
+
+
+def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
+    """Return the classifier of a dataset's training split, from the cache if it is there.
+
+    Args:
+        data: the dataset; its training images, their labels and the constants of this module are
+            the key of the cache, since a dataset that was cut has its source's digest.
+        folder: of the cache; None means `cache/features` in the repository. A file in it that
+            cannot be read is written anew; a folder that cannot be written to is left alone.
+    """
+    folder = folder or project_root() / "cache" / "features"
+    train = data.train.to(torch.device("cpu"))
+    about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
+    key = digest(train.images, train.labels, about=json.dumps(about))[:32]
+    file = folder / f"{data.name}-{key}.safetensors"
+    net = _untrained(data)
+    try:
+        net.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError):
+        doing.say(f"training the classifier behind frechet on {data.name}, once a dataset")
+        net = _trained(_untrained(data), train, data.image_shape)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            put(file, save(net.state_dict(), {"recipe": json.dumps(RECIPE)}))
+    return net
+
+
+def _untrained(data: Dataset) -> Classifier:
+    """Return the net with weights and biases U(-1, 1) / sqrt(inputs), PyTorch's default."""
+    with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
+        net = Classifier(data.image_shape, data.classes)
+    networks.draw((*net.features, net.head), streams.generator(0, "features/weights"))
+    return net
+
+
+@torch.enable_grad()  # the caller may compute without
+def _trained(net: Classifier, train: Split, shape: tuple[int, int, int]) -> Classifier:
+    """Train with cross-entropy, then scale the features to a mean variance of 1 over the images."""
+    batches = list(itertools.islice(_batches(len(train)), STEPS))
+    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    with one_thread():
+        for rows in batches:
+            logits = net(_images(train, rows, shape))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, train.labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        _normalize(net, _images(train, slice(10 * BATCH), shape))
+    return net
+
+
+@torch.no_grad()
+def _normalize(net: Classifier, images: Tensor) -> None:
+    """Divide the features by one number and multiply the next layer by it: no class changes."""
+    scale = net.embed(images).var(0).mean().sqrt()
+    for parameter in net.features[-1].parameters():
+        parameter.div_(scale)
+    net.head.weight.mul_(scale)
+
+
+def _batches(images: int) -> Iterator[Tensor]:
+    """Yield the rows of each step: epoch after epoch, what does not fill a batch left out."""
+    size = min(BATCH, images)
+    for epoch in range(EPOCHS):
+        order = streams.generator(0, "features/batches", epoch).permutation(images)
+        yield from torch.from_numpy(order[: images - images % size]).split(size)
+
+
+def _images(split: Split, rows: Tensor | slice, shape: tuple[int, int, int]) -> Tensor:
+    return split.pixels(rows, torch.float32).unflatten(1, shape)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the images of a dataset's runs are compared with.
+
+    Attributes:
+        net: the classifier whose features are compared, on the data's device.
+        test: moments of the features of the first test images.
+        images: number of images of every set, at most 10,000.
+        floor: distance from as many training images, in the variance of a feature over training
+            images, mean over the F features.
+        accuracy: share of those test images that the classifier assigns to their class.
+    """
+
+    net: Classifier = field(repr=False)
+    test: Gaussian = field(repr=False)
+    images: int
+    floor: float
+    accuracy: float
+
+
+@kernels()
+@torch.no_grad()
+def reference(data: Dataset, folder: Path | None = None) -> Reference:
+    """Return what generated images are compared with; `folder` is that of the cached classifier."""
+    net = classifier(data, folder).to(data.test.images.device)
+    images = min(len(data.test), len(data.train), IMAGES)
+
+    def embedded(split: Split) -> Tensor:
+        return _embed(net, split, lambda rows: _images(split, rows, data.image_shape))
+
+    known = data.test.head(images)
+    with one_thread():
+        test, train = embedded(known), embedded(data.train.head(images))
+        guesses = net.head(test.relu()).argmax(1)
+    accuracy = float((guesses == known.labels).double().mean())
+    floor = distance(_moments(train), _moments(test))
+    return Reference(net, _moments(test), images, floor, accuracy)
+
+
+@kernels()
+@torch.no_grad()
+def measure_images(
+    config: RunConfig, model: VAE, data: Dataset, known: Reference
+) -> dict[str, float]:
+    """Compare the images that a run draws, and its reconstructions, with the test images.
+
+    Args:
+        config: the run.
+        model: its model.
+        data: its dataset, on the model's device.
+        known: `reference` of that dataset.
+
+    Returns:
+        `frechet`: decoder means of latents drawn from N(0, I), as many as test images, with the
+        noise that the seed fixes; `frechet_reconstructions`: test images decoded from their
+        posterior means; `frechet_floor`, `feature_accuracy`: of the reference.
+    """
+    split = data.test.head(known.images)
+    eps = streams.noise(config.seed, "frechet", known.images, config.latent_size)
+    z = eps.to(model.device, model.dtype)
+    drawn: dict[str, Callable[[slice], Tensor]] = {
+        "frechet": lambda rows: model.decode(z[rows]),
+        "frechet_reconstructions": lambda rows: model(pixels(model, split, rows)),
+    }
+    found = {
+        name: distance(_moments(_embed(known.net, split, draw)), known.test)
+        for name, draw in drawn.items()
+    }
+    return found | {"frechet_floor": known.floor, "feature_accuracy": known.accuracy}
+
+
+def _embed(net: Classifier, split: Split, draw: Callable[[slice], Tensor]) -> Tensor:
+    """Return the features (N, F) of as many images as a split has, drawn in chunks."""
+    return torch.cat([net.embed(draw(rows)) for rows in chunks(*split.images.shape)])
+
+
+def _moments(embedded: Tensor) -> Gaussian:
+    return moments(embedded.cpu().numpy())

@@ -1,0 +1,130 @@
+"""Information in the latents, and their distance from the prior, in nats.
+
+The rate is the information that the latents carry of an image plus the divergence of their
+distribution over all images, the aggregate posterior q(z) = mean_x q(z|x), from the prior:
+
+    rate = I(x; z) + KL(q(z) || p(z))     (Hoffman & Johnson 2016, "ELBO surgery")
+
+Neither part has a closed form; the functions here bound both. A deterministic latent has neither.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from harness import objective, streams
+from harness.config import RunConfig
+from harness.data.dataset import Split
+from harness.metrics.evaluate import Metrics, posteriors
+from harness.models.vae import VAE
+from harness.objective import Posterior
+
+SAMPLED_IMAGES = 2_000
+"""Images that the sampled estimate of the information is taken over, at most: it compares all
+pairs, and cannot exceed ln 2,000 = 7.6 nats."""
+
+ROWS = 100
+"""Images compared with all others at once, so that memory grows with their number, not its
+square."""
+
+
+def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the KL from N(0, I) of the Gaussian with the moments of the aggregate posterior q(z).
+
+    gap = (tr C + m'm - L - ln det C) / 2, where m is the mean of the posterior means and C their
+    covariance plus the mean posterior variance. KL(q(z) || p(z)) is this plus the KL of q(z) from
+    that Gaussian, because ln p is quadratic in z: the gap is a lower bound, equal to it if q(z) is
+    Gaussian.
+
+    Args:
+        mean: posterior means, shape (N, L).
+        log_variance: logarithms of the posterior variances, shape (N, L).
+
+    Returns:
+        nats, float64, shape (), never negative beyond rounding.
+    """
+    mean, variance = mean.double(), log_variance.double().exp().mean(0)
+    centre = mean.mean(0)
+    # A batch of one product: that of two matrices sums in another order where there are 1 or 2
+    # latents, and numbers recorded before would change in their last bits.
+    centred = (mean - centre).unsqueeze(0)
+    covariance = (centred.mT @ centred).squeeze(0) / len(mean) + torch.diag(variance)
+    spread = covariance.diagonal().sum() - torch.linalg.slogdet(covariance)[1]
+    return (spread + centre.square().sum() - mean.shape[1]) / 2
+
+
+def mutual_information(rate: Tensor, gap: Tensor) -> Tensor:
+    """Return an upper bound of the information that the latents carry of an image: rate - gap.
+
+    I(x; z) = rate - KL(q(z) || p(z)), and the gap is at most that KL; equal if q(z) is Gaussian.
+    (Hoffman & Johnson 2016.)
+
+    Args:
+        rate: nats / image, shape ().
+        gap: `aggregate_gap` over the same images, nats, shape ().
+
+    Returns:
+        nats / image, shape ().
+    """
+    return rate - gap
+
+
+def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
+    """Return a sampled lower bound of the information that the latents carry of an image.
+
+    I >= E[log q(z|x) - log (1/N) sum_n q(z|x_n)], z drawn from q(z|x), x among the N images. It is
+    the information between z and the number of the image among these N, so it saturates at ln N,
+    however much more the latents carry. (Poole et al. 2019, 1905.06922, equation 10.)
+
+    Args:
+        mean: posterior means, shape (N, L).
+        log_variance: logarithms of the posterior variances, shape (N, L).
+        eps: standard normal noise, shape (N, L).
+
+    Returns:
+        nats / image, float64, shape (), at most ln N.
+    """
+    mean, log_variance, eps = mean.double(), log_variance.double(), eps.double()
+    z = Posterior(mean, log_variance).sample(eps)
+    precision = (-log_variance).exp()
+    offset = (mean.square() * precision + log_variance).sum(-1)
+    itself = (eps.square() + log_variance).sum(-1, keepdim=True)
+    logs = []
+    for rows in torch.arange(len(mean), device=mean.device).split(ROWS):
+        # -2 ln q(z|x_n) up to a constant, for all n; that of z's image without the rounding
+        far = z[rows].square() @ precision.mT - 2 * z[rows] @ (mean * precision).mT + offset
+        far[torch.arange(len(rows)), rows] = itself[rows, 0]
+        logs.append(torch.logsumexp((itself[rows] - far) / 2, dim=-1))
+    return math.log(len(mean)) - torch.cat(logs).mean()
+
+
+@torch.no_grad()
+def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
+    """Return the information that the latents carry of the images of a split.
+
+    Args:
+        config: the run.
+        model: its model.
+        split: images, on the model's device.
+
+    Returns:
+        `aggregate_gap`, `mutual_information` and, over the first 2,000 images,
+        `mutual_information_lower`, nats, each of shape (); {} for a deterministic latent.
+    """
+    if config.latent == "deterministic":
+        return {}
+    mean, log_variance = posteriors(model, split)
+    rate = objective.kl_per_latent(mean.double(), log_variance.double()).mean(0).sum(-1)
+    gap = aggregate_gap(mean, log_variance)
+    first = min(len(split), SAMPLED_IMAGES)
+    eps = streams.noise(config.seed, "information", first, config.latent_size)
+    return {
+        "aggregate_gap": gap,
+        "mutual_information": mutual_information(rate, gap),
+        "mutual_information_lower": mutual_information_lower(
+            mean[:first], log_variance[:first], eps.to(mean.device)
+        ),
+    }

@@ -1,0 +1,68 @@
+"""Classifiers fitted on posterior means (scikit-learn), and the plane of the latents."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from harness.data.dataset import Dataset, Split
+from harness.metrics.evaluate import posteriors
+from harness.models.vae import VAE
+
+PROBE_IMAGES = 5_000
+"""Training images that a probe is fitted on, at most."""
+
+NEIGHBOURS = 5
+"""Training images that vote on the class of a test image."""
+
+
+def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
+    """Return the share of test images whose class probes find from the posterior mean.
+
+    They are fitted on the first 5,000 training images. 1 / classes is chance. NaN where a mean is
+    not finite, or those images are of one class.
+
+    Args:
+        model: of one run.
+        data: a dataset with classes.
+
+    Returns:
+        `probe_accuracy`: of a logistic regression on means standardised by their training
+        deviation, with scikit-learn's default ridge penalty (C = 1). `knn_accuracy`: of a vote of
+        the 5 nearest training images (all, if there are fewer). Its distances are Euclidean
+        between means as they are, in units of the prior's deviation: a collapsed latent adds
+        nothing, where standardised it would add noise.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    train, test = data.train.head(PROBE_IMAGES), data.test
+    seen, new = (posteriors(model, split).mean.cpu().numpy() for split in (train, test))
+    labels, expected = (split.labels.cpu().numpy() for split in (train, test))
+    probes = {
+        "probe_accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        "knn_accuracy": KNeighborsClassifier(min(NEIGHBOURS, len(train))),
+    }
+    if len(np.unique(labels)) < 2 or not np.isfinite(seen).all() or not np.isfinite(new).all():
+        return dict.fromkeys(probes, math.nan)
+    with threadpool_limits(1):  # other runs are measured at the same time
+        return {n: float(p.fit(seen, labels).score(new, expected)) for n, p in probes.items()}
+
+
+def latent_plane(model: VAE, split: Split) -> np.ndarray:
+    """Return each image's place on a plane, shape (N, 2).
+
+    Two latents are the coordinates; of more, the first two principal components of the means.
+    """
+    means = posteriors(model, split).mean.cpu().numpy().astype(np.float64)
+    if means.shape[1] == 1:
+        return np.column_stack([means[:, 0], np.zeros(len(means))])
+    if means.shape[1] == 2:
+        return means
+    centred = means - means.mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    return centred @ directions[:2].T

@@ -1,0 +1,55 @@
+"""Quality of finished runs' latents and images: all metrics that are computed once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import doing
+from harness.config import RunConfig
+from harness.data.dataset import Dataset
+from harness.metrics import frechet, information, likelihood, probes
+from harness.metrics.evaluate import Run, as_measured, finite, frozen, on_all_cores, to_floats
+from harness.models.stack import kernels
+from harness.models.vae import VAE
+
+WHAT = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
+
+Measured = dict[str, tuple[Dataset, frechet.Reference | None]]
+"""Binarization -> the dataset in that form, and the reference of its Fréchet distances."""
+
+
+@kernels()
+def measure_quality(
+    runs: Sequence[Run], data: Dataset, folder: Path | None = None
+) -> list[dict[str, float]]:
+    """Return the quality of each run's latents and images on the test split.
+
+    Args:
+        runs: configurations and models, all on one device.
+        data: their dataset.
+        folder: cache of the classifier behind `frechet`; None means the repository's.
+
+    Returns:
+        One dict per run: metrics of `information.measure_information`,
+        `likelihood.likelihood_metrics`, `frechet.measure_images` and `probes.probe_metrics`.
+        Metrics that the run does not have are absent; so are all that need classes, if the
+        dataset has not two of them.
+    """
+    known: Measured = {
+        kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
+        for kind, binarized in as_measured(runs, data).items()
+    }
+    doing.say(WHAT)
+    return on_all_cores(_measured, (known,), runs, runs[0][1].device, WHAT)
+
+
+def _measured(known: Measured, run: tuple[RunConfig, VAE]) -> dict[str, float]:
+    config, model = run[0], frozen(run[1])
+    data, reference = known[config.binarization]
+    found = to_floats(information.measure_information(config, model, data.test))
+    found |= likelihood.likelihood_metrics(config, model, data)
+    if reference is not None:
+        found |= frechet.measure_images(config, model, data, reference)
+        found |= probes.probe_metrics(model, data)
+    return finite(found)
