@@ -26,7 +26,7 @@ from harness import objective
 from harness.config import RunConfig, UserError
 from harness.data.dataset import Dataset, Split
 from harness.linear.pca import PCA, Moments, is_small, pca
-from harness.vae import SingleVAE, initial
+from harness.models.vae import VAE, build
 
 SMALLEST_VARIANCE = 1e-12
 """Decoder variance, pixel^2, of a linear model without discarded components."""
@@ -168,7 +168,7 @@ def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> 
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
     The model is that of the training split. Without KL its loss is the PCA floor. NaN where the
-    run's loss has another optimum: a deterministic latent, free bits, a Bernoulli decoder; where
+    run's loss has another optimum: a deterministic latent, free bits, loss terms, a Bernoulli decoder; where
     the loss is a log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative
     gap means nothing; and for images too large for a linear model.
 
@@ -244,10 +244,11 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 def _comparable(config: RunConfig) -> bool:
     """Return whether the loss of the run is that of the closed form."""
     gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
-    return gaussian and config.latent == "stochastic" and config.free_bits == 0
+    plain = config.free_bits == 0 and not config.terms
+    return gaussian and config.latent == "stochastic" and plain
 
 
-def linear_vae(config: RunConfig, data: Dataset) -> SingleVAE:
+def linear_vae(config: RunConfig, data: Dataset) -> VAE:
     """Return the linear VAE that minimises a run's loss on the training split, in float64.
 
     Latent i lies along principal component i; a collapsed latent has weights 0. The optimum is
@@ -272,12 +273,12 @@ def linear_vae(config: RunConfig, data: Dataset) -> SingleVAE:
     basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse
     columns = basis * np.sqrt(known.variances[:size] * (1 - posterior))
     rows = (columns / np.where(best.active, known.variances, 1.0)[:size]).T
-    run = initial(config, data.image_shape).double()
+    model = build(config, data.image_shape, data.train.largest).double()
     weights = {
-        "encoder.0.weight": np.concatenate([rows, np.zeros_like(rows)]),
-        "encoder.0.bias": np.concatenate([-rows @ known.mean, np.log(posterior)]),
+        "encoder.1.weight": np.concatenate([rows, np.zeros_like(rows)]),
+        "encoder.1.bias": np.concatenate([-rows @ known.mean, np.log(posterior)]),
         "decoder.0.weight": columns,
         "decoder.0.bias": known.mean,
     }
-    run.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
-    return run
+    model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+    return model.eval()

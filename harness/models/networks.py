@@ -86,5 +86,7 @@ def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             bound = 1 / math.sqrt(layer.weight[0].numel())
             for parameter in layer.parameters():
+                if parameter.is_meta:
+                    continue
                 drawn = stream.uniform(-bound, bound, tuple(parameter.shape))
                 parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))

@@ -29,7 +29,8 @@ class VAE(nn.Module):
         likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
         learned_variance: whether the Gaussian decoder's variance is a trained parameter.
-        largest: grey value of uint8 images that stands for 1.
+        largest: grey value of uint8 images that stands for 1; None if it is not known, and only
+            floating-point pixels are accepted.
 
     Examples:
         >>> encoder, decoder = nn.Linear(4, 2), nn.Linear(1, 4)
@@ -50,7 +51,7 @@ class VAE(nn.Module):
         likelihood: str = "gaussian",
         output: str = "sigmoid",
         learned_variance: bool = False,
-        largest: int = 255,
+        largest: int | None = 255,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -188,6 +189,11 @@ class VAE(nn.Module):
                 "floats from 0 to 1"
             )
         whole = images.dtype == torch.uint8
+        if whole and self.largest is None:
+            raise UserError(
+                "images of type torch.uint8: the grey value that stands for 1 was not stored with "
+                "this model; give floats from 0 to 1"
+            )
         allowed = self.largest if whole else 1
         if images.numel() and not 0 <= images.min() <= images.max() <= allowed:  # NaN too
             raise UserError(
@@ -209,7 +215,7 @@ def lay_out(model: nn.Module) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def build(config: RunConfig, data_shape: Sequence[int], largest: int = 255) -> VAE:
+def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 255) -> VAE:
     """Return an untrained VAE with the initial weights that a run's seed fixes.
 
     Args:

@@ -1,0 +1,110 @@
+"""A trained model as two files, without pickle: weights (safetensors) and configuration (JSON)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.config import RunConfig
+from harness.errors import UserError
+from harness.models.vae import VAE, build
+
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file that other processes find whole or not at all, even after a kill.
+
+    Raises:
+        OSError: it cannot be written; an older one stays as it is.
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as open_file:
+            open_file.write(content)
+            open_file.flush()
+            os.fsync(open_file.fileno())
+        new.replace(file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
+    """Write a model's weights, the shape and grey range of its images, and its configuration."""
+    metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata=metadata)
+    (folder / CONFIG).write_text(config.to_json())
+
+
+def load_model(folder: Path) -> tuple[RunConfig, VAE]:
+    """Rebuild a model from the files of `save_model`.
+
+    Raises:
+        UserError: a file is missing, broken, or does not fit the other.
+    """
+    try:
+        config = RunConfig.from_json((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shape = _whole_numbers(metadata, "image_shape")
+        # A model of the first edition does not have its grey range.
+        largest = _whole_numbers(metadata, "largest")[0] if "largest" in metadata else None
+        _check_size(config, shape, weights)
+        model = build(config, shape, largest).to(next(iter(weights.values())).dtype)
+        model.load_state_dict(_renamed(weights, model))
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no loadable model ({why})") from error
+    return config, model.eval()
+
+
+def _whole_numbers(metadata: Mapping[str, str], name: str) -> tuple[int, ...]:
+    text = metadata.get(name, "")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    numbers = found if isinstance(found, list) else [found]
+    if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"{name}={text[:40]!r} in {WEIGHTS}: not whole numbers >= 1")
+    return tuple(numbers)
+
+
+def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another number than the model has, before it takes memory."""
+    with torch.device("meta"):
+        expected = sum(value.numel() for value in build(config, shape).state_dict().values())
+    found = sum(tensor.numel() for tensor in weights.values())
+    if found != expected:
+        raise ValueError(
+            f"{WEIGHTS} has {found:,} numbers; the configuration has {expected:,} on images of "
+            f"{' x '.join(map(str, shape))}"
+        )
+
+
+def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:
+    """Return weights under the model's names: the first edition counted encoder layers otherwise.
+
+    Its "encoder.0.weight" is "encoder.1.weight" since the encoder flattens images itself, and
+    convolutions come one earlier since it no longer shapes them.
+    """
+    names = list(model.state_dict())
+    if set(names) == set(weights):
+        return dict(weights)
+    given = [name for name in weights if name.startswith("encoder.")]
+    given.sort(key=lambda name: (int(name.split(".")[1]), name.endswith("bias")))
+    own = [name for name in names if name.startswith("encoder.")]
+    if len(given) != len(own):
+        raise ValueError(f"{WEIGHTS} has other layers than the configuration")
+    renamed = dict(zip(given, own, strict=True))
+    return {renamed.get(name, name): value for name, value in weights.items()}

@@ -1,0 +1,156 @@
+"""Runs of equal shapes computed as one: the only place that knows a run axis S.
+
+Every network, loss term and metric is written for one run. `Stack` maps such functions over S runs
+with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import Precision, RunConfig
+from harness.models.vae import VAE
+
+MAPPED = {
+    "kl_weight",
+    "kl_normalization",
+    "kl_warmup_epochs",
+    "kl_cycles",
+    "learning_rate",
+    "seed",
+}
+"""Settings that runs of one stack may differ in; free bits and weights of terms may, too."""
+
+
+def stack_key(config: RunConfig) -> tuple[object, ...]:
+    """Return what all runs of a stack share: shapes, branches and the names of terms."""
+    mapped = MAPPED | {"free_bits", "terms"}
+    shared = [getattr(config, f.name) for f in fields(config) if f.name not in mapped]
+    return (*shared, config.free_bits > 0, *config.terms)
+
+
+class _Call(nn.Module):
+    """A function of a model as a module, whose weights `functional_call` can replace."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        return function(self.model, *args)
+
+
+class Stack:
+    """The weights of S runs, and functions of one run mapped over them.
+
+    Args:
+        runs: models of equal architecture; their weights and buffers are copied.
+
+    Attributes:
+        weights: trained parameters by name, shape (S, ...); replace or change them in place.
+        constants: buffers and frozen parameters by name, shape (S, ...).
+    """
+
+    def __init__(self, runs: Sequence[VAE]) -> None:
+        self.form = copy.deepcopy(runs[0])
+        self._call = _Call(self.form)
+        parameters, self.constants = torch.func.stack_module_state(list(runs))
+        frozen = {name for name, p in self.form.named_parameters() if not p.requires_grad}
+        self.weights = {n: p.detach() for n, p in parameters.items() if n not in frozen}
+        self.constants |= {n: p.detach() for n, p in parameters.items() if n in frozen}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.weights.values())))
+
+    def lift(self, function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:  # noqa: ANN401
+        """Return a function of one run as a function of all.
+
+        Args:
+            function: (model, *tensors) -> tensors; evaluated with the model's layers in `eval`
+                mode.
+            in_dims: axis of the runs in each of the tensors, as in `torch.vmap`.
+
+        Returns:
+            A function (*tensors) -> tensors, each with a leading axis S.
+        """
+
+        def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
+            return self._applied(function, weights, constants, *args)
+
+        dims = in_dims if isinstance(in_dims, tuple) else None
+
+        def lifted(*args: Any) -> Any:  # noqa: ANN401
+            self.form.eval()
+            each = (0, 0, *(dims or (in_dims,) * len(args)))
+            return torch.vmap(applied, each)(self.weights, self.constants, *args)
+
+        return lifted
+
+    def gradient(self, function: Callable[..., Tensor], *args: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return the gradient of a function of one run with respect to the weights of each run.
+
+        Args:
+            function: (model, *args) -> loss of shape (), with the model's layers in `train` mode.
+            args: tensors, or tuples and dictionaries of them, with a leading axis S.
+
+        Returns:
+            Gradients by name, shape (S, ...).
+        """
+
+        def loss(weights: Any, constants: Any, *args: Any) -> Tensor:  # noqa: ANN401
+            return self._applied(function, weights, constants, *args)
+
+        self.form.train()
+        return torch.vmap(torch.func.grad(loss))(self.weights, self.constants, *args)
+
+    def _applied(self, function: Any, weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
+        named = {f"model.{name}": value for name, value in (weights | constants).items()}
+        return torch.func.functional_call(self._call, named, (function, *args))
+
+    @torch.no_grad()
+    def run(self, row: int) -> VAE:
+        """Return a copy of one run."""
+        model = copy.deepcopy(self.form).eval()
+        state = self.weights | self.constants
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            value.copy_(state[name][row])
+        return model
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether a hook or parametrization is attached to a module or a parameter."""
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "parametrizations",
+    )
+    return any(getattr(module, kind, None) for module in model.modules() for kind in kinds) or any(
+        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in model.parameters()
+    )
+
+
+@contextmanager
+def kernels(precision: Precision = "float32") -> Iterator[None]:
+    """Make a GPU multiply and convolve at this precision, always to the same bits.
+
+    PyTorch's default for convolutions is tf32, and kernels whose sums depend on chance.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    conv = cudnn.conv  # type: ignore[attr-defined] # not in PyTorch's stubs
+    before = matmul.fp32_precision, cudnn.deterministic, conv.fp32_precision
+    wanted = {"float32": "ieee", "tf32": "tf32"}[precision]
+    matmul.fp32_precision, cudnn.deterministic, conv.fp32_precision = wanted, True, wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, cudnn.deterministic, conv.fp32_precision = before

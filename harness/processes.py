@@ -1,0 +1,314 @@
+"""A pool of clean worker processes, each on one thread.
+
+Products of 32 rows do not profit from a second thread, and a run on one thread gives the same bits
+whatever runs beside it. Threads of one process would wait for Python's lock at every operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import io
+import os
+import pickle
+import signal
+import sys
+import traceback
+import weakref
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from harness import forkserver
+
+R = TypeVar("R")
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
+
+_is_worker = False
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_files: dict[int, int] = {}
+"""`id` of a tensor made by `shared` -> the descriptor of its memory."""
+
+
+def available() -> int:
+    """Return how many cores this process may keep busy: PyTorch's threads (OMP_NUM_THREADS)."""
+    return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as a worker does: on one thread, with denormals flushed."""
+    threads, flushed = torch.get_num_threads(), _flushes_denormals()
+    _use_one_thread()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # Adam's moments decay into them
+
+
+def _flushes_denormals() -> bool:
+    return (torch.tensor(1e-38, dtype=torch.float32) * 1e-2).item() == 0  # PyTorch has no getter
+
+
+def shared(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy of a tensor in memory that workers share with this process.
+
+    In `Pool`'s `common` and items it refers to the same memory in a worker, so that both see what
+    either writes in place; in a result, and as a view, it is copied. On another device than the
+    CPU an ordinary copy is returned.
+    """
+    if tensor.device.type != "cpu" or sys.platform != "linux":
+        return tensor.clone()
+    file = os.memfd_create("shared tensor")  # /dev/shm has 64 MB in many containers
+    copy = _map(f"/proc/self/fd/{file}", tensor.dtype, tensor.shape)
+    copy.copy_(tensor.detach())
+    _files[id(copy)] = file
+    weakref.finalize(copy, _release, id(copy))
+    return copy
+
+
+def _map(path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    memory = torch.from_file(path, shared=True, size=max(1, prod(shape)), dtype=dtype)
+    return memory[: prod(shape)].view(shape)  # nothing of size 0 can be mapped
+
+
+def _release(tensor: int) -> None:
+    os.close(_files.pop(tensor))
+
+
+class Pool:
+    """Worker processes that call functions on items; use it as a context manager.
+
+    A worker is a fork of a server without `__main__`, so scripts need no guard, and functions and
+    modules that a script or a notebook cell defines are sent whole. A worker keeps `common` for all
+    maps, with what functions change in it. With one core, in a worker and on other systems than
+    Linux, functions are called in this process, with the very objects.
+
+    Args:
+        workers: at most so many processes, and no more than `available`.
+        common: first arguments of every function.
+    """
+
+    def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
+        self._common = common
+        self._pickled: bytes | None = None  # `common`
+        self._prepared: set[Connection] = set()
+        self._workers: dict[Connection, int] = {}
+        self._busy: dict[Connection, tuple[int, Any]] = {}
+        self._closed = False
+        workers = min(workers, available())
+        if workers > 1 and sys.platform == "linux" and not _is_worker:
+            _pools.add(self)
+            with _worker_lost():
+                self._workers.update(forkserver.fork() for _ in range(workers))
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether there are worker processes."""
+        return bool(self._workers)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
+        """Yield the index of an item and ``function(*common, item)`` as results are ready.
+
+        Items are taken and computed while the results are iterated over, one map at a time. An
+        error, or an iteration that is left, closes the pool.
+
+        Raises:
+            BaseException: what the function raised first.
+            RuntimeError: a worker was killed.
+        """
+        if self._closed or self._busy:
+            raise RuntimeError(f"the pool is {'closed' if self._closed else 'in another map'}")
+        if self._workers:
+            yield from self._map_in_workers(function, items)
+            return
+        for index, item in enumerate(items):
+            with one_thread():
+                result = function(*self._common, item)
+            yield index, result
+
+    def _map_in_workers(
+        self, function: Callable[..., R], items: Iterable[Any]
+    ) -> Iterator[tuple[int, R]]:
+        busy: dict[Connection, tuple[int, Any]] = {}
+        self._busy = busy  # another map's, once this one has yielded its last result
+        left, calls = iter(enumerate(items)), dict.fromkeys(self._workers, _dumps(function))
+        try:
+            for worker in self._workers:
+                self._submit(worker, calls, left)
+            while busy:
+                for ready in wait(list(busy)):
+                    worker = cast("Connection", ready)
+                    result = _received(worker)
+                    index, _ = busy.pop(worker)
+                    self._submit(worker, calls, left)
+                    yield index, result
+        except BaseException as error:
+            if busy or not isinstance(error, GeneratorExit):
+                self.close()
+            raise
+
+    def _submit(
+        self, worker: Connection, calls: dict[Connection, bytes], left: Iterator[tuple[int, Any]]
+    ) -> None:
+        """Send the next item, if there is one; it stays referenced, and its memory, until done."""
+        for index, item in left:
+            common = None
+            if worker not in self._prepared:
+                self._prepared.add(worker)
+                common = self._pickled = self._pickled or _dumps(self._common)
+            with _worker_lost():
+                function = calls.pop(worker, None)
+                worker.send((sys.path, os.getcwd(), common, function, _dumps(item)))
+            self._busy[worker] = index, item
+            return
+
+    def close(self) -> None:
+        """End the workers, in the middle of a computation too."""
+        self._closed = True
+        for process in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for worker in self._workers:
+            with worker, contextlib.suppress(EOFError, OSError):
+                while True:  # until the process has ended
+                    worker.recv_bytes()
+        self._workers.clear()
+        self._busy.clear()
+
+
+def _leave_to_parent() -> None:
+    """Take the workers from the pools of a forked child, which would keep them alive."""
+    for pool in _pools:
+        for worker in pool._workers:
+            worker.close()
+        pool._workers, pool._busy, pool._closed = {}, {}, True
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+@contextlib.contextmanager
+def _worker_lost() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise RuntimeError("a worker process was killed; was there too little memory?") from None
+
+
+def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's result
+    with _worker_lost():
+        answer = worker.recv_bytes()
+    result, error = pickle.loads(answer)
+    if error is not None:
+        raise error
+    return result
+
+
+def _dumps(value: object) -> bytes:
+    """Return a pickle that holds what only this process defines, and refers to shared memory."""
+    buffer = io.BytesIO()
+    _pickler()(buffer).dump(value)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _pickler() -> type[pickle.Pickler]:
+    from cloudpickle import CloudPickler  # where workers start alone: the core does without
+
+    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
+    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
+
+
+def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
+    if (file := _files.get(id(tensor))) is not None:
+        return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
+    if tensor.is_contiguous():
+        with contextlib.suppress(TypeError, RuntimeError):  # of what NumPy has no arrays for
+            return torch.from_numpy, (tensor.numpy(),)  # six times as fast as PyTorch's way
+    return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def serve() -> None:
+    """Fork a worker for every connection that the parent sends, until the parent has ended."""
+    _pickler()
+    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
+    server = os.getpid()
+    while True:
+        try:
+            worker = Connection(recv_handle(parent))
+        except EOFError:
+            os._exit(0)
+        if os.fork() == 0:
+            parent.close()
+            # The server ends with the parent, and the kernel kills the workers when it ends
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == server:
+                _work(worker)
+            os._exit(0)
+        worker.close()
+
+
+def _work(parent: Connection) -> None:
+    global _is_worker
+    _is_worker = True
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _use_one_thread()
+    parent.send(os.getpid())
+    common: tuple[Any, ...] = ()
+    function: Any = None
+    while True:
+        try:
+            sys.path[:], folder, new_common, new_function, item = parent.recv()
+        except EOFError:
+            return
+        try:
+            os.chdir(folder)
+            common = common if new_common is None else pickle.loads(new_common)
+            function = function if new_function is None else pickle.loads(new_function)
+            answer = _dumps((function(*common, pickle.loads(item)), None))
+        except BaseException as error:
+            answer = _failure(error)
+        sys.stdout.flush()
+        parent.send_bytes(answer)
+
+
+def _failure(error: BaseException) -> bytes:
+    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+    try:
+        answer = _dumps((None, error))
+        pickle.loads(answer)  # fails for an exception whose arguments are not its constructor's
+    except Exception:
+        return _dumps((None, RuntimeError("".join(traceback.format_exception(error)))))
+    return answer

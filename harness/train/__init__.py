@@ -1,0 +1,1 @@
+"""Training: the step, the epochs, and checkpoints of unfinished runs."""
