@@ -22,8 +22,8 @@ from harness.errors import UserError
 from harness.metrics.evaluate import evaluate, finite
 from harness.models.stack import stack_key
 from harness.models.vae import VAE
-from harness.train.checkpoint import Checkpoints, Epoch, History, made_with
-from harness.train.group import Group, Measured, computes_stacks, untrained
+from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
+from harness.training.group import Group, Measured, computes_stacks, untrained
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""

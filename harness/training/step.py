@@ -23,8 +23,8 @@ from harness.data.dataset import Split
 from harness.models.stack import Stack, has_hooks, kernels
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms, objective
-from harness.train.draws import Draw
-from harness.train.mlp_gradient import MLPGradient, covers
+from harness.training.draws import Draw
+from harness.training.mlp_gradient import MLPGradient, covers
 
 ALIGNED = 16
 """Numbers in 64 bytes of float32, a cache line and a vector register."""

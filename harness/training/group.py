@@ -21,8 +21,8 @@ from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import coefficients, evaluation_noise, measure
 from harness.models.stack import kernels
 from harness.models.vae import VAE, build
-from harness.train.draws import Draw, draw, draw_stack
-from harness.train.step import Run, Step, captured, refusal
+from harness.training.draws import Draw, draw, draw_stack
+from harness.training.step import Run, Step, captured, refusal
 
 MARGIN = 0.05
 """Share of a GPU's memory that is left free, for metrics of finished runs and other programs."""
