@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,7 +33,6 @@ R = TypeVar("R")
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl(2)."""
 
-_is_worker = False
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _files: dict[int, int] = {}
 """`id` of a tensor made by `shared` -> the descriptor of its memory."""
@@ -107,13 +105,12 @@ class Pool:
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
         self._common = common
-        self._pickled: bytes | None = None  # `common`
-        self._prepared: set[Connection] = set()
+        self._unsent: dict[Connection, dict[str, bytes]] = {}
         self._workers: dict[Connection, int] = {}
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
         workers = min(workers, available())
-        if workers > 1 and sys.platform == "linux" and not _is_worker:
+        if workers > 1 and sys.platform == "linux":
             _pools.add(self)
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
@@ -126,12 +123,7 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
@@ -159,34 +151,31 @@ class Pool:
     ) -> Iterator[tuple[int, R]]:
         busy: dict[Connection, tuple[int, Any]] = {}
         self._busy = busy  # another map's, once this one has yielded its last result
-        left, calls = iter(enumerate(items)), dict.fromkeys(self._workers, _dumps(function))
+        left, news = iter(enumerate(items)), {"function": _dumps(function)}
+        if not self._unsent:
+            news["common"] = _dumps(self._common)
         try:
             for worker in self._workers:
-                self._submit(worker, calls, left)
+                self._unsent.setdefault(worker, {}).update(news)
+                self._submit(worker, left)
             while busy:
                 for ready in wait(list(busy)):
                     worker = cast("Connection", ready)
                     result = _received(worker)
                     index, _ = busy.pop(worker)
-                    self._submit(worker, calls, left)
+                    self._submit(worker, left)
                     yield index, result
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()
             raise
 
-    def _submit(
-        self, worker: Connection, calls: dict[Connection, bytes], left: Iterator[tuple[int, Any]]
-    ) -> None:
+    def _submit(self, worker: Connection, left: Iterator[tuple[int, Any]]) -> None:
         """Send the next item, if there is one; it stays referenced, and its memory, until done."""
         for index, item in left:
-            common = None
-            if worker not in self._prepared:
-                self._prepared.add(worker)
-                common = self._pickled = self._pickled or _dumps(self._common)
             with _worker_lost():
-                function = calls.pop(worker, None)
-                worker.send((sys.path, os.getcwd(), common, function, _dumps(item)))
+                worker.send((sys.path, os.getcwd(), self._unsent[worker], _dumps(item)))
+            self._unsent[worker] = {}
             self._busy[worker] = index, item
             return
 
@@ -281,23 +270,19 @@ def serve() -> None:
 
 
 def _work(parent: Connection) -> None:
-    global _is_worker
-    _is_worker = True
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _use_one_thread()
     parent.send(os.getpid())
-    common: tuple[Any, ...] = ()
-    function: Any = None
+    known: dict[str, Any] = {}
     while True:
         try:
-            sys.path[:], folder, new_common, new_function, item = parent.recv()
+            sys.path[:], folder, news, item = parent.recv()
         except EOFError:
             return
         try:
             os.chdir(folder)
-            common = common if new_common is None else pickle.loads(new_common)
-            function = function if new_function is None else pickle.loads(new_function)
-            answer = _dumps((function(*common, pickle.loads(item)), None))
+            known |= {name: pickle.loads(pickled) for name, pickled in news.items()}
+            answer = _dumps((known["function"](*known["common"], pickle.loads(item)), None))
         except BaseException as error:
             answer = _failure(error)
         sys.stdout.flush()
