@@ -73,6 +73,23 @@ def mnist_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute runs of equal shapes as one stack, as a GPU does."""
+    from harness.training import engine, group
+
+    for module in (engine, group):
+        monkeypatch.setattr(module, "computes_stacks", lambda device: True)
+
+
+@pytest.fixture(params=["apart", "together"])
+def parts(request: pytest.FixtureRequest) -> str:
+    """Compute runs each alone, as a CPU does, and in stacks, as a GPU does."""
+    if request.param == "together":
+        request.getfixturevalue("together")
+    return request.param
+
+
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request: pytest.FixtureRequest, _threads_as_before: None) -> int:
     """Run the test with each number of CPU threads."""
