@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from harness.config import Precision, RunConfig
 from harness.models.vae import VAE
@@ -69,27 +70,22 @@ class Stack:
     def __len__(self) -> int:
         return len(next(iter(self.weights.values())))
 
-    def lift(self, function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:  # noqa: ANN401
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of one run as a function of all.
 
         Args:
-            function: (model, *tensors) -> tensors; evaluated with the model's layers in `eval`
-                mode.
-            in_dims: axis of the runs in each of the tensors, as in `torch.vmap`.
+            function: (model, *args) -> tensors; evaluated with the model's layers in `eval` mode.
 
         Returns:
-            A function (*tensors) -> tensors, each with a leading axis S.
+            A function (*args) -> tensors, where all tensors have a leading axis S.
         """
 
         def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
             return self._applied(function, weights, constants, *args)
 
-        dims = in_dims if isinstance(in_dims, tuple) else None
-
         def lifted(*args: Any) -> Any:  # noqa: ANN401
             self.form.eval()
-            each = (0, 0, *(dims or (in_dims,) * len(args)))
-            return torch.vmap(applied, each)(self.weights, self.constants, *args)
+            return torch.vmap(applied, (0, 0, *_axes(args)))(self.weights, self.constants, *args)
 
         return lifted
 
@@ -108,7 +104,8 @@ class Stack:
             return self._applied(function, weights, constants, *args)
 
         self.form.train()
-        return torch.vmap(torch.func.grad(loss))(self.weights, self.constants, *args)
+        slopes = torch.vmap(torch.func.grad(loss), (0, 0, *_axes(args)))
+        return slopes(self.weights, self.constants, *args)
 
     def _applied(self, function: Any, weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
         named = {f"model.{name}": value for name, value in (weights | constants).items()}
@@ -122,6 +119,11 @@ class Stack:
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             value.copy_(state[name][row])
         return model
+
+
+def _axes(values: Any) -> Any:  # noqa: ANN401 - tensors and None, nested in any way
+    """Return the axis of the runs for every tensor of a structure, and None for what is None."""
+    return tree_map(lambda value: None if value is None else 0, values)
 
 
 def has_hooks(model: nn.Module) -> bool:

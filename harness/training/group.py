@@ -138,7 +138,7 @@ class Group:
             )
         if self.step.stack is None:
             return both[0]
-        return tree_map(lambda *values: torch.stack(values), *both)
+        return tree_map(lambda *each: None if each[0] is None else torch.stack(each), *both)
 
     def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
         """Return the validation metrics of one run, and training metrics prefixed `train/`."""

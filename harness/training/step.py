@@ -265,7 +265,10 @@ class Step:
     def _arguments(self, draw: Draw, t: int) -> tuple[Any, ...]:
         coefficients = Coefficients(draw.betas[t], self._free_bits, self._term_weights)
         prior = () if draw.prior is None else (draw.prior[t],)
-        return self._images, draw.noise[t], coefficients, draw.progress[t], *prior
+        progress = draw.progress[t]
+        if self.stack is not None:
+            progress = progress.expand(len(self.configs))
+        return self._images, draw.noise[t], coefficients, progress, *prior
 
     def _loss(
         self,
@@ -373,10 +376,11 @@ def refusal(run: Run, images: Split) -> str | None:
     step = Step([run], run.config.batch_size, stacked=True)
     batch, latents = run.config.batch_size, run.config.latent_size
     zeros = torch.zeros(1, 1, batch, latents)
-    one = torch.ones(1, 1)
+    one = torch.ones(1)
     order = torch.arange(batch).view(1, 1, batch)
     prior = zeros if run.terms else None
-    draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1).to(step.weights)
+    draw = Draw(images.images, images.largest, order, zeros, one[None], one, prior, 1)
+    draw = draw.to(step.weights)
     try:
         step.take(draw)
     except torch.OutOfMemoryError:
