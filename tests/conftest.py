@@ -74,12 +74,20 @@ def mnist_folder() -> Path:
 
 
 @pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute runs of equal shapes as one stack, as a GPU does."""
+def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute runs of equal shapes as one stack where their networks allow it, as a GPU does."""
     from harness.training import engine, group
 
     for module in (engine, group):
         monkeypatch.setattr(module, "computes_stacks", lambda device: True)
+
+
+@pytest.fixture
+def together(stacks: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Compute runs of equal shapes as one stack, and fail if they are not."""
+    yield
+    messages = [record.getMessage() for record in caplog.get_records("call")]
+    assert not [message for message in messages if "one by one" in message]
 
 
 @pytest.fixture(params=["apart", "together"])
