@@ -74,6 +74,15 @@ def mnist_folder() -> Path:
 
 
 @pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget after the test which networks and terms it registered."""
+    from harness import registry
+
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+    monkeypatch.setattr(registry, "TERMS", dict(registry.TERMS))
+
+
+@pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute runs of equal shapes as one stack where their networks allow it, as a GPU does."""
     from harness.training import engine, group

@@ -1,102 +1,110 @@
-"""Stacked layers are S independent torch.nn layers."""
+"""The built-in networks, and the initial weights that a run's seed fixes."""
+
+import copy
+from itertools import pairwise
 
 import pytest
 import torch
+from textbook import flat
 from torch import nn
-from torch.nn import functional
-from torch.nn.functional import conv2d, conv_transpose2d
 
-from harness.nn import (
-    MLP,
-    Conv,
-    Linear,
-    TransposedConv,
-    halved,
-    linear,
-    output_padding,
-    steady_convolutions,
+from harness.config import RunConfig
+from harness.models.vae import VAE, build
+from harness.streams import generator
+
+SHAPE = (1, 8, 8)
+
+
+def weighted(model: VAE) -> list[nn.Module]:
+    return [m for m in model.modules() if getattr(m, "weight", None) is not None]
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("mlp", {nn.Linear, nn.ReLU}),
+        ("linear", {nn.Linear}),
+        ("conv", {nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.ReLU}),
+    ],
 )
-from harness.step import products_in
+def test_networks_are_of_pytorchs_layers(model, layers):
+    network = build(RunConfig(model=model), SHAPE)
+    kinds = {type(m) for m in network.modules() if not list(m.children())}
+    assert kinds - {nn.Flatten, nn.Unflatten} == layers
 
 
-def random_layer(runs: int, inputs: int, outputs: int) -> Linear:
-    return Linear(
-        torch.randn(runs, inputs, outputs, dtype=torch.float64),
-        torch.randn(runs, outputs, dtype=torch.float64),
-    )
+def test_initial_weights_are_pytorchs_distribution():
+    for layer in weighted(build(RunConfig(), (1, 28, 28))):
+        scaled = layer.weight.detach() * layer.in_features**0.5
+        assert -1 <= scaled.min() < -0.99
+        assert 0.99 < scaled.max() <= 1
+        five_sigma = 5 / scaled.numel() ** 0.5
+        assert abs(scaled.mean()) < five_sigma * (1 / 3) ** 0.5
+        assert abs(scaled.square().mean() - 1 / 3) < five_sigma * (4 / 45) ** 0.5
+        assert layer.bias.abs().max() * layer.in_features**0.5 <= 1
 
 
-def test_linear_is_a_torch_linear_layer_per_run():
-    x = torch.randn(3, 5, 4, dtype=torch.float64)
-    weight, bias = torch.randn(3, 4, 2).double(), torch.randn(3, 2).double()
-    y = linear(x, weight, bias)
-    for s in range(3):
-        torch.testing.assert_close(y[s], functional.linear(x[s], weight[s].T, bias[s]))
+def test_convolutions_begin_with_pytorchs_bounds():
+    config = RunConfig(model="conv", channels=(64, 64, 64))
+    for layer in weighted(build(config, (3, 16, 16))):
+        theirs = copy.deepcopy(layer)
+        theirs.reset_parameters()
+        bound = theirs.weight.detach().abs().max()
+        assert float(layer.weight.detach().abs().max() / bound) == pytest.approx(1, rel=0.03)
+        assert layer.bias.abs().max() < 1.03 * bound
 
 
-def test_linear_couples_no_runs():
-    x = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
-    layer = random_layer(3, 4, 2)
-    layer(x)[1].sum().backward()
-    assert x.grad is not None
-    assert layer.weight.grad is not None
-    for gradient in (x.grad, layer.weight.grad):
-        assert gradient[1].abs().sum() > 0
-        assert not gradient[[0, 2]].any()
+def test_initial_weights_depend_on_seed_and_latent_size_alone():
+    first = build(RunConfig(), SHAPE)
+    same = RunConfig(kl_weight=3.0, learning_rate=1.0, kl_normalization="sum", epochs=1)
+    assert torch.equal(flat(first), flat(build(same, SHAPE)))
+    assert not torch.any(flat(first) == flat(build(RunConfig(seed=1), SHAPE)))
+    one, other = (build(RunConfig(latent_size=size), SHAPE).encoder[1] for size in (3, 4))
+    assert not torch.any(one.weight == other.weight)
 
 
-@pytest.mark.parametrize("sides", [(5, 8), (6, 7), (1, 2)])
-def test_convolutions_are_torchs_per_run_there_and_back(sides):
-    large, small = (2, *sides), halved((2, *sides), 3)
-    there, back = torch.randn(4, 3, 2, 3, 3).double(), torch.randn(4, 3, 2, 3, 3).double()
-    bias, other = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-    x = torch.rand(4, 6, *large, dtype=torch.float64)
-    y = Conv(there, bias, large, small)(x.flatten(2)).unflatten(2, small)
-    z = TransposedConv(back, other, small, large)(y.flatten(2)).unflatten(2, large)
-    more = output_padding(small, large)
-    for s in range(4):
-        torch.testing.assert_close(y[s], conv2d(x[s], there[s], bias[s], 2, 1))
-        own = conv_transpose2d(y[s], back[s], other[s], 2, 1, more)
-        torch.testing.assert_close(z[s], own)
+def test_initial_weights_are_drawn_in_the_order_of_the_layers_weight_before_bias():
+    # Pinned: other weights here mean that no recorded run can be repeated.
+    model = build(RunConfig(hidden=(2,), latent_size=1, seed=3), (1, 1, 2))
+    drawn = torch.from_numpy(generator(3, "weights", latent_size=1).random(22)) * 2 - 1
+    sizes = [(4, 2), (2, 2), (4, 2), (2, 2), (2, 1), (2, 1), (4, 2), (2, 2)]
+    parts = drawn.split([count for count, _ in sizes])
+    expected = [part / inputs**0.5 for part, (_, inputs) in zip(parts, sizes, strict=True)]
+    torch.testing.assert_close(flat(model), torch.cat(expected), rtol=1e-6, atol=1e-7)
 
 
-def test_convolutions_couple_no_runs():
-    layer = Conv(torch.randn(3, 2, 1, 3, 3), torch.zeros(3, 2), (1, 4, 4), (2, 2, 2))
-    x = torch.rand(3, 5, 16, requires_grad=True)
-    layer(x)[1].sum().backward()
-    assert x.grad is not None
-    assert not x.grad[[0, 2]].any()
-    assert x.grad[1].any()
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_building_does_not_touch_the_global_generator(model):
+    before = torch.get_rng_state()
+    build(RunConfig(model=model), SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_convolutions_follow_the_precision_of_products_and_leave_no_setting_behind():
-    cudnn, seen = torch.backends.cudnn, []
-    before = cudnn.deterministic, cudnn.conv.fp32_precision
-    for precision in ("float32", "tf32"):
-        with products_in(precision), steady_convolutions():
-            seen.append((cudnn.deterministic, cudnn.conv.fp32_precision))
-    with steady_convolutions():
-        seen.append((cudnn.deterministic, cudnn.conv.fp32_precision))
-    assert seen == [(True, "ieee"), (True, "tf32"), (True, "ieee")]
-    assert (cudnn.deterministic, cudnn.conv.fp32_precision) == before
+def test_hidden_layers_mirror_in_the_decoder():
+    model = build(RunConfig(hidden=(30, 20, 10), latent_size=4), SHAPE)
+
+    def sizes(part: nn.Module) -> list[int]:
+        layers = [m for m in part.modules() if isinstance(m, nn.Linear)]
+        assert all(a.out_features == b.in_features for a, b in pairwise(layers))
+        return [layers[0].in_features, *(m.out_features for m in layers)]
+
+    assert sizes(model.encoder) == [64, 30, 20, 10, 8]
+    assert sizes(model.decoder) == [4, 10, 20, 30, 64]
 
 
-def test_mlp_is_a_torch_sequential_per_run():
-    layers = [random_layer(3, 4, 6), random_layer(3, 6, 5), random_layer(3, 5, 2)]
-    x = torch.randn(3, 7, 4, dtype=torch.float64)
-    y = MLP(layers)(x)
-    for s in range(3):
-        plain = nn.Sequential(
-            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
-        ).double()
-        with torch.no_grad():
-            for own, stacked in zip(plain[::2], layers, strict=True):
-                own.weight.copy_(stacked.weight[s].T)
-                own.bias.copy_(stacked.bias[s])
-        torch.testing.assert_close(y[s], plain(x[s]))
+def test_channels_mirror_in_the_decoder():
+    model = build(RunConfig(model="conv", channels=(5, 6, 7)), (3, 9, 14))
+    there = [(m.in_channels, m.out_channels) for m in model.encoder if isinstance(m, nn.Conv2d)]
+    back = [
+        (m.in_channels, m.out_channels) for m in model.decoder if isinstance(m, nn.ConvTranspose2d)
+    ]
+    assert there == [(3, 5), (5, 6), (6, 7)]
+    assert back == [(7, 6), (6, 5), (5, 3)]
+    assert model.encoder[-1].in_features == model.decoder[0].out_features == 7 * 2 * 2
 
 
-def test_mlp_of_one_layer_is_linear():
-    layer = random_layer(2, 4, 3)
-    x = torch.randn(2, 5, 4, dtype=torch.float64)
-    assert torch.equal(MLP([layer])(x), layer(x))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (3, 5, 8), (1, 7, 12), (3, 9, 6)])
+@pytest.mark.parametrize("channels", [(3,), (4, 5, 6, 7)])
+def test_convolutions_take_images_of_any_size(shape, channels):
+    model = build(RunConfig(model="conv", channels=channels), shape)
+    assert model(torch.rand(7, *shape)).shape == (7, *shape)

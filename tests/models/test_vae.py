@@ -1,144 +1,36 @@
-"""A stack of runs gives each run what it computes as a plain module alone."""
+"""A variational autoencoder of one run: its distributions, and its use by itself."""
 
-import copy
-from itertools import pairwise
-
+import numpy as np
 import pytest
 import torch
-from textbook import Textbook, flat
+from textbook import SMALL, Textbook, flat
 from torch import nn
 
-from harness import engine, networks
 from harness.config import RunConfig, UserError
-from harness.engine import train
-from harness.objective import kl_per_latent
-from harness.vae import VAE, Posterior, SingleVAE, initial
+from harness.data.dataset import Dataset
+from harness.metrics.pictures import grid, prior_samples
+from harness.models.vae import VAE, build
+from harness.objective import Posterior, kl_per_latent
+from harness.streams import noise
 
 SHAPE = (1, 8, 8)
-SIZES = (5, 2, 9)
 KINDS = [
-    {"model": "mlp", "head": "gaussian"},
-    {"model": "mlp", "head": "relu"},
-    {"model": "linear", "head": "gaussian"},
-    {"model": "linear", "head": "relu"},
-    {"model": "conv", "head": "gaussian"},
-    {"model": "conv", "head": "relu"},
+    {"model": model, "head": head}
+    for model in ("mlp", "linear", "conv")
+    for head in ("gaussian", "relu")
 ]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
 
-def mixed_runs(**settings) -> list[SingleVAE]:
-    base = RunConfig(hidden=(16, 12), channels=(4, 6), **settings)
-    return [
-        initial(base.replace(latent_size=size, seed=seed), SHAPE).double()
-        for seed, size in enumerate(SIZES)
-    ]
-
-
 @all_kinds
-def test_a_stack_of_mixed_latent_sizes_encodes_and_decodes_as_each_run_does(kind):
-    runs = mixed_runs(**kind)
-    stack = VAE(runs)
-    x = torch.rand(3, 7, 64, dtype=torch.float64)
-    z = torch.randn(3, 7, 9, dtype=torch.float64)
-    stacked, decoded = stack.encode(x), stack.decode(z)
-    for s, run in enumerate(runs):
-        size, alone = SIZES[s], run.encode(x[s])
-        torch.testing.assert_close(stacked.mean[s, :, :size], alone.mean)
-        torch.testing.assert_close(stacked.log_variance[s, :, :size], alone.log_variance)
-        # Padded latents of z hold numbers here: the decoder must not see them.
-        torch.testing.assert_close(decoded[s], run.decode(z[s, :, :size]))
-
-
-@all_kinds
-def test_a_single_run_is_the_textbook_network(kind):
-    config = RunConfig(hidden=(16, 12), channels=(4, 6), latent_size=5, **kind)
-    run, textbook = initial(config, SHAPE).double(), Textbook(config, SHAPE)
+def test_a_run_is_the_textbook_network(kind):
+    config = SMALL.replace(latent_size=5, **kind)
+    model, textbook = build(config, SHAPE).double(), Textbook(config, SHAPE)
     x, z = torch.rand(7, 64).double(), torch.randn(7, 5).double()
-    posterior, q = run.encode(x), textbook.posterior(x)
+    posterior, q = model.encode(x), textbook.posterior(x)
     torch.testing.assert_close(posterior.mean, q.mean)
     torch.testing.assert_close(posterior.log_variance, q.variance.log())
-    torch.testing.assert_close(run.decode(z), textbook.decode(z))
-
-
-@all_kinds
-def test_padded_latents_are_standard_normal_and_free(kind):
-    stack = VAE(mixed_runs(**kind))
-    posterior = stack.encode(torch.rand(3, 7, 64, dtype=torch.float64))
-    kl = kl_per_latent(posterior.mean, posterior.log_variance)
-    for s, size in enumerate(SIZES):
-        assert not posterior.mean[s, :, size:].any()
-        assert (posterior.log_variance.exp()[s, :, size:] == 1).all()
-        assert not kl[s, :, size:].any()
-        assert kl[s, :, :size].all()
-
-
-@pytest.mark.parametrize("model", ["mlp", "conv"])
-@pytest.mark.parametrize("head", ["gaussian", "relu"])
-def test_padded_weights_stay_zero_in_training(tiny, monkeypatch, model, head):
-    monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
-    base = RunConfig(
-        model=model, head=head, hidden=(16,), channels=(4,), epochs=3, kl_normalization="latent"
-    )
-    rates = (1e-3, 1e-1, 1e-3)
-    configs = [
-        base.replace(latent_size=n, learning_rate=rate)
-        for n, rate in zip(SIZES, rates, strict=True)
-    ]
-    *_, last = train(configs, tiny, device="cpu")
-    for s, size in enumerate(SIZES):
-        head_layer, first = last.model.encoder.layers[-1], last.model.decoder.layers[0]
-        for half in (*head_layer.weight[s].chunk(2, -1), *head_layer.bias[s].chunk(2, -1)):
-            assert not half[..., size:].any()
-        assert not first.weight[s, size:].any()
-        assert first.weight[s, :size].any()
-
-
-@all_kinds
-def test_run_gives_back_the_weights_bitwise(kind):
-    runs = mixed_runs(**kind)
-    stack = VAE(runs)
-    for s, run in enumerate(runs):
-        back = stack.run(s)
-        assert back.config == run.config
-        assert list(back.state_dict()) == list(run.state_dict())
-        for name, weights in run.state_dict().items():
-            assert torch.equal(back.state_dict()[name], weights)
-
-
-def test_run_and_stack_are_copies():
-    runs = mixed_runs()
-    stack, before = VAE(runs), copy.deepcopy(runs)
-    first = stack.run(0)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.zero_()
-    assert flat(first).abs().min() > 0
-    for run, old in zip(runs, before, strict=True):
-        assert torch.equal(flat(run), flat(old))
-
-
-def test_a_run_is_a_plain_module_of_torch_layers():
-    run = VAE(mixed_runs()).run(1)
-    kinds = {type(m) for m in run.modules() if not list(m.children())}
-    assert kinds == {nn.Linear, nn.ReLU, nn.Sigmoid}
-    conv = VAE(mixed_runs(model="conv")).run(1)
-    kinds = {type(m) for m in conv.modules() if not list(m.children())}
-    assert kinds - {nn.Flatten, nn.Unflatten} == {
-        *(nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.ReLU, nn.Sigmoid),
-    }
-    linear = VAE(mixed_runs(model="linear")).run(1)
-    assert [type(m) for m in (*linear.encoder, *linear.decoder)] == [nn.Linear, nn.Linear]
-
-
-@pytest.mark.parametrize("model", ["mlp", "conv"])
-@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 64)])
-def test_a_reconstruction_has_the_shape_of_the_images(shape, model):
-    run = initial(RunConfig(model=model), SHAPE)
-    x = torch.rand(shape)
-    y = run(x)
-    assert y.shape == shape
-    assert torch.equal(y.flatten(1), run.decode(run.encode(x).mean))
+    torch.testing.assert_close(model.decode(z).flatten(1), textbook.decode(z))
 
 
 def test_the_relu_head_is_the_blogs():
@@ -156,114 +48,183 @@ def test_the_relu_head_is_the_blogs():
 
 
 def test_a_gaussian_sample_is_mean_plus_deviation_times_noise():
-    mean, log_variance, eps = torch.randn(3, 4, 5, 2, dtype=torch.float64)
+    mean, log_variance, eps = torch.randn(3, 5, 2, dtype=torch.float64)
     z = Posterior(mean, log_variance).sample(eps)
     torch.testing.assert_close(z, mean + torch.exp(log_variance) ** 0.5 * eps)
 
 
 def test_a_deterministic_latent_is_the_mean():
-    stack = VAE(mixed_runs(latent="deterministic", kl_weight=0))
-    posterior = stack.encode(torch.rand(3, 7, 64, dtype=torch.float64))
-    z = stack.reparameterize(posterior, torch.randn(3, 7, 9, dtype=torch.float64))
-    assert torch.equal(z, posterior.mean)
+    model = build(SMALL.replace(latent="deterministic", kl_weight=0), SHAPE)
+    batch = model.batch(torch.rand(7, *SHAPE), torch.randn(7, 10))
+    assert torch.equal(batch.z, batch.posterior.mean)
 
 
-def weighted(run: SingleVAE) -> list[nn.Module]:
-    return [m for m in run.modules() if getattr(m, "weight", None) is not None]
+def test_a_batch_holds_what_the_model_makes_of_it():
+    model = build(SMALL.replace(sigma="learned"), SHAPE).double()
+    nn.init.constant_(model.log_decoder_variance, -2.0)
+    x, eps = torch.rand(7, *SHAPE).double(), torch.randn(7, 10).double()
+    batch = model.batch(x, eps, prior=eps, training_size=96, progress=0.5)
+    assert torch.equal(batch.z, model.encode(x).sample(eps))
+    assert torch.equal(batch.reconstruction, model.decode(batch.z))
+    torch.testing.assert_close(batch.output, batch.reconstruction.logit())
+    assert batch.scale.item() == pytest.approx(torch.tensor(-2.0).exp().item())
+    assert (batch.x is x, batch.prior is eps) == (True, True)
+    assert (batch.training_size, batch.progress) == (96, 0.5)
 
 
-def test_initial_weights_are_pytorchs_distribution():
-    run = initial(RunConfig(), (1, 28, 28))
-    for layer in weighted(run):
-        scaled = layer.weight.detach() * layer.in_features**0.5
-        assert -1 <= scaled.min() < -0.99
-        assert 0.99 < scaled.max() <= 1
-        five_sigma = 5 / scaled.numel() ** 0.5
-        assert abs(scaled.mean()) < five_sigma * (1 / 3) ** 0.5
-        assert abs(scaled.square().mean() - 1 / 3) < five_sigma * (4 / 45) ** 0.5
-        assert layer.bias.abs().max() * layer.in_features**0.5 <= 1
+# --- images in, images out ------------------------------------------------------------------------
 
 
-def test_convolutions_begin_with_pytorchs_bounds():
-    run = initial(RunConfig(model="conv", channels=(64, 64, 64)), (3, 16, 16))
-    for layer in weighted(run):
-        theirs = copy.deepcopy(layer)
-        theirs.reset_parameters()
-        bound = theirs.weight.detach().abs().max()
-        assert float(layer.weight.detach().abs().max() / bound) == pytest.approx(1, rel=0.03)
-        assert layer.bias.abs().max() < 1.03 * bound
+@pytest.fixture(scope="module")
+def model(data: Dataset) -> VAE:
+    return build(SMALL, data.image_shape, data.train.largest)
 
 
-def test_initial_weights_depend_on_seed_and_latent_size_alone():
-    first = initial(RunConfig(), SHAPE)
-    same = RunConfig(kl_weight=3.0, learning_rate=1.0, kl_normalization="sum", epochs=1)
-    assert torch.equal(flat(first), flat(initial(same, SHAPE)))
-    other = initial(RunConfig(seed=1), SHAPE)
-    assert not torch.any(flat(first) == flat(other))
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_images_may_be_flat_and_of_any_floating_point_type(kind):
+    model = build(SMALL.replace(model=kind), SHAPE)
+    x = torch.randint(0, 9, (6, *SHAPE)) / 8  # exact in every type
+    expected = model.encode(x)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for shape in ((6, *SHAPE), (6, 64)):
+            found = model.encode(x.to(dtype).view(shape))
+            assert found.mean.dtype == torch.float32
+            assert torch.equal(found.mean, expected.mean)
+            assert torch.equal(found.log_variance, expected.log_variance)
+    assert model.double().encode(x.half()).mean.dtype == torch.float64
 
 
-def test_initial_does_not_touch_the_global_generator():
-    before = torch.get_rng_state()
-    run = initial(RunConfig(), SHAPE)
-    VAE([run]).run(0)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_grey_values_are_shares_of_the_datas_largest(data, model):
+    grey = data.test.images[:20].view(20, *SHAPE)
+    assert (grey.dtype, int(grey.max())) == (torch.uint8, 16)
+    assert torch.equal(model.encode(grey).mean, model.encode(grey / 16).mean)
+    assert torch.equal(model.encode(grey.flatten(1)).mean, model.encode(grey / 16).mean)
 
 
-def test_hidden_layers_mirror_in_the_decoder():
-    run = initial(RunConfig(hidden=(30, 20, 10), latent_size=4), SHAPE)
+WRONG = {
+    "another side": (torch.zeros(5, 1, 8, 9), r"shape \(5, 1, 8, 9\): give \(B, 1, 8, 8\) or"),
+    "one image": (torch.zeros(1, 8, 8), r"shape \(1, 8, 8\): give \(B, 1, 8, 8\) or \(B, 64\)"),
+    "one flat image": (torch.zeros(64), r"shape \(64,\)"),
+    "no channel": (torch.zeros(5, 8, 8), r"shape \(5, 8, 8\)"),
+    "int64": (torch.zeros(5, 64).long(), "type torch.int64: give torch.uint8 from 0 to 16"),
+    "bool": (torch.zeros(5, 64).bool(), "type torch.bool"),
+    "too bright": (torch.full((5, 64), 17, dtype=torch.uint8), "from 17 to 17: .* 0 to 16"),
+    "0 to 255": (torch.full((5, 64), 255.0), "from 255 to 255: .* must be from 0 to 1"),
+    "negative": (torch.full((5, 64), -0.5), "from -0.5 to -0.5"),
+    "NaN": (torch.full((5, 64), torch.nan), "from nan to nan"),
+}
 
-    def sizes(part: nn.Sequential) -> list[int]:
-        layers = [m for m in part if isinstance(m, nn.Linear)]
-        assert all(a.out_features == b.in_features for a, b in pairwise(layers))
-        return [layers[0].in_features, *(m.out_features for m in layers)]
 
-    assert sizes(run.encoder) == [64, 30, 20, 10, 8]
-    assert sizes(run.decoder) == [4, 10, 20, 30, 64]
+@pytest.mark.parametrize(("images", "message"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("call", ["encode", "reconstruct", "interpolate"])
+def test_images_that_cannot_be_encoded_are_refused_in_one_line(model, images, message, call):
+    given = (images, images) if call == "interpolate" else (images,)
+    with pytest.raises(UserError, match=message) as refusal:
+        getattr(model, call)(*given)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_grey_values_of_unknown_range_are_refused():
+    model = build(SMALL, SHAPE, largest=None)
+    with pytest.raises(UserError, match="was not stored with this model; give floats from 0 to 1"):
+        model.encode(torch.zeros(2, 64, dtype=torch.uint8))
+    assert model.encode(torch.zeros(2, 64)).mean.shape == (2, 10)
+
+
+def test_no_images_have_no_posteriors(model):
+    assert model.encode(torch.zeros(0, 64)).mean.shape == (0, 10)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_a_reconstruction_decodes_the_posterior_mean_in_the_datas_shape(kind):
+    model, x = build(SMALL.replace(model=kind), (3, 5, 7)), torch.rand(6, 105)
+    y = model.reconstruct(x)
+    assert y.shape == (6, 3, 5, 7)
+    assert torch.equal(y, model.decode(model.encode(x).mean))
+    assert torch.equal(y, model(x.view(6, 3, 5, 7)))
+    assert not y.requires_grad
+    assert model.encode(x).mean.requires_grad
+
+
+def test_samples_decode_the_seeds_prior_draws(model):
+    first = model.sample(6, seed=3)
+    assert first.shape == (6, *SHAPE)
+    assert torch.equal(first, model.sample(6, seed=3))
+    torch.testing.assert_close(first[:2], model.sample(2, seed=3))
+    assert not torch.equal(first, model.sample(6, seed=4))
+    other = build(SMALL.replace(seed=7), SHAPE)
+    assert not torch.equal(first, other.sample(6, seed=3))
+
+
+def test_the_samples_of_a_seed_are_those_of_its_pictures(model):
+    drawn = model.sample(20, seed=2)
+    torch.testing.assert_close(drawn, model.decode(noise(2, "prior", 20, 10)))
+    assert np.array_equal(prior_samples(model, 2, 4, 5), grid(drawn.unflatten(0, (4, 5))))
+
+
+def test_lines_between_images_end_at_their_reconstructions(data, model):
+    first, second = data.test.images[:3], data.test.images[3:6]
+    lines = model.interpolate(first, second, steps=5)
+    assert lines.shape == (3, 5, *SHAPE)
+    torch.testing.assert_close(lines[:, 0], model.reconstruct(first))
+    torch.testing.assert_close(lines[:, -1], model.reconstruct(second))
+    halfway = (model.encode(first).mean + model.encode(second).mean) / 2
+    torch.testing.assert_close(lines[:, 2], model.decode(halfway))
+    assert model.interpolate(first, second).shape == (3, 9, *SHAPE)
+
+
+# --- without a configuration ----------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Half the pixels are the mean, and every log-variance is -1."""
+
+    def forward(self, x):
+        return torch.cat([x.flatten(1)[:, :2], -torch.ones(len(x), 2)], 1)
+
+
+def test_two_plain_modules_are_enough():
+    decoder = nn.Linear(2, 4)
+    model = VAE(Encoder(), decoder, data_shape=(4,), latent_size=2, output="identity")
+    x = torch.rand(5, 4)
+    assert torch.equal(model.encode(x).mean, x[:, :2])
+    assert (model.encode(x).log_variance == -1).all()
+    z = torch.randn(5, 2)
+    assert torch.equal(model.decode(z), decoder(z))
+    assert model.sample(3).shape == (3, 4)
+    assert model.interpolate(x, x, steps=2).shape == (5, 2, 4)
+    assert list(model.state_dict()) == ["decoder.weight", "decoder.bias"]
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("likelihood", "output", "has_sigmoid"),
     [
-        initial(RunConfig(hidden=(8,)), SHAPE),
-        initial(RunConfig(head="relu"), SHAPE),
-        initial(RunConfig(), (1, 4, 16)),
-        initial(RunConfig(model="conv"), SHAPE),
+        ("gaussian", "sigmoid", True),
+        ("gaussian", "identity", False),
+        ("bernoulli", "identity", True),
     ],
-    ids=["hidden", "head", "images", "model"],
 )
-def test_runs_of_different_shapes_share_no_stack(other):
-    with pytest.raises(UserError, match="one stack"):
-        VAE([initial(RunConfig(), SHAPE), other])
+def test_decoder_means_lie_behind_the_output_of_the_likelihood(likelihood, output, has_sigmoid):
+    given = {"data_shape": (4,), "latent_size": 1, "likelihood": likelihood, "output": output}
+    model = VAE(nn.Linear(4, 2), nn.Linear(1, 4), **given)
+    z = torch.randn(3, 1)
+    expected = model.decoder(z)
+    assert torch.equal(model.decode(z), expected.sigmoid() if has_sigmoid else expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (3, 5, 8), (1, 7, 12), (3, 9, 6)])
-@pytest.mark.parametrize("channels", [(3,), (4, 5, 6, 7)])
-def test_convolutions_take_images_of_any_size(shape, channels):
-    runs = [
-        initial(RunConfig(model="conv", channels=channels, latent_size=size), shape).double()
-        for size in SIZES
-    ]
-    x = torch.rand(3, 7, *shape, dtype=torch.float64)
-    stack = VAE(runs)
-    decoded = stack.decode(stack.encode(x.flatten(2)).mean)
-    for s, run in enumerate(runs):
-        assert run(x[s]).shape == x[s].shape
-        torch.testing.assert_close(decoded[s], run(x[s]).flatten(1))
+def test_a_model_keeps_its_numbers_whatever_the_layout_it_was_given():
+    layers = nn.Linear(64, 8), nn.Linear(4, 64)
+    transposed = [nn.Linear(64, 8), nn.Linear(4, 64)]
+    for mine, given in zip(transposed, layers, strict=True):
+        mine.load_state_dict(given.state_dict())
+        mine.weight.data = mine.weight.data.t().contiguous().t()
+    x = torch.rand(32, 64)
+    one, other = (VAE(*both, data_shape=(64,), latent_size=4) for both in (layers, transposed))
+    assert torch.equal(flat(one), flat(other))
+    assert torch.equal(one(x), other(x))
 
 
-def test_channels_mirror_in_the_decoder():
-    run = initial(RunConfig(model="conv", channels=(5, 6, 7)), (3, 9, 14))
-    there = [(m.in_channels, m.out_channels) for m in run.encoder if isinstance(m, nn.Conv2d)]
-    back = [
-        (m.in_channels, m.out_channels) for m in run.decoder if isinstance(m, nn.ConvTranspose2d)
-    ]
-    assert there == [(3, 5), (5, 6), (6, 7)]
-    assert back == [(7, 6), (6, 5), (5, 3)]
-    assert run.encoder[-1].in_features == run.decoder[0].out_features == 7 * 2 * 2
-
-
-@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
-def test_the_number_of_weights_is_known_beforehand(model):
-    config = RunConfig(model=model, hidden=(30, 20), channels=(5, 6, 7), latent_size=4)
-    run = initial(config, (3, 9, 14))
-    assert networks.numbers(config, (3, 9, 14)) == sum(p.numel() for p in run.parameters())
+def test_the_default_grey_range_is_that_of_bytes():
+    model = build(RunConfig(), SHAPE)
+    x = torch.full((1, 64), 51, dtype=torch.uint8)
+    torch.testing.assert_close(model.encode(x).mean, model.encode(torch.full((1, 64), 0.2)).mean)

@@ -9,7 +9,7 @@ import torch
 from textbook import ALIKE, BERNOULLI, MIXED, REMEDIES, SMALL, WIDE, Textbook, flat, plain
 
 import harness
-from harness import registry, streams
+from harness import streams
 from harness.config import RunConfig, UserError
 from harness.data.dataset import Dataset
 from harness.objective import with_decoder_variance
@@ -414,10 +414,9 @@ def test_cuda_is_refused_where_there_is_none(tiny):
 # --- CPU and GPU --------------------------------------------------------------------------------
 
 
-def test_training_in_float64_sees_the_pixels_that_evaluation_sees(monkeypatch):
+def test_training_in_float64_sees_the_pixels_that_evaluation_sees(registered):
     images = np.arange(40 * 9, dtype=np.uint8).reshape(40, 3, 3)
     data, seen = Dataset.from_tensors("every-grey-level", images), []
-    monkeypatch.setattr(registry, "TERMS", {})
 
     @harness.term("seen")
     def look(batch):

@@ -1,22 +1,36 @@
-"""The gradient written out is autograd's, and autograd's of a stack is each run's textbook one.
+"""The gradient that is written out is autograd's, and autograd's is the textbook's."""
 
-A step of convolutions has its gradient from autograd, in the same buffers.
-"""
-
+import copy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from textbook import BERNOULLI, MIXED, REMEDIES, Textbook, flat, plain
+from textbook import BERNOULLI, MIXED, REMEDIES, SMALL, Textbook, flat, plain
+from torch import Tensor, nn
 
-from harness.autograd import Autograd
+from harness import objective
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
-from harness.elbo import losses
-from harness.gradient import Gradient
-from harness.objective import betas
-from harness.step import Step
-from harness.vae import VAE, initial
+from harness.metrics.evaluate import coefficients
+from harness.models.vae import VAE, build
+from harness.training.mlp_gradient import covers
+from harness.training.step import Run, Step
+
+SHAPE = (1, 4, 5)
+
+
+def drawn(config: RunConfig, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    x = torch.rand(config.batch_size, *shape, dtype=torch.float64)
+    return x, torch.randn(config.batch_size, config.latent_size, dtype=torch.float64)
+
+
+def loss_of(config: RunConfig, model: VAE, x: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
+    known = coefficients(config, model.pixels, model.device)._replace(beta=beta)
+    return objective.objective(config, model.batch(x, eps), known)
+
+
+# --- autograd of the objective --------------------------------------------------------------------
 
 KINDS = [
     {"model": "mlp", "head": "gaussian"},
@@ -31,115 +45,141 @@ def of_kind(configs: list[RunConfig], kind: dict[str, str]) -> list[RunConfig]:
     return [c.replace(**kind) for c in configs]
 
 
-def check_gradients(configs: list[RunConfig], data: Dataset) -> None:
-    """Compare loss and gradient of each run of a stack with autograd of the textbook's formula."""
-    model = VAE([initial(c, data.image_shape).double() for c in configs])
-    x = torch.rand(len(configs), 8, data.pixels, dtype=torch.float64)
-    eps = torch.randn(len(configs), 8, model.latent_size, dtype=torch.float64)
-    values = losses(model, x, eps, betas(configs, data.pixels))
-    values.sum().backward()
-    with torch.no_grad():  # gradients in the weights' place can be taken out run by run
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    for s, config in enumerate(configs):
+def check_objective(configs: list[RunConfig], data: Dataset) -> None:
+    """Compare loss and gradient of each run with autograd of the textbook's formula."""
+    for config in configs:
+        model = build(config, data.image_shape).double()
         textbook = Textbook(config, data.image_shape)
-        loss = textbook.loss(x[s], eps[s, :, : config.latent_size])
-        expected = torch.cat([g.flatten() for g in gradients(loss, textbook)])
-        torch.testing.assert_close(values[s], loss, rtol=1e-12, atol=0)
-        torch.testing.assert_close(flat(model.run(s)), expected, rtol=1e-10, atol=1e-14)
+        x, eps = drawn(config, data.image_shape)
+        beta = torch.tensor(objective.beta(config, data.pixels), dtype=torch.float64)
+        loss, expected = loss_of(config, model, x, eps, beta), textbook.loss(x.flatten(1), eps)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            gradient(loss, model), gradient(expected, textbook), rtol=1e-10, atol=1e-14
+        )
 
 
-def gradients(loss: torch.Tensor, model: Textbook) -> list[torch.Tensor]:
+def gradient(loss: Tensor, model: nn.Module) -> Tensor:
     # The plain autoencoder's head has outputs that nothing depends on, hence materialize.
-    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    slopes = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([slope.flatten() for slope in slopes])
 
 
 @all_kinds
-def test_the_stacked_gradient_is_each_runs_textbook_gradient(tiny, kind):
-    check_gradients(of_kind(MIXED, kind), tiny)
+def test_the_objective_has_the_textbooks_gradient(tiny, kind):
+    check_objective(of_kind(MIXED, kind), tiny)
 
 
 @all_kinds
 def test_a_deterministic_latent_has_a_plain_autoencoders_gradient(tiny, kind):
-    check_gradients(of_kind(plain(MIXED), kind), tiny)
+    check_objective(of_kind(plain(MIXED[:2]), kind), tiny)
 
 
 @all_kinds
 def test_kl_weight_zero_has_the_errors_gradient(tiny, kind):
-    check_gradients(of_kind([c.replace(kl_weight=0.0) for c in MIXED], kind), tiny)
+    check_objective(of_kind([c.replace(kl_weight=0.0) for c in MIXED[:2]], kind), tiny)
 
 
 @pytest.mark.parametrize("model", ["mlp", "conv"])
 @pytest.mark.parametrize("configs", [REMEDIES, BERNOULLI], ids=["remedies", "bernoulli"])
 def test_every_remedy_has_its_definitions_gradient(tiny, configs, model):
-    check_gradients(of_kind(configs, {"model": model}), tiny)
+    check_objective(of_kind(configs, {"model": model}), tiny)
 
 
 def test_colour_and_odd_sides_have_the_textbooks_gradient(tiny):
-    images = replace(tiny, image_shape=(3, 5, 7))
-    check_gradients(of_kind(MIXED, {"model": "conv"}), images)
+    check_objective(of_kind(MIXED, {"model": "conv"}), replace(tiny, image_shape=(3, 5, 7)))
 
 
-# --- in a step ----------------------------------------------------------------------------------
+# --- the written gradient -------------------------------------------------------------------------
 
-CASES = {
-    **{"-".join(kind.values()): of_kind(MIXED, kind) for kind in KINDS},
-    **{"plain " + "-".join(kind.values()): of_kind(plain(MIXED), kind) for kind in KINDS},
-    "remedies": REMEDIES,
-    "remedies, relu": [c.replace(head="relu") for c in REMEDIES],
-    "bernoulli": BERNOULLI,
-    "bernoulli, linear": [c.replace(model="linear") for c in BERNOULLI],
-    "remedies, conv": [c.replace(model="conv") for c in REMEDIES],
-    "bernoulli, conv": [c.replace(model="conv") for c in BERNOULLI],
-}
-
-
-def stack_of(configs: list[RunConfig], data: Dataset) -> VAE:
-    model = VAE([initial(c, data.image_shape).double() for c in configs])
-    if model.log_decoder_variance is not None:
-        torch.nn.init.constant_(model.log_decoder_variance, -2.5)
-    return model
+LOSSES = [
+    {"latent": "deterministic", "kl_weight": 0.0, "likelihood": "gaussian"},
+    {"latent": "deterministic", "kl_weight": 0.0, "likelihood": "bernoulli"},
+    *({"sigma": s, "free_bits": f} for s in ("fixed", "optimal", "learned") for f in (0.0, 0.5)),
+    *({"likelihood": "bernoulli", "free_bits": f} for f in (0.0, 0.5)),
+]
+NETWORKS = [
+    *({"model": "mlp", "hidden": hidden} for hidden in ((), (7,), (7, 5), (8, 7, 6))),
+    {"model": "linear"},
+]
+LISTED = [
+    SMALL.replace(latent_size=4, head=head, **network, **loss)
+    for network, head, loss in product(NETWORKS, ("gaussian", "relu"), LOSSES)
+]
+"""Every combination of settings whose gradient is written out."""
 
 
-def slopes(model: VAE) -> Gradient | Autograd:
-    """Return what a step has of a model."""
-    return Step(model, 1).gradient
+def name_of(config: RunConfig) -> str:
+    parts = (config.model, *config.hidden, config.head, config.latent[:5], config.likelihood)
+    return "-".join(map(str, (*parts, config.sigma, config.free_bits)))
 
 
-def check_written(configs: list[RunConfig], data: Dataset) -> None:
-    """Compare both gradients, and that writing one changes no weight."""
-    theirs, ours = stack_of(configs, data), stack_of(configs, data)
-    x = torch.rand(len(configs), 8, data.pixels, dtype=torch.float64)
-    eps = torch.randn(len(configs), 8, ours.latent_size, dtype=torch.float64) * ours.used_latents
-    beta = betas(configs, data.pixels)
-    losses(theirs, x, eps, beta).sum().backward()
-    gradient = slopes(ours)
-    one = len(configs) == 1
-    for _ in range(2):  # the second call overwrites what the first one wrote
-        gradient(x[0] if one else x, eps[0] if one else eps, beta.view(*gradient.lead, 1, 1))
-    for name, parameter in theirs.named_parameters():
-        slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        written = ours.get_parameter(name)
-        torch.testing.assert_close(written.grad, slope, rtol=1e-12, atol=1e-15, msg=name)
-        assert torch.equal(written, parameter), name
+def prepared(config: RunConfig) -> Step:
+    model = build(config, SHAPE).double()
+    if config.sigma == "learned":
+        nn.init.constant_(model.log_decoder_variance, -2.5)
+    step = Step([Run(config, model, {})], config.batch_size, stacked=False)
+    step._prepare()
+    return step
 
 
-@pytest.mark.parametrize("configs", CASES.values(), ids=CASES.keys())
-def test_the_gradient_of_a_step_is_autograds(tiny, configs):
-    check_written(configs, tiny)
-    for config in configs:
-        check_written([config], tiny)
+@pytest.mark.parametrize("config", LISTED, ids=name_of)
+def test_the_written_gradient_is_autograds(config):
+    step = prepared(config)
+    theirs = copy.deepcopy(step.model)
+    before = step.weights.clone()
+    assert covers(config, step.model, {})
+    assert step._written is not None
+    for factor in (0.0, 0.7):  # the second call overwrites what the first one wrote
+        x, eps = drawn(config, SHAPE)
+        beta = factor * torch.tensor(objective.beta(config, step.model.pixels)).double()
+        step._written(x.flatten(1), eps, beta)
+        theirs.zero_grad()
+        loss_of(config, theirs, x, eps, beta).backward()
+        for name, parameter in theirs.named_parameters():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            written = step.places[name].view(step._gradients)
+            torch.testing.assert_close(written, expected, rtol=1e-12, atol=1e-15, msg=name)
+        assert torch.equal(step.weights, before)
 
 
-@pytest.mark.parametrize(("kind", "way"), [("mlp", Gradient), ("conv", Autograd)])
-def test_weights_and_gradients_lie_in_one_buffer_each_run_its_row(tiny, kind, way):
-    model = stack_of(of_kind(MIXED, {"model": kind}), tiny)
-    gradient = slopes(model)
-    assert type(gradient) is way
-    gradient.weights[1] = 7.0
-    gradient.gradients[2] = 5.0
-    for parameter in model.parameters():
-        assert (parameter[1] == 7).all()
-        assert not (parameter[0] == 7).any()
-        assert (parameter.grad[2] == 5).all()
-        assert parameter.data_ptr() % 64 == gradient.weights.data_ptr() % 64
+def test_free_bits_charge_some_latents_and_spare_others_here():
+    # Else the comparison above would prove nothing for them.
+    config = SMALL.replace(latent_size=4, free_bits=0.5)
+    step = prepared(config)
+    x, eps = drawn(config, SHAPE)
+    means = objective.per_image(config, step.model.batch(x, eps)).mean()
+    assert (means.kl < 0.5).any()
+    nn.init.constant_(step.model.encoder[-1].bias, 1.0)
+    nn.init.zeros_(step.model.encoder[-1].bias[:2])
+    means = objective.per_image(config, step.model.batch(x, eps)).mean()
+    assert {bool(charged) for charged in means.kl > 0.5} == {True, False}
+
+
+def test_convolutions_are_left_to_autograd():
+    config = SMALL.replace(model="conv")
+    assert not covers(config, build(config, SHAPE), {})
+    assert prepared(config)._written is None
+
+
+# --- buffers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one run", "a stack"])
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_weights_lie_in_one_buffer_and_those_of_linear_layers_as_in_by_out(model, stacked):
+    config = SMALL.replace(model=model)
+    runs = [Run(config, build(config, SHAPE), {}) for _ in range(2 if stacked else 1)]
+    step = Step(runs, 96, stacked=stacked)
+    step.weights.fill_(7.0)
+    if stacked:
+        step.weights[1] = 5.0
+        assert {float(w[0].unique()) for w in step.stack.weights.values()} == {7.0}
+        assert {float(w[1].unique()) for w in step.stack.weights.values()} == {5.0}
+    for row in range(len(runs)):
+        assert (flat(step.model_of(row)) == (5.0 if row else 7.0)).all()
+    for name, place in step.places.items():
+        view = place.view(step.weights)
+        assert view.data_ptr() % 64 == step.weights.data_ptr() % 64
+        if view.dim() == 2 + stacked:
+            assert view.mT.flatten(stacked).is_contiguous(), name
