@@ -20,7 +20,7 @@ from torch.optim.adam import (
 from harness import processes, streams
 from harness.config import RunConfig
 from harness.data.dataset import Split
-from harness.models.stack import Stack, has_hooks, kernels
+from harness.models.stack import Stack, has_hooks, kernels, uses_a_module_twice
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms, objective
 from harness.training.draws import Draw
@@ -372,7 +372,9 @@ def refusal(run: Run, images: Split) -> str | None:
     `torch.vmap` refuses.
     """
     if has_hooks(run.model):
-        return "a module or a parameter has a hook"
+        return "a module or a parameter has a hook, a parametrization or a replaced forward"
+    if uses_a_module_twice(run.model):  # functional_call does not give its weights back
+        return "a module is used twice"
     step = Step([run], run.config.batch_size, stacked=True)
     batch, latents = run.config.batch_size, run.config.latent_size
     zeros = torch.zeros(1, 1, batch, latents)
