@@ -245,9 +245,7 @@ def dropping(configs: list[RunConfig], data: Dataset, **settings) -> list[EpochR
     ("model", "dtype", "limit"),
     [("mlp", torch.float64, 1e-9), ("mlp", torch.float32, 1e-5), ("conv", torch.float64, 1e-9)],
 )
-def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(
-    tiny, runs, rate, model, dtype, limit
-):
+def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(tiny, runs, rate, model, dtype, limit):
     configs = longer(runs, rate, model)
     whole = list(train(configs, tiny, device="cpu", dtype=dtype))
     cut = dropping(configs, tiny, dtype=dtype)

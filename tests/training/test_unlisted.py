@@ -107,9 +107,9 @@ def weight_norm(encoder: nn.Sequential, decoder: nn.Sequential) -> None:
     nn.utils.parametrizations.weight_norm(encoder[3])
 
 
-IN_STACKS = [tanh, layer_norm, frozen, shared, shared_layer, subclass, no_bias]
+IN_STACKS = [tanh, layer_norm, frozen, shared, subclass, no_bias]
 ONE_BY_ONE = [forward_hook, parameter_hook, accumulation_hook, backward_hook, replaced_forward]
-ONE_BY_ONE += [weight_norm]
+ONE_BY_ONE += [weight_norm, shared_layer]
 every_change = pytest.mark.parametrize(
     "change", [*IN_STACKS, *ONE_BY_ONE], ids=lambda c: c.__name__
 )
@@ -202,13 +202,23 @@ def test_a_changed_layer_takes_effect_in_a_stack(registered, together, tiny, cha
 
 
 @pytest.mark.parametrize("change", ONE_BY_ONE, ids=lambda c: c.__name__)
-def test_hooks_take_effect_since_their_runs_are_trained_one_by_one(
+def test_what_no_stack_can_do_takes_effect_since_its_runs_are_trained_one_by_one(
     registered, stacks, tiny, change, caplog
 ):
     configs = register(change)
     check(configs, tiny, [plainly_trained(config, tiny) for config in configs])
     (message,) = caplog.messages
-    assert message == "Runs are trained one by one: a module or a parameter has a hook"
+    why = "a module is used twice" if change is shared_layer else "a module or a parameter has a"
+    assert message.startswith(f"Runs are trained one by one: {why}")
+
+
+@pytest.mark.parametrize("change", [forward_hook, weight_norm], ids=lambda c: c.__name__)
+def test_hooks_take_effect_in_final_metrics_on_many_cores(registered, tiny, change):
+    configs = register(change)
+    alone = [harness.train_and_evaluate([config], tiny, "cpu")[0].metrics for config in configs]
+    torch.set_num_threads(2)
+    together = harness.train_and_evaluate(configs, tiny, "cpu")
+    assert [result.metrics for result in together] == alone
 
 
 # --- terms ----------------------------------------------------------------------------------------
