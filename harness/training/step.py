@@ -366,16 +366,18 @@ def _places(model: VAE) -> tuple[dict[str, Place], int]:
 
 
 def refusal(run: Run, images: Split) -> str | None:
-    """Return why a run cannot be computed in a stack, None if it can: one step is tried on a copy.
+    """Return why a run cannot be computed in a stack, None if it can.
 
-    Hooks are not called for the weights of a stack; random layers and branches on values are what
-    `torch.vmap` refuses.
+    A step and a reconstruction are tried on a copy. Hooks are not called for the weights of a
+    stack; random layers, branches on values and some recurrent layers are what `torch.vmap`
+    refuses.
     """
     if has_hooks(run.model):
         return "a module or a parameter has a hook, a parametrization or a replaced forward"
     if uses_a_module_twice(run.model):  # functional_call does not give its weights back
         return "a module is used twice"
     step = Step([run], run.config.batch_size, stacked=True)
+    assert step.stack is not None
     batch, latents = run.config.batch_size, run.config.latent_size
     zeros = torch.zeros(1, 1, batch, latents)
     one = torch.ones(1)
@@ -385,6 +387,8 @@ def refusal(run: Run, images: Split) -> str | None:
     draw = draw.to(step.weights)
     try:
         step.take(draw)
+        with torch.no_grad():
+            step.stack.lift(VAE.forward)(step._images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any error of a user's layer or of PyTorch
