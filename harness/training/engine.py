@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -266,7 +267,7 @@ def _groups(
         groups += untrained(configs, rows, grey, measured_on, dtype)
     for group in groups:
         if states := [state for row in group.rows if (state := history.states[row])]:
-            group.step.restore(states)
+            group.state.restore(states)
     return groups
 
 
@@ -293,22 +294,21 @@ def _epoch(
     wall = time.perf_counter() - start
     training = sum(measured.training for _, measured in done)
     share = training / max(training + sum(measured.measuring for _, measured in done), 1e-9)
-    images = sum(group.step.images for group, _ in done)
+    images = sum(g.steps * c.batch_size for g, _ in done for c in g.state.configs)
     results = {}
     for group, measured in done:
         for row, (train, val) in zip(group.rows, measured.metrics, strict=True):
             results[row] = Epoch(wall * share, images, train, val)
             history.add(row, results[row])
-    where = {row: (groups[i].step, s) for i in live for s, row in enumerate(groups[i].rows)}
+    where = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
     each = [results.get(row) or history.epochs[row][epoch - 1] for row in where]
-    configs = [step.configs[s] for step, s in where.values()]
-    warmups = [
-        objective.kl_warmup(step.configs[s], epoch, step.steps) for step, s in where.values()
-    ]
+    configs = [group.state.configs[s] for group, s in where.values()]
+    steps = [group.steps for group, _ in where.values()]
+    warmups = map(objective.kl_warmup, configs, repeat(epoch), steps)
 
     def model(row: int) -> VAE:
-        step, s = where[row]
-        return step.model_of(s)
+        group, s = where[row]
+        return group.state.model_of(s)
 
     pace = (wall * share, images) if done else (each[0].seconds, each[0].images)
     return EpochRecord(
@@ -353,4 +353,4 @@ def _states(
     groups: Sequence[Group], live: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in live:
-        yield from zip(groups[index].rows, groups[index].step.states(), strict=True)
+        yield from zip(groups[index].rows, groups[index].state.copies(), strict=True)
