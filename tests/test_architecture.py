@@ -23,6 +23,8 @@ HARNESS = {
     "tensors": {"config", "streams"},
     "folder": {"config", "tensors"},
     "idx": set(),
+    "forkserver": set(),
+    "processes": {"forkserver"},
     "official": {"config", "idx"},
     "dataset": {"config", "official", "streams", "tensors"},
     "data": {"config", "dataset", "folder", "official", "streams", "tensors"},
