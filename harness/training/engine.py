@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -273,7 +274,7 @@ def _groups(
 
 def _in_shared_memory(data: Dataset) -> Dataset:
     """Return a dataset whose images worker processes share instead of copying."""
-    parts = {
+    parts: dict[str, Any] = {
         name: replace(part, images=processes.shared(part.images))
         for name, part in (("train", data.train), ("val", data.val), ("test", data.test))
     }

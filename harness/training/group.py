@@ -152,7 +152,7 @@ class Group:
     def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
         """Return the validation metrics of one run, and training metrics prefixed `train/`."""
         config, data = self.state.configs[0], self.data
-        same = {"terms": self.state.terms, "training_size": len(self.images)}
+        same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
         on_val = measure(config, model, data.val, data.classes, **val, **same)
         first, variance = first_training_images(data), on_val["mse"]
         on_train = measure(config, model, first, data.classes, variance=variance, **train, **same)

@@ -159,9 +159,9 @@ class Step:
     def capture(self, draw: Draw) -> None:
         """Lay an epoch out for a GPU, and capture the step the first time."""
         if self._graph is None:
-            self._epoch = draw._replace(**{n: v.clone() for n, v in draw.by_step().items()})
-            one = {name: torch.zeros_like(v[:1]) for name, v in draw.by_step().items()}
-            self._one = draw._replace(**one)
+            kept: dict[str, Any] = {n: v.clone() for n, v in draw.by_step().items()}
+            one: dict[str, Any] = {n: torch.zeros_like(v[:1]) for n, v in kept.items()}
+            self._epoch, self._one = draw._replace(**kept), draw._replace(**one)
             self._now = torch.zeros(1, dtype=torch.int64, device=draw.order.device)
             state = self.state
             changed = [state.weights, state.first, state.second, state.counts, self._now]
