@@ -22,7 +22,7 @@ from harness import doing, objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
-from harness.models.stack import kernels
+from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
 from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
@@ -356,7 +356,10 @@ def on_all_cores(
         what: description for progress messages; "" sends none.
     """
     found: dict[int, R] = {}
-    with Pool(len(items) if device.type == "cpu" else 1, common) as pool:
+    models = [part for item in items for part in item if isinstance(part, VAE)]
+    # Models with hooks cannot always be sent to another process.
+    here = device.type != "cpu" or any(map(has_hooks, models))
+    with Pool(1 if here else len(items), common) as pool:
         for index, result in pool.map(function, items):
             found[index] = result
             if what:

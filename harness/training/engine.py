@@ -22,7 +22,7 @@ from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.metrics.evaluate import evaluate, finite
-from harness.models.stack import stack_key
+from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE
 from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
 from harness.training.group import Group, Measured, computes_stacks, untrained
@@ -211,7 +211,7 @@ def train(
     history = History(configs, made, checkpoints)
     groups = _groups(configs, data, target, dtype, history)
     live = list(range(len(groups)))
-    with processes.Pool(len(groups) if target.type == "cpu" else 1, (groups,)) as pool:
+    with processes.Pool(_workers(groups, target), (groups,)) as pool:
         for epoch in range(1, configs[0].epochs + 1):
             record = _epoch(groups, live, pool, epoch, history)
             try:
@@ -223,6 +223,13 @@ def train(
             history.save(_states(groups, live), epoch)
             if not live:
                 return
+
+
+def _workers(groups: Sequence[Group], device: torch.device) -> int:
+    """Return how many processes train; hooks are lost or cannot be sent on the way to another."""
+    if device.type != "cpu" or any(has_hooks(group.state.model) for group in groups):
+        return 1
+    return len(groups)
 
 
 def _check(configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype) -> None:
