@@ -316,6 +316,7 @@ def _epoch(
     each = [new.get(row) or history.metrics(row, epoch) for row in where]
     pace = (seconds, images) if new else history.pace(next(iter(where)), epoch)
     warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
+    train, val = (_joined(part) for part in zip(*each, strict=True))
 
     def model(row: int) -> VAE:
         group, s = where[row]
@@ -324,7 +325,8 @@ def _epoch(
     return EpochRecord(
         epoch,
         *pace,
-        *(_joined(part) for part in zip(*each, strict=True)),
+        train,
+        val,
         np.array([float(warmup) for warmup in warmups]),
         tuple(configs.values()),
         tuple(where),
