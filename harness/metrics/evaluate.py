@@ -268,10 +268,13 @@ def posteriors(model: VAE, split: Split) -> Posterior:
     return Posterior(torch.cat(means), torch.cat(log_variances))
 
 
-def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> Tensor:
-    """Return the posterior noise of a split's images, shape (N, L), the same at every epoch."""
-    drawn = streams.noise(config.seed, f"evaluate/{part}", images, config.latent_size)
-    return drawn.to(model.device, model.dtype)
+def evaluation_noise(config: RunConfig, part: str, images: int) -> Tensor:
+    """Return the posterior noise of a split's images, the same at every epoch.
+
+    Returns:
+        float32, shape (N, L), on the CPU.
+    """
+    return streams.noise(config.seed, f"evaluate/{part}", images, config.latent_size)
 
 
 @kernels()
@@ -308,17 +311,20 @@ def _finals(
     variance = None
     for part, loss in zip(("val", "test"), linear, strict=True):
         split = getattr(data, part)
+        noise = evaluation_noise(config, part, len(split)).to(model.device, model.dtype)
+        prior = streams.noise(config.seed, f"prior/{part}", *noise.shape).to(noise)
+        linear_loss = torch.tensor(loss, dtype=torch.float64, device=model.device)
         found[part] = measure(
             config,
             model,
             split,
             data.classes,
-            evaluation_noise(config, model, part, len(split)),
+            noise,
             known,
-            torch.tensor(loss, dtype=torch.float64, device=model.device),
+            linear_loss,
             variance,
             terms,
-            evaluation_noise(config, model, f"prior/{part}", len(split)) if terms else None,
+            prior,
             len(data.train),
         )
         variance = found["val"]["mse"]
