@@ -7,7 +7,7 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import functools
 import io
 import os
@@ -20,8 +20,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import recv_handle
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,10 +29,9 @@ from harness import forkserver
 
 R = TypeVar("R")
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
+LOST = (None, errno.EPIPE, errno.ECONNRESET)
+"""Of errors where the other end is gone; None of those in the middle of a message, too."""
 
-_is_worker = False
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _files: dict[int, int] = {}
 """`id` of a tensor made by `shared` -> the descriptor of its memory."""
@@ -107,13 +104,12 @@ class Pool:
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
         self._common = common
-        self._pickled: bytes | None = None  # `common`
-        self._prepared: set[Connection] = set()
+        self._unsent: dict[Connection, dict[str, bytes]] = {}
         self._workers: dict[Connection, int] = {}
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
         workers = min(workers, available())
-        if workers > 1 and sys.platform == "linux" and not _is_worker:
+        if workers > 1 and sys.platform == "linux":
             _pools.add(self)
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
@@ -126,19 +122,14 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
         """Yield the index of an item and ``function(*common, item)`` as results are ready.
 
-        Items are taken and computed while the results are iterated over, one map at a time. An
-        error, or an iteration that is left, closes the pool.
+        Items are taken and computed while the results are iterated over, one map at a time. After
+        an error, or where the iteration is left, workers are ended and the pool is closed.
 
         Raises:
             BaseException: what the function raised first.
@@ -159,34 +150,32 @@ class Pool:
     ) -> Iterator[tuple[int, R]]:
         busy: dict[Connection, tuple[int, Any]] = {}
         self._busy = busy  # another map's, once this one has yielded its last result
-        left, calls = iter(enumerate(items)), dict.fromkeys(self._workers, _dumps(function))
+        left, news = iter(enumerate(items)), {"function": _dumps(function)}
+        if not self._unsent:
+            news["common"] = _dumps(self._common)
         try:
             for worker in self._workers:
-                self._submit(worker, calls, left)
+                self._unsent.setdefault(worker, {}).update(news)
+                self._submit(worker, left)
             while busy:
                 for ready in wait(list(busy)):
                     worker = cast("Connection", ready)
                     result = _received(worker)
                     index, _ = busy.pop(worker)
-                    self._submit(worker, calls, left)
+                    self._submit(worker, left)
                     yield index, result
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()
             raise
 
-    def _submit(
-        self, worker: Connection, calls: dict[Connection, bytes], left: Iterator[tuple[int, Any]]
-    ) -> None:
+    def _submit(self, worker: Connection, left: Iterator[tuple[int, Any]]) -> None:
         """Send the next item, if there is one; it stays referenced, and its memory, until done."""
         for index, item in left:
-            common = None
-            if worker not in self._prepared:
-                self._prepared.add(worker)
-                common = self._pickled = self._pickled or _dumps(self._common)
+            message = (sys.path, os.getcwd(), self._unsent[worker], _dumps(item))
             with _worker_lost():
-                function = calls.pop(worker, None)
-                worker.send((sys.path, os.getcwd(), common, function, _dumps(item)))
+                worker.send(message)
+            self._unsent[worker] = {}
             self._busy[worker] = index, item
             return
 
@@ -197,7 +186,7 @@ class Pool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         for worker in self._workers:
-            with worker, contextlib.suppress(EOFError, OSError):
+            with contextlib.suppress(EOFError, OSError), worker:
                 while True:  # until the process has ended
                     worker.recv_bytes()
         self._workers.clear()
@@ -220,7 +209,9 @@ if sys.platform == "linux":
 def _worker_lost() -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError) as error:
+        if getattr(error, "errno", None) not in LOST:
+            raise
         raise RuntimeError("a worker process was killed; was there too little memory?") from None
 
 
@@ -257,50 +248,21 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-def serve() -> None:
-    """Fork a worker for every connection that the parent sends, until the parent has ended."""
-    _pickler()
-    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
-    server = os.getpid()
-    while True:
-        try:
-            worker = Connection(recv_handle(parent))
-        except EOFError:
-            os._exit(0)
-        if os.fork() == 0:
-            parent.close()
-            # The server ends with the parent, and the kernel kills the workers when it ends
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == server:
-                _work(worker)
-            os._exit(0)
-        worker.close()
-
-
-def _work(parent: Connection) -> None:
-    global _is_worker
-    _is_worker = True
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def work(parent: Connection) -> None:
+    """Answer a pool, in a worker process, until it closes the connection."""
+    os.register_at_fork(after_in_child=parent.close)  # else `Pool.close` waits for its end, too
     _use_one_thread()
-    parent.send(os.getpid())
-    common: tuple[Any, ...] = ()
-    function: Any = None
+    known: dict[str, Any] = {}
     while True:
-        try:
-            sys.path[:], folder, new_common, new_function, item = parent.recv()
-        except EOFError:
-            return
+        sys.path[:], folder, news, item = parent.recv()
         try:
             os.chdir(folder)
-            common = common if new_common is None else pickle.loads(new_common)
-            function = function if new_function is None else pickle.loads(new_function)
-            answer = _dumps((function(*common, pickle.loads(item)), None))
+            known |= {name: pickle.loads(pickled) for name, pickled in news.items()}
+            answer = _dumps((known["function"](*known["common"], pickle.loads(item)), None))
         except BaseException as error:
             answer = _failure(error)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)  # what the function has printed
         parent.send_bytes(answer)
 
 

@@ -108,10 +108,11 @@ def read_record(store: Store, run_id: str) -> Record:
     _check_provenance(made_with, run_id)
     config = RunConfig.from_json(read_text(store, run_id, "model/config.json"))
     for name, value in asdict(config).items():
-        if run.data.params.get(name) != str(value):
+        logged = run.data.params.get(name, str(value))  # a run of an earlier version may lack it
+        if logged != str(value):
             raise UserError(
-                f"run {run_id} contradicts itself: {name} is {run.data.params.get(name)} among its "
-                f"parameters and {value} in its model"
+                f"run {run_id} contradicts itself: {name} is {logged} among its parameters and "
+                f"{value} in its model"
             )
     with answering(store):
         values = [

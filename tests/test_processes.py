@@ -217,11 +217,15 @@ def test_what_cannot_be_sent_back_is_no_lack_of_memory(answer):
         list(pool.map(work, [1]))
 
 
-@pytest.mark.parametrize("when", ["at work", "idle"])
+@pytest.mark.parametrize("when", ["at work", "answering", "idle"])
 def test_a_worker_that_is_killed_is_an_error_and_closes_the_pool(when):
     def work(item):
+        if item and when == "answering":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return bytes(10**7)  # more than fits between two processes
         if item:
             os.kill(os.getpid(), signal.SIGKILL)
+        return None
 
     with Pool(2) as pool:
         workers = list(pool._workers.values())
@@ -229,8 +233,9 @@ def test_a_worker_that_is_killed_is_an_error_and_closes_the_pool(when):
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
             await_end(*workers)
-        with pytest.raises(RuntimeError, match="a worker process was killed"):
-            list(pool.map(work, [when == "at work", False]))
+        with pytest.raises(RuntimeError, match="a worker process was killed"):  # noqa: PT012
+            for _ in pool.map(work, [False, when != "idle"]):
+                await_end(*workers[1:])
         assert not pool.is_parallel
         await_end(*workers)
 
@@ -253,6 +258,16 @@ def test_leaving_a_map_ends_the_workers(how):
     with pytest.raises(how), pool:
         leave(pool)
     await_end(*workers)
+
+
+def test_a_process_that_a_worker_has_forked_does_not_keep_its_pool_open():
+    def fork(_):
+        if (child := os.fork()) == 0:
+            time.sleep(1000)
+        return child
+
+    (child,) = in_workers(fork, [0])
+    os.kill(child, signal.SIGKILL)
 
 
 def test_two_maps_at_once_are_refused():
@@ -279,23 +294,31 @@ def test_pools_work_in_threads():
 
 def test_a_pool_in_a_worker_works_there():
     def outer(item):
-        torch.set_num_threads(2)
         with Pool(2) as pool:
             return pool.is_parallel, list(pool.map(lambda i: i + item, [1, 2])), flushes()
 
     assert in_workers(outer, [10]) == [(False, [(0, 11), (1, 12)], True)]
 
 
-def test_a_forked_child_makes_its_pools_and_leaves_those_of_its_parent():
+def forked(function):
+    """Call a function in a forked process with a group of its own, which then exits with 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_a_forked_child_leaves_the_pools_of_its_parent_alone():
     with Pool(2) as pool:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            works = in_workers(lambda item: item + 1, [1, 2]) == [2, 3]
-            pool.close()
-            os._exit(0 if works and not pool.is_parallel else 1)
-        assert os.waitpid(child, 0)[1] == 0
+        assert os.waitpid(forked(pool.close), 0)[1] == 0
         assert mapped(pool, lambda item: item + 1, [1, 2]) == [2, 3]
 
 
@@ -383,37 +406,37 @@ def test_a_script_without_a_guard_trains_its_network(tmp_path):
     assert running.returncode == 0
 
 
-BUSY = """
-    import os, torch
-    from harness.processes import Pool
-
-    def work(item):
-        print(os.getpid(), os.getppid(), flush=True)
-        a = torch.ones(300, 300)
-        while True:
-            {work}
-
-    with Pool(2) as pool:
-        list(pool.map(work, [0, 1]))
-"""
+def multiply():
+    a = torch.ones(300, 300)
+    while True:
+        a @ a
 
 
-@pytest.mark.parametrize("work", ["a @ a", "sum(range(10**9))"])
-@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM to the group"])
-def test_nothing_outlives_the_parent(tmp_path, work, by):
-    running = program(tmp_path, BUSY.format(work=work))
-    lines = [running.stdout.readline().split() for _ in range(2)]
-    processes = [int(process) for line in lines for process in line]
-    assert not any(map(ended, processes))
+def hold_the_lock():
+    sum(range(10**12))
+
+
+@pytest.mark.parametrize(
+    ("by", "work"), [("SIGKILL", hold_the_lock), ("SIGTERM to the group", multiply)]
+)
+def test_nothing_outlives_the_parent(by, work):
+    out = shared(torch.zeros(2, 2, dtype=torch.int64))
+
+    def busy(out, item):
+        out[item] = torch.tensor([os.getpid(), os.getppid()])
+        work()
+
+    child = forked(lambda: in_workers(busy, [0, 1], out))
+    while not out.all():
+        time.sleep(0.01)
+    processes = set(out.flatten().tolist())
+    assert len(processes) == 3
     if by == "SIGKILL":
-        running.kill()
-        expected = signal.SIGKILL
+        os.kill(child, signal.SIGKILL)
     else:
-        os.killpg(running.pid, signal.SIGTERM)
-        expected = signal.SIGTERM
-    said, _ = running.communicate()
-    assert running.returncode == -expected
-    assert said == ""
+        os.killpg(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -getattr(signal, by.split()[0])
     await_end(*processes)
 
 

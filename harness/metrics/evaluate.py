@@ -24,7 +24,7 @@ from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
 from harness.models.stack import kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import Coefficients, Means, Posterior, Terms
+from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
 CHUNK = 500
@@ -201,7 +201,7 @@ class _Pass(NamedTuple):
     """What one pass over a split gives, in float64: error of each image, (N,), and means."""
 
     error: Tensor
-    means: Means
+    means: Parts
     posterior_means: Tensor
     terms: Metrics
 
@@ -228,7 +228,7 @@ def _forward(
             kl.append(part.kl.double().sum(0))
         values.append([term(batch).double() * len(x) for term in terms.values()])
     errors = torch.cat(error).double()
-    means = Means(
+    means = Parts(
         errors.mean(0),
         torch.cat(cross_entropy).double().mean(0) if cross_entropy else None,
         torch.stack(kl).sum(0) / len(split) if kl else None,

@@ -69,9 +69,7 @@ def _output_padding(small: Sequence[int], large: Sequence[int]) -> tuple[int, in
 
     It makes 2 n - 1 pixels of n, where a convolution makes n of 2 n - 1 and of 2 n alike.
     """
-    height, width = (
-        b - (STRIDE * (a - 1) + 1) for a, b in zip(small[1:], large[1:], strict=True)
-    )
+    height, width = (b - (STRIDE * (a - 1) + 1) for a, b in zip(small[1:], large[1:], strict=True))
     return height, width
 
 

@@ -11,7 +11,7 @@ from harness.linear.vae import linear_optimum, linear_vae
 from harness.metrics.evaluate import batch_losses
 from harness.models.vae import build
 from harness.objective import beta, kl_per_latent, squared_error
-from harness.train.engine import train
+from harness.training.engine import train
 
 CONFIGS = [
     RunConfig.seed_recipe(seed=0),

@@ -22,7 +22,7 @@ from harness.metrics.likelihood import importance_bounds, likelihood_metrics
 from harness.models.vae import VAE, build
 from harness.objective import decoder_variance, with_decoder_variance
 from harness.streams import noise
-from harness.train.engine import train
+from harness.training.engine import train
 
 SMALL = RunConfig(hidden=(16, 12), kl_weight=0.05)
 VARIANCE = torch.tensor(0.05, dtype=torch.float64)

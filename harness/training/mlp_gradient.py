@@ -68,8 +68,8 @@ class MLPGradient:
             _Layers(model, part, gradients, self.batch) for part in ("encoder", "decoder")
         )
         latents = model.latent_size
-        like = model.encoder[1].weight
-        self.z, self.std, self.scratch = (like.new_zeros(self.batch, latents) for _ in range(3))
+        new = next(model.parameters()).new_zeros
+        self.z, self.std, self.scratch = (new(self.batch, latents) for _ in range(3))
         self.mean, self.second = self.encoder.outputs[-1].chunk(2, -1)
         self.by_mean, self.by_second = self.encoder.slopes[-1].chunk(2, -1)
         self.by_variance = gradients.get("log_decoder_variance")
@@ -166,9 +166,7 @@ class MLPGradient:
 class _Layers:
     """Forward and backward of linear layers into buffers; `slopes[i]` is that at output i."""
 
-    def __init__(
-        self, model: VAE, part: str, gradients: Mapping[str, Tensor], batch: int
-    ) -> None:
+    def __init__(self, model: VAE, part: str, gradients: Mapping[str, Tensor], batch: int) -> None:
         linears = {
             f"{part}.{name}": layer
             for name, layer in getattr(model, part).named_children()

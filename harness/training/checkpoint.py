@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -143,31 +142,17 @@ class History:
     ) -> None:
         self._configs, self._made_with, self._checkpoints = configs, made_with, checkpoints
         found = [checkpoints.load(c, made_with) if checkpoints else None for c in configs]
-        self._found = found
-        self._epochs = [list(saved.epochs) if saved else [] for saved in found]
-        self.starts = [len(epochs) for epochs in self._epochs]
-        """Epochs that each run has behind it."""
+        self.epochs = [list(saved.epochs) if saved else [] for saved in found]
+        """Epochs of each run: those trained before, and with checkpoints those trained now."""
+        self.states = [saved.state if saved else None for saved in found]
+        """What each run is resumed from."""
+        self.starts = [len(epochs) for epochs in self.epochs]
+        """Number of epochs that each run was trained before."""
 
-    def states(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Return what runs are resumed from; they have equal starts, and nothing if those are 0."""
-        return [saved.state for row in rows if (saved := self._found[row])]
-
-    def metrics(
-        self, rows: Sequence[int], epoch: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return training and validation metrics of an epoch that was trained before."""
-        past = [self._epochs[row][epoch - 1] for row in rows]
-        return _joined([e.train for e in past]), _joined([e.val for e in past])
-
-    def pace(self, row: int, epoch: int) -> tuple[float, int]:
-        """Return seconds and images of an epoch that was trained before."""
-        past = self._epochs[row][epoch - 1]
-        return past.seconds, past.images
-
-    def note(self, row: int, epoch: int, result: Epoch) -> None:
-        """Add an epoch of a run for its next checkpoint, unless it was trained before."""
-        if self._checkpoints is not None and epoch > self.starts[row]:
-            self._epochs[row].append(result)
+    def add(self, row: int, epoch: Epoch) -> None:
+        """Keep an epoch of a run for its next checkpoint."""
+        if self._checkpoints is not None:
+            self.epochs[row].append(epoch)
 
     def save(self, states: Iterable[tuple[int, dict[str, Tensor]]], epoch: int) -> None:
         """Write a checkpoint of each (row, state) if the epoch is due for one.
@@ -192,13 +177,8 @@ class History:
             return
         for row, state in states:
             if epoch > self.starts[row]:
-                saved = Saved(self._epochs[row], state)
+                saved = Saved(self.epochs[row], state)
                 self._checkpoints.save(self._configs[row], self._made_with, saved)
-
-
-def _joined(every: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for values in every for name in values)
-    return {name: np.array([values.get(name, np.nan) for values in every]) for name in names}
 
 
 def made_with(data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:

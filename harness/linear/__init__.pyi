@@ -1,0 +1,2 @@
+from . import pca as pca
+from . import vae as vae

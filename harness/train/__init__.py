@@ -1,1 +1,0 @@
-"""Training: the step, the epochs, and checkpoints of unfinished runs."""

@@ -1,0 +1,233 @@
+"""One training step of a run, or of a stack of runs on a GPU.
+
+A step gathers a batch, differentiates the objective and updates the weights with Adam. A CPU trains
+one run and reads each batch from the epoch's draw. A GPU trains a stack: all that a step reads lies
+in buffers made once, so that the step is captured as a CUDA graph and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# The class torch.optim.Adam imports torch.compile at its first use, which takes seconds.
+from torch.optim.adam import adam
+
+from harness import streams
+from harness.data.dataset import Split
+from harness.models.stack import has_hooks, kernels
+from harness.models.vae import VAE
+from harness.objective import Coefficients, objective
+from harness.training.draws import Draw
+from harness.training.mlp_gradient import MLPGradient, covers
+from harness.training.state import Run, State
+
+WARM_UP = 3
+"""Calls before one is captured, in which libraries choose their kernels."""
+
+Result = TypeVar("Result")
+
+
+class Step:
+    """The training step of a state, with the buffers of a batch and of its gradient.
+
+    Args:
+        state: one run, or a stack; its weights and moments are updated in place.
+        training_size: number of training images.
+    """
+
+    def __init__(self, state: State, training_size: int) -> None:
+        self.state, self.training_size = state, training_size
+        config, new = state.configs[0], state.weights.new_zeros
+        self.steps = training_size // config.batch_size
+        seen = config.batch_size * len(state.configs)
+        self._grey = new(seen, state.model.pixels, dtype=torch.uint8)
+        lead = () if state.stack is None else (len(state.configs),)
+        self.x = new(*lead, config.batch_size, state.model.pixels)
+        self._images = self.x.unflatten(-1, state.model.data_shape)
+        free = [c.free_bits for c in state.configs] if config.free_bits else None
+        self._free_bits = None if free is None else self._by_run(free)
+        self._term_weights = {
+            name: self._by_run([c.terms[name] for c in state.configs]) for name in state.terms
+        }
+        self._gradient = torch.zeros_like(state.weights)
+        self._slopes = state.views(self._gradient)
+        self._groups = self._by_learning_rate()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._written: MLPGradient | None = None
+        if state.stack is not None:
+            return
+        if state.weights.device.type == "cpu" and covers(config, state.model, state.terms):
+            self._written = MLPGradient(config, state.model, self._slopes)
+        else:
+            for name, parameter in state.trained().items():
+                parameter.grad = self._slopes[name]
+
+    def _by_run(self, values: list[float]) -> Tensor:
+        made = self.state.weights.new_tensor(values)
+        return made[0] if self.state.stack is None else made
+
+    def _by_learning_rate(self) -> list[tuple[float, list[list[Tensor]]]]:
+        """Return each learning rate with weights, gradients, moments and steps of its runs."""
+        state, count = self.state, len(self.state.configs)
+        flat = (state.weights, self._gradient, state.first, state.second)
+        rows = [*(buffer.view(count, -1) for buffer in flat), state.counts]
+        rates = [config.learning_rate for config in state.configs]
+        return [
+            (rate, [[part[s] for s in range(count) if rates[s] == rate] for part in rows])
+            for rate in dict.fromkeys(rates)
+        ]
+
+    def epoch(self, draw: Draw) -> None:
+        """Take every step of an epoch; a GPU may still compute on return."""
+        with kernels(self.state.configs[0].precision):
+            if self.state.stack is None:
+                self._train_one(draw)
+            elif self.state.weights.device.type == "cuda":
+                self.capture(draw)
+                assert self._graph is not None
+                for _ in range(self.steps):
+                    self._graph.replay()
+            else:
+                for t in range(self.steps):
+                    self._take(draw, t)
+
+    def _train_one(self, draw: Draw) -> None:
+        """Train one run; layers that draw random numbers find the same ones in every process."""
+        model, device = self.state.model.train(), self.state.weights.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            stream = streams.generator(self.state.configs[0].seed, "layers", draw.epoch)
+            torch.manual_seed(int(stream.integers(2**63)))
+            for t in range(self.steps):
+                self._take(draw, t)
+        model.eval()
+
+    def _take(self, draw: Draw, t: int) -> None:
+        """Take step t of an epoch."""
+        state = self.state
+        torch.index_select(draw.images, 0, draw.order[t].flatten(), out=self._grey)
+        self.x.copy_(self._grey.view(self.x.shape)).div_(draw.largest)
+        if self._written is not None:
+            self._written(self.x, draw.noise[t], draw.betas[t])
+        elif state.stack is None:
+            self._gradient.zero_()
+            with torch.enable_grad():
+                self._loss(state.model, *self._arguments(draw, t)).backward()
+        else:
+            slopes = state.stack.gradient(self._loss, *self._arguments(draw, t))
+            torch._foreach_copy_([self._slopes[name] for name in slopes], list(slopes.values()))
+        self._update()
+
+    def _arguments(self, draw: Draw, t: int) -> tuple[Any, ...]:
+        coefficients = Coefficients(draw.betas[t], self._free_bits, self._term_weights)
+        prior = None if draw.prior is None else draw.prior[t]
+        return self._images, draw.noise[t], coefficients, draw.progress[t], prior
+
+    def _loss(
+        self,
+        model: VAE,
+        x: Tensor,
+        eps: Tensor,
+        coefficients: Coefficients,
+        progress: Tensor,
+        prior: Tensor | None,
+    ) -> Tensor:
+        batch = model.batch(x, eps, prior, self.training_size, progress)
+        return objective(self.state.configs[0], batch, coefficients, self.state.terms)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Update the weights by Adam (Kingma & Ba 2014), with PyTorch's constants."""
+        on_gpu = self.state.weights.device.type == "cuda"
+        for rate, (weights, gradients, first, second, counts) in self._groups:
+            adam(
+                *(weights, gradients, first, second, [], counts),
+                fused=True,
+                capturable=on_gpu,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+
+    def capture(self, draw: Draw) -> None:
+        """Lay an epoch out for a GPU, and capture the step the first time."""
+        if self._graph is None:
+            kept: dict[str, Any] = {n: v.clone() for n, v in draw.by_step().items()}
+            one: dict[str, Any] = {n: torch.zeros_like(v[:1]) for n, v in kept.items()}
+            self._epoch, self._one = draw._replace(**kept), draw._replace(**one)
+            self._now = torch.zeros(1, dtype=torch.int64, device=draw.order.device)
+            state = self.state
+            changed = [state.weights, state.first, state.second, state.counts, self._now]
+            changed += state.stack.constants.values() if state.stack is not None else ()
+            self._graph, _ = captured(self._counted, changed)
+        else:
+            for name, value in draw.by_step().items():
+                getattr(self._epoch, name).copy_(value)
+            if draw.images is not self._epoch.images:
+                self._epoch.images.copy_(draw.images)
+        self._now.zero_()
+
+    def _counted(self) -> None:
+        """Take the step that the counter on the GPU is at."""
+        for name, every in self._epoch.by_step().items():
+            torch.index_select(every, 0, self._now, out=getattr(self._one, name))
+        self._take(self._one, 0)
+        self._now.add_(1)
+
+
+def refusal(run: Run, images: Split) -> str | None:
+    """Return why a run cannot be computed in a stack, None if it can: one step is tried on a copy.
+
+    Hooks on weights are not called in a stack; random layers and branches on values are what
+    `torch.vmap` refuses.
+    """
+    if has_hooks(run.model):
+        return "a module or a parameter has a hook"
+    step = Step(State([run], stacked=True), run.config.batch_size)
+    batch = run.config.batch_size
+    zeros, one = torch.zeros(1, 1, batch, run.config.latent_size), torch.ones(1, 1)
+    order = torch.arange(batch).view(1, 1, batch)
+    prior = zeros if run.terms else None
+    draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1)
+    try:
+        step._take(draw.to(step.x), 0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any error of a user's layer or of PyTorch
+        return (str(error) or repr(error)).splitlines()[0]
+    return None
+
+
+def captured(
+    function: Callable[[], Result], changed: Sequence[Tensor] = ()
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Capture a function as a CUDA graph, which replays it without the Python interpreter.
+
+    Args:
+        function: a function of tensors that stay where they are. It must neither wait for the GPU
+            nor copy from or to the host.
+        changed: tensors that it changes; the calls that warm it up are undone.
+
+    Returns:
+        The graph, and the function's result: tensors that every replay writes anew.
+    """
+    before = [tensor.clone() for tensor in changed]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
