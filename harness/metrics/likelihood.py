@@ -117,7 +117,7 @@ def likelihood_metrics(
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
-    noise = evaluation_noise(config, "val", len(data.val)).to(model.device, model.dtype)
+    noise = evaluation_noise(config, model, "val", len(data.val))
     known = coefficients(config.replace(terms={}), data.pixels, model.device)
     variance = measure(config, model, data.val, 0, noise, known)["mse"]
     split = data.test.head(LIKELIHOOD_IMAGES)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from harness import registry
 from harness.config import RunConfig
@@ -22,9 +21,8 @@ from harness.metrics.evaluate import (
     measure,
     mse_per_class,
 )
-from harness.models.stack import Stack
+from harness.models.stack import Stack, map_tensors
 from harness.models.vae import VAE, build
-from harness.objective import Coefficients
 from harness.streams import noise
 
 SIZES = (5, 2, 9)
@@ -242,7 +240,7 @@ def test_evaluation_repeats_bitwise_and_leaves_the_model_alone(tiny):
 
 
 def measured(config: RunConfig, model: VAE, split: Split, **given) -> dict[str, torch.Tensor]:
-    eps = evaluation_noise(config, "val", len(split)).to(model.dtype)
+    eps = evaluation_noise(config, model, "val", len(split))
     known = coefficients(config, model.pixels, model.device)
     return measure(config, model, split, 10, eps, known, **given)
 
@@ -278,20 +276,18 @@ def test_a_stack_of_runs_has_the_metrics_of_its_runs(tiny, settings):
     models = [build(c, (1, 8, 8), largest=16).double() for c in configs]
     terms = {name: spread for name in base.terms}
     each = []
-    for config in configs:
-        known = coefficients(config, 64, torch.device("cpu"))
-        eps = evaluation_noise(config, "val", len(tiny.val)).double()
+    for config, model in zip(configs, models, strict=True):
+        known = coefficients(config, 64, model.device)
+        eps = evaluation_noise(config, model, "val", len(tiny.val))
         linear, variance = torch.tensor([0.05, 0.1], dtype=torch.float64) * (1 + config.seed)
-        present = {name: value for name, value in known._asdict().items() if value is not None}
-        each.append((eps, present, linear, variance, noise(config.seed, "prior", *eps.shape)))
+        each.append((eps, known, linear, variance, noise(config.seed, "prior", *eps.shape)))
 
-    def metrics(model, eps, present, linear, variance, prior):
-        known = Coefficients(**present)
+    def metrics(model, eps, known, linear, variance, prior):
         return measure(
             base, model, tiny.val, 10, eps, known, linear, variance, terms, prior, training_size=96
         )
 
-    args = tree_map(lambda *values: torch.stack(values), *each)
+    args = map_tensors(lambda *values: torch.stack(values), *each)
     together = Stack(models).lift(metrics)(*args)
     for s, model in enumerate(models):
         alone = metrics(model.eval(), *each[s])
@@ -380,7 +376,7 @@ def test_a_gpu_captures_the_metrics_and_has_those_of_the_cpu(tiny, settings):
     prior = noise(0, "prior", len(tiny.val), 10).double()
     expected = measured(config, model, tiny.val, terms=terms, prior=prior)
     model, device = model.cuda(), torch.device("cuda")
-    eps = evaluation_noise(config, "val", len(tiny.val)).to(device, model.dtype)
+    eps = evaluation_noise(config, model, "val", len(tiny.val))
     known, prior, val = coefficients(config, 64, device), prior.cuda(), tiny.val.to(device)
 
     def metrics():
