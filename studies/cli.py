@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from studies.worker import program
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
+
+log = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 
@@ -124,11 +127,11 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
 
     console = Console()
     console.question(study.question)
-    harness.doing.say(f"loading PyTorch and {plan.dataset}")
-    harness.engine.resolve_device(options.device, options.precision or "float32")
+    log.info("loading PyTorch and %s", plan.dataset)
+    harness.training.engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
-        harness.engine.check_stack([config], data)
+        harness.training.engine.check_runs([config], data)
     console.plan(plan, data.pixels)
     if options.dry_run:
         seeds = plan.seeds

@@ -7,6 +7,7 @@ weight change. Ends with exit code 1 if a claim fails.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from studies.evidence import Evidence
 
 NAME = "reproduce"
+
+log = logging.getLogger("studies.reproduce")  # `__name__` is "__main__" on the command line
 
 
 def reproduction(form: Form) -> Reproduction:
@@ -171,8 +174,8 @@ def execute(options: ReproduceOptions) -> list[Row]:
 
     console = Console()
     console.question(page.question)
-    harness.doing.say("loading PyTorch and mnist")
-    device = harness.engine.resolve_device(options.device).type
+    log.info("loading PyTorch and mnist")
+    device = harness.training.engine.resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
     wanted = page.trained_on(device)
     console.out.print(
