@@ -7,7 +7,7 @@ with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -69,27 +69,23 @@ class Stack:
     def __len__(self) -> int:
         return len(next(iter(self.weights.values())))
 
-    def lift(self, function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:  # noqa: ANN401
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of one run as a function of all.
 
         Args:
-            function: (model, *tensors) -> tensors; evaluated with the model's layers in `eval`
-                mode.
-            in_dims: axis of the runs in each of the tensors, as in `torch.vmap`.
+            function: (model, *arguments) -> tensors, with the model's layers in `eval` mode.
 
         Returns:
-            A function (*tensors) -> tensors, each with a leading axis S.
+            The same function of arguments, and with tensors, that have a leading axis S. Tensors
+            may be in tuples and dictionaries; what is no tensor must be None.
         """
 
         def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
             return self._applied(function, weights, constants, *args)
 
-        dims = in_dims if isinstance(in_dims, tuple) else None
-
         def lifted(*args: Any) -> Any:  # noqa: ANN401
             self.form.eval()
-            each = (0, 0, *(dims or (in_dims,) * len(args)))
-            return torch.vmap(applied, each)(self.weights, self.constants, *args)
+            return self._mapped(applied, *args)
 
         return lifted
 
@@ -98,7 +94,7 @@ class Stack:
 
         Args:
             function: (model, *args) -> loss of shape (), with the model's layers in `train` mode.
-            args: tensors, or tuples and dictionaries of them, with a leading axis S.
+            args: with a leading axis S, as for `lift`.
 
         Returns:
             Gradients by name, shape (S, ...).
@@ -108,7 +104,11 @@ class Stack:
             return self._applied(function, weights, constants, *args)
 
         self.form.train()
-        return torch.vmap(torch.func.grad(loss))(self.weights, self.constants, *args)
+        return self._mapped(torch.func.grad(loss), *args)
+
+    def _mapped(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        given = (self.weights, self.constants, *args)
+        return torch.vmap(function, map_tensors(lambda tensor: 0, given))(*given)
 
     def _applied(self, function: Any, weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
         named = {f"model.{name}": value for name, value in (weights | constants).items()}
@@ -122,6 +122,24 @@ class Stack:
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             value.copy_(state[name][row])
         return model
+
+
+def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
+    """Apply a function to the tensors in equal structures of tuples and dictionaries.
+
+    Args:
+        function: of one tensor of each structure.
+        values: structures; what is neither tuple, dictionary nor tensor becomes None.
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(*values)
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *(value[key] for value in values)) for key in first}
+    if isinstance(first, tuple):
+        made = [map_tensors(function, *parts) for parts in zip(*values, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else tuple(made)
+    return None
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from harness.data.dataset import Split
 class Draw(NamedTuple):
     """All that one epoch of a run takes from the data and the random streams.
 
-    That of a stack has an axis S behind the axis of steps, except in `progress`.
+    That of a stack has an axis S behind the axis of steps.
 
     Attributes:
         images: training images, uint8, shape (N, D).
@@ -99,6 +99,7 @@ def draw_stack(configs: Sequence[RunConfig], images: Split, epoch: int) -> Draw:
         order=torch.stack([one.order + first_rows[id(one.images)] for one in draws], 1),
         noise=torch.stack([one.noise for one in draws], 1),
         betas=torch.stack(betas, 1),
+        progress=torch.stack([one.progress for one in draws], 1),
         prior=torch.stack(priors, 1) if priors else None,
     )
 

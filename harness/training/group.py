@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from harness import registry
 from harness.config import RunConfig
@@ -19,7 +18,7 @@ from harness.data.dataset import Dataset, Split
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import coefficients, evaluation_noise, measure
-from harness.models.stack import kernels
+from harness.models.stack import kernels, map_tensors
 from harness.models.vae import VAE, build
 from harness.training.draws import Draw, draw, draw_stack
 from harness.training.step import Run, Step, captured, refusal
@@ -58,7 +57,7 @@ class Group:
     ) -> None:
         self.step, self.rows, self.images, self.data = step, tuple(rows), images, data
         self.linear = linear
-        self._given: list[dict[str, Any]] | None = None
+        self._given: tuple[dict[str, Any], ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: dict[str, Tensor] = {}
         self._ahead: dict[int, Draw] = {}
@@ -118,27 +117,23 @@ class Group:
             return self._of_run(self.step.model, *self._given)
         return self.step.stack.lift(self._of_run)(*self._given)
 
-    def _conditions(self) -> list[dict[str, Any]]:
+    def _conditions(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
         parts = (("train", first_training_images(self.data)), ("val", self.data.val))
-        model, both = self.step.model, []
+        model, each = self.step.model, []
         for config, losses in zip(self.step.configs, self.linear, strict=True):
-            both.append(
-                [
-                    {
-                        "noise": evaluation_noise(config, model, part, len(split)),
-                        "coefficients": coefficients(config, self.data.pixels, model.device),
-                        "linear_loss": loss,
-                        "prior": evaluation_noise(config, model, f"prior/{part}", len(split))
-                        if config.terms
-                        else None,
-                    }
-                    for (part, split), loss in zip(parts, losses, strict=True)
-                ]
-            )
+            known = coefficients(config, self.data.pixels, model.device)
+            both = []
+            for (part, split), loss in zip(parts, losses, strict=True):
+                names = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
+                drawn = {
+                    k: evaluation_noise(config, model, v, len(split)) for k, v in names.items()
+                }
+                both.append({"coefficients": known, "linear_loss": loss, **drawn})
+            each.append(tuple(both))
         if self.step.stack is None:
-            return both[0]
-        return tree_map(lambda *values: torch.stack(values), *both)
+            return each[0]
+        return map_tensors(lambda *values: torch.stack(values), *each)
 
     def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
         """Return the validation metrics of one run, and training metrics prefixed `train/`."""
@@ -243,7 +238,8 @@ def _untrained(
     images = grey.train if chosen[0].binarization == "stochastic" else data.train
     runs = [_run(config, data, device, dtype) for config in chosen]
     stacked = computes_stacks(device)
-    if stacked and (reason := refusal(runs[0], images)):
+    own = chosen[0].terms or chosen[0].model not in registry.BUILT_IN
+    if stacked and own and (reason := refusal(runs[0], images)):
         logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
         stacked = False
     splits = (first_training_images(data), data.val)

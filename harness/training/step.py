@@ -372,8 +372,7 @@ def refusal(run: Run, images: Split) -> str | None:
         return "a module or a parameter has a hook"
     step = Step([run], run.config.batch_size, stacked=True)
     batch, latents = run.config.batch_size, run.config.latent_size
-    zeros = torch.zeros(1, 1, batch, latents)
-    one = torch.ones(1, 1)
+    zeros, one = torch.zeros(1, 1, batch, latents), torch.ones(1, 1)
     order = torch.arange(batch).view(1, 1, batch)
     prior = zeros if run.terms else None
     draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1).to(step.weights)
