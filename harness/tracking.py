@@ -6,6 +6,7 @@ without the global active run, and metrics in one batch per run and several epoc
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -146,9 +147,12 @@ def log_best_model(
     """
     import torch
 
+    model = copy.deepcopy(model).float()
+    for weight in model.parameters():
+        weight.data = weight.data.contiguous()  # MLflow warns of others
     images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.data_shape)
     with torch.no_grad():
-        output = model.float()(images).numpy()
+        output = model(images).numpy()
     run.flush()  # leaving the block below finishes the run
     store.writer.settle()
     mlflow.set_tracking_uri(store.uri)

@@ -129,7 +129,7 @@ class Evidence:
             measure = harness.metrics.evaluate.batch_losses
             each = [measure(*run, self.data) for run in self.trained(runs)]
             loss, kl_term = map(np.stack, zip(*each, strict=True))
-            self._batches[runs] = BatchLosses(loss, kl_term)
+            self._batches[runs] = harness.metrics.evaluate.BatchLosses(loss, kl_term)
         return self._batches[runs]
 
     def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
@@ -158,6 +158,7 @@ def _settings(config: RunConfig, digest: str) -> tuple[str, ...]:
 
 
 def _read_settings(params: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the settings of a run; one of another version of the harness lacks some, and is none."""
-    names = RunConfig.__dataclass_fields__
-    return (*(params.get(name, "") for name in names), params.get("dataset_digest", ""))
+    """Read the settings of a run; those that its version of the harness lacked are defaults."""
+    defaults = asdict(RunConfig()).items()
+    settings = (params.get(name, str(value)) for name, value in defaults)
+    return (*settings, params.get("dataset_digest", ""))

@@ -17,7 +17,7 @@ from analysis import ledger_plots
 from harness.config import checked_name
 from studies.answers import worst_class
 from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
-from studies.cli import clear_errors, read
+from studies.cli import clear_errors, read, start_pool
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
 from studies.options import ReproduceOptions, check_least
@@ -166,6 +166,8 @@ def execute(options: ReproduceOptions) -> list[Row]:
     page = reproduction(FULL if options.full else SHORT)
     checked_name(NAME if options.study_name is None else options.study_name)
     check_least("checkpoint_every", options.checkpoint_every, 0)
+    if not options.dry_run:
+        start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness

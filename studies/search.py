@@ -16,7 +16,7 @@ import harness
 from analysis import search_plots
 from harness.config import RunConfig
 from studies import conditions
-from studies.cli import clear_errors, read
+from studies.cli import clear_errors, read, start_pool
 from studies.search_options import (
     CONFIRMING,
     Range,
@@ -109,6 +109,8 @@ def execute(options: SearchOptions) -> Outcome | None:
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_search_plan(SEARCH, options, own)
+    if not options.dry_run and options.workers == 1:
+        start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     from studies.console import Console
