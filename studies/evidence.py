@@ -59,11 +59,11 @@ class Evidence:
     ) -> LinearOptimum:
         """Return the exact linear VAE of the official training images, measured on them or a split.
 
-        See `harness.linear.vae.linear_optimum`.
+        See `harness.linear.vae.LinearOptimum`.
         """
-        from harness.linear.vae import linear_optimum  # loads torch
+        from harness.linear.vae import LinearOptimum  # loads torch
 
-        return linear_optimum(self.official, latent_size, decoder_variance, split)
+        return LinearOptimum(self.official, latent_size, decoder_variance, split)
 
     @cached_property
     def _by_settings(self) -> dict[tuple[str, ...], Record]:
@@ -146,10 +146,10 @@ class Evidence:
     def gaps_to_linear(self, runs: Runs) -> list[float]:
         """Return by how many % each seed's loss is below the exact linear model's (`losses`)."""
         from harness.linear.pca import pca
-        from harness.linear.vae import linear_optimum
+        from harness.linear.vae import LinearOptimum
 
         variance = harness.objective.decoder_variance(runs.config, self.data.pixels)
-        linear = linear_optimum(pca(self.data), runs.config.latent_size, variance).loss
+        linear = LinearOptimum(pca(self.data), runs.config.latent_size, variance).loss
         return [100 * (linear - loss) / linear for loss in self.losses(runs)]
 
 

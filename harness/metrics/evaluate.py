@@ -23,9 +23,9 @@ from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
-from harness.models.stack import kernels
+from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import Coefficients, Means, Posterior, Terms
+from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class _Pass(NamedTuple):
     """What one pass over a split gives, in float64: error of each image, (N,), and means."""
 
     error: Tensor
-    means: Means
+    means: Parts
     posterior_means: Tensor
     terms: Metrics
 
@@ -231,7 +231,7 @@ def _forward(
             kl.append(part.kl.double().sum(0))
         values.append([term(batch).double() * len(x) for term in terms.values()])
     errors = torch.cat(error).double()
-    means = Means(
+    means = Parts(
         errors.mean(0),
         torch.cat(cross_entropy).double().mean(0) if cross_entropy else None,
         torch.stack(kl).sum(0) / len(split) if kl else None,
@@ -359,7 +359,10 @@ def on_all_cores(
         what: description for progress messages; "" sends none.
     """
     found: dict[int, R] = {}
-    with Pool(len(items) if device.type == "cpu" else 1, common) as pool:
+    models = [part for item in items for part in item if isinstance(part, VAE)]
+    # Models with hooks cannot always be sent to another process.
+    here = device.type != "cpu" or any(map(has_hooks, models))
+    with Pool(1 if here else len(items), common) as pool:
         for index, result in pool.map(function, items):
             found[index] = result
             if what:

@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.metrics.evaluate import evaluate, finite
-from harness.models.stack import stack_key
+from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE
 from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
 from harness.training.group import Group, Measured, computes_stacks, untrained
@@ -209,7 +211,7 @@ def train(
     history = History(configs, made, checkpoints)
     groups = _groups(configs, data, target, dtype, history)
     live = list(range(len(groups)))
-    with processes.Pool(len(groups) if target.type == "cpu" else 1, (groups,)) as pool:
+    with processes.Pool(_workers(groups, target), (groups,)) as pool:
         for epoch in range(1, configs[0].epochs + 1):
             record = _epoch(groups, live, pool, epoch, history)
             try:
@@ -221,6 +223,13 @@ def train(
             history.save(_states(groups, live), epoch)
             if not live:
                 return
+
+
+def _workers(groups: Sequence[Group], device: torch.device) -> int:
+    """Return how many processes train; hooks are lost or cannot be sent on the way to another."""
+    if device.type != "cpu" or any(has_hooks(group.state.model) for group in groups):
+        return 1
+    return len(groups)
 
 
 def check_runs(
@@ -273,13 +282,13 @@ def _groups(
         groups += untrained(configs, rows, grey, measured_on, dtype)
     for group in groups:
         if states := [state for row in group.rows if (state := history.states[row])]:
-            group.step.restore(states)
+            group.state.restore(states)
     return groups
 
 
 def _in_shared_memory(data: Dataset) -> Dataset:
     """Return a dataset whose images worker processes share instead of copying."""
-    parts = {
+    parts: dict[str, Any] = {
         name: replace(part, images=processes.shared(part.images))
         for name, part in (("train", data.train), ("val", data.val), ("test", data.test))
     }
@@ -300,22 +309,21 @@ def _epoch(
     wall = time.perf_counter() - start
     training = sum(measured.training for _, measured in done)
     share = training / max(training + sum(measured.measuring for _, measured in done), 1e-9)
-    images = sum(group.step.images for group, _ in done)
+    images = sum(g.steps * c.batch_size for g, _ in done for c in g.state.configs)
     results = {}
     for group, measured in done:
         for row, (train, val) in zip(group.rows, measured.metrics, strict=True):
             results[row] = Epoch(wall * share, images, train, val)
             history.add(row, results[row])
-    where = {row: (groups[i].step, s) for i in live for s, row in enumerate(groups[i].rows)}
+    where = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
     each = [results.get(row) or history.epochs[row][epoch - 1] for row in where]
-    configs = [step.configs[s] for step, s in where.values()]
-    warmups = [
-        objective.kl_warmup(step.configs[s], epoch, step.steps) for step, s in where.values()
-    ]
+    configs = [group.state.configs[s] for group, s in where.values()]
+    steps = [group.steps for group, _ in where.values()]
+    warmups = map(objective.kl_warmup, configs, repeat(epoch), steps)
 
     def model(row: int) -> VAE:
-        step, s = where[row]
-        return step.model_of(s)
+        group, s = where[row]
+        return group.state.model_of(s)
 
     pace = (wall * share, images) if done else (each[0].seconds, each[0].images)
     return EpochRecord(
@@ -360,4 +368,4 @@ def _states(
     groups: Sequence[Group], live: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in live:
-        yield from zip(groups[index].rows, groups[index].step.states(), strict=True)
+        yield from zip(groups[index].rows, groups[index].state.copies(), strict=True)

@@ -8,7 +8,7 @@ from harness import RunConfig, UserError, streams
 from harness.batches import batch_losses
 from harness.engine import train
 from harness.linear.pca import pca
-from harness.linear.vae import linear_optimum, linear_vae
+from harness.linear.vae import LinearOptimum, linear_vae
 from harness.objective import beta, kl_per_latent, squared_error
 from harness.vae import VAE, initial
 
@@ -47,7 +47,7 @@ def test_the_blogs_kl_term_is_its_sum_over_batch_and_pixels(data):
 
 def test_at_the_linear_optimum_the_mean_over_batches_is_the_closed_form(data):
     config = RunConfig(model="linear", kl_weight=0.1, batch_size=64)  # divides 1,280
-    optimum = linear_optimum(pca(data), 10, 0.05)
+    optimum = LinearOptimum(pca(data), 10, 0.05)
     found = batch_losses([linear_vae(config, data)], data)
     # The KL has no noise; the error has that of 1,280 images.
     assert found.kl_term.mean() == pytest.approx(0.1 * optimum.rate / 64, rel=1e-9)

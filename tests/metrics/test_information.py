@@ -12,7 +12,7 @@ from harness import RunConfig, latents
 from harness.evaluate import evaluate, measure
 from harness.latents import aggregate_gap, measure_latents, mutual_information_lower
 from harness.linear.pca import pca
-from harness.linear.vae import linear_optimum, linear_vae
+from harness.linear.vae import LinearOptimum, linear_vae
 from harness.objective import kl_per_latent, with_decoder_variance
 from harness.vae import VAE, initial
 
@@ -104,7 +104,7 @@ def test_at_the_exact_linear_optimum_all_of_the_rate_is_information(data, varian
     config = with_decoder_variance(RunConfig(model="linear", latent_size=10), variance, 64)
     found = measure_latents(VAE([linear_vae(config, data)]), data.train)
     assert float(found["aggregate_gap"]) == pytest.approx(0, abs=1e-6)
-    rate = linear_optimum(pca(data), 10, variance).rate
+    rate = LinearOptimum(pca(data), 10, variance).rate
     assert float(found["mutual_information"]) == pytest.approx(rate, abs=1e-6)
     assert float(found["mutual_information_lower"]) < rate + 0.05
 

@@ -13,7 +13,7 @@ from harness.data.dataset import Dataset
 from harness.engine import train
 from harness.evaluate import evaluate
 from harness.linear.pca import pca
-from harness.linear.vae import linear_metrics, linear_optimum, matched_variance
+from harness.linear.vae import LinearOptimum, linear_metrics, matched_variance
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
 from harness.storage import load_model, save_model
 from harness.sweep import train_and_evaluate
@@ -136,7 +136,7 @@ def test_the_linear_sigma_vae_minimises_its_loss_at_any_beta(data):
     known, config = pca(data), RunConfig(sigma="optimal", latent_size=6, kl_weight=2.0)
 
     def loss(log_variance: float) -> float:
-        best = linear_optimum(known, 6, 2.0 * math.exp(log_variance))
+        best = LinearOptimum(known, 6, 2.0 * math.exp(log_variance))
         return best.distortion(math.exp(log_variance)) + 2.0 * best.rate
 
     found = minimize_scalar(loss, bracket=(-6, -2), tol=1e-12)
