@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -305,34 +304,38 @@ def _epoch(
     """Train an epoch of the groups that have not done it yet, and return the record of all."""
     items = [(i, epoch) for i in live if epoch > history.starts[groups[i].rows[0]]]
     start = time.perf_counter()
-    done = [(groups[items[k][0]], m) for k, m in pool.map(_train_epoch, items)]
-    wall = time.perf_counter() - start
-    training = sum(measured.training for _, measured in done)
-    share = training / max(training + sum(measured.measuring for _, measured in done), 1e-9)
-    images = sum(g.steps * c.batch_size for g, _ in done for c in g.state.configs)
-    results = {}
-    for group, measured in done:
-        for row, (train, val) in zip(group.rows, measured.metrics, strict=True):
-            results[row] = Epoch(wall * share, images, train, val)
-            history.add(row, results[row])
+    done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
+    seconds = time.perf_counter() - start
     where = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
-    each = [results.get(row) or history.epochs[row][epoch - 1] for row in where]
-    configs = [group.state.configs[s] for group, s in where.values()]
-    steps = [group.steps for group, _ in where.values()]
-    warmups = map(objective.kl_warmup, configs, repeat(epoch), steps)
+    configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
+    steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
+    new = {
+        row: metrics
+        for group, measured in done
+        for row, metrics in zip(group.rows, measured.metrics, strict=True)
+    }
+    if new:
+        training = sum(measured.training for _, measured in done)
+        seconds *= training / (training + sum(measured.measuring for _, measured in done))
+    images = sum(steps[row] * configs[row].batch_size for row in new)
+    for row, metrics in new.items():
+        history.add(row, Epoch(seconds, images, *metrics))
+    each = [new.get(row) or history.metrics(row, epoch) for row in where]
+    pace = (seconds, images) if new else history.pace(next(iter(where)), epoch)
+    warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
+    train, val = (_joined(part) for part in zip(*each, strict=True))
 
     def model(row: int) -> VAE:
         group, s = where[row]
         return group.state.model_of(s)
 
-    pace = (wall * share, images) if done else (each[0].seconds, each[0].images)
     return EpochRecord(
         epoch,
         *pace,
-        _joined([one.train for one in each]),
-        _joined([one.val for one in each]),
-        np.array([float(warmup[-1]) for warmup in warmups]),
-        tuple(configs),
+        train,
+        val,
+        np.array([float(warmup) for warmup in warmups]),
+        tuple(configs.values()),
         tuple(where),
         tuple(history.starts[row] for row in where),
         model,
