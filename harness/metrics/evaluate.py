@@ -8,6 +8,7 @@ docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import doing, objective, registry, streams
+from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
@@ -26,6 +27,8 @@ from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
 from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
+
+log = logging.getLogger(__name__)
 
 CHUNK = 500
 """Images evaluated at once, at most; fixed, so that the sums of a run are always the same."""
@@ -353,7 +356,8 @@ def on_all_cores(
         for index, result in pool.map(function, items):
             found[index] = result
             if what:
-                doing.count(what, len(found), len(items))
+                done = len(found), len(items)
+                log.info("%s: %d of %d", what, *done, extra={"progress": True})
     return [found[index] for index in range(len(items))]
 
 

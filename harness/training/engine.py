@@ -204,7 +204,7 @@ def train(
             unusable device, another dtype, a batch larger than the training split, or a loss term
             that is not registered.
     """
-    _check(configs, data, dtype)
+    check_runs(configs, data, dtype)
     target = resolve_device(device, configs[0].precision)
     made = made_with(data, target.type, dtype) if checkpoints else {}
     history = History(configs, made, checkpoints)
@@ -231,7 +231,14 @@ def _workers(groups: Sequence[Group], device: torch.device) -> int:
     return len(groups)
 
 
-def _check(configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype) -> None:
+def check_runs(
+    configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse runs that cannot be trained together, or not on this dataset.
+
+    Raises:
+        UserError: as for `train`, an unusable device aside.
+    """
     if not configs:
         raise UserError("configs is empty: give at least one RunConfig")
     for name in ("epochs", "precision"):
