@@ -1,4 +1,4 @@
-"""The process that worker processes are forked from, as its parent sees it.
+"""The process that worker processes are forked from.
 
 It imports PyTorch once and never runs `__main__`. `multiprocessing` has such a server too, but one
 for all of a program, so that a user's own `Process` would ignore SIGTERM, and its workers outlive a
@@ -8,21 +8,28 @@ line may `start` the server before it imports PyTorch itself.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
-from multiprocessing.reduction import send_handle
+from multiprocessing.reduction import recv_handle, send_handle
 
 PROGRAM = """
 import os, sys
 os.closerange(3, 1 << 16)
 sys.path[:] = sys.argv[1:]
-from harness.processes import serve
-serve()
+import cloudpickle
+from harness import forkserver, processes
+forkserver.serve(processes.work)
 """
 """Program of the server; its standard input is the connection to its parent."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
 
 _lock = threading.Lock()
 _server: Connection | None = None
@@ -80,3 +87,30 @@ def _forget() -> None:
 
 if sys.platform == "linux":
     os.register_at_fork(after_in_child=_forget)
+
+
+def serve(work: Callable[[Connection], None]) -> None:
+    """Fork a worker for every connection that the parent sends, until the parent has ended.
+
+    The server ends with the parent, and the kernel kills the workers when the server ends.
+    """
+    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
+    server = os.getpid()
+    while True:
+        try:
+            worker = Connection(recv_handle(parent))
+        except EOFError:
+            os._exit(0)
+        if os.fork() == 0:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == server:
+                parent.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                with contextlib.suppress(EOFError, OSError):  # the connection has been closed
+                    worker.send(os.getpid())
+                    work(worker)
+            os._exit(0)
+        worker.close()

@@ -7,7 +7,7 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import functools
 import io
 import os
@@ -20,7 +20,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import recv_handle
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,8 +29,8 @@ from harness import forkserver
 
 R = TypeVar("R")
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
+LOST = (None, errno.EPIPE, errno.ECONNRESET)
+"""Of errors where the other end is gone; None of those in the middle of a message, too."""
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _files: dict[int, int] = {}
@@ -129,8 +128,8 @@ class Pool:
     def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
         """Yield the index of an item and ``function(*common, item)`` as results are ready.
 
-        Items are taken and computed while the results are iterated over, one map at a time. An
-        error, or an iteration that is left, closes the pool.
+        Items are taken and computed while the results are iterated over, one map at a time. After
+        an error, or where the iteration is left, workers are ended and the pool is closed.
 
         Raises:
             BaseException: what the function raised first.
@@ -173,8 +172,9 @@ class Pool:
     def _submit(self, worker: Connection, left: Iterator[tuple[int, Any]]) -> None:
         """Send the next item, if there is one; it stays referenced, and its memory, until done."""
         for index, item in left:
+            message = (sys.path, os.getcwd(), self._unsent[worker], _dumps(item))
             with _worker_lost():
-                worker.send((sys.path, os.getcwd(), self._unsent[worker], _dumps(item)))
+                worker.send(message)
             self._unsent[worker] = {}
             self._busy[worker] = index, item
             return
@@ -186,7 +186,7 @@ class Pool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         for worker in self._workers:
-            with worker, contextlib.suppress(EOFError, OSError):
+            with contextlib.suppress(EOFError, OSError), worker:
                 while True:  # until the process has ended
                     worker.recv_bytes()
         self._workers.clear()
@@ -209,7 +209,9 @@ if sys.platform == "linux":
 def _worker_lost() -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError) as error:
+        if getattr(error, "errno", None) not in LOST:
+            raise
         raise RuntimeError("a worker process was killed; was there too little memory?") from None
 
 
@@ -246,46 +248,21 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-def serve() -> None:
-    """Fork a worker for every connection that the parent sends, until the parent has ended."""
-    _pickler()
-    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
-    server = os.getpid()
-    while True:
-        try:
-            worker = Connection(recv_handle(parent))
-        except EOFError:
-            os._exit(0)
-        if os.fork() == 0:
-            parent.close()
-            # The server ends with the parent, and the kernel kills the workers when it ends
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == server:
-                _work(worker)
-            os._exit(0)
-        worker.close()
-
-
-def _work(parent: Connection) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def work(parent: Connection) -> None:
+    """Answer a pool, in a worker process, until it closes the connection."""
+    os.register_at_fork(after_in_child=parent.close)  # else `Pool.close` waits for its end, too
     _use_one_thread()
-    parent.send(os.getpid())
     known: dict[str, Any] = {}
     while True:
-        try:
-            sys.path[:], folder, news, item = parent.recv()
-        except EOFError:
-            return
+        sys.path[:], folder, news, item = parent.recv()
         try:
             os.chdir(folder)
             known |= {name: pickle.loads(pickled) for name, pickled in news.items()}
             answer = _dumps((known["function"](*known["common"], pickle.loads(item)), None))
         except BaseException as error:
             answer = _failure(error)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)  # what the function has printed
         parent.send_bytes(answer)
 
 

@@ -413,10 +413,10 @@ MODELS = {
         "no loadable model",
     ),
     "an unknown field": (lambda f: config(f, width=3), "unknown fields ['width']"),
-    "a missing field": (lambda f: config(f, hidden=None), "lacks ['hidden']"),
+    "a missing field": (lambda f: config(f, hidden=None), "numbers; the configuration"),
     "a field of another kind": (lambda f: config(f, batch_size="32"), "batch_size='32'"),
     "a number without end": (lambda f: config(f, kl_weight=10**400), "kl_weight=1000"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "unknown fields ['list']"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object (list)"),
     "half a configuration": (lambda f: cut(f, "config.json", 40), "not JSON"),
     "a configuration of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "decode"),
 }

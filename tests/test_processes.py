@@ -217,11 +217,15 @@ def test_what_cannot_be_sent_back_is_no_lack_of_memory(answer):
         list(pool.map(work, [1]))
 
 
-@pytest.mark.parametrize("when", ["at work", "idle"])
+@pytest.mark.parametrize("when", ["at work", "answering", "idle"])
 def test_a_worker_that_is_killed_is_an_error_and_closes_the_pool(when):
     def work(item):
+        if item and when == "answering":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return bytes(10**7)  # more than fits between two processes
         if item:
             os.kill(os.getpid(), signal.SIGKILL)
+        return None
 
     with Pool(2) as pool:
         workers = list(pool._workers.values())
@@ -229,8 +233,9 @@ def test_a_worker_that_is_killed_is_an_error_and_closes_the_pool(when):
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
             await_end(*workers)
-        with pytest.raises(RuntimeError, match="a worker process was killed"):
-            list(pool.map(work, [when == "at work", False]))
+        with pytest.raises(RuntimeError, match="a worker process was killed"):  # noqa: PT012
+            for _ in pool.map(work, [False, when != "idle"]):
+                await_end(*workers[1:])
         assert not pool.is_parallel
         await_end(*workers)
 
@@ -253,6 +258,16 @@ def test_leaving_a_map_ends_the_workers(how):
     with pytest.raises(how), pool:
         leave(pool)
     await_end(*workers)
+
+
+def test_a_process_that_a_worker_has_forked_does_not_keep_its_pool_open():
+    def fork(_):
+        if (child := os.fork()) == 0:
+            time.sleep(1000)
+        return child
+
+    (child,) = in_workers(fork, [0])
+    os.kill(child, signal.SIGKILL)
 
 
 def test_two_maps_at_once_are_refused():

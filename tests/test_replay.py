@@ -252,6 +252,17 @@ def test_another_split_is_refused(stack, tiny):
         replay.load(replace(record, made_with=made), Path("data"))
 
 
+def test_a_setting_that_an_earlier_version_lacked_is_its_default(own_stack):
+    file = own_stack.artifact(0, "model/config.json")
+    values = json.loads(file.read_text())
+    del values["precision"]
+    file.write_text(json.dumps(values))
+    with sqlite3.connect(own_stack.folder / "mlflow.db") as connection:
+        connection.execute("DELETE FROM params WHERE key = 'precision'")
+    store = records.open_existing(own_stack.uri)
+    assert records.read_record(store, own_stack.run_id(0)).config == CONFIG
+
+
 def test_a_configuration_that_was_changed_is_refused(own_stack, capsys):
     file = own_stack.artifact(0, "model/config.json")
     file.write_text(CONFIG.replace(kl_weight=0.5).to_json())

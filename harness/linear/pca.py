@@ -51,8 +51,13 @@ class PCA:
         """Return c = components^T (x - mean) of each image, shape (N, K)."""
         return (pixels(split) - self.mean) @ self.components
 
-    def moments(self, split: Split) -> Moments:
-        """Return the moments of a split's coordinates; computed once for the same images."""
+    def moments(self, split: Split | None = None) -> Moments:
+        """Return the moments of a split's coordinates; computed once for the same images.
+
+        None is the training split: its means are 0 and its squares the eigenvalues.
+        """
+        if split is None:
+            return Moments(np.zeros_like(self.variances), self.variances)
         if split.digest not in self._moments:
             c = self.coordinates(split)
             means, squares = c.mean(0), np.square(c).mean(0)

@@ -40,23 +40,23 @@ class LinearOptimum:
     and they are the textbook's (docs/science.md).
 
     Attributes:
-        variances: eigenvalues lambda of the training covariance, falling, pixel^2, shape (D,).
-        moments: of the split that it is measured on.
+        known: principal components of the training split.
         latent_size: L; those beyond D collapse.
         decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
             is infinite.
+        split: images that the metrics are of; None is the training split.
     """
 
-    variances: np.ndarray
-    moments: Moments
+    known: PCA
     latent_size: int
     decoder_variance: float
+    split: Split | None = None
 
     @property
     def active(self) -> np.ndarray:
         """Which components are in use: the first L with lambda_i > s2, bool, shape (D,)."""
-        first = np.arange(len(self.variances)) < self.latent_size
-        return first & (self.variances > self.decoder_variance)
+        first = np.arange(self._pixels) < self.latent_size
+        return first & (self.known.variances > self.decoder_variance)
 
     @property
     def posterior_variances(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class LinearOptimum:
         """
         gain = self._gain
         with np.errstate(divide="ignore"):
-            kl = (gain * self._over_variances(self.moments.squares) - gain - np.log1p(-gain)) / 2
+            kl = (gain * self._over_variances(self._moments.squares) - gain - np.log1p(-gain)) / 2
         return kl[: self.latent_size]
 
     @property
@@ -87,16 +87,16 @@ class LinearOptimum:
         An active component leaves (s2 / lambda_i)^2 E[c_i^2] of bias and (lambda_i - s2) s2 /
         lambda_i of noise, together s2 on the training split; any other leaves E[c_i^2].
         """
-        bias = np.square(1 - self._gain) * self.moments.squares
+        bias = np.square(1 - self._gain) * self._moments.squares
         noise = self._gain * np.where(self.active, self.decoder_variance, 0.0)
-        return float((bias + noise).sum() / len(self.variances))
+        return float((bias + noise).sum() / self._pixels)
 
     @property
     def loss(self) -> float:
         """(E[SSE] + beta * rate) / D with beta = 2 s2, pixel^2; without KL it is the mse."""
         if self.decoder_variance == 0:
             return self.mse
-        return self.mse + 2 * self.decoder_variance * self.rate / len(self.variances)
+        return self.mse + 2 * self.decoder_variance * self.rate / self._pixels
 
     @property
     def active_units(self) -> int:
@@ -105,7 +105,7 @@ class LinearOptimum:
         The variance is g Var[c_i] / lambda_i, hence 1 - s2 / lambda_i on the training split: a
         latent with lambda_i less than about 1 % above s2 is in `active` and not counted here.
         """
-        variances = self.moments.squares - np.square(self.moments.means)
+        variances = self._moments.squares - np.square(self._moments.means)
         means = self._over_variances(self._gain * variances)
         return int((means > objective.ACTIVE_VARIANCE).sum())
 
@@ -116,8 +116,7 @@ class LinearOptimum:
             variance: v, the mse on validation data; None fits v here: the mse of this split.
         """
         fitted = self.mse if variance is None else variance
-        nats = math.log(2 * math.pi * fitted) + self.mse / fitted
-        return len(self.variances) / 2 * nats
+        return self._pixels / 2 * (math.log(2 * math.pi * fitted) + self.mse / fitted)
 
     def neg_elbo(self, variance: float | None = None) -> float:
         """`distortion` + `rate`, nats / image."""
@@ -131,8 +130,16 @@ class LinearOptimum:
         -sum_i (ln(2 pi C_i) + E[c_i^2] / C_i) / 2. The ELBO with decoder variance s2 equals it,
         on every split, since the encoder is the exact posterior. (Tipping & Bishop 1999.)
         """
-        c = np.where(self.active, self.variances, self.decoder_variance)
-        return float(-(np.log(2 * math.pi * c) + self.moments.squares / c).sum() / 2)
+        c = np.where(self.active, self.known.variances, self.decoder_variance)
+        return float(-(np.log(2 * math.pi * c) + self._moments.squares / c).sum() / 2)
+
+    @property
+    def _pixels(self) -> int:
+        return len(self.known.variances)
+
+    @property
+    def _moments(self) -> Moments:
+        return self.known.moments(self.split)
 
     @property
     def _gain(self) -> np.ndarray:
@@ -141,27 +148,8 @@ class LinearOptimum:
 
     def _over_variances(self, values: np.ndarray | float) -> np.ndarray:
         """Return values / lambda_i of active components, else 0."""
-        zeros = np.zeros_like(self.variances)
-        return np.divide(values, self.variances, out=zeros, where=self.active)
-
-
-def linear_optimum(
-    known: PCA, latent_size: int, decoder_variance: float, split: Split | None = None
-) -> LinearOptimum:
-    """Return the exact linear VAE of the training split, measured on a split.
-
-    Args:
-        known: principal components of the training split.
-        latent_size: L.
-        decoder_variance: s2, pixel^2.
-        split: None is the training split, where E[c_i] = 0 and E[c_i^2] = lambda_i: no image is
-            read.
-    """
-    if split is None:
-        moments = Moments(np.zeros_like(known.variances), known.variances)
-    else:
-        moments = known.moments(split)
-    return LinearOptimum(known.variances, moments, latent_size, decoder_variance)
+        zeros = np.zeros_like(self.known.variances)
+        return np.divide(values, self.known.variances, out=zeros, where=self.active)
 
 
 def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
@@ -175,15 +163,12 @@ def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> 
     Returns:
         pixel^2, shape (S,).
     """
-    if not is_small(data):
-        return np.full(len(configs), np.nan)
-    known, variances = pca(data), [objective.decoder_variance(c, data.pixels) for c in configs]
-    return np.array(
-        [
-            linear_optimum(known, c.latent_size, v, split).loss if _comparable(c) else np.nan
-            for c, v in zip(configs, variances, strict=True)
-        ]
-    )
+    losses = np.full(len(configs), np.nan)
+    for i, config in enumerate(configs):
+        if _comparable(config) and is_small(data):
+            variance = objective.decoder_variance(config, data.pixels)
+            losses[i] = LinearOptimum(pca(data), config.latent_size, variance, split).loss
+    return losses
 
 
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
@@ -205,8 +190,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     if config.sigma != "fixed":
         variance = matched_variance(known, config, data.pixels)
     val, test = (
-        linear_optimum(known, config.latent_size, variance, split)
-        for split in (data.val, data.test)
+        LinearOptimum(known, config.latent_size, variance, split) for split in (data.val, data.test)
     )
     values = {
         "loss": test.loss if _comparable(config) else math.nan,
@@ -232,7 +216,7 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
     def excess(log_variance: float) -> float:
         variance = math.exp(log_variance)
-        return variance - beta * linear_optimum(known, config.latent_size, variance).mse
+        return variance - beta * LinearOptimum(known, config.latent_size, variance).mse
 
     low = math.log(SMALLEST_VARIANCE)
     high = math.log(beta * known.variances.mean() + 2 * SMALLEST_VARIANCE)
@@ -267,7 +251,7 @@ def linear_vae(config: RunConfig, data: Dataset) -> VAE:
             f"{data.pixels} latents; given {config}"
         )
     known, size = pca(data), config.latent_size
-    best = linear_optimum(known, size, variance)
+    best = LinearOptimum(known, size, variance)
     posterior = best.posterior_variances
     basis = known.components[:, :size]
     basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse

@@ -7,14 +7,13 @@ with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from harness.config import Precision, RunConfig
 from harness.models.vae import VAE
@@ -74,10 +73,11 @@ class Stack:
         """Return a function of one run as a function of all.
 
         Args:
-            function: (model, *args) -> tensors; evaluated with the model's layers in `eval` mode.
+            function: (model, *arguments) -> tensors, with the model's layers in `eval` mode.
 
         Returns:
-            A function (*args) -> tensors, where all tensors have a leading axis S.
+            The same function of arguments, and with tensors, that have a leading axis S. Tensors
+            may be in tuples and dictionaries; what is no tensor must be None.
         """
 
         def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
@@ -85,7 +85,7 @@ class Stack:
 
         def lifted(*args: Any) -> Any:  # noqa: ANN401
             self.form.eval()
-            return torch.vmap(applied, (0, 0, *_axes(args)))(self.weights, self.constants, *args)
+            return self._mapped(applied, *args)
 
         return lifted
 
@@ -94,7 +94,7 @@ class Stack:
 
         Args:
             function: (model, *args) -> loss of shape (), with the model's layers in `train` mode.
-            args: tensors, or tuples and dictionaries of them, with a leading axis S.
+            args: with a leading axis S, as for `lift`.
 
         Returns:
             Gradients by name, shape (S, ...).
@@ -104,8 +104,11 @@ class Stack:
             return self._applied(function, weights, constants, *args)
 
         self.form.train()
-        slopes = torch.vmap(torch.func.grad(loss), (0, 0, *_axes(args)))
-        return slopes(self.weights, self.constants, *args)
+        return self._mapped(torch.func.grad(loss), *args)
+
+    def _mapped(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        given = (self.weights, self.constants, *args)
+        return torch.vmap(function, map_tensors(lambda tensor: 0, given))(*given)
 
     def _applied(self, function: Any, weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
         named = {f"model.{name}": value for name, value in (weights | constants).items()}
@@ -121,9 +124,22 @@ class Stack:
         return model
 
 
-def _axes(values: Any) -> Any:  # noqa: ANN401 - tensors and None, nested in any way
-    """Return the axis of the runs for every tensor of a structure, and None for what is None."""
-    return tree_map(lambda value: None if value is None else 0, values)
+def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
+    """Apply a function to the tensors in equal structures of tuples and dictionaries.
+
+    Args:
+        function: of one tensor of each structure.
+        values: structures; what is neither tuple, dictionary nor tensor becomes None.
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(*values)
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *(value[key] for value in values)) for key in first}
+    if isinstance(first, tuple):
+        made = [map_tensors(function, *parts) for parts in zip(*values, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else tuple(made)
+    return None
 
 
 def has_hooks(model: nn.Module) -> bool:

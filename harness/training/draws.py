@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from harness.data.dataset import Split
 class Draw(NamedTuple):
     """All that one epoch of a run takes from the data and the random streams.
 
-    That of a stack has an axis S behind the axis of steps, except in `progress`.
+    That of a stack has an axis S behind the axis of steps.
 
     Attributes:
         images: training images, uint8, shape (N, D).
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 
     def to(self, like: Tensor) -> Draw:
         """Return the draw on the device of a tensor, its floating-point numbers in its type."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
             for name, value in self.by_step().items()
         }
@@ -99,6 +99,7 @@ def draw_stack(configs: Sequence[RunConfig], images: Split, epoch: int) -> Draw:
         order=torch.stack([one.order + first_rows[id(one.images)] for one in draws], 1),
         noise=torch.stack([one.noise for one in draws], 1),
         betas=torch.stack(betas, 1),
+        progress=torch.stack([one.progress for one in draws], 1),
         prior=torch.stack(priors, 1) if priors else None,
     )
 

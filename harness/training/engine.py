@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +204,7 @@ def train(
             unusable device, another dtype, a batch larger than the training split, or a loss term
             that is not registered.
     """
-    _check(configs, data, dtype)
+    check_runs(configs, data, dtype)
     target = resolve_device(device, configs[0].precision)
     made = made_with(data, target.type, dtype) if checkpoints else {}
     history = History(configs, made, checkpoints)
@@ -225,12 +226,19 @@ def train(
 
 def _workers(groups: Sequence[Group], device: torch.device) -> int:
     """Return how many processes train; hooks are lost or cannot be sent on the way to another."""
-    if device.type != "cpu" or any(has_hooks(group.step.model) for group in groups):
+    if device.type != "cpu" or any(has_hooks(group.state.model) for group in groups):
         return 1
     return len(groups)
 
 
-def _check(configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype) -> None:
+def check_runs(
+    configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse runs that cannot be trained together, or not on this dataset.
+
+    Raises:
+        UserError: as for `train`, an unusable device aside.
+    """
     if not configs:
         raise UserError("configs is empty: give at least one RunConfig")
     for name in ("epochs", "precision"):
@@ -273,13 +281,13 @@ def _groups(
         groups += untrained(configs, rows, grey, measured_on, dtype)
     for group in groups:
         if states := [state for row in group.rows if (state := history.states[row])]:
-            group.step.restore(states)
+            group.state.restore(states)
     return groups
 
 
 def _in_shared_memory(data: Dataset) -> Dataset:
     """Return a dataset whose images worker processes share instead of copying."""
-    parts = {
+    parts: dict[str, Any] = {
         name: replace(part, images=processes.shared(part.images))
         for name, part in (("train", data.train), ("val", data.val), ("test", data.test))
     }
@@ -296,36 +304,39 @@ def _epoch(
     """Train an epoch of the groups that have not done it yet, and return the record of all."""
     items = [(i, epoch) for i in live if epoch > history.starts[groups[i].rows[0]]]
     start = time.perf_counter()
-    done = [(groups[items[k][0]], m) for k, m in pool.map(_train_epoch, items)]
-    wall = time.perf_counter() - start
-    training = sum(measured.training for _, measured in done)
-    share = training / max(training + sum(measured.measuring for _, measured in done), 1e-9)
-    images = sum(group.step.images for group, _ in done)
-    results = {}
-    for group, measured in done:
-        for row, (train, val) in zip(group.rows, measured.metrics, strict=True):
-            results[row] = Epoch(wall * share, images, train, val)
-            history.add(row, results[row])
-    places = [(row, groups[i].step, s) for i in live for s, row in enumerate(groups[i].rows)]
-    where = {row: (step, s) for row, step, s in sorted(places, key=lambda place: place[0])}
-    each = [results.get(row) or history.epochs[row][epoch - 1] for row in where]
-    configs = [step.configs[s] for step, s in where.values()]
-    warmups = [
-        objective.kl_warmup(step.configs[s], epoch, step.steps) for step, s in where.values()
-    ]
+    done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
+    seconds = time.perf_counter() - start
+    places = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
+    where = {row: places[row] for row in sorted(places)}
+    configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
+    steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
+    new = {
+        row: metrics
+        for group, measured in done
+        for row, metrics in zip(group.rows, measured.metrics, strict=True)
+    }
+    if new:
+        training = sum(measured.training for _, measured in done)
+        seconds *= training / (training + sum(measured.measuring for _, measured in done))
+    images = sum(steps[row] * configs[row].batch_size for row in new)
+    for row, metrics in new.items():
+        history.add(row, Epoch(seconds, images, *metrics))
+    each = [new.get(row) or history.metrics(row, epoch) for row in where]
+    pace = (seconds, images) if new else history.pace(next(iter(where)), epoch)
+    warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
+    train, val = (_joined(part) for part in zip(*each, strict=True))
 
     def model(row: int) -> VAE:
-        step, s = where[row]
-        return step.model_of(s)
+        group, s = where[row]
+        return group.state.model_of(s)
 
-    pace = (wall * share, images) if done else (each[0].seconds, each[0].images)
     return EpochRecord(
         epoch,
         *pace,
-        _joined([one.train for one in each]),
-        _joined([one.val for one in each]),
-        np.array([float(warmup[-1]) for warmup in warmups]),
-        tuple(configs),
+        train,
+        val,
+        np.array([float(warmup) for warmup in warmups]),
+        tuple(configs.values()),
         tuple(where),
         tuple(history.starts[row] for row in where),
         model,
@@ -359,4 +370,4 @@ def _states(
     groups: Sequence[Group], live: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in live:
-        yield from zip(groups[index].rows, groups[index].step.states(), strict=True)
+        yield from zip(groups[index].rows, groups[index].state.copies(), strict=True)

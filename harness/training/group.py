@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from harness import registry
 from harness.config import RunConfig
@@ -19,10 +18,11 @@ from harness.data.dataset import Dataset, Split
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import coefficients, evaluation_noise, measure
-from harness.models.stack import kernels
+from harness.models.stack import kernels, map_tensors
 from harness.models.vae import VAE, build
 from harness.training.draws import Draw, draw, draw_stack
-from harness.training.step import Run, Step, captured, refusal
+from harness.training.state import Run, State
+from harness.training.step import Step, captured, refusal
 
 MARGIN = 0.05
 """Share of a GPU's memory that is left free, for metrics of finished runs and other programs."""
@@ -45,27 +45,34 @@ class Group:
     """Runs that are computed together: a stack, or one run.
 
     Args:
-        step: their training step.
+        state: their weights and moments.
         rows: their positions in the list that `train` was given.
         images: training images that batches are taken from.
         data: the dataset as the runs are measured on it.
-        linear: loss of the exact linear model of each run on the first training images and on
-            validation images, float64, shape (S, 2).
+        linear: loss of the exact linear model of each run on both splits that are measured, (S, 2).
     """
 
     def __init__(
-        self, step: Step, rows: Sequence[int], images: Split, data: Dataset, linear: Tensor
+        self, state: State, rows: Sequence[int], images: Split, data: Dataset, linear: Tensor
     ) -> None:
-        self.step, self.rows, self.images, self.data = step, tuple(rows), images, data
+        self.state, self.rows, self.images, self.data = state, tuple(rows), images, data
         self.linear = linear
-        self._given: list[dict[str, Any]] | None = None
+        self._step: Step | None = None  # made in the process that trains
+        self._given: tuple[dict[str, Any], ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: dict[str, Tensor] = {}
         self._ahead: dict[int, Draw] = {}
 
     @property
+    def step(self) -> Step:
+        """The training step."""
+        if self._step is None:
+            self._step = Step(self.state, len(self.images))
+        return self._step
+
+    @property
     def _on_gpu(self) -> bool:
-        return self.step.device.type == "cuda"
+        return self.state.weights.device.type == "cuda"
 
     def epoch(self, epoch: int) -> Measured:
         """Train one epoch and measure the runs."""
@@ -74,20 +81,20 @@ class Group:
         self._ahead.clear()
         self.step.epoch(drawn)
         if self._on_gpu:
-            if epoch < self.step.configs[0].epochs:  # drawn while the GPU computes
+            if epoch < self.state.configs[0].epochs:  # drawn while the GPU computes
                 self._ahead[epoch + 1] = self._draw(epoch + 1)
-            torch.cuda.synchronize(self.step.device)
+            torch.cuda.synchronize(self.state.weights.device)
         between = time.perf_counter()
         metrics = self.measure()
         return Measured(between - start, time.perf_counter() - between, metrics)
 
     def _draw(self, epoch: int) -> Draw:
-        configs = self.step.configs
-        if self.step.stack is None:
+        configs = self.state.configs
+        if self.state.stack is None:
             drawn = draw(configs[0], self.images, epoch)
         else:
             drawn = draw_stack(configs, self.images, epoch)
-        return drawn.to(self.step.weights)
+        return drawn.to(self.state.weights)
 
     def measure(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Return each run's metrics on the first training images and on validation images.
@@ -95,9 +102,9 @@ class Group:
         A GPU captures their computation once and replays it.
         """
         if self._given is None:
-            self._given = self._conditions()
+            self._given = self._arguments()
         with kernels(), torch.no_grad():
-            if not self._on_gpu or self.step.stack is None:
+            if not self._on_gpu or self.state.stack is None:
                 metrics = self._metrics()
             else:
                 if self._graph is None:
@@ -114,36 +121,32 @@ class Group:
 
     def _metrics(self) -> dict[str, Tensor]:
         assert self._given is not None
-        if self.step.stack is None:
-            return self._of_run(self.step.model, *self._given)
-        return self.step.stack.lift(self._of_run)(*self._given)
+        if self.state.stack is None:
+            return self._of_run(self.state.model, *self._given)
+        return self.state.stack.lift(self._of_run)(*self._given)
 
-    def _conditions(self) -> list[dict[str, Any]]:
+    def _arguments(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
         parts = (("train", first_training_images(self.data)), ("val", self.data.val))
-        model, both = self.step.model, []
-        for config, losses in zip(self.step.configs, self.linear, strict=True):
-            both.append(
-                [
-                    {
-                        "noise": evaluation_noise(config, model, part, len(split)),
-                        "coefficients": coefficients(config, self.data.pixels, model.device),
-                        "linear_loss": loss,
-                        "prior": evaluation_noise(config, model, f"prior/{part}", len(split))
-                        if config.terms
-                        else None,
-                    }
-                    for (part, split), loss in zip(parts, losses, strict=True)
-                ]
-            )
-        if self.step.stack is None:
-            return both[0]
-        return tree_map(lambda *each: None if each[0] is None else torch.stack(each), *both)
+        model, each = self.state.model, []
+        for config, losses in zip(self.state.configs, self.linear, strict=True):
+            known = coefficients(config, self.data.pixels, model.device)
+            both = []
+            for (part, split), loss in zip(parts, losses, strict=True):
+                names = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
+                drawn = {
+                    k: evaluation_noise(config, model, v, len(split)) for k, v in names.items()
+                }
+                both.append({"coefficients": known, "linear_loss": loss, **drawn})
+            each.append(tuple(both))
+        if self.state.stack is None:
+            return each[0]
+        return map_tensors(lambda *values: torch.stack(values), *each)
 
     def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
         """Return the validation metrics of one run, and training metrics prefixed `train/`."""
-        config, data = self.step.configs[0], self.data
-        same = {"terms": self.step.terms, "training_size": self.step.training_size}
+        config, data = self.state.configs[0], self.data
+        same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
         on_val = measure(config, model, data.val, data.classes, **val, **same)
         first, variance = first_training_images(data), on_val["mse"]
         on_train = measure(config, model, first, data.classes, variance=variance, **train, **same)
@@ -155,23 +158,23 @@ class Group:
         Raises:
             torch.OutOfMemoryError: it is not there, or less than `MARGIN` would be left.
         """
-        if not self._on_gpu or self.step.stack is None:
+        if not self._on_gpu or self.state.stack is None:
             return
-        with kernels(self.step.configs[0].precision):
+        with kernels(self.state.configs[0].precision):
             self.step.capture(self._draw(1))
         self.measure()
         self._ahead[1] = self._draw(1)
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.step.device)
+        free, total = torch.cuda.mem_get_info(self.state.weights.device)
         if free < MARGIN * total:
             raise torch.OutOfMemoryError(f"{free} bytes of {total} are left")
 
     def keep(self, kept: Sequence[int]) -> Group:
         """Return the group with some of its runs; what a GPU captured is freed first."""
-        self._graph, self._captured = None, {}
+        self._graph, self._captured, self._step = None, {}, None
         rows = [self.rows[s] for s in kept]
-        step = self.step.keep(kept)
-        return Group(step, rows, self.images, self.data, self.linear[list(kept)])
+        state = self.state.keep(kept)
+        return Group(state, rows, self.images, self.data, self.linear[list(kept)])
 
 
 def first_training_images(data: Dataset) -> Split:
@@ -193,7 +196,7 @@ def untrained(
 ) -> list[Group]:
     """Return untrained runs as one group, or in halves that take turns if a GPU lacks memory.
 
-    All of them stay in memory: halves share only what an epoch takes for a while.
+    Halves stay in memory together; they share what an epoch takes for a while.
 
     Args:
         configs: every run.
@@ -201,9 +204,6 @@ def untrained(
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         dtype: torch.float32 or torch.float64.
-
-    Raises:
-        UserError: there is no room for one run.
     """
     try:
         return _untrained(configs, rows, grey, data, dtype)
@@ -223,7 +223,6 @@ def untrained(
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one during whose handling it was raised, is a full GPU."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -238,21 +237,21 @@ def _untrained(
     data: Dataset,
     dtype: torch.dtype,
 ) -> list[Group]:
-    """Return runs as one stack where device and network allow it, else each alone."""
     device, chosen = data.train.images.device, [configs[row] for row in rows]
     images = grey.train if chosen[0].binarization == "stochastic" else data.train
     runs = [_run(config, data, device, dtype) for config in chosen]
     stacked = computes_stacks(device)
-    if stacked and (reason := refusal(runs[0], images)):
+    own = chosen[0].terms or chosen[0].model not in registry.BUILT_IN
+    if stacked and own and (reason := refusal(runs[0], images)):
         logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
         stacked = False
     splits = (first_training_images(data), data.val)
     linear = np.stack([linear_losses(chosen, data, split) for split in splits], 1)
     groups = []
     for part in [range(len(rows))] if stacked else [[s] for s in range(len(rows))]:
-        step = Step([runs[s] for s in part], len(images), stacked=stacked)
+        state = State([runs[s] for s in part], stacked=stacked)
         losses = torch.from_numpy(linear[list(part)]).to(device)
-        groups.append(Group(step, [rows[s] for s in part], images, data, losses))
+        groups.append(Group(state, [rows[s] for s in part], images, data, losses))
         groups[-1].rehearse()
     return groups
 

@@ -312,9 +312,9 @@ def test_what_did_not_fit_is_gone_before_the_halves_begin(tiny, together, monkey
     failed = []
 
     def room_for_two(self):
-        assert all(step() is None for step in failed)
+        assert all(state() is None for state in failed)
         if len(self.rows) > 2:
-            failed.append(weakref.ref(self.step))
+            failed.append(weakref.ref(self.state))
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED") from torch.OutOfMemoryError
 
     monkeypatch.setattr(Group, "rehearse", room_for_two)

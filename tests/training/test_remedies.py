@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from harness.config import RunConfig, UserError
 from harness.data.dataset import Dataset
 from harness.linear.pca import pca
-from harness.linear.vae import linear_metrics, linear_optimum, matched_variance
+from harness.linear.vae import LinearOptimum, linear_metrics, matched_variance
 from harness.metrics.evaluate import evaluate
 from harness.models.files import load_model, save_model
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
@@ -117,7 +117,7 @@ def test_the_linear_sigma_vae_minimises_its_loss_at_any_beta(data):
     known, config = pca(data), RunConfig(sigma="optimal", latent_size=6, kl_weight=2.0)
 
     def loss(log_variance: float) -> float:
-        best = linear_optimum(known, 6, 2.0 * math.exp(log_variance))
+        best = LinearOptimum(known, 6, 2.0 * math.exp(log_variance))
         return best.distortion(math.exp(log_variance)) + 2.0 * best.rate
 
     found = minimize_scalar(loss, bracket=(-6, -2), tol=1e-12)
