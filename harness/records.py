@@ -17,7 +17,6 @@ from harness.tracking import Store, connect
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 """Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
 
-
 NEEDED: Mapping[str, tuple[type, ...]] = {
     "study": (str, type(None)),
     "device.kind": (str,),

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import harness
 from analysis import frames
 from harness.config import RunConfig
@@ -14,12 +16,12 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     import pandas as pd
 
-    from harness.batches import BatchLosses
     from harness.data.dataset import Dataset, Split
     from harness.linear.pca import PCA
     from harness.linear.vae import LinearOptimum
+    from harness.metrics.evaluate import BatchLosses
     from harness.tracking import Store
-    from harness.vae import SingleVAE
+    from studies.question import Trained
     from studies.runs import Runs
 
 Record = dict[str, Any]
@@ -113,21 +115,28 @@ class Evidence:
         """Return by how much a metric is lower than in other runs, mean of differences by seed."""
         return frames.paired_difference(self.frame(other), self.frame(runs), metric).mean
 
-    def models(self, runs: Runs) -> list[SingleVAE]:
-        """Load the trained models, one per seed."""
-        ids = self.frame(runs)["run_id"]
-        return [harness.load_run(run_id, self.store.uri).model for run_id in ids]
+    def trained(self, runs: Runs) -> list[Trained]:
+        """Load the trained runs, one per seed."""
+        loaded = (harness.load_run(run, self.store.uri) for run in self.frame(runs)["run_id"])
+        return [Trained(run.config, run.model) for run in loaded]
 
     def batches(self, runs: Runs) -> BatchLosses:
-        """Return loss and KL term of every training batch, weights as at the end of training."""
+        """Return loss and KL term of every training batch, weights as at the end of training.
+
+        Both have the shape (seeds, steps).
+        """
         if runs not in self._batches:
-            self._batches[runs] = harness.batches.batch_losses(self.models(runs), self.data)
+            measure = harness.metrics.evaluate.batch_losses
+            each = [measure(*run, self.data) for run in self.trained(runs)]
+            loss, kl_term = map(np.stack, zip(*each, strict=True))
+            self._batches[runs] = harness.metrics.evaluate.BatchLosses(loss, kl_term)
         return self._batches[runs]
 
     def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
         """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
-        stack = harness.vae.VAE(self.models(runs))
-        found = harness.likelihood.likelihood_metrics(stack, self.data, (samples,))
+        binary = self.data.binarized(runs.config.binarization)
+        measure = harness.metrics.likelihood.likelihood_metrics
+        found = [measure(*run, binary, (samples,)) for run in self.trained(runs)]
         return [metrics["neg_log_likelihood"] for metrics in found]
 
     def losses(self, runs: Runs) -> list[float]:
@@ -149,6 +158,7 @@ def _settings(config: RunConfig, digest: str) -> tuple[str, ...]:
 
 
 def _read_settings(params: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the settings of a run; one of another version of the harness lacks some, and is none."""
-    names = RunConfig.__dataclass_fields__
-    return (*(params.get(name, "") for name in names), params.get("dataset_digest", ""))
+    """Read the settings of a run; those that its version of the harness lacked are defaults."""
+    defaults = asdict(RunConfig()).items()
+    settings = (params.get(name, str(value)) for name, value in defaults)
+    return (*settings, params.get("dataset_digest", ""))

@@ -111,7 +111,7 @@ def cores(number: int, workers: int, available: int) -> int:
 
 def _start(number: int, options: Common, page: str) -> subprocess.Popen[str]:
     workers = options.workers
-    threads = cores(number, workers, harness.cores.available())
+    threads = cores(number, workers, harness.processes.available())
     return subprocess.Popen(
         [sys.executable, *start_words(page), *arguments(options)],
         env={**os.environ, NUMBER: f"{number}/{workers}", "OMP_NUM_THREADS": str(threads)},

@@ -1,5 +1,1 @@
 """Metrics of trained models, each a function of one run and a split."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

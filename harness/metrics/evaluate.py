@@ -8,6 +8,7 @@ docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import doing, objective, registry, streams
+from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
-from harness.models.stack import kernels
+from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
 from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
+
+log = logging.getLogger(__name__)
 
 CHUNK = 500
 """Images evaluated at once, at most; fixed, so that the sums of a run are always the same."""
@@ -331,11 +334,15 @@ def on_all_cores(
     `what` describes the work in progress messages; without it there are none.
     """
     found: dict[int, R] = {}
-    with Pool(len(items) if device.type == "cpu" else 1, common) as pool:
+    models = [part for item in items for part in item if isinstance(part, VAE)]
+    # Models with hooks cannot always be sent to another process.
+    here = device.type != "cpu" or any(map(has_hooks, models))
+    with Pool(1 if here else len(items), common) as pool:
         for index, result in pool.map(function, items):
             found[index] = result
             if what:
-                doing.count(what, len(found), len(items))
+                done = len(found), len(items)
+                log.info("%s: %d of %d", what, *done, extra={"progress": True})
     return [found[index] for index in range(len(items))]
 
 

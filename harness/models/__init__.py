@@ -1,5 +1,1 @@
 """Networks, the VAE made of them, and stacks of VAEs."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

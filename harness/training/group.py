@@ -49,8 +49,7 @@ class Group:
         rows: their positions in the list that `train` was given.
         images: training images that batches are taken from.
         data: the dataset as the runs are measured on it.
-        linear: loss of the exact linear model of each run on the first training images and on
-            validation images, float64, shape (S, 2).
+        linear: loss of the exact linear model of each run on both splits that are measured, (S, 2).
     """
 
     def __init__(
@@ -63,11 +62,6 @@ class Group:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: dict[str, Tensor] = {}
         self._ahead: dict[int, Draw] = {}
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.images) // self.state.configs[0].batch_size
 
     @property
     def step(self) -> Step:
@@ -108,7 +102,7 @@ class Group:
         A GPU captures their computation once and replays it.
         """
         if self._given is None:
-            self._given = self._conditions()
+            self._given = self._arguments()
         with kernels(), torch.no_grad():
             if not self._on_gpu or self.state.stack is None:
                 metrics = self._metrics()
@@ -131,7 +125,7 @@ class Group:
             return self._of_run(self.state.model, *self._given)
         return self.state.stack.lift(self._of_run)(*self._given)
 
-    def _conditions(self) -> tuple[dict[str, Any], ...]:
+    def _arguments(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
         parts = (("train", first_training_images(self.data)), ("val", self.data.val))
         model, each = self.state.model, []
@@ -202,7 +196,7 @@ def untrained(
 ) -> list[Group]:
     """Return untrained runs as one group, or in halves that take turns if a GPU lacks memory.
 
-    All of them stay in memory: halves share only what an epoch takes for a while.
+    Halves stay in memory together; they share what an epoch takes for a while.
 
     Args:
         configs: every run.
@@ -210,9 +204,6 @@ def untrained(
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         dtype: torch.float32 or torch.float64.
-
-    Raises:
-        UserError: there is no room for one run.
     """
     try:
         return _untrained(configs, rows, grey, data, dtype)
@@ -232,7 +223,6 @@ def untrained(
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one during whose handling it was raised, is a full GPU."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -247,7 +237,6 @@ def _untrained(
     data: Dataset,
     dtype: torch.dtype,
 ) -> list[Group]:
-    """Return runs as one stack where device and network allow it, else each alone."""
     device, chosen = data.train.images.device, [configs[row] for row in rows]
     images = grey.train if chosen[0].binarization == "stochastic" else data.train
     runs = [_run(config, data, device, dtype) for config in chosen]

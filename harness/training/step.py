@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 
 from harness import streams
 from harness.data.dataset import Split
-from harness.models.stack import has_hooks, kernels
+from harness.models.stack import has_hooks, kernels, uses_a_module_twice
 from harness.models.vae import VAE
 from harness.objective import Coefficients, objective
 from harness.training.draws import Draw
@@ -189,7 +189,9 @@ def refusal(run: Run, images: Split) -> str | None:
     `torch.vmap` refuses.
     """
     if has_hooks(run.model):
-        return "a module or a parameter has a hook"
+        return "a module or a parameter has a hook, a parametrization or a replaced forward"
+    if uses_a_module_twice(run.model):  # functional_call does not give its weights back
+        return "a module is used twice"
     step = Step(State([run], stacked=True), run.config.batch_size)
     batch = run.config.batch_size
     zeros, one = torch.zeros(1, 1, batch, run.config.latent_size), torch.ones(1, 1)

@@ -1,2 +1,0 @@
-from . import pca as pca
-from . import vae as vae

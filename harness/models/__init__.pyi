@@ -1,4 +1,0 @@
-from . import files as files
-from . import networks as networks
-from . import stack as stack
-from . import vae as vae
