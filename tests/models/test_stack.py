@@ -80,7 +80,7 @@ def test_frozen_parameters_and_buffers_are_constants():
     for seed, run in enumerate(runs):
         run.encoder.insert(1, nn.BatchNorm1d(64).double())
         nn.init.constant_(run.encoder[1].running_mean, seed)
-        run.decoder[0].weight.requires_grad_(False)
+        run.decoder[0].weight.requires_grad = False
     stack, x = Stack(runs), torch.rand(3, 7, *SHAPE).double()
     frozen = {"decoder.0.weight", "encoder.1.running_mean"}
     assert frozen <= stack.constants.keys()

@@ -180,6 +180,7 @@ class Encoder(nn.Module):
     """Half the pixels are the mean, and every log-variance is -1."""
 
     def forward(self, x):
+        """Return means and log-variances."""
         return torch.cat([x.flatten(1)[:, :2], -torch.ones(len(x), 2)], 1)
 
 

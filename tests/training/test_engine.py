@@ -262,6 +262,16 @@ def test_the_runs_that_are_left_go_on_as_if_none_was_dropped(tiny, runs, rate, m
         torch.testing.assert_close(ours, its, rtol=limit, atol=limit)
 
 
+def test_records_keep_the_order_of_the_list_whatever_stacks_it_makes(tiny, together):
+    mixed = [SMALL.replace(latent_size=n, seed=s, epochs=3) for s, n in enumerate((2, 3, 2, 3, 4))]
+    for record in train(mixed, tiny, "cpu"):
+        assert record.configs == tuple(mixed[row] for row in record.rows)
+        for s, config in enumerate(record.configs):
+            assert record.model(s).latent_size == config.latent_size
+        record.drop([1, 2] if record.epoch == 1 else [])
+    assert record.rows == (0, 3, 4)
+
+
 def test_dropping_every_run_ends_the_training(tiny, runs):
     records = []
     for record in train(longer(runs), tiny, device="cpu"):
@@ -302,9 +312,9 @@ def test_what_did_not_fit_is_gone_before_the_halves_begin(tiny, together, monkey
     failed = []
 
     def room_for_two(self):
-        assert all(step() is None for step in failed)
+        assert all(state() is None for state in failed)
         if len(self.rows) > 2:
-            failed.append(weakref.ref(self.step))
+            failed.append(weakref.ref(self.state))
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED") from torch.OutOfMemoryError
 
     monkeypatch.setattr(Group, "rehearse", room_for_two)

@@ -1,6 +1,5 @@
 """The gradient that is written out is autograd's, and autograd's is the textbook's."""
 
-import copy
 from dataclasses import replace
 from itertools import product
 
@@ -15,7 +14,8 @@ from harness.data.dataset import Dataset
 from harness.metrics.evaluate import coefficients
 from harness.models.vae import VAE, build
 from harness.training.mlp_gradient import covers
-from harness.training.step import Run, Step
+from harness.training.state import Run, State
+from harness.training.step import Step
 
 SHAPE = (1, 4, 5)
 
@@ -118,42 +118,35 @@ def prepared(config: RunConfig) -> Step:
     model = build(config, SHAPE).double()
     if config.sigma == "learned":
         nn.init.constant_(model.log_decoder_variance, -2.5)
-    step = Step([Run(config, model, {})], config.batch_size, stacked=False)
-    step._prepare()
-    return step
+    if config.free_bits:
+        nn.init.constant_(model.encoder[-1].bias[:2], 2.0)
+    return Step(State([Run(config, model, {})], stacked=False), config.batch_size)
 
 
 @pytest.mark.parametrize("config", LISTED, ids=name_of)
 def test_the_written_gradient_is_autograds(config):
     step = prepared(config)
-    theirs = copy.deepcopy(step.model)
-    before = step.weights.clone()
-    assert covers(config, step.model, {})
+    theirs = step.state.model_of(0)
+    before = step.state.weights.clone()
+    assert covers(config, step.state.model, {})
     assert step._written is not None
     for factor in (0.0, 0.7):  # the second call overwrites what the first one wrote
         x, eps = drawn(config, SHAPE)
-        beta = factor * torch.tensor(objective.beta(config, step.model.pixels)).double()
+        beta = factor * torch.tensor(objective.beta(config, theirs.pixels)).double()
         step._written(x.flatten(1), eps, beta)
         theirs.zero_grad()
         loss_of(config, theirs, x, eps, beta).backward()
         for name, parameter in theirs.named_parameters():
             expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            written = step.places[name].view(step._gradients)
-            torch.testing.assert_close(written, expected, rtol=1e-12, atol=1e-15, msg=name)
-        assert torch.equal(step.weights, before)
+            torch.testing.assert_close(step._slopes[name], expected, rtol=1e-12, atol=1e-15, msg=name)
+        assert torch.equal(step.state.weights, before)
 
 
-def test_free_bits_charge_some_latents_and_spare_others_here():
-    # Else the comparison above would prove nothing for them.
+def test_free_bits_charge_some_latents_and_spare_others_in_this_comparison():
     config = SMALL.replace(latent_size=4, free_bits=0.5)
-    step = prepared(config)
-    x, eps = drawn(config, SHAPE)
-    means = objective.per_image(config, step.model.batch(x, eps)).mean()
-    assert (means.kl < 0.5).any()
-    nn.init.constant_(step.model.encoder[-1].bias, 1.0)
-    nn.init.zeros_(step.model.encoder[-1].bias[:2])
-    means = objective.per_image(config, step.model.batch(x, eps)).mean()
-    assert {bool(charged) for charged in means.kl > 0.5} == {True, False}
+    batch = prepared(config).state.model.batch(*drawn(config, SHAPE))
+    kl = objective.per_image(config, batch).mean().kl
+    assert {bool(charged) for charged in kl > 0.5} == {True, False}
 
 
 def test_convolutions_are_left_to_autograd():
@@ -170,16 +163,13 @@ def test_convolutions_are_left_to_autograd():
 def test_weights_lie_in_one_buffer_and_those_of_linear_layers_as_in_by_out(model, stacked):
     config = SMALL.replace(model=model)
     runs = [Run(config, build(config, SHAPE), {}) for _ in range(2 if stacked else 1)]
-    step = Step(runs, 96, stacked=stacked)
-    step.weights.fill_(7.0)
+    state = State(runs, stacked=stacked)
+    state.weights.fill_(7.0)
     if stacked:
-        step.weights[1] = 5.0
-        assert {float(w[0].unique()) for w in step.stack.weights.values()} == {7.0}
-        assert {float(w[1].unique()) for w in step.stack.weights.values()} == {5.0}
+        state.weights[1] = 5.0
     for row in range(len(runs)):
-        assert (flat(step.model_of(row)) == (5.0 if row else 7.0)).all()
-    for name, place in step.places.items():
-        view = place.view(step.weights)
-        assert view.data_ptr() % 64 == step.weights.data_ptr() % 64
+        assert (flat(state.model_of(row)) == (5.0 if row else 7.0)).all()
+    for name, view in state.trained().items():
+        assert view.data_ptr() % 64 == state.weights.data_ptr() % 64
         if view.dim() == 2 + stacked:
             assert all(row.t().is_contiguous() for row in (view if stacked else [view])), name

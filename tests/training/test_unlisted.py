@@ -41,6 +41,7 @@ class Doubled(nn.Linear):
     """A linear layer whose output is doubled."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return twice the layer's output."""
         return 2 * super().forward(x)
 
 
@@ -80,7 +81,7 @@ def backward_hook(encoder: nn.Sequential, decoder: nn.Sequential) -> None:
 
 
 def frozen(encoder: nn.Sequential, decoder: nn.Sequential) -> None:
-    encoder[1].weight.requires_grad_(False)
+    encoder[1].weight.requires_grad = False
 
 
 def shared(encoder: nn.Sequential, decoder: nn.Sequential) -> None:
