@@ -47,7 +47,7 @@ class EpochRecord:
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         configs: settings of the runs.
-        rows: positions of the runs in the list that `train` was given, shape (S,).
+        rows: positions of the runs in the list that `train` was given, ascending, shape (S,).
         resumed: epoch after which each run was resumed from a checkpoint, 0 for one that began
             here, shape (S,). Up to it a record repeats stored metrics, and the run's model is that
             of this epoch.
@@ -216,9 +216,9 @@ def train(
             try:
                 yield record
             except GeneratorExit:
-                history.stop(_states(groups, _drop(groups, live, record.dropped)), epoch)
+                history.stop(_states(groups, _drop(groups, live, record)), epoch)
                 raise
-            live = _drop(groups, live, record.dropped)
+            live = _drop(groups, live, record)
             history.save(_states(groups, live), epoch)
             if not live:
                 return
@@ -306,7 +306,8 @@ def _epoch(
     start = time.perf_counter()
     done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
     seconds = time.perf_counter() - start
-    where = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
+    places = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
+    where = {row: places[row] for row in sorted(places)}
     configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
     steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
     new = {
@@ -353,16 +354,14 @@ def _joined(each: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     return {name: np.array([metrics.get(name, np.nan) for metrics in each]) for name in names}
 
 
-def _drop(groups: list[Group], live: Sequence[int], dropped: set[int]) -> list[int]:
+def _drop(groups: list[Group], live: Sequence[int], record: EpochRecord) -> list[int]:
     """Take the dropped rows of a record out of their groups; return the groups that go on."""
-    going, first = [], 0
+    dropped, going = {record.rows[s] for s in record.dropped}, []
     for index in live:
-        count = len(groups[index].rows)
-        kept = [s for s in range(count) if first + s not in dropped]
-        first += count
+        kept = [s for s, row in enumerate(groups[index].rows) if row not in dropped]
         if kept:
             going.append(index)
-            if len(kept) < count:  # only a stack, which is computed in this process
+            if len(kept) < len(groups[index].rows):  # only a stack, computed in this process
                 groups[index] = groups[index].keep(kept)
     return going
 
