@@ -139,16 +139,17 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from harness.linear.pca import begin_pca
+    from harness.training import engine
     from studies.console import Console
     from studies.study import run
 
     console = Console()
     console.question(study.question)
     log.info("loading PyTorch and %s", plan.dataset)
-    harness.training.engine.resolve_device(options.device, options.precision or "float32")
+    engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
-        harness.training.engine.check_runs([config], data)
+        engine.check_runs([config], data)
     console.plan(plan, data.pixels)
     if options.dry_run:
         seeds = plan.seeds

@@ -126,17 +126,19 @@ class Evidence:
         Both have the shape (seeds, steps).
         """
         if runs not in self._batches:
-            measure = harness.metrics.evaluate.batch_losses
-            each = [measure(*run, self.data) for run in self.trained(runs)]
+            from harness.metrics.evaluate import BatchLosses, batch_losses  # loads torch
+
+            each = [batch_losses(*run, self.data) for run in self.trained(runs)]
             loss, kl_term = map(np.stack, zip(*each, strict=True))
-            self._batches[runs] = harness.metrics.evaluate.BatchLosses(loss, kl_term)
+            self._batches[runs] = BatchLosses(loss, kl_term)
         return self._batches[runs]
 
     def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
         """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
+        from harness.metrics.likelihood import likelihood_metrics  # loads torch
+
         binary = self.data.binarized(runs.config.binarization)
-        measure = harness.metrics.likelihood.likelihood_metrics
-        found = [measure(*run, binary, (samples,)) for run in self.trained(runs)]
+        found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
         return [metrics["neg_log_likelihood"] for metrics in found]
 
     def losses(self, runs: Runs) -> list[float]:

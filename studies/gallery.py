@@ -13,6 +13,7 @@ from PIL import Image
 import harness
 from analysis import planes
 from harness.data.dataset import Dataset
+from harness.metrics import pictures, probes
 from harness.models.vae import VAE
 from harness.tracking import Store
 from studies.plan import Plan
@@ -52,7 +53,7 @@ def draw_models(
         For each picture its file, its caption and the labels of its rows, for the report.
     """
     labels = list(models)
-    stack, draw = list(models.values()), harness.metrics.pictures
+    stack, draw = list(models.values()), pictures
     drawn = [
         (
             "reconstructions",
@@ -110,7 +111,7 @@ def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> dict[str
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     places = []
     for label, model in models.items():
-        x, y = harness.metrics.probes.latent_plane(model, part).T
+        x, y = probes.latent_plane(model, part).T
         places.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     planes.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
     coloured = ", coloured by class" if data.classes > 1 else ""

@@ -156,10 +156,10 @@ def load(record: Record, data_dir: Path) -> Dataset:
 
 def device_for(recorded: str, asked: str) -> str:
     """Return the kind of device to train on: as asked, else as recorded if there is one here."""
-    import harness
+    from harness.training.engine import resolve_device
 
     wanted = asked if asked != "auto" else recorded if recorded == "cpu" else "auto"
-    return harness.training.engine.resolve_device(wanted).type
+    return resolve_device(wanted).type
 
 
 def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:

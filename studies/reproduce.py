@@ -171,13 +171,14 @@ def execute(options: ReproduceOptions) -> list[Row]:
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
+    from harness.training.engine import resolve_device
     from studies.console import Console
     from studies.reproducing import run
 
     console = Console()
     console.question(page.question)
     log.info("loading PyTorch and mnist")
-    device = harness.training.engine.resolve_device(options.device).type
+    device = resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
     wanted = page.trained_on(device)
     console.out.print(

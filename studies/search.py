@@ -113,15 +113,16 @@ def execute(options: SearchOptions) -> Outcome | None:
         start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
+    from harness.training import engine
     from studies.console import Console
     from studies.searching import run
 
     console = Console()
     console.question(SEARCH.question)
     log.info("loading PyTorch and %s", plan.dataset)
-    harness.training.engine.resolve_device(options.device, options.precision or "float32")
+    engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
-    harness.training.engine.check_runs([plan.base], data)
+    engine.check_runs([plan.base], data)
     console.out.print(plan.sentence(data.pixels))
     if options.dry_run:
         runs = [plan.base] * (plan.trials * plan.seeds + 2 * CONFIRMING)

@@ -111,6 +111,7 @@ def run(
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
+    from harness.training.engine import resolve_device
     from studies.place import Place
     from studies.stack import forget_all, keep
 
@@ -124,7 +125,7 @@ def run(
     books = Books(hunt.desk, store, plan.experiment, trial_label)
     hunt.desk.section(hunt.desk.bury)
     books.settle()
-    device = harness.training.engine.resolve_device(options.device).type
+    device = resolve_device(options.device).type
     left = hunt.left()
     if left < plan.trials:
         console.out.print(f"{plan.trials - left} trials are finished; {left} are left.")
@@ -154,10 +155,11 @@ def run(
 
 def work(hunt: Hunt, books: Books, place: Place) -> None:
     """Ask for trials, train and tell them until none is left."""
+    from harness.training.engine import STACK_WIDTH
     from studies.stack import train_stack
 
     plan = hunt.plan
-    for trials in hunt.asked(plan.at_once(harness.training.engine.STACK_WIDTH[place.device])):
+    for trials in hunt.asked(plan.at_once(STACK_WIDTH[place.device])):
         books.settle()
         judge = Judge(hunt, trials)
         with hunt.desk.working():

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import harness
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
+from harness.metrics import pictures
+from harness.metrics.evaluate import as_measured
+from harness.models.vae import build
 from harness.tracking import RunLog, Store
-from harness.training.engine import EpochRecord
+from harness.training.engine import EpochRecord, together
 from studies import companions, stopping
 from studies.measures import (
     Metrics,
@@ -83,7 +86,7 @@ def train_tracked(
     ]
     results: dict[int, Metrics | None] = {}
     configs = [config for config, *_ in planned]
-    for rows in harness.training.engine.together(configs, len(planned)):
+    for rows in together(configs, len(planned)):
         finals = train_stack([planned[row] for row in rows], place)
         results |= dict(zip(rows, finals, strict=True))
     seeds = plan.seeds
@@ -215,23 +218,23 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
 def _untrained(configs: Sequence[RunConfig], data: Dataset) -> list[Trained]:
     """Return models at step 0, where MLflow's slider stands when a run is opened."""
     shape, largest = data.image_shape, data.train.largest
-    return [Trained(c, harness.models.vae.build(c, shape, largest)) for c in configs]
+    return [Trained(c, build(c, shape, largest)) for c in configs]
 
 
 def _log_reconstructions(
     logs: Sequence[RunLog], runs: Sequence[Trained], data: Dataset, epoch: int
 ) -> None:
-    measured = harness.metrics.evaluate.as_measured(runs, data) if runs else {}
+    measured = as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.binarization].val
-        picture = harness.metrics.pictures.reconstructions(model, val, PICTURES)
+        picture = pictures.reconstructions(model, val, PICTURES)
         log.picture("reconstructions", picture, epoch)
 
 
 def _log_final(log: RunLog, run: Trained, final: Metrics) -> None:
     """Log final metrics, samples and model; close the run."""
     config, model = run
-    samples = harness.metrics.pictures.prior_samples(model, config.seed)
+    samples = pictures.prior_samples(model, config.seed)
     log.metrics(final, config.epochs)
     log.picture("prior_samples", samples, config.epochs)
     log.model(config, model)

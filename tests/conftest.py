@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 # One thread in this process and in all that it starts: on tensors this small, threads only wait for
@@ -15,7 +16,8 @@ import torch
 from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
 
-pytest_plugins = ["real_stores", "real_postgres"]
+# A GPU machine may have the core's libraries alone (`benchmarks.gpu`).
+pytest_plugins = ["real_stores", "real_postgres"] if find_spec("mlflow") else []
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from analysis import report
 from harness import RunConfig
-from harness.storage import load_model, save_model
-from harness.vae import initial
+from harness.models.files import load_model, save_model
+from harness.models.vae import build
 from studies import (
     all as all_studies,
 )
@@ -427,7 +427,8 @@ WEIGHTS = "weights.safetensors"
 def test_a_broken_model(damage, says, refused, data, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    save_model(initial(RunConfig(hidden=(7,), latent_size=3), data.image_shape), folder)
+    config = RunConfig(hidden=(7,), latent_size=3)
+    save_model(config, build(config, data.image_shape), folder)
     damage(folder)
     assert says in refused(lambda: load_model(folder))
 

@@ -87,11 +87,12 @@ def test_a_program_that_sets_up_no_logging_sees_warnings_alone():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_all_cores_compute_is_counted(workers):
-    shown, show = listener()
+    (shown, show), cpu = listener(), torch.device("cpu")
     torch.set_num_threads(workers)
+    items = [("a", "b", "c"), ("a", "b"), ("a",)]
     with live.heard(show):
-        counted = on_all_cores(abs, (), range(-3, 0), torch.device("cpu"), "measuring")
-        quiet = on_all_cores(abs, (), range(-3, 0), torch.device("cpu"))
+        counted = on_all_cores(len, (), items, cpu, "measuring")
+        quiet = on_all_cores(len, (), items, cpu)
     assert counted == quiet == [3, 2, 1]
     assert shown == [(f"measuring: {i} of 3", True) for i in (1, 2, 3)]
 

@@ -12,11 +12,10 @@ import torch
 from real_stores import copy_home
 
 from harness import RunConfig, UserError, records, tracking
-from harness.engine import train
 from harness.places import default_tracking
 from harness.records import Logged
-from harness.sweep import best_epoch, flat_record, train_and_evaluate
 from harness.tracking import RunLog
+from harness.training.engine import best_epoch, flat_record, train, train_and_evaluate
 from studies import agreement, companions, replay
 from studies.companions import Companions
 from studies.console import Console

@@ -36,8 +36,8 @@ SMALLEST_VARIANCE = 1e-12
 class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
-    Metrics have the names and units of every run's. Over the training split E[c_i^2] = lambda_i,
-    and they are the textbook's (docs/science.md).
+    Metrics have the names and units of every run's; over the training split, where E[c_i^2] =
+    lambda_i, they are the textbook's (docs/science.md).
 
     Attributes:
         known: principal components of the training split.
@@ -110,11 +110,7 @@ class LinearOptimum:
         return int((means > objective.ACTIVE_VARIANCE).sum())
 
     def distortion(self, variance: float | None = None) -> float:
-        """D/2 (ln(2 pi v) + mse / v), nats / image, v the fitted decoder variance.
-
-        Args:
-            variance: v, the mse on validation data; None fits v here: the mse of this split.
-        """
+        """D/2 (ln(2 pi v) + mse / v), nats / image; without a variance v is the mse, its best."""
         fitted = self.mse if variance is None else variance
         return self._pixels / 2 * (math.log(2 * math.pi * fitted) + self.mse / fitted)
 
@@ -143,11 +139,10 @@ class LinearOptimum:
 
     @property
     def _gain(self) -> np.ndarray:
-        """g_i = 1 - s2 / lambda_i, the part of a coordinate that is decoded; 0 if not."""
+        """g_i = 1 - s2 / lambda_i, the part of a coordinate that is decoded; 0 if collapsed."""
         return self.active - self._over_variances(self.decoder_variance)
 
     def _over_variances(self, values: np.ndarray | float) -> np.ndarray:
-        """Return values / lambda_i of active components, else 0."""
         zeros = np.zeros_like(self.known.variances)
         return np.divide(values, self.known.variances, out=zeros, where=self.active)
 
@@ -155,10 +150,10 @@ class LinearOptimum:
 def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    The model is that of the training split. Without KL its loss is the PCA floor. NaN where the
-    run's loss has another optimum: a deterministic latent, free bits, loss terms, a Bernoulli decoder; where
-    the loss is a log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative
-    gap means nothing; and for images too large for a linear model.
+    The model is that of the training split. NaN where the run's loss has another optimum: a
+    deterministic latent, free bits, loss terms, a Bernoulli decoder; where the loss is a
+    log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative gap means
+    nothing; and for images too large for a linear model.
 
     Returns:
         pixel^2, shape (S,).
@@ -175,16 +170,15 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
     As for a run, the decoder variance of `neg_elbo` is fitted on validation data. With `sigma`
-    not fixed the linear model's own variance is `matched_variance`. What is infinite without KL is
-    left out; a deterministic latent and a Bernoulli decoder have no linear model, nor have images
-    that are too large for it.
+    not fixed the linear model's is `matched_variance`. Infinite values are left out. A
+    deterministic latent, a Bernoulli decoder and large images have no linear model.
 
     Returns:
         `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
         the decoder variance lambda_1 from which on no latent is active.
     """
-    none = config.latent == "deterministic" or config.likelihood != "gaussian"
-    if none or not is_small(data):
+    gaussian = config.latent == "stochastic" and config.likelihood == "gaussian"
+    if not gaussian or not is_small(data):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
@@ -229,7 +223,7 @@ def _comparable(config: RunConfig) -> bool:
     """Return whether the loss of the run is that of the closed form."""
     gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
     plain = config.free_bits == 0 and not config.terms
-    return gaussian and config.latent == "stochastic" and plain
+    return gaussian and plain and config.latent == "stochastic"
 
 
 def linear_vae(config: RunConfig, data: Dataset) -> VAE:

@@ -165,7 +165,9 @@ def measure(
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
     if config.likelihood == "gaussian":
-        metrics["calibration_ratio"] = _elbo_variance(config, coefficients, scale, fitted) / mse
+        # Of the variance of the decoder for which the loss is an ELBO.
+        unit = 1 / 2 if config.sigma == "fixed" else fitted if scale is None else scale
+        metrics["calibration_ratio"] = coefficients.beta * unit / mse
     metrics["active_units"] = active_units(seen.posterior_means)
     if scale is not None:
         metrics["learned_variance"] = scale
@@ -178,18 +180,6 @@ def measure(
         each = mse_per_class(seen.error / pixels, split.labels, classes)
         metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
     return metrics
-
-
-def _elbo_variance(
-    config: RunConfig, coefficients: Coefficients, scale: Tensor | None, fitted: Tensor
-) -> Tensor:
-    """Return the variance of the Gaussian decoder for which the loss is an ELBO.
-
-    beta / 2 where the KL weight sets it, else beta times the learned or fitted variance.
-    """
-    if config.sigma == "fixed":
-        return coefficients.beta / 2
-    return coefficients.beta * (fitted if scale is None else scale)
 
 
 class _Pass(NamedTuple):
@@ -341,12 +331,7 @@ def on_all_cores(
 ) -> list[R]:
     """Return `function(*common, item)` of each item; on a CPU each core computes one at a time.
 
-    Args:
-        function: defined in a module.
-        common: first arguments, the same for all items.
-        items: last arguments.
-        device: where the function computes.
-        what: description for progress messages; "" sends none.
+    `what` describes the work in progress messages; without it there are none.
     """
     found: dict[int, R] = {}
     models = [part for item in items for part in item if isinstance(part, VAE)]

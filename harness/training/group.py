@@ -70,17 +70,13 @@ class Group:
             self._step = Step(self.state, len(self.images))
         return self._step
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self.state.weights.device.type == "cuda"
-
     def epoch(self, epoch: int) -> Measured:
         """Train one epoch and measure the runs."""
         start = time.perf_counter()
         drawn = self._ahead.pop(epoch, None) or self._draw(epoch)
         self._ahead.clear()
         self.step.epoch(drawn)
-        if self._on_gpu:
+        if self.state.on_gpu:
             if epoch < self.state.configs[0].epochs:  # drawn while the GPU computes
                 self._ahead[epoch + 1] = self._draw(epoch + 1)
             torch.cuda.synchronize(self.state.weights.device)
@@ -104,7 +100,7 @@ class Group:
         if self._given is None:
             self._given = self._arguments()
         with kernels(), torch.no_grad():
-            if not self._on_gpu or self.state.stack is None:
+            if not self.state.on_gpu or self.state.stack is None:
                 metrics = self._metrics()
             else:
                 if self._graph is None:
@@ -158,7 +154,7 @@ class Group:
         Raises:
             torch.OutOfMemoryError: it is not there, or less than `MARGIN` would be left.
         """
-        if not self._on_gpu or self.state.stack is None:
+        if not self.state.on_gpu or self.state.stack is None:
             return
         with kernels(self.state.configs[0].precision):
             self.step.capture(self._draw(1))

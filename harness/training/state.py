@@ -73,6 +73,11 @@ class State:
                     setattr(module, name, processes.shared(buffer))
         self._attach()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the runs are on a GPU, where the step of a stack is captured and replayed."""
+        return self.weights.device.type == "cuda"
+
     def trained(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, with a leading axis S for a stack."""
         if self.stack is not None:

@@ -60,7 +60,7 @@ class Step:
         self._written: MLPGradient | None = None
         if state.stack is not None:
             return
-        if state.weights.device.type == "cpu" and covers(config, state.model, state.terms):
+        if not state.on_gpu and covers(config, state.model, state.terms):
             self._written = MLPGradient(config, state.model, self._slopes)
         else:
             for name, parameter in state.trained().items():
@@ -86,7 +86,7 @@ class Step:
         with kernels(self.state.configs[0].precision):
             if self.state.stack is None:
                 self._train_one(draw)
-            elif self.state.weights.device.type == "cuda":
+            elif self.state.on_gpu:
                 self.capture(draw)
                 assert self._graph is not None
                 for _ in range(self.steps):
@@ -141,12 +141,11 @@ class Step:
     @torch.no_grad()
     def _update(self) -> None:
         """Update the weights by Adam (Kingma & Ba 2014), with PyTorch's constants."""
-        on_gpu = self.state.weights.device.type == "cuda"
         for rate, (weights, gradients, first, second, counts) in self._groups:
             adam(
                 *(weights, gradients, first, second, [], counts),
                 fused=True,
-                capturable=on_gpu,
+                capturable=self.state.on_gpu,
                 amsgrad=False,
                 beta1=0.9,
                 beta2=0.999,

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from harness.data.dataset import Dataset, Split
 from harness.metrics import frechet
 from harness.metrics.frechet import Classifier, classifier
-from harness.places import put
+from harness.models.files import put
 
 
 def pixels(split, channels=3):
