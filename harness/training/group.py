@@ -17,7 +17,7 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
-from harness.metrics.evaluate import coefficients, evaluation_noise, measure
+from harness.metrics.evaluate import conditions, measure
 from harness.models.stack import kernels, map_tensors
 from harness.models.vae import VAE, build
 from harness.training.draws import Draw, draw, draw_stack
@@ -123,18 +123,14 @@ class Group:
 
     def _arguments(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
-        parts = (("train", first_training_images(self.data)), ("val", self.data.val))
-        model, each = self.state.model, []
-        for config, losses in zip(self.state.configs, self.linear, strict=True):
-            known = coefficients(config, self.data.pixels, model.device)
-            both = []
-            for (part, split), loss in zip(parts, losses, strict=True):
-                names = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
-                drawn = {
-                    k: evaluation_noise(config, model, v, len(split)) for k, v in names.items()
-                }
-                both.append({"coefficients": known, "linear_loss": loss, **drawn})
-            each.append(tuple(both))
+        sizes = {"train": len(first_training_images(self.data)), "val": len(self.data.val)}
+        each = [
+            tuple(
+                conditions(config, self.state.model, part, images, loss)
+                for (part, images), loss in zip(sizes.items(), losses, strict=True)
+            )
+            for config, losses in zip(self.state.configs, self.linear, strict=True)
+        ]
         if self.state.stack is None:
             return each[0]
         return map_tensors(lambda *values: torch.stack(values), *each)
