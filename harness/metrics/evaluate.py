@@ -321,7 +321,8 @@ def _finals(
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
     """Return the dataset on the device of the runs, for each `binarization` among them."""
     moved = data.to(runs[0][1].device)
-    return {kind: moved.binarized(kind) for kind in {config.binarization for config, _ in runs}}
+    kinds = {config.binarization for config, _ in runs}
+    return {kind: moved.binarized(kind).shared() for kind in kinds}
 
 
 def frozen(model: VAE) -> VAE:
