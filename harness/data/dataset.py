@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harness import processes
 from harness.config import Binarization, UserError, checked_name
 from harness.data.mnist import DATASETS
 from harness.data.validate import PARTS, SPLIT_SEED, as_images, as_labels, digest, split_rows
@@ -186,9 +188,17 @@ class Dataset:
         parts = {part: getattr(self, part).binarized(kind, streams[part]) for part in PARTS}
         return replace(self, **parts)
 
+    def shared(self) -> Dataset:
+        """Return the dataset with images on a CPU in memory that worker processes share."""
+        return self._each(lambda split: replace(split, images=processes.shared(split.images)))
+
     def to(self, device: torch.device) -> Dataset:
         """Return the dataset with its tensors on the device."""
-        return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
+        return self._each(lambda split: split.to(device))
+
+    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+        changed: dict[str, Any] = {part: change(getattr(self, part)) for part in PARTS}
+        return replace(self, **changed)
 
 
 def with_official_training(data: Dataset) -> Dataset:

@@ -257,6 +257,16 @@ def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> T
     return drawn.to(model.device, model.dtype)
 
 
+def conditions(
+    config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor
+) -> dict[str, Any]:
+    """Return the arguments of `measure` on a split that differ between runs of a stack."""
+    purposes = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
+    drawn = {k: evaluation_noise(config, model, v, images) for k, v in purposes.items()}
+    known = coefficients(config, model.pixels, model.device)
+    return {"coefficients": known, "linear_loss": linear_loss, **drawn}
+
+
 @kernels()
 def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
     """Return the final metrics of each run, with the noise that its seed fixes.
@@ -286,23 +296,22 @@ def _finals(
 ) -> dict[str, float]:
     config, given, terms, linear = item
     model, data = frozen(given), parts[config.binarization]
-    known = coefficients(config, data.pixels, model.device)
     found: dict[str, Metrics] = {}
     variance = None
-    for part, losses in zip(("val", "test"), linear, strict=True):
+    for part, loss in zip(("val", "test"), linear, strict=True):
         split = getattr(data, part)
+        exact = torch.tensor(loss, dtype=torch.float64, device=model.device)
+        known = conditions(config, model, part, len(split), exact)
+        size = len(data.train)
         found[part] = measure(
             config,
             model,
             split,
             data.classes,
-            evaluation_noise(config, model, part, len(split)),
-            known,
-            torch.tensor(losses, dtype=torch.float64, device=model.device),
-            variance,
-            terms,
-            evaluation_noise(config, model, f"prior/{part}", len(split)) if terms else None,
-            len(data.train),
+            **known,
+            variance=variance,
+            terms=terms,
+            training_size=size,
         )
         variance = found["val"]["mse"]
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
@@ -312,7 +321,8 @@ def _finals(
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
     """Return the dataset on the device of the runs, for each `binarization` among them."""
     moved = data.to(runs[0][1].device)
-    return {kind: moved.binarized(kind) for kind in {config.binarization for config, _ in runs}}
+    kinds = {config.binarization for config, _ in runs}
+    return {kind: moved.binarized(kind).shared() for kind in kinds}
 
 
 def frozen(model: VAE) -> VAE:

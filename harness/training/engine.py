@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,11 +19,18 @@ from harness import objective, processes, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
+from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import evaluate, finite
 from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE
 from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
-from harness.training.group import Group, Measured, computes_stacks, untrained
+from harness.training.group import (
+    Group,
+    Measured,
+    computes_stacks,
+    first_training_images,
+    untrained,
+)
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -269,8 +275,11 @@ def _groups(
     history: History,
 ) -> list[Group]:
     """Return all runs, untrained or as resumed, in the groups that they are computed in."""
-    grey = _in_shared_memory(data) if device.type == "cpu" else data.to(device)
-    by_kind = {kind: grey.binarized(kind) for kind in {c.binarization for c in configs}}
+    grey = data.to(device).shared()
+    others = {c.binarization for c in configs} - {"none"}
+    by_kind = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in others}
+    splits = (first_training_images(data), data.val)  # of grey images, as all comparable losses are
+    linear = torch.from_numpy(np.stack([linear_losses(configs, data, s) for s in splits], 1))
     together: dict[object, list[int]] = {}
     for row, config in enumerate(configs):
         key = (stack_key(config), history.starts[row]) if computes_stacks(device) else row
@@ -278,20 +287,11 @@ def _groups(
     groups = []
     for rows in together.values():
         measured_on = by_kind[configs[rows[0]].binarization]
-        groups += untrained(configs, rows, grey, measured_on, dtype)
+        groups += untrained(configs, rows, grey, measured_on, linear.to(device), dtype)
     for group in groups:
         if states := [state for row in group.rows if (state := history.states[row])]:
             group.state.restore(states)
     return groups
-
-
-def _in_shared_memory(data: Dataset) -> Dataset:
-    """Return a dataset whose images worker processes share instead of copying."""
-    parts: dict[str, Any] = {
-        name: replace(part, images=processes.shared(part.images))
-        for name, part in (("train", data.train), ("val", data.val), ("test", data.test))
-    }
-    return replace(data, **parts)
 
 
 def _epoch(

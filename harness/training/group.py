@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +15,7 @@ from harness import registry
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import UserError
-from harness.linear.vae import linear_losses
-from harness.metrics.evaluate import coefficients, evaluation_noise, measure
+from harness.metrics.evaluate import conditions, measure
 from harness.models.stack import kernels, map_tensors
 from harness.models.vae import VAE, build
 from harness.training.draws import Draw, draw, draw_stack
@@ -123,18 +121,14 @@ class Group:
 
     def _arguments(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
-        parts = (("train", first_training_images(self.data)), ("val", self.data.val))
-        model, each = self.state.model, []
-        for config, losses in zip(self.state.configs, self.linear, strict=True):
-            known = coefficients(config, self.data.pixels, model.device)
-            both = []
-            for (part, split), loss in zip(parts, losses, strict=True):
-                names = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
-                drawn = {
-                    k: evaluation_noise(config, model, v, len(split)) for k, v in names.items()
-                }
-                both.append({"coefficients": known, "linear_loss": loss, **drawn})
-            each.append(tuple(both))
+        sizes = {"train": len(first_training_images(self.data)), "val": len(self.data.val)}
+        each = [
+            tuple(
+                conditions(config, self.state.model, part, images, loss)
+                for (part, images), loss in zip(sizes.items(), losses, strict=True)
+            )
+            for config, losses in zip(self.state.configs, self.linear, strict=True)
+        ]
         if self.state.stack is None:
             return each[0]
         return map_tensors(lambda *values: torch.stack(values), *each)
@@ -188,6 +182,7 @@ def untrained(
     rows: Sequence[int],
     grey: Dataset,
     data: Dataset,
+    linear: Tensor,
     dtype: torch.dtype,
 ) -> list[Group]:
     """Return untrained runs as one group, or in halves that take turns if a GPU lacks memory.
@@ -199,10 +194,11 @@ def untrained(
         rows: positions of the group's runs, which share `stack_key`.
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
+        linear: losses of the exact linear model as `Group` has them, of every run.
         dtype: torch.float32 or torch.float64.
     """
     try:
-        return _untrained(configs, rows, grey, data, dtype)
+        return _untrained(configs, rows, grey, data, linear, dtype)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -215,7 +211,9 @@ def untrained(
     torch.cuda.empty_cache()
     middle = len(rows) // 2
     halves = (rows[:middle], rows[middle:])
-    return [group for half in halves for group in untrained(configs, half, grey, data, dtype)]
+    return [
+        group for half in halves for group in untrained(configs, half, grey, data, linear, dtype)
+    ]
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
@@ -231,23 +229,22 @@ def _untrained(
     rows: Sequence[int],
     grey: Dataset,
     data: Dataset,
+    linear: Tensor,
     dtype: torch.dtype,
 ) -> list[Group]:
     device, chosen = data.train.images.device, [configs[row] for row in rows]
     images = grey.train if chosen[0].binarization == "stochastic" else data.train
     runs = [_run(config, data, device, dtype) for config in chosen]
     stacked = computes_stacks(device)
-    own = chosen[0].terms or chosen[0].model not in registry.BUILT_IN
-    if stacked and own and (reason := refusal(runs[0], images)):
+    from_user = chosen[0].terms or chosen[0].model not in registry.BUILT_IN
+    if stacked and from_user and (reason := refusal(runs[0], images)):
         logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
         stacked = False
-    splits = (first_training_images(data), data.val)
-    linear = np.stack([linear_losses(chosen, data, split) for split in splits], 1)
+    parts = [list(range(len(rows)))] if stacked else [[s] for s in range(len(rows))]
     groups = []
-    for part in [range(len(rows))] if stacked else [[s] for s in range(len(rows))]:
-        state = State([runs[s] for s in part], stacked=stacked)
-        losses = torch.from_numpy(linear[list(part)]).to(device)
-        groups.append(Group(state, [rows[s] for s in part], images, data, losses))
+    for part in parts:
+        state, places = State([runs[s] for s in part], stacked=stacked), [rows[s] for s in part]
+        groups.append(Group(state, places, images, data, linear[places]))
         groups[-1].rehearse()
     return groups
 
