@@ -183,10 +183,10 @@ class RunConfig:
 
         Examples:
             >>> RunConfig(seed=1).replace(kl_weight=0.05)  # doctest: +ELLIPSIS
-            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1)
+            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, terms={})
             >>> RunConfig().replace(kl_weight=-1)
             Traceback (most recent call last):
-            harness.config.UserError: kl_weight=-1: give a finite number >= 0
+            harness.errors.UserError: kl_weight=-1: give a finite number >= 0
         """
         return replace(self, **changes)
 

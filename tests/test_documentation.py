@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-WITH_EXAMPLES = ("harness.config", "harness.objective", "analysis.frames")
+WITH_EXAMPLES = ("harness.config", "harness.objective", "harness.models.vae", "analysis.frames")
 LOADED = re.compile(r'<(?:script|img|iframe|source)[^>]*src="?(?:https?:)?//[^">]*')
 LINKED = re.compile(r'<link[^>]*href="?(?:https?:)?//[^">]*')
 
@@ -23,6 +24,23 @@ def test_examples_of_docstrings_give_what_they_say(name):
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried > 0
     assert failed == 0
+
+
+def test_the_page_on_python_runs(registered):
+    page = (ROOT / "docs" / "from-python.md").read_text()
+    found: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(block, found)
+    model, images, data = found["model"], found["images"], found["data"]
+    assert found["mean"].shape == found["log_variance"].shape == (8, 10)
+    assert found["decoded"].shape == found["again"].shape == (8, 1, 8, 8)
+    assert torch.equal(found["decoded"], found["again"])
+    assert found["drawn"].shape == (16, 1, 8, 8)
+    assert found["lines"].shape == (4, 7, 1, 8, 8)
+    # The model was trained: its reconstructions are closer than the mean image.
+    x = images.view(8, 1, 8, 8) / 16
+    mean = data.train.images.float().mean(0).view(1, 8, 8) / 16
+    assert (x - model.reconstruct(images)).square().mean() < 0.8 * (x - mean).square().mean()
 
 
 def test_modules_with_examples_are_tested():
