@@ -74,7 +74,10 @@ def additions(registered: None) -> None:
 
 def started(configs: list[RunConfig], data: Dataset) -> Group:
     shown = data.binarized(configs[0].binarization)
-    (group,) = untrained(configs, range(len(configs)), data, shown, torch.float32)
+    images = data.train.images
+    linear = torch.zeros(len(configs), 2, dtype=torch.float64, device=images.device)
+    rows = range(len(configs))
+    (group,) = untrained(configs, rows, data, shown, linear, torch.float32)
     return group
 
 
@@ -185,11 +188,11 @@ def test_an_epoch_step_by_step_from_its_buffers_is_the_epoch(configs, tiny, toge
 
 
 def test_metrics_are_of_the_weights_as_they_are_with_the_same_noise(tiny, parts):
-    groups = untrained([BASE], [0], tiny, tiny, torch.float32)
-    (before,), (again,) = groups[0].measure(), groups[0].measure()
+    group = started([BASE], tiny)
+    (before,), (again,) = group.measure(), group.measure()
     assert before == again
-    groups[0].epoch(1)
-    ((_, val),) = groups[0].measure()
+    group.epoch(1)
+    ((_, val),) = group.measure()
     assert val["mse"] < before[1]["mse"]
 
 

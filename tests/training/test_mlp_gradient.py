@@ -138,7 +138,9 @@ def test_the_written_gradient_is_autograds(config):
         loss_of(config, theirs, x, eps, beta).backward()
         for name, parameter in theirs.named_parameters():
             expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(step._slopes[name], expected, rtol=1e-12, atol=1e-15, msg=name)
+            torch.testing.assert_close(
+                step._slopes[name], expected, rtol=1e-12, atol=1e-15, msg=name
+            )
         assert torch.equal(step.state.weights, before)
 
 
