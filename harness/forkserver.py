@@ -27,8 +27,7 @@ forkserver.serve(processes.work)
 """
 """Program of the server; its standard input is the connection to its parent."""
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 _lock = threading.Lock()
 _server: Connection | None = None
@@ -60,7 +59,7 @@ def fork() -> tuple[Connection, int]:
 
 
 def _started() -> Connection:
-    """Start the server, in whose life SIGINT and SIGTERM are blocked from the first moment."""
+    """Start the server, with SIGINT and SIGTERM blocked from the first moment."""
     here, there = Pipe()
     with there:
         os.posix_spawn(

@@ -119,7 +119,8 @@ class Pool:
             BaseException: what the function raised first.
             RuntimeError: a worker was killed.
         """
-        if self._closed or self._busy or os.getpid() != self._owner:
+        forked = self._workers and os.getpid() != self._owner
+        if self._closed or self._busy or forked:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
         left = enumerate(items)
         if not self._workers:
