@@ -7,6 +7,7 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -21,7 +22,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
 import torch
-from cloudpickle import CloudPickler
 from torch import Tensor
 
 from harness import forkserver
@@ -193,7 +193,7 @@ def _worker_lost() -> Iterator[None]:
 def _dumps(value: object) -> bytes:
     """Return a pickle that holds what only this process defines, and refers to shared memory."""
     buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
+    _pickler()(buffer).dump(value)
     return buffer.getvalue()
 
 
@@ -206,8 +206,14 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-class _Pickler(CloudPickler):
-    dispatch_table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
+@functools.cache
+def _pickler() -> type[pickle.Pickler]:
+    from cloudpickle import (
+        CloudPickler,
+    )  # only where workers start: a GPU's machine need not have it
+
+    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
+    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
 
 
 @one_thread()
