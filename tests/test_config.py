@@ -1,4 +1,4 @@
-"""A RunConfig is checked when made, survives JSON, and says what a stack must share."""
+"""A RunConfig is checked when it is made, and survives JSON."""
 
 import json
 import math
@@ -6,11 +6,14 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from harness.config import SWEPT, RunConfig, UserError
+from harness.config import RunConfig, UserError
 from harness.objective import beta
+from harness.registry import network
 
 WRONG = [
     ("model", "cnn"),
+    ("terms", ["sparsity"]),
+    ("terms", 3),
     ("head", "GAUSSIAN"),
     ("latent", None),
     ("kl_normalization", "mean"),
@@ -50,7 +53,7 @@ def test_a_wrong_value_is_refused_with_its_name(name, value):
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("model", "mlp, linear"),
+        ("model", "mlp, linear, conv"),
         ("head", "gaussian, relu"),
         ("latent", "stochastic, deterministic"),
         ("kl_normalization", "pixels, batch, latent, sum"),
@@ -106,32 +109,41 @@ def test_the_seed_recipe_is_the_blogs():
     assert RunConfig.seed_recipe(seed=4).seed == 4
 
 
-@pytest.mark.parametrize("name", SWEPT)
-def test_swept_fields_leave_the_stack_as_it_is(name):
-    words = {"kl_normalization": "sum", "sigma": "learned"}
-    value = words[name] if name in words else getattr(RunConfig(), name) + 1
-    assert RunConfig(**{name: value}).static() == RunConfig().static()
+# --- networks and terms of a user -----------------------------------------------------------------
 
 
-def test_every_other_field_splits_stacks():
-    other = {
-        "model": "linear",
-        "hidden": (8,),
-        "channels": (8,),
-        "head": "relu",
-        "latent": "deterministic",
-        "likelihood": "bernoulli",
-        "batch_size": 16,
-        "epochs": 2,
-        "precision": "tf32",
-    }
-    assert {*other, *SWEPT, "binarization"} == {f.name for f in fields(RunConfig)}
-    base = RunConfig(kl_weight=0)
-    for name, value in other.items():
-        assert base.replace(**{name: value}).static() != base.static(), name
-    grey = base.replace(likelihood="bernoulli")
-    assert grey.replace(binarization="threshold").static() != grey.static()
+def test_a_model_is_a_registered_network(registered):
+    with pytest.raises(UserError, match="'mine': choose one of .* or register a network of that"):
+        RunConfig(model="mine")
+    network("mine")(lambda data_shape, latent_size: None)
+    assert RunConfig(model="mine").model == "mine"
 
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None, True])
+def test_a_weight_of_a_term_is_a_finite_number(weight):
+    with pytest.raises(UserError, match=r"^terms\['sparsity'\]=.*give a finite number"):
+        RunConfig(terms={"sparsity": weight})
+    assert RunConfig(terms={"sparsity": -1}).terms == {"sparsity": -1.0}
+
+
+def test_terms_are_a_value_whatever_their_order():
+    one = RunConfig(terms={"a": 1, "b": 2})
+    other = RunConfig(terms={"b": 2.0, "a": 1.0})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.to_json() == other.to_json()
+    assert RunConfig.from_json(one.to_json()) == one
+    assert one != RunConfig(terms={"a": 1, "b": 3})
+
+
+def test_a_configuration_keeps_its_weights_when_the_callers_change():
+    given = {"a": 1.0}
+    config = RunConfig(terms=given)
+    given["a"] = 2.0
+    assert config.terms == {"a": 1.0}
+
+
+# --- together and as JSON -------------------------------------------------------------------------
 
 CONTRADICTIONS = [
     ({"model": "conv", "channels": ()}, "at least one convolution"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from harness import objective
 from harness.config import RunConfig
@@ -13,25 +13,26 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def batch_of(config: RunConfig, pixels: int) -> dict[str, torch.Tensor]:
-    """Return random images, decoder outputs and posteriors of a stack of one run."""
+    """Return random images, decoder outputs and posteriors."""
     torch.manual_seed(1)
-    size = (1, config.batch_size)
+    size = config.batch_size
     return {
-        "x": torch.rand(*size, pixels, dtype=torch.float64),
-        "y": torch.rand(*size, pixels, dtype=torch.float64, requires_grad=True),
-        "mean": torch.randn(*size, config.latent_size, dtype=torch.float64, requires_grad=True),
-        "log_variance": torch.randn(*size, config.latent_size, dtype=torch.float64),
+        "x": torch.rand(size, pixels, dtype=torch.float64),
+        "y": torch.rand(size, pixels, dtype=torch.float64, requires_grad=True),
+        "mean": torch.randn(size, config.latent_size, dtype=torch.float64, requires_grad=True),
+        "log_variance": torch.randn(size, config.latent_size, dtype=torch.float64),
     }
 
 
 def loss_of(config: RunConfig, pixels: int, x, y, mean, log_variance) -> torch.Tensor:
-    error = objective.squared_error(x, y).mean(-1)
-    rate = objective.kl_per_latent(mean, log_variance).sum(-1).mean(-1)
-    return objective.loss(error, rate, objective.betas([config], pixels), pixels)
+    posterior = objective.Posterior(mean, log_variance)
+    batch = objective.Batch(x, posterior, posterior.mean, y, y)
+    beta = torch.tensor(objective.beta(config, pixels), dtype=torch.float64)
+    return objective.objective(config, batch, objective.Coefficients(beta))
 
 
 def test_kl_is_that_of_torch_distributions():
-    mean, log_variance = 3 * torch.randn(2, 4, 50, 6, dtype=torch.float64)
+    mean, log_variance = 3 * torch.randn(2, 50, 6, dtype=torch.float64)
     kl = objective.kl_per_latent(mean, log_variance)
     zero = torch.zeros_like(mean)
     reference = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(zero, 1.0))
@@ -40,7 +41,7 @@ def test_kl_is_that_of_torch_distributions():
 
 
 def test_kl_is_zero_at_the_prior_and_least_there():
-    mean, log_variance = torch.zeros(2, 1, 1, 3, dtype=torch.float64, requires_grad=True)
+    mean, log_variance = torch.zeros(2, 1, 3, dtype=torch.float64, requires_grad=True)
     kl = objective.kl_per_latent(mean, log_variance)
     assert not kl.any()
     for gradient in torch.autograd.grad(kl.sum(), (mean, log_variance)):
@@ -48,10 +49,9 @@ def test_kl_is_zero_at_the_prior_and_least_there():
 
 
 def test_squared_error_is_summed_over_the_pixels():
-    x, y = torch.rand(2, 3, 4, 50, dtype=torch.float64)
+    x, y = torch.rand(2, 4, 2, 5, 5, dtype=torch.float64)
     error = objective.squared_error(x, y)
-    assert error.shape == (3, 4)
-    expected = torch.nn.functional.mse_loss(y, x, reduction="none").sum(-1)
+    expected = torch.nn.functional.mse_loss(y, x, reduction="none").sum((1, 2, 3))
     torch.testing.assert_close(error, expected, **EXACT)
 
 
@@ -64,7 +64,7 @@ def test_loss_is_the_textbook_mean_error_plus_scaled_kl(mode):
     c = {"pixels": 5 * 12, "batch": 5, "latent": 5 * 3, "sum": 1}[mode]
     textbook = torch.nn.functional.mse_loss(batch["y"], batch["x"]) + 0.7 * kl / c
     loss = loss_of(config, 12, **batch)
-    torch.testing.assert_close(loss[0], textbook, **EXACT)
+    torch.testing.assert_close(loss, textbook, **EXACT)
     assert objective.kl_scale(config, 12) == c
 
 
@@ -78,7 +78,7 @@ def test_the_loss_has_the_elbos_gradient_up_to_scale(mode):
     rate = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0)).sum() / 5
     log_p = Normal(batch["y"], variance**0.5).log_prob(batch["x"]).sum() / 5
     elbo = torch.autograd.grad(log_p - rate, inputs, retain_graph=True)
-    ours = torch.autograd.grad(loss_of(config, 12, **batch).sum(), inputs)
+    ours = torch.autograd.grad(loss_of(config, 12, **batch), inputs)
     for a, b in zip(ours, elbo, strict=True):
         torch.testing.assert_close(a, -b * 2 * variance / 12, **EXACT)
 
@@ -114,13 +114,6 @@ def test_the_table_of_normalisations(settings, variance, beta):
     assert objective.decoder_variance(config, 784) == pytest.approx(variance, rel=1e-14)
 
 
-def test_betas_are_those_of_each_run():
-    configs = [RunConfig(kl_weight=w, kl_normalization=m) for w in (0.1, 1.0) for m in MODES]
-    betas = objective.betas(configs, 784)
-    assert betas.dtype == torch.float64
-    assert betas.tolist() == [objective.beta(c, 784) for c in configs]
-
-
 def test_distortion_is_the_gaussian_negative_log_likelihood():
     x, y = torch.rand(2, 3, 5, 12, dtype=torch.float64)
     variance = torch.tensor([0.01, 0.3, 2.0], dtype=torch.float64)
@@ -140,9 +133,56 @@ def test_distortion_is_least_at_the_mean_squared_error():
         assert (worse > objective.distortion(mse, mse, 12)).all()
 
 
-def test_warm_up_rises_linearly_by_steps_from_zero():
-    configs = [RunConfig(kl_warmup_epochs=n) for n in (0, 1, 2, 3)]
-    factors = torch.cat([objective.kl_warmup(configs, epoch, steps=4) for epoch in (1, 2, 3, 4)])
-    assert factors.shape == (16, 4)
-    for step, row in enumerate(factors.tolist()):
-        assert row == [1.0, *(min(1.0, step / (4 * n)) for n in (1, 2, 3))]
+@pytest.mark.parametrize("epochs", [0, 1, 2, 3])
+def test_warm_up_rises_linearly_by_steps_from_zero(epochs):
+    config = RunConfig(kl_warmup_epochs=epochs)
+    factors = torch.cat([objective.kl_warmup(config, epoch, steps=4) for epoch in (1, 2, 3, 4)])
+    expected = [min(1.0, step / (4 * epochs)) if epochs else 1.0 for step in range(16)]
+    assert factors.tolist() == expected
+
+
+def test_cross_entropy_is_that_of_bernoulli_pixels():
+    x, logits = torch.rand(4, 2, 3, dtype=torch.float64), torch.randn(4, 2, 3).double()
+    expected = -Bernoulli(logits=logits).log_prob(x.round()).sum((1, 2))
+    torch.testing.assert_close(objective.cross_entropy(x.round(), logits), expected, **EXACT)
+
+
+# --- terms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"sigma": "optimal"}, {"likelihood": "bernoulli"}])
+def test_terms_add_their_weight_times_value_over_the_pixels(settings):
+    config = RunConfig(latent_size=3, batch_size=5, **settings)
+    given = batch_of(config, pixels=12)
+    posterior = objective.Posterior(given["mean"], given["log_variance"])
+    batch = objective.Batch(given["x"], posterior, posterior.mean, given["y"], given["y"])
+    weights = {"mean": torch.tensor(3.0).double(), "error": torch.tensor(-0.5).double()}
+    known = objective.Coefficients(torch.tensor(0.7).double(), None, weights)
+    terms = {
+        "mean": lambda batch: batch.posterior.mean.square().sum(),
+        "error": lambda batch: (batch.x - batch.reconstruction).abs().mean(),
+    }
+    added = 3 * given["mean"].square().sum() - 0.5 * (given["x"] - given["y"]).abs().mean()
+    without = objective.objective(config, batch, known)
+    expected = without + added / 12
+    torch.testing.assert_close(objective.objective(config, batch, known, terms), expected, **EXACT)
+
+
+def test_kl_weight_normalisation_and_warm_up_do_not_touch_a_term():
+    config, values = RunConfig(latent_size=3, batch_size=5), []
+    given = batch_of(config, pixels=12)
+    posterior = objective.Posterior(given["mean"], given["log_variance"])
+    batch = objective.Batch(given["x"], posterior, posterior.mean, given["y"], given["y"])
+    for beta in (0.0, 0.3, 50.0):
+        known = objective.Coefficients(torch.tensor(beta), None, {"one": torch.tensor(2.0)})
+        with_it = objective.objective(config, batch, known, {"one": lambda batch: torch.ones(())})
+        values.append((with_it - objective.objective(config, batch, known)).item())
+    assert values == pytest.approx([2 / 12] * 3)
+
+
+def test_a_batch_can_be_made_by_hand():
+    x, z = torch.rand(2, 4), torch.zeros(2, 1)
+    batch = objective.Batch(
+        x=x, posterior=objective.Posterior(z, z), z=z, output=x, reconstruction=x
+    )
+    assert (batch.scale, batch.prior, batch.training_size, batch.progress) == (None, None, 0, 1)

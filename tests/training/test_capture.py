@@ -1,70 +1,86 @@
-"""What a GPU records must run on it alone; shown here on tensors that only pretend to be on one.
+"""What a GPU captures runs on it alone; shown here on tensors that only pretend to be on one.
 
-PyTorch's fake tensors know shapes, types and devices, compute nothing, and need no GPU. Waiting for
-a value, or copying from or to the host, both of which break a recording, raises an error there.
+PyTorch's fake tensors have shapes, types and devices, compute nothing, and need no GPU. Waiting for
+a value, or copying from or to the host, both of which break a capture, raises an error there.
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
-from harness.gauge import Gauge
-from harness.nn import constant
-from harness.part import Part, begin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import harness
 from harness import RunConfig
 from harness.data.dataset import Dataset
+from harness.objective import Batch
+from harness.training import step
+from harness.training.group import Group, untrained
 
-BASE = RunConfig(hidden=(8,), latent_size=3, epochs=2, batch_size=16)
+GPU = "lazy"
+"""A type of device without streams: autograd of a pretended "cuda" looks for the real one."""
+
+BASE = RunConfig(hidden=(8,), channels=(4,), latent_size=3, epochs=2, batch_size=16)
 STACKS = {
-    "one": [BASE],
-    "mixed": [BASE.replace(seed=i, latent_size=2 + i, kl_weight=0.1 * i) for i in range(3)],
-    "relu": [BASE.replace(head="relu", learning_rate=1e-3 * (1 + i)) for i in range(2)],
-    "bernoulli": [BASE.replace(likelihood="bernoulli", binarization="stochastic", free_bits=0.1)],
-    "variances": [BASE.replace(sigma=sigma) for sigma in ("fixed", "optimal", "learned")],
-    "autoencoder": [BASE.replace(latent="deterministic", kl_weight=0.0)],
+    "one": [{}],
+    "mixed": [{"seed": i, "kl_weight": 0.1 * i, "kl_warmup_epochs": i} for i in range(3)],
+    "relu": [{"head": "relu", "learning_rate": 1e-3 * (1 + i)} for i in range(2)],
+    "conv": [{"model": "conv", "seed": i} for i in range(2)],
+    "bernoulli": [{"likelihood": "bernoulli", "binarization": "stochastic", "free_bits": 0.1}],
+    "optimal": [{"sigma": "optimal", "seed": i} for i in range(2)],
+    "learned": [{"sigma": "learned", "free_bits": 0.1 * (1 + i)} for i in range(2)],
+    "autoencoder": [{"latent": "deterministic", "kl_weight": 0.0}],
+    "a term": [{"terms": {"to_prior": weight}} for weight in (0.0, 2.0)],
+    "a network": [{"model": "normalized", "seed": i} for i in range(2)],
 }
 
 
-def started(configs: list[RunConfig], data: Dataset) -> Part:
-    linear = torch.zeros(2, len(configs), dtype=torch.float64)
+@pytest.fixture(params=STACKS)
+def configs(request: pytest.FixtureRequest, additions: None) -> list[RunConfig]:
+    """Return the runs of a stack."""
+    return [BASE.replace(**changes) for changes in STACKS[request.param]]
+
+
+@pytest.fixture
+def additions(registered: None) -> None:
+    @harness.network("normalized")
+    def normalized(data_shape: tuple[int, ...], latent_size: int) -> tuple[nn.Module, nn.Module]:
+        pixels = torch.Size(data_shape).numel()
+        encoder = nn.Sequential(
+            *(nn.Flatten(), nn.Linear(pixels, 8), nn.BatchNorm1d(8), nn.Tanh()),
+            nn.Linear(8, 2 * latent_size),
+        )
+        decoder = nn.Sequential(
+            *(nn.Linear(latent_size, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, pixels)),
+            nn.Unflatten(1, data_shape),
+        )
+        return encoder, decoder
+
+    @harness.term("to_prior")
+    def to_prior(batch: Batch) -> Tensor:
+        difference = batch.z.sort(0).values - batch.prior.sort(0).values
+        return batch.progress * difference.square().mean() / batch.training_size
+
+
+def started(configs: list[RunConfig], data: Dataset) -> Group:
     shown = data.binarized(configs[0].binarization)
-    return begin(configs, range(len(configs)), data, shown, linear, torch.float32)[0]
+    (group,) = untrained(configs, range(len(configs)), data, shown, torch.float32)
+    return group
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
     strides = tensor.stride()
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cuda")
-
-
-def in_a_process_of_its_own(test: Callable[..., None]) -> Callable[..., None]:
-    """A process that has seen a pretended GPU can no longer fork workers that use autograd."""
-
-    @wraps(test)
-    def forked(**fixtures: Any) -> None:
-        child = multiprocessing.get_context("fork").Process(target=test, kwargs=fixtures)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has threads
-            child.start()
-        child.join()
-        assert child.exitcode == 0
-
-    return forked
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=GPU)
 
 
 class Moved(TorchFunctionMode):
@@ -78,84 +94,113 @@ class Moved(TorchFunctionMode):
 
 
 def moved_parameter(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
-    moved = nn.Parameter(elsewhere(parameter.data))
-    if parameter.grad is not None:
-        moved.grad = elsewhere(parameter.grad)
-    return memo.setdefault(id(parameter), moved)
+    return memo.setdefault(id(parameter), nn.Parameter(elsewhere(parameter.data)))
 
 
 class OnGPUAlone(TorchDispatchMode):
-    """Refuse operations that read or write tensors of the host."""
+    """Refuse operations that read or write tensors of the host.
+
+    `torch.vmap` makes tensors of Python's numbers; they are constants of a kernel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - PyTorch's own form
-        given = tree_leaves((args, kwargs))
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         result = func(*args, **(kwargs or {}))
-        tensors = [t for t in (*given, *tree_leaves(result)) if isinstance(t, Tensor)]
-        assert all(t.device.type == "cuda" for t in tensors), f"{func} touches the host"
+        made = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
+        if not given and all(v.dim() == 0 for v in made):
+            self.numbers += made
+        known = {id(number) for number in self.numbers}
+        touched = [v for v in (*given, *made) if v.device.type != GPU and id(v) not in known]
+        assert not touched, f"{func} touches the host"
         return result
 
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    constant.cache_clear()  # a recording finds constants made: its warm-up made them
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-    constant.cache_clear()
 
 
-def move(part: Part) -> Part:
+def move(group: Group) -> Group:
     with ExitStack() as moving:
         moving.enter_context(Moved())
         moving.enter_context(patch.object(nn.Parameter, "__deepcopy__", moved_parameter))
-        return copy.deepcopy(part)
+        return copy.deepcopy(group)
 
 
-@pytest.mark.parametrize("configs", STACKS.values(), ids=STACKS)
-@in_a_process_of_its_own
-def test_what_a_gpu_records_neither_waits_nor_touches_the_host(configs, tiny):
-    part = started(configs, tiny)
-    part.train(1)
+def laid_out(group: Group, monkeypatch: pytest.MonkeyPatch) -> Group:
+    """Make all that an epoch of a GPU reads, without capturing anything."""
+    monkeypatch.setattr(step, "captured", lambda function, changed: (None, None))
+    group.step.capture(group._draw(1))
+    group.measure()
+    return group
+
+
+def test_what_a_gpu_captures_neither_waits_nor_touches_the_host(
+    configs, tiny, together, monkeypatch
+):
+    group = laid_out(started(configs, tiny), monkeypatch)
     with pretended_gpu():
-        moved = move(part)
-        assert moved.model.device.type == "cuda"
-        for recorded in (moved.step._counted, moved.gauge._metrics):
-            recorded()
-            with OnGPUAlone():
-                recorded()
+        moved = move(group)
+        assert moved.state.weights.device.type == moved.state.model.device.type == GPU
+        with torch.no_grad():
+            for captured in (moved.step._counted, moved._metrics):
+                captured()
+                with OnGPUAlone():
+                    captured()
 
 
-@in_a_process_of_its_own
-def test_the_pretended_gpu_finds_what_would_break_a_recording():
+def test_the_pretended_gpu_finds_what_would_break_a_capture():
     with pretended_gpu():
-        values = torch.zeros(3, device="cuda")
+        values, kept_on_the_host = torch.zeros(3, device=GPU), torch.ones(())
         with OnGPUAlone():
             values + values
             with pytest.raises(AssertionError, match="touches the host"):
                 values.copy_(torch.ones(3))
+            with pytest.raises(AssertionError, match="touches the host"):
+                values * kept_on_the_host
             with pytest.raises(AssertionError, match="touches the host"):
                 values.cpu()
             with pytest.raises(Exception, match="item|data-dependent|scalar"):
                 values.sum().item()
 
 
-def test_a_gauge_reads_the_live_weights_with_the_same_noise(tiny):
-    part = started(STACKS["mixed"], tiny)
-    (train, val), (again, _) = part.gauge.read(), part.gauge.read()
-    assert all(np.array_equal(train[name], again[name], equal_nan=True) for name in train)
-    part.train(1)
-    assert (part.gauge.read()[1]["mse"] < val["mse"]).all()
+def test_an_epoch_step_by_step_from_its_buffers_is_the_epoch(configs, tiny, together, monkeypatch):
+    # As replays of the captured step do it.
+    ours, its = (started(configs, tiny) for _ in range(2))
+    for epoch in (1, 2):
+        its.step.epoch(its._draw(epoch))
+        laid_out(ours, monkeypatch)
+        ours.step._graph = object() if epoch == 2 else None
+        ours.step.capture(ours._draw(epoch))
+        for _ in range(ours.step.steps):
+            ours.step._counted()
+    assert torch.equal(ours.state.weights, its.state.weights)
+    for one, other in zip(ours.state.copies(), its.state.copies(), strict=True):
+        assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_metrics_are_of_the_weights_as_they_are_with_the_same_noise(tiny, parts):
+    groups = untrained([BASE], [0], tiny, tiny, torch.float32)
+    (before,), (again,) = groups[0].measure(), groups[0].measure()
+    assert before == again
+    groups[0].epoch(1)
+    ((_, val),) = groups[0].measure()
+    assert val["mse"] < before[1]["mse"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("configs", STACKS.values(), ids=STACKS)
-def test_metrics_that_were_recorded_are_those_of_the_live_weights(configs, tiny):
-    on_gpu = tiny.to(torch.device("cuda"))
-    part = started(configs, on_gpu)
-    part.gauge.read()
-    part.train(1)
-    fresh = Gauge(part.model, part.gauge._data, part.gauge._linear)
-    with patch.object(Gauge, "capture"):
-        eager = fresh.read()
-    for ours, its in zip(part.gauge.read(), eager, strict=True):
-        for name, values in its.items():
-            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+def test_metrics_that_were_captured_are_those_of_the_weights_as_they_are(configs, tiny):
+    group = started(configs, tiny.to(torch.device("cuda")))
+    group.measure()
+    group.epoch(1)
+    with torch.no_grad(), step.kernels():
+        eager = group._metrics()
+    for row, found in enumerate(group.measure()):
+        both = {f"train/{name}": value for name, value in found[0].items()} | found[1]
+        for name, values in eager.items():
+            assert both[name] == pytest.approx(float(values[row]), nan_ok=True, rel=0, abs=0), name
