@@ -29,7 +29,7 @@ from statistics import median
 import torch
 
 from harness.config import RunConfig
-from harness.cores import crew
+from harness.processes import Pool
 
 ADAM_BYTES = 7 * 4
 TRIAD_BYTES = 3 * 4
@@ -88,8 +88,9 @@ def floor(config: RunConfig, pixels: int, runs: int, device: torch.device) -> Fl
             TRIAD_BYTES * weights / _seconds(_triad(weights, device), device),
         )
 
-    with crew(both, cores, device) as team:  # at once, as in training
-        times, bandwidths = zip(*team.map(range(cores)), strict=True)
+    with Pool(cores) as pool:  # at once, as in training
+        measured = [result for _, result in pool.map(both, range(cores))]
+    times, bandwidths = zip(*measured, strict=True)
     products = sum(a * b for a, b in shapes)
     return Floor(
         operations=2 * batch * together * (3 * products - shapes[0][0] * shapes[0][1]),

@@ -12,20 +12,25 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
 from harness import RunConfig, load_dataset, train
-from harness.engine import resolve_device
-from harness.step import Step
+from harness.training import engine
+from harness.training.group import Group, Measured
+from harness.training.step import Step
 
 PAUSE = 0.2
 """Seconds between two looks."""
 
 EPOCHS = 3
 """Long enough for every worker to have had every run's buffers."""
+
+STEPS = 5
+"""Steps taken of each epoch."""
 
 MIB = 2**20
 
@@ -44,7 +49,7 @@ def main() -> None:
     said, _ = child.communicate()
     if child.returncode:
         sys.exit(child.returncode)
-    print("\n".join(machine.hardware(resolve_device(args.device))))
+    print("\n".join(machine.hardware(engine.resolve_device(args.device))))
     print(
         f"{args.runs} MNIST runs of the blog's recipe: {peak / MIB:,.0f} MiB at most (PSS of "
         f"{processes} processes together), {peak / 1e9:.2f} GB. {said.strip()}"
@@ -61,20 +66,21 @@ def parse() -> argparse.Namespace:
 
 def train_cut(args: argparse.Namespace) -> None:
     """Train some steps of each epoch, and say what a GPU held."""
-    Step.epoch = first_steps  # type: ignore[method-assign]
+    engine._train_epoch = first_steps
     data = load_dataset("mnist", args.data_dir)
     configs = [RunConfig.seed_recipe(seed=seed, epochs=EPOCHS) for seed in range(args.runs)]
     for record in train(configs, data, args.device):
         print(f"epoch {record.epoch} of {EPOCHS}", file=sys.stderr)
-    if resolve_device(args.device).type == "cuda":
+    if engine.resolve_device(args.device).type == "cuda":
         held = torch.cuda.max_memory_allocated() / args.runs / MIB
         print(f"GPU memory per run: {held:.1f} MiB.")
 
 
-def first_steps(step: Step, steps: int = 5) -> None:
-    """Take only the first steps of the epoch that is laid out."""
-    for _, *inputs in zip(range(steps), step.order, step.noise, step.betas, strict=False):
-        step._step(*inputs)
+def first_steps(groups: Sequence[Group], item: tuple[int, int]) -> Measured:
+    """Train the first steps of an epoch; workers are sent this function, as `__main__` has it."""
+    Step.steps = property(lambda step: STEPS)  # type: ignore[assignment]
+    index, epoch = item
+    return groups[index].epoch(epoch)
 
 
 def watch(child: subprocess.Popen[str]) -> tuple[int, int]:

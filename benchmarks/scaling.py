@@ -22,7 +22,7 @@ from benchmarks import machine
 from benchmarks.floor import Floor, floor
 from harness import RunConfig, load_dataset, train
 from harness.data.dataset import Dataset
-from harness.engine import resolve_device
+from harness.training.engine import resolve_device
 
 FIGURE = Path(__file__).parent / "figures" / "scaling.png"
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -9,33 +9,50 @@ imports, options, reading the data, starting the runs, the exact linear model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from benchmarks import machine
 from harness.config import UserError
-from harness.engine import resolve_device
+from harness.training.engine import resolve_device
 
 STUDY = """
-import os, sys, time
-from harness.step import Step
-
-step = Step._step
-
-def first(self, *inputs):
-    step(self, *inputs)
-    os.write({pipe}, f"{{time.monotonic()}}\\n".encode())
-    time.sleep(60)
-
-Step._step = first
+import sys
 from studies import cli, kl_weight
+
+start_pool = cli.start_pool
+
+def train_epoch(groups, item):
+    import time
+    from harness.training.step import Step
+
+    step = Step._step
+
+    def first(self, *inputs):
+        step(self, *inputs)
+        with open({file!r}, "a") as out:
+            out.write(f"{{time.monotonic()}}\\n")
+        time.sleep(60)
+
+    Step._step = first
+    index, epoch = item
+    return groups[index].epoch(epoch)
+
+def start_and_watch(device):
+    start_pool(device)
+    from harness.training import engine
+    engine._train_epoch = train_epoch
+
+cli.start_pool = start_and_watch
 cli.main(kl_weight.STUDY, sys.argv[1:])
 """
-"""A study whose first step says when it is done; the modules are those it imports anyway."""
+"""A study whose first step, in a worker, writes down when it is done."""
 
 
 @machine.clear_errors()
@@ -65,25 +82,25 @@ def parse() -> argparse.Namespace:
 
 def seconds(args: argparse.Namespace, folder: str, name: str) -> float:
     """Start a study, wait for its first step, kill it; return the seconds in between."""
-    reading, writing = os.pipe()
+    done = Path(folder) / "done"
+    done.unlink(missing_ok=True)
     options = ["--dataset", args.dataset, "--data-dir", str(args.data_dir), "--device", "cpu"]
     options += ["--storage", f"sqlite:///{folder}/optuna.db", "--study-name", name.split()[0]]
     options += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
     start = time.monotonic()
     study = subprocess.Popen(
-        [sys.executable, "-c", STUDY.format(pipe=writing), *options],
+        [sys.executable, "-c", STUDY.format(file=str(done)), *options],
         stdout=subprocess.DEVNULL,
-        pass_fds=[writing],
         start_new_session=True,
     )
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        said = pipe.readline()
-    os.killpg(study.pid, signal.SIGKILL)
+    while study.poll() is None and not (done.exists() and done.read_text()):
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(study.pid, signal.SIGKILL)
     study.wait()
-    if not said:
+    if not done.exists():
         raise UserError("the study ended before its first step; what it said stands above")
-    return float(said) - start
+    return float(done.read_text().split()[0]) - start
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks import machine
 from harness.config import UserError
 from harness.data.load import load_dataset
 from harness.data.mnist import TORCHVISION
-from harness.engine import resolve_device
+from harness.training.engine import resolve_device
 
 STACKS = {"cpu": (1, 2, 16), "cuda": (1, 64)}
 PEERS = ("pythae", "jax", "optax")

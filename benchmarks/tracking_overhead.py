@@ -24,7 +24,7 @@ from typing import Any
 import harness
 from benchmarks import machine
 from harness.data.dataset import Dataset
-from harness.engine import resolve_device
+from harness.training.engine import resolve_device
 from studies import kl_weight
 from studies.console import Console
 from studies.options import Options
@@ -44,14 +44,17 @@ WORK = {
         "studies.summary:_recorded _log",
         "analysis.frames:load_runs",
     ),
-    "pictures": ("harness.pictures:reconstructions prior_samples",),
+    "pictures": ("harness.metrics.pictures:reconstructions prior_samples",),
     "Optuna": (
         "studies.storage:open_storage",
         "studies.study:open_grid",
         "studies.grid.Grid:asked tell bury finished left",
     ),
-    "final evaluation": ("harness.evaluate:evaluate",),
-    "quality metrics": ("harness.quality:measure_quality", "harness.linear.vae:linear_metrics"),
+    "final evaluation": ("harness.metrics.evaluate:evaluate",),
+    "quality metrics": (
+        "harness.metrics.quality:measure_quality",
+        "harness.linear.vae:linear_metrics",
+    ),
     "summary, figures, report": ("studies.summary:summarize",),
 }
 """Kind of work -> module or class, and its functions."""

@@ -1,4 +1,3 @@
-from . import doing as doing
 from . import ledger as ledger
 from . import linear as linear
 from . import metrics as metrics

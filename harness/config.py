@@ -1,4 +1,4 @@
-"""One training run as a value: every setting named, typed and checked when it is made."""
+"""`RunConfig`: the settings of one training run, checked when it is made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from harness import registry
 from harness.errors import UserError as UserError
@@ -25,12 +26,12 @@ LARGEST = sys.float_info.max
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
-    """Return a name that becomes part of names in MLflow and of folders, if it can.
+    """Return a name if it can be part of names in MLflow and of folders.
 
     Args:
         name: of a study or of a dataset.
-        what: option or argument that it was given as.
-        longest: characters, at most.
+        what: the option or argument.
+        longest: the largest number of characters.
 
     Raises:
         UserError: it has other characters, or too many.
@@ -124,34 +125,23 @@ class RunConfig:
             raise UserError(
                 f"model={self.model!r}: choose one of {known}, or register a network of that name"
             )
-        _one_of("head", self.head, Head)
-        _one_of("latent", self.latent, Latent)
-        _one_of("kl_normalization", self.kl_normalization, KLNormalization)
-        _one_of("sigma", self.sigma, Sigma)
-        _one_of("likelihood", self.likelihood, Likelihood)
-        _one_of("binarization", self.binarization, Binarization)
-        _one_of("precision", self.precision, Precision)
-        _whole("latent_size", self.latent_size, at_least=1)
-        _whole("kl_warmup_epochs", self.kl_warmup_epochs, at_least=0)
-        _whole("kl_cycles", self.kl_cycles, at_least=1)
-        _whole("batch_size", self.batch_size, at_least=1)
-        _whole("epochs", self.epochs, at_least=1)
-        _whole("seed", self.seed, at_least=0)
-        _number("kl_weight", self.kl_weight, "a finite number >= 0", lambda v: v >= 0)
-        _number("free_bits", self.free_bits, "a finite number >= 0", lambda v: v >= 0)
-        _number("learning_rate", self.learning_rate, "a finite number > 0", lambda v: v > 0)
-        for name in ("kl_weight", "free_bits", "learning_rate"):  # 1 and 1.0 are one run
-            object.__setattr__(self, name, float(getattr(self, name)))
-        self._check_terms()
-        self._check_together()
-
-    def _check_terms(self) -> None:
+        for name, choices in _choices().items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+        for name in ("latent_size", "kl_cycles", "batch_size", "epochs"):
+            _whole(name, getattr(self, name), at_least=1)
+        for name in ("kl_warmup_epochs", "seed"):
+            _whole(name, getattr(self, name), at_least=0)
+        for name in ("kl_weight", "free_bits", "learning_rate"):
+            number = _finite(
+                name, getattr(self, name), "> 0" if name == "learning_rate" else ">= 0"
+            )
+            object.__setattr__(self, name, number)  # 1 and 1.0 are one run
         if not isinstance(self.terms, Mapping):
             raise UserError(f"terms={self.terms!r}: give a dictionary of weights by name")
-        for name, weight in self.terms.items():
-            _number(f"terms[{name!r}]", weight, "a finite number", lambda v: True)
-        weights = Weights({name: float(self.terms[name]) for name in sorted(self.terms)})
-        object.__setattr__(self, "terms", weights)
+        weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in self.terms.items()}
+        object.__setattr__(self, "terms", Weights(sorted(weights.items())))
+        self._check_together()
 
     def _check_together(self) -> None:
         """Refuse settings that contradict each other."""
@@ -211,29 +201,32 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Read a configuration written by `to_json`; fields that it lacks take their defaults.
+        """Read a configuration written by `to_json`, also of an earlier version.
+
+        Fields that the earlier version did not have take their defaults.
 
         Raises:
-            UserError: the text is no JSON object, or has a field that this class lacks.
+            UserError: the text is not a JSON object, or has unknown fields.
         """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:  # also digits and brackets without end
             raise UserError(f"configuration is not JSON ({error})") from None
-        names = {f.name for f in fields(cls)}
-        given = set(values) if isinstance(values, dict) else {type(values).__name__}
-        if unknown := given - names:
+        if not isinstance(values, dict):
+            raise UserError(f"configuration is not a JSON object ({type(values).__name__})")
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise UserError(
-                f"configuration has unknown fields {sorted(unknown)}; it was written by another "
-                "version of the harness"
+                f"configuration has unknown fields {unknown}; it was written by another version of "
+                "the harness"
             )
         return cls(**values)
 
 
-def _one_of(name: str, value: object, allowed: Any) -> None:  # noqa: ANN401 - a Literal type
-    choices = get_args(allowed)
-    if value not in choices:
-        raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Return the values of each field that is annotated as a Literal."""
+    kinds = get_type_hints(RunConfig).items()
+    return {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
 
 
 def _whole(name: str, value: object, at_least: int) -> None:
@@ -241,8 +234,11 @@ def _whole(name: str, value: object, at_least: int) -> None:
         raise UserError(f"{name}={value!r}: give a whole number >= {at_least}")
 
 
-def _number(name: str, value: object, allowed: str, holds: Any) -> None:  # noqa: ANN401
+def _finite(name: str, value: object, sign: Literal[">= 0", "> 0", ""]) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # A comparison, as math.isfinite overflows on a whole number without end.
-    if not is_number or not -LARGEST <= value <= LARGEST or not holds(value):  # type: ignore[operator]
-        raise UserError(f"{name}={value!r}: give {allowed}")
+    if is_number and -LARGEST <= value <= LARGEST:  # type: ignore[operator]
+        number = float(value)  # type: ignore[arg-type]
+        if not sign or number > 0 or (number == 0 and sign == ">= 0"):
+            return number
+    raise UserError(f"{name}={value!r}: give a finite number {sign}".rstrip())

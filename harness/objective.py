@@ -37,15 +37,11 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_head(cls, output: Tensor, head: str) -> Posterior:
-        """Return the posterior that an encoder's output stands for.
+        """Return the posterior of an encoder's output, shape (B, 2 L).
 
         gaussian: the halves are mean and log-variance.
         relu: the halves behind a ReLU are mean and standard deviation sigma, as in the blog;
         log_variance = ln(sigma^2 + 1e-8).
-
-        Args:
-            output: shape (B, 2 L).
-            head: "gaussian" or "relu".
         """
         if head == "gaussian":
             return cls(*output.chunk(2, dim=-1))
@@ -98,8 +94,12 @@ class Coefficients(NamedTuple):
     weights: Mapping[str, Tensor] = {}
 
 
-class Means(NamedTuple):
-    """Averages over images that the loss is made of.
+Terms = Mapping[str, Callable[[Batch], Tensor]]
+"""Loss terms of a run by name: functions of a batch with results of shape ()."""
+
+
+class Parts(NamedTuple):
+    """The parts of a loss: of each image, with a leading axis B, or averaged over images.
 
     Attributes:
         error: SSE of an image, pixel^2, shape ().
@@ -111,17 +111,9 @@ class Means(NamedTuple):
     cross_entropy: Tensor | None
     kl: Tensor | None
 
-
-class PerImage(NamedTuple):
-    """The parts of the loss image by image: error (B,), cross_entropy (B,) and kl (B, L)."""
-
-    error: Tensor
-    cross_entropy: Tensor | None
-    kl: Tensor | None
-
-    def mean(self) -> Means:
+    def mean(self) -> Parts:
         """Return the averages over the images."""
-        return Means(*(None if part is None else part.mean(0) for part in self))  # type: ignore[arg-type]
+        return Parts(*(None if part is None else part.mean(0) for part in self))  # type: ignore[arg-type]
 
 
 def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -248,14 +240,7 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
     t counts steps from the start of the cycle, T is the number of steps in the warm-up epochs;
     without warm-up the factor is 1. A training has `kl_cycles` cycles of equal length, one being
     the usual linear warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
-
-    Args:
-        config: the run.
-        epoch: epoch, counted from 1.
-        steps: steps of an epoch.
-
-    Returns:
-        float64, shape (steps,). The first step of a warm-up has factor 0.
+    Epochs are counted from 1; float64, shape (steps,), and 0 at the first step of a warm-up.
     """
     length = config.kl_warmup_epochs * steps
     if not length:
@@ -295,21 +280,16 @@ def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
     return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
 
 
-def per_image(config: RunConfig, batch: Batch) -> PerImage:
+def per_image(config: RunConfig, batch: Batch) -> Parts:
     """Return the parts of the loss of each image of a batch."""
     kl = None if config.latent == "deterministic" else kl_per_latent(*batch.posterior)
-    error = squared_error(batch.x, batch.reconstruction)
-    if config.likelihood == "gaussian":
-        return PerImage(error, None, kl)
-    return PerImage(error, cross_entropy(batch.x, batch.output), kl)
+    binary = config.likelihood == "bernoulli"
+    entropy = cross_entropy(batch.x, batch.output) if binary else None
+    return Parts(squared_error(batch.x, batch.reconstruction), entropy, kl)
 
 
 def loss(
-    config: RunConfig,
-    means: Means,
-    coefficients: Coefficients,
-    scale: Tensor | None,
-    pixels: int,
+    config: RunConfig, means: Parts, coefficients: Coefficients, scale: Tensor | None, pixels: int
 ) -> Tensor:
     """Return the loss that averages over images give, without a user's terms.
 
@@ -341,34 +321,15 @@ def loss(
     return (data + coefficients.beta * rate) / pixels
 
 
-Terms = Mapping[str, Callable[[Batch], Tensor]]
-"""Loss terms of a run by name: functions of a batch with results of shape ()."""
-
-
 def objective(
     config: RunConfig, batch: Batch, coefficients: Coefficients, terms: Terms | None = None
 ) -> Tensor:
-    """Return the loss that training minimises on a batch.
+    """Return the loss that training minimises on a batch, shape ().
 
     `loss` of the batch's averages + sum_k weight_k * term_k(batch) / D
-
-    Args:
-        config: the run, of which only what all runs of a stack share is read.
-        batch: images and what the model makes of them.
-        coefficients: beta, free bits and the weights of the terms.
-        terms: the run's terms.
-
-    Returns:
-        Shape ().
     """
     pixels = batch.x[0].numel()
-    means = per_image(config, batch).mean()
-    total = loss(config, means, coefficients, batch.scale, pixels)
-    return total + weighted_terms(batch, coefficients, terms or {}, pixels)
-
-
-def weighted_terms(
-    batch: Batch, coefficients: Coefficients, terms: Terms, pixels: int
-) -> Tensor | float:
-    """Return the part of the loss that comes from terms: sum_k weight_k * term_k(batch) / D."""
-    return sum(coefficients.weights[name] * term(batch) / pixels for name, term in terms.items())
+    total = loss(config, per_image(config, batch).mean(), coefficients, batch.scale, pixels)
+    for name, term in (terms or {}).items():
+        total = total + coefficients.weights[name] * term(batch) / pixels
+    return total

@@ -223,24 +223,6 @@ def memory_folder() -> str | None:
     return folder if os.path.isdir(folder) and os.access(folder, os.W_OK) else None
 
 
-def put(file: Path, content: bytes) -> None:
-    """Write a file that others find whole or not at all, even after a kill.
-
-    Raises:
-        OSError: it cannot be written; an older one stays as it is.
-    """
-    new = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as open_file:
-            open_file.write(content)
-            open_file.flush()
-            os.fsync(open_file.fileno())
-        new.replace(file)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-
-
 def use_write_ahead_log(database: Path) -> None:
     """Set an SQLite database to write-ahead logging, which halves the cost of a write."""
     connection = sqlite3.connect(database)

@@ -1,7 +1,7 @@
-"""What a run was made with: code, versions, device and data; nothing private, no absolute path.
+"""Code, versions, device and data that a run was made with; nothing private, no absolute path.
 
-It is gathered once per process, since git answers slowly. Outside a checkout, or without git, the
-commit is "unknown"; the digest of the sources says even then whether the code is the same.
+Outside a checkout, or without git, the commit is "unknown"; code is still compared by the
+digest of its sources.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Code:
         commit: of the checkout, "unknown" where there is none.
         dirty: whether tracked files differ from the commit, or Python files are untracked; None
             where there is no checkout.
-        untracked: Python files that git does not know and does not ignore.
+        untracked: Python files that are neither tracked nor ignored.
         sources: SHA-256 of the packages in SOURCES.
         diff: tracked files against the commit, as text.
     """
@@ -53,16 +53,15 @@ class Code:
     diff: str = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        """Return all but the diff, which is a file of its own, as plain values."""
+        """Return all but the diff, which is stored as a file, as plain values."""
         names = ("commit", "dirty", "sources")
         return {name: getattr(self, name) for name in names} | {"untracked": list(self.untracked)}
 
 
 def read_code(root: Path) -> Code:
-    """Ask git about the checkout at a folder; any other folder has an unknown commit.
+    """Return the code in a folder; the commit is that of a checkout which tracks the packages.
 
-    A checkout that merely contains the installed packages, as a project contains its virtual
-    environment, does not track them and is not asked.
+    A project whose virtual environment holds them does not.
     """
     sources = _digest(root)
     tracked = _git(root, "ls-files", "--error-unmatch", "harness/__init__.py") is not None
@@ -77,7 +76,6 @@ def read_code(root: Path) -> Code:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """Return what git prints, None if it fails or is not there."""
     command = ["git", "--no-optional-locks", *words]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, check=False)
@@ -96,7 +94,7 @@ def _digest(root: Path) -> str:
 
 @cache
 def code() -> Code:
-    """Return the code of this process, read at its first use."""
+    """Return the code of this process; read once, since git answers slowly."""
     return read_code(Path(__file__).resolve().parents[1])
 
 
@@ -115,7 +113,7 @@ def _version(package: str) -> str:
 
 @cache
 def device(kind: str) -> dict[str, str]:
-    """Return what computes: kind ("cpu", "cuda"), its name, the CPU and its instruction set.
+    """Return a device's kind ("cpu", "cuda") and name, and the CPU and its instruction set.
 
     The CPU counts on a GPU too: the exact linear model is computed on it.
     """
@@ -137,7 +135,7 @@ def _cpu_name() -> str:
 def threads() -> dict[str, int]:
     """Return the threads of PyTorch and of NumPy's linear algebra (BLAS).
 
-    The first change no number. BLAS sums in another order with another number of them: some of the
+    PyTorch's change no number. BLAS sums in another order with another number of them: some of the
     exact linear model's metrics on MNIST then differ by 2e-14.
     """
     pools = threadpoolctl.threadpool_info()
@@ -153,7 +151,7 @@ def blas_threads(count: int) -> Iterator[None]:
 
 
 def dataset(data: Dataset) -> dict[str, Any]:
-    """Return what a dataset is recognised by, and how it is loaded again."""
+    """Return the name, digest and sizes of a dataset, and the expression that loads it."""
     return {
         "name": data.name,
         "digest": data.digest,
@@ -164,7 +162,6 @@ def dataset(data: Dataset) -> dict[str, Any]:
 
 
 def _loading(data: Dataset) -> str:
-    """Return the expression that makes the dataset; of own images without their place."""
     if data.name in DATASETS:
         root = ", root=DATA_DIR" if data.name in TORCHVISION else ""
         return f"harness.load_dataset({data.name!r}{root})"
@@ -174,7 +171,7 @@ def _loading(data: Dataset) -> str:
 
 
 def provenance(data: Dataset, device_kind: str) -> dict[str, Any]:
-    """Return all that a run on a dataset and a device is made with, as plain values."""
+    """Return the provenance of a run on a dataset and a device, as plain values."""
     return {
         "code": code().record(),
         "versions": versions(),
@@ -198,27 +195,21 @@ def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what is different between two `provenance`s; threads aside, which are set alike."""
-    found = _code_differences(then["code"], now["code"])
-    for part in ("versions", "device", "dataset"):
-        names = dict.fromkeys([*then[part], *now[part]])
-        pairs = [(name, then[part].get(name), now[part].get(name)) for name in names]
-        found += [f"{part} {name}: {a} then, {b} now" for name, a, b in pairs if a != b]
-    if then["platform"] != now["platform"]:
-        found.append(f"platform: {then['platform']} then, {now['platform']} now")
-    return found
-
-
-def _code_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = []
-    if then["commit"] != now["commit"]:
-        found.append(f"commit: {then['commit']} then, {now['commit']} now")
-    for when, made in (("then", then), ("now", now)):
-        if made["dirty"]:
-            others = f", untracked {', '.join(made['untracked'])}" if made["untracked"] else ""
+    """Return a line for each difference of two `provenance`s; threads aside, which replays set."""
+    old, new = then["code"], now["code"]
+    found = _changed("commit", old["commit"], new["commit"])
+    for when, code in (("then", old), ("now", new)):
+        if code["dirty"]:
+            others = f", untracked {', '.join(code['untracked'])}" if code["untracked"] else ""
             found.append(f"working tree: changed since its commit {when}{others}")
-    if then["sources"] != now["sources"]:
-        found.append(f"sources of {' and '.join(SOURCES)}: other files now")
-    elif found:
-        found.append(f"sources of {' and '.join(SOURCES)}: the same files")
-    return found
+    if found or old["sources"] != new["sources"]:
+        files = "the same files" if old["sources"] == new["sources"] else "other files now"
+        found.append(f"sources of {' and '.join(SOURCES)}: {files}")
+    for part in ("versions", "device", "dataset"):
+        for name in dict.fromkeys([*then[part], *now[part]]):
+            found += _changed(f"{part} {name}", then[part].get(name), now[part].get(name))
+    return found + _changed("platform", then["platform"], now["platform"])
+
+
+def _changed(what: str, then: object, now: object) -> list[str]:
+    return [] if then == now else [f"{what}: {then} then, {now} now"]

@@ -17,7 +17,6 @@ from harness.tracking import Store, connect
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 """Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
 
-
 NEEDED: Mapping[str, tuple[type, ...]] = {
     "study": (str, type(None)),
     "device.kind": (str,),
@@ -108,10 +107,11 @@ def read_record(store: Store, run_id: str) -> Record:
     _check_provenance(made_with, run_id)
     config = RunConfig.from_json(read_text(store, run_id, "model/config.json"))
     for name, value in asdict(config).items():
-        if run.data.params.get(name) != str(value):
+        logged = run.data.params.get(name, str(value))  # a run of an earlier version may lack it
+        if logged != str(value):
             raise UserError(
-                f"run {run_id} contradicts itself: {name} is {run.data.params.get(name)} among its "
-                f"parameters and {value} in its model"
+                f"run {run_id} contradicts itself: {name} is {logged} among its parameters and "
+                f"{value} in its model"
             )
     with answering(store):
         values = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from harness.errors import UserError
 
@@ -21,8 +21,7 @@ class Network:
     """A registered network.
 
     Attributes:
-        function: (data_shape, latent_size, **options) -> (encoder, decoder), two plain modules
-            (B, *data_shape) -> (B, 2 L) and (B, L) -> (B, *data_shape); or its address.
+        function: as `network` registers it, called with further options; or its address.
         output: non-linearity behind the decoder's last layer.
         initialize: "stream": weights are drawn from the run's stream "weights", layer by layer;
             "torch": they are those of the function, called with PyTorch's generator seeded from
@@ -63,23 +62,18 @@ TERMS: dict[str, Callable[..., Any]] = {}
 def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Function]:
     """Register a function as the network `RunConfig(model=name)`; a second one replaces the first.
 
-    Args:
-        name: neither empty nor the name of a built-in network.
-        output: "sigmoid" for pixels in [0, 1], or "identity".
-
-    Returns:
-        A decorator of functions (data_shape, latent_size) -> (encoder, decoder): two plain modules
-        (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape),
-        before the output's non-linearity.
+    The function is (data_shape, latent_size) -> (encoder, decoder): two plain modules
+    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape), before
+    the non-linearity `output`: "sigmoid" for pixels in [0, 1], or "identity".
 
     Raises:
-        UserError: the name or the output is not allowed.
+        UserError: the name is empty or that of a built-in network, or the output is not allowed.
     """
     if not name or name in BUILT_IN:
         raise UserError(
             f"network {name!r}: choose a name that is not empty and none of {', '.join(BUILT_IN)}"
         )
-    if output not in ("sigmoid", "identity"):
+    if output not in get_args(Output):
         raise UserError(f"output={output!r} of network {name!r}: choose sigmoid or identity")
 
     def register(function: Function) -> Function:
@@ -92,14 +86,8 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
 def term(name: str) -> Callable[[Function], Function]:
     """Register a function as the loss term `RunConfig(terms={name: weight})`.
 
-    Args:
-        name: not empty; a second term of that name replaces the first.
-
-    Returns:
-        A decorator of functions `(Batch) -> Tensor` of shape () (`harness.objective.Batch`).
-
-    Raises:
-        UserError: the name is empty.
+    The function is (Batch) -> Tensor of shape () (`harness.objective.Batch`); a second one of that
+    name replaces the first.
     """
     if not name:
         raise UserError("a loss term needs a name that is not empty")

@@ -21,9 +21,10 @@ from harness.places import own_process
 if TYPE_CHECKING:
     import numpy as np
 
+    from harness.config import RunConfig
     from harness.data.dataset import Dataset
+    from harness.models.vae import VAE
     from harness.stores import Store
-    from harness.vae import SingleVAE
 
 BATCH = 1000
 """Metric values of one write, MLflow's largest batch."""
@@ -139,12 +140,12 @@ class RunLog:
         """Set the description that the run's page shows."""
         self.tag(NOTE, markdown)
 
-    def model(self, model: SingleVAE) -> None:
+    def model(self, config: RunConfig, model: VAE) -> None:
         """Log weights and configuration, from which `load_run` rebuilds the model."""
-        from harness.storage import save_model
+        from harness.models.files import save_model
 
         with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder))
+            save_model(config, model, Path(folder))
             self._put("files", Path(folder), path="model")
 
     def end(self, status: str = "FINISHED") -> None:

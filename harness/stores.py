@@ -33,7 +33,6 @@ from harness.places import (
     is_server,
     memory_folder,
     project_root,
-    put,
     sqlite_file,
     tracking_address,
     unusable,
@@ -95,6 +94,8 @@ def connect(uri: str | None = None) -> Store:
         database.parent.mkdir(parents=True, exist_ok=True)
         with creation_lock(uri):
             if not database.exists():
+                from harness.models.files import put  # loads torch
+
                 put(database, _empty_database())
             use_write_ahead_log(database)
             client = _client(uri)

@@ -24,7 +24,7 @@ def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> 
 
     Args:
         seed: the run's seed.
-        purpose: what is drawn, e.g. "weights", "batches", "noise".
+        purpose: name of the draw, e.g. "weights", "batches", "noise".
         epoch: epoch of the draw, 0 for draws that belong to none.
         latent_size: number of latents where the draw's shape depends on it, else 0.
     """
@@ -36,19 +36,13 @@ def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> 
 def batches(config: RunConfig, images: int, epoch: int) -> Tensor:
     """Return the order in which a run sees the training images in an epoch.
 
-    Returns:
-        Indices, int64, shape (steps * batch_size,), without repetition; images that do not fill a
-        batch are left out.
+    Images that do not fill a batch are left out: int64, shape (steps * batch_size,).
     """
     order = generator(config.seed, "batches", epoch).permutation(images)
     return torch.from_numpy(order[: images - images % config.batch_size])
 
 
 def noise(seed: int, purpose: str, images: int, latent_size: int, epoch: int = 0) -> Tensor:
-    """Return standard normal noise for each image and each latent of a run.
-
-    Returns:
-        float32, shape (images, L).
-    """
+    """Return standard normal noise of a run, float32, shape (images, L)."""
     stream = generator(seed, purpose, epoch, latent_size)
     return torch.from_numpy(stream.standard_normal((images, latent_size), dtype=np.float32))

@@ -6,6 +6,7 @@ without the global active run, and metrics in one batch per run and several epoc
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from harness.stores import connect as connect
 
 if TYPE_CHECKING:
     from harness.data.dataset import Split
-    from harness.vae import SingleVAE
+    from harness.models.vae import VAE
 
 TRAINING_VIEW = "custom_model_development"
 """Kind of an experiment that MLflow's page opens with runs and charts instead of its GenAI view."""
@@ -42,7 +43,7 @@ class TrackedRun:
     run_id: str
     config: RunConfig
     metrics: dict[str, float]
-    model: SingleVAE = field(repr=False)
+    model: VAE = field(repr=False)
 
 
 def open_experiment(store: Store, name: str, description: str) -> str:
@@ -124,7 +125,8 @@ def close_run(store: Store, run_id: str, status: str, reason: str) -> None:
 def log_best_model(
     store: Store,
     run: RunLog,
-    model: SingleVAE,
+    config: RunConfig,
+    model: VAE,
     examples: Split,
     metrics: Mapping[str, float],
     description: str,
@@ -134,7 +136,8 @@ def log_best_model(
     Args:
         store: where the run is.
         run: the open run; what it is still to write is written first.
-        model: a trained run.
+        config: settings of the model.
+        model: a trained model on the CPU.
         examples: images that the page shows as the model's input.
         metrics: of the model, logged for the run and the model at its last epoch.
         description: Markdown on the model's page.
@@ -144,9 +147,12 @@ def log_best_model(
     """
     import torch
 
-    images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.image_shape)
+    model = copy.deepcopy(model).float()
+    for weight in model.parameters():
+        weight.data = weight.data.contiguous()  # MLflow warns of others
+    images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.data_shape)
     with torch.no_grad():
-        output = model.float()(images).numpy()
+        output = model(images).numpy()
     run.flush()  # leaving the block below finishes the run
     store.writer.settle()
     mlflow.set_tracking_uri(store.uri)
@@ -159,7 +165,7 @@ def log_best_model(
             pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "numpy")],
             tags={"mlflow.note.content": description},
         )
-        mlflow.log_metrics(dict(metrics), model.config.epochs, model_id=logged.model_id)
+        mlflow.log_metrics(dict(metrics), config.epochs, model_id=logged.model_id)
 
 
 def read_runs(store: Store, experiment: str, filter_string: str = "") -> list[dict[str, Any]]:
@@ -206,7 +212,7 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
     Raises:
         UserError: there is no such run, or its model files are missing or broken.
     """
-    from harness.storage import load_model
+    from harness.models.files import load_model
 
     store = connect(tracking_uri)
     try:
@@ -215,8 +221,8 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
             mlflow.artifacts.download_artifacts(
                 run_id=run_id, artifact_path="model", dst_path=folder, tracking_uri=store.uri
             )
-            model = load_model(Path(folder) / "model")
+            config, model = load_model(Path(folder) / "model")
     except (MlflowException, OSError) as error:
         where = without_password(store.uri)
         raise UserError(f"run {run_id} of {where} cannot be loaded ({reason(error)})") from error
-    return TrackedRun(run_id, model.config, dict(run.data.metrics), model)
+    return TrackedRun(run_id, config, dict(run.data.metrics), model)

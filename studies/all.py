@@ -1,11 +1,11 @@
 """Every study of a dataset, one after the other, and an index page of their reports."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from harness import doing
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.cli import clear_errors, execute, parse
@@ -13,6 +13,8 @@ from studies.options import Common, Options
 from studies.plan import make_plan
 from studies.search_options import SearchOptions, make_search_plan
 from studies.sources import read_own
+
+log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
@@ -41,7 +43,7 @@ def check_plans(options: Options[Any]) -> None:
     Raises:
         UserError: an option cannot be used in every study; names the first that refuses it.
     """
-    doing.say("planning every study")  # the first to need PyTorch waits for it
+    log.info("planning every study")  # the first to need PyTorch waits for it
     own = read_own(options.dataset, options.image_size)
     plans: dict[str, Callable[[], object]] = {
         study.name: partial(make_plan, study, options, own) for study in STUDIES

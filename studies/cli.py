@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -22,6 +25,8 @@ from studies.worker import program
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
+
+log = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 
@@ -107,6 +112,19 @@ def _one_line(box: str) -> str:
     return f"{' '.join(message)}; --help lists all options"
 
 
+def start_pool(device: str) -> None:
+    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile.
+
+    Args:
+        device: as in the options.
+    """
+    on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
+    if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
+        from harness import forkserver
+
+        forkserver.start()
+
+
 def execute(study: Study, options: Options[Any]) -> Outcome | None:
     """Run a study and show it; None for a dry run, or where another process shows it.
 
@@ -115,20 +133,23 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_plan(study, options, own)
+    if not options.dry_run and options.workers == 1:
+        start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from harness.linear.pca import begin_pca
+    from harness.training import engine
     from studies.console import Console
     from studies.study import run
 
     console = Console()
     console.question(study.question)
-    harness.doing.say(f"loading PyTorch and {plan.dataset}")
-    harness.engine.resolve_device(options.device, options.precision or "float32")
+    log.info("loading PyTorch and %s", plan.dataset)
+    engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     for config in plan.runs:
-        harness.engine.check_stack([config], data)
+        engine.check_runs([config], data)
     console.plan(plan, data.pixels)
     if options.dry_run:
         seeds = plan.seeds

@@ -16,9 +16,9 @@ import harness
 from harness.config import RunConfig, UserError
 
 if TYPE_CHECKING:
-    from harness.engine import EpochRecord
     from harness.records import Record
     from harness.tracking import RunLog, Store
+    from harness.training.engine import EpochRecord
 
 FILE = "stack.json"
 

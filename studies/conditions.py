@@ -11,7 +11,7 @@ from studies.sources import Source
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from harness.vae import SingleVAE
+    from studies.question import Trained
 
 BLOG_WEIGHT = 1.0
 """The blog's weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
@@ -94,7 +94,7 @@ def set_decoder_variance(config: RunConfig, variance: float, data: Source) -> Ru
     return harness.objective.with_decoder_variance(config, variance, data.pixels)
 
 
-def pca_floor(run: SingleVAE, data: Dataset) -> dict[str, float]:
+def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:
     """Measure the test mse of a principal component projection onto as many dimensions.
 
     Of images that are too large for it, nothing.

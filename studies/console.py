@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import rich.console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import doing, places, view
+from harness import places, view
 from studies import live, worker
 from studies.progress import Steps, report
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from studies.search_options import SearchPlan
     from studies.summary import Outcome
 
+
+log = logging.getLogger(__name__)
 
 HIDDEN = (
     *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
@@ -115,9 +118,8 @@ class Console:
         """
         from studies import estimate
 
-        doing.say("estimating the time")
+        log.info("estimating the time")
         said = estimate.sentence(runs, data, options.device, options.tracking_uri, at_once)
-        doing.say("")
         self.out.print(said, markup=False)
 
     @contextmanager
@@ -135,7 +137,7 @@ class Console:
     def bar(self, runs: int, epochs: int) -> Iterator[Steps]:
         """Show the training of so many runs; yields what is to be called after every epoch."""
         if worker.crowd():
-            with doing.heard(lambda what, further: report(0, what)):
+            with live.heard(lambda what, further: report(0, what)):
                 yield Steps(epochs, report)
             return
         with live.bar(self.out, runs * epochs) as advance:

@@ -25,7 +25,7 @@ from studies.databases import exclusive, is_postgres, patiently, pulse
 if TYPE_CHECKING:
     import optuna
 
-    from harness.engine import EpochRecord
+    from harness.training.engine import EpochRecord
 
     Trial = optuna.Trial | optuna.trial.FrozenTrial
 else:

@@ -72,9 +72,11 @@ def sentence(
         tracking_uri: where finished runs are looked for, as an option.
         at_once: width of a device's stack -> width of the plan's.
     """
-    kind = harness.engine.resolve_device(device).type
-    width = at_once(harness.engine.STACK_WIDTH[kind])
-    stacks = harness.sweep.stacks(configs, width)
+    from harness.training.engine import STACK_WIDTH, resolve_device, together
+
+    kind = resolve_device(device).type
+    width = at_once(STACK_WIDTH[kind])
+    stacks = together(configs, width)
     known = pace(configs[0], data, kind, tracking_uri)
     return (
         f"{len(stacks)} stack{'s'[: len(stacks) > 1]} of up to {max(map(len, stacks))} runs on "
@@ -153,7 +155,9 @@ def _tried(config: RunConfig, data: Dataset, device: str) -> Pace:
     """Train a few steps of as many runs as there are cores."""
     steps = TRIAL_STEPS * config.batch_size
     few = replace(data, train=data.train.head(steps), val=data.val.head(64))
-    width = harness.engine.STACK_WIDTH[device] if device == "cuda" else os.cpu_count() or 1
+    from harness.training.engine import STACK_WIDTH
+
+    width = STACK_WIDTH[device] if device == "cuda" else os.cpu_count() or 1
     plain = config.replace(epochs=TRIAL_EPOCHS, kl_warmup_epochs=0, kl_cycles=1)
     trial = [plain.replace(seed=seed) for seed in range(width)]
     *_, last = harness.train(trial, few, device)

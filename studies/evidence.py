@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import harness
 from analysis import frames
 from harness.config import RunConfig
@@ -14,12 +16,12 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     import pandas as pd
 
-    from harness.batches import BatchLosses
     from harness.data.dataset import Dataset, Split
     from harness.linear.pca import PCA
     from harness.linear.vae import LinearOptimum
+    from harness.metrics.evaluate import BatchLosses
     from harness.tracking import Store
-    from harness.vae import SingleVAE
+    from studies.question import Trained
     from studies.runs import Runs
 
 Record = dict[str, Any]
@@ -57,11 +59,11 @@ class Evidence:
     ) -> LinearOptimum:
         """Return the exact linear VAE of the official training images, measured on them or a split.
 
-        See `harness.linear.vae.linear_optimum`.
+        See `harness.linear.vae.LinearOptimum`.
         """
-        from harness.linear.vae import linear_optimum  # loads torch
+        from harness.linear.vae import LinearOptimum  # loads torch
 
-        return linear_optimum(self.official, latent_size, decoder_variance, split)
+        return LinearOptimum(self.official, latent_size, decoder_variance, split)
 
     @cached_property
     def _by_settings(self) -> dict[tuple[str, ...], Record]:
@@ -113,21 +115,30 @@ class Evidence:
         """Return by how much a metric is lower than in other runs, mean of differences by seed."""
         return frames.paired_difference(self.frame(other), self.frame(runs), metric).mean
 
-    def models(self, runs: Runs) -> list[SingleVAE]:
-        """Load the trained models, one per seed."""
-        ids = self.frame(runs)["run_id"]
-        return [harness.load_run(run_id, self.store.uri).model for run_id in ids]
+    def trained(self, runs: Runs) -> list[Trained]:
+        """Load the trained runs, one per seed."""
+        loaded = (harness.load_run(run, self.store.uri) for run in self.frame(runs)["run_id"])
+        return [Trained(run.config, run.model) for run in loaded]
 
     def batches(self, runs: Runs) -> BatchLosses:
-        """Return loss and KL term of every training batch, weights as at the end of training."""
+        """Return loss and KL term of every training batch, weights as at the end of training.
+
+        Both have the shape (seeds, steps).
+        """
         if runs not in self._batches:
-            self._batches[runs] = harness.batches.batch_losses(self.models(runs), self.data)
+            from harness.metrics.evaluate import BatchLosses, batch_losses  # loads torch
+
+            each = [batch_losses(*run, self.data) for run in self.trained(runs)]
+            loss, kl_term = map(np.stack, zip(*each, strict=True))
+            self._batches[runs] = BatchLosses(loss, kl_term)
         return self._batches[runs]
 
     def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
         """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
-        stack = harness.vae.VAE(self.models(runs))
-        found = harness.likelihood.likelihood_metrics(stack, self.data, (samples,))
+        from harness.metrics.likelihood import likelihood_metrics  # loads torch
+
+        binary = self.data.binarized(runs.config.binarization)
+        found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
         return [metrics["neg_log_likelihood"] for metrics in found]
 
     def losses(self, runs: Runs) -> list[float]:
@@ -137,10 +148,10 @@ class Evidence:
     def gaps_to_linear(self, runs: Runs) -> list[float]:
         """Return by how many % each seed's loss is below the exact linear model's (`losses`)."""
         from harness.linear.pca import pca
-        from harness.linear.vae import linear_optimum
+        from harness.linear.vae import LinearOptimum
 
         variance = harness.objective.decoder_variance(runs.config, self.data.pixels)
-        linear = linear_optimum(pca(self.data), runs.config.latent_size, variance).loss
+        linear = LinearOptimum(pca(self.data), runs.config.latent_size, variance).loss
         return [100 * (linear - loss) / linear for loss in self.losses(runs)]
 
 
@@ -149,6 +160,7 @@ def _settings(config: RunConfig, digest: str) -> tuple[str, ...]:
 
 
 def _read_settings(params: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the settings of a run; one of another version of the harness lacks some, and is none."""
-    names = RunConfig.__dataclass_fields__
-    return (*(params.get(name, "") for name in names), params.get("dataset_digest", ""))
+    """Read the settings of a run; those that its version of the harness lacked are defaults."""
+    defaults = asdict(RunConfig()).items()
+    settings = (params.get(name, str(value)) for name, value in defaults)
+    return (*settings, params.get("dataset_digest", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from PIL import Image
 import harness
 from analysis import planes
 from harness.data.dataset import Dataset
+from harness.metrics import pictures, probes
+from harness.models.vae import VAE
 from harness.tracking import Store
-from harness.vae import SingleVAE
 from studies.plan import Plan
+
+log = logging.getLogger(__name__)
 
 SCATTERED = 1000
 """Test images of a latent scatter."""
@@ -28,13 +32,13 @@ def write_pictures(
     Returns:
         For each picture its file, its caption and the labels of its rows, for the report.
     """
-    harness.doing.say("drawing pictures of the models")
+    log.info("drawing pictures of the models")
     models = _models(plan, frame, store)
     return draw_models(folder, models, _best(plan, frame, list(models)), data)
 
 
 def draw_models(
-    folder: Path, models: Mapping[str, SingleVAE], best: str, data: Dataset, seed: int = 0
+    folder: Path, models: Mapping[str, VAE], best: str, data: Dataset, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Draw models side by side, and one of them closer.
 
@@ -49,7 +53,7 @@ def draw_models(
         For each picture its file, its caption and the labels of its rows, for the report.
     """
     labels = list(models)
-    stack, draw = list(models.values()), harness.pictures
+    stack, draw = list(models.values()), pictures
     drawn = [
         (
             "reconstructions",
@@ -60,7 +64,7 @@ def draw_models(
         ),
         (
             "prior_samples",
-            draw.sample_rows(stack),
+            draw.sample_rows(stack, seed),
             f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
             labels,
         ),
@@ -84,7 +88,7 @@ def draw_models(
     return [*listed, _scatter(folder, models, data)]
 
 
-def _models(plan: Plan, frame: pd.DataFrame, store: Store) -> dict[str, SingleVAE]:
+def _models(plan: Plan, frame: pd.DataFrame, store: Store) -> dict[str, VAE]:
     """Load seed 0 of each point of the last group that has one: label -> model."""
     run_ids = dict(zip(frame["name"], frame["run_id"], strict=True))
     there = {point: run_ids.get(f"{plan.label(point)} seed=0") for point in plan.configs}
@@ -101,13 +105,13 @@ def _best(plan: Plan, frame: pd.DataFrame, labels: list[str]) -> str:
     return min(labels, key=lambda label: values[f"{label} seed=0"])
 
 
-def _scatter(folder: Path, models: Mapping[str, SingleVAE], data: Dataset) -> dict[str, Any]:
+def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> dict[str, Any]:
     """Draw where test images lie in each model's latent space."""
     part = data.test.head(SCATTERED)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     places = []
     for label, model in models.items():
-        x, y = harness.probe.latent_plane(model, part).T
+        x, y = probes.latent_plane(model, part).T
         places.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     planes.latent_scatter(pd.concat(places)).savefig(folder / "pictures/latents.png", dpi=130)
     coloured = ", coloured by class" if data.classes > 1 else ""

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import harness
 from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
-from harness.sweep import best_epoch, flat_record
+from harness.training.engine import best_epoch, flat_record
 
 if TYPE_CHECKING:
-    from harness.engine import EpochRecord
-    from harness.vae import SingleVAE
-    from studies.question import Study
+    from harness.training.engine import EpochRecord
+    from studies.question import Study, Trained
 
 Metrics = dict[str, float]
 
@@ -53,7 +52,7 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     lie in [0, 1] and no constant image errs more, or where its rate is above 10,000 nats a latent
     although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
     """
-    config = [config for model in record.models for config in model.configs][row]
+    config = record.configs[row]
     limits = {"loss": math.inf, "mse": LARGEST_ERROR}
     if config.kl_weight > 0:
         limits["rate"] = LARGEST_RATE * config.latent_size
@@ -76,14 +75,14 @@ def finals(record: EpochRecord, data: Dataset) -> list[tuple[int, Metrics]]:
     rows = [row for row in range(len(record.rows)) if row not in record.dropped]
     if not rows:
         return []
-    model = record.model.keep(rows)
-    measured = zip(harness.evaluate(model, data), harness.measure_quality(model, data), strict=True)
+    runs = [(record.configs[row], record.model(row)) for row in rows]
+    measured = zip(harness.evaluate(runs, data), harness.measure_quality(runs, data), strict=True)
     named = (ends | {f"test/{k}": v for k, v in quality.items()} for ends, quality in measured)
     return list(zip(rows, named, strict=True))
 
 
 def final_metrics(
-    run: SingleVAE, metrics: Metrics, course: Sequence[float], data: Dataset, study: Study | None
+    run: Trained, metrics: Metrics, course: Sequence[float], data: Dataset, study: Study | None
 ) -> Metrics:
     """Return all that is logged once of a finished run.
 

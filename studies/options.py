@@ -12,7 +12,6 @@ from harness.config import (
     Binarization,
     KLNormalization,
     Likelihood,
-    Model,
     Precision,
     RunConfig,
     Sigma,
@@ -37,7 +36,8 @@ class Common:
         epochs: passes over the training split (digits and fewer than 10,000 own images 50, others
             20).
         batch_size: images per step.
-        model: mlp, a linear VAE, or conv, convolutions in place of the MLP (mlp).
+        model: mlp, linear (a linear VAE), conv (convolutions in place of the MLP), or the name of
+            a registered network (mlp).
         channels: channels of conv's convolutions, each of which halves the image (32 64).
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0 (0).
         kl_cycles: equal parts of the training that each begin with that warm-up (1).
@@ -64,7 +64,7 @@ class Common:
     image_size: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int = 32
-    model: Model | None = None
+    model: str | None = None
     channels: tuple[int, ...] | None = None
     kl_warmup_epochs: int | None = None
     kl_cycles: int | None = None

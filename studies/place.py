@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
-from harness.engine import EpochRecord
 from harness.tracking import Store
+from harness.training.engine import EpochRecord
 
 if TYPE_CHECKING:
-    from harness.checkpoint import Checkpoints
+    from harness.training.checkpoint import Checkpoints
     from studies.plan import Plan
     from studies.question import Study
 

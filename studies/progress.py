@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.engine import EpochRecord
+    from harness.training.engine import EpochRecord
 
 MARK = "\x1e"
 """Begins a line in which a worker of `--workers` tells its parent how far it is."""
@@ -61,7 +61,7 @@ def _line(record: EpochRecord, epochs: int) -> str:
 def _best(record: EpochRecord) -> str:
     """Name the lowest neg_elbo; of plain autoencoders, which have none, the lowest mse."""
     for name, digits in (("neg_elbo", 2), ("mse", 4)):
-        found = [float(value) for value in record.val[name] if math.isfinite(value)]
+        found = [float(value) for value in record.val.get(name, ()) if math.isfinite(value)]
         if found:
             return f"{name} {min(found):.{digits}f}"
     return "of none: all diverge"

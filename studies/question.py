@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
 from studies.sources import Source
@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.data.dataset import Dataset
-    from harness.vae import SingleVAE
+    from harness.models.vae import VAE
+
+
+class Trained(NamedTuple):
+    """A finished run: its settings and its model."""
+
+    config: RunConfig
+    model: VAE
+
 
 Apply = Callable[[RunConfig, Any, Source], RunConfig]
 """(config, value, source of the data) -> config with the value set."""
@@ -79,7 +87,7 @@ class Study:
             group.
         seeds: repetitions where the user names no number.
         objective: metric whose mean over seeds is told to Optuna.
-        extras: further metrics of a finished run, e.g. a linear probe.
+        extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all others are compared with; None means the best one.
 
@@ -97,7 +105,7 @@ class Study:
     groups: Groups = no_groups
     seeds: int = 3
     objective: str = "val/neg_elbo"
-    extras: Callable[[SingleVAE, Dataset], dict[str, float]] | None = None
+    extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
     reference: Any = None
 

@@ -156,10 +156,10 @@ def load(record: Record, data_dir: Path) -> Dataset:
 
 def device_for(recorded: str, asked: str) -> str:
     """Return the kind of device to train on: as asked, else as recorded if there is one here."""
-    import harness
+    from harness.training.engine import resolve_device
 
     wanted = asked if asked != "auto" else recorded if recorded == "cpu" else "auto"
-    return harness.engine.resolve_device(wanted).type
+    return resolve_device(wanted).type
 
 
 def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
@@ -170,6 +170,7 @@ def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
     """
     import harness
     from studies.measures import course_value, epoch_metrics, final_metrics, finals
+    from studies.question import Trained
 
     stack, study = replay.stack, replay.study
     values: dict[tuple[str, int], float] = {}
@@ -185,7 +186,8 @@ def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
             on_epoch(record)
             stopping.check()
     ends = dict(finals(record, replay.data))[row]
-    final = final_metrics(record.model.run(row), ends, course, replay.data, study)
+    run = Trained(record.configs[row], record.model(row))
+    final = final_metrics(run, ends, course, replay.data, study)
     return values | {(name, epochs): value for name, value in final.items()}
 
 

@@ -7,6 +7,7 @@ weight change. Ends with exit code 1 if a claim fails.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from analysis import ledger_plots
 from harness.config import checked_name
 from studies.answers import worst_class
 from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
-from studies.cli import clear_errors, read
+from studies.cli import clear_errors, read, start_pool
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
 from studies.options import ReproduceOptions, check_least
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from studies.evidence import Evidence
 
 NAME = "reproduce"
+
+log = logging.getLogger("studies.reproduce")  # `__name__` is "__main__" on the command line
 
 
 def reproduction(form: Form) -> Reproduction:
@@ -163,16 +166,19 @@ def execute(options: ReproduceOptions) -> list[Row]:
     page = reproduction(FULL if options.full else SHORT)
     checked_name(NAME if options.study_name is None else options.study_name)
     check_least("checkpoint_every", options.checkpoint_every, 0)
+    if not options.dry_run:
+        start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
+    from harness.training.engine import resolve_device
     from studies.console import Console
     from studies.reproducing import run
 
     console = Console()
     console.question(page.question)
-    harness.doing.say("loading PyTorch and mnist")
-    device = harness.engine.resolve_device(options.device).type
+    log.info("loading PyTorch and mnist")
+    device = resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
     wanted = page.trained_on(device)
     console.out.print(

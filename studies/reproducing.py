@@ -12,6 +12,7 @@ import pandas as pd
 
 import harness
 from harness.config import RunConfig, UserError, checked_name
+from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.claims import (
     FAIL,
     NOT_RUN,
@@ -119,7 +120,7 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
     """
     store = harness.tracking.connect(options.tracking_uri)
     store.check_home()
-    device = harness.engine.resolve_device(options.device).type
+    device = resolve_device(options.device).type
     experiment = f"{page.name}-{data.name}"
     experiment_id = harness.tracking.open_experiment(store, experiment, page.question)
     name = checked_name(options.study_name or experiment)
@@ -142,8 +143,8 @@ def train_missing(check: Check, console: Console) -> None:
     ]
     if not missing:
         console.out.print("Every run is finished already; nothing is trained again.")
-    width = harness.engine.STACK_WIDTH[place.device]
-    for rows in harness.sweep.stacks([config for _, config in missing], width):
+    width = STACK_WIDTH[place.device]
+    for rows in together([config for _, config in missing], width):
         stack = [missing[row] for row in rows]
         epochs = stack[0][1].epochs
         labels = "; ".join(label for label, _ in groupby(runs.label for runs, _ in stack))
@@ -225,7 +226,7 @@ def _write(
         caption = "".join(f" {name.capitalize()}: {value}." for name, value in same.items())
         listed.append({"file": f"ledger-{i}.csv", "caption": f"{heading}.{caption}"})
     there = [runs for runs in page.pictured if not evidence.unfinished(runs)]
-    models = {runs.label: evidence.models(runs)[0] for runs in there}
+    models = {runs.label: evidence.trained(runs)[0].model for runs in there}
     best = there[-1].label if there else ""
     drawn = {
         name: (draw(evidence), caption)

@@ -8,6 +8,7 @@ again with fresh seeds, since the search's own number for it is the luckiest of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import harness
 from analysis import search_plots
 from harness.config import RunConfig
 from studies import conditions
-from studies.cli import clear_errors, read
+from studies.cli import clear_errors, read, start_pool
 from studies.search_options import (
     CONFIRMING,
     Range,
@@ -28,6 +29,8 @@ from studies.sources import Source, read_own
 
 if TYPE_CHECKING:
     from studies.summary import Outcome
+
+log = logging.getLogger("studies.search")  # `__name__` is "__main__" on the command line
 
 
 def space(epochs: int) -> Space:
@@ -106,17 +109,20 @@ def execute(options: SearchOptions) -> Outcome | None:
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_search_plan(SEARCH, options, own)
+    if not options.dry_run and options.workers == 1:
+        start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
+    from harness.training import engine
     from studies.console import Console
     from studies.searching import run
 
     console = Console()
     console.question(SEARCH.question)
-    harness.doing.say(f"loading PyTorch and {plan.dataset}")
-    harness.engine.resolve_device(options.device, options.precision or "float32")
+    log.info("loading PyTorch and %s", plan.dataset)
+    engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
-    harness.engine.check_stack([plan.base], data)
+    engine.check_runs([plan.base], data)
     console.out.print(plan.sentence(data.pixels))
     if options.dry_run:
         runs = [plan.base] * (plan.trials * plan.seeds + 2 * CONFIRMING)

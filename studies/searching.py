@@ -6,6 +6,7 @@ mean. A trial that is pruned, or of which a seed diverges, leaves the stack with
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     import optuna
 
     from harness.data.dataset import Dataset
-    from harness.engine import EpochRecord
+    from harness.training.engine import EpochRecord
     from studies.console import Console
     from studies.place import Place
     from studies.stack import End
     from studies.summary import Outcome
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,11 @@ def run(
         UserError: the tracking store or the storage cannot be used, or the search exists with
             other settings or is being run by another process.
     """
+    from harness.training.engine import resolve_device
     from studies.place import Place
     from studies.stack import forget_all, keep
 
-    harness.doing.say("opening MLflow and Optuna")
+    log.info("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
@@ -121,7 +125,7 @@ def run(
     books = Books(hunt.desk, store, plan.experiment, trial_label)
     hunt.desk.section(hunt.desk.bury)
     books.settle()
-    device = harness.engine.resolve_device(options.device).type
+    device = resolve_device(options.device).type
     left = hunt.left()
     if left < plan.trials:
         console.out.print(f"{plan.trials - left} trials are finished; {left} are left.")
@@ -151,10 +155,11 @@ def run(
 
 def work(hunt: Hunt, books: Books, place: Place) -> None:
     """Ask for trials, train and tell them until none is left."""
+    from harness.training.engine import STACK_WIDTH
     from studies.stack import train_stack
 
     plan = hunt.plan
-    for trials in hunt.asked(plan.at_once(harness.engine.STACK_WIDTH[place.device])):
+    for trials in hunt.asked(plan.at_once(STACK_WIDTH[place.device])):
         books.settle()
         judge = Judge(hunt, trials)
         with hunt.desk.working():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import harness
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
-from harness.engine import EpochRecord
+from harness.metrics import pictures
+from harness.metrics.evaluate import as_measured
+from harness.models.vae import build
 from harness.tracking import RunLog, Store
+from harness.training.engine import EpochRecord, together
 from studies import companions, stopping
 from studies.measures import (
     Metrics,
@@ -27,19 +30,21 @@ from studies.measures import (
 )
 from studies.origin import description, log_origin, made_with
 from studies.place import Place
+from studies.question import Trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    import numpy as np
-
-    from harness.checkpoint import Checkpoints
-    from harness.vae import VAE, SingleVAE
+    from harness.training.checkpoint import Checkpoints
     from studies.plan import Point
+
+logger = logging.getLogger(__name__)
 
 LONGEST_PARAM = 6_000
 """Characters of a parameter that MLflow keeps."""
+
+WRITING = "writing finished runs to MLflow: %d of %d"
 
 PICTURES = 10
 """Images of a reconstruction picture, the same validation images for every run."""
@@ -80,7 +85,8 @@ def train_tracked(
         for config in plan.configs[point]
     ]
     results: dict[int, Metrics | None] = {}
-    for rows in harness.sweep.stacks([config for config, *_ in planned], len(planned)):
+    configs = [config for config, *_ in planned]
+    for rows in together(configs, len(planned)):
         finals = train_stack([planned[row] for row in rows], place)
         results |= dict(zip(rows, finals, strict=True))
     seeds = plan.seeds
@@ -111,13 +117,16 @@ def train_stack(
             logs = [every[row] for row in record.rows]
             if record.epoch == 1:
                 _log_resumption(record, logs)
-                _log_untrained(configs, every, place.data)
+                _log_reconstructions(every, _untrained(configs, place.data), place.data, 0)
             for row, origin in enumerate(record.rows):
                 metrics = epoch_metrics(record, row)
                 every[origin].metrics(metrics, record.epoch)
                 courses[origin].append(course_value(metrics, place.study))
             if record.epoch in picture_epochs(configs[0].epochs):
-                _log_reconstructions(record, logs, place.data)
+                # Not of a model that has gone on since: those are with its earlier run.
+                rows = [row for row, epoch in enumerate(record.resumed) if epoch <= record.epoch]
+                runs = [Trained(record.configs[row], record.model(row)) for row in rows]
+                _log_reconstructions([logs[row] for row in rows], runs, place.data, record.epoch)
             for row, end in {**_diverged(record), **judge(record)}.items():
                 _log_end(logs[row], end)
                 record.drop([row])
@@ -126,8 +135,8 @@ def train_stack(
             stopping.check()
         measured = finals(record, place.data)
         for done, (row, final) in enumerate(measured, 1):
-            harness.doing.count("writing finished runs to MLflow", done, len(measured))
-            origin, run = record.rows[row], record.model.run(row)
+            logger.info(WRITING, done, len(measured), extra={"progress": True})
+            origin, run = record.rows[row], Trained(record.configs[row], record.model(row))
             logged = final_metrics(run, final, courses[origin], place.data, place.study)
             stack.log(every[origin], origin, place.device)
             _log_final(every[origin], run, logged)
@@ -206,33 +215,29 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
     }
 
 
-def _log_untrained(configs: Sequence[RunConfig], logs: Sequence[RunLog], data: Dataset) -> None:
-    """Log pictures at step 0, where MLflow's slider stands when a run is opened."""
-    model = harness.vae.untrained(configs, data.image_shape)
-    for log, picture in zip(logs, _reconstructions(model, data), strict=True):
-        log.picture("reconstructions", picture, 0)
+def _untrained(configs: Sequence[RunConfig], data: Dataset) -> list[Trained]:
+    """Return models at step 0, where MLflow's slider stands when a run is opened."""
+    shape, largest = data.image_shape, data.train.largest
+    return [Trained(c, build(c, shape, largest)) for c in configs]
 
 
-def _log_reconstructions(record: EpochRecord, logs: list[RunLog], data: Dataset) -> None:
-    """Log pictures, but of no model that has gone on since: those are with its earlier run."""
-    there = [epoch <= record.epoch for epoch in record.resumed]
-    if not any(there):
-        return
-    pictures = _reconstructions(record.model, data)
-    for log, picture in itertools.compress(zip(logs, pictures, strict=True), there):
-        log.picture("reconstructions", picture, record.epoch)
+def _log_reconstructions(
+    logs: Sequence[RunLog], runs: Sequence[Trained], data: Dataset, epoch: int
+) -> None:
+    measured = as_measured(runs, data) if runs else {}
+    for log, (config, model) in zip(logs, runs, strict=True):
+        val = measured[config.binarization].val
+        picture = pictures.reconstructions(model, val, PICTURES)
+        log.picture("reconstructions", picture, epoch)
 
 
-def _reconstructions(model: VAE, data: Dataset) -> list[np.ndarray]:
-    val = data.binarized(model.configs[0].binarization).val.to(model.device)
-    return harness.pictures.reconstructions(model, val, PICTURES)
-
-
-def _log_final(log: RunLog, run: SingleVAE, final: Metrics) -> None:
+def _log_final(log: RunLog, run: Trained, final: Metrics) -> None:
     """Log final metrics, samples and model; close the run."""
-    log.metrics(final, run.config.epochs)
-    log.picture("prior_samples", harness.pictures.prior_samples(run), run.config.epochs)
-    log.model(run)
+    config, model = run
+    samples = pictures.prior_samples(model, config.seed)
+    log.metrics(final, config.epochs)
+    log.picture("prior_samples", samples, config.epochs)
+    log.model(config, model)
     log.end()
 
 

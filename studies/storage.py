@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import lazy_loader
 
 import harness
 from harness import places
-from harness.config import UserError
+from harness.config import RunConfig, UserError
 from harness.places import without_password
 from studies.databases import check_kind, engine_options, exclusive
 from studies.options import first_unused
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from studies.options import Common
 else:
     optuna = lazy_loader.load("optuna")
+
+DEFAULTS = json.loads(RunConfig().to_json())
+"""Settings of a study that was begun before the harness had them."""
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
@@ -114,7 +118,9 @@ def agree(study: optuna.Study, here: dict[str, Any]) -> None:
         )
     if there is None:
         study.set_user_attr("settings", here)
-    elif there != here:
+        return
+    there = {name: value for name, value in DEFAULTS.items() if name in here} | there
+    if there != here:
         changed = sorted(k for k in there | here if there.get(k) != here.get(k))
         listed = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed)
         raise UserError(

@@ -7,6 +7,7 @@ normalisation changes.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from studies.progress import Steps
     from studies.summary import Outcome
 
+log = logging.getLogger(__name__)
+
 
 def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> Outcome | None:
     """Run what is left of a plan, alone or with others, then answer its question.
@@ -39,10 +42,11 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         UserError: the tracking store or the storage cannot be used, or the study exists with
             other settings or is being run by another process.
     """
+    from harness.training.engine import resolve_device
     from studies.place import Place
     from studies.stack import forget_all, keep
 
-    harness.doing.say("opening MLflow and Optuna")
+    log.info("opening MLflow and Optuna")
     store, storage = open_both(options)
     if options.fresh:
         plan = replace(plan, name=new_name(storage, store, plan.experiment, plan.name))
@@ -59,7 +63,7 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
         if options.workers > 1:
             refused = workers.train(options, plan.study.name, plan.name, progress.advance)
         else:
-            device = harness.engine.resolve_device(options.device).type
+            device = resolve_device(options.device).type
             watching = grid.desk.watching(progress)
             place = Place(plan, data, device, store, experiment, watching, kept)
             work(grid, books, place, progress)
@@ -79,10 +83,11 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
 
 def work(grid: Grid, books: Books, place: Place, progress: Steps) -> None:
     """Take points, train and tell them until none is left."""
+    from harness.training.engine import STACK_WIDTH
     from studies.stack import train_tracked
 
     plan, told, left = grid.plan, 0, len(grid.left())
-    at_once = max(1, harness.engine.STACK_WIDTH[place.device] // plan.seeds)
+    at_once = max(1, STACK_WIDTH[place.device] // plan.seeds)
     for trials in grid.asked(at_once):
         books.settle()
         if not worker.crowd():  # else each worker would tell its parent of the others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from studies.worker import program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
@@ -63,7 +66,7 @@ def summarize(
     Raises:
         UserError: nothing finished, or the tracking store lacks runs of finished points.
     """
-    harness.doing.say("reading the runs back from MLflow")
+    logger.info("reading the runs back from MLflow")
     frame = frames.load_runs(plan.experiment, plan.name, store.uri)
     _check_complete(plan, frame, finished, store)
     keys = list(plan.coordinates(finished[0]))
@@ -110,7 +113,7 @@ def _write(
     compared = [metric for metric in plan.study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, keys, reference, compared)
     tables.cells(differences).to_csv(folder / "differences.csv", index=False)
-    harness.doing.say("drawing figures")
+    logger.info("drawing figures")
     figures = plan.study.figures.items()
     drawn = {name: (draw(frame), caption) for name, (draw, caption) in figures}
     compared_with = reference["name"].iloc[0].split(" seed=")[0]
@@ -245,7 +248,7 @@ def log_summary(
     made = harness.provenance.tags(harness.provenance.provenance(data, "cpu"))
     del made["device_name"]  # of the runs, if they were trained on a GPU
     tags |= made
-    harness.doing.say("writing the summary to MLflow, with the best run's model")
+    logger.info("writing the summary to MLflow, with the best run's model")
     log = RunLog(store, outcome.experiment_id, "summary", tags, settings)
     try:
         log.dataset(data)
@@ -254,8 +257,11 @@ def log_summary(
         names = harness.tracking.metric_names(store, best["run_id"])
         named = {names.get(name, name): value for name, value in shown.items()}
         log.folder(outcome.folder)
-        model = harness.load_run(best["run_id"], store.uri).model
-        harness.tracking.log_best_model(store, log, model, data.test.head(4), named, description)
+        run = harness.load_run(best["run_id"], store.uri)
+        examples = data.test.head(4)
+        harness.tracking.log_best_model(
+            store, log, run.config, run.model, examples, named, description
+        )
     except BaseException as error:
         status, reason = harness.ledger.interruption(error)
         log.tag("reason", reason)

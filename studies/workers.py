@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-import harness
 from harness.config import UserError
 from studies import stopping
 from studies.progress import MARK
@@ -110,8 +109,10 @@ def cores(number: int, workers: int, available: int) -> int:
 
 
 def _start(number: int, options: Common, page: str) -> subprocess.Popen[str]:
+    from harness import processes  # loads torch
+
     workers = options.workers
-    threads = cores(number, workers, harness.cores.available())
+    threads = cores(number, workers, processes.available())
     return subprocess.Popen(
         [sys.executable, *start_words(page), *arguments(options)],
         env={**os.environ, NUMBER: f"{number}/{workers}", "OMP_NUM_THREADS": str(threads)},

@@ -75,6 +75,40 @@ def mnist_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget after the test which networks and terms it registered."""
+    from harness import registry
+
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+    monkeypatch.setattr(registry, "TERMS", dict(registry.TERMS))
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute runs of equal shapes as one stack where their networks allow it, as a GPU does."""
+    from harness.training import engine, group
+
+    for module in (engine, group):
+        monkeypatch.setattr(module, "computes_stacks", lambda device: True)
+
+
+@pytest.fixture
+def together(stacks: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Compute runs of equal shapes as one stack, and fail if they are not."""
+    yield
+    messages = [record.getMessage() for record in caplog.get_records("call")]
+    assert not [message for message in messages if "one by one" in message]
+
+
+@pytest.fixture(params=["apart", "together"])
+def parts(request: pytest.FixtureRequest) -> str:
+    """Compute runs each alone, as a CPU does, and in stacks, as a GPU does."""
+    if request.param == "together":
+        request.getfixturevalue("together")
+    return request.param
+
+
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request: pytest.FixtureRequest, _threads_as_before: None) -> int:
     """Run the test with each number of CPU threads."""

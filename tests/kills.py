@@ -17,7 +17,7 @@ import optuna
 
 from benchmarks import children
 from benchmarks.children import Ended
-from harness.checkpoint import Checkpoints
+from harness.training.checkpoint import Checkpoints
 from studies import summary
 
 STEPS: list[tuple[Any, tuple[str, ...]]] = [

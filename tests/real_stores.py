@@ -48,7 +48,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the classifiers that tests train out of the cache of the repository."""
     folder = once("cache", lambda folder: None, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.features.project_root", lambda: folder)
+        patch.setattr("harness.metrics.frechet.project_root", lambda: folder)
         yield
 
 

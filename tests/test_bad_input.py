@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from analysis import report
 from harness import RunConfig
-from harness.storage import load_model, save_model
-from harness.vae import initial
+from harness.models.files import load_model, save_model
+from harness.models.vae import build
 from studies import (
     all as all_studies,
 )
@@ -413,10 +413,10 @@ MODELS = {
         "no loadable model",
     ),
     "an unknown field": (lambda f: config(f, width=3), "unknown fields ['width']"),
-    "a missing field": (lambda f: config(f, hidden=None), "lacks ['hidden']"),
+    "a missing field": (lambda f: config(f, hidden=None), "numbers; the configuration"),
     "a field of another kind": (lambda f: config(f, batch_size="32"), "batch_size='32'"),
     "a number without end": (lambda f: config(f, kl_weight=10**400), "kl_weight=1000"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "unknown fields ['list']"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object (list)"),
     "half a configuration": (lambda f: cut(f, "config.json", 40), "not JSON"),
     "a configuration of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "decode"),
 }
@@ -427,7 +427,8 @@ WEIGHTS = "weights.safetensors"
 def test_a_broken_model(damage, says, refused, data, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    save_model(initial(RunConfig(hidden=(7,), latent_size=3), data.image_shape), folder)
+    config = RunConfig(hidden=(7,), latent_size=3)
+    save_model(config, build(config, data.image_shape), folder)
     damage(folder)
     assert says in refused(lambda: load_model(folder))
 

@@ -20,7 +20,7 @@ import torch
 from kills import begun, in_child
 
 from benchmarks import audit, children
-from harness import RunConfig, cores, likelihood, places, tracking
+from harness import RunConfig, places, processes, tracking
 from harness.data.dataset import Dataset
 from studies import cli, kl_weight, live
 from studies.console import Console
@@ -71,8 +71,7 @@ class Place:
     def start(self) -> pd.DataFrame:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
-        cores.available = lambda: 2  # so that runs have workers
-        likelihood.LIKELIHOOD_IMAGES = 5  # otherwise half of a run's time
+        processes.available = lambda: 2  # so that runs have workers
         with cli.clear_errors():
             return run(self.plan, self.data, self.options, Console()).table
 

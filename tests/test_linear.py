@@ -17,8 +17,8 @@ from harness.evaluate import active_units, evaluate, losses_of_linear, measure
 from harness.linear.pca import PCA as Components
 from harness.linear.pca import pca, pixels
 from harness.linear.vae import (
+    LinearOptimum,
     linear_metrics,
-    linear_optimum,
     linear_vae,
 )
 from harness.objective import kl_per_latent, with_decoder_variance
@@ -52,7 +52,7 @@ def test_pixels_that_never_change_have_variance_exactly_zero(data):
     constant = int((pixels(data.train).var(0) == 0).sum())
     assert constant > 0
     assert (known == 0).sum() >= constant
-    assert linear_optimum(pca(data), data.pixels, 0.0).active.sum() <= 64 - constant
+    assert LinearOptimum(pca(data), data.pixels, 0.0).active.sum() <= 64 - constant
 
 
 def test_a_dataset_that_was_cut_has_its_own_components(data, tiny):
@@ -107,14 +107,14 @@ def test_of_few_images_every_metric_is_that_of_the_whole_decomposition(few, size
     split = part and getattr(few, part)
     names = ("active", "posterior_variances", "kl", "rate", "mse", "loss", "active_units")
     for variance in (1e-5, 0.003, 0.1, 10.0):
-        best = linear_optimum(pca(few), size, variance, split)
-        full = linear_optimum(covariances_pca(few.train), size, variance, split)
+        best = LinearOptimum(pca(few), size, variance, split)
+        full = LinearOptimum(covariances_pca(few.train), size, variance, split)
         for name in (*names, "log_likelihood"):
             assert getattr(best, name) == pytest.approx(getattr(full, name), rel=1e-9), name
         assert best.distortion(0.02) == pytest.approx(full.distortion(0.02), rel=1e-9)
         assert best.neg_elbo() == pytest.approx(full.neg_elbo(), rel=1e-9)
-    plain = linear_optimum(pca(few), size, 0.0, split)
-    whole = linear_optimum(covariances_pca(few.train), size, 0.0, split)
+    plain = LinearOptimum(pca(few), size, 0.0, split)
+    whole = LinearOptimum(covariances_pca(few.train), size, 0.0, split)
     assert plain.loss == plain.mse == pytest.approx(whole.mse, rel=1e-9, abs=1e-15)
     assert plain.rate == math.inf
 
@@ -123,7 +123,7 @@ def test_a_model_of_few_images_is_at_its_optimum_with_more_latents_than_componen
     config = with_decoder_variance(LINEAR.replace(latent_size=40), 0.003, few.pixels)
     x = few.test.pixels(slice(None), torch.float64)
     loss = expected_loss(linear_vae(config, few), x, 0.003).item()
-    assert loss == pytest.approx(linear_optimum(pca(few), 40, 0.003, few.test).loss, rel=1e-10)
+    assert loss == pytest.approx(LinearOptimum(pca(few), 40, 0.003, few.test).loss, rel=1e-10)
 
 
 # --- reference numbers of SCIENCE.md, section 3 ---------------------------------------------------
@@ -158,10 +158,10 @@ def test_the_losses_of_mnist_are_those_of_the_reference(mnist):
         (20, 10.4): (0, 0.067251),
     }
     for (size, weight), (active, loss) in reference.items():
-        best = linear_optimum(pca(mnist), size, weight / 2)
+        best = LinearOptimum(pca(mnist), size, weight / 2)
         assert best.loss == pytest.approx(loss, abs=5e-7)
         assert best.active.sum() == active
-    best = linear_optimum(pca(mnist), 20, 0.5)
+    best = LinearOptimum(pca(mnist), 20, 0.5)
     assert best.rate == pytest.approx(10.083, abs=5e-4)
     assert best.mse == pytest.approx(0.036725, abs=5e-7)
 
@@ -170,7 +170,7 @@ def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
     known = pca(mnist)
     floors = {2: (0.05595, 0.05567), 10: (0.03442, 0.03407), 20: (0.02397, 0.02354)}
     for size, (on_train, on_test) in (floors | {50: (0.01179, 0.01149)}).items():
-        assert linear_optimum(known, size, 0.0).mse == pytest.approx(on_train, abs=5e-6)
+        assert LinearOptimum(known, size, 0.0).mse == pytest.approx(on_train, abs=5e-6)
         assert known.floor(mnist.test, size) == pytest.approx(on_test, abs=5e-6)
     for size, variance, on_train, on_test in (
         (10, 0.03487, 182.15, 186.02),
@@ -178,9 +178,9 @@ def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
     ):
         likeliest = known.likeliest_variance(size)
         assert likeliest == pytest.approx(variance, abs=5e-6)
-        trained = linear_optimum(known, size, likeliest)
+        trained = LinearOptimum(known, size, likeliest)
         assert trained.log_likelihood == pytest.approx(on_train, abs=5e-3)
-        held_out = linear_optimum(known, size, likeliest, mnist.test)
+        held_out = LinearOptimum(known, size, likeliest, mnist.test)
         assert held_out.log_likelihood == pytest.approx(on_test, abs=5e-3)
 
 
@@ -190,7 +190,7 @@ def test_the_floors_and_likelihoods_of_mnist_are_those_of_the_reference(mnist):
 @pytest.mark.parametrize("variance", [0.002, 0.05, 0.3, 2.0])
 def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, variance):
     values = pca(data).variances
-    best = linear_optimum(pca(data), 10, variance)
+    best = LinearOptimum(pca(data), 10, variance)
     used = values[:10][values[:10] > variance]
     assert best.active.sum() == len(used)
     rate = sum(math.log(value / variance) / 2 for value in used)
@@ -202,7 +202,7 @@ def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, 
     assert best.posterior_variances == pytest.approx([min(1, variance / v) for v in values[:10]])
     assert best.active_units == sum(1 - variance / value > 0.01 for value in values[:10])
     assert best.neg_elbo() == pytest.approx(32 * (math.log(2 * math.pi * best.mse) + 1) + rate)
-    read = linear_optimum(pca(data), 10, variance, data.train)
+    read = LinearOptimum(pca(data), 10, variance, data.train)
     assert (read.loss, read.rate) == pytest.approx((best.loss, best.rate), rel=1e-9)
 
 
@@ -210,7 +210,7 @@ def test_on_training_data_the_metrics_are_the_formulas_of_the_eigenvalues(data, 
 @pytest.mark.parametrize("variance", [0.002, 0.05, 0.3])
 def test_the_elbo_is_the_log_likelihood_on_every_split(data, part, variance):
     # The encoder is the exact posterior on any image, so the bound is tight on held-out data too.
-    best = linear_optimum(pca(data), 10, variance, getattr(data, part))
+    best = LinearOptimum(pca(data), 10, variance, getattr(data, part))
     elbo = -64 / 2 * (math.log(2 * math.pi * variance) + best.loss / variance)
     assert best.log_likelihood == pytest.approx(elbo, rel=1e-10)
     x, known = pixels(getattr(data, part)), pca(data)
@@ -225,12 +225,12 @@ def test_the_likeliest_variance_is_scikit_learns_and_has_the_highest_likelihood(
     peer = PCA(10, svd_solver="full").fit(pixels(data.train))
     images = len(data.train)  # scikit-learn divides by N - 1
     assert best == pytest.approx(peer.noise_variance_ * (images - 1) / images, rel=1e-9)
-    at = [linear_optimum(known, 10, factor * best).log_likelihood for factor in (0.99, 1, 1.01)]
+    at = [LinearOptimum(known, 10, factor * best).log_likelihood for factor in (0.99, 1, 1.01)]
     assert at[1] == max(at)
 
 
 def test_without_kl_the_linear_model_is_the_pca_floor(data):
-    best = linear_optimum(pca(data), 10, 0.0, data.test)
+    best = LinearOptimum(pca(data), 10, 0.0, data.test)
     assert best.loss == best.mse == pytest.approx(pca(data).floor(data.test, 10), rel=1e-12)
     assert best.rate == math.inf
     (metrics, with_kl) = (linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1))
@@ -281,7 +281,7 @@ def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
     variance = config.kl_weight * {  # beta / 2, from the table of SCIENCE.md
         "pixels": 1, "batch": 64, "latent": 64 / config.latent_size, "sum": 64 * config.batch_size
     }[config.kl_normalization] / 2  # fmt: skip
-    best = linear_optimum(pca(data), config.latent_size, variance, split)
+    best = LinearOptimum(pca(data), config.latent_size, variance, split)
     expected = {
         "mse": best.mse,
         "rate": best.rate,
@@ -300,12 +300,12 @@ def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
 
 def test_the_cases_have_all_kinds_of_latents(data):
     # Else the test above would be empty: all active, some, none, and the threshold of 0.01.
-    counts = [linear_optimum(pca(data), 10, v).active_units for v in (0.01, 0.3, 2.0)]
+    counts = [LinearOptimum(pca(data), 10, v).active_units for v in (0.01, 0.3, 2.0)]
     assert counts[0] == 10
     assert 0 < counts[1] < 10
     assert counts[2] == 0
     value = pca(data).variances[4]
-    near = linear_optimum(pca(data), 10, 0.995 * value)
+    near = LinearOptimum(pca(data), 10, 0.995 * value)
     assert (near.active.sum(), near.active_units) == (5, 4)
 
 
@@ -313,7 +313,7 @@ def test_the_cases_have_all_kinds_of_latents(data):
 def test_the_sampled_mse_is_the_closed_form_of_its_noise_and_right_in_the_mean(data, variance):
     config = at_variance(variance)
     stack, known = VAE([linear_vae(config, data)]), pca(data)
-    best = linear_optimum(known, 10, variance)
+    best = LinearOptimum(known, 10, variance)
     used, values = int(best.active.sum()), known.variances
     c = known.coordinates(data.train)
     draws = []
@@ -354,7 +354,7 @@ def test_no_step_away_from_the_optimum_lowers_the_loss(data, variance):
     run = linear_vae(config, data)
     x = data.train.pixels(slice(None), torch.float64)
     least = expected_loss(run, x, variance)
-    assert least.item() == pytest.approx(linear_optimum(pca(data), 10, variance).loss, rel=1e-10)
+    assert least.item() == pytest.approx(LinearOptimum(pca(data), 10, variance).loss, rel=1e-10)
     slopes = torch.autograd.grad(least, list(run.parameters()))
     assert max(slope.abs().max().item() for slope in slopes) < 1e-12
     with torch.no_grad():
@@ -423,7 +423,7 @@ def test_training_reaches_the_closed_form(name):
     record.model.load_state_dict(sums, strict=False)
     x = known.train.pixels(slice(None), torch.float64)
     for s, variance in enumerate(variances):
-        run, best = record.model.run(s), linear_optimum(pca(known), size, variance)
+        run, best = record.model.run(s), LinearOptimum(pca(known), size, variance)
         assert 1 <= expected_loss(run, x, variance).item() / best.loss < 1 + tolerance
         posterior = run.encode(x)
         kl = kl_per_latent(posterior.mean, posterior.log_variance).mean(0)

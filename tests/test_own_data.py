@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.evaluate import evaluate
 from PIL import Image
 
 from harness import Dataset, RunConfig, UserError, load_dataset, measure_quality, train
-from harness.evaluate import evaluate
 from harness.linear import pca
 from harness.linear.vae import linear_metrics
-from harness.vae import initial
+from harness.models.vae import build
 
 COLOURS = torch.randint(0, 256, (40, 3, 5, 7), dtype=torch.uint8)
 LABELS = torch.arange(40) % 4
@@ -386,17 +386,18 @@ def test_a_run_without_error_left_has_no_linear_neg_elbo():
 
 
 def test_a_model_of_convolutions_is_stored_and_loaded(tmp_path):
-    from harness.storage import load_model, save_model
+    from harness.models.files import load_model, save_model
 
-    run = initial(RunConfig(model="conv", **FEW), (3, 5, 7))
-    save_model(run, tmp_path)
+    config = RunConfig(model="conv", **FEW)
+    model = build(config, (3, 5, 7), largest=16)
+    save_model(config, model, tmp_path)
     before = torch.get_rng_state()
-    back = load_model(tmp_path)
+    found, back = load_model(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-    assert back.config == run.config
-    for name, weights in run.state_dict().items():
+    assert (found, back.largest) == (config, 16)
+    for name, weights in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], weights)
-    other = replace(run.config, channels=(4, 6))
+    other = replace(config, channels=(4, 6))
     (tmp_path / "config.json").write_text(other.to_json())
     with pytest.raises(UserError, match="numbers; the configuration has"):
         load_model(tmp_path)

@@ -88,7 +88,7 @@ JSON = st.recursive(
 )
 
 
-@given(JSON)
+@given(JSON.filter(lambda value: value != {}))  # {} is the configuration of all defaults
 def test_json_that_is_no_configuration_is_refused(value):
     with pytest.raises(UserError, match="^configuration "):
         RunConfig.from_json(json.dumps(value))
@@ -116,10 +116,10 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(name, value):
 
 
 @given(st.sampled_from(sorted(RunConfig.__dataclass_fields__)))
-def test_no_field_may_be_missing_or_misspelt(name):
+def test_no_field_may_be_misspelt(name):
     values = json.loads(RunConfig().to_json())
     values[f"{name}_"] = values.pop(name)
-    with pytest.raises(UserError, match=rf"unknown fields \['{name}_'\] and lacks \['{name}'\]"):
+    with pytest.raises(UserError, match=rf"unknown fields \['{name}_'\]; "):
         RunConfig.from_json(json.dumps(values))
 
 

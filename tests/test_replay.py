@@ -12,11 +12,10 @@ import torch
 from real_stores import copy_home
 
 from harness import RunConfig, UserError, records, tracking
-from harness.engine import train
 from harness.places import default_tracking
 from harness.records import Logged
-from harness.sweep import best_epoch, flat_record, train_and_evaluate
 from harness.tracking import RunLog
+from harness.training.engine import best_epoch, flat_record, train, train_and_evaluate
 from studies import agreement, companions, replay
 from studies.companions import Companions
 from studies.console import Console
@@ -250,6 +249,17 @@ def test_another_split_is_refused(stack, tiny):
     made = record.made_with | {"dataset": record.made_with["dataset"] | {"images": {"train": 96}}}
     with pytest.raises(UserError, match="images {'train': 96} then"):
         replay.load(replace(record, made_with=made), Path("data"))
+
+
+def test_a_setting_that_an_earlier_version_lacked_is_its_default(own_stack):
+    file = own_stack.artifact(0, "model/config.json")
+    values = json.loads(file.read_text())
+    del values["precision"]
+    file.write_text(json.dumps(values))
+    with sqlite3.connect(own_stack.folder / "mlflow.db") as connection:
+        connection.execute("DELETE FROM params WHERE key = 'precision'")
+    store = records.open_existing(own_stack.uri)
+    assert records.read_record(store, own_stack.run_id(0)).config == CONFIG
 
 
 def test_a_configuration_that_was_changed_is_refused(own_stack, capsys):

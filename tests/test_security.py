@@ -15,8 +15,8 @@ import torch
 from analysis import frames, report
 from harness import RunConfig, UserError, load_run, tracking
 from harness.login import signed_in
+from harness.models.vae import build
 from harness.places import reason, storage_address, without_password
-from harness.vae import initial
 from studies import cli, kl_weight
 from studies.console import Console
 from studies.summary import Outcome
@@ -231,7 +231,8 @@ def test_models_load_without_pickle(tracking_uri, data, monkeypatch):
     store = tracking.connect(tracking_uri)
     experiment = tracking.open_experiment(store, "e-digits", "Why?")
     log = tracking.RunLog(store, experiment, "a run", {}, {})
-    log.model(initial(RunConfig(hidden=(7,), latent_size=3), data.image_shape))
+    config = RunConfig(hidden=(7,), latent_size=3)
+    log.model(config, build(config, data.image_shape))
     log.end()
 
     def refuse(*_: object, **__: object) -> None:

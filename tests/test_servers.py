@@ -11,10 +11,11 @@ import torch
 from mlflow.entities import ViewType
 
 from harness import RunConfig, UserError, ledger, load_run, tracking
+from harness.models.vae import build
 from harness.tracking import RunLog
-from harness.vae import initial
 from tests.real_servers import MlflowServer, Proxy
 
+CONFIG = RunConfig(hidden=(5,), latent_size=2, seed=4)
 TAGS = {"study": "s", "role": "run", "trial": "0", "configuration": "c"}
 EPOCHS = 3
 
@@ -39,7 +40,7 @@ def proxy(server, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(data):
-    return initial(RunConfig(hidden=(5,), latent_size=2, seed=4), data.image_shape)
+    return build(CONFIG, data.image_shape)
 
 
 def value(epoch: int) -> float:
@@ -56,7 +57,7 @@ def write_run(store, experiment: str, data, model) -> RunLog:
         log.metrics({"mse": value(epoch), "nan": float("nan"), "big": float("inf")}, epoch)
         log.flush()
         log.picture("reconstructions", np.full((8, 8), epoch, dtype=np.uint8), epoch)
-    log.model(model)
+    log.model(CONFIG, model)
     log.end()
     return log
 

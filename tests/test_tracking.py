@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from harness import RunConfig, UserError, ledger, load_run, tracking
-from harness.storage import load_model, save_model
+from harness.models.files import load_model, save_model
+from harness.models.vae import build
 from harness.tracking import RunLog
-from harness.vae import initial
 
 TAGS = {"study": "s", "role": "run", "trial": "0"}
 
@@ -75,19 +75,20 @@ def test_pictures_of_one_key_have_their_steps(store, log):
 
 
 def test_a_model_comes_back_bit_for_bit(store, log, data, tracking_uri):
-    model = initial(RunConfig(hidden=(7,), latent_size=3, seed=4), data.image_shape)
-    log.model(model)
+    config = RunConfig(hidden=(7,), latent_size=3, seed=4)
+    model = build(config, data.image_shape, data.train.largest)
+    log.model(config, model)
     log.end()
     back = load_run(log.run_id, tracking_uri)
-    assert back.config == model.config
+    assert (back.config, back.model.largest) == (config, 16)
     x = data.val.pixels(slice(5), torch.float32)
     assert torch.equal(back.model(x), model(x))
 
 
 def test_float64_weights_keep_their_type(tmp_path, data):
-    model = initial(RunConfig(hidden=()), data.image_shape).double()
-    save_model(model, tmp_path)
-    assert next(load_model(tmp_path).parameters()).dtype == torch.float64
+    config = RunConfig(hidden=())
+    save_model(config, build(config, data.image_shape).double(), tmp_path)
+    assert load_model(tmp_path)[1].dtype == torch.float64
 
 
 def test_a_run_that_is_not_there_is_one_clear_error(store, tracking_uri):

@@ -56,7 +56,7 @@ def part(arguments, said, start):
 def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
     postgres, finished, tracking_uri, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(harness.engine.STACK_WIDTH, "cpu", 2)  # one point at a time
+    monkeypatch.setitem(harness.training.engine.STACK_WIDTH, "cpu", 2)  # one point at a time
     storage = postgres.create("shared_study")
     arguments = [*finished.arguments, "--tracking-uri", tracking_uri, "--storage", storage]
     said = [tmp_path / f"said-{i}" for i in range(2)]

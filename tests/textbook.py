@@ -1,4 +1,4 @@
-"""One run in plain PyTorch, written from SCIENCE.md; and stacks of runs to compare with it."""
+"""One run in plain PyTorch, written from SCIENCE.md; and lists of runs to compare with it."""
 
 import math
 
@@ -8,8 +8,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from harness.config import RunConfig
+from harness.models.vae import build
 from harness.streams import batches, noise
-from harness.vae import initial
 
 SMALL = RunConfig(hidden=(16, 12), channels=(4, 6), epochs=2, batch_size=8)
 MIXED = [
@@ -19,6 +19,8 @@ MIXED = [
     SMALL.replace(latent_size=7, kl_weight=0.0, kl_normalization="latent", kl_warmup_epochs=1),
     SMALL.replace(latent_size=1, kl_weight=3.0, learning_rate=1e-4, kl_warmup_epochs=3, seed=2),
 ]
+ALIKE = [c.replace(latent_size=4) for c in MIXED]
+"""Runs of equal shapes: one stack."""
 REMEDIES = [
     SMALL.replace(epochs=4, kl_warmup_epochs=1, kl_cycles=2, kl_weight=2.0),
     SMALL.replace(epochs=4, kl_warmup_epochs=1, kl_cycles=3, latent_size=3, seed=1),
@@ -28,7 +30,7 @@ REMEDIES = [
     SMALL.replace(epochs=4, sigma="learned", latent_size=4, learning_rate=1e-2),
     SMALL.replace(epochs=4, sigma="learned", seed=1),
 ]
-"""Runs with every remedy, of different latent sizes, that share one stack."""
+"""Runs with every remedy, of different latent sizes."""
 BERNOULLI = [c.replace(likelihood="bernoulli") for c in [*MIXED, REMEDIES[2].replace(epochs=2)]]
 WIDE = [c.replace(hidden=(256, 64), channels=(32, 64), batch_size=32) for c in MIXED]
 
@@ -50,7 +52,7 @@ class Textbook(nn.Module):
             self.log_variance = nn.Parameter(torch.zeros(()))
         self.double()
         with torch.no_grad():
-            start = initial(config, image_shape).parameters()
+            start = build(config, image_shape).parameters()
             for own, given in zip(self.parameters(), start, strict=True):
                 own.copy_(given)
 
@@ -102,8 +104,9 @@ class Textbook(nn.Module):
         optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, foreach=False)
         steps = len(pixels) // config.batch_size
         for epoch in range(config.epochs):
-            rows = batches([config], len(pixels), epoch + 1)[0].split(config.batch_size)
-            draws = noise([config], "noise", steps * config.batch_size, epoch + 1)[0].double()
+            images, latents = steps * config.batch_size, config.latent_size
+            rows = batches(config, len(pixels), epoch + 1).split(config.batch_size)
+            draws = noise(config.seed, "noise", images, latents, epoch + 1).double()
             for step, eps in enumerate(draws.split(config.batch_size)):
                 length = config.kl_warmup_epochs * steps
                 since = math.fmod(epoch * steps + step, config.epochs * steps / config.kl_cycles)

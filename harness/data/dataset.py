@@ -89,9 +89,7 @@ class Dataset:
         name: as given to `load_dataset` or `from_tensors`; "folder-NAME" of a folder of images.
         image_shape: (channels, height, width).
         classes: number of classes; 0 for images without labels.
-        train: images for training.
-        val: images for choosing settings.
-        test: images for measuring once, at the end.
+        train, val, test: images for training, for choosing settings, and for measuring once.
         digest: SHA-256 of the pixels of all images, in the source's order; of a user's images, of
             parts and labels too, which their name does not determine.
         class_names: names of the classes of a user's images; () where classes are numbers.
@@ -129,27 +127,23 @@ class Dataset:
                 "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
-
-        Raises:
-            UserError: an argument cannot be used.
         """
         if checked_name(name, "name", LONGEST_NAME) in DATASETS:
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
         pictures = as_images(images, largest)
-        classes = torch.zeros(len(pictures), dtype=torch.int64)
+        classes, count = torch.zeros(len(pictures), dtype=torch.int64), 0
         if labels is not None:
             classes = as_labels(labels, len(pictures))
-        count = 0 if labels is None else max(int(classes.max()) + 1, len(class_names))
+            count = max(int(classes.max()) + 1, len(class_names))
         if class_names and len(class_names) != count:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
         grey = 255 if torch.as_tensor(images).is_floating_point() else largest
         whole = Split(pictures.flatten(1), classes, grey)
-        train, val, test = (whole.rows(own) for own in split_rows(len(pictures), rows))
+        train, val, test = map(whole.rows, split_rows(len(pictures), rows))
         if bool((train.images == train.images[0]).all()):
             raise UserError("all training images are the same: there is nothing to learn of them")
         channels, height, width = pictures.shape[1:]
-        shape = channels, height, width
-        parts = (train, val, test)
+        shape, parts = (channels, height, width), (train, val, test)
         known = [tensor for part in parts for tensor in (part.images, part.labels)]
         about = json.dumps([shape, grey, count, *map(len, parts)])
         return cls(name, shape, count, *parts, digest(*known, about=about), tuple(class_names))

@@ -1,12 +1,11 @@
-"""Image files in a folder, in the layout of torchvision's ImageFolder, as one tensor."""
+"""Image files in a folder, in the layout of torchvision's ImageFolder, as a dataset."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harness.config import UserError
+from harness.data.dataset import Dataset
 from harness.data.validate import PARTS
 
 LARGEST_SIDE = 512
@@ -30,32 +30,14 @@ BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.Decompre
 """What Pillow raises for files that are cut short or are not images."""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Images read from a folder.
-
-    Attributes:
-        name: "folder-" and the last part of the path.
-        images: uint8, shape (N, C, H, W); grey if all files are.
-        labels: class of each image, shape (N,); None without classes.
-        class_names: names of the folders of classes, in order.
-        rows: part -> its images.
-    """
-
-    name: str
-    images: Tensor
-    labels: list[int] | None
-    class_names: tuple[str, ...]
-    rows: dict[str, range]
-
-
-def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Folder:
-    """Read the images below a folder.
+def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Dataset:
+    """Read the images below a folder; the dataset is called "folder-" and the folder's name.
 
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
     there, hold those of a part. Without any folder of classes there are no labels. Files without
-    an image's ending are ignored. Images are resized by antialiased bilinear interpolation, which
-    may change their proportions; transparency is dropped, 16-bit grey is cut to 8 bits.
+    an image's ending are ignored. Images are grey if all files are, and resized by antialiased
+    bilinear interpolation, which may change their proportions; transparency is dropped, 16-bit
+    grey is cut to 8 bits.
 
     Args:
         path: the folder.
@@ -71,18 +53,19 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Fo
         names, found = _listed(path)
     except OSError as error:
         raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
-    files = [file for part in found.values() for file, _ in part]
-    if not files:
+    pairs = [pair for part in found.values() for pair in part]
+    if not pairs:
         raise UserError(
             f"folder:{path}: no image in it; give .png, .jpg, .bmp, .tif or .webp files"
         )
-    ends = np.cumsum([0, *(len(part) for part in found.values())]).tolist()
-    return Folder(
-        name=_name(path),
-        images=_read(files, size),
-        labels=[label for part in found.values() for _, label in part] if names else None,
-        class_names=names,
+    ends = np.cumsum([0, *map(len, found.values())]).tolist()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
+    return Dataset.from_tensors(
+        f"folder-{name or 'images'}",
+        _read([file for file, _ in pairs], size),
+        [label for _, label in pairs] if names else None,
         rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
+        class_names=names,
     )
 
 
@@ -90,15 +73,18 @@ def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int
     """Return the names of the classes, and the images of each part with their classes."""
     if not path.is_dir():
         raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
-    inside = {entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    in_parts = "train" in inside <= set(PARTS)
+    inside = _folders(path)
+    in_parts = "train" in inside and set(inside) <= set(PARTS)
     parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
     names = _classes(parts)
     return names, {part: _files(folder, names) for part, folder in parts.items()}
 
 
+def _folders(path: Path) -> list[str]:
+    return sorted(e.name for e in path.iterdir() if e.is_dir() and e.name[0] != ".")
+
+
 def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Return (height, width), or None."""
     if given is None:
         return None
     sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
@@ -111,21 +97,12 @@ def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _name(path: Path) -> str:
-    own = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    return f"folder-{own or 'images'}"
-
-
 def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
     """Return the names of the training classes; other parts may have no others."""
-    every = {
-        part: sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
-        for part, folder in parts.items()
-    }
+    every = {part: _folders(folder) for part, folder in parts.items()}
     known = every["train"]
     for part, names in every.items():
-        strange = sorted(set(names) - set(known))
-        if strange or bool(names) != bool(known):
+        if not set(names) <= set(known) or bool(names) != bool(known):
             raise UserError(
                 f"folder:{parts[part]}: its classes {names} are not those of training, {known}; "
                 "give every part folders of the same classes, or none"
@@ -134,44 +111,35 @@ def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the images of a part with their classes, in torchvision's order.
-
-    Raises:
-        UserError: a class has no image.
-    """
+    """Return the images of a part with their classes."""
     if not classes:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-        return [(folder / name, 0) for name in names if _is_image(name)]
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return [(file, 0) for file in files if _is_image(file.name)]
     found = []
     for label, name in enumerate(classes):
         if (folder / name).is_dir():
-            walked = sorted(_walked(folder / name))
-            images = [Path(at, file) for at, files in walked for file in sorted(files)]
-            images = [file for file in images if _is_image(file.name)]
+            images = _below(folder / name)
             if not images:
                 raise UserError(f"folder:{folder / name}: no image in it; take it away, or fill it")
             found += [(file, label) for file in images]
     return found
 
 
-def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below one and its files; follow links, but enter no folder twice.
-
-    Raises:
-        OSError: a folder cannot be listed.
-    """
+def _below(folder: Path) -> list[Path]:
+    """Return the images below a folder in torchvision's order; follow links, but none twice."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    seen = set()
+    seen, walked = set(), []
     for at, inside, files in os.walk(folder, followlinks=True, onerror=fail):
         if (real := os.path.realpath(at)) in seen:
             inside.clear()
             continue
         seen.add(real)
         inside.sort()  # os.walk's order is arbitrary, and only one of two links is followed
-        yield at, files
+        walked.append((at, sorted(files)))
+    return [Path(at, file) for at, files in sorted(walked) for file in files if _is_image(file)]
 
 
 def _is_image(name: str) -> bool:
@@ -198,10 +166,9 @@ def _read(files: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         every = list(pool.map(picture, files))
-    if any(one.ndim == 3 for one in every):
-        every = [one if one.ndim == 3 else np.stack([one] * 3, -1) for one in every]
-        return torch.from_numpy(np.stack(every)).permute(0, 3, 1, 2).contiguous()
-    return torch.from_numpy(np.stack(every)).unsqueeze(1)
+    shape = (*first.shape[:2], max(one.shape[2] for one in every))
+    together = np.stack([np.broadcast_to(one, shape) for one in every])
+    return torch.from_numpy(together).permute(0, 3, 1, 2).contiguous()
 
 
 def _sides(picture: np.ndarray) -> str:
@@ -209,21 +176,17 @@ def _sides(picture: np.ndarray) -> str:
 
 
 def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
-    """Return one image as uint8, (H, W) or (H, W, 3).
-
-    Raises:
-        UserError: the file cannot be read, or has an unbounded number type.
-    """
+    """Return one image as uint8, (H, W, 1) or (H, W, 3)."""
     try:
         with Image.open(file) as opened:
             picture = _eight_bits(ImageOps.exif_transpose(opened))
             if size is not None:
                 picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
-            return np.array(picture)
+            return np.atleast_3d(np.array(picture))
     except BROKEN as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{file} cannot be read as an image ({said}); mend it or take it away"
+            f"{file} cannot be read as an image ({reason}); mend it or take it away"
         ) from None
 
 

@@ -43,10 +43,7 @@ def load_dataset(
     if name.startswith(FOLDER):
         from harness.data.folder import read_folder
 
-        found = read_folder(Path(name.removeprefix(FOLDER)), image_size)
-        return Dataset.from_tensors(
-            found.name, found.images, found.labels, rows=found.rows, class_names=found.class_names
-        )
+        return read_folder(Path(name.removeprefix(FOLDER)), image_size)
     if image_size is not None:
         raise UserError(f"image_size={image_size!r}: only images of {FOLDER}PATH are resized")
     if name == "digits":

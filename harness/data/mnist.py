@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import struct
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,13 +79,12 @@ def read_idx(file: Path) -> Tensor:
     start = 4 + 4 * axes
     if axes == 0 or len(content) < start:
         raise ValueError(f"{file.name} is not an IDX file of bytes")
-    shape = struct.unpack(f">{axes}I", content[4:start])
-    values = len(content) - start
-    if values != math.prod(shape):
-        raise ValueError(f"{file.name} holds {values:,} values, not {' x '.join(map(str, shape))}")
-    if not values:
-        return torch.zeros(shape, dtype=torch.uint8)
-    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)
+    shape = np.frombuffer(content, ">u4", axes, offset=4).tolist()
+    values = np.frombuffer(content, np.uint8, offset=start)
+    if len(values) != math.prod(shape):
+        sizes = " x ".join(map(str, shape))
+        raise ValueError(f"{file.name} holds {len(values):,} values, not {sizes}")
+    return torch.from_numpy(values.reshape(shape))
 
 
 def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:

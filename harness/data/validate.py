@@ -39,16 +39,7 @@ def digest(*parts: Tensor, about: str = "") -> str:
 
 
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
-    """Return images as uint8 of shape (N, C, H, W).
-
-    Args:
-        images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8 from 0 to
-            `largest`, or floating-point numbers from 0 to 1, which are rounded to 256 levels.
-        largest: grey value of uint8 images that stands for 1.
-
-    Raises:
-        UserError: the images have another shape, type or range.
-    """
+    """Return images, as `Dataset.from_tensors` takes them, as uint8 of shape (N, C, H, W)."""
     if not 1 <= largest <= 255:
         raise UserError(f"largest={largest}: give a whole number from 1 to 255")
     images = torch.as_tensor(images).detach().cpu()
@@ -73,11 +64,7 @@ def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
 
 
 def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tensor:
-    """Return the class of each image as int64, shape (N,).
-
-    Raises:
-        UserError: the labels have another length or type, or do not number classes from 0 on.
-    """
+    """Return the class of each image as int64, shape (N,)."""
     labels = torch.as_tensor(labels).detach().cpu()
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if tuple(labels.shape) != (images,) or not whole:
@@ -99,50 +86,38 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
 
     Args:
         images: their number N.
-        given: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
-            "train". None: a tenth each for val and test.
-
-    Raises:
-        UserError: a part is unknown or has fewer than 2 images, or a row is missing or repeated.
+        given: part -> its rows, as in `Dataset.from_tensors`.
     """
     if given is None:
         given = {"train": range(images)}
-    unknown = set(given) - set(PARTS)
-    if unknown or "train" not in given:
+    if "train" not in given or not set(given) <= set(PARTS):
         raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
     rows = {part: _rows(part, own) for part, own in given.items()}
-    _check_rows(rows, images)
-    for part, own in rows.items():
-        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(own))
-        rows[part] = own[torch.from_numpy(order)]
-    missing = [part for part in PARTS if part not in rows]
-    train = rows["train"]
-    if missing and len(train) < LEAST:
-        raise UserError(
-            f"{len(train)} images: {' and '.join(missing)} are taken from them, which needs "
-            f"{LEAST}; give more, or give every part"
-        )
-    for part in missing:
-        rows[part], rows["train"] = rows["train"].split(
-            [len(train) // SHARE, len(rows["train"]) - len(train) // SHARE]
-        )
-    return [rows[part] for part in PARTS]
-
-
-def _rows(part: str, given: Iterable[int]) -> Tensor:
-    """Return the rows of a part as int64."""
-    rows = torch.as_tensor(list(given))
-    if len(rows) < 2:
-        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
-    if rows.is_floating_point() or rows.dtype == torch.bool:
-        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
-    return rows.long()
-
-
-def _check_rows(rows: Mapping[str, Tensor], images: int) -> None:
     every = torch.cat(list(rows.values()))
     if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
         raise UserError(
             f"rows of {', '.join(rows)}: give each row of the {images} images once at most, "
             "counted from 0"
         )
+    for part, own in rows.items():
+        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(own))
+        rows[part] = own[torch.from_numpy(order)]
+    missing = [part for part in PARTS if part not in rows]
+    count = len(rows["train"])
+    if missing and count < LEAST:
+        raise UserError(
+            f"{count} images: {' and '.join(missing)} are taken from them, which needs "
+            f"{LEAST}; give more, or give every part"
+        )
+    for part in missing:
+        rows[part], rows["train"] = rows["train"].tensor_split([count // SHARE])
+    return [rows[part] for part in PARTS]
+
+
+def _rows(part: str, given: Iterable[int]) -> Tensor:
+    rows = torch.as_tensor(list(given))
+    if len(rows) < 2:
+        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
+    if rows.is_floating_point() or rows.dtype == torch.bool:
+        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
+    return rows.long()

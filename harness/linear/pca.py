@@ -1,4 +1,4 @@
-"""Principal components of a dataset's training images, computed once (numpy)."""
+"""Principal components of a dataset's training images, computed once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Moments(NamedTuple):
     only its sum has a meaning.
 
     Attributes:
-        means: E[c_i], 0 over the training split, shape (D,).
-        squares: E[c_i^2], lambda_i over the training split, pixel^2, shape (D,).
+        means: E[c_i], shape (D,).
+        squares: E[c_i^2], pixel^2, shape (D,).
     """
 
     means: np.ndarray
@@ -51,17 +51,21 @@ class PCA:
         """Return c = components^T (x - mean) of each image, shape (N, K)."""
         return (pixels(split) - self.mean) @ self.components
 
-    def moments(self, split: Split) -> Moments:
-        """Return the moments of a split's coordinates; computed once for the same images."""
+    def moments(self, split: Split | None = None) -> Moments:
+        """Return the moments of a split's coordinates; computed once for the same images.
+
+        None is the training split: its means are 0 and its squares the eigenvalues.
+        """
+        if split is None:
+            return Moments(np.zeros_like(self.variances), self.variances)
         if split.digest not in self._moments:
             c = self.coordinates(split)
             means, squares = c.mean(0), np.square(c).mean(0)
             if others := len(self.mean) - len(squares):
                 rest = pixels(split) - self.mean - c @ self.components.T
+                share = np.square(rest).sum(1).mean() / others
                 means = np.append(means, np.zeros(others))
-                squares = np.append(
-                    squares, np.full(others, np.square(rest).sum(1).mean() / others)
-                )
+                squares = np.append(squares, np.full(others, share))
             self._moments[split.digest] = Moments(means, squares)
         return self._moments[split.digest]
 
@@ -95,10 +99,9 @@ def is_small(data: Dataset) -> bool:
 def pca(data: Dataset) -> PCA:
     """Return the principal components of a dataset's training split; computed once."""
     key = data.train.digest
-    if key not in _KNOWN:  # without the lock, which a forked process could find held for ever
-        with _BUSY:
-            if key not in _KNOWN:
-                _KNOWN[key] = decompose(data.train)
+    with _BUSY:
+        if key not in _KNOWN:
+            _KNOWN[key] = _decompose(data.train)
     return _KNOWN[key]
 
 
@@ -108,14 +111,10 @@ def begin_pca(data: Dataset) -> None:
         threading.Thread(target=pca, args=[data], daemon=True).start()
 
 
-def decompose(split: Split) -> PCA:
-    """Compute principal components from the covariance, or from the images if they are few.
-
-    With N = D / 2 images the second takes half the time of the first; with N = D, three times.
-    """
+def _decompose(split: Split) -> PCA:
     images, size = split.images.shape
     mean = split.images.cpu().numpy().mean(0, dtype=np.float64) / split.largest
-    if 2 * images <= size:
+    if 2 * images <= size:  # twice as fast at this limit, a third as fast at N = D
         _, scales, rows = np.linalg.svd(pixels(split) - mean, full_matrices=False)
         variances = _cleared(np.append(np.square(scales) / images, np.zeros(size - images)))
         return PCA(mean, rows[: np.count_nonzero(variances)].T, variances)
@@ -124,7 +123,6 @@ def decompose(split: Split) -> PCA:
 
 
 def _cleared(variances: np.ndarray) -> np.ndarray:
-    """Return eigenvalues with exactly 0 where only rounding is left."""
     rounding = variances.max() * len(variances) * np.finfo(np.float64).eps
     return np.where(variances > rounding, variances, 0.0)
 

@@ -36,27 +36,27 @@ SMALLEST_VARIANCE = 1e-12
 class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
-    Metrics have the names and units of every run's. Over the training split E[c_i^2] = lambda_i,
-    and they are the textbook's (docs/science.md).
+    Metrics have the names and units of every run's; over the training split, where E[c_i^2] =
+    lambda_i, they are the textbook's (docs/science.md).
 
     Attributes:
-        variances: eigenvalues lambda of the training covariance, falling, pixel^2, shape (D,).
-        moments: of the split that it is measured on.
+        known: principal components of the training split.
         latent_size: L; those beyond D collapse.
         decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
             is infinite.
+        split: images that the metrics are of; None is the training split.
     """
 
-    variances: np.ndarray
-    moments: Moments
+    known: PCA
     latent_size: int
     decoder_variance: float
+    split: Split | None = None
 
     @property
     def active(self) -> np.ndarray:
         """Which components are in use: the first L with lambda_i > s2, bool, shape (D,)."""
-        first = np.arange(len(self.variances)) < self.latent_size
-        return first & (self.variances > self.decoder_variance)
+        first = np.arange(self._pixels) < self.latent_size
+        return first & (self.known.variances > self.decoder_variance)
 
     @property
     def posterior_variances(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class LinearOptimum:
         """
         gain = self._gain
         with np.errstate(divide="ignore"):
-            kl = (gain * self._over_variances(self.moments.squares) - gain - np.log1p(-gain)) / 2
+            kl = (gain * self._over_variances(self._moments.squares) - gain - np.log1p(-gain)) / 2
         return kl[: self.latent_size]
 
     @property
@@ -87,16 +87,16 @@ class LinearOptimum:
         An active component leaves (s2 / lambda_i)^2 E[c_i^2] of bias and (lambda_i - s2) s2 /
         lambda_i of noise, together s2 on the training split; any other leaves E[c_i^2].
         """
-        bias = np.square(1 - self._gain) * self.moments.squares
+        bias = np.square(1 - self._gain) * self._moments.squares
         noise = self._gain * np.where(self.active, self.decoder_variance, 0.0)
-        return float((bias + noise).sum() / len(self.variances))
+        return float((bias + noise).sum() / self._pixels)
 
     @property
     def loss(self) -> float:
         """(E[SSE] + beta * rate) / D with beta = 2 s2, pixel^2; without KL it is the mse."""
         if self.decoder_variance == 0:
             return self.mse
-        return self.mse + 2 * self.decoder_variance * self.rate / len(self.variances)
+        return self.mse + 2 * self.decoder_variance * self.rate / self._pixels
 
     @property
     def active_units(self) -> int:
@@ -105,19 +105,14 @@ class LinearOptimum:
         The variance is g Var[c_i] / lambda_i, hence 1 - s2 / lambda_i on the training split: a
         latent with lambda_i less than about 1 % above s2 is in `active` and not counted here.
         """
-        variances = self.moments.squares - np.square(self.moments.means)
+        variances = self._moments.squares - np.square(self._moments.means)
         means = self._over_variances(self._gain * variances)
         return int((means > objective.ACTIVE_VARIANCE).sum())
 
     def distortion(self, variance: float | None = None) -> float:
-        """D/2 (ln(2 pi v) + mse / v), nats / image, v the fitted decoder variance.
-
-        Args:
-            variance: v, the mse on validation data; None fits v here: the mse of this split.
-        """
+        """D/2 (ln(2 pi v) + mse / v), nats / image; without a variance v is the mse, its best."""
         fitted = self.mse if variance is None else variance
-        nats = math.log(2 * math.pi * fitted) + self.mse / fitted
-        return len(self.variances) / 2 * nats
+        return self._pixels / 2 * (math.log(2 * math.pi * fitted) + self.mse / fitted)
 
     def neg_elbo(self, variance: float | None = None) -> float:
         """`distortion` + `rate`, nats / image."""
@@ -131,82 +126,65 @@ class LinearOptimum:
         -sum_i (ln(2 pi C_i) + E[c_i^2] / C_i) / 2. The ELBO with decoder variance s2 equals it,
         on every split, since the encoder is the exact posterior. (Tipping & Bishop 1999.)
         """
-        c = np.where(self.active, self.variances, self.decoder_variance)
-        return float(-(np.log(2 * math.pi * c) + self.moments.squares / c).sum() / 2)
+        c = np.where(self.active, self.known.variances, self.decoder_variance)
+        return float(-(np.log(2 * math.pi * c) + self._moments.squares / c).sum() / 2)
+
+    @property
+    def _pixels(self) -> int:
+        return len(self.known.variances)
+
+    @property
+    def _moments(self) -> Moments:
+        return self.known.moments(self.split)
 
     @property
     def _gain(self) -> np.ndarray:
-        """g_i = 1 - s2 / lambda_i, the part of a coordinate that is decoded; 0 if not."""
+        """g_i = 1 - s2 / lambda_i, the part of a coordinate that is decoded; 0 if collapsed."""
         return self.active - self._over_variances(self.decoder_variance)
 
     def _over_variances(self, values: np.ndarray | float) -> np.ndarray:
-        """Return values / lambda_i of active components, else 0."""
-        zeros = np.zeros_like(self.variances)
-        return np.divide(values, self.variances, out=zeros, where=self.active)
-
-
-def linear_optimum(
-    known: PCA, latent_size: int, decoder_variance: float, split: Split | None = None
-) -> LinearOptimum:
-    """Return the exact linear VAE of the training split, measured on a split.
-
-    Args:
-        known: principal components of the training split.
-        latent_size: L.
-        decoder_variance: s2, pixel^2.
-        split: None is the training split, where E[c_i] = 0 and E[c_i^2] = lambda_i: no image is
-            read.
-    """
-    if split is None:
-        moments = Moments(np.zeros_like(known.variances), known.variances)
-    else:
-        moments = known.moments(split)
-    return LinearOptimum(known.variances, moments, latent_size, decoder_variance)
+        zeros = np.zeros_like(self.known.variances)
+        return np.divide(values, self.known.variances, out=zeros, where=self.active)
 
 
 def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    The model is that of the training split. Without KL its loss is the PCA floor. NaN where the
-    run's loss has another optimum: a deterministic latent, free bits, loss terms, a Bernoulli decoder; where
-    the loss is a log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative
-    gap means nothing; and for images too large for a linear model.
+    The model is that of the training split. NaN where the run's loss has another optimum: a
+    deterministic latent, free bits, loss terms, a Bernoulli decoder; where the loss is a
+    log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative gap means
+    nothing; and for images too large for a linear model.
 
     Returns:
         pixel^2, shape (S,).
     """
-    if not is_small(data):
-        return np.full(len(configs), np.nan)
-    known, variances = pca(data), [objective.decoder_variance(c, data.pixels) for c in configs]
-    return np.array(
-        [
-            linear_optimum(known, c.latent_size, v, split).loss if _comparable(c) else np.nan
-            for c, v in zip(configs, variances, strict=True)
-        ]
-    )
+    losses = np.full(len(configs), np.nan)
+    for i, config in enumerate(configs):
+        if _comparable(config) and is_small(data):
+            variance = objective.decoder_variance(config, data.pixels)
+            losses[i] = LinearOptimum(pca(data), config.latent_size, variance, split).loss
+    return losses
 
 
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
     As for a run, the decoder variance of `neg_elbo` is fitted on validation data. With `sigma`
-    not fixed the linear model's own variance is `matched_variance`. What is infinite without KL is
-    left out; a deterministic latent and a Bernoulli decoder have no linear model, nor have images
-    that are too large for it.
+    not fixed the linear model's is `matched_variance`. Infinite values are left out. A
+    deterministic latent, a Bernoulli decoder and large images have no linear model.
 
     Returns:
         `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
         the decoder variance lambda_1 from which on no latent is active.
     """
-    none = config.latent == "deterministic" or config.likelihood != "gaussian"
-    if none or not is_small(data):
+    gaussian = config.latent == "stochastic" and config.likelihood == "gaussian"
+    if not gaussian or not is_small(data):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
         variance = matched_variance(known, config, data.pixels)
     val, test = (
-        linear_optimum(known, config.latent_size, variance, split)
-        for split in (data.val, data.test)
+        LinearOptimum(known, config.latent_size, variance, split) for split in (data.val, data.test)
     )
     values = {
         "loss": test.loss if _comparable(config) else math.nan,
@@ -232,7 +210,7 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
     def excess(log_variance: float) -> float:
         variance = math.exp(log_variance)
-        return variance - beta * linear_optimum(known, config.latent_size, variance).mse
+        return variance - beta * LinearOptimum(known, config.latent_size, variance).mse
 
     low = math.log(SMALLEST_VARIANCE)
     high = math.log(beta * known.variances.mean() + 2 * SMALLEST_VARIANCE)
@@ -245,7 +223,7 @@ def _comparable(config: RunConfig) -> bool:
     """Return whether the loss of the run is that of the closed form."""
     gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
     plain = config.free_bits == 0 and not config.terms
-    return gaussian and config.latent == "stochastic" and plain
+    return gaussian and plain and config.latent == "stochastic"
 
 
 def linear_vae(config: RunConfig, data: Dataset) -> VAE:
@@ -267,7 +245,7 @@ def linear_vae(config: RunConfig, data: Dataset) -> VAE:
             f"{data.pixels} latents; given {config}"
         )
     known, size = pca(data), config.latent_size
-    best = linear_optimum(known, size, variance)
+    best = LinearOptimum(known, size, variance)
     posterior = best.posterior_variances
     basis = known.components[:, :size]
     basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse

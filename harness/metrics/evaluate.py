@@ -8,6 +8,7 @@ docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import doing, objective, registry, streams
+from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.vae import linear_losses
-from harness.models.stack import kernels
+from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import Coefficients, Means, Posterior, Terms
+from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
+
+log = logging.getLogger(__name__)
 
 CHUNK = 500
 """Images evaluated at once, at most; fixed, so that the sums of a run are always the same."""
@@ -153,19 +156,18 @@ def measure(
     for name, value in seen.terms.items():
         loss = loss + coefficients.weights[name] * value / pixels
     metrics = {"loss": loss, "mse": mse}
-    rate = None if means.kl is None else means.kl.sum(-1)
-    if rate is not None:
-        metrics["rate"] = rate
-    if config.has_likelihood:
-        cross_entropy = means.cross_entropy
-        if cross_entropy is None:
-            metrics["distortion"] = objective.distortion(mse, fitted, pixels)
-        else:
-            metrics["distortion"] = cross_entropy
-        if rate is not None:
-            metrics["neg_elbo"] = metrics["distortion"] + rate
+    if means.kl is not None:
+        metrics["rate"] = means.kl.sum(-1)
+    if means.cross_entropy is None:
+        metrics["distortion"] = objective.distortion(mse, fitted, pixels)
+    elif config.has_likelihood:
+        metrics["distortion"] = means.cross_entropy
+    if {"rate", "distortion"} <= metrics.keys():
+        metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
     if config.likelihood == "gaussian":
-        metrics["calibration_ratio"] = _elbo_variance(config, coefficients, scale, fitted) / mse
+        # Of the variance of the decoder for which the loss is an ELBO.
+        unit = 1 / 2 if config.sigma == "fixed" else fitted if scale is None else scale
+        metrics["calibration_ratio"] = coefficients.beta * unit / mse
     metrics["active_units"] = active_units(seen.posterior_means)
     if scale is not None:
         metrics["learned_variance"] = scale
@@ -173,35 +175,18 @@ def measure(
         metrics["gap_to_linear"] = gap_to_linear(loss, linear_loss)
     metrics |= {f"term/{name}": value for name, value in seen.terms.items()}
     if means.kl is not None:
-        metrics |= _numbered("kl", means.kl)
-    if not classes:
-        return metrics
-    return metrics | _numbered(
-        "mse_class", mse_per_class(seen.error / pixels, split.labels, classes)
-    )
-
-
-def _numbered(name: str, values: Tensor) -> Metrics:
-    return {f"{name}/{i}": value for i, value in enumerate(values.unbind())}
-
-
-def _elbo_variance(
-    config: RunConfig, coefficients: Coefficients, scale: Tensor | None, fitted: Tensor
-) -> Tensor:
-    """Return the variance of the Gaussian decoder for which the loss is an ELBO.
-
-    beta / 2 where the KL weight sets it, else beta times the learned or fitted variance.
-    """
-    if config.sigma == "fixed":
-        return coefficients.beta / 2
-    return coefficients.beta * (fitted if scale is None else scale)
+        metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
+    if classes:
+        each = mse_per_class(seen.error / pixels, split.labels, classes)
+        metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
+    return metrics
 
 
 class _Pass(NamedTuple):
     """What one pass over a split gives, in float64: error of each image, (N,), and means."""
 
     error: Tensor
-    means: Means
+    means: Parts
     posterior_means: Tensor
     terms: Metrics
 
@@ -215,26 +200,24 @@ def _forward(
     prior: Tensor | None,
     training_size: int,
 ) -> _Pass:
-    error, cross_entropy, kl, mean, values = [], [], [], [], []
+    parts, posterior_means, values = [], [], []
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
         batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
         part = objective.per_image(config, batch)
-        error.append(part.error)
-        mean.append(batch.posterior.mean)
-        if part.cross_entropy is not None:
-            cross_entropy.append(part.cross_entropy)
-        if part.kl is not None:
-            kl.append(part.kl.double().sum(0))
+        parts.append(part._replace(kl=None if part.kl is None else part.kl.double().sum(0)))
+        posterior_means.append(batch.posterior.mean)
         values.append([term(batch).double() * len(x) for term in terms.values()])
-    errors = torch.cat(error).double()
-    means = Means(
-        errors.mean(0),
-        torch.cat(cross_entropy).double().mean(0) if cross_entropy else None,
-        torch.stack(kl).sum(0) / len(split) if kl else None,
+    errors, cross_entropies, kls = zip(*parts, strict=True)
+    error = torch.cat(errors).double()
+    means = Parts(
+        error.mean(0),
+        None if cross_entropies[0] is None else torch.cat(cross_entropies).double().mean(0),
+        None if kls[0] is None else torch.stack(kls).sum(0) / len(split),
     )
-    averages = [torch.stack(parts).sum(0) / len(split) for parts in zip(*values, strict=True)]
-    return _Pass(errors, means, torch.cat(mean), dict(zip(terms, averages, strict=True)))
+    averages = [torch.stack(each).sum(0) / len(split) for each in zip(*values, strict=True)]
+    named = dict(zip(terms, averages, strict=True))
+    return _Pass(error, means, torch.cat(posterior_means), named)
 
 
 def _batches(config: RunConfig, split: Split) -> Iterator[slice]:
@@ -306,7 +289,7 @@ def _finals(
     known = coefficients(config, data.pixels, model.device)
     found: dict[str, Metrics] = {}
     variance = None
-    for part, loss in zip(("val", "test"), linear, strict=True):
+    for part, losses in zip(("val", "test"), linear, strict=True):
         split = getattr(data, part)
         found[part] = measure(
             config,
@@ -315,7 +298,7 @@ def _finals(
             data.classes,
             evaluation_noise(config, model, part, len(split)),
             known,
-            torch.tensor(loss, dtype=torch.float64, device=model.device),
+            torch.tensor(losses, dtype=torch.float64, device=model.device),
             variance,
             terms,
             evaluation_noise(config, model, f"prior/{part}", len(split)) if terms else None,
@@ -348,19 +331,18 @@ def on_all_cores(
 ) -> list[R]:
     """Return `function(*common, item)` of each item; on a CPU each core computes one at a time.
 
-    Args:
-        function: defined in a module.
-        common: first arguments, the same for all items.
-        items: last arguments.
-        device: where the function computes.
-        what: description for progress messages; "" sends none.
+    `what` describes the work in progress messages; without it there are none.
     """
     found: dict[int, R] = {}
-    with Pool(len(items) if device.type == "cpu" else 1, common) as pool:
+    models = [part for item in items for part in item if isinstance(part, VAE)]
+    # Models with hooks cannot always be sent to another process.
+    here = device.type != "cpu" or any(map(has_hooks, models))
+    with Pool(1 if here else len(items), common) as pool:
         for index, result in pool.map(function, items):
             found[index] = result
             if what:
-                doing.count(what, len(found), len(items))
+                done = len(found), len(items)
+                log.info("%s: %d of %d", what, *done, extra={"progress": True})
     return [found[index] for index in range(len(items))]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,16 +25,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from harness import doing, streams
+from harness import streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.data.validate import digest
 from harness.metrics.evaluate import chunks, pixels
 from harness.models import networks
+from harness.models.files import put
 from harness.models.stack import kernels
 from harness.models.vae import VAE
-from harness.places import project_root, put
+from harness.places import project_root
 from harness.processes import one_thread
+
+log = logging.getLogger(__name__)
 
 IMAGES = 10_000
 """Images of a set, at most. Sets that are compared have equal size, for few images have a bias."""
@@ -152,7 +156,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     try:
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
-        doing.say(f"training the classifier behind frechet on {data.name}, once a dataset")
+        log.info("training the classifier behind frechet on %s, once a dataset", data.name)
         net = _trained(_untrained(data), train, data.image_shape)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -138,39 +138,20 @@ def _log_weights(
     config: RunConfig, model: VAE, split: Split, variance: Tensor, count: int
 ) -> Iterator[Tensor]:
     """Yield log w_j of each image, float64, shape (N,), for j = 1 ... count."""
-    posterior = posteriors(model, split)
+    posterior, each = posteriors(model, split), (config.seed, "likelihood", len(split))
     row = split.images.shape[1] * model.dtype.itemsize
     rows = max(1, OUTPUT_BYTES[model.device.type] // row)
     for js in torch.arange(1, count + 1).split(max(1, rows // len(split))):
-        eps = torch.stack([_noise(config, model, len(split), j) for j in js.tolist()])
-        parts = [
-            _block(config, model, split, posterior, eps, variance, slice(start, start + rows))
-            for start in range(0, len(split), rows)
-        ]
-        yield from torch.cat(parts, -1).unbind()
-
-
-def _noise(config: RunConfig, model: VAE, images: int, j: int) -> Tensor:
-    """Return the noise of every image's sample j, shape (N, L)."""
-    drawn = streams.noise(config.seed, "likelihood", images, config.latent_size, j)
-    return drawn.to(model.device, model.dtype)
-
-
-def _block(
-    config: RunConfig,
-    model: VAE,
-    split: Split,
-    posterior: Posterior,
-    eps: Tensor,
-    variance: Tensor,
-    rows: slice,
-) -> Tensor:
-    """Return log w of some images with noise eps (J, N, L), float64, shape (J, n)."""
-    eps = eps[:, rows]
-    q = Posterior(posterior.mean[rows], posterior.log_variance[rows])
-    z = q.sample(eps)
-    log_p = _log_p_image(config, model, pixels(model, split, rows), z, variance)
-    return log_p + _log_prior_over_posterior(z, eps, q.log_variance)
+        drawn = torch.stack([streams.noise(*each, config.latent_size, j) for j in js.tolist()])
+        drawn = drawn.to(model.device, model.dtype)
+        blocks = []
+        for start in range(0, len(split), rows):
+            block = slice(start, start + rows)
+            q, eps = Posterior(*(values[block] for values in posterior)), drawn[:, block]
+            z = q.sample(eps)
+            log_p = _log_p_image(config, model, pixels(model, split, block), z, variance)
+            blocks.append(log_p + _log_prior_over_posterior(z, eps, q.log_variance))
+        yield from torch.cat(blocks, -1).unbind()
 
 
 def _log_p_image(config: RunConfig, model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def interpolations(model: VAE, split: Split, rows: int = 5, columns: int = 9) ->
 
     Fewer rows if the split has fewer pairs.
     """
-    rows = min(rows, len(split) // 2)
-    return grid(model.interpolate(*pixels(model, split, slice(2 * rows)).chunk(2), columns))
+    first, second = pixels(model, split, slice(2 * min(rows, len(split) // 2))).chunk(2)
+    return grid(model.interpolate(first, second, columns))
 
 
 def grid(images: Tensor) -> np.ndarray:

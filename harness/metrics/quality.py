@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import doing
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics import frechet, information, likelihood, probes
 from harness.metrics.evaluate import Run, as_measured, finite, frozen, on_all_cores, to_floats
 from harness.models.stack import kernels
 from harness.models.vae import VAE
+
+log = logging.getLogger(__name__)
 
 WHAT = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
 
@@ -40,7 +42,7 @@ def measure_quality(
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
-    doing.say(WHAT)
+    log.info(WHAT)
     return on_all_cores(_measured, (known,), runs, runs[0][1].device, WHAT)
 
 

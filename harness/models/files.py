@@ -40,7 +40,8 @@ def put(file: Path, content: bytes) -> None:
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     """Write a model's weights, the shape and grey range of its images, and its configuration."""
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    plain = torch.contiguous_format  # clones, since safetensors refuses tied weights
+    state = {name: value.clone(memory_format=plain) for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata=metadata)
     (folder / CONFIG).write_text(config.to_json())
 

@@ -143,7 +143,7 @@ def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Return whether a hook or parametrization is attached to a module or a parameter."""
+    """Return whether a module or parameter has a hook, a parametrization or a replaced forward."""
     kinds = (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -151,10 +151,19 @@ def has_hooks(model: nn.Module) -> bool:
         "_backward_pre_hooks",
         "parametrizations",
     )
-    return any(getattr(module, kind, None) for module in model.modules() for kind in kinds) or any(
+    return any(
+        "forward" in vars(module) or any(getattr(module, kind, None) for kind in kinds)
+        for module in model.modules()
+    ) or any(
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
         for p in model.parameters()
     )
+
+
+def uses_a_module_twice(model: nn.Module) -> bool:
+    """Return whether a module with weights or buffers has two names in a model."""
+    named = [m for _, m in model.named_modules(remove_duplicate=False) if m.state_dict()]
+    return len(named) > len({id(module) for module in named})
 
 
 @contextmanager

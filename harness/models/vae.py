@@ -187,20 +187,18 @@ class VAE(nn.Module):
                 f"images of type {images.dtype}: give torch.uint8 from 0 to {self.largest}, or "
                 "floats from 0 to 1"
             )
-        whole = images.dtype == torch.uint8
-        if whole and self.largest is None:
+        one = self.largest if images.dtype == torch.uint8 else 1
+        if one is None:
             raise UserError(
                 "images of type torch.uint8: the grey value that stands for 1 was not stored with "
                 "this model; give floats from 0 to 1"
             )
-        allowed = self.largest if whole else 1
-        if images.numel() and not 0 <= images.min() <= images.max() <= allowed:  # NaN too
+        if images.numel() and not 0 <= images.min() <= images.max() <= one:  # NaN too
             raise UserError(
                 f"images from {float(images.min()):g} to {float(images.max()):g}: {images.dtype} "
-                f"must be from 0 to {allowed}"
+                f"must be from 0 to {one}"
             )
-        x = images.to(self.device, self.dtype).reshape(-1, *self.data_shape)
-        return x / self.largest if whole else x
+        return images.to(self.device, self.dtype).reshape(-1, *self.data_shape) / one
 
 
 def lay_out(model: nn.Module) -> None:

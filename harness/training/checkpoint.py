@@ -154,6 +154,16 @@ class History:
         if self._checkpoints is not None:
             self.epochs[row].append(epoch)
 
+    def metrics(self, row: int, epoch: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Return training and validation metrics of an epoch that was trained before."""
+        past = self.epochs[row][epoch - 1]
+        return past.train, past.val
+
+    def pace(self, row: int, epoch: int) -> tuple[float, int]:
+        """Return seconds and images of an epoch that was trained before."""
+        past = self.epochs[row][epoch - 1]
+        return past.seconds, past.images
+
     def save(self, states: Iterable[tuple[int, dict[str, Tensor]]], epoch: int) -> None:
         """Write a checkpoint of each (row, state) if the epoch is due for one.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 
     def to(self, like: Tensor) -> Draw:
         """Return the draw on the device of a tensor, its floating-point numbers in its type."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
             for name, value in self.by_step().items()
         }

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.metrics.evaluate import evaluate, finite
-from harness.models.stack import stack_key
+from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE
 from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
 from harness.training.group import Group, Measured, computes_stacks, untrained
@@ -47,7 +47,7 @@ class EpochRecord:
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         configs: settings of the runs.
-        rows: positions of the runs in the list that `train` was given, shape (S,).
+        rows: positions of the runs in the list that `train` was given, ascending, shape (S,).
         resumed: epoch after which each run was resumed from a checkpoint, 0 for one that began
             here, shape (S,). Up to it a record repeats stored metrics, and the run's model is that
             of this epoch.
@@ -204,27 +204,41 @@ def train(
             unusable device, another dtype, a batch larger than the training split, or a loss term
             that is not registered.
     """
-    _check(configs, data, dtype)
+    check_runs(configs, data, dtype)
     target = resolve_device(device, configs[0].precision)
     made = made_with(data, target.type, dtype) if checkpoints else {}
     history = History(configs, made, checkpoints)
     groups = _groups(configs, data, target, dtype, history)
     live = list(range(len(groups)))
-    with processes.Pool(len(groups) if target.type == "cpu" else 1, (groups,)) as pool:
+    with processes.Pool(_workers(groups, target), (groups,)) as pool:
         for epoch in range(1, configs[0].epochs + 1):
             record = _epoch(groups, live, pool, epoch, history)
             try:
                 yield record
             except GeneratorExit:
-                history.stop(_states(groups, _drop(groups, live, record.dropped)), epoch)
+                history.stop(_states(groups, _drop(groups, live, record)), epoch)
                 raise
-            live = _drop(groups, live, record.dropped)
+            live = _drop(groups, live, record)
             history.save(_states(groups, live), epoch)
             if not live:
                 return
 
 
-def _check(configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype) -> None:
+def _workers(groups: Sequence[Group], device: torch.device) -> int:
+    """Return how many processes train; hooks are lost or cannot be sent on the way to another."""
+    if device.type != "cpu" or any(has_hooks(group.state.model) for group in groups):
+        return 1
+    return len(groups)
+
+
+def check_runs(
+    configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse runs that cannot be trained together, or not on this dataset.
+
+    Raises:
+        UserError: as for `train`, an unusable device aside.
+    """
     if not configs:
         raise UserError("configs is empty: give at least one RunConfig")
     for name in ("epochs", "precision"):
@@ -273,7 +287,7 @@ def _groups(
 
 def _in_shared_memory(data: Dataset) -> Dataset:
     """Return a dataset whose images worker processes share instead of copying."""
-    parts = {
+    parts: dict[str, Any] = {
         name: replace(part, images=processes.shared(part.images))
         for name, part in (("train", data.train), ("val", data.val), ("test", data.test))
     }
@@ -290,34 +304,39 @@ def _epoch(
     """Train an epoch of the groups that have not done it yet, and return the record of all."""
     items = [(i, epoch) for i in live if epoch > history.starts[groups[i].rows[0]]]
     start = time.perf_counter()
-    done = [(groups[items[k][0]], m) for k, m in pool.map(_train_epoch, items)]
-    wall = time.perf_counter() - start
-    training = sum(measured.training for _, measured in done)
-    share = training / max(training + sum(measured.measuring for _, measured in done), 1e-9)
-    images = sum(g.steps * c.batch_size for g, _ in done for c in g.state.configs)
-    results = {}
-    for group, measured in done:
-        for row, (train, val) in zip(group.rows, measured.metrics, strict=True):
-            results[row] = Epoch(wall * share, images, train, val)
-            history.add(row, results[row])
-    where = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
-    each = [results.get(row) or history.epochs[row][epoch - 1] for row in where]
-    configs = [group.state.configs[s] for group, s in where.values()]
-    steps = [group.steps for group, _ in where.values()]
-    warmups = map(objective.kl_warmup, configs, repeat(epoch), steps)
+    done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
+    seconds = time.perf_counter() - start
+    places = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
+    where = {row: places[row] for row in sorted(places)}
+    configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
+    steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
+    new = {
+        row: metrics
+        for group, measured in done
+        for row, metrics in zip(group.rows, measured.metrics, strict=True)
+    }
+    if new:
+        training = sum(measured.training for _, measured in done)
+        seconds *= training / (training + sum(measured.measuring for _, measured in done))
+    images = sum(steps[row] * configs[row].batch_size for row in new)
+    for row, metrics in new.items():
+        history.add(row, Epoch(seconds, images, *metrics))
+    each = [new.get(row) or history.metrics(row, epoch) for row in where]
+    pace = (seconds, images) if new else history.pace(next(iter(where)), epoch)
+    warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
+    train, val = (_joined(part) for part in zip(*each, strict=True))
 
     def model(row: int) -> VAE:
         group, s = where[row]
         return group.state.model_of(s)
 
-    pace = (wall * share, images) if done else (each[0].seconds, each[0].images)
     return EpochRecord(
         epoch,
         *pace,
-        _joined([one.train for one in each]),
-        _joined([one.val for one in each]),
-        np.array([float(warmup[-1]) for warmup in warmups]),
-        tuple(configs),
+        train,
+        val,
+        np.array([float(warmup) for warmup in warmups]),
+        tuple(configs.values()),
         tuple(where),
         tuple(history.starts[row] for row in where),
         model,
@@ -335,16 +354,14 @@ def _joined(each: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     return {name: np.array([metrics.get(name, np.nan) for metrics in each]) for name in names}
 
 
-def _drop(groups: list[Group], live: Sequence[int], dropped: set[int]) -> list[int]:
+def _drop(groups: list[Group], live: Sequence[int], record: EpochRecord) -> list[int]:
     """Take the dropped rows of a record out of their groups; return the groups that go on."""
-    going, first = [], 0
+    dropped, going = {record.rows[s] for s in record.dropped}, []
     for index in live:
-        count = len(groups[index].rows)
-        kept = [s for s in range(count) if first + s not in dropped]
-        first += count
+        kept = [s for s, row in enumerate(groups[index].rows) if row not in dropped]
         if kept:
             going.append(index)
-            if len(kept) < count:  # only a stack, which is computed in this process
+            if len(kept) < len(groups[index].rows):  # only a stack, computed in this process
                 groups[index] = groups[index].keep(kept)
     return going
 

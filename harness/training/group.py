@@ -49,8 +49,7 @@ class Group:
         rows: their positions in the list that `train` was given.
         images: training images that batches are taken from.
         data: the dataset as the runs are measured on it.
-        linear: loss of the exact linear model of each run on the first training images and on
-            validation images, float64, shape (S, 2).
+        linear: loss of the exact linear model of each run on both splits that are measured, (S, 2).
     """
 
     def __init__(
@@ -63,11 +62,6 @@ class Group:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: dict[str, Tensor] = {}
         self._ahead: dict[int, Draw] = {}
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.images) // self.state.configs[0].batch_size
 
     @property
     def step(self) -> Step:
@@ -104,7 +98,7 @@ class Group:
         A GPU captures their computation once and replays it.
         """
         if self._given is None:
-            self._given = self._conditions()
+            self._given = self._arguments()
         with kernels(), torch.no_grad():
             if not self.state.on_gpu or self.state.stack is None:
                 metrics = self._metrics()
@@ -127,7 +121,7 @@ class Group:
             return self._of_run(self.state.model, *self._given)
         return self.state.stack.lift(self._of_run)(*self._given)
 
-    def _conditions(self) -> tuple[dict[str, Any], ...]:
+    def _arguments(self) -> tuple[dict[str, Any], ...]:
         """Return the arguments of `measure` that differ between runs, for both splits."""
         parts = (("train", first_training_images(self.data)), ("val", self.data.val))
         model, each = self.state.model, []
@@ -148,7 +142,7 @@ class Group:
     def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
         """Return the validation metrics of one run, and training metrics prefixed `train/`."""
         config, data = self.state.configs[0], self.data
-        same = {"terms": self.state.terms, "training_size": len(self.images)}
+        same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
         on_val = measure(config, model, data.val, data.classes, **val, **same)
         first, variance = first_training_images(data), on_val["mse"]
         on_train = measure(config, model, first, data.classes, variance=variance, **train, **same)
@@ -198,7 +192,7 @@ def untrained(
 ) -> list[Group]:
     """Return untrained runs as one group, or in halves that take turns if a GPU lacks memory.
 
-    All of them stay in memory: halves share only what an epoch takes for a while.
+    Halves stay in memory together; they share what an epoch takes for a while.
 
     Args:
         configs: every run.
@@ -206,9 +200,6 @@ def untrained(
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         dtype: torch.float32 or torch.float64.
-
-    Raises:
-        UserError: there is no room for one run.
     """
     try:
         return _untrained(configs, rows, grey, data, dtype)
@@ -228,7 +219,6 @@ def untrained(
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one during whose handling it was raised, is a full GPU."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -243,7 +233,6 @@ def _untrained(
     data: Dataset,
     dtype: torch.dtype,
 ) -> list[Group]:
-    """Return runs as one stack where device and network allow it, else each alone."""
     device, chosen = data.train.images.device, [configs[row] for row in rows]
     images = grey.train if chosen[0].binarization == "stochastic" else data.train
     runs = [_run(config, data, device, dtype) for config in chosen]

@@ -43,7 +43,6 @@ def covers(config: RunConfig, model: VAE, terms: Terms) -> bool:
         all(parameter is not None and parameter.requires_grad for parameter in used)
         and len(used) == len({id(parameter) for parameter in used})
         and {id(parameter) for parameter in used} == {id(p) for p in model.parameters()}
-        and not any("forward" in vars(module) for module in model.modules())
     )
 
 
@@ -68,8 +67,8 @@ class MLPGradient:
             _Layers(model, part, gradients, self.batch) for part in ("encoder", "decoder")
         )
         latents = model.latent_size
-        like = model.encoder[1].weight
-        self.z, self.std, self.scratch = (like.new_zeros(self.batch, latents) for _ in range(3))
+        new = next(model.parameters()).new_zeros
+        self.z, self.std, self.scratch = (new(self.batch, latents) for _ in range(3))
         self.mean, self.second = self.encoder.outputs[-1].chunk(2, -1)
         self.by_mean, self.by_second = self.encoder.slopes[-1].chunk(2, -1)
         self.by_variance = gradients.get("log_decoder_variance")

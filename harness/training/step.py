@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 
 from harness import streams
 from harness.data.dataset import Split
-from harness.models.stack import has_hooks, kernels
+from harness.models.stack import has_hooks, kernels, uses_a_module_twice
 from harness.models.vae import VAE
 from harness.objective import Coefficients, objective
 from harness.training.draws import Draw
@@ -158,9 +158,9 @@ class Step:
     def capture(self, draw: Draw) -> None:
         """Lay an epoch out for a GPU, and capture the step the first time."""
         if self._graph is None:
-            self._epoch = draw._replace(**{n: v.clone() for n, v in draw.by_step().items()})
-            one = {name: torch.zeros_like(v[:1]) for name, v in draw.by_step().items()}
-            self._one = draw._replace(**one)
+            kept: dict[str, Any] = {n: v.clone() for n, v in draw.by_step().items()}
+            one: dict[str, Any] = {n: torch.zeros_like(v[:1]) for n, v in kept.items()}
+            self._epoch, self._one = draw._replace(**kept), draw._replace(**one)
             self._now = torch.zeros(1, dtype=torch.int64, device=draw.order.device)
             state = self.state
             changed = [state.weights, state.first, state.second, state.counts, self._now]
@@ -182,14 +182,18 @@ class Step:
 
 
 def refusal(run: Run, images: Split) -> str | None:
-    """Return why a run cannot be computed in a stack, None if it can: one step is tried on a copy.
+    """Return why a run cannot be computed in a stack, None if it can.
 
-    Hooks on weights are not called in a stack; random layers and branches on values are what
-    `torch.vmap` refuses.
+    A step and a reconstruction are tried on a copy. Hooks on weights are not called in a stack;
+    random layers, branches on values and some recurrent layers are what `torch.vmap` refuses.
     """
     if has_hooks(run.model):
-        return "a module or a parameter has a hook"
-    step = Step(State([run], stacked=True), run.config.batch_size)
+        return "a module or a parameter has a hook, a parametrization or a replaced forward"
+    if uses_a_module_twice(run.model):  # functional_call does not give its weights back
+        return "a module is used twice"
+    state = State([run], stacked=True)
+    step = Step(state, run.config.batch_size)
+    assert state.stack is not None
     batch = run.config.batch_size
     zeros, one = torch.zeros(1, 1, batch, run.config.latent_size), torch.ones(1, 1)
     order = torch.arange(batch).view(1, 1, batch)
@@ -197,6 +201,8 @@ def refusal(run: Run, images: Split) -> str | None:
     draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1)
     try:
         step._take(draw.to(step.x), 0)
+        with torch.no_grad():
+            state.stack.lift(VAE.forward)(step._images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any error of a user's layer or of PyTorch

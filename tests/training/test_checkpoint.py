@@ -9,23 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from textbook import BERNOULLI, MIXED, REMEDIES, SMALL, flat
+from textbook import ALIKE, BERNOULLI, MIXED, REMEDIES, SMALL, flat
 
-from harness import engine
-from harness.checkpoint import Checkpoints, Epoch, Saved, made_with
 from harness.config import UserError
-from harness.engine import EpochRecord, train
+from harness.training.checkpoint import Checkpoints, Epoch, Saved, made_with
+from harness.training.engine import EpochRecord, train
 
 EPOCHS = 5
 LONG = [c.replace(epochs=EPOCHS) for c in MIXED]
 
 
-@pytest.fixture(params=["apart", "together"])
-def parts(request, monkeypatch):
-    """Compute the runs of a stack each alone, as on a CPU, and all as one, as on a GPU."""
-    if request.param == "together":
-        monkeypatch.setattr(engine, "groups", lambda runs, device: [list(range(runs))])
-    return request.param
+@pytest.fixture
+def long(parts):
+    """Return runs, of different shapes where each is computed alone."""
+    return LONG if parts == "apart" else [c.replace(epochs=EPOCHS) for c in ALIKE]
 
 
 def trained(configs, data, checkpoints=None, epochs=None) -> list[EpochRecord]:
@@ -47,17 +44,17 @@ def check_same(ours: list[EpochRecord], its: list[EpochRecord]) -> None:
             for name, values in getattr(other, part).items():
                 np.testing.assert_array_equal(getattr(one, part)[name][rows], values, name)
     for row, origin in enumerate(its[-1].rows):
-        own = ours[-1].model.run(ours[-1].rows.index(origin))
-        assert torch.equal(flat(own), flat(its[-1].model.run(row)))
+        own = ours[-1].model(ours[-1].rows.index(origin))
+        assert torch.equal(flat(own), flat(its[-1].model(row)))
 
 
 @pytest.mark.parametrize("stopped", [1, 3, EPOCHS])
-def test_a_stopped_stack_goes_on_with_the_same_bits(tiny, parts, tmp_path, stopped):
-    whole = trained(LONG, tiny)
+def test_stopped_runs_go_on_with_the_same_bits(tiny, long, tmp_path, stopped):
+    whole = trained(long, tiny)
     kept = Checkpoints(tmp_path, every=100)
-    trained(LONG, tiny, kept, stopped)
-    again = trained(LONG, tiny, kept)
-    assert {r.resumed for r in again} == {(stopped,) * len(LONG)}
+    trained(long, tiny, kept, stopped)
+    again = trained(long, tiny, kept)
+    assert {r.resumed for r in again} == {(stopped,) * len(long)}
     check_same(again, whole)
 
 
@@ -83,19 +80,35 @@ def test_a_killed_process_leaves_the_epoch_that_was_last_due(tiny, tmp_path):
     check_same(again, trained(LONG, tiny))
 
 
-def test_a_run_goes_on_in_any_stack_whatever_its_companions_have_behind_them(tiny, parts, tmp_path):
+def test_a_run_goes_on_beside_any_others_whatever_they_have_behind_them(
+    tiny, parts, long, tmp_path
+):
     kept = Checkpoints(tmp_path, every=100)
-    trained(LONG[:2], tiny, kept, 3)
-    trained(LONG[3:4], tiny, kept, 1)
-    again = trained(LONG, tiny, kept)
+    trained(long[:2], tiny, kept, 3)
+    trained(long[3:4], tiny, kept, 1)
+    again = trained(long, tiny, kept)
     resumed = dict(zip(again[0].rows, again[0].resumed, strict=True))
     assert resumed == {0: 3, 1: 3, 2: 0, 3: 1, 4: 0}
     if parts == "apart":
-        check_same(again, trained(LONG, tiny))
+        check_same(again, trained(long, tiny))
     else:  # products of another width are summed in another order
-        whole = trained(LONG, tiny)[-1]
+        whole = trained(long, tiny)[-1]
         rows = [again[-1].rows.index(row) for row in whole.rows]
         np.testing.assert_allclose(again[-1].val["mse"][rows], whole.val["mse"], rtol=1e-4)
+
+
+def test_a_run_that_was_computed_in_a_stack_goes_on_alone(tiny, tmp_path, monkeypatch, request):
+    alike = [c.replace(epochs=EPOCHS) for c in ALIKE]
+    whole = trained(alike, tiny)[-1]
+    kept = Checkpoints(tmp_path, every=100)
+    trained(alike[:3], tiny, kept, 2)
+    request.getfixturevalue("together")
+    trained(alike[3:], tiny, kept, 2)
+    trained(alike, tiny, kept, 4)
+    monkeypatch.undo()
+    again = trained(alike, tiny, kept)
+    assert again[0].resumed == (4,) * len(alike)
+    np.testing.assert_allclose(again[-1].val["mse"], whole.val["mse"], rtol=1e-4)
 
 
 def test_runs_are_resumed_on_several_cores(tiny, tmp_path, monkeypatch):
@@ -106,7 +119,7 @@ def test_runs_are_resumed_on_several_cores(tiny, tmp_path, monkeypatch):
     check_same(trained(LONG, tiny, kept), whole)
 
 
-def test_a_run_that_left_its_stack_is_not_kept(tiny, tmp_path):
+def test_a_run_that_was_dropped_is_not_kept(tiny, tmp_path):
     kept = Checkpoints(tmp_path, every=1)
     for record in train(LONG, tiny, device="cpu", checkpoints=kept):
         if record.epoch == 2:
@@ -132,7 +145,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     kept.save(SMALL, MADE, SAVED)
     found = kept.load(SMALL, MADE | {"code": {"sources": "abc", "commit": "2"}})
     assert found is not None
-    assert repr(found.course) == repr(SAVED.course)
+    assert repr(found.epochs) == repr(SAVED.epochs)
     assert found.state.keys() == STATE.keys()
     for name, value in STATE.items():
         assert found.state[name].numpy().tobytes() == value.numpy().tobytes()
@@ -181,7 +194,7 @@ def another_run(file: Path) -> None:
     ],
     ids=["empty", "other", "truncated", "one bit", "another number", "another run"],
 )
-def test_a_file_that_is_not_whole_is_not_used_and_says_so_in_a_line(tmp_path, caplog, spoil, said):
+def test_a_file_that_is_not_whole_is_not_used_and_one_line_tells_why(tmp_path, caplog, spoil, said):
     kept = Checkpoints(tmp_path, every=1)
     kept.save(SMALL, MADE, SAVED)
     before = kept.file(SMALL).read_bytes()
@@ -224,7 +237,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        kept.save(SMALL, MADE, replace(SAVED, course=[]))
+        kept.save(SMALL, MADE, replace(SAVED, epochs=[]))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 

@@ -1,13 +1,20 @@
-"""The classifier behind Frechet distances: what it is a function of, and its cache."""
+"""The classifier behind Fréchet distances: what it is a function of, and its cache."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from harness import features
 from harness.data.dataset import Dataset, Split
-from harness.features import Classifier, classifier
+from harness.metrics import frechet
+from harness.metrics.frechet import Classifier, classifier
+from harness.models.files import put
+
+
+def pixels(split, channels=3):
+    """Return images of 8 x 8 pixels in [0, 1]."""
+    return split.pixels(slice(None), torch.float32).view(-1, channels, 8, 8)
 
 
 def same(one, other):
@@ -18,7 +25,7 @@ def same(one, other):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 9, 11)])
 def test_images_of_any_shape_have_features_and_classes(shape):
     net = Classifier(shape, 7)
-    images = torch.rand(5, shape[0] * shape[1] * shape[2])
+    images = torch.rand(5, *shape)
     assert net.embed(images).shape == (5, 64)
     assert net(images).shape == (5, 7)
 
@@ -32,7 +39,7 @@ def test_colour_images_are_learnt(tmp_path):
     data = Dataset("colours", (3, 8, 8), 3, split.head(200), split, split, "")
     net = classifier(data, tmp_path)
     with torch.no_grad():
-        guesses = net(split.pixels(slice(200, None), torch.float32)).argmax(1)
+        guesses = net(pixels(split)[200:]).argmax(1)
     assert (guesses == labels[200:]).double().mean() > 0.95
 
 
@@ -55,16 +62,15 @@ def test_training_leaves_pytorchs_random_state_and_threads_alone(tiny, tmp_path)
 def test_its_features_have_mean_variance_one_over_the_training_images(tiny, tmp_path):
     net = classifier(tiny, tmp_path)
     with torch.no_grad():
-        embedded = net.embed(tiny.train.pixels(slice(None), torch.float32))
+        embedded = net.embed(pixels(tiny.train, 1))
     assert float(embedded.var(0).mean()) == pytest.approx(1, rel=1e-4)
 
 
 def test_the_scaling_of_the_features_changes_no_logit(tiny):
-    net = features._untrained(tiny)
-    x = tiny.test.pixels(slice(None), torch.float32)
+    net, x = frechet._untrained(tiny), pixels(tiny.test, 1)
     with torch.no_grad():
         before = net(x)
-        features._normalize(net, tiny.train)
+        frechet._normalize(net, pixels(tiny.train, 1))
         torch.testing.assert_close(net(x), before)
 
 
@@ -72,7 +78,7 @@ def test_the_cache_gives_back_the_same_bits_and_trains_nothing(tiny, tmp_path, m
     one = classifier(tiny, tmp_path)
     (file,) = tmp_path.iterdir()
     written = file.stat().st_mtime_ns
-    monkeypatch.setattr(features, "STEPS", 0)  # a training would now give another net
+    monkeypatch.setattr(frechet, "STEPS", 0)  # a training would now give another net
     assert same(classifier(tiny, tmp_path), one)
     assert file.stat().st_mtime_ns == written
 
@@ -90,7 +96,7 @@ def test_a_broken_cache_file_is_trained_over(tiny, tmp_path, damage):
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     if damage == "another net's":
-        features._save(Classifier((1, 16, 16), 10), file)
+        put(file, save(Classifier((1, 16, 16), 10).state_dict()))
     else:
         file.write_bytes({"empty": b"", "cut": whole[:-100], "text": b"no tensors"}[damage])
     assert same(classifier(tiny, tmp_path), one)

@@ -18,6 +18,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from harness.gauge import Gauge
+from harness.nn import constant
+from harness.part import Part, begin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -26,9 +29,6 @@ from torch.utils._pytree import tree_leaves
 
 from harness import RunConfig
 from harness.data.dataset import Dataset
-from harness.gauge import Gauge
-from harness.nn import constant
-from harness.part import Part, begin
 
 BASE = RunConfig(hidden=(8,), latent_size=3, epochs=2, batch_size=16)
 STACKS = {

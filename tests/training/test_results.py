@@ -1,13 +1,19 @@
-"""Any list of runs gives its results in order, whatever stacks they were trained in."""
+"""Any list of runs gives its results in order, whatever they were trained with."""
 
 import pytest
 import torch
 from textbook import MIXED, SMALL, flat, plain
 
-from harness import sweep
-from harness.engine import resolve_device, train
-from harness.evaluate import evaluate
-from harness.sweep import flat_record, stacks, train_and_evaluate
+from harness.metrics.evaluate import evaluate
+from harness.training import engine
+from harness.training.engine import (
+    best_epoch,
+    flat_record,
+    resolve_device,
+    together,
+    train,
+    train_and_evaluate,
+)
 
 
 def test_a_plain_autoencoder_has_no_rate_and_its_loss_is_the_error(tiny):
@@ -38,17 +44,17 @@ def test_a_flat_record_has_what_the_run_has(tiny):
     assert named["train/mse"] == record.train["mse"][1]
 
 
-def test_results_come_in_order_whatever_their_static_settings(tiny):
+def test_results_come_in_order_whatever_their_settings(tiny):
     wide = SMALL.replace(hidden=(20,), seed=4)
-    configs = [MIXED[0], wide, plain([MIXED[1]])[0], MIXED[2], wide.replace(seed=5), MIXED[1]]
+    longer = wide.replace(epochs=3)
+    configs = [MIXED[0], wide, plain([MIXED[1]])[0], longer, MIXED[2], wide.replace(seed=5)]
     results = train_and_evaluate(configs, tiny, device="cpu", dtype=torch.float64)
     assert [r.config for r in results] == configs
     for result in results:
         (alone,) = train_and_evaluate([result.config], tiny, device="cpu", dtype=torch.float64)
-        assert result.model.config == result.config
         torch.testing.assert_close(flat(result.model), flat(alone.model), rtol=1e-9, atol=1e-9)
         assert result.metrics == pytest.approx(alone.metrics, rel=1e-8)
-        assert len(result.history) == 2
+        assert len(result.history) == result.config.epochs
         assert result.history[-1]["val/mse"] == result.metrics["val/mse"]
 
 
@@ -56,17 +62,34 @@ def test_no_configs_give_no_results(tiny):
     assert train_and_evaluate([], tiny, device="cpu") == []
 
 
-def test_stacks_group_by_static_settings_and_width():
-    wide = SMALL.replace(hidden=(20,))
-    configs = [SMALL, wide, SMALL, SMALL.replace(seed=3), wide.replace(kl_weight=0.0), SMALL]
-    assert stacks(configs, width=8) == [[0, 2, 3, 5], [1, 4]]
-    assert stacks(configs, width=3) == [[0, 2, 3], [5], [1, 4]]
-    assert stacks([], width=3) == []
+def test_runs_are_trained_together_by_epochs_precision_and_width():
+    longer = SMALL.replace(epochs=9)
+    configs = [SMALL, longer, SMALL.replace(hidden=(3,)), SMALL, longer, SMALL.replace(seed=1)]
+    assert together(configs, width=8) == [[0, 2, 3, 5], [1, 4]]
+    assert together(configs, width=3) == [[0, 2, 3], [5], [1, 4]]
+    assert together([SMALL, SMALL.replace(precision="tf32")], width=3) == [[0], [1]]
+    assert together([], width=3) == []
 
 
-def test_wide_lists_are_trained_in_several_stacks(tiny, monkeypatch):
+def test_the_best_epoch_is_the_first_of_the_lowest():
+    assert best_epoch([3.0, 1.0, 2.0, 1.0]) == 2
+
+
+def test_results_of_stacks_are_those_of_the_runs(tiny, request):
+    configs = [SMALL.replace(seed=s, latent_size=n) for s, n in enumerate((2, 3, 2))]
+    alone = train_and_evaluate(configs, tiny, device="cpu", dtype=torch.float64)
+    request.getfixturevalue("together")
+    for ours, its in zip(
+        train_and_evaluate(configs, tiny, device="cpu", dtype=torch.float64), alone, strict=True
+    ):
+        assert ours.metrics == pytest.approx(its.metrics, rel=1e-8)
+        for epoch, expected in zip(ours.history, its.history, strict=True):
+            assert epoch == pytest.approx(expected, rel=1e-8)
+
+
+def test_long_lists_are_trained_in_several_calls(tiny, monkeypatch):
     expected = train_and_evaluate(MIXED, tiny, device="cpu", dtype=torch.float64)
-    monkeypatch.setitem(sweep.STACK_WIDTH, "cpu", 2)
+    monkeypatch.setitem(engine.STACK_WIDTH, "cpu", 2)
     for a, b in zip(
         train_and_evaluate(MIXED, tiny, device="cpu", dtype=torch.float64), expected, strict=True
     ):
@@ -77,6 +100,6 @@ def test_wide_lists_are_trained_in_several_stacks(tiny, monkeypatch):
 @pytest.mark.gpu
 def test_a_run_is_evaluated_where_it_is(tiny):
     (result,) = train_and_evaluate([SMALL], tiny, device="cuda")
-    (metrics,) = evaluate(result.model.to("cuda"), tiny)
+    (metrics,) = evaluate([(SMALL, result.model.to("cuda"))], tiny)
     assert metrics == pytest.approx(result.metrics, rel=1e-4, abs=1e-9)
     assert resolve_device("auto") == torch.device("cuda")

@@ -1,0 +1,184 @@
+"""A stack maps functions of one run over several, and couples none of them."""
+
+import copy
+
+import pytest
+import torch
+from textbook import SMALL, flat
+from torch import nn
+
+from harness.models.stack import MAPPED, Stack, has_hooks, kernels, stack_key
+from harness.models.vae import VAE, build
+
+SHAPE = (1, 8, 8)
+MODELS = ["mlp", "linear", "conv"]
+every_model = pytest.mark.parametrize("model", MODELS)
+
+
+def runs_of(model: str, **settings) -> list[VAE]:
+    config = SMALL.replace(model=model, latent_size=3, **settings)
+    return [build(config.replace(seed=seed), SHAPE).double() for seed in range(3)]
+
+
+def reconstruction(model: VAE, x: torch.Tensor) -> torch.Tensor:
+    return model(x)
+
+
+@every_model
+def test_a_lifted_function_is_the_function_of_each_run(model):
+    runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
+    found = Stack(runs).lift(reconstruction)(x)
+    for s, run in enumerate(runs):
+        torch.testing.assert_close(found[s], run(x[s]))
+
+
+def squares(model: VAE, x: torch.Tensor, weights: dict, nothing: None) -> torch.Tensor:
+    assert nothing is None
+    return weights["error"] * (model(x) - x).square().sum()
+
+
+@every_model
+def test_a_gradient_is_that_of_each_run(model):
+    runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
+    weights = {"error": torch.tensor([1.0, 2.0, 3.0]).double()}
+    slopes = Stack(runs).gradient(squares, x, weights, None)
+    for s, run in enumerate(runs):
+        squares(run, x[s], {"error": weights["error"][s]}, None).backward()
+        for name, parameter in run.named_parameters():
+            torch.testing.assert_close(slopes[name][s], parameter.grad)
+
+
+@every_model
+def test_no_run_depends_on_the_weights_of_another(model):
+    runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
+    stack = Stack(runs)
+    before = stack.lift(reconstruction)(x)
+    for weight in stack.weights.values():
+        weight[1] = torch.nan
+    after = stack.lift(reconstruction)(x)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert after[1].isnan().all()
+
+
+@every_model
+def test_runs_come_back_as_copies(model):
+    runs = runs_of(model, sigma="learned")
+    stack, before = Stack(runs), [copy.deepcopy(run) for run in runs]
+    back = [stack.run(row) for row in range(3)]
+    for weight in stack.weights.values():
+        weight.zero_()
+    for given, old, run in zip(runs, before, back, strict=True):
+        assert list(run.state_dict()) == list(old.state_dict())
+        assert torch.equal(flat(given), flat(old))
+        assert torch.equal(flat(run), flat(old))
+    assert not flat(stack.run(0)).any()
+    assert len(stack) == 3
+
+
+def test_frozen_parameters_and_buffers_are_constants():
+    runs = runs_of("mlp")
+    for seed, run in enumerate(runs):
+        run.encoder.insert(1, nn.BatchNorm1d(64).double())
+        nn.init.constant_(run.encoder[1].running_mean, seed)
+        run.decoder[0].weight.requires_grad = False
+    stack, x = Stack(runs), torch.rand(3, 7, *SHAPE).double()
+    frozen = {"decoder.0.weight", "encoder.1.running_mean"}
+    assert frozen <= stack.constants.keys()
+    assert not frozen & stack.gradient(lambda m, x: m.eval()(x).sum(), x).keys()
+    found = stack.lift(reconstruction)(x)
+    for s, run in enumerate(runs):
+        torch.testing.assert_close(found[s], run.eval()(x[s]))
+        assert torch.equal(stack.run(s).encoder[1].running_mean, run.encoder[1].running_mean)
+
+
+# --- which runs share a stack ---------------------------------------------------------------------
+
+OTHER = {
+    "model": "linear",
+    "hidden": (8,),
+    "channels": (8,),
+    "latent_size": 11,
+    "head": "relu",
+    "latent": "deterministic",
+    "likelihood": "bernoulli",
+    "sigma": "learned",
+    "batch_size": 16,
+    "epochs": 3,
+    "precision": "tf32",
+    "free_bits": 0.1,
+    "terms": {"mine": 0.0},
+}
+"""A value of each setting that runs of a stack share."""
+
+
+def test_every_setting_that_changes_a_shape_or_a_branch_is_shared():
+    base = SMALL.replace(kl_weight=0)
+    assert {*OTHER, *MAPPED, "binarization"} == set(SMALL.__dataclass_fields__)
+    for name, value in OTHER.items():
+        assert stack_key(base.replace(**{name: value})) != stack_key(base), name
+    grey = base.replace(likelihood="bernoulli")
+    assert stack_key(grey.replace(binarization="threshold")) != stack_key(grey)
+
+
+@pytest.mark.parametrize("name", sorted(MAPPED))
+def test_settings_that_are_numbers_of_the_loss_differ_in_a_stack(name):
+    value = "sum" if name == "kl_normalization" else getattr(SMALL, name) + 1
+    changed = SMALL.replace(**{name: value}, epochs=9)
+    assert stack_key(changed) == stack_key(SMALL.replace(epochs=9))
+
+
+def test_values_of_free_bits_and_weights_of_terms_differ_in_a_stack():
+    one = SMALL.replace(free_bits=0.1, terms={"mine": 1.0, "other": 0.0})
+    assert stack_key(one) == stack_key(one.replace(free_bits=2.0, terms={"other": 3, "mine": 0}))
+    assert stack_key(one) != stack_key(one.replace(terms={"mine": 1.0}))
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+def hooked(how: str) -> VAE:
+    model = build(SMALL, SHAPE)
+    layer = model.decoder[2]
+    register = {
+        "forward": lambda: layer.register_forward_hook(lambda *_: None),
+        "before forward": lambda: layer.register_forward_pre_hook(lambda *_: None),
+        "backward": lambda: layer.register_full_backward_hook(lambda *_: None),
+        "before backward": lambda: layer.register_full_backward_pre_hook(lambda *_: None),
+        "of the whole": lambda: model.register_forward_hook(lambda *_: None),
+        "parameter": lambda: layer.weight.register_hook(lambda grad: grad),
+        "accumulated": lambda: layer.weight.register_post_accumulate_grad_hook(lambda p: None),
+        "parametrization": lambda: nn.utils.parametrizations.weight_norm(layer),
+    }
+    register[how]()
+    return model
+
+
+HOOKS = ["forward", "before forward", "backward", "before backward", "of the whole", "parameter"]
+
+
+@pytest.mark.parametrize("how", [*HOOKS, "accumulated", "parametrization"])
+def test_every_hook_is_found(how):
+    assert has_hooks(hooked(how))
+
+
+@every_model
+def test_the_built_in_networks_have_no_hooks(model):
+    assert not has_hooks(build(SMALL.replace(model=model), SHAPE))
+
+
+# --- kernels of a GPU -----------------------------------------------------------------------------
+
+
+def test_products_and_convolutions_are_exact_unless_tf32_is_chosen():
+    def found():
+        cudnn = torch.backends.cudnn
+        matmul = torch.backends.cuda.matmul.fp32_precision
+        return matmul, cudnn.conv.fp32_precision, cudnn.deterministic
+
+    before = found()
+    with kernels("tf32"):
+        assert found() == ("tf32", "tf32", True)
+        with kernels():
+            assert found() == ("ieee", "ieee", True)
+        assert found() == ("tf32", "tf32", True)
+    assert found() == before
