@@ -147,7 +147,7 @@ def start(args: argparse.Namespace, made: list[Group]) -> Values:
 def throughput(made: Sequence[Group]) -> Values:
     """Train epochs as `harness.train` does; seconds of drawing are those of the next epoch."""
     epochs = [[own.epoch(number) for own in made] for number in range(1, SEVERAL + 1)][1:]
-    seen = sum(own.steps * len(own.rows) * own.state.configs[0].batch_size for own in made)
+    seen = sum(own.step.steps * len(own.rows) * own.state.configs[0].batch_size for own in made)
     training = [sum(measured.training for measured in epoch) for epoch in epochs]
     measuring = [sum(measured.measuring for measured in epoch) for epoch in epochs]
     start = time.perf_counter()
@@ -174,7 +174,7 @@ def memory(args: argparse.Namespace) -> Values:
 def step(own: Group, device: str) -> Values:
     """Return the seconds of a step: an epoch that is drawn already, over its steps."""
     drawn = draw_stack(own.state.configs, own.images, 1).to(own.state.weights)
-    taken = [timed(lambda: own.step.epoch(drawn), device) / own.steps for _ in range(SEVERAL)]
+    taken = [timed(lambda: own.step.epoch(drawn), device) / own.step.steps for _ in range(SEVERAL)]
     return {"seconds": taken[1:]}
 
 
@@ -203,8 +203,8 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
     with profiler(activities=[activity], acc_events=True) as seen:
         timed(lambda: own.step.epoch(drawn), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = [(row.key, row.count / own.steps, getattr(row, times)) for row in seen.key_averages()]
-    rows = [(name, count, time / own.steps) for name, count, time in rows if time > 0]
+    rows = [(row.key, row.count / own.step.steps, getattr(row, times)) for row in seen.key_averages()]
+    rows = [(name, count, time / own.step.steps) for name, count, time in rows if time > 0]
     busy = sum(time for *_, time in rows)
     rows.sort(key=lambda row: -row[2])
     return {
