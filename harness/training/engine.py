@@ -168,6 +168,7 @@ def train_and_evaluate(
                 history.append(flat_record(record, s))
         models = [record.model(s) for s in range(len(rows))]
         finals = evaluate(list(zip(record.configs, models, strict=True)), data)
+        del record  # and with it the stack, before the next one takes a GPU's memory
         for s, row in enumerate(rows):
             results[row] = RunResult(configs[row], finals[s], histories[s], models[s].cpu())
     return [results[row] for row in range(len(configs))]
