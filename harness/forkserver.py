@@ -22,14 +22,12 @@ PROGRAM = """
 import os, sys
 os.closerange(3, 1 << 16)
 sys.path[:] = sys.argv[1:]
-import cloudpickle
 from harness import forkserver, processes
 forkserver.serve(processes.work)
 """
 """Program of the server; its standard input is the connection to its parent."""
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 _lock = threading.Lock()
 _server: Connection | None = None
@@ -39,8 +37,7 @@ def start() -> None:
     """Start the server unless it runs; returns at once, while the server imports PyTorch."""
     global _server
     with _lock:
-        if _server is None:
-            _server = _started()
+        _server = _server or _started()
 
 
 def fork() -> tuple[Connection, int]:
@@ -51,20 +48,18 @@ def fork() -> tuple[Connection, int]:
     """
     global _server
     here, there = Pipe()
-    with there:
-        start()
-        with _lock:
-            assert _server is not None
-            try:
-                send_handle(_server, there.fileno(), 0)
-            except ConnectionError:  # the server was killed
-                _server = _started()
-                send_handle(_server, there.fileno(), 0)
+    with there, _lock:
+        _server = _server or _started()
+        try:
+            send_handle(_server, there.fileno(), 0)
+        except ConnectionError:  # the server was killed
+            _server = _started()
+            send_handle(_server, there.fileno(), 0)
     return here, here.recv()
 
 
 def _started() -> Connection:
-    """Start the server, in whose life SIGINT and SIGTERM are blocked from the first moment."""
+    """Start the server, with SIGINT and SIGTERM blocked from the first moment."""
     here, there = Pipe()
     with there:
         os.posix_spawn(

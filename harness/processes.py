@@ -7,7 +7,6 @@ whatever runs beside it. Threads of one process would wait for Python's lock at 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -29,10 +28,6 @@ from harness import forkserver
 
 R = TypeVar("R")
 
-LOST = (None, errno.EPIPE, errno.ECONNRESET)
-"""Of errors where the other end is gone; None of those in the middle of a message, too."""
-
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _files: dict[int, int] = {}
 """`id` of a tensor made by `shared` -> the descriptor of its memory."""
 
@@ -45,8 +40,10 @@ def available() -> int:
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Compute as a worker does: on one thread, with denormals flushed."""
-    threads, flushed = torch.get_num_threads(), _flushes_denormals()
-    _use_one_thread()
+    threads = torch.get_num_threads()
+    flushed = (torch.tensor(1e-38, dtype=torch.float32) * 1e-2).item() == 0  # there is no getter
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # Adam's moments decay into them
     try:
         yield
     finally:
@@ -54,21 +51,12 @@ def one_thread() -> Iterator[None]:
         torch.set_flush_denormal(flushed)
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # Adam's moments decay into them
-
-
-def _flushes_denormals() -> bool:
-    return (torch.tensor(1e-38, dtype=torch.float32) * 1e-2).item() == 0  # PyTorch has no getter
-
-
 def shared(tensor: Tensor) -> Tensor:
     """Return a contiguous copy of a tensor in memory that workers share with this process.
 
     In `Pool`'s `common` and items it refers to the same memory in a worker, so that both see what
-    either writes in place; in a result, and as a view, it is copied. On another device than the
-    CPU an ordinary copy is returned.
+    either writes in place; in a result, and as a view, it is copied. Elsewhere than on the CPU, and
+    on other systems than Linux, an ordinary copy is returned.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor.clone()
@@ -76,17 +64,13 @@ def shared(tensor: Tensor) -> Tensor:
     copy = _map(f"/proc/self/fd/{file}", tensor.dtype, tensor.shape)
     copy.copy_(tensor.detach())
     _files[id(copy)] = file
-    weakref.finalize(copy, _release, id(copy))
+    weakref.finalize(copy, lambda key: os.close(_files.pop(key)), id(copy))
     return copy
 
 
 def _map(path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     memory = torch.from_file(path, shared=True, size=max(1, prod(shape)), dtype=dtype)
     return memory[: prod(shape)].view(shape)  # nothing of size 0 can be mapped
-
-
-def _release(tensor: int) -> None:
-    os.close(_files.pop(tensor))
 
 
 class Pool:
@@ -108,9 +92,9 @@ class Pool:
         self._workers: dict[Connection, int] = {}
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
+        self._owner = os.getpid()
         workers = min(workers, available())
         if workers > 1 and sys.platform == "linux":
-            _pools.add(self)
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
 
@@ -135,22 +119,19 @@ class Pool:
             BaseException: what the function raised first.
             RuntimeError: a worker was killed.
         """
-        if self._closed or self._busy:
-            raise RuntimeError(f"the pool is {'closed' if self._closed else 'in another map'}")
-        if self._workers:
-            yield from self._map_in_workers(function, items)
+        forked = self._workers and os.getpid() != self._owner
+        if self._closed or self._busy or forked:
+            raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
+        left = enumerate(items)
+        if not self._workers:
+            for index, item in left:
+                with one_thread():
+                    result = function(*self._common, item)
+                yield index, result
             return
-        for index, item in enumerate(items):
-            with one_thread():
-                result = function(*self._common, item)
-            yield index, result
-
-    def _map_in_workers(
-        self, function: Callable[..., R], items: Iterable[Any]
-    ) -> Iterator[tuple[int, R]]:
-        busy: dict[Connection, tuple[int, Any]] = {}
-        self._busy = busy  # another map's, once this one has yielded its last result
-        left, news = iter(enumerate(items)), {"function": _dumps(function)}
+        self._busy = {}
+        busy = self._busy  # the pool's is another map's, once this one has yielded its last result
+        news = {"function": _dumps(function)}
         if not self._unsent:
             news["common"] = _dumps(self._common)
         try:
@@ -160,7 +141,11 @@ class Pool:
             while busy:
                 for ready in wait(list(busy)):
                     worker = cast("Connection", ready)
-                    result = _received(worker)
+                    with _worker_lost():
+                        answer = worker.recv_bytes()
+                    result, error = pickle.loads(answer)
+                    if error is not None:
+                        raise error
                     index, _ = busy.pop(worker)
                     self._submit(worker, left)
                     yield index, result
@@ -180,29 +165,18 @@ class Pool:
             return
 
     def close(self) -> None:
-        """End the workers, in the middle of a computation too."""
+        """End the workers, in the middle of a computation too; not in a forked child."""
         self._closed = True
-        for process in self._workers.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        for worker in self._workers:
-            with contextlib.suppress(EOFError, OSError), worker:
-                while True:  # until the process has ended
-                    worker.recv_bytes()
+        if os.getpid() == self._owner:
+            for process in self._workers.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            for worker in self._workers:
+                with contextlib.suppress(EOFError, OSError), worker:
+                    while True:  # until the process has ended
+                        worker.recv_bytes()
         self._workers.clear()
         self._busy.clear()
-
-
-def _leave_to_parent() -> None:
-    """Take the workers from the pools of a forked child, which would keep them alive."""
-    for pool in _pools:
-        for worker in pool._workers:
-            worker.close()
-        pool._workers, pool._busy, pool._closed = {}, {}, True
-
-
-if sys.platform == "linux":
-    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
@@ -210,18 +184,10 @@ def _worker_lost() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        if getattr(error, "errno", None) not in LOST:
+        # An OSError has no errno where the connection ends in the middle of a message.
+        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
             raise
         raise RuntimeError("a worker process was killed; was there too little memory?") from None
-
-
-def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's result
-    with _worker_lost():
-        answer = worker.recv_bytes()
-    result, error = pickle.loads(answer)
-    if error is not None:
-        raise error
-    return result
 
 
 def _dumps(value: object) -> bytes:
@@ -229,14 +195,6 @@ def _dumps(value: object) -> bytes:
     buffer = io.BytesIO()
     _pickler()(buffer).dump(value)
     return buffer.getvalue()
-
-
-@functools.cache
-def _pickler() -> type[pickle.Pickler]:
-    from cloudpickle import CloudPickler  # where workers start alone: the core does without
-
-    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
-    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
 
 
 def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
@@ -248,10 +206,20 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
+@functools.cache
+def _pickler() -> type[pickle.Pickler]:
+    from cloudpickle import (
+        CloudPickler,
+    )  # only where workers start: a GPU's machine need not have it
+
+    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
+    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
+
+
+@one_thread()
 def work(parent: Connection) -> None:
     """Answer a pool, in a worker process, until it closes the connection."""
     os.register_at_fork(after_in_child=parent.close)  # else `Pool.close` waits for its end, too
-    _use_one_thread()
     known: dict[str, Any] = {}
     while True:
         sys.path[:], folder, news, item = parent.recv()

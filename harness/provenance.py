@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -24,11 +24,7 @@ from harness.data.dataset import Dataset
 from harness.data.mnist import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"
-PACKAGES = {"harness": "vae-sweep-harness"} | {
-    name: name for name in ("torch", "numpy", "scikit-learn", "mlflow", "optuna")
-}
-"""Name in the record -> name of the distribution."""
-
+PACKAGES = ("torch", "numpy", "scikit-learn", "mlflow", "optuna")
 SOURCES = ("harness", "studies")
 """Packages whose code determines a run's numbers."""
 
@@ -101,7 +97,8 @@ def code() -> Code:
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on."""
-    return {"python": platform.python_version()} | {k: _version(v) for k, v in PACKAGES.items()}
+    ours = {"python": platform.python_version(), "harness": _version("vae-sweep-harness")}
+    return ours | {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -143,11 +140,9 @@ def threads() -> dict[str, int]:
     return {"torch": torch.get_num_threads(), "blas": max(blas, default=1)}
 
 
-@contextmanager
-def blas_threads(count: int) -> Iterator[None]:
+def blas_threads(count: int) -> AbstractContextManager[object]:
     """Compute linear algebra with as many threads as `threads` returned elsewhere."""
-    with threadpoolctl.threadpool_limits(count, user_api="blas"):
-        yield
+    return threadpoolctl.threadpool_limits(count, user_api="blas")
 
 
 def dataset(data: Dataset) -> dict[str, Any]:

@@ -42,14 +42,10 @@ class Network:
         return self.function(*args, **options)
 
 
-def _built_in(name: str, output: Output, *settings: str) -> Network:
-    return Network(f"harness.models.networks:{name}", output, "stream", settings)
-
-
 NETWORKS = {
-    "mlp": _built_in("mlp", "sigmoid", "hidden"),
-    "linear": _built_in("linear", "identity"),
-    "conv": _built_in("conv", "sigmoid", "channels"),
+    "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden",)),
+    "linear": Network("harness.models.networks:linear", "identity", "stream"),
+    "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels",)),
 }
 """Networks by the name that `RunConfig.model` takes."""
 

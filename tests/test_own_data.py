@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness.evaluate import evaluate
 from PIL import Image
 
-from harness import Dataset, RunConfig, UserError, load_dataset, measure_quality, train
+from harness import (
+    Dataset,
+    RunConfig,
+    UserError,
+    evaluate,
+    load_dataset,
+    measure_quality,
+    train,
+)
 from harness.linear import pca
 from harness.linear.vae import linear_metrics
 from harness.models.vae import build
@@ -343,8 +350,8 @@ FEW = {"hidden": (8,), "channels": (4, 5), "latent_size": 3, "epochs": 2, "batch
 def test_colour_images_have_every_metric(model, tmp_path):
     data = own()
     *_, last = train([RunConfig(model=model, kl_weight=0.1, **FEW)], data, device="cpu")
-    (ends,) = evaluate(last.model, data)
-    (quality,) = measure_quality(last.model, data, tmp_path)
+    runs = [(last.configs[0], last.model(0))]
+    (ends,), (quality,) = evaluate(runs, data), measure_quality(runs, data, tmp_path)
     wanted = {"neg_elbo", "mse_class/3", "gap_to_linear", "kl/2"}
     assert wanted <= ends.keys()
     more = {"frechet", "probe_accuracy", "knn_accuracy", "neg_log_likelihood", "aggregate_gap"}
@@ -359,7 +366,8 @@ def test_without_two_classes_their_metrics_are_left_out_and_the_others_are_the_s
     found = []
     for data in (own(), own(labels=labels)):
         *_, last = train(configs, data, device="cpu")
-        found.append(evaluate(last.model, data)[0] | measure_quality(last.model, data, tmp_path)[0])
+        runs = [(configs[0], last.model(0))]
+        found.append(evaluate(runs, data)[0] | measure_quality(runs, data, tmp_path)[0])
     labelled, bare = found
     of_classes = {"probe_accuracy", "knn_accuracy", "feature_accuracy"}
     left = {k for k in labelled if "mse_class" in k or "frechet" in k or k in of_classes}

@@ -68,8 +68,8 @@ def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
     runs = runs_of(finished.tracking_uri)
     for run in [run for run in runs if run["params"]["seed"] == "0"]:
         loaded = load_run(run["run_id"], finished.tracking_uri)
-        (again,) = evaluate(loaded.model, data)
-        (quality,) = measure_quality(loaded.model, data)
+        pair = [(loaded.config, loaded.model)]
+        (again,), (quality,) = evaluate(pair, data), measure_quality(pair, data)
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
         assert not quality.keys() & again.keys()
         again |= {f"test/{name}": value for name, value in quality.items()}

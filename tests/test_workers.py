@@ -7,8 +7,9 @@ import sys
 import pandas as pd
 import pytest
 
-import harness
 from harness import UserError, tracking
+from harness.metrics import frechet
+from harness.training.engine import STACK_WIDTH
 from studies import cli, kl_weight, worker, workers
 from studies.grid import open_grid
 from studies.options import Options
@@ -54,9 +55,10 @@ def part(arguments, said, start):
 
 
 def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
-    postgres, finished, tracking_uri, tmp_path, monkeypatch
+    postgres, finished, tracking_uri, tmp_path, monkeypatch, data
 ):
-    monkeypatch.setitem(harness.training.engine.STACK_WIDTH, "cpu", 2)  # one point at a time
+    monkeypatch.setitem(STACK_WIDTH, "cpu", 2)  # one point at a time
+    frechet.classifier(data)  # kept; a fork cannot use autograd if this process has done so
     storage = postgres.create("shared_study")
     arguments = [*finished.arguments, "--tracking-uri", tracking_uri, "--storage", storage]
     said = [tmp_path / f"said-{i}" for i in range(2)]

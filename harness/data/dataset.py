@@ -162,10 +162,7 @@ class Dataset:
 
     @cached_property
     def pixel_variance(self) -> float:
-        """Variance of a pixel over the training images, mean over pixels, pixel^2.
-
-        It is the mse of a model whose output is the mean image.
-        """
+        """Variance of a pixel over the training images, mean over pixels, pixel^2."""
         sums = torch.zeros(2, self.pixels, dtype=torch.float64, device=self.train.images.device)
         for rows in torch.arange(len(self.train)).split(CHUNK):
             x = self.train.pixels(rows, torch.float64)

@@ -66,10 +66,7 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file: `BYTES`, the number of axes, their sizes (big-endian), the values.
-
-    Returns:
-        uint8, of the shape in the file.
+    """Read an IDX file: `BYTES`, the number of axes, their sizes (big-endian), uint8 values.
 
     Raises:
         ValueError: the file is not IDX of unsigned bytes, or its length does not fit its sizes.

@@ -18,12 +18,8 @@ takes 7.5 s of a core for 3,072 and grows with the third power (18 s here, 8 min
 class Moments(NamedTuple):
     """Moments of a split's coordinates c_i along the principal components of training.
 
-    Directions for which `PCA` has no component have mean 0 here and share their mean square evenly;
-    only its sum has a meaning.
-
-    Attributes:
-        means: E[c_i], shape (D,).
-        squares: E[c_i^2], pixel^2, shape (D,).
+    E[c_i] and E[c_i^2] in pixel^2, both of shape (D,). Directions for which `PCA` has no component
+    have mean 0 here and share their mean square evenly; only its sum has a meaning.
     """
 
     means: np.ndarray
@@ -72,8 +68,7 @@ class PCA:
     def floor(self, split: Split, latent_size: int) -> float:
         """Return the mse of projecting a split onto the first components: the PCA floor.
 
-        mse = sum_{i > L} E[c_i^2] / D, pixel^2 per pixel; over the training split it is
-        sum_{i > L} lambda_i / D. (Tipping & Bishop 1999.)
+        mse = sum_{i > L} E[c_i^2] / D, pixel^2   (Tipping & Bishop 1999)
         """
         return float(self.moments(split).squares[latent_size:].sum() / len(self.mean))
 

@@ -67,8 +67,7 @@ class LinearOptimum:
     def kl(self) -> np.ndarray:
         """KL of each latent, mean over the split, nats, shape (min(L, D),).
 
-        (g E[c_i^2] / lambda_i - g - ln(1 - g)) / 2 with g = 1 - s2 / lambda_i, 0 if collapsed;
-        ln(lambda_i / s2) / 2 on the training split.
+        (g E[c_i^2] / lambda_i - g - ln(1 - g)) / 2 with g = 1 - s2 / lambda_i, 0 if collapsed.
         """
         gain = self._gain
         with np.errstate(divide="ignore"):
@@ -102,8 +101,8 @@ class LinearOptimum:
     def active_units(self) -> int:
         """Count latents whose posterior mean varies by more than 0.01, as for every run.
 
-        The variance is g Var[c_i] / lambda_i, hence 1 - s2 / lambda_i on the training split: a
-        latent with lambda_i less than about 1 % above s2 is in `active` and not counted here.
+        The variance is g Var[c_i] / lambda_i: a latent with lambda_i less than about 1 % above s2
+        is in `active` and not counted here.
         """
         variances = self._moments.squares - np.square(self._moments.means)
         means = self._over_variances(self._gain * variances)
@@ -150,13 +149,8 @@ class LinearOptimum:
 def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    The model is that of the training split. NaN where the run's loss has another optimum: a
-    deterministic latent, free bits, loss terms, a Bernoulli decoder; where the loss is a
-    log-likelihood (sigma not fixed), which can be 0 or negative, so that a relative gap means
-    nothing; and for images too large for a linear model.
-
-    Returns:
-        pixel^2, shape (S,).
+    pixel^2, shape (S,). NaN where the run's loss has another optimum or is a log-likelihood (sigma
+    not fixed), which can be 0, so that a relative gap means nothing; and for large images.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):
@@ -220,7 +214,6 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
 
 def _comparable(config: RunConfig) -> bool:
-    """Return whether the loss of the run is that of the closed form."""
     gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
     plain = config.free_bits == 0 and not config.terms
     return gaussian and plain and config.latent == "stochastic"

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,8 +50,7 @@ class Epoch:
     val: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A run as it is after some epochs: each of them, and its tensors by name."""
 
     epochs: list[Epoch]
@@ -149,20 +148,10 @@ class History:
         self.starts = [len(epochs) for epochs in self.epochs]
         """Number of epochs that each run was trained before."""
 
-    def add(self, row: int, epoch: Epoch) -> None:
-        """Keep an epoch of a run for its next checkpoint."""
-        if self._checkpoints is not None:
+    def add(self, epochs: Mapping[int, Epoch]) -> None:
+        """Keep an epoch of some runs for their next checkpoints."""
+        for row, epoch in epochs.items() if self._checkpoints is not None else ():
             self.epochs[row].append(epoch)
-
-    def metrics(self, row: int, epoch: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Return training and validation metrics of an epoch that was trained before."""
-        past = self.epochs[row][epoch - 1]
-        return past.train, past.val
-
-    def pace(self, row: int, epoch: int) -> tuple[float, int]:
-        """Return seconds and images of an epoch that was trained before."""
-        past = self.epochs[row][epoch - 1]
-        return past.seconds, past.images
 
     def save(self, states: Iterable[tuple[int, dict[str, Tensor]]], epoch: int) -> None:
         """Write a checkpoint of each (row, state) if the epoch is due for one.

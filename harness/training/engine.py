@@ -168,6 +168,7 @@ def train_and_evaluate(
                 history.append(flat_record(record, s))
         models = [record.model(s) for s in range(len(rows))]
         finals = evaluate(list(zip(record.configs, models, strict=True)), data)
+        del record  # and with it the stack, before the next one takes a GPU's memory
         for s, row in enumerate(rows):
             results[row] = RunResult(configs[row], finals[s], histories[s], models[s].cpu())
     return [results[row] for row in range(len(configs))]
@@ -310,21 +311,19 @@ def _epoch(
     where = {row: places[row] for row in sorted(places)}
     configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
     steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
+    if done:
+        training = sum(measured.training for _, measured in done)
+        seconds *= training / (training + sum(measured.measuring for _, measured in done))
+    images = sum(steps[row] * configs[row].batch_size for group, _ in done for row in group.rows)
     new = {
-        row: metrics
+        row: Epoch(seconds, images, *metrics)
         for group, measured in done
         for row, metrics in zip(group.rows, measured.metrics, strict=True)
     }
-    if new:
-        training = sum(measured.training for _, measured in done)
-        seconds *= training / (training + sum(measured.measuring for _, measured in done))
-    images = sum(steps[row] * configs[row].batch_size for row in new)
-    for row, metrics in new.items():
-        history.add(row, Epoch(seconds, images, *metrics))
-    each = [new.get(row) or history.metrics(row, epoch) for row in where]
-    pace = (seconds, images) if new else history.pace(next(iter(where)), epoch)
+    each = [new.get(row) or history.epochs[row][epoch - 1] for row in where]
+    history.add(new)
+    pace = next(iter(new.values()), each[0])
     warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
-    train, val = (_joined(part) for part in zip(*each, strict=True))
 
     def model(row: int) -> VAE:
         group, s = where[row]
@@ -332,9 +331,10 @@ def _epoch(
 
     return EpochRecord(
         epoch,
-        *pace,
-        train,
-        val,
+        pace.seconds,
+        pace.images,
+        _joined([one.train for one in each]),
+        _joined([one.val for one in each]),
         np.array([float(warmup) for warmup in warmups]),
         tuple(configs.values()),
         tuple(where),

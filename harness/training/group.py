@@ -75,6 +75,7 @@ class Group:
         self._ahead.clear()
         self.step.epoch(drawn)
         if self.state.on_gpu:
+            del drawn  # on a GPU the next draw takes its memory
             if epoch < self.state.configs[0].epochs:  # drawn while the GPU computes
                 self._ahead[epoch + 1] = self._draw(epoch + 1)
             torch.cuda.synchronize(self.state.weights.device)
@@ -161,7 +162,7 @@ class Group:
 
     def keep(self, kept: Sequence[int]) -> Group:
         """Return the group with some of its runs; what a GPU captured is freed first."""
-        self._graph, self._captured, self._step = None, {}, None
+        self._graph, self._captured, self._step, self._ahead = None, {}, None, {}
         rows = [self.rows[s] for s in kept]
         state = self.state.keep(kept)
         return Group(state, rows, self.images, self.data, self.linear[list(kept)])
