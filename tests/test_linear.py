@@ -12,17 +12,13 @@ from sklearn.decomposition import PCA
 
 from harness import RunConfig, UserError, load_dataset
 from harness.data.dataset import Dataset, Split, with_official_training
-from harness.engine import train
-from harness.evaluate import active_units, evaluate, losses_of_linear, measure
 from harness.linear.pca import PCA as Components
 from harness.linear.pca import pca, pixels
-from harness.linear.vae import (
-    LinearOptimum,
-    linear_metrics,
-    linear_vae,
-)
+from harness.linear.vae import LinearOptimum, linear_losses, linear_metrics, linear_vae
+from harness.metrics.evaluate import active_units, coefficients, evaluate, measure
+from harness.models.vae import VAE
 from harness.objective import kl_per_latent, with_decoder_variance
-from harness.vae import VAE, SingleVAE
+from harness.training.engine import train
 
 LINEAR = RunConfig(model="linear", latent_size=10)
 
@@ -255,7 +251,7 @@ def quadrature(split: Split, latent_size: int) -> tuple[Split, torch.Tensor]:
     """
     twice = replace(split, images=split.images.repeat(2, 1), labels=split.labels.repeat(2))
     sign = torch.ones(len(split), latent_size, dtype=torch.float64)
-    return twice, torch.cat([sign, -sign]).unsqueeze(0)
+    return twice, torch.cat([sign, -sign])
 
 
 EVERYTHING = pytest.mark.parametrize(
@@ -274,10 +270,11 @@ EVERYTHING = pytest.mark.parametrize(
 @EVERYTHING
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
-    stack, split = VAE([linear_vae(config, data)]), getattr(data, part)
+    model, split = linear_vae(config, data), getattr(data, part)
     twice, noise = quadrature(split, config.latent_size)
-    (linear,) = losses_of_linear(stack.configs, data, [split])
-    metrics = measure(stack, twice, noise, 10, linear_loss=linear)
+    known = coefficients(config, data.pixels, model.device)
+    linear = torch.from_numpy(linear_losses([config], data, split))[0]
+    metrics = measure(config, model, twice, 10, noise, known, linear_loss=linear)
     variance = config.kl_weight * {  # beta / 2, from the table of SCIENCE.md
         "pixels": 1, "batch": 64, "latent": 64 / config.latent_size, "sum": 64 * config.batch_size
     }[config.kl_normalization] / 2  # fmt: skip
@@ -294,7 +291,8 @@ def test_at_the_optimum_every_metric_is_its_closed_form(data, config, part):
     } | {f"kl/{i}": value for i, value in enumerate(best.kl)}
     found = {name: metrics[name].item() for name in expected}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    other = measure(stack, twice, noise, 10, torch.tensor([0.03], dtype=torch.float64))
+    fitted = torch.tensor(0.03, dtype=torch.float64)
+    other = measure(config, model, twice, 10, noise, known, variance=fitted)
     assert other["distortion"].item() == pytest.approx(best.distortion(0.03), rel=1e-9)
 
 
@@ -312,18 +310,19 @@ def test_the_cases_have_all_kinds_of_latents(data):
 @pytest.mark.parametrize("variance", [0.01, 0.3])
 def test_the_sampled_mse_is_the_closed_form_of_its_noise_and_right_in_the_mean(data, variance):
     config = at_variance(variance)
-    stack, known = VAE([linear_vae(config, data)]), pca(data)
+    model, known = linear_vae(config, data), pca(data)
+    weights = coefficients(config, data.pixels, model.device)
     best = LinearOptimum(known, 10, variance)
     used, values = int(best.active.sum()), known.variances
     c = known.coordinates(data.train)
     draws = []
     for _ in range(40):
-        noise = torch.randn(1, len(data.train), 10, dtype=torch.float64)
-        draws.append(measure(stack, data.train, noise, 10)["mse"].item())
+        noise = torch.randn(len(data.train), 10, dtype=torch.float64)
+        draws.append(measure(config, model, data.train, 10, noise, weights)["mse"].item())
         left = c.copy()  # what is left of each coordinate, by the formulas of the optimum
         deviation = np.sqrt((values - variance)[:used] * variance / values[:used])
         left[:, :used] *= variance / values[:used]
-        left[:, :used] -= deviation * noise[0, :, :used].numpy()
+        left[:, :used] -= deviation * noise[:, :used].numpy()
         assert draws[-1] == pytest.approx(np.square(left).sum(1).mean() / 64, rel=1e-10)
     error = np.std(draws, ddof=1) / math.sqrt(len(draws))
     assert abs(np.mean(draws) - best.mse) < 5 * error
@@ -331,7 +330,8 @@ def test_the_sampled_mse_is_the_closed_form_of_its_noise_and_right_in_the_mean(d
 
 
 def test_the_gap_of_evaluate_is_zero_at_the_optimum_and_on_both_splits(data):
-    (metrics,) = evaluate(linear_vae(at_variance(0.05), data), data)
+    config = at_variance(0.05)
+    (metrics,) = evaluate([(config, linear_vae(config, data))], data)
     for name in ("val/gap_to_linear", "test/gap_to_linear", "gap_to_linear"):
         assert abs(metrics[name]) < 1.0  # %; 256 images with sampled noise, measured 0.1 and 0.2
 
@@ -380,11 +380,11 @@ def test_a_run_without_a_linear_optimum_is_refused(data, change):
 # --- a trained model ------------------------------------------------------------------------------
 
 
-def expected_loss(run: SingleVAE, x: torch.Tensor, variance: float) -> torch.Tensor:
+def expected_loss(run: VAE, x: torch.Tensor, variance: float) -> torch.Tensor:
     """Return the loss of a linear run with its mean over the noise: |w_i|^2 s_i^2 adds to SSE."""
-    posterior = run.encode(x)
-    error = (x - run.decode(posterior.mean)).square().sum(-1)
-    (decoder,) = run.decoder
+    posterior = run.posterior(x.unflatten(1, run.data_shape))  # some pixels are above 1
+    error = (x - run.decode(posterior.mean).flatten(1)).square().sum(-1)
+    decoder, _ = run.decoder
     error = error + (posterior.log_variance.exp() * decoder.weight.square().sum(0)).sum(-1)
     kl = kl_per_latent(posterior.mean, posterior.log_variance).sum(-1)
     return (error + 2 * variance * kl).mean() / x.shape[-1]
@@ -414,18 +414,25 @@ def test_training_reaches_the_closed_form(name):
     known = make()
     base = LINEAR.replace(latent_size=size, learning_rate=rate, batch_size=256, epochs=240)
     configs = [with_decoder_variance(base, variance, known.pixels) for variance in variances]
-    sums: dict[str, torch.Tensor] = {}
-    measured = replace(known, val=known.val.head(20))  # every epoch, and nobody reads it
+    means = [
+        {
+            name: torch.zeros_like(weights)
+            for name, weights in linear_vae(c, known).named_parameters()
+        }
+        for c in configs
+    ]
+    measured = replace(known, val=known.val.head(20))  # in every epoch, and not read
     for record in train(configs, measured, device="cpu", dtype=torch.float64):
         if record.epoch > 120:
-            for key, weights in record.model.named_parameters():
-                sums[key] = sums.get(key, 0) + weights.detach() / 120
-    record.model.load_state_dict(sums, strict=False)
+            for s, mean in enumerate(means):
+                for key, weights in record.model(s).named_parameters():
+                    mean[key] += weights.detach() / 120
     x = known.train.pixels(slice(None), torch.float64)
     for s, variance in enumerate(variances):
-        run, best = record.model.run(s), LinearOptimum(pca(known), size, variance)
+        run, best = record.model(s), LinearOptimum(pca(known), size, variance)
+        run.load_state_dict(means[s])
         assert 1 <= expected_loss(run, x, variance).item() / best.loss < 1 + tolerance
-        posterior = run.encode(x)
+        posterior = run.posterior(x.unflatten(1, run.data_shape))
         kl = kl_per_latent(posterior.mean, posterior.log_variance).mean(0)
         assert kl.sum().item() == pytest.approx(best.rate, rel=0.02)
-        assert active_units(posterior.mean.unsqueeze(0)).item() == best.active_units
+        assert active_units(posterior.mean).item() == best.active_units

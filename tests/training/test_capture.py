@@ -172,21 +172,6 @@ def test_the_pretended_gpu_finds_what_would_break_a_capture():
                 values.sum().item()
 
 
-def test_an_epoch_step_by_step_from_its_buffers_is_the_epoch(configs, tiny, together, monkeypatch):
-    # As replays of the captured step do it.
-    ours, its = (started(configs, tiny) for _ in range(2))
-    for epoch in (1, 2):
-        its.step.epoch(its._draw(epoch))
-        laid_out(ours, monkeypatch)
-        ours.step._graph = object() if epoch == 2 else None
-        ours.step.capture(ours._draw(epoch))
-        for _ in range(ours.step.steps):
-            ours.step._counted()
-    assert torch.equal(ours.state.weights, its.state.weights)
-    for one, other in zip(ours.state.copies(), its.state.copies(), strict=True):
-        assert all(torch.equal(one[name], value) for name, value in other.items())
-
-
 def test_metrics_are_of_the_weights_as_they_are_with_the_same_noise(tiny, parts):
     group = started([BASE], tiny)
     (before,), (again,) = group.measure(), group.measure()
