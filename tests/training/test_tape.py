@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
         return result
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self) -> None:  # noqa: D102 - as of a CUDA graph
         Tape.replays += 1
         for func, args, kwargs, result in self.operations:
             for old, new in zip(tensors(result), tensors(func(*args, **kwargs)), strict=True):
@@ -231,3 +231,19 @@ def test_what_a_gpu_captures_trains_and_measures_as_step_by_step(
             state = model_.state_dict()
             for name, value in model.state_dict().items():
                 torch.testing.assert_close(value, state[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_term_that_copies_a_constant_to_the_gpu_is_trained_run_by_run(tiny, registered, caplog):
+    @registry.term("first two")
+    def _term(batch: Any) -> Tensor:  # noqa: ANN401
+        weights = torch.tensor([1.0, 2.0], dtype=batch.z.dtype, device=batch.z.device)
+        return (batch.z[:, :2] * weights).square().mean()
+
+    configs = runs(2, terms={"first two": 0.1})
+    on_gpu, on_cpu = (
+        epochs(configs, tiny, device=name, dtype=torch.float64) for name in ("cuda", "cpu")
+    )
+    assert "one by one" in caplog.text
+    for ours, its in zip(on_gpu, on_cpu, strict=True):
+        assert ours[1]["loss"] == pytest.approx(its[1]["loss"], rel=1e-8)
