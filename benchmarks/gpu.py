@@ -100,7 +100,7 @@ def plan(args: argparse.Namespace) -> list[Part]:
         return Part(name, [*command, *(["--short"] if args.short else [])], limit)
 
     widths = SHORT_STACKS if args.short else STACKS
-    stacks = [measured(f"stack of {runs}", "stack", 60, runs) for runs in widths]
+    stacks = [measured(f"stack of {runs}", "stack", 60 + runs / 8, runs) for runs in widths]
     peers = [
         measured("plain loop in memory, one run", "eager", 40),
         measured("the blog's loop", "blog", 40),
