@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import gpu, gpu_parts
 
-
 CORE = "config data.load linear.vae metrics.evaluate metrics.quality objective training.engine"
 """Modules of harness that import the others of its core."""
 
