@@ -100,7 +100,7 @@ def plan(args: argparse.Namespace) -> list[Part]:
         return Part(name, [*command, *(["--short"] if args.short else [])], limit)
 
     widths = SHORT_STACKS if args.short else STACKS
-    stacks = [measured(f"stack of {runs}", "stack", 60, runs) for runs in widths]
+    stacks = [measured(f"stack of {runs}", "stack", 60 + runs / 8, runs) for runs in widths]
     peers = [
         measured("plain loop in memory, one run", "eager", 40),
         measured("the blog's loop", "blog", 40),
@@ -225,10 +225,10 @@ def markdown(head: Values, done: Sequence[Part]) -> str:
     columns += ["drawing, s", "to first step, s", "GiB allocated", "reserved"]
     rows = [row(part) for part in done if part.name != "tests"]
     lines.append(machine.table(columns, rows) + "\n")
-    note = (
-        "A step's time is without drawing and evaluation; those columns are an epoch's. tf32 and "
+    lines.append(
+        "Images per second count drawing, not evaluation. A step's time is without both, which are "
+        "seconds of an epoch; tf32 and float32 are us a step, one measured after the other.\n"
     )
-    lines.append(f"{note}float32 are steps of {20} each, one after the other.\n")
     for part in done:
         if "top" in (seen := part.phases.get("profile", {})):
             lines += profiled(part.name, seen)
@@ -281,7 +281,7 @@ def profiled(name: str, seen: Values) -> list[str]:
     return [
         f"## A step of a {name}\n",
         about + "\n",
-        machine.table(["kernel", "a step", "us"], rows),
+        machine.table(["kernel", "a step", "us"], rows) + "\n",
     ]
 
 

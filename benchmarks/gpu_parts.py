@@ -203,7 +203,9 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
     with profiler(activities=[activity], acc_events=True) as seen:
         timed(lambda: own.step.epoch(drawn), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = [(row.key, row.count / own.step.steps, getattr(row, times)) for row in seen.key_averages()]
+    rows = [
+        (row.key, row.count / own.step.steps, getattr(row, times)) for row in seen.key_averages()
+    ]
     rows = [(name, count, time / own.step.steps) for name, count, time in rows if time > 0]
     busy = sum(time for *_, time in rows)
     rows.sort(key=lambda row: -row[2])

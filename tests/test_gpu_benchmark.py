@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu, gpu_parts
+
+CORE = "config data.load linear.vae metrics.evaluate metrics.quality objective training.engine"
+"""Modules of harness that import the others of its core."""
+
+LACKING = "mlflow optuna pandas seaborn matplotlib torchvision sqlalchemy cloudpickle requests rich"
+"""Libraries that a GPU machine may lack, with the two below."""
+
+
+def test_the_core_and_this_benchmark_are_imported_without_the_other_libraries():
+    lacking = [*LACKING.split(), "lazy_loader", "tyro"]
+    modules = ["benchmarks.gpu", "benchmarks.gpu_parts", *(f"harness.{m}" for m in CORE.split())]
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({lacking}))  # None raises ModuleNotFoundError
+for module in {modules}:
+    importlib.import_module(module)
+from harness import RunConfig, train
+import harness
+assert dir(harness) == harness.__all__
+assert "train" in harness.__all__ and "load_run" in harness.__all__
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=gpu.ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

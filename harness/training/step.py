@@ -7,7 +7,9 @@ in buffers made once, so that the step is captured as a CUDA graph and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -185,7 +187,8 @@ def refusal(run: Run, images: Split) -> str | None:
     """Return why a run cannot be computed in a stack, None if it can.
 
     A step and a reconstruction are tried on a copy. Hooks on weights are not called in a stack;
-    random layers, branches on values and some recurrent layers are what `torch.vmap` refuses.
+    random layers, branches on values and some recurrent layers are what `torch.vmap` refuses. On a
+    GPU a function that waits for it, or copies a constant to it, cannot be captured.
     """
     if has_hooks(run.model):
         return "a module or a parameter has a hook, a parametrization or a replaced forward"
@@ -200,7 +203,10 @@ def refusal(run: Run, images: Split) -> str | None:
     prior = zeros if run.terms else None
     draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1)
     try:
-        step._take(draw.to(step.x), 0)
+        given = draw.to(step.x)
+        step._take(given, 0)
+        with _refused_to_wait(step.x.device):
+            step._take(given, 0)
         with torch.no_grad():
             state.stack.lift(VAE.forward)(step._images)
     except torch.OutOfMemoryError:
@@ -208,6 +214,22 @@ def refusal(run: Run, images: Split) -> str | None:
     except Exception as error:  # any error of a user's layer or of PyTorch
         return (str(error) or repr(error)).splitlines()[0]
     return None
+
+
+@contextmanager
+def _refused_to_wait(device: torch.device) -> Iterator[None]:
+    """Raise an error where the host waits for a GPU, as copies from and to it do."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def captured(

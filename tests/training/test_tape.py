@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from harness import RunConfig, registry
 from harness.data.dataset import Dataset
 from harness.models.vae import VAE
-from harness.training import engine, group, step
+from harness.training import group, step
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import EpochRecord, train
 from harness.training.state import State
@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
         return result
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self) -> None:  # noqa: D102 - as of a CUDA graph
         Tape.replays += 1
         for func, args, kwargs, result in self.operations:
             for old, new in zip(tensors(result), tensors(func(*args, **kwargs)), strict=True):
@@ -87,11 +87,8 @@ def taped(function: Callable[[], Any], changed: Sequence[Tensor] = ()) -> tuple[
 
 
 @pytest.fixture
-def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine, group):
-        monkeypatch.setattr(module, "computes_stacks", lambda device: True)
-    monkeypatch.setattr(registry, "NETWORKS", registry.NETWORKS.copy())
-    monkeypatch.setattr(registry, "TERMS", registry.TERMS.copy())
+def users_parts(registered: None) -> None:
+    """Register a network with a buffer that training changes, and a loss term."""
 
     @registry.network("normalised")
     def _network(data_shape: Sequence[int], latent_size: int) -> tuple[nn.Module, nn.Module]:
@@ -142,7 +139,7 @@ def epochs(
 ) -> Epochs:
     """Return the rows, metrics and models of every epoch; drop rows of the first."""
     found = []
-    for record in train(configs, data, "cpu", **settings):
+    for record in train(configs, data, **{"device": "cpu"} | settings):
         found.append(of(record))
         if record.epoch == 1:
             record.drop(dropped)
@@ -175,7 +172,7 @@ IN_A_STACK = [pytest.param(kind, 3, id=name) for name, kind in KINDS.items()]
 
 @pytest.mark.parametrize(("kind", "count"), [*IN_A_STACK, *ALONE])
 def test_what_is_captured_trains_and_measures_as_step_by_step(
-    tiny, stacks, as_on_a_gpu, kind, count
+    tiny, stacks, users_parts, as_on_a_gpu, kind, count
 ):
     configs, dropped = runs(count, **kind), [1] if count > 1 else []
     expected = epochs(configs, tiny, dropped)
@@ -186,7 +183,7 @@ def test_what_is_captured_trains_and_measures_as_step_by_step(
 
 
 def test_a_stack_resumed_from_checkpoints_is_captured_as_it_goes_on(
-    tiny, stacks, as_on_a_gpu, tmp_path
+    tiny, stacks, users_parts, as_on_a_gpu, tmp_path
 ):
     configs = runs(3, model="normalised")
     expected = epochs(configs, tiny)
@@ -201,7 +198,7 @@ def test_a_stack_resumed_from_checkpoints_is_captured_as_it_goes_on(
 
 
 def test_a_stack_that_a_gpu_has_no_room_for_takes_turns_in_halves(
-    tiny, stacks, as_on_a_gpu, monkeypatch
+    tiny, stacks, users_parts, as_on_a_gpu, monkeypatch
 ):
     configs = runs(3)
     expected = epochs(configs, tiny)
@@ -214,3 +211,39 @@ def test_a_stack_that_a_gpu_has_no_room_for_takes_turns_in_halves(
         assert rows == rows_
         for name, values in metrics.items():  # of other shapes, summed in another order
             assert values == pytest.approx(metrics_[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_a_gpu_captures_trains_and_measures_as_step_by_step(
+    tiny, users_parts, monkeypatch, caplog, kind
+):
+    configs, settings = runs(3, **kind), {"device": "cuda", "dtype": torch.float64}
+    captured = epochs(configs, tiny, [1], **settings)
+    assert not caplog.records  # which say that runs are trained one by one
+    monkeypatch.setattr(State, "on_gpu", property(lambda state: False))
+    expected = epochs(configs, tiny, [1], **settings)
+    for (rows, metrics, models), (rows_, metrics_, models_) in zip(captured, expected, strict=True):
+        assert rows == rows_
+        for name, values in metrics.items():
+            assert values == pytest.approx(metrics_[name], rel=1e-8, abs=1e-12, nan_ok=True), name
+        for model, model_ in zip(models, models_, strict=True):
+            state = model_.state_dict()
+            for name, value in model.state_dict().items():
+                torch.testing.assert_close(value, state[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_term_that_copies_a_constant_to_the_gpu_is_trained_run_by_run(tiny, registered, caplog):
+    @registry.term("first two")
+    def _term(batch: Any) -> Tensor:  # noqa: ANN401
+        weights = torch.tensor([1.0, 2.0], dtype=batch.z.dtype, device=batch.z.device)
+        return (batch.z[:, :2] * weights).square().mean()
+
+    configs = runs(2, terms={"first two": 0.1})
+    on_gpu, on_cpu = (
+        epochs(configs, tiny, device=name, dtype=torch.float64) for name in ("cuda", "cpu")
+    )
+    assert "one by one" in caplog.text
+    for ours, its in zip(on_gpu, on_cpu, strict=True):
+        assert ours[1]["loss"] == pytest.approx(its[1]["loss"], rel=1e-8)
