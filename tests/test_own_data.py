@@ -20,7 +20,6 @@ from harness import (
 )
 from harness.linear import pca
 from harness.linear.vae import linear_metrics
-from harness.metrics.evaluate import evaluate
 from harness.models.vae import build
 
 COLOURS = torch.randint(0, 256, (40, 3, 5, 7), dtype=torch.uint8)

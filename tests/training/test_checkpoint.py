@@ -237,7 +237,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        kept.save(SMALL, MADE, replace(SAVED, epochs=[]))
+        kept.save(SMALL, MADE, SAVED._replace(epochs=[]))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
