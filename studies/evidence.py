@@ -12,6 +12,7 @@ import numpy as np
 import harness
 from analysis import frames
 from harness.config import RunConfig
+from studies.question import Trained
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from harness.linear.vae import LinearOptimum
     from harness.metrics.evaluate import BatchLosses
     from harness.tracking import Store
-    from studies.question import Trained
     from studies.runs import Runs
 
 Record = dict[str, Any]
