@@ -204,7 +204,9 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
         timed(lambda: own.step.epoch(drawn), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [
-        (row.key, row.count / own.step.steps, getattr(row, times)) for row in seen.key_averages()
+        (row.key, row.count / own.step.steps, getattr(row, times))
+        for row in seen.key_averages()
+        if not on_gpu or row.device_type == torch.autograd.DeviceType.CUDA  # not its launch
     ]
     rows = [(name, count, time / own.step.steps) for name, count, time in rows if time > 0]
     busy = sum(time for *_, time in rows)
