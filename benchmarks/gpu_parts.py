@@ -11,6 +11,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,8 @@ from benchmarks import contestant
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
-from harness.training import group as groups
+from harness.training import engine, group
+from harness.training.checkpoint import History
 from harness.training.draws import draw_stack
 from harness.training.group import Group
 
@@ -106,11 +108,13 @@ def waiter(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def stacked(configs: Sequence[RunConfig], data: Dataset) -> list[Group]:
-    """Return untrained runs as one stack, rehearsed on a GPU; on a CPU computed as one, too."""
-    rows = range(len(configs))
-    with patch.object(groups, "computes_stacks", lambda device: True):
-        return groups.untrained(configs, rows, data, data, torch.float32)
+def stacked(configs: Sequence[RunConfig], data: Dataset, device: str) -> list[Group]:
+    """Return untrained runs as `harness.train` begins with them; on a CPU as one stack, too."""
+    with ExitStack() as changed:
+        for module in (engine, group):
+            changed.enter_context(patch.object(module, "computes_stacks", lambda device: True))
+        begun = History(configs, {}, None)
+        return engine._groups(configs, data, torch.device(device), torch.float32, begun)
 
 
 def stack(args: argparse.Namespace) -> None:
@@ -129,16 +133,16 @@ def stack(args: argparse.Namespace) -> None:
 
 def few(args: argparse.Namespace, steps: int, **changes: Any) -> Group:  # noqa: ANN401 - fields of RunConfig
     """Return a stack whose epochs have few steps."""
-    data = cut(dataset(args), 5 if args.short else steps, 40).to(torch.device(args.device))
-    return stacked(recipe(args.runs, **changes), data)[0]
+    data = cut(dataset(args), 5 if args.short else steps, 40)
+    return stacked(recipe(args.runs, **changes), data, args.device)[0]
 
 
 def start(args: argparse.Namespace, made: list[Group]) -> Values:
     """Make a stack; return seconds since the process was started, until a step can be replayed."""
     seconds = {"imported": time.time() - args.began}
-    data = dataset(args).to(torch.device(args.device))
+    data = dataset(args)
     seconds["data read"] = time.time() - args.began
-    made += stacked(recipe(args.runs), data)
+    made += stacked(recipe(args.runs), data, args.device)
     waiter(args.device)()
     seconds["first step"] = time.time() - args.began
     return {"seconds": seconds, "stacks": len(made), "data": data.name}
@@ -204,7 +208,9 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
         timed(lambda: own.step.epoch(drawn), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [
-        (row.key, row.count / own.step.steps, getattr(row, times)) for row in seen.key_averages()
+        (row.key, row.count / own.step.steps, getattr(row, times))
+        for row in seen.key_averages()
+        if not on_gpu or row.device_type == torch.autograd.DeviceType.CUDA  # not its launch
     ]
     rows = [(name, count, time / own.step.steps) for name, count, time in rows if time > 0]
     busy = sum(time for *_, time in rows)
@@ -228,7 +234,7 @@ def eager(args: argparse.Namespace) -> None:
 
 def blog(args: argparse.Namespace) -> None:
     """Measure the blog's loop as written, with DataLoader and ToTensor; it needs torchvision."""
-    args.dataset, args.steps = "mnist", 300
+    args.dataset, args.steps = "mnist", 5 if args.short else 300
     phase("throughput", lambda: of_rounds(contestant.blog_loop(args)))
 
 
