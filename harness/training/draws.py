@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,100 +12,79 @@ from torch import Tensor
 from harness import objective, streams
 from harness.config import RunConfig
 from harness.data.dataset import Split
+from harness.models.stack import map_tensors
 
 
 class Draw(NamedTuple):
-    """All that one epoch of a run takes from the data and the random streams.
-
-    That of a stack has an axis S behind the axis of steps.
+    """The draws of one epoch; those of a stack have an axis S behind that of steps.
 
     Attributes:
-        images: training images, uint8, shape (N, D).
-        largest: grey value that stands for 1.
         order: rows of the images, int64, shape (steps, B).
         noise: of the posterior samples, shape (steps, B, L).
-        betas: weight of the rate at each step, shape (steps,).
-        progress: of training at each step, in [0, 1], shape (steps,).
+        betas: weight of the rate, shape (steps,).
+        progress: of training, in [0, 1], shape (steps,).
         prior: latents from N(0, I) for loss terms, shape (steps, B, L); None without terms.
-        epoch: counted from 1.
     """
 
-    images: Tensor
-    largest: int
     order: Tensor
     noise: Tensor
     betas: Tensor
     progress: Tensor
     prior: Tensor | None
-    epoch: int
-
-    def by_step(self) -> dict[str, Tensor]:
-        """Return all tensors that have an axis of steps."""
-        names = ("order", "noise", "betas", "progress", "prior")
-        return {name: v for name in names if (v := getattr(self, name)) is not None}
 
     def to(self, like: Tensor) -> Draw:
         """Return the draw on the device of a tensor, its floating-point numbers in its type."""
-        moved: dict[str, Any] = {
-            name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-            for name, value in self.by_step().items()
-        }
-        return self._replace(**moved)
+        return map_tensors(
+            lambda own: own.to(like if own.is_floating_point() else like.device), self
+        )
 
 
-def draw(config: RunConfig, images: Split, epoch: int) -> Draw:
-    """Return the draw of a run; its random pixels are drawn anew every epoch.
+def draw(
+    configs: Sequence[RunConfig], images: Split, epoch: int, *, stacked: bool
+) -> tuple[Split, Draw]:
+    """Return the images of an epoch and the draws of a run, or of the runs of a stack.
+
+    Random pixels are drawn anew every epoch; a stack then has a copy of the images for each seed.
 
     Args:
-        config: the run.
+        configs: one run, or those of a stack.
         images: training images.
         epoch: counted from 1.
+        stacked: whether the draws are those of a stack.
     """
+    by_seed = {config.seed: _draw(config, images, epoch) for config in configs}
+    first_rows = dict.fromkeys(by_seed, 0)
+    if configs[0].binarization == "stochastic":
+        first_rows = {seed: k * len(images) for k, seed in enumerate(by_seed)}
+        own = [streams.generator(seed, "binarize", epoch) for seed in by_seed]
+        copies = [images.binarized("stochastic", stream).images for stream in own]
+        images = replace(images, images=torch.cat(copies), largest=1)
+    draws = [
+        by_seed[c.seed]._replace(
+            order=by_seed[c.seed].order + first_rows[c.seed], betas=_betas(c, images, epoch)
+        )
+        for c in configs
+    ]
+    return images, map_tensors(lambda *each: torch.stack(each, 1), *draws) if stacked else draws[0]
+
+
+def _draw(config: RunConfig, images: Split, epoch: int) -> Draw:
     batch, steps = config.batch_size, len(images) // config.batch_size
-    size = len(images)
-    if config.binarization == "stochastic":
-        stream = streams.generator(config.seed, "binarize", epoch)
-        images = images.binarized("stochastic", stream)
-
-    def noise(purpose: str) -> Tensor:
-        drawn = streams.noise(config.seed, purpose, steps * batch, config.latent_size, epoch)
-        return drawn.view(steps, batch, -1)
-
+    drawn = {
+        purpose: streams.noise(config.seed, purpose, steps * batch, config.latent_size, epoch)
+        for purpose in ("noise", "prior")
+        if purpose == "noise" or config.terms
+    }
     done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
     return Draw(
-        images.images,
-        images.largest,
-        streams.batches(config, size, epoch).view(steps, batch),
-        noise("noise"),
+        streams.batches(config, len(images), epoch).view(steps, batch),
+        drawn["noise"].view(steps, batch, -1),
         _betas(config, images, epoch),
         done / (config.epochs * steps),
-        noise("prior") if config.terms else None,
-        epoch,
-    )
-
-
-def draw_stack(configs: Sequence[RunConfig], images: Split, epoch: int) -> Draw:
-    """Return the draws of the runs of a stack as one; runs with equal seeds share theirs.
-
-    Random pixels differ between seeds: there is a copy of the images for each.
-    """
-    by_seed = {config.seed: draw(config, images, epoch) for config in configs}
-    draws = [by_seed[config.seed] for config in configs]
-    copies = list({id(one.images): one.images for one in draws}.values())
-    first_rows = {id(copy): k * len(images) for k, copy in enumerate(copies)}
-    betas = [_betas(config, images, epoch) for config in configs]
-    priors = [one.prior for one in draws if one.prior is not None]
-    return draws[0]._replace(
-        images=copies[0] if len(copies) == 1 else torch.cat(copies),
-        order=torch.stack([one.order + first_rows[id(one.images)] for one in draws], 1),
-        noise=torch.stack([one.noise for one in draws], 1),
-        betas=torch.stack(betas, 1),
-        progress=torch.stack([one.progress for one in draws], 1),
-        prior=torch.stack(priors, 1) if priors else None,
+        drawn["prior"].view(steps, batch, -1) if config.terms else None,
     )
 
 
 def _betas(config: RunConfig, images: Split, epoch: int) -> Tensor:
-    """Return the weight of the rate at each step of an epoch, float64, shape (steps,)."""
     warmup = objective.kl_warmup(config, epoch, len(images) // config.batch_size)
     return warmup * objective.beta(config, images.images.shape[1])

@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.metrics.evaluate import conditions, measure
 from harness.models.stack import kernels, map_tensors
 from harness.models.vae import VAE, build
-from harness.training.draws import Draw, draw, draw_stack
+from harness.training.draws import Draw, draw
 from harness.training.state import Run, State
 from harness.training.step import Step, captured, refusal
 
@@ -59,7 +59,7 @@ class Group:
         self._given: tuple[dict[str, Any], ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: dict[str, Tensor] = {}
-        self._ahead: dict[int, Draw] = {}
+        self._ahead: dict[int, tuple[Split, Draw]] = {}
 
     @property
     def step(self) -> Step:
@@ -73,7 +73,7 @@ class Group:
         start = time.perf_counter()
         drawn = self._ahead.pop(epoch, None) or self._draw(epoch)
         self._ahead.clear()
-        self.step.epoch(drawn)
+        self.step.epoch(*drawn, epoch)
         if self.state.on_gpu:
             del drawn  # on a GPU the next draw takes its memory
             if epoch < self.state.configs[0].epochs:  # drawn while the GPU computes
@@ -83,13 +83,10 @@ class Group:
         metrics = self.measure()
         return Measured(between - start, time.perf_counter() - between, metrics)
 
-    def _draw(self, epoch: int) -> Draw:
-        configs = self.state.configs
-        if self.state.stack is None:
-            drawn = draw(configs[0], self.images, epoch)
-        else:
-            drawn = draw_stack(configs, self.images, epoch)
-        return drawn.to(self.state.weights)
+    def _draw(self, epoch: int) -> tuple[Split, Draw]:
+        stacked = self.state.stack is not None
+        images, drawn = draw(self.state.configs, self.images, epoch, stacked=stacked)
+        return images, drawn.to(self.state.weights)
 
     def measure(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Return each run's metrics on the first training images and on validation images.
@@ -152,7 +149,7 @@ class Group:
         if not self.state.on_gpu or self.state.stack is None:
             return
         with kernels(self.state.configs[0].precision):
-            self.step.capture(self._draw(1))
+            self.step.capture(*self._draw(1))
         self.measure()
         self._ahead[1] = self._draw(1)
         torch.cuda.empty_cache()

@@ -20,10 +20,10 @@ from torch.optim.adam import adam
 
 from harness import streams
 from harness.data.dataset import Split
-from harness.models.stack import has_hooks, kernels, uses_a_module_twice
+from harness.models.stack import has_hooks, kernels, map_tensors, uses_a_module_twice
 from harness.models.vae import VAE
 from harness.objective import Coefficients, objective
-from harness.training.draws import Draw
+from harness.training.draws import Draw, draw
 from harness.training.mlp_gradient import MLPGradient, covers
 from harness.training.state import Run, State
 
@@ -83,35 +83,41 @@ class Step:
             for rate in dict.fromkeys(rates)
         ]
 
-    def epoch(self, draw: Draw) -> None:
-        """Take every step of an epoch; a GPU may still compute on return."""
+    def epoch(self, images: Split, draw: Draw, epoch: int) -> None:
+        """Take every step of an epoch; a GPU may still compute on return.
+
+        Args:
+            images: training images.
+            draw: the epoch's draws.
+            epoch: counted from 1.
+        """
         with kernels(self.state.configs[0].precision):
             if self.state.stack is None:
-                self._train_one(draw)
+                self._train_one(images, draw, epoch)
             elif self.state.on_gpu:
-                self.capture(draw)
+                self.capture(images, draw)
                 assert self._graph is not None
                 for _ in range(self.steps):
                     self._graph.replay()
             else:
                 for t in range(self.steps):
-                    self._take(draw, t)
+                    self._take(images, draw, t)
 
-    def _train_one(self, draw: Draw) -> None:
+    def _train_one(self, images: Split, draw: Draw, epoch: int) -> None:
         """Train one run; layers that draw random numbers find the same ones in every process."""
-        model, device = self.state.model.train(), self.state.weights.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            stream = streams.generator(self.state.configs[0].seed, "layers", draw.epoch)
+        model = self.state.model.train()
+        with torch.random.fork_rng([self.x.device] if self.state.on_gpu else []):
+            stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
             torch.manual_seed(int(stream.integers(2**63)))
             for t in range(self.steps):
-                self._take(draw, t)
+                self._take(images, draw, t)
         model.eval()
 
-    def _take(self, draw: Draw, t: int) -> None:
+    def _take(self, images: Split, draw: Draw, t: int) -> None:
         """Take step t of an epoch."""
         state = self.state
-        torch.index_select(draw.images, 0, draw.order[t].flatten(), out=self._grey)
-        self.x.copy_(self._grey.view(self.x.shape)).div_(draw.largest)
+        torch.index_select(images.images, 0, draw.order[t].flatten(), out=self._grey)
+        self.x.copy_(self._grey.view(self.x.shape)).div_(images.largest)
         if self._written is not None:
             self._written(self.x, draw.noise[t], draw.betas[t])
         elif state.stack is None:
@@ -157,29 +163,31 @@ class Step:
                 maximize=False,
             )
 
-    def capture(self, draw: Draw) -> None:
+    def capture(self, images: Split, draw: Draw) -> None:
         """Lay an epoch out for a GPU, and capture the step the first time."""
         if self._graph is None:
-            kept: dict[str, Any] = {n: v.clone() for n, v in draw.by_step().items()}
-            one: dict[str, Any] = {n: torch.zeros_like(v[:1]) for n, v in kept.items()}
-            self._epoch, self._one = draw._replace(**kept), draw._replace(**one)
-            self._now = torch.zeros(1, dtype=torch.int64, device=draw.order.device)
+            self._epoch: tuple[Split, Draw] = images, map_tensors(torch.clone, draw)
+            self._one: Draw = map_tensors(lambda every: torch.zeros_like(every[:1]), draw)
+            self._now = torch.zeros(1, dtype=torch.int64, device=self.x.device)
             state = self.state
             changed = [state.weights, state.first, state.second, state.counts, self._now]
             changed += state.stack.constants.values() if state.stack is not None else ()
             self._graph, _ = captured(self._counted, changed)
         else:
-            for name, value in draw.by_step().items():
-                getattr(self._epoch, name).copy_(value)
-            if draw.images is not self._epoch.images:
-                self._epoch.images.copy_(draw.images)
+            map_tensors(torch.Tensor.copy_, self._epoch[1], draw)
+            if images.images is not self._epoch[0].images:
+                self._epoch[0].images.copy_(images.images)
         self._now.zero_()
 
     def _counted(self) -> None:
         """Take the step that the counter on the GPU is at."""
-        for name, every in self._epoch.by_step().items():
-            torch.index_select(every, 0, self._now, out=getattr(self._one, name))
-        self._take(self._one, 0)
+
+        def select(every: Tensor, one: Tensor) -> None:
+            torch.index_select(every, 0, self._now, out=one)
+
+        images, draw = self._epoch
+        map_tensors(select, draw, self._one)
+        self._take(images, self._one, 0)
         self._now.add_(1)
 
 
@@ -194,19 +202,15 @@ def refusal(run: Run, images: Split) -> str | None:
         return "a module or a parameter has a hook, a parametrization or a replaced forward"
     if uses_a_module_twice(run.model):  # functional_call does not give its weights back
         return "a module is used twice"
-    state = State([run], stacked=True)
-    step = Step(state, run.config.batch_size)
+    state, config = State([run], stacked=True), run.config
+    step = Step(state, config.batch_size)
     assert state.stack is not None
-    batch = run.config.batch_size
-    zeros, one = torch.zeros(1, 1, batch, run.config.latent_size), torch.ones(1, 1)
-    order = torch.arange(batch).view(1, 1, batch)
-    prior = zeros if run.terms else None
-    draw = Draw(images.images, images.largest, order, zeros, one, one, prior, 1)
+    shown, drawn = draw([config], images.head(config.batch_size), 1, stacked=True)
+    given = shown, drawn.to(step.x), 0
     try:
-        given = draw.to(step.x)
-        step._take(given, 0)
+        step._take(*given)
         with _refused_to_wait(step.x.device):
-            step._take(given, 0)
+            step._take(*given)
         with torch.no_grad():
             state.stack.lift(VAE.forward)(step._images)
     except torch.OutOfMemoryError:
