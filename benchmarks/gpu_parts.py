@@ -28,7 +28,6 @@ from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
 from harness.training import engine, group
 from harness.training.checkpoint import History
-from harness.training.draws import draw_stack
 from harness.training.group import Group
 
 FOREVER = 10**6
@@ -156,7 +155,7 @@ def throughput(made: Sequence[Group]) -> Values:
     measuring = [sum(measured.measuring for measured in epoch) for epoch in epochs]
     start = time.perf_counter()
     for own in made:
-        draw_stack(own.state.configs, own.images, SEVERAL + 2).to(own.state.weights)
+        own.draw_epoch(SEVERAL + 2)
     drawing = time.perf_counter() - start
     rates = [seen / seconds for seconds in training]
     return {
@@ -177,8 +176,10 @@ def memory(args: argparse.Namespace) -> Values:
 
 def step(own: Group, device: str) -> Values:
     """Return the seconds of a step: an epoch that is drawn already, over its steps."""
-    drawn = draw_stack(own.state.configs, own.images, 1).to(own.state.weights)
-    taken = [timed(lambda: own.step.epoch(drawn), device) / own.step.steps for _ in range(SEVERAL)]
+    drawn = own.draw_epoch(1)
+    taken = [
+        timed(lambda: own.step.epoch(*drawn, 1), device) / own.step.steps for _ in range(SEVERAL)
+    ]
     return {"seconds": taken[1:]}
 
 
@@ -202,10 +203,10 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
 
     on_gpu = args.device == "cuda"
     seconds = median(step(own, args.device)["seconds"])
-    drawn = draw_stack(own.state.configs, own.images, 1).to(own.state.weights)
+    drawn = own.draw_epoch(1)
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profiler(activities=[activity], acc_events=True) as seen:
-        timed(lambda: own.step.epoch(drawn), args.device)
+        timed(lambda: own.step.epoch(*drawn, 1), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [
         (row.key, row.count / own.step.steps, getattr(row, times))

@@ -71,19 +71,20 @@ class Group:
     def epoch(self, epoch: int) -> Measured:
         """Train one epoch and measure the runs."""
         start = time.perf_counter()
-        drawn = self._ahead.pop(epoch, None) or self._draw(epoch)
+        drawn = self._ahead.pop(epoch, None) or self.draw_epoch(epoch)
         self._ahead.clear()
         self.step.epoch(*drawn, epoch)
         if self.state.on_gpu:
             del drawn  # on a GPU the next draw takes its memory
             if epoch < self.state.configs[0].epochs:  # drawn while the GPU computes
-                self._ahead[epoch + 1] = self._draw(epoch + 1)
+                self._ahead[epoch + 1] = self.draw_epoch(epoch + 1)
             torch.cuda.synchronize(self.state.weights.device)
         between = time.perf_counter()
         metrics = self.measure()
         return Measured(between - start, time.perf_counter() - between, metrics)
 
-    def _draw(self, epoch: int) -> tuple[Split, Draw]:
+    def draw_epoch(self, epoch: int) -> tuple[Split, Draw]:
+        """Return the images and the draws of an epoch, on the device."""
         stacked = self.state.stack is not None
         images, drawn = draw(self.state.configs, self.images, epoch, stacked=stacked)
         return images, drawn.to(self.state.weights)
@@ -149,9 +150,9 @@ class Group:
         if not self.state.on_gpu or self.state.stack is None:
             return
         with kernels(self.state.configs[0].precision):
-            self.step.capture(*self._draw(1))
+            self.step.capture(*self.draw_epoch(1))
         self.measure()
-        self._ahead[1] = self._draw(1)
+        self._ahead[1] = self.draw_epoch(1)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.state.weights.device)
         if free < MARGIN * total:

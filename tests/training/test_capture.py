@@ -138,7 +138,7 @@ def move(group: Group) -> Group:
 def laid_out(group: Group, monkeypatch: pytest.MonkeyPatch) -> Group:
     """Make all that an epoch of a GPU reads, without capturing anything."""
     monkeypatch.setattr(step, "captured", lambda function, changed: (None, None))
-    group.step.capture(*group._draw(1))
+    group.step.capture(*group.draw_epoch(1))
     group.measure()
     return group
 
