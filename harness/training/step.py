@@ -93,26 +93,33 @@ class Step:
             epoch: counted from 1.
         """
         with kernels(self.state.configs[0].precision):
-            if self.state.stack is None:
-                self._train_one(images, draw, epoch)
-            elif self.state.on_gpu:
+            if self.state.stack is not None and self.state.on_gpu:
                 self.capture(images, draw)
                 assert self._graph is not None
                 for _ in range(self.steps):
                     self._graph.replay()
             else:
-                for t in range(self.steps):
-                    self._take(images, draw, t)
+                with self._layers_in_training(epoch):
+                    for t in range(self.steps):
+                        self._take(images, draw, t)
 
-    def _train_one(self, images: Split, draw: Draw, epoch: int) -> None:
-        """Train one run; layers that draw random numbers find the same ones in every process."""
-        model = self.state.model.train()
+    @contextmanager
+    def _layers_in_training(self, epoch: int) -> Iterator[None]:
+        """Set the layers of one run to `train` mode, and PyTorch's generator for those that draw.
+
+        They draw the same numbers in every process. What `covers` accepts has no such layer.
+        """
+        if self.state.stack is not None or self._written is not None:
+            yield
+            return
+        stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
         with torch.random.fork_rng([self.x.device] if self.state.on_gpu else []):
-            stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
             torch.manual_seed(int(stream.integers(2**63)))
-            for t in range(self.steps):
-                self._take(images, draw, t)
-        model.eval()
+            self.state.model.train()
+            try:
+                yield
+            finally:
+                self.state.model.eval()
 
     def _take(self, images: Split, draw: Draw, t: int) -> None:
         """Take step t of an epoch."""
