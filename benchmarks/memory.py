@@ -21,7 +21,6 @@ from benchmarks import machine
 from harness import RunConfig, load_dataset, train
 from harness.training import engine
 from harness.training.group import Group, Measured
-from harness.training.step import Step
 
 PAUSE = 0.2
 """Seconds between two looks."""
@@ -78,8 +77,8 @@ def train_cut(args: argparse.Namespace) -> None:
 
 def first_steps(groups: Sequence[Group], item: tuple[int, int]) -> Measured:
     """Train the first steps of an epoch; workers are sent this function, as `__main__` has it."""
-    Step.steps = property(lambda step: STEPS)  # type: ignore[assignment]
     index, epoch = item
+    groups[index].step.steps = STEPS
     return groups[index].epoch(epoch)
 
 

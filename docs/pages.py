@@ -19,7 +19,6 @@ ELSEWHERE = {
 """Page -> file of the repository."""
 
 FURTHER = (
-    *("harness.linear.pca", "harness.linear.vae"),
     *("analysis.frames", "analysis.plots", "analysis.planes"),
     *("studies.question", "studies.study", "studies.sources", "studies.cli"),
 )
@@ -48,7 +47,14 @@ def modules() -> list[str]:
     """Return the modules of the reference: those that hold a public name of harness, and others."""
     places = [place for place in names().values() if place.count(".") == 1]
     places += [place.rpartition(".")[0] for place in names().values() if place.count(".") > 1]
-    return [*sorted(set(places)), *FURTHER]
+    found = {module for place in places for module in in_package(place)}
+    return [*sorted(found), *FURTHER]
+
+
+def in_package(module: str) -> list[str]:
+    """Return the modules of a package, or the module itself."""
+    folder = ROOT / module.replace(".", "/")
+    return [f"{module}.{path.stem}" for path in folder.glob("[a-z]*.py")] or [module]
 
 
 def about(module: str) -> str:
@@ -81,7 +87,7 @@ def overview() -> str:
     return "\n".join(
         [
             "# Reference\n\nMade from the docstrings. Symbols everywhere: D pixels (all channels), "
-            "L latents, B images of a batch, S stacked runs; shapes are written (S, B, D).\n",
+            "L latents, B images of a batch; shapes are written (B, D).\n",
             "## `from harness import ...`\n",
             *single,
             "\nModules load on first use: `import harness`, then `harness.objective.beta(...)`.\n",
