@@ -43,8 +43,7 @@ class _Call(nn.Module):
 class Stack:
     """The weights of S runs, and functions of one run mapped over them.
 
-    Args:
-        runs: models of equal architecture; their weights and buffers are copied.
+    Models have equal architecture; their weights and buffers are copied.
 
     Attributes:
         weights: trained parameters by name, shape (S, ...); replace or change them in place.
