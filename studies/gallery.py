@@ -57,7 +57,7 @@ def draw_models(
     drawn = [
         (
             "reconstructions",
-            draw.reconstruction_rows(stack, data.test),
+            draw.reconstructions(stack, data.test),
             "Test images (top row) and their reconstructions from the posterior mean, "
             f"seed {seed}.",
             ["test images", *labels],

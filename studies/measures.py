@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import harness
 from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
+from harness.places import project_root
 from harness.training.engine import best_epoch, flat_record
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ def finals(record: EpochRecord, data: Dataset) -> list[tuple[int, Metrics]]:
         Row and metrics: `evaluate`, and on test data the quality of latents and images.
     """
     rows = [row for row in range(len(record.rows)) if row not in record.dropped]
-    if not rows:
-        return []
     runs = [(record.configs[row], record.model(row)) for row in rows]
-    measured = zip(harness.evaluate(runs, data), harness.measure_quality(runs, data), strict=True)
+    cache = project_root() / "cache" / "features"
+    both = harness.evaluate(runs, data), harness.measure_quality(runs, data, cache)
+    measured = zip(*both, strict=True)
     named = (ends | {f"test/{k}": v for k, v in quality.items()} for ends, quality in measured)
     return list(zip(rows, named, strict=True))
 

@@ -227,7 +227,7 @@ def _log_reconstructions(
     measured = as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.binarization].val
-        picture = pictures.reconstructions(model, val, PICTURES)
+        picture = pictures.reconstructions([model], val, PICTURES)
         log.picture("reconstructions", picture, epoch)
 
 

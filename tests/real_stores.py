@@ -44,12 +44,12 @@ def copy_home(there: Path, here: Path) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the classifiers that tests train out of the cache of the repository."""
+def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return where studies in tests keep classifiers: not in the cache of the repository."""
     folder = once("cache", lambda folder: None, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.metrics.frechet.project_root", lambda: folder)
-        yield
+        patch.setattr("studies.measures.project_root", lambda: folder)
+        yield folder / "cache" / "features"
 
 
 @pytest.fixture(scope="session")

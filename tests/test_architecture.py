@@ -27,9 +27,6 @@ LAYERS = (
 A module imports from its own layer and from those below.
 """
 
-LATER = {("metrics", "places")}
-"""Arrows that point up until tracking has a package of its own."""
-
 ONLY_IN = {
     "mlflow": {"harness/tracking.py", "harness/stores.py", "harness/sending.py"},
     "optuna": {
@@ -102,14 +99,7 @@ def python(code: str) -> str:
 def test_harness_modules_import_only_from_their_layer_and_below(path):
     package, own, *_ = path.relative_to(ROOT).with_suffix("").parts
     if package == "harness" and own != "__init__":
-        above = {part for part in parts_of_harness(path) if layer(part) > layer(own)}
-        assert {(own, part) for part in above} <= LATER
-
-
-@pytest.mark.parametrize("arrow", LATER, ids="->".join)
-def test_an_arrow_that_points_up_for_now_is_still_there(arrow):
-    own, part = arrow
-    assert any(part in parts_of_harness(path) for path in HARNESS.glob(f"{own}/*.py"))
+        assert not {part for part in parts_of_harness(path) if layer(part) > layer(own)}
 
 
 def test_every_layer_of_harness_exists_and_its_imports_are_found():

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from textbook import SMALL, flat
 from torch import Tensor, nn
 
-from harness import RunConfig, objective, registry
+from harness import RunConfig, UserError, objective, registry
 from harness.data.dataset import Dataset
 from harness.metrics.evaluate import coefficients
 from harness.models.files import load_model, save_model
@@ -267,6 +268,24 @@ def test_a_file_gives_back_the_model(config, tiny, tmp_path):
     assert (loaded.data_shape, loaded.largest) == (SHAPE, 16)
     images = tiny.test.images[:6]
     assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
+
+
+def test_initial_weights_of_a_stored_network_may_depend_on_values(registered, tmp_path):
+    @registry.network("orthogonal")
+    def orthogonal(data_shape, latent_size):
+        encoder, decoder = around(data_shape=data_shape, latent_size=latent_size)
+        for layer in (encoder[1], encoder[2], decoder[0], decoder[2]):
+            nn.init.orthogonal_(layer.weight, gain=float(layer.weight.detach().std()))
+        return encoder, decoder
+
+    config = SMALL.replace(model="orthogonal", latent_size=3)
+    model = build(config, SHAPE)
+    save_model(config, model, tmp_path)
+    assert torch.equal(flat(load_model(tmp_path)[1]), flat(model))
+    for weights in ({}, {"other": torch.zeros(2)}):
+        save_file(weights, tmp_path / "weights.safetensors", {"image_shape": "[1, 8, 8]"})
+        with pytest.raises(UserError, match="no loadable model .* Missing key"):
+            load_model(tmp_path)
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(config, tiny, tmp_path):

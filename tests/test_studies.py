@@ -64,12 +64,12 @@ def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
         assert sum("prior_samples+step" in i and i.endswith(".png") for i in images) == 1
 
 
-def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data):
+def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data, features):
     runs = runs_of(finished.tracking_uri)
     for run in [run for run in runs if run["params"]["seed"] == "0"]:
         loaded = load_run(run["run_id"], finished.tracking_uri)
         pair = [(loaded.config, loaded.model)]
-        (again,), (quality,) = evaluate(pair, data), measure_quality(pair, data)
+        (again,), (quality,) = evaluate(pair, data), measure_quality(pair, data, features)
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
         assert not quality.keys() & again.keys()
         again |= {f"test/{name}": value for name, value in quality.items()}

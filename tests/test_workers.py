@@ -55,10 +55,12 @@ def part(arguments, said, start):
 
 
 def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
-    postgres, finished, tracking_uri, tmp_path, monkeypatch, data
+    postgres, finished, tracking_uri, tmp_path, monkeypatch, data, features
 ):
     monkeypatch.setitem(STACK_WIDTH, "cpu", 2)  # one point at a time
-    frechet.classifier(data)  # kept; a fork cannot use autograd if this process has done so
+    frechet.classifier(
+        data, features
+    )  # kept; a fork cannot use autograd if this process has done so
     storage = postgres.create("shared_study")
     arguments = [*finished.arguments, "--tracking-uri", tracking_uri, "--storage", storage]
     said = [tmp_path / f"said-{i}" for i in range(2)]

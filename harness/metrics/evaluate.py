@@ -43,59 +43,27 @@ Metrics = dict[str, Tensor]
 
 
 def active_units(mean: Tensor) -> Tensor:
-    """Count the latents whose posterior mean varies: #{i : Var_x[mean_i(x)] > 0.01}.
+    """Count the latents whose posterior mean (N, L) varies: #{i : Var_x[mean_i(x)] > 0.01}.
 
-    Source: Burda et al. 2015, section 5.2 (1509.00519).
-
-    Args:
-        mean: posterior means, shape (N, L).
-
-    Returns:
-        Count as float64, shape ().
+    float64, shape (). (Burda et al. 2015, 1509.00519, section 5.2.)
     """
     return (mean.double().var(0, correction=0) > objective.ACTIVE_VARIANCE).sum(-1).double()
 
 
 def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Average the squared error per pixel over the images of each class.
+    """Average the squared error per pixel (N,) over the images of each class.
 
-    Args:
-        mse: squared error per pixel of each image, shape (N,).
-        labels: shape (N,).
-        classes: number of classes C.
-
-    Returns:
-        pixel^2, shape (C,); NaN for a class without images.
+    pixel^2, shape (C,); NaN for a class without images.
     """
     member = functional.one_hot(labels, classes).to(mse)
     # A product of matrices: that of a vector and a matrix may sum in another order.
     return (mse.unsqueeze(0) @ member).squeeze(0) / member.sum(0)
 
 
-def gap_to_linear(loss: Tensor, linear: Tensor) -> Tensor:
-    """Return by how much a loss is below the exact linear model's: 100 (linear - loss) / linear.
-
-    Args:
-        loss: shape ().
-        linear: loss of the exact linear model at the same KL weight on the same images, shape ().
-
-    Returns:
-        %, shape (); negative is worse than linear.
-    """
-    return 100 * (linear - loss) / linear
-
-
 def coefficients(
     config: RunConfig, pixels: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Coefficients:
-    """Return the numbers of a run's loss after any warm-up.
-
-    Args:
-        config: the run.
-        pixels: D.
-        device: of the tensors.
-        dtype: of the tensors.
-    """
+    """Return the numbers of a run's loss after any warm-up, on images of D pixels."""
 
     def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
@@ -130,11 +98,11 @@ def measure(
         config: the run, of which only what all runs of a stack share is read.
         model: its model, in `eval` mode.
         split: images and labels, on the model's device.
-        classes: number of classes; without any there is no `mse_class/c`.
+        classes: number of classes, 0 if there are none.
         noise: standard normal noise of the posterior samples, in the model's dtype, shape (N, L).
         coefficients: float64.
-        linear_loss: loss of the exact linear model on the split, float64, shape (); None leaves
-            `gap_to_linear` out.
+        linear_loss: loss of the exact linear model on the split, at the same KL weight, float64,
+            shape (); None leaves `gap_to_linear` out.
         variance: decoder variance for `distortion`, fitted on validation data, shape ();
             None fits it here: the maximum-likelihood variance is the `mse` itself.
         terms: the run's loss terms, averaged over parts of the split of about a batch.
@@ -144,8 +112,8 @@ def measure(
     Returns:
         `loss`, `mse`, `rate`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
         `learned_variance`, `gap_to_linear`, `term/NAME`, `kl/i` of latent i and `mse_class/c` of
-        class c; without those that the configuration does not define: a deterministic latent has
-        no `rate`, and the cross-entropy of grey pixels is no `distortion`.
+        class c; without those that are not defined: a deterministic latent has no `rate`, and the
+        cross-entropy of grey pixels is no `distortion`.
     """
     seen = _forward(config, model, split, noise, terms or {}, prior, training_size)
     pixels, means = split.images.shape[1], seen.means
@@ -172,7 +140,7 @@ def measure(
     if scale is not None:
         metrics["learned_variance"] = scale
     if linear_loss is not None:
-        metrics["gap_to_linear"] = gap_to_linear(loss, linear_loss)
+        metrics["gap_to_linear"] = 100 * (linear_loss - loss) / linear_loss
     metrics |= {f"term/{name}": value for name, value in seen.terms.items()}
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
@@ -183,7 +151,7 @@ def measure(
 
 
 class _Pass(NamedTuple):
-    """What one pass over a split gives, in float64: error of each image, (N,), and means."""
+    """Results of one pass over a split: error of each image, (N,), and means, in float64."""
 
     error: Tensor
     means: Parts
@@ -244,11 +212,8 @@ def pixels(model: VAE, split: Split, rows: Tensor | slice) -> Tensor:
 @torch.no_grad()
 def posteriors(model: VAE, split: Split) -> Posterior:
     """Return the posteriors of a split, shape (N, L), on the model's device."""
-    rows = chunks(*split.images.shape)
-    means, log_variances = zip(
-        *(model.posterior(pixels(model, split, r)) for r in rows), strict=True
-    )
-    return Posterior(torch.cat(means), torch.cat(log_variances))
+    each = [model.posterior(pixels(model, split, rows)) for rows in chunks(*split.images.shape)]
+    return Posterior(*map(torch.cat, zip(*each, strict=True)))
 
 
 def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> Tensor:
@@ -258,13 +223,17 @@ def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> T
 
 
 def conditions(
-    config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor
+    config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor | None = None
 ) -> dict[str, Any]:
     """Return the arguments of `measure` on a split that differ between runs of a stack."""
-    purposes = {"noise": part} | ({"prior": f"prior/{part}"} if config.terms else {})
-    drawn = {k: evaluation_noise(config, model, v, images) for k, v in purposes.items()}
-    known = coefficients(config, model.pixels, model.device)
-    return {"coefficients": known, "linear_loss": linear_loss, **drawn}
+    given = {
+        "coefficients": coefficients(config, model.pixels, model.device),
+        "linear_loss": linear_loss,
+        "noise": evaluation_noise(config, model, part, images),
+    }
+    if config.terms:
+        given["prior"] = evaluation_noise(config, model, f"prior/{part}", images)
+    return given
 
 
 @kernels()
@@ -281,12 +250,13 @@ def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
         One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics
         that the run does not have are absent.
     """
+    if not runs:
+        return []
     configs = [config for config, _ in runs]
     linear = [linear_losses(configs, data, split).tolist() for split in (data.val, data.test)]
-    terms = [{name: registry.TERMS[name] for name in config.terms} for config in configs]
     items = [
-        (*run, own, losses)
-        for run, own, losses in zip(runs, terms, zip(*linear, strict=True), strict=True)
+        (config, model, {name: registry.TERMS[name] for name in config.terms}, losses)
+        for (config, model), losses in zip(runs, zip(*linear, strict=True), strict=True)
     ]
     return on_all_cores(_finals, (as_measured(runs, data),), items, runs[0][1].device)
 
@@ -294,25 +264,16 @@ def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
 def _finals(
     parts: dict[str, Dataset], item: tuple[RunConfig, VAE, Terms, tuple[float, float]]
 ) -> dict[str, float]:
-    config, given, terms, linear = item
-    model, data = frozen(given), parts[config.binarization]
+    config, trained, terms, linear = item
+    model, data = frozen(trained), parts[config.binarization]
     found: dict[str, Metrics] = {}
     variance = None
     for part, loss in zip(("val", "test"), linear, strict=True):
         split = getattr(data, part)
         exact = torch.tensor(loss, dtype=torch.float64, device=model.device)
-        known = conditions(config, model, part, len(split), exact)
-        size = len(data.train)
-        found[part] = measure(
-            config,
-            model,
-            split,
-            data.classes,
-            **known,
-            variance=variance,
-            terms=terms,
-            training_size=size,
-        )
+        given = conditions(config, model, part, len(split), exact)
+        given |= {"variance": variance, "terms": terms, "training_size": len(data.train)}
+        found[part] = measure(config, model, split, data.classes, **given)
         variance = found["val"]["mse"]
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
     return finite(to_floats(named | found["test"]))
@@ -351,8 +312,7 @@ def on_all_cores(
         for index, result in pool.map(function, items):
             found[index] = result
             if what:
-                done = len(found), len(items)
-                log.info("%s: %d of %d", what, *done, extra={"progress": True})
+                log.info("%s: %d of %d", what, len(found), len(items), extra={"progress": True})
     return [found[index] for index in range(len(items))]
 
 
@@ -368,11 +328,9 @@ def finite(values: dict[str, float]) -> dict[str, float]:
 
 
 class BatchLosses(NamedTuple):
-    """The two numbers that the blog prints, for every batch of an epoch; float64, shape (steps,).
+    """The two numbers that the blog prints for every batch: loss and its part beta * rate / D.
 
-    Attributes:
-        loss: training loss of each batch, z sampled, pixel^2.
-        kl_term: part of it that is the KL: beta * rate / D of the batch, pixel^2.
+    pixel^2, float64, shape (steps,).
     """
 
     loss: np.ndarray
@@ -384,11 +342,10 @@ class BatchLosses(NamedTuple):
 def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
     """Return the losses of one more epoch of training with the weights held.
 
-    Batches and noise are those of the epoch after a run's last, so they are the next draw of the
-    streams that the run was trained with. The mean over batches is the loss on the training split.
-    The KL term is the loss less the loss at beta = 0 with the same noise, whatever the loss is;
-    pixels drawn anew every epoch are those that the run is measured on. Loss terms of a user are
-    left out.
+    Batches and noise are those of the epoch after a run's last. The mean over batches is the loss
+    on the training split. The KL term is the loss less the loss at beta = 0 with the same noise,
+    whatever the loss is; pixels drawn anew every epoch are those that the run is measured on. Loss
+    terms of a user are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
     split = data.to(model.device).binarized(config.binarization).train
@@ -396,9 +353,8 @@ def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
     noise = streams.noise(config.seed, "noise", len(order), config.latent_size, epoch)
     known = coefficients(config, data.pixels, model.device, model.dtype)
     columns = []
-    for rows, eps in zip(
-        order.split(config.batch_size), noise.split(config.batch_size), strict=True
-    ):
+    parts = (drawn.split(config.batch_size) for drawn in (order, noise))
+    for rows, eps in zip(*parts, strict=True):
         batch = model.batch(pixels(model, split, rows), eps.to(model.device, model.dtype))
         means = objective.per_image(config, batch).mean()
         both = [

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ from harness.models import networks
 from harness.models.files import put
 from harness.models.stack import kernels
 from harness.models.vae import VAE
-from harness.places import project_root
 from harness.processes import one_thread
 
 log = logging.getLogger(__name__)
@@ -42,11 +41,8 @@ log = logging.getLogger(__name__)
 IMAGES = 10_000
 """Images of a set, at most. Sets that are compared have equal size, for few images have a bias."""
 
-CHANNELS = (16, 32)
-"""Channels of the classifier's two convolutions, each 3 x 3 with stride 2."""
-
-FEATURES = 64
-"""Width of the feature layer F."""
+CHANNELS, FEATURES = (16, 32), 64
+"""Channels of the classifier's two convolutions; width F of its feature layer."""
 
 STEPS, EPOCHS = 1_200, 40
 """Length of the classifier's training: at most so many steps, and at most so many epochs."""
@@ -54,11 +50,8 @@ STEPS, EPOCHS = 1_200, 40
 BATCH, LEARNING_RATE = 128, 5e-3
 """Images per step; Adam's step size at first, which falls linearly to 0."""
 
-VERSION = 1
-"""To be raised with any change of architecture or training that the constants do not show."""
-
 RECIPE = {
-    "version": VERSION,
+    "version": 1,  # of all that the constants do not show: raise it with any change
     "channels": CHANNELS,
     "features": FEATURES,
     "steps": STEPS,
@@ -66,7 +59,7 @@ RECIPE = {
     "batch": BATCH,
     "learning_rate": LEARNING_RATE,
 }
-"""What a cached classifier is a function of, beside the training split."""
+"""All that a cached classifier depends on, beside the training split."""
 
 
 class Gaussian(NamedTuple):
@@ -76,12 +69,12 @@ class Gaussian(NamedTuple):
     covariance: np.ndarray
 
 
-def moments(embedded: np.ndarray) -> Gaussian:
+def moments(embedded: Tensor) -> Gaussian:
     """Return mean and covariance (1/N) of features of shape (N, F)."""
-    embedded = np.asarray(embedded, dtype=np.float64)
-    mean = embedded.mean(0)
-    centred = embedded - mean
-    return Gaussian(mean, centred.T @ centred / len(embedded))
+    values = embedded.cpu().double().numpy()
+    mean = values.mean(0)
+    centred = values - mean
+    return Gaussian(mean, centred.T @ centred / len(values))
 
 
 def distance(first: Gaussian, second: Gaussian) -> float:
@@ -107,12 +100,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 class Classifier(nn.Module):
-    """Two convolutions of stride 2, a layer of F = 64 features, and a linear layer on their ReLU.
-
-    Args:
-        image_shape: (channels, height, width); below 8 x 8 hardly more than one place is left.
-        classes: number of classes.
-    """
+    """Two convolutions of stride 2, a layer of F features, and a linear layer on their ReLU."""
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -144,10 +132,11 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     Args:
         data: the dataset; its training images, their labels and the constants of this module are
             the key of the cache, since a dataset that was cut has its source's digest.
-        folder: of the cache; None means `cache/features` in the repository. A file in it that
-            cannot be read is written anew; a folder that cannot be written to is left alone.
+        folder: of the cache; without it the classifier is trained. A file in it that cannot be
+            read is written anew; a folder that cannot be written to is left alone.
     """
-    folder = folder or project_root() / "cache" / "features"
+    if folder is None:
+        return _trained(data)
     train = data.train.to(torch.device("cpu"))
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
@@ -156,8 +145,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     try:
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
-        log.info("training the classifier behind frechet on %s, once a dataset", data.name)
-        net = _trained(_untrained(data), train, data.image_shape)
+        net = _trained(data)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             put(file, save(net.state_dict(), {"recipe": json.dumps(RECIPE)}))
@@ -165,7 +153,6 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
 
 
 def _untrained(data: Dataset) -> Classifier:
-    """Return the net with weights and biases U(-1, 1) / sqrt(inputs), PyTorch's default."""
     with torch.random.fork_rng(devices=[]):  # leaves PyTorch's global random state alone
         net = Classifier(data.image_shape, data.classes)
     networks.draw((*net.features, net.head), streams.generator(0, "features/weights"))
@@ -173,19 +160,21 @@ def _untrained(data: Dataset) -> Classifier:
 
 
 @torch.enable_grad()  # the caller may compute without
-def _trained(net: Classifier, train: Split, shape: tuple[int, int, int]) -> Classifier:
+def _trained(data: Dataset) -> Classifier:
     """Train with cross-entropy, then scale the features to a mean variance of 1 over the images."""
+    log.info("training the classifier behind frechet on %s, once a dataset", data.name)
+    net, train = _untrained(data), data.train.to(torch.device("cpu"))
     batches = list(itertools.islice(_batches(len(train)), STEPS))
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
     with one_thread():
         for rows in batches:
-            logits = net(_images(train, rows, shape))
+            logits = net(_images(data, train, rows))
             optimizer.zero_grad()
             nn.functional.cross_entropy(logits, train.labels[rows]).backward()
             optimizer.step()
             schedule.step()
-        _normalize(net, _images(train, slice(10 * BATCH), shape))
+        _normalize(net, _images(data, train, slice(10 * BATCH)))
     return net
 
 
@@ -206,13 +195,12 @@ def _batches(images: int) -> Iterator[Tensor]:
         yield from torch.from_numpy(order[: images - images % size]).split(size)
 
 
-def _images(split: Split, rows: Tensor | slice, shape: tuple[int, int, int]) -> Tensor:
-    return split.pixels(rows, torch.float32).unflatten(1, shape)
+def _images(data: Dataset, split: Split, rows: Tensor | slice) -> Tensor:
+    return split.pixels(rows, torch.float32).unflatten(1, data.image_shape)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the images of a dataset's runs are compared with.
+class Reference(NamedTuple):
+    """The real images of a dataset, which the images of its runs are compared with.
 
     Attributes:
         net: the classifier whose features are compared, on the data's device.
@@ -223,8 +211,8 @@ class Reference:
         accuracy: share of those test images that the classifier assigns to their class.
     """
 
-    net: Classifier = field(repr=False)
-    test: Gaussian = field(repr=False)
+    net: Classifier
+    test: Gaussian
     images: int
     floor: float
     accuracy: float
@@ -233,20 +221,16 @@ class Reference:
 @kernels()
 @torch.no_grad()
 def reference(data: Dataset, folder: Path | None = None) -> Reference:
-    """Return what generated images are compared with; `folder` is that of the cached classifier."""
+    """Return the reference of a dataset; `folder` is the cache of its `classifier`."""
     net = classifier(data, folder).to(data.test.images.device)
     images = min(len(data.test), len(data.train), IMAGES)
-
-    def embedded(split: Split) -> Tensor:
-        return _embed(net, split, lambda rows: _images(split, rows, data.image_shape))
-
-    known = data.test.head(images)
+    known, seen = data.test.head(images), data.train.head(images)
     with one_thread():
-        test, train = embedded(known), embedded(data.train.head(images))
+        test, train = (_embed(net, part, partial(_images, data, part)) for part in (known, seen))
         guesses = net.head(test.relu()).argmax(1)
     accuracy = float((guesses == known.labels).double().mean())
-    floor = distance(_moments(train), _moments(test))
-    return Reference(net, _moments(test), images, floor, accuracy)
+    floor = distance(moments(train), moments(test))
+    return Reference(net, moments(test), images, floor, accuracy)
 
 
 @kernels()
@@ -256,11 +240,7 @@ def measure_images(
 ) -> dict[str, float]:
     """Compare the images that a run draws, and its reconstructions, with the test images.
 
-    Args:
-        config: the run.
-        model: its model.
-        data: its dataset, on the model's device.
-        known: `reference` of that dataset.
+    `known` is the reference of the dataset, which is on the model's device.
 
     Returns:
         `frechet`: decoder means of latents drawn from N(0, I), as many as test images, with the
@@ -275,7 +255,7 @@ def measure_images(
         "frechet_reconstructions": lambda rows: model(pixels(model, split, rows)),
     }
     found = {
-        name: distance(_moments(_embed(known.net, split, draw)), known.test)
+        name: distance(moments(_embed(known.net, split, draw)), known.test)
         for name, draw in drawn.items()
     }
     return found | {"frechet_floor": known.floor, "feature_accuracy": known.accuracy}
@@ -284,7 +264,3 @@ def measure_images(
 def _embed(net: Classifier, split: Split, draw: Callable[[slice], Tensor]) -> Tensor:
     """Return the features (N, F) of as many images as a split has, drawn in chunks."""
     return torch.cat([net.embed(draw(rows)) for rows in chunks(*split.images.shape)])
-
-
-def _moments(embedded: Tensor) -> Gaussian:
-    return moments(embedded.cpu().numpy())

@@ -6,6 +6,7 @@ distribution over all images, the aggregate posterior q(z) = mean_x q(z|x), from
     rate = I(x; z) + KL(q(z) || p(z))     (Hoffman & Johnson 2016, "ELBO surgery")
 
 Neither part has a closed form; the functions here bound both. A deterministic latent has neither.
+Posteriors are given by their means and log-variances, each of shape (N, L).
 """
 
 from __future__ import annotations
@@ -23,12 +24,10 @@ from harness.models.vae import VAE
 from harness.objective import Posterior
 
 SAMPLED_IMAGES = 2_000
-"""Images that the sampled estimate of the information is taken over, at most: it compares all
-pairs, and cannot exceed ln 2,000 = 7.6 nats."""
+"""Images of `mutual_information_lower`, at most: it compares all pairs, and is at most 7.6 nats."""
 
 ROWS = 100
-"""Images compared with all others at once, so that memory grows with their number, not its
-square."""
+"""Images compared with all others at once."""
 
 
 def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -37,14 +36,7 @@ def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
     gap = (tr C + m'm - L - ln det C) / 2, where m is the mean of the posterior means and C their
     covariance plus the mean posterior variance. KL(q(z) || p(z)) is this plus the KL of q(z) from
     that Gaussian, because ln p is quadratic in z: the gap is a lower bound, equal to it if q(z) is
-    Gaussian.
-
-    Args:
-        mean: posterior means, shape (N, L).
-        log_variance: logarithms of the posterior variances, shape (N, L).
-
-    Returns:
-        nats, float64, shape (), never negative beyond rounding.
+    Gaussian. In nats, float64, shape (), never negative beyond rounding.
     """
     mean, variance = mean.double(), log_variance.double().exp().mean(0)
     centre = mean.mean(0)
@@ -56,22 +48,6 @@ def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (spread + centre.square().sum() - mean.shape[1]) / 2
 
 
-def mutual_information(rate: Tensor, gap: Tensor) -> Tensor:
-    """Return an upper bound of the information that the latents carry of an image: rate - gap.
-
-    I(x; z) = rate - KL(q(z) || p(z)), and the gap is at most that KL; equal if q(z) is Gaussian.
-    (Hoffman & Johnson 2016.)
-
-    Args:
-        rate: nats / image, shape ().
-        gap: `aggregate_gap` over the same images, nats, shape ().
-
-    Returns:
-        nats / image, shape ().
-    """
-    return rate - gap
-
-
 def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
     """Return a sampled lower bound of the information that the latents carry of an image.
 
@@ -79,13 +55,7 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
     the information between z and the number of the image among these N, so it saturates at ln N,
     however much more the latents carry. (Poole et al. 2019, 1905.06922, equation 10.)
 
-    Args:
-        mean: posterior means, shape (N, L).
-        log_variance: logarithms of the posterior variances, shape (N, L).
-        eps: standard normal noise, shape (N, L).
-
-    Returns:
-        nats / image, float64, shape (), at most ln N.
+    `eps` is the standard normal noise of z, (N, L). In nats / image, float64, shape ().
     """
     mean, log_variance, eps = mean.double(), log_variance.double(), eps.double()
     z = Posterior(mean, log_variance).sample(eps)
@@ -105,14 +75,10 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
 def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
     """Return the information that the latents carry of the images of a split.
 
-    Args:
-        config: the run.
-        model: its model.
-        split: images, on the model's device.
-
     Returns:
-        `aggregate_gap`, `mutual_information` and, over the first 2,000 images,
-        `mutual_information_lower`, nats, each of shape (); {} for a deterministic latent.
+        `aggregate_gap`; `mutual_information` = rate - gap, an upper bound, since the gap is at most
+        KL(q(z) || p(z)); over the first 2,000 images `mutual_information_lower`. In nats, each of
+        shape (); {} for a deterministic latent.
     """
     if config.latent == "deterministic":
         return {}
@@ -120,11 +86,10 @@ def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
     rate = objective.kl_per_latent(mean.double(), log_variance.double()).mean(0).sum(-1)
     gap = aggregate_gap(mean, log_variance)
     first = min(len(split), SAMPLED_IMAGES)
-    eps = streams.noise(config.seed, "information", first, config.latent_size)
+    eps = streams.noise(config.seed, "information", first, config.latent_size).to(mean.device)
+    lower = mutual_information_lower(mean[:first], log_variance[:first], eps)
     return {
         "aggregate_gap": gap,
-        "mutual_information": mutual_information(rate, gap),
-        "mutual_information_lower": mutual_information_lower(
-            mean[:first], log_variance[:first], eps.to(mean.device)
-        ),
+        "mutual_information": rate - gap,
+        "mutual_information_lower": lower,
     }

@@ -17,16 +17,7 @@ from torch import Tensor
 from harness import objective, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
-from harness.metrics.evaluate import (
-    Metrics,
-    coefficients,
-    evaluation_noise,
-    finite,
-    measure,
-    pixels,
-    posteriors,
-    to_floats,
-)
+from harness.metrics.evaluate import conditions, finite, measure, pixels, posteriors, to_floats
 from harness.models.vae import VAE
 from harness.objective import Posterior
 
@@ -34,11 +25,7 @@ SAMPLES = (1, 8, 64, 512)
 """Numbers of samples whose bounds are reported; the largest gives `neg_log_likelihood`."""
 
 LIKELIHOOD_IMAGES = 1000
-"""Test images that are estimated, at most: each costs as many decodings as there are samples.
-
-`neg_log_likelihood` is thus compared with `neg_log_likelihood/k1`, the ELBO of the same images;
-`neg_elbo` is that of the whole split.
-"""
+"""Test images that are estimated, at most: each costs as many decodings as there are samples."""
 
 OUTPUT_BYTES = {"cpu": 2**22, "cuda": 2**27}
 """Most bytes of decoder output at once; more images or samples go in turns.
@@ -48,13 +35,12 @@ On a CPU a block stays in the cache: twice as fast as 2**27 on MNIST. On a GPU n
 
 
 class ImportanceBounds(NamedTuple):
-    """Lower bounds of log p(x), image by image.
+    """Lower bounds of log p(x), image by image: float64, shape (N,).
 
     Attributes:
-        bounds: number of samples k -> log 1/k sum_{j <= k} w_j, nats, float64, shape (N,).
-        effective_samples: (sum w)^2 / sum w^2 over all samples, float64, shape (N,); k if all
-            weights are equal (q is the exact posterior), near 1 if one sample has all the weight
-            and the bound is loose.
+        bounds: number of samples k -> log 1/k sum_{j <= k} w_j, nats.
+        effective_samples: (sum w)^2 / sum w^2 over all samples; their number if all weights are
+            equal (q is the exact posterior), near 1 if one has all the weight: a loose bound.
     """
 
     bounds: dict[int, Tensor]
@@ -71,16 +57,14 @@ def importance_bounds(
 ) -> ImportanceBounds:
     """Bound log p(x) of each image with the first k of one set of posterior samples, for every k.
 
+    The noise of sample j of an image is fixed by the run's seed, whatever the split's length.
+
     Args:
         config: a run with a stochastic latent.
         model: its model.
         split: images on the model's device, binary ones for a Bernoulli decoder.
         variance: of the Gaussian decoder, pixel^2, shape (); a Bernoulli decoder has none.
         samples: the numbers k.
-
-    Returns:
-        Bounds and effective sample size; the noise of sample j of an image is fixed by the run's
-        seed, whatever the split's length.
     """
     total = torch.full((len(split),), -torch.inf, dtype=torch.float64, device=model.device)
     squares = total
@@ -97,41 +81,32 @@ def importance_bounds(
 def likelihood_metrics(
     config: RunConfig, model: VAE, data: Dataset, samples: Sequence[int] = SAMPLES
 ) -> dict[str, float]:
-    """Estimate the negative log-likelihood of test images.
+    """Estimate the negative log-likelihood of the first 1,000 test images.
 
-    On the first 1,000 test images (`LIKELIHOOD_IMAGES`); the variance of a Gaussian decoder is
-    fitted on validation data, as for `distortion`.
-
-    Args:
-        config: the run.
-        model: its model.
-        data: the dataset as the run is measured on it (`binarization`), on the model's device.
-        samples: numbers of samples.
+    The variance of a Gaussian decoder is fitted on validation data, as for `distortion`. The data
+    are as the run is measured on them (`binarization`), on the model's device.
 
     Returns:
-        `neg_log_likelihood/kK`, minus the bound of K samples, mean over images, nats / image;
-        `neg_log_likelihood`, that of the most samples; `neg_log_likelihood_se`, its standard error
-        over images, which does not contain the bound's slack; `effective_samples` of the most
-        samples, mean over images. Empty where there is no likelihood: a deterministic latent,
-        cross-entropy of grey pixels.
+        `neg_log_likelihood/kK`, minus the bound of K samples, mean over images, nats / image: at
+        K = 1 the `neg_elbo` of these images; `neg_log_likelihood`, that of the most samples;
+        `neg_log_likelihood_se`, its standard error over images, which does not contain the bound's
+        slack; `effective_samples` of the most samples, mean over images. Empty where there is no
+        likelihood: a deterministic latent, cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
-    noise = evaluation_noise(config, model, "val", len(data.val))
-    known = coefficients(config.replace(terms={}), data.pixels, model.device)
-    variance = measure(config, model, data.val, 0, noise, known)["mse"]
+    given = conditions(config, model, "val", len(data.val))
+    variance = measure(config, model, data.val, 0, **given)["mse"]
     split = data.test.head(LIKELIHOOD_IMAGES)
-    return finite(to_floats(_means(importance_bounds(config, model, split, variance, samples))))
-
-
-def _means(found: ImportanceBounds) -> Metrics:
+    found = importance_bounds(config, model, split, variance, samples)
     tightest = -found.bounds[max(found.bounds)]
-    ladder = {f"neg_log_likelihood/k{k}": -bound.mean() for k, bound in found.bounds.items()}
-    return ladder | {
+    metrics = {f"neg_log_likelihood/k{k}": -bound.mean() for k, bound in found.bounds.items()}
+    metrics |= {
         "neg_log_likelihood": tightest.mean(),
         "neg_log_likelihood_se": tightest.std() / math.sqrt(len(tightest)),
         "effective_samples": found.effective_samples.mean(),
     }
+    return finite(to_floats(metrics))
 
 
 def _log_weights(
@@ -168,9 +143,6 @@ def _log_p_image(config: RunConfig, model: VAE, x: Tensor, z: Tensor, variance: 
 
 
 def _log_prior_over_posterior(z: Tensor, eps: Tensor, log_variance: Tensor) -> Tensor:
-    """Return ln N(z; 0, I) - ln q(z|x) at z = mean + sigma eps, float64, without the axis L.
-
-    sum_i (eps_i^2 + log_variance_i - z_i^2) / 2
-    """
+    """Return ln p(z) - ln q(z|x) = sum_i (eps_i^2 + log_variance_i - z_i^2) / 2, float64."""
     log_variance = log_variance.double()
     return (eps.double().square() + log_variance - z.double().square()).sum(-1) / 2

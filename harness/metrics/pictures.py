@@ -18,14 +18,9 @@ CELL = 56
 """Least side of one image on a picture, in screen pixels; small images are enlarged."""
 
 
-def reconstructions(model: VAE, split: Split, images: int = 10) -> np.ndarray:
-    """Draw originals above their reconstructions from the posterior mean."""
-    return reconstruction_rows([model], split, images)
-
-
 @kernels()
-def reconstruction_rows(models: Sequence[VAE], split: Split, images: int = 10) -> np.ndarray:
-    """Draw originals in the first row and each model's reconstructions in a row below."""
+def reconstructions(models: Sequence[VAE], split: Split, images: int = 10) -> np.ndarray:
+    """Draw originals above their reconstructions from the posterior mean, a model a row."""
     x = pixels(models[0], split, slice(images))
     return grid(torch.stack([x, *(model.reconstruct(x) for model in models)]))
 
@@ -71,14 +66,9 @@ def interpolations(model: VAE, split: Split, rows: int = 5, columns: int = 9) ->
 
 
 def grid(images: Tensor) -> np.ndarray:
-    """Lay images out with a white line between them.
+    """Lay images (rows, columns, channels, height, width) out with a white line between them.
 
-    Args:
-        images: pixels, clipped to [0, 1], shape (rows, columns, channels, height, width); one
-            channel gives a grey picture.
-
-    Returns:
-        uint8, shape (H, W) or (H, W, 3).
+    Pixels are clipped to [0, 1]; one channel gives a grey picture.
     """
     rows, columns = images.shape[:2]
     zoom = max(1, CELL // min(images.shape[3:]))

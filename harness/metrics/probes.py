@@ -23,16 +23,11 @@ def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     They are fitted on the first 5,000 training images. 1 / classes is chance. NaN where a mean is
     not finite, or those images are of one class.
 
-    Args:
-        model: of one run.
-        data: a dataset with classes.
-
     Returns:
         `probe_accuracy`: of a logistic regression on means standardised by their training
         deviation, with scikit-learn's default ridge penalty (C = 1). `knn_accuracy`: of a vote of
-        the 5 nearest training images (all, if there are fewer). Its distances are Euclidean
-        between means as they are, in units of the prior's deviation: a collapsed latent adds
-        nothing, where standardised it would add noise.
+        the 5 nearest training images (all, if there are fewer), by the Euclidean distance of means
+        that are not standardised, which would turn a collapsed latent into noise.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -56,13 +51,12 @@ def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
 def latent_plane(model: VAE, split: Split) -> np.ndarray:
     """Return each image's place on a plane, shape (N, 2).
 
-    Two latents are the coordinates; of more, the first two principal components of the means.
+    Two latents are the coordinates, one lies on the first axis; of more, the first two principal
+    components of the means.
     """
     means = posteriors(model, split).mean.cpu().numpy().astype(np.float64)
-    if means.shape[1] == 1:
-        return np.column_stack([means[:, 0], np.zeros(len(means))])
-    if means.shape[1] == 2:
-        return means
+    if means.shape[1] <= 2:
+        return np.pad(means, ((0, 0), (0, 2 - means.shape[1])))
     centred = means - means.mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     return centred @ directions[:2].T

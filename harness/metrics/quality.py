@@ -30,7 +30,7 @@ def measure_quality(
     Args:
         runs: configurations and models, all on one device.
         data: their dataset.
-        folder: cache of the classifier behind `frechet`; None means the repository's.
+        folder: cache of the classifier behind `frechet`; without it the classifier is trained.
 
     Returns:
         One dict per run: metrics of `information.measure_information`,
@@ -38,6 +38,8 @@ def measure_quality(
         Metrics that the run does not have are absent; so are all that need classes, if the
         dataset has not two of them.
     """
+    if not runs:
+        return []
     known: Measured = {
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()

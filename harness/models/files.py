@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.models.vae import VAE, build
@@ -60,9 +61,12 @@ def load_model(folder: Path) -> tuple[RunConfig, VAE]:
         shape = _whole_numbers(metadata, "image_shape")
         # A model of the first edition does not have its grey range.
         largest = _whole_numbers(metadata, "largest")[0] if "largest" in metadata else None
-        _check_size(config, shape, weights)
-        model = build(config, shape, largest).to(next(iter(weights.values())).dtype)
-        model.load_state_dict(_renamed(weights, model))
+        built_in = config.model in registry.BUILT_IN
+        if built_in:
+            _check_size(config, shape, weights)
+        model = build(config, shape, largest)
+        model.to(next(iter(weights.values()), torch.empty(0)).dtype)
+        model.load_state_dict(_renamed(weights, model) if built_in else weights)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{folder} holds no loadable model ({why})") from error
@@ -82,7 +86,10 @@ def _whole_numbers(metadata: Mapping[str, str], name: str) -> tuple[int, ...]:
 
 
 def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another number than the model has, before it takes memory."""
+    """Refuse weights of another number than the model has, before it takes memory.
+
+    Only for built-in networks: a user's may need values for its initial weights.
+    """
     with torch.device("meta"):
         expected = sum(value.numel() for value in build(config, shape).state_dict().values())
     found = sum(tensor.numel() for tensor in weights.values())
@@ -94,18 +101,18 @@ def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str,
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:
-    """Return weights under the model's names: the first edition counted encoder layers otherwise.
+    """Return weights under the model's names; the first edition numbered encoder layers otherwise.
 
-    Its "encoder.0.weight" is "encoder.1.weight" since the encoder flattens images itself, and
-    convolutions come one earlier since it no longer shapes them.
+    It had no layer that flattens images, and one that gave them a shape before convolutions.
     """
-    names = list(model.state_dict())
-    if set(names) == set(weights):
+    given, names = (
+        [name for name in state if name.startswith("encoder.")]
+        for state in (weights, model.state_dict())
+    )
+    if set(given) == set(names):
         return dict(weights)
-    given = [name for name in weights if name.startswith("encoder.")]
-    given.sort(key=lambda name: (int(name.split(".")[1]), name.endswith("bias")))
-    own = [name for name in names if name.startswith("encoder.")]
-    if len(given) != len(own):
+    if len(given) != len(names):
         raise ValueError(f"{WEIGHTS} has other layers than the configuration")
-    renamed = dict(zip(given, own, strict=True))
+    given.sort(key=lambda name: (int(name.split(".")[1]), name.endswith("bias")))
+    renamed = dict(zip(given, names, strict=True))
     return {renamed.get(name, name): value for name, value in weights.items()}

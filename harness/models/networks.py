@@ -1,9 +1,7 @@
 """The built-in networks, as two plain modules of one run.
 
-mlp: linear layers. conv: convolutions 3 x 3 of stride 2, then one linear layer; the decoder mirrors
-it with transposed convolutions. A side of n pixels becomes n / 2, rounded up, and comes back as n:
-`output_padding` adds the missing row or column, so images may have any size. linear: one layer.
-Everywhere a ReLU between layers and none after the last.
+A ReLU lies between layers and none after the last. Convolutions are 3 x 3 of stride 2, so that a
+side of n pixels becomes n / 2, rounded up; images may have any size.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import torch
 from torch import nn
 
 KERNEL, STRIDE, PADDING = 3, 2, 1
-"""Of every convolution: a side of n pixels becomes one of n / 2, rounded up, whatever n is."""
 
 Pair = tuple[nn.Module, nn.Module]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
@@ -39,7 +36,7 @@ def linear(data_shape: Sequence[int], latent_size: int) -> Pair:
 def conv(
     data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int] = (32, 64)
 ) -> Pair:
-    """Return a convolutional encoder with these channels, and a decoder that mirrors it."""
+    """Return an encoder of convolutions and one linear layer, and a decoder that mirrors it."""
     shapes = [tuple(data_shape)]
     for outputs in channels:
         shapes.append((outputs, *(-(-side // STRIDE) for side in shapes[-1][1:])))
@@ -51,9 +48,10 @@ def conv(
     decoder: list[nn.Module] = [nn.Linear(latent_size, flat), nn.ReLU()]
     decoder.append(nn.Unflatten(1, shapes[-1]))
     for small, large in pairwise(reversed(shapes)):
-        more = _output_padding(small, large)
-        turned = nn.ConvTranspose2d(small[0], large[0], KERNEL, STRIDE, PADDING, more)
-        decoder += [turned, nn.ReLU()]
+        # A transposed convolution makes 2 n - 1 pixels of n: an even side lacks one.
+        more = 1 - large[1] % 2, 1 - large[2] % 2
+        layer = nn.ConvTranspose2d(small[0], large[0], KERNEL, STRIDE, PADDING, more)
+        decoder += [layer, nn.ReLU()]
     return nn.Sequential(*encoder), nn.Sequential(*decoder[:-1])
 
 
@@ -64,21 +62,12 @@ def _linears(sizes: Sequence[int]) -> list[nn.Module]:
     return layers[:-1]
 
 
-def _output_padding(small: Sequence[int], large: Sequence[int]) -> tuple[int, int]:
-    """Return the rows and columns by which a transposed convolution falls short: 0 or 1.
-
-    It makes 2 n - 1 pixels of n, where a convolution makes n of 2 n - 1 and of 2 n alike.
-    """
-    height, width = (b - (STRIDE * (a - 1) + 1) for a, b in zip(small[1:], large[1:], strict=True))
-    return height, width
-
-
 @torch.no_grad()
 def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
     """Set weights and biases to U(-1, 1) / sqrt(inputs) from a stream, layer by layer.
 
-    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; for a
-    transposed one, inputs are the output channels times the kernel's size.
+    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; inputs of a
+    transposed one are its output channels times the kernel's size.
     """
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):

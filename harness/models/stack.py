@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from harness.config import Precision, RunConfig
 from harness.models.vae import VAE
 
-MAPPED = {
-    "kl_weight",
-    "kl_normalization",
-    "kl_warmup_epochs",
-    "kl_cycles",
-    "learning_rate",
-    "seed",
-}
+MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "learning_rate", "seed"}
 """Settings that runs of one stack may differ in; free bits and weights of terms may, too."""
 
 
@@ -50,8 +43,7 @@ class _Call(nn.Module):
 class Stack:
     """The weights of S runs, and functions of one run mapped over them.
 
-    Args:
-        runs: models of equal architecture; their weights and buffers are copied.
+    Models have equal architecture; their weights and buffers are copied.
 
     Attributes:
         weights: trained parameters by name, shape (S, ...); replace or change them in place.
@@ -70,49 +62,38 @@ class Stack:
         return len(next(iter(self.weights.values())))
 
     def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of one run as a function of all.
+        """Return a function (model, *arguments) -> tensors of one run as a function of all.
 
-        Args:
-            function: (model, *arguments) -> tensors, with the model's layers in `eval` mode.
-
-        Returns:
-            The same function of arguments, and with tensors, that have a leading axis S. Tensors
-            may be in tuples and dictionaries; what is no tensor must be None.
+        Its arguments and results have a leading axis S, and the model is in `eval` mode. Tensors
+        may be in tuples and dictionaries; other arguments must be None.
         """
-
-        def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
-            return self._applied(function, weights, constants, *args)
 
         def lifted(*args: Any) -> Any:  # noqa: ANN401
             self.form.eval()
-            return self._mapped(applied, *args)
+            return self._map(self._of_weights(function), *args)
 
         return lifted
 
     def gradient(self, function: Callable[..., Tensor], *args: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return the gradient of a function of one run with respect to the weights of each run.
+        """Return the gradient of (model, *args) -> loss with respect to each weight, (S, ...).
 
-        Args:
-            function: (model, *args) -> loss of shape (), with the model's layers in `train` mode.
-            args: with a leading axis S, as for `lift`.
-
-        Returns:
-            Gradients by name, shape (S, ...).
+        Arguments have a leading axis S as for `lift`, and the model is in `train` mode.
         """
-
-        def loss(weights: Any, constants: Any, *args: Any) -> Tensor:  # noqa: ANN401
-            return self._applied(function, weights, constants, *args)
-
         self.form.train()
-        return self._mapped(torch.func.grad(loss), *args)
+        return self._map(torch.func.grad(self._of_weights(function)), *args)
 
-    def _mapped(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+    def _of_weights(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of a model as one of its weights and constants."""
+
+        def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
+            named = {f"model.{name}": value for name, value in (weights | constants).items()}
+            return torch.func.functional_call(self._call, named, (function, *args))
+
+        return applied
+
+    def _map(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
         given = (self.weights, self.constants, *args)
         return torch.vmap(function, map_tensors(lambda tensor: 0, given))(*given)
-
-    def _applied(self, function: Any, weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
-        named = {f"model.{name}": value for name, value in (weights | constants).items()}
-        return torch.func.functional_call(self._call, named, (function, *args))
 
     @torch.no_grad()
     def run(self, row: int) -> VAE:
@@ -127,9 +108,7 @@ class Stack:
 def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
     """Apply a function to the tensors in equal structures of tuples and dictionaries.
 
-    Args:
-        function: of one tensor of each structure.
-        values: structures; what is neither tuple, dictionary nor tensor becomes None.
+    What is neither tuple, dictionary nor tensor becomes None.
     """
     first = values[0]
     if isinstance(first, Tensor):
@@ -144,15 +123,10 @@ def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN
 
 def has_hooks(model: nn.Module) -> bool:
     """Return whether a module or parameter has a hook, a parametrization or a replaced forward."""
-    kinds = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "parametrizations",
-    )
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(
-        "forward" in vars(module) or any(getattr(module, kind, None) for kind in kinds)
+        "forward" in vars(module)
+        or any(getattr(module, name, None) for name in (*hooks, "parametrizations"))
         for module in model.modules()
     ) or any(
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)

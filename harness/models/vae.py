@@ -1,4 +1,4 @@
-"""The variational autoencoder of one run: an encoder, a decoder, and what their outputs mean."""
+"""The variational autoencoder of one run."""
 
 from __future__ import annotations
 
@@ -104,29 +104,15 @@ class VAE(nn.Module):
         training_size: int = 0,
         progress: Tensor | float = 1.0,
     ) -> Batch:
-        """Encode, sample and decode.
+        """Encode pixels (B, *data_shape), sample with standard normal noise eps (B, L), and decode.
 
-        Args:
-            x: pixels in [0, 1], shape (B, *data_shape).
-            eps: standard normal noise of the posterior samples, shape (B, L).
-            prior: draws from N(0, I) for loss terms, shape (B, L).
-            training_size: number of training images.
-            progress: of training, in [0, 1].
+        `Batch` describes the other arguments.
         """
         posterior = self.posterior(x)
         z = posterior.mean if self.latent == "deterministic" else posterior.sample(eps)
         output = self.decoder(z)
-        return Batch(
-            x,
-            posterior,
-            z,
-            output,
-            self._means(output),
-            self.scale,
-            prior,
-            training_size,
-            progress,
-        )
+        means = self._means(output)
+        return Batch(x, posterior, z, output, means, self.scale, prior, training_size, progress)
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posteriors of images.
@@ -161,13 +147,7 @@ class VAE(nn.Module):
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 9) -> Tensor:
         """Return decoder means on straight lines between the posterior means of two sets of images.
 
-        Args:
-            first: images as for `encode`.
-            second: as many images.
-            steps: points of each line, both ends among them.
-
-        Returns:
-            Shape (B, steps, *data_shape).
+        Shape (B, steps, *data_shape) for B pairs of images as for `encode`; ends are among steps.
         """
         ends = self.encode(first).mean, self.encode(second).mean
         share = torch.linspace(0, 1, steps, dtype=self.dtype, device=self.device)
@@ -213,13 +193,7 @@ def lay_out(model: nn.Module) -> None:
 
 
 def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 255) -> VAE:
-    """Return an untrained VAE with the initial weights that a run's seed fixes.
-
-    Args:
-        config: the run.
-        data_shape: shape of an image.
-        largest: grey value of uint8 images that stands for 1.
-    """
+    """Return an untrained VAE with the initial weights that a run's seed fixes."""
     network = registry.NETWORKS[config.model]
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     options = {name: getattr(config, name) for name in network.settings}

@@ -83,6 +83,13 @@ def test_the_cache_gives_back_the_same_bits_and_trains_nothing(tiny, tmp_path, m
     assert file.stat().st_mtime_ns == written
 
 
+def test_without_a_folder_it_is_trained_and_nothing_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = classifier(tiny)
+    assert not list(tmp_path.iterdir())
+    assert same(net, classifier(tiny, tmp_path))
+
+
 def test_other_images_or_labels_have_another_place_in_the_cache(tiny, tmp_path):
     classifier(tiny, tmp_path)
     classifier(replace(tiny, train=tiny.train.head(64)), tmp_path)

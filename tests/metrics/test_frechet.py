@@ -74,13 +74,13 @@ def test_it_is_the_published_formula_symmetric_and_blind_to_rotations():
 
 def test_moments_are_mean_and_covariance():
     values = np.random.default_rng(0).normal(size=(50, 3))
-    found = moments(values)
+    found = moments(torch.from_numpy(values))
     assert np.allclose(found.mean, values.mean(0))
     assert np.allclose(found.covariance, np.cov(values.T, bias=True))
 
 
 def test_what_is_not_finite_has_no_distance():
-    values = np.full((5, 6), np.nan)
+    values = torch.full((5, 6), torch.nan)
     assert np.isnan(distance(moments(values), gaussian()))
 
 
@@ -89,7 +89,7 @@ def test_what_is_not_finite_has_no_distance():
 
 def to_test_images(known, pixels):
     with torch.no_grad():
-        return distance(moments(known.net.embed(pixels.view(-1, 1, 8, 8)).numpy()), known.test)
+        return distance(moments(known.net.embed(pixels.view(-1, 1, 8, 8))), known.test)
 
 
 def test_the_distance_grows_with_noise_and_is_zero_without(data, known):

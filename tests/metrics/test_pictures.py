@@ -38,12 +38,12 @@ def test_pixels_outside_the_unit_interval_are_clipped():
 
 def test_originals_stand_above_their_reconstructions_a_model_a_row(data):
     models = [build(RunConfig(latent_size=size, seed=1), data.image_shape) for size in (2, 5)]
-    drawn = pictures.reconstruction_rows(models, data.val, images=4)
+    drawn = pictures.reconstructions(models, data.val, images=4)
     x = data.val.pixels(slice(4), torch.float32).view(-1, 1, 8, 8)
     with torch.no_grad():
         expected = pictures.grid(torch.stack([x, *(model(x) for model in models)]))
     assert np.array_equal(drawn, expected)
-    above = pictures.reconstructions(models[0], data.val, images=4)
+    above = pictures.reconstructions(models[:1], data.val, images=4)
     assert np.array_equal(above, expected[: len(above)])
 
 

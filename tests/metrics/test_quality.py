@@ -5,6 +5,7 @@ import torch
 
 from harness.config import RunConfig
 from harness.metrics import frechet
+from harness.metrics.evaluate import evaluate
 from harness.metrics.information import measure_information
 from harness.metrics.likelihood import SAMPLES, likelihood_metrics
 from harness.metrics.probes import probe_metrics
@@ -29,6 +30,10 @@ def folder(tmp_path_factory):
 def untrained(**settings) -> tuple[RunConfig, VAE]:
     config = RunConfig(**settings)
     return config, build(config, (1, 8, 8), largest=16)
+
+
+def test_no_runs_have_no_numbers(tiny):
+    assert measure_quality([], tiny) == evaluate([], tiny) == []
 
 
 def test_each_run_has_its_own_numbers(tiny, folder):
