@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -26,6 +27,15 @@ from harness import forkserver, processes
 forkserver.serve(processes.work)
 """
 """Program of the server; its standard input is the connection to its parent."""
+
+WHEN_IDLE = (
+    "harness.training.engine",
+    "harness.metrics.quality",
+    "sklearn.neighbors",
+    "sklearn.pipeline",
+    "sklearn.linear_model",
+)
+"""Modules that the server imports while no worker is wanted, so that workers need not."""
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
@@ -93,8 +103,11 @@ def serve(work: Callable[[Connection], None]) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
-    server = os.getpid()
+    server, modules = os.getpid(), list(WHEN_IDLE)
     while True:
+        while modules and not parent.poll():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(modules.pop(0))
         try:
             worker = Connection(recv_handle(parent))
         except EOFError:
