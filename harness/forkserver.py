@@ -24,12 +24,12 @@ import os, sys
 os.closerange(3, 1 << 16)
 sys.path[:] = sys.argv[1:]
 from harness import forkserver, processes
+import harness.training.engine
 forkserver.serve(processes.work)
 """
 """Program of the server; its standard input is the connection to its parent."""
 
 WHEN_IDLE = (
-    "harness.training.engine",
     "harness.metrics.quality",
     "sklearn.neighbors",
     "sklearn.pipeline",
