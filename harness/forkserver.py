@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
 import signal
 import sys
@@ -107,7 +106,7 @@ def serve(work: Callable[[Connection], None]) -> None:
     while True:
         while modules and not parent.poll():
             with contextlib.suppress(ImportError):
-                importlib.import_module(modules.pop(0))
+                __import__(modules.pop(0))
         try:
             worker = Connection(recv_handle(parent))
         except EOFError:
