@@ -6,10 +6,12 @@ process a core, and gives the same bits alone or beside others.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from harness.training.group import (
     first_training_images,
     untrained,
 )
+
+log = logging.getLogger(__name__)
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -69,7 +73,7 @@ class EpochRecord:
     configs: tuple[RunConfig, ...]
     rows: tuple[int, ...]
     resumed: tuple[int, ...]
-    _model: Callable[[int], VAE] = field(repr=False)
+    _models: Sequence[Callable[[], VAE]] = field(repr=False)
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
@@ -86,7 +90,7 @@ class EpochRecord:
 
     def model(self, row: int) -> VAE:
         """Return a copy of the model of a row, until the next record is requested."""
-        return self._model(self.rows[row])
+        return self._models[row]()
 
     @property
     def images_per_second(self) -> float:
@@ -223,10 +227,15 @@ def train(
             try:
                 yield record
             except GeneratorExit:
-                history.stop(_states(groups, _drop(groups, live, record)), epoch)
+                going = _drop(groups, live, record)
+                try:
+                    history.save(_states(groups, going))
+                except OSError as error:
+                    log.warning("The last epochs could not be kept as checkpoints: %s", error)
                 raise
             live = _drop(groups, live, record)
-            history.save(_states(groups, live), epoch)
+            if history.is_due(epoch):
+                history.save(_states(groups, live))
             if not live:
                 return
 
@@ -307,28 +316,28 @@ def _epoch(
     start = time.perf_counter()
     done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
     seconds = time.perf_counter() - start
-    places = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
-    where = {row: places[row] for row in sorted(places)}
-    configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
-    steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
     if done:
         training = sum(measured.training for _, measured in done)
         seconds *= training / (training + sum(measured.measuring for _, measured in done))
-    images = sum(steps[row] * configs[row].batch_size for group, _ in done for row in group.rows)
+    batches = {c.batch_size: len(groups[0].images) // c.batch_size for c in history.configs}
+    seen = [c.batch_size for group, _ in done for c in group.state.configs]
+    images = sum(size * batches[size] for size in seen)
     new = {
         row: Epoch(seconds, images, *metrics)
         for group, measured in done
         for row, metrics in zip(group.rows, measured.metrics, strict=True)
     }
-    each = [new.get(row) or history.epochs[row][epoch - 1] for row in where]
     history.add(new)
+    models = {
+        row: partial(groups[i].state.model_of, s)
+        for i in live
+        for s, row in enumerate(groups[i].rows)
+    }
+    rows = tuple(sorted(models))
+    configs = tuple(history.configs[row] for row in rows)
+    warmups = [objective.kl_warmup(c, epoch, batches[c.batch_size])[-1] for c in configs]
+    each = [new[row] if row in new else history.epochs[row][epoch - 1] for row in rows]
     pace = next(iter(new.values()), each[0])
-    warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
-
-    def model(row: int) -> VAE:
-        group, s = where[row]
-        return group.state.model_of(s)
-
     return EpochRecord(
         epoch,
         pace.seconds,
@@ -336,10 +345,10 @@ def _epoch(
         _joined([one.train for one in each]),
         _joined([one.val for one in each]),
         np.array([float(warmup) for warmup in warmups]),
-        tuple(configs.values()),
-        tuple(where),
-        tuple(history.starts[row] for row in where),
-        model,
+        configs,
+        rows,
+        tuple(history.starts[row] for row in rows),
+        [models[row] for row in rows],
     )
 
 
