@@ -56,13 +56,11 @@ class Step:
         self._groups = self._by_learning_rate()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._written: MLPGradient | None = None
-        if state.stack is not None:
-            return
-        if not state.on_gpu and covers(config, state.model, state.terms):
-            self._written = MLPGradient(config, state.model, self._slopes)
-        else:
+        if state.stack is None:
             for name, parameter in state.trained().items():
                 parameter.grad = self._slopes[name]
+            if not state.on_gpu and covers(config, state.model, state.terms):
+                self._written = MLPGradient(config, state.model)
 
     def _by_learning_rate(self) -> list[tuple[float, list[list[Tensor]]]]:
         """Return each learning rate with weights, gradients, moments and steps of its runs."""
