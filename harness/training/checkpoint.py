@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,11 +158,11 @@ class History:
         every = self._checkpoints.every if self._checkpoints else 0
         return every > 0 and (epoch % every == 0 or epoch == self.configs[0].epochs)
 
-    def save(self, states: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
-        """Write a checkpoint of each (row, state) that was trained here; `OSError` if one fails."""
+    def save(self, rows: Sequence[int], states: Sequence[dict[str, Tensor]]) -> None:
+        """Write a checkpoint of each run that was trained here; an OSError if one cannot be."""
         if self._checkpoints is None:
             return
-        for row, state in states:
+        for row, state in zip(rows, states, strict=True):
             if len(self.epochs[row]) > self.starts[row]:
                 saved = Saved(self.epochs[row], state)
                 self._checkpoints.save(self.configs[row], self._made_with, saved)
