@@ -231,7 +231,7 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
 def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
     """Return the rate that the loss counts: sum over latents of max(free_bits, KL of the latent).
 
-    Nats, shape (), of means over the batch, shape (L,). (Kingma et al. 2016, appendix C.8.)
+    Nats, shape (), of batch means, shape (L,). (Kingma et al. 2016, 1606.04934, appendix C.8.)
     """
     return kl.maximum(free_bits).sum(-1)
 
@@ -260,21 +260,12 @@ def per_image(config: RunConfig, batch: Batch) -> Parts:
 def loss(
     config: RunConfig, means: Parts, coefficients: Coefficients, scale: Tensor | None, pixels: int
 ) -> Tensor:
-    """Return the loss that averages over images give, without a user's terms.
+    """Return the loss that averages over images give, without a user's terms, shape ().
 
     (data + beta * rate) / D, where data is the cross-entropy of a Bernoulli decoder, the SSE of a
     Gaussian decoder with sigma="fixed", and else its `distortion` at the variance that it fits to
-    the error (sigma="optimal") or learns (Rybkin et al. 2021, 2006.13202).
-
-    Args:
-        config: the run, of which only what all runs of a stack share is read.
-        means: averages over a batch or over a split.
-        coefficients: beta and free bits.
-        scale: learned decoder variance, pixel^2, shape (), or None.
-        pixels: D.
-
-    Returns:
-        Shape (): pixel^2 with the squared error, else nats per pixel.
+    the error (sigma="optimal") or learns (`scale`; Rybkin et al. 2021, 2006.13202). Pixel^2 with
+    the SSE, else nats per pixel. Of `config`, only what all runs of a stack share is read.
     """
     if means.cross_entropy is not None:
         data = means.cross_entropy

@@ -81,7 +81,8 @@ class Checkpoints:
         """Write a run's file, whole or not at all; an OSError leaves an older one as it was."""
         epochs = [asdict(epoch) for epoch in saved.epochs]
         text = json.dumps([config.to_json(), made_with, epochs]).encode()
-        state = {name: tensor.cpu().contiguous() for name, tensor in saved.state.items()}
+        plain = torch.contiguous_format
+        state = {n: value.cpu().clone(memory_format=plain) for n, value in saved.state.items()}
         content = save(state | {TEXT: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
         self.folder.mkdir(parents=True, exist_ok=True)
         put(self.file(config), content + hashlib.sha256(content).digest())

@@ -347,4 +347,4 @@ def _drop(groups: list[Group], live: Sequence[int], record: EpochRecord) -> list
 
 def _save(groups: Sequence[Group], live: Sequence[int], history: History) -> None:
     for index in live:
-        history.save(groups[index].rows, groups[index].state.copies())
+        history.save(groups[index].rows, groups[index].state.runs())

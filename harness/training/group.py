@@ -182,7 +182,7 @@ def untrained(
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         linear: losses of the exact linear model as `Group` has them, of every run.
-        dtype: torch.float32 or torch.float64.
+        dtype: of the weights.
     """
     first = configs[rows[0]]
     images = grey.train if first.binarization == "stochastic" else data.train
@@ -194,12 +194,14 @@ def untrained(
         if stacked and from_user and (reason := refusal(runs[0], images)):
             logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
             stacked = False
-        made, width = [], len(rows) if stacked else 1
-        for i in range(0, len(rows), width):
-            state, part = State(runs[i : i + width], stacked=stacked), rows[i : i + width]
-            made.append(Group(state, part, images, data, linear[part]))
-            made[-1].rehearse()
-        return made
+        if stacked:
+            group = Group(State(runs, stacked=True), rows, images, data, linear[rows])
+            group.rehearse()
+            return [group]
+        return [
+            Group(State([run], stacked=False), [row], images, data, linear[[row]])
+            for row, run in zip(rows, runs, strict=True)
+        ]
 
     waiting, made = [list(rows)], []
     while waiting:

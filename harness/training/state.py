@@ -139,23 +139,20 @@ class State:
         kept.restore([self._run(row) for row in rows])
         return kept
 
-    def copies(self) -> list[dict[str, Tensor]]:
-        """Return copies of all that each run goes on from: weights, moments, buffers, steps.
+    def runs(self) -> list[dict[str, Tensor]]:
+        """Return all that each run goes on from, as views: weights, moments, buffers, steps.
 
         Each as the plain run has it, so that it fits into any stack.
         """
-        plain = torch.contiguous_format
-        each = [self._run(row) for row in range(len(self.configs))]
-        return [{n: value.clone(memory_format=plain) for n, value in run.items()} for run in each]
+        return [self._run(row) for row in range(len(self.configs))]
 
     def restore(self, runs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set every run to what `copies` returned."""
-        for row, given in enumerate(runs):
-            for name, value in self._run(row).items():
+        """Set every run to what `runs` returned."""
+        for now, given in zip(self.runs(), runs, strict=True):
+            for name, value in now.items():
                 value.copy_(given[name])
 
     def _run(self, row: int) -> dict[str, Tensor]:
-        """Return all that a run goes on from, as views."""
         found = {"steps": self.counts[row]}
         for kind in ("weights", "first", "second"):
             flat = getattr(self, kind)[row]

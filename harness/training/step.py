@@ -173,11 +173,11 @@ class Step:
 
 
 def refusal(run: Run, images: Split) -> str | None:
-    """Return why a run cannot be computed in a stack, None if it can.
+    """Return why a run cannot be computed in a stack; None if it can.
 
-    A step and a reconstruction are tried on a copy. Hooks on weights are not called in a stack;
-    random layers, branches on values and some recurrent layers are what `torch.vmap` refuses. On a
-    GPU a function that waits for it, or copies a constant to it, cannot be captured.
+    A step and a reconstruction are tried on a copy. `torch.vmap` refuses random layers, branches on
+    values and some recurrent layers. What waits for a GPU, or copies a constant to it, cannot be
+    captured.
     """
     if has_hooks(run.model):
         return "a module or a parameter has a hook, a parametrization or a replaced forward"
