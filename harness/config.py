@@ -21,20 +21,11 @@ Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
 Precision = Literal["float32", "tf32"]
 
-LARGEST = sys.float_info.max
-"""The largest number that is finite."""
-
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
-    """Return a name if it can be part of names in MLflow and of folders.
+    """Return the name of a study or dataset, if it can be part of names in MLflow and of folders.
 
-    Args:
-        name: of a study or of a dataset.
-        what: the option or argument.
-        longest: the largest number of characters.
-
-    Raises:
-        UserError: it has other characters, or too many.
+    Else a `UserError` names the option or argument, `what`.
     """
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
         raise UserError(
@@ -132,10 +123,8 @@ class RunConfig:
             _whole(name, getattr(self, name), at_least=1)
         for name in ("kl_warmup_epochs", "seed"):
             _whole(name, getattr(self, name), at_least=0)
-        for name in ("kl_weight", "free_bits", "learning_rate"):
-            number = _finite(
-                name, getattr(self, name), "> 0" if name == "learning_rate" else ">= 0"
-            )
+        for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
+            number = _finite(name, getattr(self, name), sign)
             object.__setattr__(self, name, number)  # 1 and 1.0 are one run
         if not isinstance(self.terms, Mapping):
             raise UserError(f"terms={self.terms!r}: give a dictionary of weights by name")
@@ -203,10 +192,8 @@ class RunConfig:
     def from_json(cls, text: str) -> RunConfig:
         """Read a configuration written by `to_json`, also of an earlier version.
 
-        Fields that the earlier version did not have take their defaults.
-
-        Raises:
-            UserError: the text is not a JSON object, or has unknown fields.
+        Fields that the earlier version did not have take their defaults; a text that is no JSON
+        object, or has unknown fields, is a `UserError`.
         """
         try:
             values = json.loads(text)
@@ -234,11 +221,13 @@ def _whole(name: str, value: object, at_least: int) -> None:
         raise UserError(f"{name}={value!r}: give a whole number >= {at_least}")
 
 
-def _finite(name: str, value: object, sign: Literal[">= 0", "> 0", ""]) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+def _finite(name: str, value: object, sign: str) -> float:
     # A comparison, as math.isfinite overflows on a whole number without end.
-    if is_number and -LARGEST <= value <= LARGEST:  # type: ignore[operator]
-        number = float(value)  # type: ignore[arg-type]
-        if not sign or number > 0 or (number == 0 and sign == ">= 0"):
-            return number
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+        and (not sign or value > 0 or (value == 0 and sign == ">= 0"))
+    ):
+        return float(value)
     raise UserError(f"{name}={value!r}: give a finite number {sign}".rstrip())

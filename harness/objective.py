@@ -60,8 +60,7 @@ class Batch(NamedTuple):
         x: pixels in [0, 1], shape (B, *data_shape).
         posterior: of each image, shape (B, L).
         z: latents that the decoder sees: a sample, or the mean if the latent is deterministic.
-        output: decoder output before the non-linearity, shape (B, *data_shape); the logits of a
-            Bernoulli decoder.
+        output: decoder output before the non-linearity, shape (B, *data_shape).
         reconstruction: decoder means, shape (B, *data_shape).
         scale: learned decoder variance, pixel^2, shape (); None if none is learned.
         prior: draws from N(0, I), shape (B, L); None for a run without terms.
@@ -102,9 +101,9 @@ class Parts(NamedTuple):
     """The parts of a loss: of each image, with a leading axis B, or averaged over images.
 
     Attributes:
-        error: SSE of an image, pixel^2, shape ().
-        cross_entropy: nats of an image, shape (); None for a Gaussian decoder.
-        kl: KL of each latent, nats, shape (L,); None if the latent is deterministic.
+        error: SSE, pixel^2, shape ().
+        cross_entropy: nats, shape (); None for a Gaussian decoder.
+        kl: nats of each latent, shape (L,); None if the latent is deterministic.
     """
 
     error: Tensor
@@ -121,12 +120,7 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
 
     KL = (mean^2 + exp(log_variance) - log_variance - 1) / 2   (Kingma & Welling 2013, appendix B)
 
-    Args:
-        mean: posterior means, shape (B, L).
-        log_variance: logarithms of the posterior variances, shape (B, L).
-
-    Returns:
-        Nats, shape (B, L), never negative beyond rounding.
+    Nats, shape (B, L) as the arguments, never negative beyond rounding.
 
     Examples:
         A latent at the prior costs nothing; one moved by 2 standard deviations costs 2 nats.
@@ -140,12 +134,7 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
 def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
 
-    Args:
-        x: pixels in [0, 1], shape (B, ...).
-        reconstruction: decoder means, shape (B, ...).
-
-    Returns:
-        Pixel^2, shape (B,).
+    Pixel^2, shape (B,), of pixels x and decoder means y of shape (B, ...).
     """
     return (x - reconstruction).square().flatten(1).sum(-1)
 
@@ -153,24 +142,16 @@ def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
     """Return the cross-entropy of each image under independent Bernoulli pixels.
 
-    CE = sum_d ln(1 + exp(a_d)) - x_d a_d = -ln p(x|z) if x is binary   (Kingma & Welling 2013,
-    appendix C.1)
+    CE = sum_d ln(1 + exp(a_d)) - x_d a_d   (Kingma & Welling 2013, appendix C.1)
 
-    Args:
-        x: pixels, 0 or 1 (grey ones give a loss that is no likelihood), shape (B, ...).
-        logits: decoder output a before its sigmoid, shape (B, ...).
-
-    Returns:
-        Nats, shape (B,).
+    Nats, shape (B,), of pixels x and logits a of shape (B, ...). For pixels that are 0 or 1 it is
+    -ln p(x|z); for grey ones it is a loss, and no likelihood.
     """
     return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
 
 
 def kl_scale(config: RunConfig, pixels: int) -> float:
-    """Return c, the divisor of the KL summed over batch and latents in the loss.
-
-    pixels: B D; batch: B; latent: B L; sum: 1.
-    """
+    """Return c, the divisor of the KL summed over batch and latents in the loss."""
     return {
         "pixels": config.batch_size * pixels,
         "batch": config.batch_size,
@@ -216,9 +197,7 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
     """Return the configuration with the KL weight whose decoder variance is the given one.
 
     kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
-
-    Raises:
-        UserError: the configuration's KL weight sets no decoder variance.
+    A `UserError` is raised where `decoder_variance` is NaN.
 
     Examples:
         >>> undivided = RunConfig(kl_normalization="sum")
@@ -237,10 +216,10 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
 def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
     """Return the factor of beta at each step of an epoch: min(1, t / T), linear warm-up.
 
-    t counts steps from the start of the cycle, T is the number of steps in the warm-up epochs;
-    without warm-up the factor is 1. A training has `kl_cycles` cycles of equal length, one being
-    the usual linear warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
-    Epochs are counted from 1; float64, shape (steps,), and 0 at the first step of a warm-up.
+    t counts steps from the start of the cycle, from 0, and T is the number of steps in the warm-up
+    epochs; without warm-up the factor is 1. A training has `kl_cycles` cycles of equal length, one
+    being the usual warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
+    Epochs are counted from 1; float64, shape (steps,).
     """
     length = config.kl_warmup_epochs * steps
     if not length:
@@ -252,14 +231,7 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
 def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
     """Return the rate that the loss counts: sum over latents of max(free_bits, KL of the latent).
 
-    (Kingma et al. 2016, 1606.04934, appendix C.8.)
-
-    Args:
-        kl: KL of each latent, mean over the batch, nats, shape (L,).
-        free_bits: nats of each latent that cost nothing, shape ().
-
-    Returns:
-        Nats, shape ().
+    Nats, shape (), of batch means, shape (L,). (Kingma et al. 2016, 1606.04934, appendix C.8.)
     """
     return kl.maximum(free_bits).sum(-1)
 
@@ -269,43 +241,31 @@ def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
 
     -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance)
 
-    Args:
-        mse: squared error per pixel, z drawn from q(z|x), any shape.
-        variance: decoder variance in pixel^2, the same shape.
-        pixels: D.
-
-    Returns:
-        Nats per image, the same shape.
+    mse is the squared error per pixel with z drawn from q(z|x), variance the decoder's, pixel^2.
+    Nats per image, in the shape of both.
     """
     return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
 
 
 def per_image(config: RunConfig, batch: Batch) -> Parts:
     """Return the parts of the loss of each image of a batch."""
-    kl = None if config.latent == "deterministic" else kl_per_latent(*batch.posterior)
-    binary = config.likelihood == "bernoulli"
-    entropy = cross_entropy(batch.x, batch.output) if binary else None
-    return Parts(squared_error(batch.x, batch.reconstruction), entropy, kl)
+    error, entropy, kl = squared_error(batch.x, batch.reconstruction), None, None
+    if config.likelihood == "bernoulli":
+        entropy = cross_entropy(batch.x, batch.output)
+    if config.latent == "stochastic":
+        kl = kl_per_latent(*batch.posterior)
+    return Parts(error, entropy, kl)
 
 
 def loss(
     config: RunConfig, means: Parts, coefficients: Coefficients, scale: Tensor | None, pixels: int
 ) -> Tensor:
-    """Return the loss that averages over images give, without a user's terms.
+    """Return the loss that averages over images give, without a user's terms, shape ().
 
     (data + beta * rate) / D, where data is the cross-entropy of a Bernoulli decoder, the SSE of a
     Gaussian decoder with sigma="fixed", and else its `distortion` at the variance that it fits to
-    the error (sigma="optimal") or learns (Rybkin et al. 2021, 2006.13202).
-
-    Args:
-        config: the run, of which only what all runs of a stack share is read.
-        means: averages over a batch or over a split.
-        coefficients: beta and free bits.
-        scale: learned decoder variance, pixel^2, shape (), or None.
-        pixels: D.
-
-    Returns:
-        Shape (): pixel^2 with the squared error, else nats per pixel.
+    the error (sigma="optimal") or learns (`scale`; Rybkin et al. 2021, 2006.13202). Pixel^2 with
+    the SSE, else nats per pixel. Of `config`, only what all runs of a stack share is read.
     """
     if means.cross_entropy is not None:
         data = means.cross_entropy

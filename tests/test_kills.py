@@ -224,7 +224,7 @@ def test_a_killed_study_goes_on_from_its_checkpoints(place, alone):
     # Two of the four runs have their first epoch on disk.
     assert in_child(place.notes, place.start, 3, among="save").signal == signal.SIGKILL
     folder = place.folder / "cache" / "checkpoints"
-    assert len(list(folder.glob("*/*.safetensors"))) == 2
+    assert len(list(folder.glob("*/*.checkpoint"))) == 2
     finish(place, alone)
     assert not list(folder.glob("*"))
     assert in_child(place.notes, lambda: resumptions(place)).value == {None: 2, "1": 2}

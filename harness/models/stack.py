@@ -24,7 +24,7 @@ MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "lea
 
 def stack_key(config: RunConfig) -> tuple[object, ...]:
     """Return what all runs of a stack share: shapes, branches and the names of terms."""
-    mapped = MAPPED | {"free_bits", "terms"}
+    mapped = {*MAPPED, "free_bits", "terms"}
     shared = [getattr(config, f.name) for f in fields(config) if f.name not in mapped]
     return (*shared, config.free_bits > 0, *config.terms)
 
@@ -46,6 +46,7 @@ class Stack:
     Models have equal architecture; their weights and buffers are copied.
 
     Attributes:
+        form: a model of this architecture, whose numbers are not used.
         weights: trained parameters by name, shape (S, ...); replace or change them in place.
         constants: buffers and frozen parameters by name, shape (S, ...).
     """
@@ -57,9 +58,6 @@ class Stack:
         frozen = {name for name, p in self.form.named_parameters() if not p.requires_grad}
         self.weights = {n: p.detach() for n, p in parameters.items() if n not in frozen}
         self.constants |= {n: p.detach() for n, p in parameters.items() if n in frozen}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.weights.values())))
 
     def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function (model, *arguments) -> tensors of one run as a function of all.
@@ -83,8 +81,6 @@ class Stack:
         return self._map(torch.func.grad(self._of_weights(function)), *args)
 
     def _of_weights(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of a model as one of its weights and constants."""
-
         def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
             named = {f"model.{name}": value for name, value in (weights | constants).items()}
             return torch.func.functional_call(self._call, named, (function, *args))

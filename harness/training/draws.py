@@ -32,6 +32,10 @@ class Draw(NamedTuple):
     progress: Tensor
     prior: Tensor | None
 
+    def at(self, step: int) -> Draw:
+        """Return the draws of one step, without the axis of steps."""
+        return Draw(*(None if part is None else part[step] for part in self))  # type: ignore[arg-type]
+
     def to(self, like: Tensor) -> Draw:
         """Return the draw on the device of a tensor, its floating-point numbers in its type."""
         return map_tensors(
@@ -39,52 +43,38 @@ class Draw(NamedTuple):
         )
 
 
-def draw(
-    configs: Sequence[RunConfig], images: Split, epoch: int, *, stacked: bool
-) -> tuple[Split, Draw]:
-    """Return the images of an epoch and the draws of a run, or of the runs of a stack.
+def draw(configs: Sequence[RunConfig], images: Split, epoch: int) -> tuple[Split, list[Draw]]:
+    """Return the images of an epoch, counted from 1, and the draws of each run, on the CPU.
 
-    Random pixels are drawn anew every epoch; a stack then has a copy of the images for each seed.
-
-    Args:
-        configs: one run, or those of a stack.
-        images: training images.
-        epoch: counted from 1.
-        stacked: whether the draws are those of a stack.
+    Random pixels are drawn anew every epoch; the images then hold a copy for each seed.
     """
-    by_seed = {config.seed: _draw(config, images, epoch) for config in configs}
-    first_rows = dict.fromkeys(by_seed, 0)
+    pixels, steps = images.images.shape[1], len(images) // configs[0].batch_size
+    of_seed = {config.seed: config for config in configs}
+    drawn = {seed: _streams(config, len(images), epoch) for seed, config in of_seed.items()}
+    first_rows = dict.fromkeys(drawn, 0)
     if configs[0].binarization == "stochastic":
-        first_rows = {seed: k * len(images) for k, seed in enumerate(by_seed)}
-        own = [streams.generator(seed, "binarize", epoch) for seed in by_seed]
+        first_rows = {seed: k * len(images) for k, seed in enumerate(drawn)}
+        own = [streams.generator(seed, "binarize", epoch) for seed in drawn]
         copies = [images.binarized("stochastic", stream).images for stream in own]
         images = replace(images, images=torch.cat(copies), largest=1)
-    draws = [
-        by_seed[c.seed]._replace(
-            order=by_seed[c.seed].order + first_rows[c.seed], betas=_betas(c, images, epoch)
-        )
-        for c in configs
-    ]
-    return images, map_tensors(lambda *each: torch.stack(each, 1), *draws) if stacked else draws[0]
-
-
-def _draw(config: RunConfig, images: Split, epoch: int) -> Draw:
-    batch, steps = config.batch_size, len(images) // config.batch_size
-    drawn = {
-        purpose: streams.noise(config.seed, purpose, steps * batch, config.latent_size, epoch)
-        for purpose in ("noise", "prior")
-        if purpose == "noise" or config.terms
-    }
     done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
-    return Draw(
-        streams.batches(config, len(images), epoch).view(steps, batch),
-        drawn["noise"].view(steps, batch, -1),
-        _betas(config, images, epoch),
-        done / (config.epochs * steps),
-        drawn["prior"].view(steps, batch, -1) if config.terms else None,
-    )
+    draws = []
+    for config in configs:
+        order, noise, prior = drawn[config.seed]
+        betas = objective.kl_warmup(config, epoch, steps) * objective.beta(config, pixels)
+        progress = done / (config.epochs * steps)
+        draws.append(Draw(order + first_rows[config.seed], noise, betas, progress, prior))
+    return images, draws
 
 
-def _betas(config: RunConfig, images: Split, epoch: int) -> Tensor:
-    warmup = objective.kl_warmup(config, epoch, len(images) // config.batch_size)
-    return warmup * objective.beta(config, images.images.shape[1])
+def _streams(config: RunConfig, images: int, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the order, the noise and the prior of a `Draw`, which a run's seed fixes."""
+    size = config.batch_size
+
+    def latents(purpose: str) -> Tensor:
+        whole = images - images % size
+        noise = streams.noise(config.seed, purpose, whole, config.latent_size, epoch)
+        return noise.view(-1, size, config.latent_size)
+
+    order = streams.batches(config, images, epoch).view(-1, size)
+    return order, latents("noise"), latents("prior") if config.terms else None

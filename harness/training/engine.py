@@ -6,16 +6,16 @@ process a core, and gives the same bits alone or beside others.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from harness import objective, processes, registry
+from harness import objective, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
@@ -23,6 +23,7 @@ from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import evaluate, finite
 from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE
+from harness.processes import Pool
 from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
 from harness.training.group import (
     Group,
@@ -31,6 +32,9 @@ from harness.training.group import (
     first_training_images,
     untrained,
 )
+from harness.training.state import State
+
+log = logging.getLogger(__name__)
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}
 """Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
@@ -38,7 +42,7 @@ STACK_WIDTH = {"cpu": 16, "cuda": 64}
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Metrics of one epoch of all runs that are still trained; arrays are float64, shape (S,).
+    """Metrics of one epoch of all S runs that are still trained; arrays are float64, shape (S,).
 
     The caller can end the training of some runs before the others: `record.drop([0, 2])` ends the
     runs in rows 0 and 2 of this record. The other runs go on unchanged, and the next record is over
@@ -53,10 +57,10 @@ class EpochRecord:
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         configs: settings of the runs.
-        rows: positions of the runs in the list that `train` was given, ascending, shape (S,).
+        rows: positions of the runs in the list that `train` was given, ascending.
         resumed: epoch after which each run was resumed from a checkpoint, 0 for one that began
-            here, shape (S,). Up to it a record repeats stored metrics, and the run's model is that
-            of this epoch.
+            here. Up to it a record repeats stored metrics, and the run's model is that of this
+            epoch.
         dropped: rows of this record that are not trained further.
     """
 
@@ -69,15 +73,11 @@ class EpochRecord:
     configs: tuple[RunConfig, ...]
     rows: tuple[int, ...]
     resumed: tuple[int, ...]
-    _model: Callable[[int], VAE] = field(repr=False)
+    _places: Sequence[tuple[State, int]] = field(repr=False)
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
-        """End the training of some rows of this record; dropping all of them ends it all.
-
-        Raises:
-            UserError: the record has no such row.
-        """
+        """End the training of some rows of this record; dropping all of them ends it all."""
         chosen = set(rows)
         if unknown := chosen.difference(range(len(self.rows))):
             last = len(self.rows) - 1
@@ -86,7 +86,8 @@ class EpochRecord:
 
     def model(self, row: int) -> VAE:
         """Return a copy of the model of a row, until the next record is requested."""
-        return self._model(self.rows[row])
+        state, place = self._places[row]
+        return state.model_of(place)
 
     @property
     def images_per_second(self) -> float:
@@ -124,11 +125,7 @@ def best_epoch(values: Sequence[float]) -> int:
 
 
 def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
-    """Return the device of a name; "auto" is CUDA where there is one.
-
-    Raises:
-        UserError: the name is unknown, no CUDA device is usable, or the device lacks the precision.
-    """
+    """Return the device of a name, checked; "auto" is CUDA where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name!r}: choose one of auto, cpu, cuda")
     if name == "auto":
@@ -146,19 +143,9 @@ def train_and_evaluate(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> list[RunResult]:
-    """Train and evaluate any list of runs.
+    """Train and evaluate any list of runs, and return results in its order.
 
-    Args:
-        configs: the runs.
-        data: the dataset.
-        device: "auto", "cpu" or "cuda".
-        dtype: torch.float32 or torch.float64.
-
-    Returns:
-        Results in the order of `configs`.
-
-    Raises:
-        UserError: as for `train`.
+    Device, dtype and errors are those of `train`.
     """
     results: dict[int, RunResult] = {}
     for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
@@ -217,16 +204,20 @@ def train(
     history = History(configs, made, checkpoints)
     groups = _groups(configs, data, target, dtype, history)
     live = list(range(len(groups)))
-    with processes.Pool(_workers(groups, target), (groups,)) as pool:
+    with Pool(_workers(groups, target), (groups,)) as pool:
         for epoch in range(1, configs[0].epochs + 1):
             record = _epoch(groups, live, pool, epoch, history)
             try:
                 yield record
             except GeneratorExit:
-                history.stop(_states(groups, _drop(groups, live, record)), epoch)
+                try:
+                    _save(groups, _drop(groups, live, record), history)
+                except OSError as error:
+                    log.warning("The last epochs could not be kept as checkpoints: %s", error)
                 raise
             live = _drop(groups, live, record)
-            history.save(_states(groups, live), epoch)
+            if history.is_due(epoch):
+                _save(groups, live, history)
             if not live:
                 return
 
@@ -241,11 +232,7 @@ def _workers(groups: Sequence[Group], device: torch.device) -> int:
 def check_runs(
     configs: Sequence[RunConfig], data: Dataset, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Refuse runs that cannot be trained together, or not on this dataset.
-
-    Raises:
-        UserError: as for `train`, an unusable device aside.
-    """
+    """Raise a `UserError` for runs that cannot be trained together, or not on this dataset."""
     if not configs:
         raise UserError("configs is empty: give at least one RunConfig")
     for name in ("epochs", "precision"):
@@ -296,39 +283,31 @@ def _groups(
 
 
 def _epoch(
-    groups: Sequence[Group],
-    live: Sequence[int],
-    pool: processes.Pool,
-    epoch: int,
-    history: History,
+    groups: Sequence[Group], live: Sequence[int], pool: Pool, epoch: int, history: History
 ) -> EpochRecord:
     """Train an epoch of the groups that have not done it yet, and return the record of all."""
     items = [(i, epoch) for i in live if epoch > history.starts[groups[i].rows[0]]]
     start = time.perf_counter()
     done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
     seconds = time.perf_counter() - start
-    places = {row: (groups[i], s) for i in live for s, row in enumerate(groups[i].rows)}
-    where = {row: places[row] for row in sorted(places)}
-    configs = {row: group.state.configs[s] for row, (group, s) in where.items()}
-    steps = {row: len(groups[0].images) // c.batch_size for row, c in configs.items()}
     if done:
         training = sum(measured.training for _, measured in done)
         seconds *= training / (training + sum(measured.measuring for _, measured in done))
-    images = sum(steps[row] * configs[row].batch_size for group, _ in done for row in group.rows)
+    batches = {c.batch_size: len(groups[0].images) // c.batch_size for c in history.configs}
+    seen = [c.batch_size for group, _ in done for c in group.state.configs]
+    images = sum(size * batches[size] for size in seen)
     new = {
         row: Epoch(seconds, images, *metrics)
         for group, measured in done
         for row, metrics in zip(group.rows, measured.metrics, strict=True)
     }
-    each = [new.get(row) or history.epochs[row][epoch - 1] for row in where]
     history.add(new)
+    places = {row: (groups[i].state, s) for i in live for s, row in enumerate(groups[i].rows)}
+    rows = tuple(sorted(places))
+    configs = tuple(history.configs[row] for row in rows)
+    warmups = [objective.kl_warmup(c, epoch, batches[c.batch_size])[-1] for c in configs]
+    each = [new[row] if row in new else history.epochs[row][epoch - 1] for row in rows]
     pace = next(iter(new.values()), each[0])
-    warmups = [objective.kl_warmup(c, epoch, steps[row])[-1] for row, c in configs.items()]
-
-    def model(row: int) -> VAE:
-        group, s = where[row]
-        return group.state.model_of(s)
-
     return EpochRecord(
         epoch,
         pace.seconds,
@@ -336,10 +315,10 @@ def _epoch(
         _joined([one.train for one in each]),
         _joined([one.val for one in each]),
         np.array([float(warmup) for warmup in warmups]),
-        tuple(configs.values()),
-        tuple(where),
-        tuple(history.starts[row] for row in where),
-        model,
+        configs,
+        rows,
+        tuple(history.starts[row] for row in rows),
+        [places[row] for row in rows],
     )
 
 
@@ -366,8 +345,6 @@ def _drop(groups: list[Group], live: Sequence[int], record: EpochRecord) -> list
     return going
 
 
-def _states(
-    groups: Sequence[Group], live: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _save(groups: Sequence[Group], live: Sequence[int], history: History) -> None:
     for index in live:
-        yield from zip(groups[index].rows, groups[index].state.copies(), strict=True)
+        history.save(groups[index].rows, groups[index].state.runs())

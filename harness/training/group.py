@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import UserError
 from harness.metrics.evaluate import conditions, measure
-from harness.models.stack import kernels, map_tensors
+from harness.models.stack import kernels
 from harness.models.vae import VAE, build
 from harness.training.draws import Draw, draw
 from harness.training.state import Run, State
@@ -26,17 +27,16 @@ MARGIN = 0.05
 """Share of a GPU's memory that is left free, for metrics of finished runs and other programs."""
 
 
-class Measured(NamedTuple):
-    """One epoch of a group.
+Metrics = tuple[dict[str, float], dict[str, float]]
+"""A run's metrics on the first training images and on validation images."""
 
-    Attributes:
-        training, measuring: seconds.
-        metrics: those on training and on validation images, of each run.
-    """
+
+class Measured(NamedTuple):
+    """One epoch of a group: seconds of training and of measuring, and the metrics of each run."""
 
     training: float
     measuring: float
-    metrics: list[tuple[dict[str, float], dict[str, float]]]
+    metrics: list[Metrics]
 
 
 class Group:
@@ -55,18 +55,13 @@ class Group:
     ) -> None:
         self.state, self.rows, self.images, self.data = state, tuple(rows), images, data
         self.linear = linear
-        self._step: Step | None = None  # made in the process that trains
-        self._given: tuple[dict[str, Any], ...] | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: dict[str, Tensor] = {}
+        self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
         self._ahead: dict[int, tuple[Split, Draw]] = {}
 
-    @property
+    @cached_property
     def step(self) -> Step:
-        """The training step."""
-        if self._step is None:
-            self._step = Step(self.state, len(self.images))
-        return self._step
+        """The training step, made in the process that trains."""
+        return Step(self.state, len(self.images))
 
     def epoch(self, epoch: int) -> Measured:
         """Train one epoch and measure the runs."""
@@ -85,61 +80,53 @@ class Group:
 
     def draw_epoch(self, epoch: int) -> tuple[Split, Draw]:
         """Return the images and the draws of an epoch, on the device."""
-        stacked = self.state.stack is not None
-        images, drawn = draw(self.state.configs, self.images, epoch, stacked=stacked)
-        return images, drawn.to(self.state.weights)
+        images, draws = draw(self.state.configs, self.images, epoch)
+        return images, self.state.join(draws, 1).to(self.state.weights)
 
-    def measure(self) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """Return each run's metrics on the first training images and on validation images.
-
-        A GPU captures their computation once and replays it.
-        """
-        if self._given is None:
-            self._given = self._arguments()
+    def measure(self) -> list[Metrics]:
+        """Return each run's metrics; a GPU captures their computation once and replays it."""
+        compute = self._metrics
         with kernels(), torch.no_grad():
-            if not self.state.on_gpu or self.state.stack is None:
-                metrics = self._metrics()
+            if self.state.is_captured:
+                self._captured = self._captured or captured(compute)
+                graph, metrics = self._captured
+                graph.replay()
             else:
-                if self._graph is None:
-                    self._graph, self._captured = captured(self._metrics)
-                self._graph.replay()
-                metrics = self._captured
-        table = torch.stack([value.reshape(-1) for value in metrics.values()], 1).tolist()
-        return [self._split(dict(zip(metrics, values, strict=True))) for values in table]
+                metrics = compute()
+        splits = []
+        for named in metrics:
+            table = torch.stack([value.reshape(-1) for value in named.values()], 1).tolist()
+            splits.append([dict(zip(named, values, strict=True)) for values in table])
+        return list(zip(*splits, strict=True))
 
-    def _split(self, metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        prefix = "train/"
-        train = {n.removeprefix(prefix): v for n, v in metrics.items() if n.startswith(prefix)}
-        return train, {n: v for n, v in metrics.items() if not n.startswith(prefix)}
+    @property
+    def _metrics(self) -> Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What computes the metrics, those of a stack with a leading axis S."""
+        return partial(self.state.lift(self._of_run), *self._given)
 
-    def _metrics(self) -> dict[str, Tensor]:
-        assert self._given is not None
-        if self.state.stack is None:
-            return self._of_run(self.state.model, *self._given)
-        return self.state.stack.lift(self._of_run)(*self._given)
-
-    def _arguments(self) -> tuple[dict[str, Any], ...]:
-        """Return the arguments of `measure` that differ between runs, for both splits."""
+    @cached_property
+    def _given(self) -> tuple[dict[str, Any], ...]:
+        """Arguments of `measure` that differ between runs, for both splits."""
         sizes = {"train": len(first_training_images(self.data)), "val": len(self.data.val)}
-        each = [
-            tuple(
-                conditions(config, self.state.model, part, images, loss)
-                for (part, images), loss in zip(sizes.items(), losses, strict=True)
-            )
-            for config, losses in zip(self.state.configs, self.linear, strict=True)
-        ]
-        if self.state.stack is None:
-            return each[0]
-        return map_tensors(lambda *values: torch.stack(values), *each)
+        return self.state.join(
+            [
+                tuple(
+                    conditions(config, self.state.model, part, images, loss)
+                    for (part, images), loss in zip(sizes.items(), losses, strict=True)
+                )
+                for config, losses in zip(self.state.configs, self.linear, strict=True)
+            ]
+        )
 
-    def _of_run(self, model: VAE, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the validation metrics of one run, and training metrics prefixed `train/`."""
+    def _of_run(
+        self, model: VAE, train: dict[str, Any], val: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         config, data = self.state.configs[0], self.data
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
         on_val = measure(config, model, data.val, data.classes, **val, **same)
         first, variance = first_training_images(data), on_val["mse"]
         on_train = measure(config, model, first, data.classes, variance=variance, **train, **same)
-        return {f"train/{name}": value for name, value in on_train.items()} | on_val
+        return on_train, on_val
 
     def rehearse(self) -> None:
         """Take all the memory that an epoch takes on a GPU, and change nothing.
@@ -147,7 +134,7 @@ class Group:
         Raises:
             torch.OutOfMemoryError: it is not there, or less than `MARGIN` would be left.
         """
-        if not self.state.on_gpu or self.state.stack is None:
+        if not self.state.is_captured:
             return
         with kernels(self.state.configs[0].precision):
             self.step.capture(*self.draw_epoch(1))
@@ -160,7 +147,8 @@ class Group:
 
     def keep(self, kept: Sequence[int]) -> Group:
         """Return the group with some of its runs; what a GPU captured is freed first."""
-        self._graph, self._captured, self._step, self._ahead = None, {}, None, {}
+        self._captured, self._ahead = None, {}
+        vars(self).pop("step", None)
         rows = [self.rows[s] for s in kept]
         state = self.state.keep(kept)
         return Group(state, rows, self.images, self.data, self.linear[list(kept)])
@@ -194,25 +182,45 @@ def untrained(
         grey: the dataset as it is, on the device.
         data: the dataset as the runs are measured on it, pixels drawn once where they are random.
         linear: losses of the exact linear model as `Group` has them, of every run.
-        dtype: torch.float32 or torch.float64.
+        dtype: of the weights.
     """
-    try:
-        return _untrained(configs, rows, grey, data, linear, dtype)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-    if len(rows) == 1:
-        config = configs[rows[0]]
-        raise UserError(
-            f"model={config.model!r}, batch_size={config.batch_size}: one run needs more memory "
-            "than is free on the GPU; give a smaller network or batch, or --device cpu"
-        )
-    torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    halves = (rows[:middle], rows[middle:])
-    return [
-        group for half in halves for group in untrained(configs, half, grey, data, linear, dtype)
-    ]
+    first = configs[rows[0]]
+    images = grey.train if first.binarization == "stochastic" else data.train
+
+    def groups(rows: list[int]) -> list[Group]:
+        runs = [_run(configs[row], data, dtype) for row in rows]
+        stacked = computes_stacks(images.images.device)
+        from_user = first.terms or first.model not in registry.BUILT_IN
+        if stacked and from_user and (reason := refusal(runs[0], images)):
+            logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
+            stacked = False
+        if stacked:
+            group = Group(State(runs, stacked=True), rows, images, data, linear[rows])
+            group.rehearse()
+            return [group]
+        return [
+            Group(State([run], stacked=False), [row], images, data, linear[[row]])
+            for row, run in zip(rows, runs, strict=True)
+        ]
+
+    waiting, made = [list(rows)], []
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            made += groups(part)
+            continue
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        if len(part) == 1:
+            raise UserError(
+                f"model={first.model!r}, batch_size={first.batch_size}: one run needs more memory "
+                "than is free on the GPU; give a smaller network or batch, or --device cpu"
+            )
+        torch.cuda.empty_cache()
+        middle = len(part) // 2
+        waiting[:0] = [part[:middle], part[middle:]]
+    return made
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
@@ -223,33 +231,9 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _untrained(
-    configs: Sequence[RunConfig],
-    rows: Sequence[int],
-    grey: Dataset,
-    data: Dataset,
-    linear: Tensor,
-    dtype: torch.dtype,
-) -> list[Group]:
-    device, chosen = data.train.images.device, [configs[row] for row in rows]
-    images = grey.train if chosen[0].binarization == "stochastic" else data.train
-    runs = [_run(config, data, device, dtype) for config in chosen]
-    stacked = computes_stacks(device)
-    from_user = chosen[0].terms or chosen[0].model not in registry.BUILT_IN
-    if stacked and from_user and (reason := refusal(runs[0], images)):
-        logging.getLogger(__name__).warning("Runs are trained one by one: %s", reason)
-        stacked = False
-    parts = [list(range(len(rows)))] if stacked else [[s] for s in range(len(rows))]
-    groups = []
-    for part in parts:
-        state, places = State([runs[s] for s in part], stacked=stacked), [rows[s] for s in part]
-        groups.append(Group(state, places, images, data, linear[places]))
-        groups[-1].rehearse()
-    return groups
-
-
-def _run(config: RunConfig, data: Dataset, device: torch.device, dtype: torch.dtype) -> Run:
-    model = build(config, data.image_shape, data.train.largest).to(device, dtype).eval()
+def _run(config: RunConfig, data: Dataset, dtype: torch.dtype) -> Run:
+    model = build(config, data.image_shape, data.train.largest)
+    model.to(data.train.images.device, dtype).eval()
     if config.sigma == "learned":  # the mse of a decoder that knows the mean image alone
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     return Run(config, model, {name: registry.TERMS[name] for name in config.terms})

@@ -7,8 +7,6 @@ Whatever `covers` does not list is left to autograd.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -27,23 +25,18 @@ def covers(config: RunConfig, model: VAE, terms: Terms) -> bool:
     """
     if terms or type(model) is not VAE or has_hooks(model):
         return False
-    if config.likelihood not in ("gaussian", "bernoulli") or not (
-        type(model.encoder) is type(model.decoder) is nn.Sequential
-    ):
+    if not type(model.encoder) is type(model.decoder) is nn.Sequential:
         return False
     (first, *encoder), (*decoder, last) = model.encoder, model.decoder
     flat = type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1)
     shaped = type(last) is nn.Unflatten and tuple(last.unflattened_size) == model.data_shape
     if not (flat and shaped and last.dim == 1 and _alternates(encoder) and _alternates(decoder)):
         return False
-    linears = [*encoder[::2], *decoder[::2]]
-    used = [parameter for layer in linears for parameter in (layer.weight, layer.bias)]
+    used = [p for layer in (*encoder[::2], *decoder[::2]) for p in (layer.weight, layer.bias)]
     used += [model.log_decoder_variance] if config.sigma == "learned" else []
-    return (
-        all(parameter is not None and parameter.requires_grad for parameter in used)
-        and len(used) == len({id(parameter) for parameter in used})
-        and {id(parameter) for parameter in used} == {id(p) for p in model.parameters()}
-    )
+    return all(parameter is not None and parameter.requires_grad for parameter in used) and len(
+        used
+    ) == len({id(parameter) for parameter in used}) == len(list(model.parameters()))
 
 
 def _alternates(layers: list[nn.Module]) -> bool:
@@ -53,25 +46,21 @@ def _alternates(layers: list[nn.Module]) -> bool:
 
 
 class MLPGradient:
-    """Gradient of a run's loss with respect to its weights.
+    """Gradient of a run's loss, written to the `grad` of each parameter.
 
     Args:
         config: the run.
         model: its model, which `covers` accepts; weights of linear layers lie as (in, out).
-        gradients: place of the gradient of each parameter, by name; written by each call.
     """
 
-    def __init__(self, config: RunConfig, model: VAE, gradients: Mapping[str, Tensor]) -> None:
-        self.config, self.model, self.batch = config, model, config.batch_size
-        self.encoder, self.decoder = (
-            _Layers(model, part, gradients, self.batch) for part in ("encoder", "decoder")
-        )
-        latents = model.latent_size
-        new = next(model.parameters()).new_zeros
-        self.z, self.std, self.scratch = (new(self.batch, latents) for _ in range(3))
+    def __init__(self, config: RunConfig, model: VAE) -> None:
+        self.config, self.model = config, model
+        batch, new = config.batch_size, next(model.parameters()).new_zeros
+        self.values = batch * model.pixels
+        self.encoder, self.decoder = _Layers(model.encoder, batch), _Layers(model.decoder, batch)
+        self.z, self.std, self.scratch = (new(batch, model.latent_size) for _ in range(3))
         self.mean, self.second = self.encoder.outputs[-1].chunk(2, -1)
         self.by_mean, self.by_second = self.encoder.slopes[-1].chunk(2, -1)
-        self.by_variance = gradients.get("log_decoder_variance")
 
     @torch.no_grad()
     def __call__(self, x: Tensor, eps: Tensor, beta: Tensor) -> None:
@@ -87,7 +76,7 @@ class MLPGradient:
         output = self.decoder.forward(self.z)
         self._output_slope(output, x)
         slope = self.decoder.backward(self.z, inputs=True)
-        self._latent_slope(head, slope, eps, beta / (self.batch * x.shape[-1]))
+        self._latent_slope(head, slope, eps, beta / self.values)
         self.encoder.backward(x, inputs=False)
 
     def _sample(self, head: Tensor, eps: Tensor) -> None:
@@ -96,61 +85,57 @@ class MLPGradient:
             head.relu_()
         if self.config.latent == "deterministic":
             self.z.copy_(self.mean)
-        elif self.config.head == "relu":
+            return
+        if self.config.head == "relu":
             torch.mul(self.second, self.second, out=self.std).add_(MIN_VARIANCE).sqrt_()
-            torch.addcmul(self.mean, self.std, eps, out=self.z)
         else:
             torch.mul(self.second, 0.5, out=self.std).exp_()
-            torch.addcmul(self.mean, self.std, eps, out=self.z)
+        torch.addcmul(self.mean, self.std, eps, out=self.z)
 
     def _output_slope(self, output: Tensor, x: Tensor) -> None:
         """Write the slope of the reconstruction term at the decoder's last layer."""
-        slope, values = self.decoder.slopes[-1], self.batch * x.shape[-1]
+        slope = self.decoder.slopes[-1]
         if self.model.has_sigmoid:
             output.sigmoid_()
         torch.sub(output, x, out=slope)
         if self.config.likelihood == "bernoulli":
-            slope.div_(values)
+            slope.div_(self.values)
             return
-        slope.mul_(2 / values if self.config.sigma == "fixed" else self._factor(slope, values))
+        slope.mul_(2 / self.values if self.config.sigma == "fixed" else self._factor(slope))
         if self.model.has_sigmoid:
             torch.ops.aten.sigmoid_backward.grad_input(slope, output, grad_input=slope)
 
-    def _factor(self, residual: Tensor, values: int) -> Tensor:
+    def _factor(self, residual: Tensor) -> Tensor:
         """Return the residual's factor 1 / (B D variance).
 
         The slope of a learned log-variance, (1 - mse / variance) / 2, is written on the way.
         """
         mse = variance = residual.square().mean()
-        if self.by_variance is not None:
-            variance = self.model.log_decoder_variance.detach().exp()
-            self.by_variance.copy_((1 - mse / variance) / 2)
-        return 1 / variance / values
+        if self.config.sigma == "learned":
+            logarithm = self.model.log_decoder_variance
+            variance = logarithm.detach().exp()
+            logarithm.grad.copy_((1 - mse / variance) / 2)  # type: ignore[union-attr]
+        return 1 / variance / self.values
 
     def _latent_slope(self, head: Tensor, slope: Tensor, eps: Tensor, weight: Tensor) -> None:
-        """Write the slope of the whole loss at the encoder's last layer.
+        """Write the slope of the whole loss at the encoder's last layer, whose output is `head`.
 
-        Args:
-            head: mean and log-variance, or the blog's mean and deviation.
-            slope: of the reconstruction term at z.
-            eps: the noise in z.
-            weight: beta / (B D), the KL's factor in the loss.
+        `slope` is that of the reconstruction term at z; `weight` = beta / (B D), the KL's factor.
         """
-        by_mean, by_second = self.by_mean, self.by_second
         if self.config.latent == "deterministic":
-            by_mean.copy_(slope)
-            by_second.zero_()
+            self.by_mean.copy_(slope)
+            self.by_second.zero_()
         else:
             if self.config.free_bits > 0:
                 weight = weight * self._charged()
-            torch.addcmul(slope, weight, self.mean, out=by_mean)
+            torch.addcmul(slope, weight, self.mean, out=self.by_mean)
             variance = torch.mul(self.std, self.std, out=self.scratch)
-            torch.sub(variance, 1, out=by_second).mul_(weight)
-            by_second.addcmul_(slope.mul_(eps), self.std)
+            torch.sub(variance, 1, out=self.by_second).mul_(weight)
+            self.by_second.addcmul_(slope.mul_(eps), self.std)
             if self.config.head == "relu":  # ln(sigma^2 + min) by sigma
-                by_second.mul_(self.second).div_(variance)
+                self.by_second.mul_(self.second).div_(variance)
             else:
-                by_second.mul_(0.5)
+                self.by_second.mul_(0.5)
         if self.config.head == "relu":
             by_head = self.encoder.slopes[-1]
             torch.ops.aten.threshold_backward.grad_input(by_head, head, 0, grad_input=by_head)
@@ -165,19 +150,14 @@ class MLPGradient:
 class _Layers:
     """Forward and backward of linear layers into buffers; `slopes[i]` is that at output i."""
 
-    def __init__(self, model: VAE, part: str, gradients: Mapping[str, Tensor], batch: int) -> None:
-        linears = {
-            f"{part}.{name}": layer
-            for name, layer in getattr(model, part).named_children()
-            if type(layer) is nn.Linear
-        }
-        layers = list(linears.values())
+    def __init__(self, part: nn.Module, batch: int) -> None:
+        layers = [layer for layer in part.children() if type(layer) is nn.Linear]
         # Views are made once: on a CPU each costs as much as a small product.
         self.weights_t = [layer.weight.detach() for layer in layers]
         self.weights = [weight.t() for weight in self.weights_t]
         self.biases = [layer.bias.detach() for layer in layers]
-        self.by_weight = [gradients[f"{name}.weight"].t() for name in linears]
-        self.by_bias = [gradients[f"{name}.bias"].unsqueeze(0) for name in linears]
+        self.by_weight = [layer.weight.grad.t() for layer in layers]  # type: ignore[union-attr]
+        self.by_bias = [layer.bias.grad for layer in layers]
         new = layers[0].weight.new_zeros
         self.outputs, self.slopes = (
             [new(batch, layer.out_features) for layer in layers] for _ in range(2)
@@ -196,14 +176,13 @@ class _Layers:
 
     def backward(self, x: Tensor, *, inputs: bool) -> Tensor:
         """Write the gradients of weights and biases, and the slope at the input if it is wanted."""
-        for i in range(len(self.outputs) - 1, -1, -1):
-            slope = self.slopes[i]
+        for i, slope in reversed([*enumerate(self.slopes)]):
             torch.mm(self.outputs_t[i - 1] if i else x.mT, slope, out=self.by_weight[i])
-            torch.sum(slope, -2, keepdim=True, out=self.by_bias[i])
-            if i or inputs:
-                lower = self.slopes[i - 1] if i else self.input_slope
+            torch.sum(slope, 0, out=self.by_bias[i])
+            if i:
+                lower, below = self.slopes[i - 1], self.outputs[i - 1]
                 torch.mm(slope, self.weights_t[i], out=lower)
-                if i:
-                    below = self.outputs[i - 1]
-                    torch.ops.aten.threshold_backward.grad_input(lower, below, 0, grad_input=lower)
+                torch.ops.aten.threshold_backward.grad_input(lower, below, 0, grad_input=lower)
+            elif inputs:
+                torch.mm(slope, self.weights_t[i], out=self.input_slope)
         return self.input_slope

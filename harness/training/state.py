@@ -8,7 +8,8 @@ can train a run's next epoch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from harness import processes
 from harness.config import RunConfig
-from harness.models.stack import Stack
+from harness.models.stack import Stack, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Terms
 
@@ -25,13 +26,7 @@ ALIGNED = 16
 
 
 class Run(NamedTuple):
-    """A run in training.
-
-    Attributes:
-        config: its settings.
-        model: its model.
-        terms: its loss terms by name.
-    """
+    """A run in training: its settings, its model and its loss terms by name."""
 
     config: RunConfig
     model: VAE
@@ -50,7 +45,7 @@ class State:
         terms: loss terms of each.
         stack: the stack; None for one run.
         model: the run's model, or the form of the stack.
-        weights, first, second: weights and Adam's moments, shape (P,), or (S, P) for a stack; the
+        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run; the
             weights of the model are views.
         counts: steps taken, shape (S,).
     """
@@ -60,8 +55,7 @@ class State:
         self.stack = Stack([run.model for run in runs]) if stacked else None
         self.model = runs[0].model if self.stack is None else self.stack.form
         self._places, width = _places(self.model)
-        lead = (len(runs),) if stacked else ()
-        zeros = torch.zeros(*lead, width, dtype=self.model.dtype, device=self.model.device)
+        zeros = torch.zeros(len(runs), width, dtype=self.model.dtype, device=self.model.device)
         self.weights, self.first, self.second = (processes.shared(zeros) for _ in range(3))
         self.counts = processes.shared(torch.zeros(len(runs), device=zeros.device))
         given = self.trained()
@@ -75,8 +69,26 @@ class State:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the runs are on a GPU, where the step of a stack is captured and replayed."""
+        """Whether the runs are on a GPU."""
         return self.weights.device.type == "cuda"
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps and metrics are captured and replayed: those of a stack on a GPU."""
+        return self.on_gpu and self.stack is not None
+
+    def join(self, each: Sequence[Any], axis: int = 0) -> Any:  # noqa: ANN401 - as `map_tensors`
+        """Return what the one run has, or what each has joined along an axis S for a stack."""
+        if self.stack is None:
+            return each[0]
+        return map_tensors(lambda *values: torch.stack(values, axis), *each)
+
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function (model, *arguments) of one run as one of the arguments, for all runs.
+
+        Those of a stack have a leading axis S (`Stack.lift`).
+        """
+        return partial(function, self.model) if self.stack is None else self.stack.lift(function)
 
     def trained(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, with a leading axis S for a stack."""
@@ -84,9 +96,15 @@ class State:
             return self.stack.weights
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the layers' buffers by name, with a leading axis S for a stack."""
+        named = dict(self.model.named_buffers())
+        return named if self.stack is None else {n: self.stack.constants[n] for n in named}
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the numbers of each trained parameter in a buffer (P,), or (S, P) for a stack."""
-        return {name: place.view(flat) for name, place in self._places.items()}
+        """Return the numbers of each trained parameter in a buffer (S, P), shaped as `trained`."""
+        numbers = flat[0] if self.stack is None else flat
+        return {name: place.view(numbers) for name, place in self._places.items()}
 
     def _attach(self) -> None:
         """Make the weights of the model views of the buffer."""
@@ -121,34 +139,26 @@ class State:
         kept.restore([self._run(row) for row in rows])
         return kept
 
-    def copies(self) -> list[dict[str, Tensor]]:
-        """Return copies of all that each run goes on from: weights, moments, buffers, steps.
+    def runs(self) -> list[dict[str, Tensor]]:
+        """Return all that each run goes on from, as views: weights, moments, buffers, steps.
 
         Each as the plain run has it, so that it fits into any stack.
         """
-        return [
-            {
-                name: value.detach().clone(memory_format=torch.contiguous_format)
-                for name, value in run.items()
-            }
-            for run in map(self._run, range(len(self.configs)))
-        ]
+        return [self._run(row) for row in range(len(self.configs))]
 
     def restore(self, runs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set every run to what `copies` returned."""
-        for row, given in enumerate(runs):
-            for name, value in self._run(row).items():
-                value.detach().copy_(given[name])
+        """Set every run to what `runs` returned."""
+        for now, given in zip(self.runs(), runs, strict=True):
+            for name, value in now.items():
+                value.copy_(given[name])
 
     def _run(self, row: int) -> dict[str, Tensor]:
-        """Return all that a run goes on from, as views."""
         found = {"steps": self.counts[row]}
         for kind in ("weights", "first", "second"):
-            flat = getattr(self, kind).view(len(self.configs), -1)[row]
-            found |= {f"{kind}.{name}": view for name, view in self.views(flat).items()}
-        for name, buffer in self.model.named_buffers():
-            own = buffer if self.stack is None else self.stack.constants[name][row]
-            found[f"buffers.{name}"] = own
+            flat = getattr(self, kind)[row]
+            found |= {f"{kind}.{name}": place.view(flat) for name, place in self._places.items()}
+        for name, buffer in self.buffers().items():
+            found[f"buffers.{name}"] = (buffer if self.stack is None else buffer[row]).detach()
         return found
 
 
@@ -156,15 +166,14 @@ class _Place(NamedTuple):
     """Where a parameter lies in a buffer."""
 
     start: int
-    shape: tuple[int, ...]
+    shape: torch.Size
     transposed: bool
 
     def view(self, flat: Tensor) -> Tensor:
-        last = flat.dim() - 1
-        numbers = flat.narrow(last, self.start, torch.Size(self.shape).numel())
+        numbers = flat[..., self.start : self.start + self.shape.numel()]
         if self.transposed:
-            return numbers.unflatten(last, self.shape[::-1]).transpose(-1, -2)
-        return numbers.unflatten(last, self.shape) if self.shape else numbers.squeeze(last)
+            return numbers.unflatten(-1, self.shape[::-1]).mT
+        return numbers.view(flat.shape[:-1] + self.shape)
 
 
 def _places(model: VAE) -> tuple[dict[str, _Place], int]:
@@ -176,6 +185,6 @@ def _places(model: VAE) -> tuple[dict[str, _Place], int]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             transposed = parameter.dim() == 2 and parameter.t().is_contiguous()
-            places[name] = _Place(start, tuple(parameter.shape), transposed)
+            places[name] = _Place(start, parameter.shape, transposed)
             start += -(-parameter.numel() // ALIGNED) * ALIGNED
     return places, start

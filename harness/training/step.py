@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from harness import streams
 from harness.data.dataset import Split
+from harness.metrics.evaluate import coefficients
 from harness.models.stack import has_hooks, kernels, map_tensors, uses_a_module_twice
 from harness.models.vae import VAE
 from harness.objective import Coefficients, objective
@@ -42,63 +43,46 @@ class Step:
     def __init__(self, state: State, training_size: int) -> None:
         self.state, self.training_size = state, training_size
         config, new = state.configs[0], state.weights.new_zeros
+        pixels, seen = state.model.pixels, config.batch_size * len(state.configs)
         self.steps = training_size // config.batch_size
-        seen = config.batch_size * len(state.configs)
-        self._grey = new(seen, state.model.pixels, dtype=torch.uint8)
-        lead = () if state.stack is None else (len(state.configs),)
-        self.x = new(*lead, config.batch_size, state.model.pixels)
+        self._grey = new(seen, pixels, dtype=torch.uint8)
+        self.x = state.join([new(config.batch_size, pixels) for _ in state.configs])
         self._images = self.x.unflatten(-1, state.model.data_shape)
-        free = [c.free_bits for c in state.configs] if config.free_bits else None
-        self._free_bits = None if free is None else self._by_run(free)
-        self._term_weights = {
-            name: self._by_run([c.terms[name] for c in state.configs]) for name in state.terms
-        }
+        self._coefficients: Coefficients = state.join(
+            [coefficients(c, pixels, self.x.device, self.x.dtype) for c in state.configs]
+        )
         self._gradient = torch.zeros_like(state.weights)
         self._slopes = state.views(self._gradient)
         self._groups = self._by_learning_rate()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._written: MLPGradient | None = None
-        if state.stack is not None:
-            return
-        if not state.on_gpu and covers(config, state.model, state.terms):
-            self._written = MLPGradient(config, state.model, self._slopes)
-        else:
+        if state.stack is None:
             for name, parameter in state.trained().items():
                 parameter.grad = self._slopes[name]
-
-    def _by_run(self, values: list[float]) -> Tensor:
-        made = self.state.weights.new_tensor(values)
-        return made[0] if self.state.stack is None else made
+            if not state.on_gpu and covers(config, state.model, state.terms):
+                self._written = MLPGradient(config, state.model)
 
     def _by_learning_rate(self) -> list[tuple[float, list[list[Tensor]]]]:
         """Return each learning rate with weights, gradients, moments and steps of its runs."""
-        state, count = self.state, len(self.state.configs)
-        flat = (state.weights, self._gradient, state.first, state.second)
-        rows = [*(buffer.view(count, -1) for buffer in flat), state.counts]
+        state = self.state
+        buffers = (state.weights, self._gradient, state.first, state.second, state.counts)
         rates = [config.learning_rate for config in state.configs]
         return [
-            (rate, [[part[s] for s in range(count) if rates[s] == rate] for part in rows])
+            (rate, [[part[s] for s, own in enumerate(rates) if own == rate] for part in buffers])
             for rate in dict.fromkeys(rates)
         ]
 
     def epoch(self, images: Split, draw: Draw, epoch: int) -> None:
-        """Take every step of an epoch; a GPU may still compute on return.
-
-        Args:
-            images: training images.
-            draw: the epoch's draws.
-            epoch: counted from 1.
-        """
+        """Take every step of an epoch, counted from 1; a GPU may still compute on return."""
         with kernels(self.state.configs[0].precision):
-            if self.state.stack is not None and self.state.on_gpu:
-                self.capture(images, draw)
-                assert self._graph is not None
+            if self.state.is_captured:
+                graph = self.capture(images, draw)
                 for _ in range(self.steps):
-                    self._graph.replay()
+                    graph.replay()
             else:
                 with self._layers_in_training(epoch):
                     for t in range(self.steps):
-                        self._take(images, draw, t)
+                        self._take(images, draw.at(t))
 
     @contextmanager
     def _layers_in_training(self, epoch: int) -> Iterator[None]:
@@ -118,38 +102,26 @@ class Step:
             finally:
                 self.state.model.eval()
 
-    def _take(self, images: Split, draw: Draw, t: int) -> None:
-        """Take step t of an epoch."""
+    def _take(self, images: Split, now: Draw) -> None:
+        """Take one step, with its draws."""
         state = self.state
-        torch.index_select(images.images, 0, draw.order[t].flatten(), out=self._grey)
+        torch.index_select(images.images, 0, now.order.flatten(), out=self._grey)
         self.x.copy_(self._grey.view(self.x.shape)).div_(images.largest)
         if self._written is not None:
-            self._written(self.x, draw.noise[t], draw.betas[t])
+            self._written(self.x, now.noise, now.betas)
         elif state.stack is None:
             self._gradient.zero_()
             with torch.enable_grad():
-                self._loss(state.model, *self._arguments(draw, t)).backward()
+                self._loss(state.model, self._images, now, self._coefficients).backward()
         else:
-            slopes = state.stack.gradient(self._loss, *self._arguments(draw, t))
+            slopes = state.stack.gradient(self._loss, self._images, now, self._coefficients)
             torch._foreach_copy_([self._slopes[name] for name in slopes], list(slopes.values()))
         self._update()
 
-    def _arguments(self, draw: Draw, t: int) -> tuple[Any, ...]:
-        coefficients = Coefficients(draw.betas[t], self._free_bits, self._term_weights)
-        prior = None if draw.prior is None else draw.prior[t]
-        return self._images, draw.noise[t], coefficients, draw.progress[t], prior
-
-    def _loss(
-        self,
-        model: VAE,
-        x: Tensor,
-        eps: Tensor,
-        coefficients: Coefficients,
-        progress: Tensor,
-        prior: Tensor | None,
-    ) -> Tensor:
-        batch = model.batch(x, eps, prior, self.training_size, progress)
-        return objective(self.state.configs[0], batch, coefficients, self.state.terms)
+    def _loss(self, model: VAE, x: Tensor, now: Draw, coefficients: Coefficients) -> Tensor:
+        config, terms = self.state.configs[0], self.state.terms
+        batch = model.batch(x, now.noise, now.prior, self.training_size, now.progress)
+        return objective(config, batch, coefficients._replace(beta=now.betas), terms)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -172,21 +144,21 @@ class Step:
                 maximize=False,
             )
 
-    def capture(self, images: Split, draw: Draw) -> None:
-        """Lay an epoch out for a GPU, and capture the step the first time."""
+    def capture(self, images: Split, draw: Draw) -> torch.cuda.CUDAGraph:
+        """Lay an epoch out for a GPU, and return the step's graph, captured the first time."""
         if self._graph is None:
             self._epoch: tuple[Split, Draw] = images, map_tensors(torch.clone, draw)
             self._one: Draw = map_tensors(lambda every: torch.zeros_like(every[:1]), draw)
             self._now = torch.zeros(1, dtype=torch.int64, device=self.x.device)
             state = self.state
             changed = [state.weights, state.first, state.second, state.counts, self._now]
-            changed += state.stack.constants.values() if state.stack is not None else ()
-            self._graph, _ = captured(self._counted, changed)
+            self._graph, _ = captured(self._counted, [*changed, *state.buffers().values()])
         else:
             map_tensors(torch.Tensor.copy_, self._epoch[1], draw)
             if images.images is not self._epoch[0].images:
                 self._epoch[0].images.copy_(images.images)
         self._now.zero_()
+        return self._graph
 
     def _counted(self) -> None:
         """Take the step that the counter on the GPU is at."""
@@ -196,16 +168,16 @@ class Step:
 
         images, draw = self._epoch
         map_tensors(select, draw, self._one)
-        self._take(images, self._one, 0)
+        self._take(images, self._one.at(0))
         self._now.add_(1)
 
 
 def refusal(run: Run, images: Split) -> str | None:
-    """Return why a run cannot be computed in a stack, None if it can.
+    """Return why a run cannot be computed in a stack; None if it can.
 
-    A step and a reconstruction are tried on a copy. Hooks on weights are not called in a stack;
-    random layers, branches on values and some recurrent layers are what `torch.vmap` refuses. On a
-    GPU a function that waits for it, or copies a constant to it, cannot be captured.
+    A step and a reconstruction are tried on a copy. `torch.vmap` refuses random layers, branches on
+    values and some recurrent layers. What waits for a GPU, or copies a constant to it, cannot be
+    captured.
     """
     if has_hooks(run.model):
         return "a module or a parameter has a hook, a parametrization or a replaced forward"
@@ -213,15 +185,14 @@ def refusal(run: Run, images: Split) -> str | None:
         return "a module is used twice"
     state, config = State([run], stacked=True), run.config
     step = Step(state, config.batch_size)
-    assert state.stack is not None
-    shown, drawn = draw([config], images.head(config.batch_size), 1, stacked=True)
-    given = shown, drawn.to(step.x), 0
+    shown, drawn = draw([config], images.head(config.batch_size), 1)
+    given = shown, state.join(drawn, 1).to(step.x).at(0)
     try:
         step._take(*given)
         with _refused_to_wait(step.x.device):
             step._take(*given)
         with torch.no_grad():
-            state.stack.lift(VAE.forward)(step._images)
+            state.lift(VAE.forward)(step._images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any error of a user's layer or of PyTorch
@@ -250,13 +221,9 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Capture a function as a CUDA graph, which replays it without the Python interpreter.
 
-    Args:
-        function: a function of tensors that stay where they are. It must neither wait for the GPU
-            nor copy from or to the host.
-        changed: tensors that it changes; the calls that warm it up are undone.
-
-    Returns:
-        The graph, and the function's result: tensors that every replay writes anew.
+    The function's tensors stay where they are; it must neither wait for the GPU nor copy from or to
+    the host. The result is that of the function: tensors that every replay writes anew. Calls that
+    warm the function up are undone in the tensors that it changes.
     """
     before = [tensor.clone() for tensor in changed]
     stream = _capture_stream()

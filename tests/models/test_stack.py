@@ -72,7 +72,6 @@ def test_runs_come_back_as_copies(model):
         assert torch.equal(flat(given), flat(old))
         assert torch.equal(flat(run), flat(old))
     assert not flat(stack.run(0)).any()
-    assert len(stack) == 3
 
 
 def test_frozen_parameters_and_buffers_are_constants():
