@@ -111,7 +111,7 @@ class RunConfig:
             object.__setattr__(self, name, tuple(widths))
             for width in widths:
                 _whole(name, width, at_least=1)
-        if self.model not in registry.NETWORKS:
+        if self.model not in list(registry.NETWORKS):  # a list, for what has no hash
             known = ", ".join(registry.NETWORKS)
             raise UserError(
                 f"model={self.model!r}: choose one of {known}, or register a network of that name"

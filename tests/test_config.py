@@ -12,6 +12,7 @@ from harness.registry import network
 
 WRONG = [
     ("model", "cnn"),
+    ("model", []),
     ("terms", ["sparsity"]),
     ("terms", 3),
     ("head", "GAUSSIAN"),

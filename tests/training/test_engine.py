@@ -322,7 +322,7 @@ def test_what_did_not_fit_is_gone_before_the_halves_begin(tiny, together, monkey
     assert len(failed) == 2
 
 
-def test_another_error_of_a_rehearsal_is_no_lack_of_memory(tiny, monkeypatch):
+def test_another_error_of_a_rehearsal_is_no_lack_of_memory(tiny, stacks, monkeypatch):
     def broken(self):
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -331,7 +331,7 @@ def test_another_error_of_a_rehearsal_is_no_lack_of_memory(tiny, monkeypatch):
         next(train(MIXED, tiny, device="cpu"))
 
 
-def test_a_run_without_room_is_a_user_error(tiny, monkeypatch):
+def test_a_run_without_room_is_a_user_error(tiny, stacks, monkeypatch):
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
