@@ -126,7 +126,7 @@ class RunConfig:
         for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
             number = _finite(name, getattr(self, name), sign)
             object.__setattr__(self, name, number)  # 1 and 1.0 are one run
-        if not isinstance(self.terms, Mapping):
+        if not isinstance(self.terms, Mapping) or not all(isinstance(n, str) for n in self.terms):
             raise UserError(f"terms={self.terms!r}: give a dictionary of weights by name")
         weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in self.terms.items()}
         object.__setattr__(self, "terms", Weights(sorted(weights.items())))
