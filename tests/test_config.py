@@ -15,6 +15,7 @@ WRONG = [
     ("model", []),
     ("terms", ["sparsity"]),
     ("terms", 3),
+    ("terms", {1: 1.0}),
     ("head", "GAUSSIAN"),
     ("latent", None),
     ("kl_normalization", "mean"),
