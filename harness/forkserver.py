@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -22,7 +24,9 @@ PROGRAM = """
 import os, sys
 os.closerange(3, 1 << 16)
 sys.path[:] = sys.argv[1:]
-from harness import forkserver, processes
+from harness import forkserver
+forkserver.end_with_parent()
+from harness import processes
 import harness.training.engine
 forkserver.serve(processes.work)
 """
@@ -91,6 +95,21 @@ def _forget() -> None:
 
 if sys.platform == "linux":
     os.register_at_fork(after_in_child=_forget)
+
+
+def end_with_parent() -> None:
+    """End the server as soon as its parent has ended, also while it imports a module."""
+    parent = socket.socket(fileno=os.dup(0))
+
+    def look(*_: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                os._exit(0)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, fcntl.fcntl(parent, fcntl.F_GETFL) | os.O_ASYNC)
+    look()
 
 
 def serve(work: Callable[[Connection], None]) -> None:
