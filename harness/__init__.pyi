@@ -9,9 +9,9 @@ from . import tracking as tracking
 from . import training as training
 from . import view as view
 from .config import RunConfig as RunConfig
-from .config import UserError as UserError
 from .data.dataset import Dataset as Dataset
 from .data.load import load_dataset as load_dataset
+from .errors import UserError as UserError
 from .metrics.evaluate import evaluate as evaluate
 from .metrics.quality import measure_quality as measure_quality
 from .models.vae import VAE as VAE
