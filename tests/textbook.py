@@ -34,6 +34,14 @@ REMEDIES = [
 BERNOULLI = [c.replace(likelihood="bernoulli") for c in [*MIXED, REMEDIES[2].replace(epochs=2)]]
 WIDE = [c.replace(hidden=(256, 64), channels=(32, 64), batch_size=32) for c in MIXED]
 
+KINDS = [
+    {"model": "mlp", "head": "gaussian"},
+    {"model": "mlp", "head": "relu"},
+    {"model": "linear", "head": "gaussian"},
+    {"model": "conv", "head": "gaussian"},
+]
+"""Networks and heads that have a textbook form."""
+
 
 class Textbook(nn.Module):
     """A VAE of `nn.Linear` layers in float64 with the same initial weights as the harness's run."""

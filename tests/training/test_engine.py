@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from textbook import ALIKE, BERNOULLI, MIXED, REMEDIES, SMALL, WIDE, Textbook, flat, plain
+from textbook import ALIKE, BERNOULLI, KINDS, MIXED, REMEDIES, SMALL, WIDE, Textbook, flat, plain
 
 import harness
 from harness import streams
@@ -16,12 +16,6 @@ from harness.objective import with_decoder_variance
 from harness.training.engine import EpochRecord, resolve_device, train
 from harness.training.group import Group
 
-KINDS = [
-    {"model": "mlp", "head": "gaussian"},
-    {"model": "mlp", "head": "relu"},
-    {"model": "linear", "head": "gaussian"},
-    {"model": "conv", "head": "gaussian"},
-]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
 

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from textbook import BERNOULLI, MIXED, REMEDIES, SMALL, Textbook, flat, plain
+from textbook import BERNOULLI, KINDS, MIXED, REMEDIES, SMALL, Textbook, flat, plain
 from torch import Tensor, nn
 
 from harness import objective
@@ -32,12 +32,6 @@ def loss_of(config: RunConfig, model: VAE, x: Tensor, eps: Tensor, beta: Tensor)
 
 # --- autograd of the objective --------------------------------------------------------------------
 
-KINDS = [
-    {"model": "mlp", "head": "gaussian"},
-    {"model": "mlp", "head": "relu"},
-    {"model": "linear", "head": "gaussian"},
-    {"model": "conv", "head": "gaussian"},
-]
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
 
