@@ -68,27 +68,69 @@ def execute(options: ReplayOptions) -> bool:
     """
     # After parsing, so that --help and misspelt options answer at once.
     from harness import provenance
+    from harness.tracking import addresses, connect
     from harness.tracking.record import WALL_CLOCK
-    from harness.tracking.store import open_existing
     from studies.console import Console
 
-    console = Console()
-    record = open_existing(options.tracking_uri).record(options.run)
+    console, uri = Console(), addresses.tracking_address(options.tracking_uri)
+    if addresses.is_new(uri):
+        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
+    record = connect(uri).record(options.run)
+    try:
+        replay = prepare(record, options)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
+            "be repeated"
+        ) from error
+    introduce(console, record, replay)
+    with provenance.blas_threads(replay.threads):
+        values = retrain(record, replay, console)
+    found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
+    if found.gaps:
+        console.out.print(table(found.gaps))
+    known = {value.metric for value in record.values}
+    if new := sorted({metric for metric, _ in values} - known):
+        console.out.print(f"Computed now, but not logged then: {', '.join(new)}.", soft_wrap=True)
+    console.out.print(verdict(found, exact=replay.exact), soft_wrap=True)
+    return not found.missing and not (replay.exact and found.gaps)
+
+
+class Replay(NamedTuple):
+    """How a run is trained again.
+
+    Attributes:
+        study: its study, None for a run of a search or of no study.
+        data: its dataset.
+        device: "cpu" or "cuda".
+        threads: of the linear algebra.
+        exact: whether every value must be equal to the last bit.
+        differences: between the making of the record and now, a line each.
+    """
+
+    study: Study | None
+    data: Dataset
+    device: str
+    threads: int
+    exact: bool
+    differences: list[str]
+
+
+def prepare(record: Record, options: ReplayOptions) -> Replay:
+    """Load what a record names.
+
+    Raises:
+        UserError: the study, the data or the device is not there.
+    """
+    from harness import provenance
+
     then = record.made_with
     study, data = study_of(then["study"]), load(record, options.data_dir)
     device = device_for(then["device"]["kind"], options.device)
     now = provenance.provenance(data, device)
     exact = device == "cpu" and then["device"] == now["device"]
-    introduce(console, record, device, provenance.differences(then, now))
-    with provenance.blas_threads(then["threads"]["blas"]):
-        values = retrain(record, study, data, device, console)
-    found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
-    if found.gaps:
-        console.out.print(table(found.gaps))
-    if new := sorted({m for m, _ in values} - {v.metric for v in record.values}):
-        console.out.print(f"Computed now, but not logged then: {', '.join(new)}.", soft_wrap=True)
-    console.out.print(verdict(found, exact=exact), soft_wrap=True)
-    return not found.missing and not (exact and found.gaps)
+    differences = provenance.differences(then, now)
+    return Replay(study, data, device, then["threads"]["blas"], exact, differences)
 
 
 def study_of(name: str | None) -> Study | None:
@@ -139,9 +181,7 @@ def device_for(recorded: str, wanted: str) -> str:
     return resolve_device("cpu" if (wanted, recorded) == ("auto", "cpu") else wanted).type
 
 
-def retrain(
-    record: Record, study: Study | None, data: Dataset, device: str, console: Console
-) -> Mapping[tuple[str, int], float]:
+def retrain(record: Record, replay: Replay, console: Console) -> Mapping[tuple[str, int], float]:
     """Train a run again as a study does.
 
     Returns:
@@ -150,9 +190,8 @@ def retrain(
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog
 
-    values = Values()
+    values, study = Values(), replay.study
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
-    run = recording.Planned(record.config, record.run_id, record.name, {}, {})
     with console.bar(1, record.config.epochs) as advance:
 
         def on_epoch(epoch: EpochRecord) -> None:
@@ -160,12 +199,11 @@ def retrain(
             stopping.check()
 
         recording.record(
-            [run],
-            data,
-            device,
+            [recording.Planned(record.config, record.run_id, record.name, {}, {})],
+            replay.data,
+            replay.device,
             lambda run: RunLog(values, run.key, {}),
             on_epoch=on_epoch,
-            made_with=record.made_with,
             pictured=False,
             **given,
         )
@@ -231,17 +269,17 @@ def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> C
     return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
 
 
-def introduce(console: Console, record: Record, device: str, differences: Sequence[str]) -> None:
+def introduce(console: Console, record: Record, replay: Replay) -> None:
     """Show what is trained, and what differs from the record."""
     epochs = record.config.epochs
     console.out.print(
         f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on "
-        f"{record.made_with['dataset']['name']}, on {device}.",
+        f"{replay.data.name}, on {replay.device}.",
         soft_wrap=True,
     )
-    if not differences:
+    if not replay.differences:
         console.out.print("Code, versions, device and data are those of the record.")
-    for line in differences:
+    for line in replay.differences:
         console.out.print(f"  {line}", soft_wrap=True)
 
 

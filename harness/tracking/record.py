@@ -11,7 +11,7 @@ import logging
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,11 +52,6 @@ LARGEST_ERROR = 1.0
 
 LARGEST_RATE = 1e4
 """Rate, nats a latent, above which a run has diverged whose loss counts it."""
-
-WRITING = "writing finished runs: %d of %d"
-
-NOTE = "Runs of `harness.tracking.train_and_evaluate`."
-"""Description of the experiments that it creates."""
 
 Metrics = dict[str, float]
 
@@ -99,19 +94,18 @@ Judge = Callable[[EpochRecord], Mapping[int, End]]
 
 
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
-    """Return the final metrics of runs: `evaluate`, quality on test data, the exact linear model.
+    """Return the final metrics of runs, and those of the exact linear model beside each.
 
-    Names are prefixed `val/`, `test/` and `linear/`; plain names are those of the test split.
+    Names are prefixed `val/`, `test/` and `linear/`.
     """
-    ends = evaluate.evaluate(runs, data)
-    found = quality.measure_quality(runs, data, project_root() / "cache" / "features")
-    return [
-        end
-        | plain
-        | {f"test/{name}": value for name, value in plain.items()}
-        | linear_metrics(run.config, data)
-        for run, end, plain in zip(runs, ends, found, strict=True)
-    ]
+    found = []
+    folder = project_root() / "cache" / "features"
+    both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
+    for run, ends, measured in zip(runs, *both, strict=True):
+        named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
+        named |= {f"test/{name}": value for name, value in measured.items()}
+        found.append(named | linear_metrics(run.config, data))
+    return found
 
 
 def record(
@@ -148,11 +142,12 @@ def record(
         extras: further metrics of a finished run.
         made_with: provenance of the runs (`provenance_of`); None for that of runs of no study.
         train: yields epoch records, as `harness.train` does.
-        measure: final metrics; those of the test split and of the linear model are logged.
+        measure: final metrics; those of the validation split are logged with the epochs alone.
         pictured: whether pictures are drawn.
 
     Returns:
-        Final metrics of each run, None for one that was ended early.
+        Final metrics of each run, those of the test split under their plain names too; None for a
+        run that was ended early.
     """
     configs = [run.config for run in planned]
     results: list[Metrics | None] = [None] * len(planned)
@@ -161,32 +156,32 @@ def record(
         if pictured:
             untrained = [build(c, data.image_shape, data.train.largest) for c in configs]
             _log_pictures(logs.values(), list(map(Trained, configs, untrained)), data, epoch=0)
-        with closing(train(configs, data, device, checkpoints=checkpoints)) as records:  # type: ignore[type-var]
-            for current in records:
-                if current.epoch == 1:
-                    _log_resumption(logs, current)
-                for row, run in enumerate(current.rows):
-                    metrics = epoch_metrics(current, row)
-                    logs[run].metrics(metrics, current.epoch)
-                    courses[run].append(metrics.get(objective, math.inf))
-                if pictured and current.epoch in picture_epochs(configs[0].epochs):
-                    # A resumed run repeats its metrics, but its model has gone on since.
-                    rows = [r for r, last in enumerate(current.resumed) if last <= current.epoch]
-                    there = [logs[current.rows[row]] for row in rows]
-                    _log_pictures(there, _trained(current, rows), data, current.epoch)
-                for row, end in {**_diverged(current), **judge(current)}.items():
-                    _end(logs, current.rows[row], end)
-                    current.drop([row])
-                on_epoch(current)
-            rows = [row for row in range(len(current.rows)) if row not in current.dropped]
-            trained = _trained(current, rows)
-        for i, final in enumerate(measure(trained, data)):
-            log.info(WRITING, i + 1, len(rows), extra={"progress": True})
-            run = current.rows[rows[i]]
-            more = _best(courses[run], objective) | (extras(trained[i], data) if extras else {})
-            logged = {k: v for k, v in final.items() if k.startswith(("test/", "linear/"))}
-            _finish(logs, run, trained[i], logged | more, pictured=pictured)
-            results[run] = final | more
+        for current in train(configs, data, device, checkpoints=checkpoints):
+            if current.epoch == 1:
+                _log_resumption(logs, current)
+            for row, run in enumerate(current.rows):
+                metrics = epoch_metrics(current, row)
+                logs[run].metrics(metrics, current.epoch)
+                courses[run].append(metrics.get(objective, math.inf))
+            if pictured and current.epoch in picture_epochs(configs[0].epochs):
+                # A resumed run repeats its metrics, but its model has gone on since.
+                rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
+                there = [logs[current.rows[row]] for row in rows]
+                _log_pictures(there, _trained(current, rows), data, current.epoch)
+            for row, end in {**_diverged(current), **judge(current)}.items():
+                _end(logs, current.rows[row], end)
+                current.drop([row])
+            on_epoch(current)
+        rows = [row for row in range(len(current.rows)) if row not in current.dropped]
+        trained = _trained(current, rows)
+        finals = measure(trained, data)
+        for i, (row, model, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
+            log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
+            run = current.rows[row]
+            more = _best(courses[run], objective) | (extras(model, data) if extras else {})
+            once = {name: value for name, value in final.items() if not name.startswith("val/")}
+            _finish(logs, run, model, once | more, pictured=pictured)
+            results[run] = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
     return results
 
 
@@ -237,7 +232,7 @@ def train_and_evaluate(
         engine.resolve_device(device, config.precision)
     kind = engine.resolve_device(device).type
     store = connect(tracking_uri)
-    start = log_in(store, store.experiment(experiment, NOTE))
+    start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
     planned, results = _listed(configs, experiment), {}
     for rows in engine.together(configs, engine.STACK_WIDTH[kind]):
         histories: list[list[Metrics]] = [[] for _ in rows]
@@ -275,12 +270,19 @@ def _listed(configs: Sequence[RunConfig], experiment: str) -> list[Planned]:
     return planned
 
 
-def log_in(store: Store, experiment_id: str) -> Callable[[Planned], RunLog]:
-    """Return the `start` of `record` for runs in an experiment of a store."""
+def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], RunLog]:
+    """Return the `start` of `record` for runs in an experiment, created where it is missing."""
+    experiment_id = store.experiment(experiment, question)
 
     def start(run: Planned) -> RunLog:
         note = description(run.key, store.uri)
-        return store.start(experiment_id, run.key, run.name, run.tags, run.params, note)
+        try:
+            return store.start(experiment_id, run.key, run.name, run.tags, run.params, note)
+        except BaseException as error:  # it may have been created
+            status, reason = interruption(error)
+            with suppress(Exception):
+                store.close(experiment, [run.key], reason, status)
+            raise
 
     return start
 
