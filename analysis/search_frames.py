@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.frames import tidy
-from harness import tracking
+from harness.tracking.store import connect
 
 METRICS = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 """Averaged over a trial's seeds; a pruned trial has its values when it was stopped."""
@@ -18,11 +18,9 @@ def load_search(experiment: str, study: str, tracking_uri: str | None = None) ->
         The columns of `frames.load_runs`; `trial` and `part` tell whose run it is, and `pruned`
         whether it was stopped early.
     """
-    store = tracking.connect(tracking_uri)
-    mine = f"tags.study = '{study}' and tags.role = 'run'"
-    runs = tracking.read_runs(store, experiment, mine)
-    ended = [r for r in runs if r["status"] == "FINISHED" or r["tags"].get("pruned") == "true"]
-    return tidy(ended).assign(pruned=[r["status"] != "FINISHED" for r in ended])
+    runs = connect(tracking_uri).runs(experiment, study=study, role="run")
+    ended = [r for r in runs if r.status == "FINISHED" or r.tags.get("pruned") == "true"]
+    return tidy(ended).assign(pruned=[run.status != "FINISHED" for run in ended])
 
 
 def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:

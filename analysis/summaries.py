@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import UserError, checked_name
-from harness.places import reason, without_password
+from harness.tracking.addresses import reason, without_password
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import Any
 
 import harness
-from harness.places import sqlite_file
+from harness.tracking.addresses import sqlite_file
 from studies.grid import Grid, open_grid
 from studies.measures import WALL_CLOCK
 from studies.plan import Plan
