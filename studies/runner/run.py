@@ -102,3 +102,61 @@ def run(plan: Plan, data: Dataset, options: Common, terminal: Terminal) -> Outco
     outcome = conclude(queue, after, site, worked=left > 0 and options.workers == 1)
     kept.clear()
     return outcome
+
+
+def work(queue: Queue, site: Site) -> None:
+    """Take trials, train and record their runs, and finish them, until none is left.
+
+    A trial is finished only when MLflow has its runs; while a server is away, the next ones are
+    trained.
+    """
+    from harness.training.engine import STACK_WIDTH
+
+    recorded: list[FrozenTrial] = []
+    with queue.working():
+        while True:
+            recorded += queue.adopt()
+            recorded = _finish(queue, site, recorded)
+            trials = queue.take(site.plan.at_once(STACK_WIDTH[site.device]))
+            close_failed(queue, site)
+            if trials:
+                train(queue, site, trials)
+                recorded += trials
+                keys = [key for trial in trials for key in trial.user_attrs["keys"]]
+                site.store.deliver(keys, wait_while_answering=True)
+            elif recorded:
+                site.store.deliver()
+            elif queue.left():
+                queue.wait()
+            else:
+                return
+            cli.check()
+
+
+def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial]) -> None:
+    """Train and record the runs of trials, and note each trial's result in the database."""
+    from harness.tracking.record import record
+    from harness.training.engine import together
+
+    proposer, plan = queue.proposer, site.plan
+    of_trial = [proposer.planned(trial) for trial in trials]
+    planned = [_tagged(run, plan.name) for runs in of_trial for run in runs]
+    owner = [i for i, runs in enumerate(of_trial) for _ in runs]
+    finals: dict[int, dict[str, float] | None] = {}
+    for rows in together([run.config for run in planned], len(planned)):
+        found = record(
+            [planned[row] for row in rows],
+            site.data,
+            site.device,
+            partial(_start, site),
+            judge=partial(_judge, proposer, trials, [owner[row] for row in rows]),
+            on_epoch=partial(_on_epoch, site),
+            checkpoints=site.checkpoints,
+            objective=plan.objective,
+            extras=plan.extras,
+        )
+        finals |= dict(zip(rows, found, strict=True))
+    for i, trial in enumerate(trials):
+        queue.note(trial, [finals[row] for row, of in enumerate(owner) if of == i])
+    if site.checkpoints is not None:
+        site.checkpoints.remove([run.config for run in planned])
