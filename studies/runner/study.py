@@ -218,6 +218,7 @@ class Plan:
         objective: validation metric that the best epoch of a run is chosen by.
         extras: further metrics of a finished run, as in `Study`.
         confirm: finished trials -> what is trained once they are all there.
+        summary_key: changes where the same runs are to be summarised anew.
     """
 
     page: str
@@ -233,6 +234,7 @@ class Plan:
     objective: str = "val/neg_elbo"
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     confirm: Callable[[Sequence[FrozenTrial]], Proposer] | None = None
+    summary_key: str = ""
 
     @property
     def experiment(self) -> str:
