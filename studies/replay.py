@@ -18,15 +18,16 @@ import tyro
 from rich.table import Table
 
 from harness.config import UserError
-from studies import companions, stopping
-from studies.cli import clear_errors, read
+from studies import companions
+from studies.runner import stopping
+from studies.runner.cli import clear_errors, read
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.records import Record
     from studies.agreement import Agreement
     from studies.companions import Companions
-    from studies.console import Console
+    from studies.runner.terminal import Terminal
     from studies.study import Study
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
@@ -51,12 +52,12 @@ class ReplayOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
-    with clear_errors(STOPPED):
+    with clear_errors(args, STOPPED) as console:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        sys.exit(0 if execute(options) else 1)
+        sys.exit(0 if execute(options, console) else 1)
 
 
-def execute(options: ReplayOptions) -> bool:
+def execute(options: ReplayOptions, console: Terminal) -> bool:
     """Train a run again and show how it agrees with its record.
 
     Returns:
@@ -68,10 +69,8 @@ def execute(options: ReplayOptions) -> bool:
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from studies import agreement
-    from studies.console import Console
     from studies.measures import WALL_CLOCK
 
-    console = Console()
     store = harness.records.open_existing(options.tracking_uri)
     record = harness.records.read_record(store, options.run_id)
     then = record.made_with
@@ -162,7 +161,7 @@ def device_for(recorded: str, asked: str) -> str:
     return resolve_device(wanted).type
 
 
-def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
+def retrain(replay: Replay, console: Terminal) -> dict[tuple[str, int], float]:
     """Train a run again as a study does.
 
     Returns:
@@ -176,7 +175,7 @@ def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
     values: dict[tuple[str, int], float] = {}
     course: list[float] = []
     epochs = stack.configs[replay.own].epochs
-    with console.bar(len(stack.configs), epochs) as on_epoch:
+    with console.progress(len(stack.configs), len(stack.configs), epochs) as on_epoch:
         for record in harness.train(stack.configs, replay.data, replay.device):
             row = record.rows.index(replay.own)
             metrics = epoch_metrics(record, row)
@@ -191,7 +190,9 @@ def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
     return values | {(name, epochs): value for name, value in final.items()}
 
 
-def introduce(console: Console, record: Record, replay: Replay, differences: Sequence[str]) -> None:
+def introduce(
+    console: Terminal, record: Record, replay: Replay, differences: Sequence[str]
+) -> None:
     """Say what will be trained, and what is not as it was."""
     width, epochs = len(replay.stack.configs), record.config.epochs
     company = f" in its stack of {width}" if width > 1 else ""
