@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from harness import tracking
-from studies import cli
+from studies.runner import cli
 
 
 def once(name: str, make: Callable[[Path], None], temporary: pytest.TempPathFactory) -> Path:
