@@ -28,8 +28,9 @@ import tyro
 
 import harness
 from benchmarks import audit, children, machine
-from studies import cli, kl_weight
+from studies import kl_weight
 from studies.plan import make_plan
+from studies.runner import cli
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """Half of the deaths give no warning."""

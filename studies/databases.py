@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from harness.config import UserError
 from harness.places import sqlite_file, unusable, without_password
-from studies import stopping
+from studies.runner import stopping
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

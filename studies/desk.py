@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, TypeVar
 import lazy_loader
 
 from harness.config import UserError
-from studies import stopping, worker
+from studies import worker
 from studies.databases import exclusive, is_postgres, patiently, pulse
+from studies.runner import stopping, workers
 
 if TYPE_CHECKING:
     import optuna
@@ -68,7 +69,7 @@ class Desk:
     @property
     def shared(self) -> bool:
         """Whether other processes may run the study at the same time."""
-        return is_postgres(self.storage.url) or worker.crowd() is not None
+        return is_postgres(self.storage.url) or workers.rank() is not None
 
     def section(self, work: Callable[[], Result]) -> Result:
         """Do something alone among all processes of the study; it may be done twice."""
@@ -139,9 +140,9 @@ class Desk:
 
     def share(self, left: int, at_once: int) -> int:
         """Return how many of the trials that are left this process should take: its share."""
-        crowd = worker.crowd()
-        workers = max(len(self.others()) + 1, crowd.workers if crowd else 1)
-        return min(at_once, math.ceil(left / workers))
+        crowd = workers.rank()
+        count = max(len(self.others()) + 1, crowd.workers if crowd else 1)
+        return min(at_once, math.ceil(left / count))
 
     def take(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Make a waiting trial this process's, in a `section`; False if it waits no longer."""

@@ -5,7 +5,7 @@ from functools import partial
 from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
 from studies import answers
-from studies.cli import main
+from studies.runner.cli import main
 from studies.study import TABLE, Axis, Study
 
 WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))

@@ -9,7 +9,7 @@ from functools import partial
 from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
 from studies import answers, conditions
-from studies.cli import main
+from studies.runner.cli import main
 from studies.study import TABLE, Axis, Study
 
 STUDY = Study(

@@ -13,8 +13,8 @@ from studies.sources import Source, source
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from studies.options import Options
     from studies.question import Study
+    from studies.runner.options import Options
 
 
 class Point(NamedTuple):
@@ -106,6 +106,17 @@ class Plan:
             "seed_group": f"{self.name}/{label}",
         }
 
+    def sentence(self, pixels: int) -> str:
+        """Return what will be trained."""
+        values = self.written.values()
+        groups = [group for group in dict.fromkeys(point.group for point in self.configs) if group]
+        each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
+        return (
+            f"{len(values)} values of {self.study.axis.name} ({', '.join(values)}){each} x "
+            f"{self.seeds} seeds = {len(self.runs)} runs of {self.runs[0].epochs} epochs on "
+            f"{self.dataset} ({pixels} pixels), study {self.name!r}"
+        )
+
     def label(self, point: Point) -> str:
         """Name a point for people, e.g. "batch, kl_weight=0.1"."""
         value = self.written[point.value]
@@ -151,7 +162,7 @@ def _base(study: Study, options: Options[Any], data: Source) -> RunConfig:
     for swept in given.keys() & {study.axis.name, study.group}:
         advice = "leave it out" if swept == study.group else "choose its values with --values"
         raise UserError(f"{swept}={given[swept]}: {study.name} sweeps it; {advice}")
-    return options.base(study.base, data)
+    return options.base(study.base, data.epochs)
 
 
 def _check_objective(study: Study, config: RunConfig) -> None:

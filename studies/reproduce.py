@@ -17,10 +17,10 @@ from analysis import ledger_plots
 from harness.config import checked_name
 from studies.answers import worst_class
 from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
-from studies.cli import clear_errors, read, start_pool
 from studies.exact_claims import exact_claims
 from studies.forms import FULL, SHORT, Form
-from studies.options import ReproduceOptions, check_least
+from studies.runner.cli import clear_errors, read, start_pool
+from studies.runner.options import ReproduceOptions, check_least
 from studies.trained_claims import (
     BLOG_KL_TERM,
     BLOG_LOSS,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from studies.evidence import Evidence
+    from studies.runner.terminal import Terminal
 
 NAME = "reproduce"
 
@@ -147,8 +148,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Exit code 1 if a claim fails; bad input ends it with one line and exit code 2.
     """
-    with clear_errors():
-        rows = execute(read(ReproduceOptions, NAME, __doc__ or "", args))
+    with clear_errors(args) as console:
+        rows = execute(read(ReproduceOptions, NAME, __doc__ or "", args), console)
         sys.exit(exit_code(rows))
 
 
@@ -157,7 +158,7 @@ def exit_code(rows: Sequence[Row]) -> int:
     return int(count(rows, FAIL) > 0)
 
 
-def execute(options: ReproduceOptions) -> list[Row]:
+def execute(options: ReproduceOptions, console: Terminal) -> list[Row]:
     """Check the ledger and show it; no rows for a dry run, which trains nothing.
 
     Raises:
@@ -172,10 +173,8 @@ def execute(options: ReproduceOptions) -> list[Row]:
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from harness.training.engine import resolve_device
-    from studies.console import Console
     from studies.reproducing import run
 
-    console = Console()
     console.question(page.question)
     log.info("loading PyTorch and mnist")
     device = resolve_device(options.device).type
@@ -190,7 +189,7 @@ def execute(options: ReproduceOptions) -> list[Row]:
             console.out.print(f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs")
         return []
     rows, outcome = run(page, data, options, console)
-    console.ledger(rows, outcome, options.tracking_uri)
+    console.ledger(outcome.folder.name, rows, outcome, options.tracking_uri)
     return rows
 
 

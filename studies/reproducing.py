@@ -25,8 +25,8 @@ from studies.claims import (
 )
 from studies.evidence import Evidence
 from studies.gallery import draw_models
-from studies.options import first_unused
 from studies.place import Place
+from studies.runner.options import first_unused
 from studies.runs import Runs
 from studies.stack import Planned, forget_all, keep, train_stack
 from studies.summary import (
@@ -40,8 +40,8 @@ from studies.summary import (
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from studies.console import Console
-    from studies.options import ReproduceOptions
+    from studies.runner.options import ReproduceOptions
+    from studies.runner.terminal import Terminal
 
 
 COLUMNS = (
@@ -98,7 +98,7 @@ class Check:
 
 
 def run(
-    page: Reproduction, data: Dataset, options: ReproduceOptions, console: Console
+    page: Reproduction, data: Dataset, options: ReproduceOptions, console: Terminal
 ) -> tuple[list[Row], Outcome]:
     """Train what is missing, judge every claim and record the ledger.
 
@@ -133,7 +133,7 @@ def open_check(page: Reproduction, data: Dataset, options: ReproduceOptions) -> 
     return Check(page, name, Place(None, data, device, store, experiment_id, quiet, kept))
 
 
-def train_missing(check: Check, console: Console) -> None:
+def train_missing(check: Check, console: Terminal) -> None:
     """Train the runs that have not finished, as many together as a stack takes."""
     evidence, place = check.evidence(), check.place
     missing = [
@@ -149,7 +149,7 @@ def train_missing(check: Check, console: Console) -> None:
         epochs = stack[0][1].epochs
         labels = "; ".join(label for label, _ in groupby(runs.label for runs, _ in stack))
         console.out.print(f"{len(stack)} runs of {epochs} epochs: {labels}")
-        with console.bar(len(stack), epochs) as on_epoch:
+        with console.progress(len(stack), len(stack), epochs) as on_epoch:
             planned = [check.planned(*run) for run in stack]
             train_stack(planned, replace(place, on_epoch=on_epoch))
             place.forget([config for config, *_ in planned])

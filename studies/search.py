@@ -16,7 +16,7 @@ import harness
 from analysis import search_plots
 from harness.config import RunConfig
 from studies import conditions
-from studies.cli import clear_errors, read, start_pool
+from studies.runner.cli import clear_errors, read, start_pool
 from studies.search_options import (
     CONFIRMING,
     Range,
@@ -28,6 +28,7 @@ from studies.search_options import (
 from studies.sources import Source, read_own
 
 if TYPE_CHECKING:
+    from studies.runner.terminal import Terminal
     from studies.summary import Outcome
 
 log = logging.getLogger("studies.search")  # `__name__` is "__main__" on the command line
@@ -97,11 +98,11 @@ SEARCH = Search(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the search from the command line; bad input ends it with one line and exit code 2."""
-    with clear_errors():
-        execute(read(SearchOptions, SEARCH.name, SEARCH.question, args))
+    with clear_errors(args) as console:
+        execute(read(SearchOptions, SEARCH.name, SEARCH.question, args), console)
 
 
-def execute(options: SearchOptions) -> Outcome | None:
+def execute(options: SearchOptions, console: Terminal) -> Outcome | None:
     """Run the search and show it; None for a dry run, or where another process shows it.
 
     Raises:
@@ -114,24 +115,30 @@ def execute(options: SearchOptions) -> Outcome | None:
 
     # After parsing, so that --help and misspelt options answer at once.
     from harness.training import engine
-    from studies.console import Console
+    from studies.runner import estimate
     from studies.searching import run
 
-    console = Console()
     console.question(SEARCH.question)
     log.info("loading PyTorch and %s", plan.dataset)
     engine.resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     engine.check_runs([plan.base], data)
-    console.out.print(plan.sentence(data.pixels))
+    console.plan(plan.name, plan.dataset, plan.sentence(data.pixels))
     if options.dry_run:
         runs = [plan.base] * (plan.trials * plan.seeds + 2 * CONFIRMING)
-        console.estimate(runs, data, options, lambda width: plan.at_once(width) * plan.seeds)
+        expected = estimate.sentence(
+            runs,
+            data,
+            options.device,
+            options.tracking_uri,
+            lambda width: plan.at_once(width) * plan.seeds,
+        )
+        console.estimate(options.tracking_uri, options.storage, expected)
         return None
     outcome = run(plan, data, options, console)
     if outcome is None:
         return None
-    console.outcome(plan, outcome, options.tracking_uri)
+    console.outcome(outcome.folder.name, outcome, options.tracking_uri)
     return outcome
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
-from studies.options import Common, flags
+from studies.runner.options import Common, flags
 from studies.sources import Source, source
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def make_search_plan(
 
 
 def _base(search: Search, options: SearchOptions, data: Source) -> RunConfig:
-    base = options.base(search.base, data)
+    base = options.base(search.base, data.epochs)
     if not base.has_likelihood:
         raise UserError(
             f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"

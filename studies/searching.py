@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import harness
-from studies import stopping, worker, workers
 from studies.books import Books
 from studies.hunt import Hunt, open_hunt
+from studies.runner import stopping, workers
 from studies.search_options import SearchOptions, SearchPlan
 from studies.storage import check_storage, new_name, open_both
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from harness.data.dataset import Dataset
     from harness.training.engine import EpochRecord
-    from studies.console import Console
     from studies.place import Place
+    from studies.runner.terminal import Terminal
     from studies.stack import End
     from studies.summary import Outcome
 
@@ -100,7 +100,7 @@ def _diverged(epoch: int, rows: list[int], wild: dict[int, str]) -> dict[int, En
 
 
 def run(
-    plan: SearchPlan, data: Dataset, options: SearchOptions, console: Console
+    plan: SearchPlan, data: Dataset, options: SearchOptions, console: Terminal
 ) -> Outcome | None:
     """Run what is left of a search, train the best configuration again, then answer.
 
@@ -127,20 +127,24 @@ def run(
     books.settle()
     device = resolve_device(options.device).type
     left = hunt.left()
-    if left < plan.trials:
-        console.out.print(f"{plan.trials - left} trials are finished; {left} are left.")
-    with console.bar(left * plan.seeds, plan.base.epochs) as progress:
+    runs = plan.trials * plan.seeds
+    with console.progress(runs, left * plan.seeds, plan.base.epochs) as progress:
         kept = keep(store, plan.name, options.checkpoint_every)
         watching = hunt.desk.watching(progress)
         place = Place(None, data, device, store, experiment, watching, kept)
-        refused = False
         if options.workers > 1:
-            refused = workers.train(options, plan.search.name, plan.name, progress.advance)
+            workers.train(
+                options,
+                plan.search.name,
+                plan.name,
+                store.home / "cache",
+                lambda: ((plan.trials - hunt.left()) * plan.seeds, hunt.left() * plan.seeds),
+                progress.elsewhere,
+            )
         else:
             work(hunt, books, place)
-    if worker.crowd():
+    if workers.rank():
         return None
-    workers.check_done(hunt.left(), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.search_summary import summarize  # seaborn, which training does not wait for
@@ -150,7 +154,10 @@ def run(
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
     forget_all(store, plan.name)
-    return console.conclusion(ended)
+    if isinstance(ended, str):
+        console.line(ended)
+        return None
+    return ended
 
 
 def work(hunt: Hunt, books: Books, place: Place) -> None:
@@ -180,7 +187,7 @@ def trial_label(number: int) -> str:
     return f"trial {number}"
 
 
-def confirm(hunt: Hunt, place: Place, console: Console) -> None:
+def confirm(hunt: Hunt, place: Place, console: Terminal) -> None:
     """Train the best configuration and the baseline with fresh seeds, unless that is done."""
     from studies.stack import train_stack
 
@@ -201,6 +208,6 @@ def confirm(hunt: Hunt, place: Place, console: Console) -> None:
     ]
     if planned:
         console.out.print(f"Again with fresh seeds: {', '.join(missing)}.")
-        with console.bar(len(planned), plan.base.epochs) as on_epoch:
+        with console.progress(len(planned), len(planned), plan.base.epochs) as on_epoch:
             train_stack(planned, replace(place, on_epoch=on_epoch))
         place.forget([config for config, *_ in planned])

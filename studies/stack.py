@@ -19,7 +19,7 @@ from harness.metrics.evaluate import as_measured
 from harness.models.vae import build
 from harness.tracking import RunLog, Store
 from harness.training.engine import EpochRecord, together
-from studies import companions, stopping
+from studies import companions
 from studies.measures import (
     Metrics,
     course_value,
@@ -31,6 +31,7 @@ from studies.measures import (
 from studies.origin import description, log_origin, made_with
 from studies.place import Place
 from studies.question import Trained
+from studies.runner import stopping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,14 +13,14 @@ from harness import places
 from harness.config import RunConfig, UserError
 from harness.places import without_password
 from studies.databases import check_kind, engine_options, exclusive
-from studies.options import first_unused
+from studies.runner.options import first_unused
 from studies.worker import SILENT, beat
 
 if TYPE_CHECKING:
     import optuna
 
     from harness.tracking import Store
-    from studies.options import Common
+    from studies.runner.options import Common
 else:
     optuna = lazy_loader.load("optuna")
 

@@ -12,27 +12,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import harness
-from studies import stopping, worker, workers
 from studies.books import Books
 from studies.grid import Grid, open_grid
 from studies.question import TABLE as TABLE
 from studies.question import Axis as Axis
 from studies.question import Study as Study
+from studies.runner import stopping, workers
 from studies.storage import check_storage, new_name, open_both
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from studies.console import Console
-    from studies.options import Options
     from studies.place import Place
     from studies.plan import Plan
-    from studies.progress import Steps
+    from studies.runner.options import Options
+    from studies.runner.terminal import Steps, Terminal
     from studies.summary import Outcome
 
 log = logging.getLogger(__name__)
 
 
-def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> Outcome | None:
+def run(plan: Plan, data: Dataset, options: Options[Any], console: Terminal) -> Outcome | None:
     """Run what is left of a plan, alone or with others, then answer its question.
 
     Returns:
@@ -58,18 +57,23 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
     books.settle()
     left = len(grid.left())
     kept = keep(store, plan.name, options.checkpoint_every)
-    refused = False
-    with console.progress(plan, left) as progress:
+    with console.progress(len(plan.runs), left * plan.seeds, plan.runs[0].epochs) as progress:
         if options.workers > 1:
-            refused = workers.train(options, plan.study.name, plan.name, progress.advance)
+            workers.train(
+                options,
+                plan.study.name,
+                plan.name,
+                store.home / "cache",
+                lambda: (len(grid.finished()) * plan.seeds, len(grid.left()) * plan.seeds),
+                progress.elsewhere,
+            )
         else:
             device = resolve_device(options.device).type
             watching = grid.desk.watching(progress)
             place = Place(plan, data, device, store, experiment, watching, kept)
             work(grid, books, place, progress)
-    if worker.crowd():
+    if workers.rank():
         return None
-    workers.check_done(len(grid.left()), plan.name, refused=refused)
 
     def finish() -> Outcome:
         from studies.summary import summarize  # seaborn, which training does not wait for
@@ -78,7 +82,10 @@ def run(plan: Plan, data: Dataset, options: Options[Any], console: Console) -> O
 
     ended = books.conclude(finish, worked=left > 0 and options.workers == 1)
     forget_all(store, plan.name)
-    return console.conclusion(ended)
+    if isinstance(ended, str):
+        console.line(ended)
+        return None
+    return ended
 
 
 def work(grid: Grid, books: Books, place: Place, progress: Steps) -> None:
@@ -90,8 +97,7 @@ def work(grid: Grid, books: Books, place: Place, progress: Steps) -> None:
     at_once = max(1, STACK_WIDTH[place.device] // plan.seeds)
     for trials in grid.asked(at_once):
         books.settle()
-        if not worker.crowd():  # else each worker would tell its parent of the others
-            progress.elsewhere((left - len(grid.left()) - told) * plan.seeds)
+        progress.elsewhere((left - len(grid.left()) - told) * plan.seeds)
         with grid.desk.working():
             points = [grid.point(trial) for trial in trials]
             finals = train_tracked(points, [t.number for t in trials], place)

@@ -22,9 +22,9 @@ from harness.places import without_password
 from harness.tracking import RunLog, Store
 from studies import diverged
 from studies.gallery import write_pictures
-from studies.options import flags
 from studies.plan import Plan, Point
-from studies.worker import program
+from studies.runner.options import flags
+from studies.runner.workers import program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -119,7 +119,7 @@ def study_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def small_study(name: str, arguments: list[str], folder: Path) -> None:
     """Run a study in this process, tracked in a folder."""
-    from studies import cli
+    from studies.runner import cli
 
     study = importlib.import_module(f"studies.{name}").STUDY
     places = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]

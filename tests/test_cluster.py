@@ -16,9 +16,9 @@ import pytest
 
 from harness import tracking
 from studies import kl_weight, worker
-from studies.cli import parse
 from studies.grid import open_grid
 from studies.plan import make_plan
+from studies.runner.cli import parse
 from studies.storage import open_storage
 from tests.real_servers import free_port
 from tests.test_workers import NAME, assert_exact, results

@@ -18,10 +18,10 @@ from harness.tracking import RunLog
 from harness.training.engine import best_epoch, flat_record, train, train_and_evaluate
 from studies import agreement, companions, replay
 from studies.companions import Companions
-from studies.console import Console
 from studies.measures import WALL_CLOCK
 from studies.origin import description
 from studies.place import Place
+from studies.runner.terminal import Terminal
 from studies.stack import End, train_stack
 
 CONFIG = RunConfig(hidden=(16, 12), epochs=5)
@@ -121,7 +121,7 @@ def test_a_stack_is_trained_again_with_who_left_it_and_when(stack, data):
     company = Companions(STACK, {2: 1, 1: 2})
     widths = []
 
-    class Counting(Console):
+    class Counting(Terminal):
         def bar(self, runs, epochs):
             return nullcontext(lambda record: widths.append(len(record.rows)))
 

@@ -16,11 +16,11 @@ from harness import RunConfig, UserError, tracking, view
 from harness.data.dataset import Dataset
 from studies import reproduce
 from studies.claims import Row, about, count, judge
-from studies.console import Console
 from studies.forms import Form
-from studies.options import ReproduceOptions
 from studies.reproduce import reproduction
 from studies.reproducing import Check, open_check, run, summarize, train_missing
+from studies.runner.options import ReproduceOptions
+from studies.runner.terminal import Terminal
 from studies.runs import Runs
 from studies.stack import train_stack
 from studies.summary import Outcome
@@ -55,8 +55,8 @@ class Checked:
 
 def check(folder: Path, data: Dataset, form: Form = TINY, **options) -> Checked:
     given = ReproduceOptions(tracking_uri=f"sqlite:///{folder}/mlflow.db", **options)
-    rows, outcome = run(reproduction(form), data, given, Console())
-    Console().ledger(rows, outcome, given.tracking_uri)
+    rows, outcome = run(reproduction(form), data, given, Terminal())
+    Terminal().ledger(rows, outcome, given.tracking_uri)
     return Checked(folder, rows, outcome)
 
 
@@ -173,7 +173,7 @@ def test_a_larger_form_trains_only_what_is_new(copied, tiny):
     before = {r["run_id"] for r in copied.runs()}
     larger = opened(copied, tiny, replace(TINY, blog_seeds=3))
     assert missing(larger) == [f"{TINY.blog.label} seed=2"]
-    train_missing(larger, Console())
+    train_missing(larger, Terminal())
     new = [r["name"] for r in copied.runs() if r["run_id"] not in before]
     assert new == [f"{TINY.blog.label} seed=2"]
     assert missing(larger) == []
@@ -186,7 +186,7 @@ def test_what_a_dead_process_left_is_closed_and_trained_again(copied, tiny):
     client.update_run(lost["run_id"], status="RUNNING")
     check = opened(copied, tiny)
     assert missing(check) == [lost["name"]]
-    train_missing(check, Console())
+    train_missing(check, Terminal())
     runs = copied.runs()
     (buried,) = [r for r in runs if r["run_id"] == lost["run_id"]]
     assert (buried["status"], buried["tags"]["reason"]) == ("KILLED", "its process is gone")
@@ -217,7 +217,7 @@ def test_a_claim_that_nothing_here_can_train_is_not_run(copied, tiny):
     claim = about("far", "nobody", "1", 1.0, "none", lambda e: e.mean(large, "mse"), (large,))
     check = opened(copied, tiny)
     check = replace(check, page=replace(check.page, ledger={"x": [claim]}))
-    train_missing(check, Console())
+    train_missing(check, Terminal())
     (row,) = judge(check.page.ledger, check.evidence())
     assert (row.obtained, row.verdict, row.note) == ("", "not run", "needs --full on a GPU")
     assert len(copied.runs()) == RUNS
@@ -235,7 +235,7 @@ def test_a_run_that_diverged_is_not_trained_again_and_no_gpu_is_asked_for(copied
     train_stack([check.planned(runs, wild)], check.place)  # as on a GPU
     before = copied.runs()
     here = replace(claim, needs=(replace(runs, gpu=False),))
-    train_missing(replace(check, page=replace(check.page, ledger={"x": [here]})), Console())
+    train_missing(replace(check, page=replace(check.page, ledger={"x": [here]})), Terminal())
     assert copied.runs() == before
     (row,) = judge(check.page.ledger, check.evidence())
     assert (row.verdict, row.note) == ("not run", "'wild' diverged")
@@ -251,7 +251,7 @@ def test_a_published_likelihood_is_read_off_binary_pixels(copied, tiny):
         "x", "y", "44", 4.0, "z", lambda e: mean(e.neg_log_likelihoods(small, 9)), (small,)
     )
     check = replace(check, page=replace(check.page, ledger={"x": [claim]}))
-    train_missing(check, Console())
+    train_missing(check, Terminal())
     (row,) = judge(check.page.ledger, check.evidence())
     assert row.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
 

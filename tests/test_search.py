@@ -15,9 +15,9 @@ import harness
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search, worker
-from studies.console import Console
 from studies.hunt import open_hunt
 from studies.place import Place
+from studies.runner.terminal import Terminal
 from studies.search_options import SearchOptions, make_search_plan
 from studies.searching import Judge, confirm, trial_label
 from studies.stack import train_stack
@@ -387,7 +387,7 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(hunt, tracking_uri, tin
         )
     before = tracking.read_runs(store, NAME)
     assert sorted(run["status"] for run in before) == ["FAILED"] + ["FINISHED"] * 5
-    confirm(hunt, place, Console())
+    confirm(hunt, place, Terminal())
     assert tracking.read_runs(store, NAME) == before
 
 

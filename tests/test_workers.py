@@ -10,12 +10,13 @@ import pytest
 from harness import UserError, tracking
 from harness.metrics import frechet
 from harness.training.engine import STACK_WIDTH
-from studies import cli, kl_weight, worker, workers
+from studies import kl_weight, worker
 from studies.grid import open_grid
-from studies.options import Options
 from studies.plan import make_plan
+from studies.runner import cli, workers
+from studies.runner.options import Options
+from studies.runner.workers import arguments, cores
 from studies.storage import open_storage
-from studies.workers import arguments, cores
 
 NAME = "kl_weight-digits"
 CLOCK = ("progress/epoch_seconds", "progress/images_per_second")

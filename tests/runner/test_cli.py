@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from studies import cli, kl_weight
+from studies import kl_weight
+from studies.runner import cli
 
 
 def test_after_a_study_signals_do_what_they_did_before():

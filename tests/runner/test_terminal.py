@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import rich.console
+from studies.console import NEXT, Console
 
 from harness import places, view
-from studies.console import NEXT, Console
 from studies.summary import Outcome
 
 WIDE = {

@@ -1,4 +1,4 @@
-"""What a user can set on a command line."""
+"""Options of the command lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from harness.config import (
     Binarization,
@@ -18,15 +18,12 @@ from harness.config import (
     UserError,
 )
 
-if TYPE_CHECKING:
-    from studies.sources import Source
-
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Common:
-    """What a user can set on every command line that trains.
+    """Options of every command line that trains.
 
     Attributes:
         dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
@@ -57,6 +54,7 @@ class Common:
             on from there and not from their first epoch; 0 keeps none.
         fresh: start a new study beside one of the same name.
         dry_run: show the plan and train nothing.
+        json: print the outcome as one JSON object, and all else on standard error.
     """
 
     dataset: str = "digits"
@@ -81,21 +79,23 @@ class Common:
     checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
+    json: bool = False
 
     def chosen(self) -> dict[str, Any]:
         """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
         given = {name: getattr(self, name, None) for name in CHOICES}
         return {name: value for name, value in given.items() if value is not None}
 
-    def base(self, config: RunConfig, data: Source) -> RunConfig:
-        """Return a configuration with everything set that the user chose, for a dataset.
+    def base(self, config: RunConfig, epochs: int) -> RunConfig:
+        """Return a configuration with everything set that the user chose.
 
-        Raises:
-            UserError: a setting cannot be used.
+        Args:
+            config: the study's.
+            epochs: of the dataset, unless the user chose another number.
         """
         check_least("checkpoint_every", self.checkpoint_every, 0)
         check_least("workers", self.workers, 1)
-        epochs = data.epochs if self.epochs is None else self.epochs
+        epochs = epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
         if self.channels is not None and found.model != "conv":
             raise UserError(f"--channels with model={found.model!r}: only conv has them")
@@ -126,7 +126,7 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Options(Common, Generic[Value]):
-    """What a user can set on every study's command line.
+    """Options of every study's command line.
 
     Attributes:
         values: values of the study's axis instead of its own.
@@ -143,7 +143,7 @@ class Options(Common, Generic[Value]):
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """What a user can set on the ledger's command line.
+    """Options of the ledger's command line.
 
     Attributes:
         data_dir: folder of MNIST, downloaded into it if missing.
@@ -155,6 +155,7 @@ class ReproduceOptions:
             on from there and not from their first epoch; 0 keeps none.
         fresh: train everything anew beside what is there.
         dry_run: show what is trained and train nothing.
+        json: print the outcome as one JSON object, and all else on standard error.
     """
 
     data_dir: Path = Path("data")
@@ -165,21 +166,22 @@ class ReproduceOptions:
     checkpoint_every: int = 0
     fresh: bool = False
     dry_run: bool = False
+    json: bool = False
 
 
 def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:
     """Return the options that turn a default configuration into another, for a command line.
 
     Args:
-        config: what is to be said.
-        default: what needs no saying.
-        fixed: fields that may be said; others differ from run to run.
+        config: the configuration.
+        default: the one without options.
+        fixed: fields that have options; others differ from run to run.
     """
     differ = [f for f in CHOICES if f in fixed and getattr(config, f) != getattr(default, f)]
-    return [f"--{name.replace('_', '-')} {_said(getattr(config, name))}" for name in differ]
+    return [f"--{name.replace('_', '-')} {_written(getattr(config, name))}" for name in differ]
 
 
-def _said(value: object) -> str:
+def _written(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

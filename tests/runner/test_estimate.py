@@ -4,7 +4,7 @@ import pytest
 
 import harness
 from harness import RunConfig
-from studies import estimate
+from studies.runner import estimate
 
 
 @pytest.mark.parametrize(
