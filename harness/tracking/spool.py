@@ -297,7 +297,7 @@ class Spool:
         """Send what was appended to a run."""
         try:
             writes = list(_read(run)) if run.waits() else []
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self._give_up(run, _broken(run.folder, error))
             return
         for write, offset in writes:
@@ -313,6 +313,8 @@ class Spool:
                 run.offset = offset
                 if write["kind"] == "end":
                     del self._runs[key]
+                    if run.folder.parent != self._own:
+                        self._remove(run.folder.parent)
                 self._changed.notify_all()
 
     def _give_up(self, run: _Delivery, failure: UserError) -> None:

@@ -117,8 +117,8 @@ class Store:
         try:
             if scheme in ("", "file"):
                 folder = Path(url2pathname(urlsplit(location).path))
-                if not folder.parent.is_dir():  # MLflow's server makes it where it runs
-                    raise FileNotFoundError(f"there is no {folder.parent}")
+                if not folder.parents[1].is_dir():  # as on the machine of the server
+                    raise FileNotFoundError(f"there is no {folder.parents[1]}")
                 try_folder(folder)
             else:
                 mlflow.artifacts.list_artifacts(artifact_uri=location)
