@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.tracking.runs import Logged, Record
     from harness.training.engine import EpochRecord
+    from studies.runner.study import Study
     from studies.runner.terminal import Terminal
-    from studies.study import Study
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
 
@@ -152,11 +152,12 @@ def retrain(
     record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
 ) -> Mapping[tuple[str, int], float]:
     """Train a run again as a study does, and return what it would log: (metric, epoch) -> value."""
+    from harness.tracking import Planned
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog
 
     values = Values()
-    run = recording.Planned(record.config, record.run_id, record.name, {}, {})
+    run = Planned(record.config, record.run_id, record.name, {}, {})
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
     with terminal.progress(1, 1, record.config.epochs) as advance:
 
@@ -164,7 +165,7 @@ def retrain(
             advance(epoch)
             stopping.check()
 
-        def start(run: recording.Planned) -> RunLog:
+        def start(run: Planned) -> RunLog:
             return RunLog(values, run.key, {})
 
         recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)

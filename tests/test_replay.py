@@ -11,8 +11,8 @@ import pytest
 from real_stores import copy_home
 
 from harness import RunConfig, UserError
-from harness.tracking import connect
-from harness.tracking.record import WALL_CLOCK, End, Planned, log_in, provenance_of, record
+from harness.tracking import End, Planned, connect
+from harness.tracking.record import WALL_CLOCK, log_in, provenance_of, record
 from harness.tracking.runs import Logged
 from studies import replay
 from studies.replay import Comparison, Gap, compare, verdict

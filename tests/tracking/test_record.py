@@ -12,8 +12,8 @@ import torch
 
 import harness
 from harness import Checkpoints, EpochRecord, RunConfig, UserError, load_run, train
-from harness.tracking import addresses, connect, record
-from harness.tracking.record import End, Planned, divergence, log_in
+from harness.tracking import End, Planned, addresses, connect, record
+from harness.tracking.record import divergence, log_in
 from harness.training.engine import best_epoch
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=5)

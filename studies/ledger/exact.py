@@ -1,6 +1,6 @@
 """Claims that linear algebra settles on MNIST, as tables: the exact linear VAE and its floors.
 
-"brief" is SCIENCE.md, the reference numbers that this project was begun with.
+"brief" is SCIENCE.md, the reference numbers that this project began with.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from studies.claims import Claim, printed
+from studies.ledger.claims import Claim, printed
 
 if TYPE_CHECKING:
-    from studies.evidence import Evidence
+    from studies.ledger.evidence import Evidence
 
 LINEAR = "brief 3 (Tipping & Bishop 1999; Lucas et al. 2019)"
 

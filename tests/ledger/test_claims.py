@@ -6,12 +6,21 @@ from dataclasses import replace
 import pytest
 
 from harness import RunConfig, load_dataset
-from studies.claims import Row, Spread, about, between, decimals, inside, printed, required
-from studies.evidence import Evidence
-from studies.exact_claims import exact_claims
-from studies.forms import FULL, SHORT
-from studies.reproduce import exit_code, reproduction
-from studies.runs import Runs
+from studies.ledger.claims import (
+    Row,
+    Runs,
+    Spread,
+    about,
+    between,
+    decimals,
+    inside,
+    printed,
+    required,
+)
+from studies.ledger.evidence import Evidence
+from studies.ledger.exact import exact_claims
+from studies.ledger.trained import FULL, SHORT, claims
+from studies.reproduce import exit_code
 
 
 def nothing(evidence: Evidence) -> float:
@@ -54,7 +63,7 @@ def test_a_verdict_is_right_at_its_boundary(claim, obtained, verdict):
     assert claim.verdict(obtained) == verdict
 
 
-def test_a_tolerance_is_said_as_it_is_applied():
+def test_a_tolerance_is_written_as_it_is_applied():
     assert PRINTED.tolerance == "± 5e-05"
     assert PRINTED.high - PRINTED.low == pytest.approx(1e-4)
     assert (ABOUT.tolerance, RANGE.tolerance, MORE.tolerance, DRAW.tolerance) == (
@@ -62,7 +71,7 @@ def test_a_tolerance_is_said_as_it_is_applied():
     )  # fmt: skip
 
 
-def test_what_was_obtained_has_one_digit_more_than_the_reference():
+def test_an_obtained_value_has_one_digit_more_than_the_reference():
     assert PRINTED.write(0.038701) == "0.03870"
     assert ABOUT.write(7.96) == "8.0"
     assert DRAW.write(Spread(0.04123, 0.05)) == "0.0412 to 0.0500"
@@ -76,33 +85,37 @@ def test_exit_code_1_is_for_failures_alone():
 
 def test_runs_are_wanted_once_and_in_the_order_of_the_claims():
     first, second = (Runs(label, RunConfig(), 2) for label in "ab")
-    claims = [replace(ABOUT, needs=needs) for needs in ((second,), (first, second), (), (first,))]
-    assert required({"x": claims[:2], "y": claims[2:]}) == [second, first]
+    large = replace(first, label="c", gpu=True)
+    needed = ((second,), (first, second), (), (large,), (first,))
+    ledger = [replace(ABOUT, needs=needs) for needs in needed]
+    parts = {"x": ledger[:2], "y": ledger[2:]}
+    assert required(parts) == [second, first, large]
+    assert required(parts, gpu=False) == [second, first]
     assert [config.seed for config in first.configs] == [0, 1]
 
 
-@pytest.mark.parametrize("form", [SHORT, FULL], ids=lambda f: f.name)
-def test_labels_and_claims_of_the_ledger_are_unique(form):
-    ledger = reproduction(form).ledger
-    labels = [runs.label for runs in required(ledger)]
-    assert len(set(labels)) == len(labels)
-    names = [claim.name for claims in ledger.values() for claim in claims]
+@pytest.mark.parametrize("form", [SHORT, FULL], ids=["short", "full"])
+def test_labels_configurations_and_claims_of_the_ledger_are_unique(form):
+    ledger = claims(form)
+    wanted = required(ledger)
+    assert len({runs.label for runs in wanted}) == len(wanted)
+    assert len({runs.config for runs in wanted}) == len(wanted)
+    names = [claim.name for part in ledger.values() for claim in part]
     assert len(set(names)) == len(names)
 
 
 def test_the_full_form_repeats_the_short_one_with_more_of_the_same():
     # So that runs of the short form are not trained again.
     short, full = (
-        {c for runs in required(reproduction(form).ledger) for c in runs.configs}
+        {(runs.label, config) for runs in required(claims(form)) for config in runs.configs}
         for form in (SHORT, FULL)
     )
-    only_short = short - full
-    assert only_short == set(SHORT.blog.configs)
+    assert {config for _, config in short - full} == set(SHORT.blog.configs)
     assert {config.epochs for config in FULL.blog.configs} == {176}
 
 
 def test_linear_algebra_confirms_every_exact_claim(mnist_folder):
-    evidence = Evidence(load_dataset("mnist", mnist_folder), None, [])
-    said = {claim.name: claim.verdict(claim.measure(evidence)) for claim in exact_claims()}
-    assert len(said) == 40
-    assert {name for name, verdict in said.items() if verdict != "pass"} == set()
+    evidence = Evidence(load_dataset("mnist", mnist_folder), [], load=None)
+    verdicts = {claim.name: claim.verdict(claim.measure(evidence)) for claim in exact_claims()}
+    assert len(verdicts) == 40
+    assert {name for name, verdict in verdicts.items() if verdict != "pass"} == set()
