@@ -68,68 +68,36 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     """
     # After parsing, so that --help and misspelt options answer at once.
     from harness import provenance
-    from harness.tracking import addresses, connect
+    from harness.tracking import addresses
     from harness.tracking.record import WALL_CLOCK
+    from harness.tracking.store import connect
 
     uri = addresses.tracking_address(options.tracking_uri)
     if addresses.is_new(uri):
         raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
     record = connect(uri).record(options.run)
+    then = record.made_with
     try:
-        replay = prepare(record, options)
+        study, data = study_of(then["study"]), load(record, options.data_dir)
+        device = device_for(then["device"]["kind"], options.device)
+        now, threads = provenance.provenance(data, device), then["threads"]["blas"]
+        introduce(terminal, record, device, provenance.differences(then, now))
     except (KeyError, TypeError) as error:
         raise UserError(
             f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
             "be repeated"
         ) from error
-    introduce(terminal, record, replay)
-    with provenance.blas_threads(replay.threads):
-        values = retrain(record, replay, terminal)
+    with provenance.blas_threads(threads):
+        values = retrain(record, study, data, device, terminal)
     found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
     if found.gaps:
         terminal.out.print(table(found.gaps))
     known = {value.metric for value in record.values}
     if new := sorted({metric for metric, _ in values} - known):
         terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
-    terminal.line(verdict(found, exact=replay.exact))
-    return not found.missing and not (replay.exact and found.gaps)
-
-
-class Replay(NamedTuple):
-    """How a run is trained again.
-
-    Attributes:
-        study: its study, None for a run of a search or of no study.
-        data: its dataset.
-        device: "cpu" or "cuda".
-        threads: of the linear algebra.
-        exact: whether every value must be equal to the last bit.
-        differences: between the making of the record and now, a line each.
-    """
-
-    study: Study | None
-    data: Dataset
-    device: str
-    threads: int
-    exact: bool
-    differences: list[str]
-
-
-def prepare(record: Record, options: ReplayOptions) -> Replay:
-    """Load what a record names.
-
-    Raises:
-        UserError: the study, the data or the device is not there.
-    """
-    from harness import provenance
-
-    then = record.made_with
-    study, data = study_of(then["study"]), load(record, options.data_dir)
-    device = device_for(then["device"]["kind"], options.device)
-    now = provenance.provenance(data, device)
     exact = device == "cpu" and then["device"] == now["device"]
-    differences = provenance.differences(then, now)
-    return Replay(study, data, device, then["threads"]["blas"], exact, differences)
+    terminal.line(verdict(found, exact=exact))
+    return not found.missing and not (exact and found.gaps)
 
 
 def study_of(name: str | None) -> Study | None:
@@ -180,17 +148,16 @@ def device_for(recorded: str, wanted: str) -> str:
     return resolve_device("cpu" if (wanted, recorded) == ("auto", "cpu") else wanted).type
 
 
-def retrain(record: Record, replay: Replay, terminal: Terminal) -> Mapping[tuple[str, int], float]:
-    """Train a run again as a study does.
-
-    Returns:
-        All that a study would log of it: (metric, epoch) -> value.
-    """
+def retrain(
+    record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
+) -> Mapping[tuple[str, int], float]:
+    """Train a run again as a study does, and return what it would log: (metric, epoch) -> value."""
     from harness.tracking import Planned
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog
 
-    values, study = Values(), replay.study
+    values = Values()
+    run = Planned(record.config, record.run_id, record.name, {}, {})
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
     with terminal.progress(1, 1, record.config.epochs) as advance:
 
@@ -198,15 +165,10 @@ def retrain(record: Record, replay: Replay, terminal: Terminal) -> Mapping[tuple
             advance(epoch)
             stopping.check()
 
-        recording.record(
-            [Planned(record.config, record.run_id, record.name, {}, {})],
-            replay.data,
-            replay.device,
-            lambda run: RunLog(values, run.key, {}),
-            on_epoch=on_epoch,
-            pictured=False,
-            **given,
-        )
+        def start(run: Planned) -> RunLog:
+            return RunLog(values, run.key, {})
+
+        recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)
     return values.logged
 
 
@@ -269,18 +231,17 @@ def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> C
     return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
 
 
-def introduce(terminal: Terminal, record: Record, replay: Replay) -> None:
+def introduce(terminal: Terminal, record: Record, device: str, differences: Sequence[str]) -> None:
     """Show what is trained, and what differs from the record."""
-    epochs = record.config.epochs
-    terminal.out.print(
-        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on "
-        f"{replay.data.name}, on {replay.device}.",
-        soft_wrap=True,
+    epochs, dataset = record.config.epochs, record.made_with["dataset"]["name"]
+    terminal.line(
+        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on {dataset}, on "
+        f"{device}."
     )
-    if not replay.differences:
-        terminal.out.print("Code, versions, device and data are those of the record.")
-    for line in replay.differences:
+    for line in differences:
         terminal.line(f"  {line}")
+    if not differences:
+        terminal.line("Code, versions, device and data are those of the record.")
 
 
 def table(gaps: Sequence[Gap]) -> Table:
@@ -306,19 +267,20 @@ def verdict(found: Comparison, *, exact: bool) -> str:
         found: the comparison.
         exact: whether values must be equal to the last bit.
     """
-    parts = [f"all {found.values:,} values are equal to the last bit"]
+    parts = []
     if found.gaps:
         worst = max(found.gaps, key=lambda gap: gap.size)
-        parts = [
+        parts.append(
             f"{len(found.gaps):,} of {found.values:,} values differ, most of all {worst.metric} in "
             f"epoch {worst.epoch}: {worst.then!r} logged, {worst.now!r} now"
-        ]
+        )
     if found.missing:
         parts.append(f"logged but not computed now: {', '.join(found.missing)}")
+    if not parts:
+        return f"Reproduced: all {found.values:,} values are equal to the last bit."
     if not exact and found.gaps:
         parts.append("equal values are promised on the CPU of the record alone")
-    good = not found.missing and not found.gaps
-    start = "Reproduced" if good else "Not reproduced" if exact or found.missing else "Compared"
+    start = "Not reproduced" if exact or found.missing else "Compared"
     return f"{start}: {'; '.join(parts)}."
 
 
