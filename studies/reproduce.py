@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from harness.config import checked_name
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
@@ -30,8 +29,8 @@ from studies.ledger.trained import (
     loss,
     mean,
 )
-from studies.runner.cli import clear_errors, read, start_pool
-from studies.runner.options import arguments, check_least, program
+from studies.runner.cli import clear_errors, execute_plan, read, start_pool
+from studies.runner.options import Places, arguments, program
 from studies.runner.proposers import Cell, Listed
 from studies.runner.study import ELSEWHERE, KNOWN, Plan, Trained
 
@@ -56,35 +55,14 @@ log = logging.getLogger("studies.reproduce")  # `__name__` is "__main__" on the 
 
 
 @dataclass(frozen=True)
-class ReproduceOptions:
+class ReproduceOptions(Places):
     """Options of the ledger's command line.
 
     Attributes:
-        data_dir: folder of MNIST, downloaded into it if missing.
         full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
-        device: auto takes a GPU where there is one.
-        workers: processes on this machine that share the runs and its cores.
-        study_name: name in Optuna and MLflow (reproduce-mnist).
-        storage: Optuna storage URL (optuna.db in the repository).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: train everything anew beside the runs of an earlier check.
-        dry_run: show what is trained and train nothing.
-        json: print the outcome as one JSON object, and all else on standard error.
     """
 
-    data_dir: Path = Path("data")
     full: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 1
-    study_name: str | None = None
-    storage: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
-    json: bool = False
 
 
 def make_plan(
@@ -295,17 +273,14 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    checked_name(NAME if options.study_name is None else options.study_name)
-    check_least("checkpoint_every", options.checkpoint_every, 0)
-    check_least("workers", options.workers, 1)
+    if options.study_name is not None:
+        checked_name(options.study_name)
     if not options.dry_run and options.workers == 1:
         start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from harness.training.engine import resolve_device
-    from studies.runner import estimate
-    from studies.runner.run import run
 
     terminal.question(__doc__ or "")
     log.info("loading PyTorch and mnist")
@@ -313,15 +288,9 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     data = harness.load_dataset("mnist", options.data_dir)
     form = FULL if options.full else SHORT
     plan = make_plan(claims(form), form, data, device, options)
-    terminal.plan(plan.name, data.name, plan.sentence)
-    if options.dry_run:
-        where = options.device, options.tracking_uri
-        expected = estimate.sentence(plan.configs, data, *where, plan.at_once)
-        terminal.estimate(options.tracking_uri, options.storage, expected)
-        return None
-    outcome = run(plan, data, options, terminal)
+    outcome = execute_plan(plan, data, options, terminal)
     if outcome is not None:
-        terminal.ledger(plan.name, outcome.sections, outcome, options.tracking_uri)
+        terminal.ledger(outcome, options.tracking_uri)
     return outcome
 
 
