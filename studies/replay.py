@@ -20,15 +20,15 @@ import tyro
 from rich.table import Table
 
 from harness.config import UserError
-from studies import stopping
-from studies.cli import clear_errors, read
+from studies.runner import stopping
+from studies.runner.cli import clear_errors, read
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.tracking.runs import Logged, Record
     from harness.training.engine import EpochRecord
-    from studies.console import Console
-    from studies.study import Study
+    from studies.runner.study import Study
+    from studies.runner.terminal import Terminal
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
 
@@ -52,12 +52,12 @@ class ReplayOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
-    with clear_errors(STOPPED):
+    with clear_errors(args, STOPPED) as terminal:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        sys.exit(0 if execute(options) else 1)
+        sys.exit(0 if execute(options, terminal) else 1)
 
 
-def execute(options: ReplayOptions) -> bool:
+def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     """Train a run again and show how its values compare with the logged ones.
 
     Returns:
@@ -70,9 +70,8 @@ def execute(options: ReplayOptions) -> bool:
     from harness import provenance
     from harness.tracking import addresses, connect
     from harness.tracking.record import WALL_CLOCK
-    from studies.console import Console
 
-    console, uri = Console(), addresses.tracking_address(options.tracking_uri)
+    uri = addresses.tracking_address(options.tracking_uri)
     if addresses.is_new(uri):
         raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
     record = connect(uri).record(options.run)
@@ -83,16 +82,16 @@ def execute(options: ReplayOptions) -> bool:
             f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
             "be repeated"
         ) from error
-    introduce(console, record, replay)
+    introduce(terminal, record, replay)
     with provenance.blas_threads(replay.threads):
-        values = retrain(record, replay, console)
+        values = retrain(record, replay, terminal)
     found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
     if found.gaps:
-        console.out.print(table(found.gaps))
+        terminal.out.print(table(found.gaps))
     known = {value.metric for value in record.values}
     if new := sorted({metric for metric, _ in values} - known):
-        console.out.print(f"Computed now, but not logged then: {', '.join(new)}.", soft_wrap=True)
-    console.out.print(verdict(found, exact=replay.exact), soft_wrap=True)
+        terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
+    terminal.line(verdict(found, exact=replay.exact))
     return not found.missing and not (replay.exact and found.gaps)
 
 
@@ -181,25 +180,26 @@ def device_for(recorded: str, wanted: str) -> str:
     return resolve_device("cpu" if (wanted, recorded) == ("auto", "cpu") else wanted).type
 
 
-def retrain(record: Record, replay: Replay, console: Console) -> Mapping[tuple[str, int], float]:
+def retrain(record: Record, replay: Replay, terminal: Terminal) -> Mapping[tuple[str, int], float]:
     """Train a run again as a study does.
 
     Returns:
         All that a study would log of it: (metric, epoch) -> value.
     """
+    from harness.tracking import Planned
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog
 
     values, study = Values(), replay.study
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
-    with console.bar(1, record.config.epochs) as advance:
+    with terminal.progress(1, 1, record.config.epochs) as advance:
 
         def on_epoch(epoch: EpochRecord) -> None:
             advance(epoch)
             stopping.check()
 
         recording.record(
-            [recording.Planned(record.config, record.run_id, record.name, {}, {})],
+            [Planned(record.config, record.run_id, record.name, {}, {})],
             replay.data,
             replay.device,
             lambda run: RunLog(values, run.key, {}),
@@ -269,18 +269,18 @@ def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> C
     return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
 
 
-def introduce(console: Console, record: Record, replay: Replay) -> None:
+def introduce(terminal: Terminal, record: Record, replay: Replay) -> None:
     """Show what is trained, and what differs from the record."""
     epochs = record.config.epochs
-    console.out.print(
+    terminal.out.print(
         f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on "
         f"{replay.data.name}, on {replay.device}.",
         soft_wrap=True,
     )
     if not replay.differences:
-        console.out.print("Code, versions, device and data are those of the record.")
+        terminal.out.print("Code, versions, device and data are those of the record.")
     for line in replay.differences:
-        console.out.print(f"  {line}", soft_wrap=True)
+        terminal.line(f"  {line}")
 
 
 def table(gaps: Sequence[Gap]) -> Table:

@@ -30,9 +30,9 @@ from studies.ledger.trained import (
     mean,
 )
 from studies.runner.cli import clear_errors, execute_plan, read, start_pool
-from studies.runner.options import Places, arguments, program
+from studies.runner.options import ELSEWHERE, Places, arguments, program
 from studies.runner.proposers import Cell, Listed
-from studies.runner.study import ELSEWHERE, KNOWN, Plan, Trained
+from studies.runner.study import KNOWN, Plan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,6 +114,7 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     # pandas and PyTorch, which --help does not wait for
     from analysis import frames
     from harness.tracking import load_run
+    from harness.tracking.record import Trained
     from studies.ledger.evidence import Evidence
     from studies.runner.summary import Findings
 
@@ -273,6 +274,7 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     """
     if options.study_name is not None:
         checked_name(options.study_name)
+    options.check()
     if not options.dry_run and options.workers == 1:
         start_pool(options.device)
 

@@ -9,7 +9,7 @@ again with fresh seeds, since the search's own number for it is the luckiest of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from studies.runner.proposers import TPE, Cell, Listed, Pruner, Range, Space
 from studies.runner.study import Plan, Source, command, source
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
-    from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
     from studies.runner.summary import Ended, Findings
@@ -124,7 +124,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     suffix = "-front" if options.multi_objective else ""
     given = options.study_name
     name = checked_name(f"{NAME}-{data.name}{suffix}" if given is None else given)
-    base = options.base(BASE, data)
+    base = options.base(BASE, data.epochs)
     if not base.has_likelihood:
         raise UserError(
             f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
@@ -159,9 +159,9 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     )
 
 
-def confirm(proposer: TPE, default: RunConfig, trials: Sequence[FrozenTrial]) -> Listed:
+def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
     """Return the best configuration and the default one with seeds that the search has not seen."""
-    best = proposer.best(trials)
+    best = proposer.best(study)
     first = proposer.seeds
     wanted = {
         f"best, trial {best.number}": (best.number, proposer.configs(best)[0]),
@@ -172,7 +172,7 @@ def confirm(proposer: TPE, default: RunConfig, trials: Sequence[FrozenTrial]) ->
         for seed in range(first, first + CONFIRMING):
             identity = {"part": "confirmation", "label": label, "seed": seed}
             params = {"trial": number, "part": "confirmation"}
-            tags = {"configuration": label, "place": str(10**6 + len(cells))}  # after the search's
+            tags = {"configuration": label}
             run = config.replace(seed=seed)
             cells.append(Cell(identity, run, f"{label} seed={seed}", params, tags))
     return Listed(cells, {})
@@ -192,8 +192,8 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     from analysis import frames, search_frames, search_plots
     from studies.runner.summary import Findings
 
-    best = proposer.best([trial for trial in ended.trials if trial.state.name == "COMPLETE"])
-    front = [trial.number for trial in proposer.front(ended.trials)]
+    best = proposer.best(ended.study)
+    front = [trial.number for trial in ended.study.best_trials]
     runs = search_frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
     trials = search_frames.by_trial(searched, list(proposer.space))
@@ -209,7 +209,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     named = {f"best, trial {best.number}": again, "default, calibrated weight": default}
     every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
     table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
-    importances = search_frames.importances(proposer.importances(ended.trials))
+    importances = search_frames.importances(proposer.importances(ended.study))
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     models = {
         name: part.sort_values("seed")["run_id"].iloc[0]
@@ -293,7 +293,7 @@ def _best(
     diverged: int,
 ) -> str:
     """Return which trial is best, and how good it is beyond the luck of the search."""
-    from studies.answers import calibration, plus_minus
+    from studies.runner.answers import calibration, plus_minus
 
     best, row, seeds = again.iloc[0], table.iloc[0], len(again)
     searched = trials.set_index("trial").loc[number]
@@ -319,7 +319,7 @@ def _value(value: object) -> str:
 
 def _against_default(again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame) -> str:
     from analysis import frames
-    from studies.answers import plus_minus
+    from studies.runner.answers import plus_minus
 
     if default.empty:
         return "The default configuration diverged with every fresh seed."
@@ -363,9 +363,9 @@ def _front(trials: pd.DataFrame) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the search from the command line; bad input ends it with one line and exit code 2."""
-    with clear_errors():
+    with clear_errors(args) as terminal:
         options = read(SearchOptions, NAME, __doc__ or "", args)
-        execute(partial(make_plan, options), options)
+        execute(partial(make_plan, options), options, terminal)
 
 
 if __name__ == "__main__":

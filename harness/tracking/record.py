@@ -24,6 +24,7 @@ from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.vae import VAE, build
+from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
 from harness.tracking.runs import DIFF, PROVENANCE, RunLog
 from harness.tracking.store import Store, connect
@@ -56,37 +57,11 @@ LARGEST_RATE = 1e4
 Metrics = dict[str, float]
 
 
-class Planned(NamedTuple):
-    """A run to be trained.
-
-    Attributes:
-        config: its settings.
-        key: what identifies it wherever it is recorded.
-        name: its name in the run table.
-        params: parameters; `record` adds settings, dataset, device and width of the stack.
-        tags: tags; `record` adds the provenance.
-    """
-
-    config: RunConfig
-    key: str
-    name: str
-    params: dict[str, Any]
-    tags: dict[str, str]
-
-
 class Trained(NamedTuple):
     """A trained run: its settings and its model."""
 
     config: RunConfig
     model: VAE
-
-
-class End(NamedTuple):
-    """Why a run is ended before its last epoch: status FAILED or KILLED, and the reason."""
-
-    status: str
-    reason: str
-    pruned: bool = False
 
 
 Judge = Callable[[EpochRecord], Mapping[int, End]]

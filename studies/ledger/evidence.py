@@ -20,8 +20,8 @@ from harness.metrics.likelihood import likelihood_metrics
 from studies.ledger.claims import Runs
 
 if TYPE_CHECKING:
-    from harness.tracking.store import Run
-    from studies.runner.study import Trained
+    from harness.tracking.record import Trained
+    from harness.tracking.runs import Run
 
 
 @dataclass(frozen=True)

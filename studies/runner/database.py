@@ -22,7 +22,7 @@ import lazy_loader
 from filelock import FileLock
 
 from harness.config import UserError
-from harness.places import (
+from harness.tracking.addresses import (
     alive,
     check_database,
     sqlite_file,
@@ -30,7 +30,7 @@ from harness.places import (
     unusable,
     without_password,
 )
-from studies import stopping
+from studies.runner import stopping
 
 if TYPE_CHECKING:
     import optuna
@@ -112,6 +112,11 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
+
+
+def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
+    """Return the names of all studies in a database."""
+    return retry(lambda: optuna.get_all_study_names(storage), storage.url)
 
 
 def exclusive(url: str, name: str) -> AbstractContextManager[object]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shlex
+import sys
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -22,13 +24,52 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Common:
-    """Options of every command line that trains.
+class Places:
+    """Options that do not change what is found: where runs are trained and recorded, and how.
+
+    Attributes:
+        data_dir: folder of the MNIST family, downloaded into it if missing.
+        device: auto takes a GPU where there is one.
+        workers: processes on this machine that share the study and its cores. Any number of
+            machines share one, too, that start the same command with a --storage of PostgreSQL.
+        study_name: name in Optuna and MLflow (STUDY-DATASET).
+        storage: Optuna storage URL (optuna.db in the repository).
+        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
+        fresh: start a new study beside one of the same name.
+        dry_run: show the plan and train nothing.
+        json: print the outcome as one JSON object, and all else on standard error.
+    """
+
+    data_dir: Path = Path("data")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
+    study_name: str | None = None
+    storage: str | None = None
+    tracking_uri: str | None = None
+    checkpoint_every: int = 0
+    fresh: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be used."""
+        for name, least in (("checkpoint_every", 0), ("workers", 1)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name}={value}: give a whole number >= {least}")
+
+
+ELSEWHERE = tuple(field.name for field in fields(Places))
+
+
+@dataclass(frozen=True)
+class Common(Places):
+    """Options of every command line that trains on any dataset.
 
     Attributes:
         dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
             images in PATH/CLASS/ or in PATH.
-        data_dir: folder of the MNIST family, downloaded into it if missing.
         image_size: height and width that own images are resized to, or one number for both.
         epochs: passes over the training split (digits and fewer than 10,000 own images 50, others
             20).
@@ -44,21 +85,9 @@ class Common:
         likelihood: bernoulli trains on cross-entropy instead of squared error (gaussian).
         binarization: how bernoulli's pixels are made 0 or 1 (none).
         precision: tf32 trains faster on a GPU, less exactly (float32).
-        device: auto takes a GPU where there is one.
-        workers: processes on this machine that share the study and its cores. Any number of
-            machines share one, too, that start the same command with a --storage of PostgreSQL.
-        study_name: name in Optuna and MLflow (STUDY-DATASET).
-        storage: Optuna storage URL (optuna.db in the repository).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: start a new study beside one of the same name.
-        dry_run: show the plan and train nothing.
-        json: print the outcome as one JSON object, and all else on standard error.
     """
 
     dataset: str = "digits"
-    data_dir: Path = Path("data")
     image_size: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int = 32
@@ -71,15 +100,6 @@ class Common:
     likelihood: Likelihood | None = None
     binarization: Binarization | None = None
     precision: Precision | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 1
-    study_name: str | None = None
-    storage: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
-    json: bool = False
 
     def chosen(self) -> dict[str, Any]:
         """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
@@ -93,19 +113,12 @@ class Common:
             config: the study's.
             epochs: of the dataset, unless the user chose another number.
         """
-        check_least("checkpoint_every", self.checkpoint_every, 0)
-        check_least("workers", self.workers, 1)
+        self.check()
         epochs = epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
         if self.channels is not None and found.model != "conv":
             raise UserError(f"--channels with model={found.model!r}: only conv has them")
         return found
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise UserError for an option that is too low."""
-    if value < least:
-        raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 CHOICES = (
@@ -141,48 +154,30 @@ class Options(Common, Generic[Value]):
     kl_normalization: KLNormalization | None = None
 
 
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """Options of the ledger's command line.
-
-    Attributes:
-        data_dir: folder of MNIST, downloaded into it if missing.
-        full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
-        device: auto takes a GPU where there is one.
-        study_name: name in MLflow (reproduce-mnist).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: train everything anew beside what is there.
-        dry_run: show what is trained and train nothing.
-        json: print the outcome as one JSON object, and all else on standard error.
-    """
-
-    data_dir: Path = Path("data")
-    full: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    study_name: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
-    json: bool = False
+def start_words(name: str) -> list[str]:
+    """Return how Python runs a study: as a page of `studies`, or as the user's script."""
+    page = Path(__file__).parents[1] / f"{name}.py"
+    if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
+        return ["-m", f"studies.{name}"]
+    return [sys.argv[0]]
 
 
-def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:
-    """Return the options that turn a default configuration into another, for a command line.
-
-    Args:
-        config: the configuration.
-        default: the one without options.
-        fixed: fields that have options; others differ from run to run.
-    """
-    differ = [f for f in CHOICES if f in fixed and getattr(config, f) != getattr(default, f)]
-    return [f"--{name.replace('_', '-')} {_written(getattr(config, name))}" for name in differ]
+def program(name: str) -> str:
+    """Return the command that starts a study, without options."""
+    return shlex.join(["python", *start_words(name)])
 
 
-def _written(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def arguments(options: Places, left_out: Container[str]) -> list[str]:
+    """Return the command line that gives these options, without defaults and those left out."""
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == field.default or field.name in left_out:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else (value,))
+    return words
 
 
 def first_unused(name: str, taken: Container[str]) -> str:

@@ -17,7 +17,8 @@ from uuid import uuid4
 
 import lazy_loader
 
-from harness.config import RunConfig
+from harness.config import RunConfig, UserError
+from harness.tracking import End, Planned
 
 if TYPE_CHECKING:
     import optuna
@@ -31,29 +32,14 @@ SELECTION = "val/neg_elbo"
 """Metric by which the best trial is chosen, with two objectives too: the lowest of all lies on the
 front, since neg_elbo rises with rate and with mse."""
 
+ROUNDS = 4
+"""Least number of batches: a search that asks for all its trials at once learns nothing."""
+
 REPORTS = 5
 """Times, about, that a trial is compared with the others; a report costs Optuna 13 ms."""
 
 CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
 """User attributes of a trial: identity in a list, keys of its runs, reason of its failure."""
-
-
-class End(NamedTuple):
-    """Why a run is ended before its last epoch: status FAILED or KILLED, and the reason."""
-
-    status: str
-    reason: str
-    pruned: bool = False
-
-
-class Planned(NamedTuple):
-    """A run to be trained: settings, key, name, and its parameters and tags in MLflow."""
-
-    config: RunConfig
-    key: str
-    name: str
-    params: dict[str, Any]
-    tags: dict[str, str]
 
 
 Metrics = Mapping[str, float]
@@ -67,6 +53,11 @@ Report = Callable[[float, int], bool]
 def keys(trial: FrozenTrial) -> list[str]:
     """Return the keys of a trial's runs."""
     return list(trial.user_attrs.get(KEYS, []))
+
+
+def part_of(trial: FrozenTrial) -> str | None:
+    """Return whether a trial of a companion study is a "confirmation" or a "summary"."""
+    return trial.user_attrs.get(CELL, {}).get("part")
 
 
 def has_result(trial: FrozenTrial) -> bool:
@@ -208,9 +199,7 @@ class TPE:
         trials: number of trials in all.
         pruner: how unpromising trials are stopped.
         objectives: metrics that are minimised.
-        at_once: trials proposed together, at most.
         settings: as of a `Proposer`; `seeds` belongs to them.
-        tags: `study` and others of every run in MLflow.
     """
 
     base: RunConfig
@@ -219,9 +208,7 @@ class TPE:
     trials: int
     pruner: Pruner
     objectives: tuple[str, ...]
-    at_once: int
     settings: dict[str, Any]
-    tags: dict[str, str]
     _expected: int = field(default=-1, repr=False)
 
     @property
@@ -233,6 +220,10 @@ class TPE:
     def runs(self) -> int:
         """Runs of each trial."""
         return self.seeds
+
+    def at_once(self, width: int) -> int:
+        """Return how many trials are proposed together for a device's stack of a width."""
+        return max(1, min(width // self.seeds, self.trials // ROUNDS))
 
     @property
     def judged(self) -> range:
@@ -257,7 +248,7 @@ class TPE:
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
         space = {name: _distribution(values) for name, values in self.space.items()}
         made = set()
-        for _ in range(min(count, self.at_once)):
+        for _ in range(count):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that heartbeats are not Optuna's
                 trial = study.ask(space)
@@ -281,12 +272,7 @@ class TPE:
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's runs."""
         label = f"trial {trial.number}"
-        tags = {
-            **self.tags,
-            "trial": str(trial.number),
-            "configuration": label,
-            "seed_group": f"{self.tags['study']}/{label}",
-        }
+        tags = {"trial": str(trial.number), "configuration": label}
         params = {"trial": trial.number, "part": "search"}
         return [
             Planned(
@@ -328,10 +314,39 @@ class TPE:
 
         return [mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)}
 
+    def best(self, study: optuna.Study) -> FrozenTrial:
+        """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
+        if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+            raise UserError(
+                f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
+            )
+        return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
+
+    def importances(self, study: optuna.Study) -> dict[str, dict[str, float]]:
+        """Return the share of each objective's variation that each parameter explains.
+
+        Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few
+        hopeless trials do not explain everything. Empty for fewer than two finished trials.
+        """
+        done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        if len(done) < 2:
+            return {}
+        found = {}
+        for i, name in enumerate(self.objectives):
+            order = sorted(done, key=lambda trial, i=i: trial.values[i])  # type: ignore[misc]
+            rank = {trial.number: float(place) for place, trial in enumerate(order)}
+            shares = optuna.importance.get_param_importances(
+                study,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                target=lambda trial, rank=rank: rank[trial.number],  # type: ignore[misc]
+            )
+            found[name] = {setting: float(share) for setting, share in shares.items()}
+        return found
+
 
 def _divergence(record: EpochRecord, row: int) -> str | None:
     """Return why a run has diverged; a neg_elbo that is no number cannot be compared."""
-    from studies.measures import divergence
+    from harness.tracking.record import divergence  # loads torch
 
     value = float(record.val["neg_elbo"][row])
     lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"

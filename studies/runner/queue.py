@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import lazy_loader
 
 from harness.config import RunConfig, UserError
-from studies import stopping
+from harness.tracking import End
+from studies.runner import stopping
 from studies.runner.database import (
     exclusive,
     heartbeat_seconds,
@@ -33,7 +34,7 @@ from studies.runner.database import (
     pulse,
     retry,
 )
-from studies.runner.proposers import DIVERGED, End, Proposer, keys
+from studies.runner.proposers import DIVERGED, Proposer, keys
 
 if TYPE_CHECKING:
     import optuna
@@ -190,6 +191,10 @@ class Queue:
         complete = self.store_complete() if noted else set()
         return [trial for trial in noted if complete.issuperset(keys(trial))]
 
+    def reassign(self) -> None:
+        """Fail the trials of processes that ended, except for those that `adopt` returns."""
+        self._section(self._reassign)
+
     # --- training ---------------------------------------------------------------------------------
 
     @contextmanager
@@ -345,6 +350,12 @@ class Queue:
             return self._held[trial.number]
         study = self.storage.get_study_id_from_name(self.study.study_name)
         return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
+
+
+def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
+    """Return the result that was noted of a trial before it could be told."""
+    result = trial.user_attrs[RESULT]
+    return result["values"], result["attrs"]
 
 
 def _listed(owners: Iterable[str]) -> str:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
-from studies.runner.options import arguments, program
+from studies.runner.options import ELSEWHERE, arguments, program
 from studies.runner.proposers import Cell, Listed, Proposer
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
     from matplotlib.figure import Figure
-    from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
-    from harness.models.vae import VAE
+    from harness.tracking.record import Trained
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
@@ -106,13 +106,6 @@ def source(name: str, own: Dataset | None) -> Source:
     epochs = KNOWN["digits" if len(own.train) < FEW_IMAGES else "mnist"].epochs
     images = (len(own.train), len(own.val), len(own.test))
     return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)
-
-
-class Trained(NamedTuple):
-    """A finished run: its settings and its model."""
-
-    config: RunConfig
-    model: VAE
 
 
 Apply = Callable[[RunConfig, Any, Source], RunConfig]
@@ -217,8 +210,9 @@ class Plan:
         at_once: width of a device's stack -> how many trials are taken together.
         objective: validation metric that the best epoch of a run is chosen by.
         extras: further metrics of a finished run, as in `Study`.
-        confirm: finished trials -> what is trained once they are all there.
-        summary_key: changes where the same runs are to be summarised anew.
+        study: name of the study in `studies.all` by which a replay finds `extras`.
+        confirm: Optuna study without trials left -> what is trained then.
+        summary_key: changes when a new summary is to be recorded of the same runs.
     """
 
     page: str
@@ -233,7 +227,8 @@ class Plan:
     at_once: Callable[[int], int] = lambda width: width
     objective: str = "val/neg_elbo"
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
-    confirm: Callable[[Sequence[FrozenTrial]], Proposer] | None = None
+    study: str | None = None
+    confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
 
     @property
@@ -245,13 +240,6 @@ class Plan:
     def command(self) -> str:
         """The command line that repeats the study."""
         return f"{self.words} --study-name {self.name}"
-
-
-ELSEWHERE = (
-    *("data_dir", "device", "workers", "study_name", "storage", "tracking_uri"),
-    *("checkpoint_every", "fresh", "dry_run", "json"),
-)
-"""Options that do not change what is found."""
 
 
 class Point(NamedTuple):
@@ -311,7 +299,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     data = source(options.dataset, own)
     given = options.study_name
     name = checked_name(f"{study.name}-{data.name}" if given is None else given)
-    base = options.base(study.base, data)
+    base = options.base(study.base, data.epochs)
     every = points(study, base, values, data)
     texts = written(values)
     cells = []
@@ -321,7 +309,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             identity = {"group": point.group, "value": point.value, "seed": seed}
             run = config.replace(seed=seed)
             params = coordinates(study, point)
-            tags = {"configuration": label, "place": str(len(cells))}
+            tags = {"configuration": label}
             cells.append(Cell(identity, run, f"{label} seed={seed}", params, tags))
     varied = {"seed", study.axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
@@ -332,12 +320,13 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         name=name,
         source=data,
         configs=[cell.config for cell in cells],
-        proposer=Listed(cells, {**data.settings, **shared}),
+        proposer=Listed(cells, {**data.settings, **shared}, study.objective),
         find=lambda ended: compare_points(study, ended),
         words=command(study.name, data, effective),
         sentence=_sentence(study, every, seeds, texts),
         objective=study.objective,
         extras=study.extras,
+        study=study.name,
     )
 
 

@@ -8,6 +8,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +16,24 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from PIL import Image
 
-import harness
 from analysis import frames, planes, report, tables
-from harness.config import UserError
+from harness import provenance
 from harness.data.dataset import Dataset
+from harness.errors import SummaryError, UserError
 from harness.metrics import pictures, probes
 from harness.models.vae import VAE
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
-from harness.tracking.store import Run, Store
-from studies.runner.study import Plan, Point, Study, coordinates, label_of, written
+from harness.tracking.record import interruption
+from harness.tracking.runs import Run
+from harness.tracking.store import Store
+from studies.runner.proposers import has_result, keys
+from studies.runner.study import Plan, Point, Study, coordinates
 
 if TYPE_CHECKING:
+    import optuna
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
 
@@ -41,7 +46,11 @@ PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seab
 SCATTERED = 1000
 """Test images of a latent scatter."""
 
-MADE_WITH = {"code": "tags.sources", "versions": "tags.versions", "device": "params.device"}
+MADE_WITH = {
+    "code": ("tags", "sources"),
+    "versions": ("tags", "versions"),
+    "device": ("params", "device"),
+}
 """What makes runs differ though their settings are equal, and where a run has it."""
 
 COMPARED = (
@@ -57,10 +66,6 @@ TABLE_CAPTION = (
 )
 
 
-class SummaryError(UserError):
-    """Everything is trained and recorded, but a figure or the answer failed."""
-
-
 @dataclass(frozen=True)
 class Ended:
     """All that a study has to answer from.
@@ -69,16 +74,16 @@ class Ended:
         plan: the plan.
         data: its dataset.
         store: where its runs are.
-        trials: of its Optuna study.
-        after: of the companion study, the confirmation among them.
-        runs: finished and diverged runs, in the order of the plan.
+        study: the Optuna study.
+        trials: its trials, and those of the confirmation.
+        runs: runs of trials that have a result, in the order of the plan.
     """
 
     plan: Plan
     data: Dataset = field(repr=False)
     store: Store = field(repr=False)
+    study: optuna.Study = field(repr=False)
     trials: Sequence[FrozenTrial] = field(repr=False)
-    after: Sequence[FrozenTrial] = field(repr=False)
     runs: Sequence[Run] = field(repr=False)
 
     @property
@@ -152,8 +157,8 @@ def ended(
     plan: Plan,
     data: Dataset,
     store: Store,
+    study: optuna.Study,
     trials: Sequence[FrozenTrial],
-    after: Sequence[FrozenTrial],
 ) -> Ended:
     """Read the runs of a study back from MLflow, and check that none is missing.
 
@@ -161,21 +166,44 @@ def ended(
         UserError: nothing finished, or the tracking store lacks runs of finished trials.
     """
     log.info("reading the runs back from MLflow")
+    known = {key for trial in trials if has_result(trial) for key in keys(trial)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
-    kept = ("FINISHED", "FAILED", "KILLED")
-    found = Ended(plan, data, store, trials, after, [run for run in every if run.status in kept])
-    keys = {run.key for run in found.finished}
-    complete = [trial for trial in [*trials, *after] if trial.state.name == "COMPLETE"]
+    found = Ended(plan, data, store, study, trials, [run for run in every if run.key in known])
+    finished = {run.key for run in found.finished}
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not complete:
         raise UserError(f"study {plan.name!r} has no finished run: every one diverged")
-    wanted = {key for trial in complete for key in trial.user_attrs["keys"]}
-    if missing := wanted - keys:
+    wanted = {key for trial in complete for key in keys(trial)}
+    if missing := wanted - finished:
         raise UserError(
             f"study {plan.name!r} has {len(wanted)} finished runs in Optuna, of which "
             f"{len(missing)} are not in {without_password(store.uri)}; give the store that it was "
             "tracked in with --tracking-uri, or begin a new study with --study-name"
         )
     return found
+
+
+def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
+    """Write folder, report and summary run of a study; return the outcome and the run's id.
+
+    Raises:
+        SummaryError: as `write`; there is no summary run then.
+    """
+    findings = found.plan.find(found)
+    outcome = write(findings, found, experiment_id)
+    tags = provenance.tags(provenance.provenance(found.data, "cpu"))
+    del tags["device_name"]  # of the runs, if they were trained on a GPU
+    tags |= {"study": found.plan.name, "role": "summary"}
+    tags |= {"configuration": f"best: {findings.best['name']}"}
+    run = found.store.start(experiment_id, key, "summary", tags, dict(findings.settings))
+    try:
+        log_summary(outcome, findings, found, run)
+    except BaseException as error:
+        run.end(*interruption(error))
+        raise
+    run.end()
+    found.store.deliver([key])
+    return outcome, run.run_id
 
 
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
@@ -275,8 +303,7 @@ def describe(outcome: Outcome) -> str:
 def differing(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each part of their making in which compared runs differ."""
     sentences = []
-    for part, place in MADE_WITH.items():
-        kind, name = place.split(".")
+    for part, (kind, name) in MADE_WITH.items():
         counts = Counter(getattr(run, kind).get(name) for run in runs)
         counts.pop(None, None)  # a run of an earlier version has none
         if len(counts) > 1:
@@ -294,17 +321,15 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return what the runs of a grid of points found."""
     frame = frames.tidy(found.finished)
-    keys = list(coordinates(study, Point("", "")))
-    diverged = [run.params for run in found.diverged]
-    lost = {tuple(params.get(key, "") for key in keys) for params in diverged}
-    of_lost = [tuple(run.params.get(key, "") for key in keys) in lost for run in found.finished]
-    ranked = frame[[not one for one in of_lost]]
-    table = frames.along_axis(frame, keys, [m for m in study.table if m in frame])
+    axes = list(coordinates(study, Point("", "")))
+    lost = {_coordinates(run, axes) for run in found.diverged}
+    ranked = frame[[_coordinates(run, axes) not in lost for run in found.finished]]
+    table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
     if found.diverged:
         table = _with_diverged(table, study, found)
-    reference = _reference(study, ranked, keys)
+    reference = _reference(study, ranked, axes)
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
-    differences = frames.differences(frame, keys, reference, compared)
+    differences = frames.differences(frame, axes, reference, compared)
     compared_with = reference["name"].iloc[0].rpartition(" seed=")[0]
     caption = f"Difference from {compared_with}, paired by seed, with its 95 % t interval."
     models = _first_seeds(study, frame)
@@ -321,8 +346,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": (differences, caption)},
         figures={
-            name: (lambda draw=draw: draw(frame), text)
-            for name, (draw, text) in study.figures.items()
+            name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
         models=models,
         closer=min(models, key=lambda label: values[f"{label} seed=0"], default=""),
@@ -330,6 +354,10 @@ def compare_points(study: Study, found: Ended) -> Findings:
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings=found.plan.proposer.settings | _sizes(study, frame),
     )
+
+
+def _coordinates(run: Run, axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(run.params[axis] for axis in axes)
 
 
 def _sizes(study: Study, frame: pd.DataFrame) -> dict[str, Any]:
@@ -355,15 +383,15 @@ def _diverged(runs: Sequence[Run]) -> str:
 
 def _with_diverged(table: pd.DataFrame, study: Study, found: Ended) -> pd.DataFrame:
     """Add to a table of points how many runs of each diverged, and the points without another."""
-    keys = list(coordinates(study, Point("", "")))
-    every = frames.tidy(found.runs)
-    lost = frames.tidy(found.diverged).groupby(keys, sort=False).size()
-    counts = every.groupby(keys, sort=False).size().rename("runs").reset_index()
+    axes = list(coordinates(study, Point("", "")))
+    every = frames.tidy([*found.finished, *found.diverged])
+    lost = frames.tidy(found.diverged).groupby(axes, sort=False).size()
+    counts = every.groupby(axes, sort=False).size().rename("runs").reset_index()
     texts = [
-        f"{lost.get(point[0] if len(keys) == 1 else point, 0)} of {runs}"
+        f"{lost.get(point[0] if len(axes) == 1 else tuple(point), 0)} of {runs}"
         for *point, runs in counts.itertuples(index=False)
     ]
-    return counts[keys].assign(diverged=texts).merge(table, on=keys, how="left")
+    return counts[axes].assign(diverged=texts).merge(table, on=axes, how="left")
 
 
 def _first_seeds(study: Study, frame: pd.DataFrame) -> dict[str, str]:
