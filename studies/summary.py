@@ -23,8 +23,7 @@ from harness.tracking import RunLog, Store
 from studies import diverged
 from studies.gallery import write_pictures
 from studies.plan import Plan, Point
-from studies.runner.options import flags
-from studies.runner.workers import program
+from studies.runner.options import flags, program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from studies.plan import make_plan
 from studies.runner.cli import parse
 from studies.storage import open_storage
 from tests.real_servers import free_port
-from tests.test_workers import NAME, assert_exact, results
+from tests.runner.test_workers import NAME, assert_exact, results
 
 pytestmark = [pytest.mark.slow]
 

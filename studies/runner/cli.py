@@ -20,9 +20,8 @@ from harness.config import UserError
 from harness.errors import SummaryError
 from studies.plan import make_plan
 from studies.runner import stopping
-from studies.runner.options import Options
+from studies.runner.options import Options, program
 from studies.runner.terminal import CLOSED, Terminal
-from studies.runner.workers import program
 from studies.sources import read_own
 from studies.study import Study
 

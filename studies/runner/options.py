@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shlex
+import sys
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -22,13 +24,48 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Common:
-    """Options of every command line that trains.
+class Places:
+    """Options of every command line that trains: where, under which name, and how it is shown.
+
+    Attributes:
+        data_dir: folder of the MNIST family, downloaded into it if missing.
+        device: auto takes a GPU where there is one.
+        workers: processes on this machine that share the study and its cores. Any number of
+            machines share one, too, that start the same command with a --storage of PostgreSQL.
+        study_name: name in Optuna and MLflow (STUDY-DATASET).
+        storage: Optuna storage URL (optuna.db in the repository).
+        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
+            on from there and not from their first epoch; 0 keeps none.
+        fresh: start a new study beside one of the same name.
+        dry_run: show the plan and train nothing.
+        json: print the outcome as one JSON object, and all else on standard error.
+    """
+
+    data_dir: Path = Path("data")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
+    study_name: str | None = None
+    storage: str | None = None
+    tracking_uri: str | None = None
+    checkpoint_every: int = 0
+    fresh: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for a number that is too low."""
+        check_least("checkpoint_every", self.checkpoint_every, 0)
+        check_least("workers", self.workers, 1)
+
+
+@dataclass(frozen=True)
+class Common(Places):
+    """Options of every command line that trains what the user chooses.
 
     Attributes:
         dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
             images in PATH/CLASS/ or in PATH.
-        data_dir: folder of the MNIST family, downloaded into it if missing.
         image_size: height and width that own images are resized to, or one number for both.
         epochs: passes over the training split (digits and fewer than 10,000 own images 50, others
             20).
@@ -44,21 +81,9 @@ class Common:
         likelihood: bernoulli trains on cross-entropy instead of squared error (gaussian).
         binarization: how bernoulli's pixels are made 0 or 1 (none).
         precision: tf32 trains faster on a GPU, less exactly (float32).
-        device: auto takes a GPU where there is one.
-        workers: processes on this machine that share the study and its cores. Any number of
-            machines share one, too, that start the same command with a --storage of PostgreSQL.
-        study_name: name in Optuna and MLflow (STUDY-DATASET).
-        storage: Optuna storage URL (optuna.db in the repository).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: start a new study beside one of the same name.
-        dry_run: show the plan and train nothing.
-        json: print the outcome as one JSON object, and all else on standard error.
     """
 
     dataset: str = "digits"
-    data_dir: Path = Path("data")
     image_size: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int = 32
@@ -71,15 +96,6 @@ class Common:
     likelihood: Likelihood | None = None
     binarization: Binarization | None = None
     precision: Precision | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 1
-    study_name: str | None = None
-    storage: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
-    json: bool = False
 
     def chosen(self) -> dict[str, Any]:
         """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
@@ -93,8 +109,7 @@ class Common:
             config: the study's.
             epochs: of the dataset, unless the user chose another number.
         """
-        check_least("checkpoint_every", self.checkpoint_every, 0)
-        check_least("workers", self.workers, 1)
+        self.check()
         epochs = epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
         if self.channels is not None and found.model != "conv":
@@ -142,31 +157,40 @@ class Options(Common, Generic[Value]):
 
 
 @dataclass(frozen=True)
-class ReproduceOptions:
+class ReproduceOptions(Places):
     """Options of the ledger's command line.
 
     Attributes:
-        data_dir: folder of MNIST, downloaded into it if missing.
         full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
-        device: auto takes a GPU where there is one.
-        study_name: name in MLflow (reproduce-mnist).
-        tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
-        fresh: train everything anew beside what is there.
-        dry_run: show what is trained and train nothing.
-        json: print the outcome as one JSON object, and all else on standard error.
     """
 
-    data_dir: Path = Path("data")
     full: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    study_name: str | None = None
-    tracking_uri: str | None = None
-    checkpoint_every: int = 0
-    fresh: bool = False
-    dry_run: bool = False
-    json: bool = False
+
+
+def start_words(name: str) -> list[str]:
+    """Return how Python runs a study: as a page of `studies`, or as the user's script."""
+    page = Path(__file__).parents[1] / f"{name}.py"
+    if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
+        return ["-m", f"studies.{name}"]
+    return [sys.argv[0]]
+
+
+def program(name: str) -> str:
+    """Return the command that starts a study, without options."""
+    return shlex.join(["python", *start_words(name)])
+
+
+def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
+    """Return the command line that gives options, but for those left out."""
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == field.default or field.name in left_out:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else (value,))
+    return words
 
 
 def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from harness.config import UserError
 from studies.runner import stopping
-
-if TYPE_CHECKING:
-    from studies.runner.options import Common
+from studies.runner.options import Places, arguments, start_words
 
 NUMBER = "VAE_SWEEP_WORKER"
 """Environment variable of a worker: its number, from 1, and how many there are: "2/4"."""
 
 PATIENCE = 30.0
 """Seconds that a worker has for its end after a second Ctrl-C."""
+
+OF_PARENT = ("workers", "json")
+"""Options that workers are not given."""
 
 LOOK = 1.0
 """Seconds between looks at the workers and at the database."""
@@ -42,7 +42,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
 
 
 def train(
-    options: Common,
+    options: Places,
     page: str,
     study: str,
     cache: Path,
@@ -69,9 +69,11 @@ def train(
     folder, (before, left) = cache / "workers" / study, counts()
     folder.mkdir(parents=True, exist_ok=True)
     options = replace(options, study_name=study, fresh=False)
-    numbers, codes = range(1, options.workers + 1), []
-    team = {number: _start(number, options, page, folder) for number in numbers}
+    team: dict[int, subprocess.Popen[bytes]] = {}
+    codes = []
     try:
+        for number in range(1, options.workers + 1):
+            team[number] = _start(number, options, page, folder)
         while team:
             stopping.check()
             time.sleep(LOOK)
@@ -94,50 +96,20 @@ def train(
     return codes
 
 
-def start_words(name: str) -> list[str]:
-    """Return how Python runs a study: as a page of `studies`, or as the user's script."""
-    page = Path(__file__).parents[1] / f"{name}.py"
-    if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
-        return ["-m", f"studies.{name}"]
-    return [sys.argv[0]]
-
-
-def program(name: str) -> str:
-    """Return the command that starts a study, without options."""
-    return shlex.join(["python", *start_words(name)])
-
-
-def arguments(options: Common) -> list[str]:
-    """Return the command line of a worker with these options."""
-    words = []
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == field.default or field.name in ("workers", "json"):
-            continue
-        words.append(f"--{field.name.replace('_', '-')}")
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else (value,))
-    return words
-
-
 def cores(number: int, workers: int, available: int) -> int:
     """Return how many of the available cores the worker of a number has; at least one."""
     return max(1, available // workers + (number <= available % workers))
 
 
-def _start(number: int, options: Common, page: str, folder: Path) -> subprocess.Popen[bytes]:
+def _start(number: int, options: Places, page: str, folder: Path) -> subprocess.Popen[bytes]:
     from harness import processes  # loads torch
 
     threads = cores(number, options.workers, processes.available())
-    rank = f"{number}/{options.workers}"
+    own = {NUMBER: f"{number}/{options.workers}", "OMP_NUM_THREADS": str(threads)}
     with _log(folder, number).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, *start_words(page), *arguments(options)],
-            env={
-                **os.environ,
-                NUMBER: rank,
-                "OMP_NUM_THREADS": str(threads),
-            },
+            [sys.executable, *start_words(page), *arguments(options, OF_PARENT)],
+            env={**os.environ, **own},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
