@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
+from studies.storage import open_storage
 
 from analysis import report
 from harness import RunConfig
@@ -31,7 +32,6 @@ from studies import (
     reproduce,
     search,
 )
-from studies.storage import open_storage
 from tests.test_report import write_folder
 
 MAINS = {
