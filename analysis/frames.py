@@ -7,14 +7,16 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from harness import tracking
-from harness.config import UserError
+from harness.errors import UserError
+from harness.tracking.runs import Run
+from harness.tracking.store import connect
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -32,9 +34,8 @@ def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> p
         Columns run_id, name, every parameter and every metric, those of the test split under
         their plain names; empty if nothing has finished.
     """
-    store = tracking.connect(tracking_uri)
-    mine = f"tags.study = '{study}' and tags.role = 'run' and attributes.status = 'FINISHED'"
-    return tidy(tracking.read_runs(store, experiment, mine))
+    runs = connect(tracking_uri).runs(experiment, study=study, role="run")
+    return tidy([run for run in runs if run.status == "FINISHED"])
 
 
 def load_study(
@@ -63,9 +64,9 @@ def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
     return frame
 
 
-def tidy(runs: list[dict]) -> pd.DataFrame:
-    """Turn run records of `tracking.read_runs` into a frame, parameters cast from text."""
-    rows = [{"run_id": r["run_id"], "name": r["name"], **r["params"], **r["metrics"]} for r in runs]
+def tidy(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return runs as a frame, with parameters cast from text."""
+    rows = [{"run_id": run.run_id, "name": run.name, **run.params, **run.metrics} for run in runs]
     frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/"))
     return _with_own_variances(frame.apply(_numbers)) if rows else frame
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from analysis import markup, summaries
 from analysis.summaries import Exhibit, Summary
 from harness.config import UserError
-from harness.places import without_password
+from harness.tracking.addresses import without_password
 
 UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` answers."""

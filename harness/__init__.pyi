@@ -1,13 +1,4 @@
-from . import ledger as ledger
-from . import linear as linear
-from . import metrics as metrics
-from . import models as models
-from . import objective as objective
-from . import provenance as provenance
-from . import records as records
 from . import tracking as tracking
-from . import training as training
-from . import view as view
 from .config import RunConfig as RunConfig
 from .data.dataset import Dataset as Dataset
 from .data.load import load_dataset as load_dataset
@@ -17,7 +8,7 @@ from .metrics.quality import measure_quality as measure_quality
 from .models.vae import VAE as VAE
 from .registry import network as network
 from .registry import term as term
-from .tracking import load_run as load_run
+from .tracking.models import load_run as load_run
 from .training.checkpoint import Checkpoints as Checkpoints
 from .training.engine import EpochRecord as EpochRecord
 from .training.engine import RunResult as RunResult

@@ -8,11 +8,10 @@ from typing import Any
 
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
-from studies.plan import make_plan
 from studies.runner.cli import clear_errors, execute, parse
 from studies.runner.options import Common, Options
-from studies.search_options import SearchOptions, make_search_plan
-from studies.sources import read_own
+from studies.runner.study import make_plan, read_own
+from studies.search import SearchOptions
 
 log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
@@ -27,8 +26,10 @@ def main(args: Sequence[str] | None = None) -> None:
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         check_plans(options)
-        outcomes = [execute(study, options, terminal) for study in STUDIES]
-        outcomes.append(search.execute(search_options(options), terminal))
+        plans = [partial(make_plan, study, options) for study in STUDIES]
+        outcomes = [execute(plan, options, terminal) for plan in plans]
+        given = search_options(options)
+        outcomes.append(execute(partial(search.make_plan, given), given, terminal))
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report
@@ -48,7 +49,7 @@ def check_plans(options: Options[Any]) -> None:
     plans: dict[str, Callable[[], object]] = {
         study.name: partial(make_plan, study, options, own) for study in STUDIES
     }
-    plans["search"] = partial(make_search_plan, search.SEARCH, search_options(options), own)
+    plans["search"] = partial(search.make_plan, search_options(options), own)
     for name, plan in plans.items():
         try:
             plan()

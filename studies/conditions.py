@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 from harness.config import RunConfig, UserError
-from studies.sources import Source
+from studies.runner.study import Source
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from studies.question import Trained
+    from harness.tracking.record import Trained
 
 BLOG_WEIGHT = 1.0
 """The blog's weight: decoder variance 0.5 pixel² (normalisation "pixels")."""

@@ -22,10 +22,17 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """An MLflow server on an own SQLite database, that can be stopped, killed and started again."""
+    """An MLflow server on its SQLite database, that can be stopped, killed and started again.
 
-    def __init__(self, folder: Path, empty_database: Path) -> None:
+    Args:
+        folder: for its database and artifacts.
+        empty_database: copied for it.
+        options: of `mlflow server`; by default, artifacts go through the server.
+    """
+
+    def __init__(self, folder: Path, empty_database: Path, *options: str) -> None:
         self.folder, self.port = folder, free_port()
+        self._options = options or ("--artifacts-destination", str(folder / "artifacts"))
         self.uri = f"http://127.0.0.1:{self.port}"
         shutil.copy(empty_database, folder / "server.db")
         self._process: subprocess.Popen[bytes] | None = None
@@ -34,8 +41,7 @@ class MlflowServer:
         """Start it and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += [*self._options, "--host", "127.0.0.1", "--port", str(self.port)]
         own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -93,6 +99,7 @@ class Proxy:
         fall_after: requests that are forwarded until the proxy is down; None: any number.
         rise_after: requests that are refused until it is up again; None: any number.
         hold: as `lose`, for requests that reach the server only when they are released.
+        answer: part of a request line -> HTTP code that the proxy answers in the server's place.
         seen: request lines that reached the server.
     """
 
@@ -100,6 +107,7 @@ class Proxy:
         self.down = False
         self.lose: dict[str, int] = {}
         self.hold: dict[str, int] = {}
+        self.answer: dict[str, int] = {}
         self._held: list[Request] = []
         self.fall_after: int | None = None
         self.rise_after: int | None = None
@@ -175,8 +183,11 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             if proxy.is_down() or proxy.holds(request):
                 self.close_connection = True
                 return
+            codes = [code for part, code in proxy.answer.items() if part in request.line]
             try:
-                status, headers, content = proxy.forward(request)
+                status, headers, content = (
+                    (codes[0], [], b"no") if codes else proxy.forward(request)
+                )
             except (OSError, http.client.HTTPException):  # the server itself is gone
                 self.close_connection = True
                 return

@@ -15,7 +15,6 @@ import pytest
 from filelock import FileLock
 
 from harness import tracking
-from studies.runner import cli
 
 
 def once(name: str, make: Callable[[Path], None], temporary: pytest.TempPathFactory) -> Path:
@@ -48,7 +47,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return where studies in tests keep classifiers: not in the cache of the repository."""
     folder = once("cache", lambda folder: None, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("studies.measures.project_root", lambda: folder)
+        patch.setattr("harness.tracking.record.project_root", lambda: folder)
         yield folder / "cache" / "features"
 
 
@@ -120,6 +119,8 @@ def study_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def small_study(name: str, arguments: list[str], folder: Path) -> None:
     """Run a study in this process, tracked in a folder."""
+    from studies.runner import cli
+
     study = importlib.import_module(f"studies.{name}").STUDY
     places = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
     places += ["--storage", f"sqlite:///{folder}/optuna.db"]

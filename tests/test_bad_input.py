@@ -31,7 +31,7 @@ from studies import (
     search,
 )
 from studies.runner import cli
-from studies.storage import open_storage
+from studies.runner.database import open_storage
 from tests.test_report import write_folder
 
 MAINS = {

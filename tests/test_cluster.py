@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from studies.grid import open_grid
+from studies.plan import make_plan
+from studies.storage import open_storage
 
 from harness import tracking
 from studies import kl_weight, worker
-from studies.grid import open_grid
-from studies.plan import make_plan
 from studies.runner.cli import parse
-from studies.storage import open_storage
 from tests.real_servers import free_port
 from tests.runner.test_workers import NAME, assert_exact, results
 

@@ -10,18 +10,18 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from studies.hunt import open_hunt
+from studies.place import Place
+from studies.search_options import SearchOptions, make_search_plan
+from studies.searching import Judge, confirm, trial_label
+from studies.stack import train_stack
+from studies.storage import open_storage
 
 import harness
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search, worker
-from studies.hunt import open_hunt
-from studies.place import Place
 from studies.runner.terminal import Terminal
-from studies.search_options import SearchOptions, make_search_plan
-from studies.searching import Judge, confirm, trial_label
-from studies.stack import train_stack
-from studies.storage import open_storage
 
 # MLflow's own type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")

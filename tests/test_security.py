@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from harness.login import signed_in
+from harness.places import reason, storage_address, without_password
+from studies.summary import Outcome
 
 from analysis import frames, report
 from harness import RunConfig, UserError, load_run, tracking
-from harness.login import signed_in
 from harness.models.vae import build
-from harness.places import reason, storage_address, without_password
 from studies import kl_weight
 from studies.runner import cli
 from studies.runner.terminal import Terminal
-from studies.summary import Outcome
 from tests.real_servers import free_port
 from tests.test_report import ATTACK, Page, write_folder
 

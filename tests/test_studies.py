@@ -15,16 +15,16 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-
-from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
-from studies import kl_weight, worker
 from studies.grid import open_grid
 from studies.place import Place
 from studies.plan import Point, make_plan
-from studies.runner import cli
-from studies.runner.options import Options
 from studies.stack import train_tracked
 from studies.storage import check_storage, new_name, open_storage
+
+from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
+from studies import kl_weight, worker
+from studies.runner import cli
+from studies.runner.options import Options
 
 NAME = "kl_weight-digits"
 

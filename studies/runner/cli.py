@@ -9,24 +9,24 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from harness import places
 from harness.config import UserError
 from harness.errors import SummaryError
-from studies.plan import make_plan
+from harness.tracking import addresses
 from studies.runner import stopping
-from studies.runner.options import Options, program
+from studies.runner.options import Common, Options, Places, program
+from studies.runner.study import Plan, Study, make_plan, read_own
 from studies.runner.terminal import CLOSED, Terminal
-from studies.sources import read_own
-from studies.study import Study
 
 if TYPE_CHECKING:
-    from studies.summary import Outcome
+    from harness.data.dataset import Dataset
+    from studies.runner.summary import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ LACKING = {
 def main(study: Study, args: Sequence[str] | None = None) -> None:
     """Run a study from the command line; the exit codes are those of `clear_errors`."""
     with clear_errors(args) as terminal:
-        kind = type(study.axis.values[0])
-        execute(study, parse(study.name, study.question, kind, args), terminal)
+        options = parse(study.name, study.question, type(study.axis.values[0]), args)
+        execute(partial(make_plan, study, options), options, terminal)
 
 
 @contextlib.contextmanager
@@ -81,10 +81,10 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
-        lacking = places.shortage(error)
+        lacking = addresses.shortage(error)
         if lacking is None:
             raise
-        code, message = 2, f"error: {LACKING[lacking].format(places.reason(error))}"
+        code, message = 2, f"error: {LACKING[lacking].format(addresses.reason(error))}"
     try:
         if message:
             print(message, file=sys.stderr)
@@ -142,39 +142,49 @@ def start_pool(device: str) -> None:
         forkserver.start()
 
 
-def execute(study: Study, options: Options[Any], terminal: Terminal) -> Outcome | None:
-    """Run a study and show it; None for a dry run, or where another process shows it."""
+def execute(
+    make_plan: Callable[[Dataset | None], Plan], options: Common, terminal: Terminal
+) -> Outcome | None:
+    """Run a study and show it; None for a dry run, or where another process shows it.
+
+    Args:
+        make_plan: the user's images, None for a dataset of a name -> plan.
+        options: the user's.
+        terminal: shows it.
+    """
     own = read_own(options.dataset, options.image_size)
-    plan = make_plan(study, options, own)
+    plan = make_plan(own)
     if not options.dry_run and options.workers == 1:
         start_pool(options.device)
 
-    # After parsing, so that --help and misspelt options answer at once.
-    import harness
+    import harness  # after parsing, so that --help and misspelt options answer at once
+    from harness.training.engine import resolve_device
+
+    terminal.question(plan.question)
+    log.info("loading PyTorch and %s", plan.source.name)
+    resolve_device(options.device, options.precision or "float32")
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
+    outcome = execute_plan(plan, data, options, terminal)
+    if outcome is not None:
+        terminal.outcome(outcome, options.tracking_uri)
+    return outcome
+
+
+def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
+    """Run a plan on its data, or show what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import estimate
-    from studies.study import run
+    from studies.runner.run import check_study, run
 
-    terminal.question(study.question)
-    log.info("loading PyTorch and %s", plan.dataset)
-    engine.resolve_device(options.device, options.precision or "float32")
-    data = own or harness.load_dataset(options.dataset, options.data_dir)
-    for config in plan.runs:
+    for config in plan.configs:
         engine.check_runs([config], data)
-    terminal.plan(plan.name, plan.dataset, plan.sentence(data.pixels))
+    terminal.plan(plan, data.pixels)
     if options.dry_run:
-        expected = estimate.sentence(
-            plan.runs,
-            data,
-            options.device,
-            options.tracking_uri,
-            lambda width: max(1, width // plan.seeds) * plan.seeds,
-        )
+        check_study(plan, options)
+        where = options.device, options.tracking_uri
+        expected = estimate.sentence(plan.configs, data, *where, plan.at_once)
         terminal.estimate(options.tracking_uri, options.storage, expected)
         return None
-    begin_pca(data.binarized(plan.runs[0].binarization))
-    outcome = run(plan, data, options, terminal)
-    if outcome is not None:
-        terminal.outcome(outcome.folder.name, outcome, options.tracking_uri)
-    return outcome
+    begin_pca(data.binarized(plan.configs[0].binarization))
+    return run(plan, data, options, terminal)

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING
 
-import harness
-from harness import places
 from harness.config import RunConfig, UserError
+from harness.tracking import addresses, connect
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -90,8 +89,8 @@ def finished_runs(
 
     Only a database that exists is read, so that a dry run writes nothing.
     """
-    address = places.tracking_address(tracking_uri)
-    file = places.sqlite_file(address)
+    address = addresses.tracking_address(tracking_uri)
+    file = addresses.sqlite_file(address)
     if file is None or not file.exists():
         return []
     alike = {name: str(value) for name, value in asdict(config).items() if name in ALIKE}
@@ -99,7 +98,7 @@ def finished_runs(
     tests = [f"params.{name} = '{value}'" for name, value in alike.items() if "'" not in value]
     tests += [f"tags.host = '{socket.gethostname()}'", "attributes.status = 'FINISHED'"]
     try:
-        return _last_runs(harness.tracking.connect(address), " and ".join(tests))
+        return _last_runs(connect(address), " and ".join(tests))
     except UserError:
         return []
 

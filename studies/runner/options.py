@@ -59,6 +59,10 @@ class Places:
         check_least("workers", self.workers, 1)
 
 
+ELSEWHERE = tuple(field.name for field in fields(Places))
+"""Options that do not change what is found."""
+
+
 @dataclass(frozen=True)
 class Common(Places):
     """Options of every command line that trains what the user chooses.
@@ -156,17 +160,6 @@ class Options(Common, Generic[Value]):
     kl_normalization: KLNormalization | None = None
 
 
-@dataclass(frozen=True)
-class ReproduceOptions(Places):
-    """Options of the ledger's command line.
-
-    Attributes:
-        full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
-    """
-
-    full: bool = False
-
-
 def start_words(name: str) -> list[str]:
     """Return how Python runs a study: as a page of `studies`, or as the user's script."""
     page = Path(__file__).parents[1] / f"{name}.py"
@@ -191,22 +184,6 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else (value,))
     return words
-
-
-def flags(config: RunConfig, default: RunConfig, fixed: Container[str]) -> list[str]:
-    """Return the options that turn a default configuration into another, for a command line.
-
-    Args:
-        config: the configuration.
-        default: the one without options.
-        fixed: fields that have options; others differ from run to run.
-    """
-    differ = [f for f in CHOICES if f in fixed and getattr(config, f) != getattr(default, f)]
-    return [f"--{name.replace('_', '-')} {_written(getattr(config, name))}" for name in differ]
-
-
-def _written(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def first_unused(name: str, taken: Container[str]) -> str:

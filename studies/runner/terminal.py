@@ -18,14 +18,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from harness import places, view
+from harness.tracking import addresses, page
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from harness.training.engine import EpochRecord
-    from studies.claims import Row
-    from studies.summary import Outcome
+    from studies.ledger.claims import Row
+    from studies.runner.study import Plan
+    from studies.runner.summary import Outcome
 
 CLOSED = 141
 """Exit code of a command whose standard output was closed, as of a process that SIGPIPE ends."""
@@ -140,16 +141,17 @@ class Terminal:
         """Show the first line of a study's question."""
         self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
-    def plan(self, study: str, dataset: str, sentence: str) -> None:
+    def plan(self, plan: Plan, pixels: int) -> None:
         """Show what will be trained; what follows belongs to this study."""
-        self.results.append({"study": study, "dataset": dataset})
-        self.out.print(sentence, markup=False)
+        self.results.append({"study": plan.name, "dataset": plan.source.name})
+        where = f"on {plan.source.name} ({pixels} pixels), study {plan.name!r}"
+        self.out.print(f"{plan.sentence} {where}", markup=False)
 
     def estimate(self, tracking_uri: str | None, storage: str | None, sentence: str) -> None:
         """Show the stores of a dry run and the estimated duration."""
         stores = {
-            "tracking_uri": places.without_password(places.tracking_address(tracking_uri)),
-            "storage": places.without_password(places.storage_address(storage)),
+            "tracking_uri": addresses.without_password(addresses.tracking_address(tracking_uri)),
+            "storage": addresses.without_password(addresses.storage_address(storage)),
         }
         self._note(**stores, estimate=sentence)
         self.line(f"Tracking: {stores['tracking_uri']}\nStorage: {stores['storage']}")
@@ -227,17 +229,16 @@ class Terminal:
         finally:
             self._show = self._say
 
-    def outcome(self, study: str, outcome: Outcome, tracking_uri: str | None) -> None:
+    def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer and where to look further."""
         self._note(table=_records(outcome.table))
         if not self.json:
             self.out.print(self._fitting(outcome.table))
-        self._answer(study, outcome, tracking_uri)
+        self._answer(outcome, tracking_uri)
 
-    def ledger(
-        self, study: str, rows: Sequence[Row], outcome: Outcome, tracking_uri: str | None
-    ) -> None:
+    def ledger(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show judged claims, heading by heading, the answer and where to look further."""
+        rows: Sequence[Row] = outcome.sections
         names = ("name", "reference", "obtained", "tolerance", "verdict", "note")
         cells = [
             (r.claim.name, r.claim.reference, r.obtained, r.claim.tolerance, r.verdict, r.note)
@@ -256,7 +257,7 @@ class Terminal:
                 table.add_row(*shown, f"[{COLORS[verdict]}]{verdict}[/]{ending}")
             if not self.json:
                 self.out.print(table)
-        self._answer(study, outcome, tracking_uri)
+        self._answer(outcome, tracking_uri)
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
@@ -274,11 +275,11 @@ class Terminal:
             failed = {"error": error.removeprefix("error: ")} if error else {}
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
 
-    def _answer(self, study: str, outcome: Outcome, tracking_uri: str | None) -> None:
+    def _answer(self, outcome: Outcome, tracking_uri: str | None) -> None:
         report = str(outcome.folder / "report.html")
-        where = places.without_password(places.tracking_address(tracking_uri))
+        where = addresses.without_password(addresses.tracking_address(tracking_uri))
         self._note(
-            study=study,
+            study=outcome.plan.name,
             experiment_id=outcome.experiment_id,
             answer=outcome.answer,
             report=report,
@@ -288,7 +289,7 @@ class Terminal:
             return
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {report}")
-        self.line(f"Every run: {_way(where)}/#/experiments/{outcome.experiment_id}{view.LINK}")
+        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page.LINK}")
         self.line(NEXT)
 
     def _note(self, **fields: object) -> None:
@@ -344,11 +345,13 @@ def _best(record: EpochRecord) -> str:
     return "of none: all diverge"
 
 
-def _way(where: str) -> str:
+def way(where: str) -> str:
     """Return how the page of a tracking store is opened, up to its address."""
-    if places.is_server(where):
+    if addresses.is_server(where):
         return where.rstrip("/")
-    default = where == places.default_tracking() and (places.project_root() / "Makefile").exists()
+    default = (
+        where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists()
+    )
     command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
     return f"{'make ui' if default else command}, then http://127.0.0.1:5000"
 

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import rich.console
 import torch
+from studies.summary import Outcome
 
 from harness import places, view
 from harness.metrics.evaluate import on_all_cores
 from studies.runner import terminal
 from studies.runner.terminal import NEXT, Terminal
-from studies.summary import Outcome
 
 library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.summary")
 

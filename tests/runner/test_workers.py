@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from studies.grid import open_grid
+from studies.plan import make_plan
+from studies.storage import open_storage
 
 from harness import UserError, tracking
 from harness.metrics import frechet
 from harness.training.engine import STACK_WIDTH
 from studies import kl_weight, worker
-from studies.grid import open_grid
-from studies.plan import make_plan
 from studies.runner import cli, stopping, workers
 from studies.runner.options import Options, arguments, start_words
 from studies.runner.workers import cores, rank
-from studies.storage import open_storage
 
 NAME = "kl_weight-digits"
 CLOCK = ("progress/epoch_seconds", "progress/images_per_second")

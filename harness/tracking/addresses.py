@@ -1,0 +1,221 @@
+"""Addresses of databases and servers: defaults, checks, and what can be printed of them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import socket
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from filelock import FileLock
+
+from harness.errors import UserError
+
+USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
+"""User and password before an address's host; a password may hold all but line breaks and "@"."""
+
+SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
+"""A password among an address's options."""
+
+LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+"""Environment variables from which MLflow takes the user and password of a server."""
+
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Module of a database's driver -> package that pip installs, where the names differ."""
+
+SHORTAGES = {
+    "disk": ("database or disk is full", "disk I/O error"),
+    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
+}
+"""Resource -> texts of SQLite's and PyTorch's errors where it is used up; they carry no number."""
+
+LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
+"""Error number of the system -> resource that is used up."""
+
+
+def project_root() -> Path:
+    """Return the default folder of databases: the repository, or the current directory."""
+    repository = Path(__file__).resolve().parents[2]
+    return repository if (repository / "pyproject.toml").exists() else Path.cwd()
+
+
+def default_tracking() -> str:
+    """Return the default tracking URI, `mlflow.db` in the default folder."""
+    return f"sqlite:///{project_root()}/mlflow.db"
+
+
+def tracking_address(uri: str | None) -> str:
+    """Return a tracking URI; for None that of MLFLOW_TRACKING_URI or the default.
+
+    Raises:
+        UserError: it is empty, or holds the user or password of a server.
+    """
+    if uri is None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
+    uri = _given(uri, "--tracking-uri")
+    if not is_server(uri):
+        return uri
+    if without_password(uri) != uri:
+        raise UserError(
+            f"--tracking-uri {without_password(uri)} holds a user or password; leave them out and "
+            f"set {LOGIN}"
+        )
+    return uri.rstrip("/")
+
+
+def storage_address(url: str | None) -> str:
+    """Return the URL of Optuna's storage; for None `optuna.db` in the default folder."""
+    return _given(f"sqlite:///{project_root() / 'optuna.db'}" if url is None else url, "--storage")
+
+
+def _given(address: str, option: str) -> str:
+    if not address.strip():
+        raise UserError(f"{option} is empty; give an address, or leave it out")
+    return address
+
+
+def without_password(text: str) -> str:
+    """Return a text with addresses in it without their users and passwords."""
+    return SECRET.sub(r"\1***", USERINFO.sub("", text))
+
+
+def reason(error: BaseException) -> str:
+    """Return one line on why something failed: what is to be installed, or the error's first line.
+
+    Passwords are left out.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            package = DRIVERS.get(cause.name, cause.name)
+            return f"{cause.name} is not installed: pip install '{package}'"
+        cause = cause.__cause__ or cause.__context__
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_password(first)
+
+
+def shortage(error: BaseException) -> str | None:
+    """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return "memory"
+        if isinstance(cause, OSError) and cause.errno in LACKING:
+            return LACKING[cause.errno]
+        for resource, texts in SHORTAGES.items():
+            if any(text in str(cause) for text in texts):
+                return resource
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def is_server(uri: str) -> bool:
+    """Return whether a tracking URI is a server's address."""
+    return uri.startswith(("http://", "https://"))
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of an SQLite URL, None for any other URL."""
+    prefix = "sqlite:///"
+    path = url.removeprefix(prefix).partition("?")[0]
+    return Path(path).absolute() if url.startswith(prefix) else None
+
+
+def is_new(url: str) -> bool:
+    """Return whether opening a database would create its file."""
+    file = sqlite_file(url)
+    return file is not None and not file.exists()
+
+
+def unusable(url: str, option: str, error: BaseException) -> UserError:
+    """Return the error of an address that cannot be used."""
+    return UserError(
+        f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
+        "place, for instance sqlite:///here.db, or a running server's address"
+    )
+
+
+def check_database(url: str, option: str) -> None:
+    """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass.
+
+    Raises:
+        UserError: nothing can be created or read there.
+    """
+    file = sqlite_file(url)
+    try:
+        if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
+            raise OSError("a database in memory is gone with the process")
+        if file is None:
+            return
+        if not file.exists():
+            try_folder(file.parent)
+        elif not file.is_file():
+            raise OSError(f"{file} is not a file")
+        elif file.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
+            raise OSError("file is not a database")
+    except OSError as error:
+        raise unusable(url, option, error) from error
+
+
+def try_folder(folder: Path) -> None:
+    """Raise OSError unless a folder can be made, or written if it is there."""
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise OSError(f"{above} is not a folder")
+    with tempfile.TemporaryFile(dir=above):  # shows what permissions alone do not: a full disk
+        pass
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of results that cannot be written; nothing is.
+
+    Raises:
+        UserError: it cannot be written, or something else is there.
+    """
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({reason(error)}), where results go; make room or rights "
+            "there, or name a --tracking-uri in another folder"
+        ) from error
+
+
+def creation_lock(url: str) -> FileLock:
+    """Return the lock under which a database's tables are created: doing it twice breaks them."""
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    elsewhere = Path(tempfile.gettempdir()) / f"vae-sweep-harness-{digest}"
+    return FileLock(f"{sqlite_file(url) or elsewhere}.lock")
+
+
+def memory_folder() -> str | None:
+    """Return a folder in memory for temporary files; None, the usual one, where there is none."""
+    folder = "/dev/shm"
+    return folder if os.path.isdir(folder) and os.access(folder, os.W_OK) else None
+
+
+def use_write_ahead_log(database: Path) -> None:
+    """Set an SQLite database to write-ahead logging, which halves the cost of a write."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("pragma journal_mode=WAL")
+
+
+def host() -> str:
+    """Return the name of this machine."""
+    return socket.gethostname()
+
+
+def alive(process: int) -> bool:
+    """Return whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,105 @@
+"""Models in MLflow: read back a run's, and log the best one of a study with its signature."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+import torch
+from mlflow.exceptions import MlflowException
+
+from harness.config import RunConfig, UserError
+from harness.models.files import load_model
+from harness.models.vae import VAE
+from harness.tracking.addresses import reason, without_password
+from harness.tracking.runs import NOTE, RunLog
+from harness.tracking.store import Store, connect
+
+if TYPE_CHECKING:
+    from harness.data.dataset import Split
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run read back from MLflow; `metrics` are its last logged values."""
+
+    run_id: str
+    config: RunConfig
+    metrics: dict[str, float]
+    model: VAE = field(repr=False)
+
+
+def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+    """Rebuild the model of a run from its artifacts, without pickle.
+
+    Args:
+        run_id: the run's id in MLflow, or its key.
+        tracking_uri: MLflow tracking URI; None means the default store.
+
+    Raises:
+        UserError: there is no such run, or its model files are missing or broken.
+    """
+    store = connect(tracking_uri)
+    run = store.run(run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store.ask(store.client.download_artifacts, run.run_id, "model", folder)
+        except (MlflowException, OSError) as error:
+            where = without_password(store.uri)
+            raise UserError(f"run {run_id} of {where} has no model ({reason(error)})") from error
+        config, model = load_model(Path(folder) / "model")
+    return TrackedRun(run.run_id, config, run.metrics, model)
+
+
+def log_best_model(
+    store: Store,
+    run: RunLog,
+    config: RunConfig,
+    model: VAE,
+    examples: Split,
+    metrics: Mapping[str, float],
+    description: str,
+) -> None:
+    """Log a model from images to reconstructions in an open run, with signature and example.
+
+    Args:
+        store: where the run is.
+        run: the open run, which this finishes; what it is still to write is written first.
+        config: settings of the model.
+        model: a trained model on the CPU.
+        examples: images that the page shows as the model's input.
+        metrics: of the model, logged for the run and the model at its last epoch.
+        description: Markdown on the model's page.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    model = copy.deepcopy(model).float()
+    for weight in model.parameters():
+        weight.data = weight.data.contiguous()  # MLflow warns of others
+    images = examples.pixels(slice(None), torch.float32).reshape(-1, *model.data_shape)
+    with torch.no_grad():
+        output = model(images).numpy()
+    run.flush()  # leaving the block below finishes the run
+    store.deliver([run.key])
+    mlflow.set_tracking_uri(store.uri)
+
+    def write() -> None:
+        with mlflow.start_run(run_id=run.run_id):
+            logged = mlflow.pytorch.log_model(
+                model,
+                name="best_model",
+                input_example=images.numpy(),
+                signature=mlflow.models.infer_signature(images.numpy(), output),
+                pip_requirements=[f"{name}=={version(name)}" for name in ("torch", "numpy")],
+                tags={NOTE: description},
+            )
+            mlflow.log_metrics(dict(metrics), config.epochs, model_id=logged.model_id)
+
+    store.ask(write)

@@ -1,0 +1,59 @@
+"""The view of an experiment in MLflow's page: its columns and their order.
+
+MLflow's page shows no metric by default. Its "Save as new view" writes a tag of the experiment, and
+so does this (format seen in MLflow 3.17.2; an older page ignores it).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import zlib
+from collections.abc import Sequence
+
+from harness.tracking.store import Store
+
+VIEW = "study"
+"""Name of the view in links."""
+
+TAG = f"mlflow.sharedViewState.{VIEW}"
+"""Tag of the experiment that holds the view."""
+
+LINK = f"/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+"""End of a link to the view, after the experiment's address."""
+
+
+def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
+    """Save a view of an experiment's runs, unless it has one.
+
+    Args:
+        store: where the runs are.
+        experiment_id: the experiment.
+        columns: parameters and metrics; "mse" also finds "test/mse". Runs are sorted by the first
+            metric.
+        run_id: a run that has them.
+    """
+    if TAG in store.ask(store.client.get_experiment, experiment_id).tags:
+        return
+    run = store.run(run_id)
+    known = {name: f"params.`{name}`" for name in run.params}
+    known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in run.metrics}
+    chosen = [known[name] for name in columns if name in known]
+    metrics = [column for column in chosen if column.startswith("metrics.")]
+    state = {
+        **{"searchFilter": "", "orderByKey": next(iter(metrics), "attributes.start_time")},
+        **{"orderByAsc": True, "startTime": "ALL", "lifecycleFilter": "Active"},
+        **{"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": chosen},
+        **{"columnOrder": [], "columnWidths": {}, "runsHiddenMode": "FIRST_10_RUNS"},
+        **{"viewMaximized": False, "runListHidden": False, "isAccordionReordered": False},
+        **{"useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None},
+        "groupsExpanded": {},
+        "globalLineChartConfig": {
+            **{"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""}
+        },
+    }
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    now = int(time.time() * 1000)
+    view = {"name": "Study", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
+    store.ask(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))

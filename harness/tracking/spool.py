@@ -1,0 +1,424 @@
+"""The spool of a server: whole runs on disk until the server has them, delivered by a thread.
+
+A process has a folder `HOST-PROCESS-TOKEN` below its server's, locked while it lives, and in it a
+folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/N`, the
+files that a write uploads. The thread sends what has been appended, in order, and removes the
+folder of a run once its end is delivered. The folder of a dead process is taken over by the next
+one, which repeats its runs from the beginning and ends those that have no end.
+
+Only the last line of a run is synchronised, with all before it: a run without it is trained again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from harness.errors import UserError
+from harness.tracking.addresses import LOGIN, host, is_server, reason, without_password
+from harness.tracking.runs import BATCH, KEY, Write, create, perform
+
+WRITES = "writes.jsonl"
+
+REFUSALS = (400, 401, 403, 404)
+"""HTTP codes on which a write is given up; after any other failure it is sent again."""
+
+PATIENCE = 30.0
+"""Seconds without an answer after which a server counts as away for what cannot be done later."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds until the next attempt after many failures; the first comes after one second."""
+
+GONE = "its process ended"
+"""Reason of runs that a dead process has left without an end."""
+
+logger = logging.getLogger(__name__)
+
+
+def status(error: BaseException | None) -> int | None:
+    """Return the HTTP code of an error of MLflow's client, None where there was no answer.
+
+    MLflow 3.17.2 has 500 for what it does not translate, such as its own limits of attempts.
+    """
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code()
+    if isinstance(error, requests.RequestException) and error.response is not None:
+        return error.response.status_code
+    return None
+
+
+def shortly(error: BaseException) -> str:
+    """Return in a few words why a server did not answer: what lies behind all wrappings."""
+    while inner := _inside(error):
+        error = inner
+    text = error.strerror if isinstance(error, OSError) else None
+    return text.lower() if text else reason(error)
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    held = (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__)
+    return next((inner for inner in held if isinstance(inner, BaseException)), None)
+
+
+def refused(uri: str, what: str, error: BaseException, folder: Path | None = None) -> UserError:
+    """Return the error of a request that a server refuses."""
+    hint = "look whether the run, its experiment and your rights are still there"
+    if status(error) == 401:
+        hint = f"set {LOGIN}"
+    elif folder is not None:
+        hint += f", and delete {folder} to give its records up"
+    store = f"the MLflow server at {uri}" if is_server(uri) else without_password(uri)
+    return UserError(f"{store} refuses {what} ({reason(error)}); {hint}")
+
+
+@dataclass
+class _Delivery:
+    """A run on disk: its folder, what the server has of it, and why it takes no more."""
+
+    folder: Path
+    run_id: str = ""
+    experiment: str = ""
+    offset: int = 0
+    failure: UserError | None = None
+
+    def waits(self) -> bool:
+        file = self.folder / WRITES
+        return self.failure is None and file.exists() and file.stat().st_size > self.offset
+
+
+class Spool:
+    """The runs that this process writes to one server.
+
+    Args:
+        folder: of the server, shared by the processes of this disk.
+        uri: of the server.
+        client: MLflow's client of it.
+    """
+
+    batch = 1  # appended epoch by epoch, so that curves are live
+
+    def __init__(self, folder: Path, uri: str, client: MlflowClient) -> None:
+        self.folder, self.uri, self._client = folder, uri, client
+        self._own = folder / f"{host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._locks: dict[Path, FileLock] = {}  # of this process's folder and those taken over
+        self._runs: dict[str, _Delivery] = {}
+        self._run_ids: dict[str, str] = {}
+        self._complete: set[str] = set()
+        self._files = 0
+        self._changed = threading.Condition()
+        self._retry = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._away, self._answered = "", 0.0
+        self._take_over()
+
+    def put(self, key: str, write: Write) -> None:
+        """Append a write with copies of its files.
+
+        Raises:
+            UserError: it cannot be written, or the server has refused the run.
+        """
+        folder = self._own / key
+        try:
+            if write["kind"] == "create":
+                self._begin(folder)
+            elif write["kind"] == "files":
+                self._files += 1
+                copy = shutil.copytree(write["folder"], folder / "files" / str(self._files))
+                write = {**write, "folder": copy.name}
+            elif write["kind"] == "end":
+                for path in [*folder.rglob("*"), folder]:
+                    _synchronise(path)
+            _append(folder / WRITES, write)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror or error}), where records wait for "
+                "their server; make room there, then the same command goes on"
+            ) from error
+        with self._changed:
+            run = self._runs.setdefault(key, _Delivery(folder))
+            self._start()
+        if run.failure is not None:
+            raise run.failure
+
+    def _begin(self, folder: Path) -> None:
+        if self._own not in self._locks:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{self._own}.lock", thread_local=False)
+            lock.acquire()  # before the folder is there, where others would take it over
+            self._locks[self._own] = lock
+            atexit.register(self._remove, self._own)
+        folder.mkdir(parents=True)
+
+    def run_id(self, key: str) -> str:
+        """Return the id that the server gave a run, waiting for it if need be."""
+        if key not in self._run_ids:
+            self.deliver({key})
+        return self._run_ids[key]
+
+    def keys(self) -> set[str]:
+        """Return the keys of the runs that this process delivers."""
+        with self._changed:
+            return set(self._runs)
+
+    def undelivered(self) -> set[str]:
+        """Return the keys of the runs on this disk that the server does not have whole."""
+        return {file.parent.name for file in self.folder.glob(f"*/*/{WRITES}")}
+
+    def complete(self) -> set[str]:
+        """Return the keys of the runs whose own end is, or was at the start, on this disk."""
+        files = self.folder.glob(f"*/*/{WRITES}")
+        ended = {file.parent.name for file in files if _own_end(_last(file))}
+        return self._complete | ended
+
+    def deliver(
+        self,
+        keys: set[str] | None = None,
+        patience: float | None = None,
+        *,
+        wait_while_answering: bool = False,
+    ) -> bool:
+        """Wait until the server has what was written of some runs; see `Store.deliver`."""
+        limit = PATIENCE if patience is None else patience
+        start = time.monotonic()
+        while self._waiting(keys):
+            if self._away and wait_while_answering:
+                return False
+            if time.monotonic() - max(start, self._answered) > limit:
+                raise UserError(
+                    f"the MLflow server at {self.uri} does not answer ({self._away or 'busy'}); "
+                    f"records of {len(self.undelivered())} runs wait in {self.folder}, and the "
+                    "same command delivers them and goes on once the server is back"
+                )
+            self._retry.set()
+            with self._changed:
+                self._changed.wait(1)
+        return True
+
+    def _waiting(self, keys: set[str] | None) -> bool:
+        self._take_over()  # of processes that have died meanwhile
+        with self._changed:
+            runs = {k: run for k, run in self._runs.items() if keys is None or k in keys}
+        for run in runs.values():
+            if run.failure is not None and (keys is not None or run.folder.parent == self._own):
+                raise run.failure
+        others = set() if keys is None else keys - runs.keys()
+        return any(run.waits() for run in runs.values()) or bool(
+            others and others & self.undelivered() & self.complete()
+        )
+
+    def _take_over(self) -> None:
+        """Deliver the runs of dead processes, and end those that have no end."""
+        for folder in self.folder.glob("*/"):
+            lock = FileLock(f"{folder}.lock", timeout=0, thread_local=False)
+            if folder in self._locks:
+                continue
+            try:
+                lock.acquire()
+            except (Timeout, OSError):  # its process lives, or another one was first
+                continue
+            self._locks[folder] = lock
+            for run in folder.glob("*/"):
+                try:
+                    self._take_over_run(run)
+                except (OSError, ValueError) as error:
+                    logger.warning("%s", _broken(run, error))
+            self._remove(folder)
+
+    def _take_over_run(self, folder: Path) -> None:
+        file = folder / WRITES
+        text = file.read_bytes() if file.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if not whole:  # it was not begun, or is delivered
+            shutil.rmtree(folder)
+            return
+        if len(whole) < len(text):
+            os.truncate(file, len(whole))
+        last = _last(file)
+        if last.get("kind") != "end":
+            end = {"kind": "end", "status": "KILLED", "reason": GONE, "gone": True}
+            _append(file, {**end, "time": int(file.stat().st_mtime * 1000)})
+        elif _own_end(last):
+            self._complete.add(folder.name)
+        with self._changed:
+            self._runs[folder.name] = _Delivery(folder)
+            self._start()
+
+    def _remove(self, folder: Path) -> None:
+        """Remove the folder of a process and its lock, unless runs are left in it."""
+        with contextlib.suppress(OSError):
+            if folder.exists():
+                folder.rmdir()
+            lock = self._locks.pop(folder)
+            Path(lock.lock_file).unlink()
+            lock.release()
+
+    # The thread from here on.
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        pause = 1.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: any(run.waits() for run in self._runs.values()))
+                runs = dict(self._runs)
+            try:
+                for key, run in runs.items():
+                    self._send(key, run)
+                pause = 1.0
+            except Exception as error:  # no answer, or any that may pass
+                self._note(shortly(error))
+                self._retry.clear()
+                self._retry.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _send(self, key: str, run: _Delivery) -> None:
+        """Send what was appended to a run."""
+        try:
+            writes = list(_read(run)) if run.waits() else []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._give_up(run, _broken(run.folder, error))
+            return
+        for write, offset in writes:
+            try:
+                self._perform(key, run, write)
+            except Exception as error:
+                if status(error) not in REFUSALS:
+                    raise
+                self._give_up(run, refused(self.uri, f"to write run {key}", error, run.folder))
+                return
+            self._note("")
+            with self._changed:
+                run.offset = offset
+                if write["kind"] == "end":
+                    del self._runs[key]
+                    if run.folder.parent != self._own:
+                        self._remove(run.folder.parent)
+                self._changed.notify_all()
+
+    def _give_up(self, run: _Delivery, failure: UserError) -> None:
+        if run.folder.parent != self._own:  # nobody of this process waits for it
+            logger.warning("%s", failure)
+        with self._changed:
+            run.failure = failure
+            self._changed.notify_all()
+
+    def _perform(self, key: str, run: _Delivery, write: Write) -> None:
+        if write["kind"] == "create":
+            run.experiment = write["experiment"]
+            run.run_id = min(self._found(key, run), default="") or create(self._client, key, write)
+            self._run_ids[key] = run.run_id
+        elif write["kind"] == "files":
+            write = {**write, "folder": str(run.folder / "files" / write["folder"])}
+        perform(self._client, key, run.run_id, write)
+        if write["kind"] == "end":
+            for twin in self._found(key, run) - {run.run_id}:  # of a request without an answer
+                self._client.delete_run(twin)
+            (run.folder / WRITES).unlink()  # first: without it, the run counts as delivered
+            shutil.rmtree(run.folder, ignore_errors=True)
+
+    def _found(self, key: str, run: _Delivery) -> set[str]:
+        runs = self._client.search_runs([run.experiment], f"tags.{KEY} = '{key}'")
+        return {found.info.run_id for found in runs}
+
+    def _note(self, away: str) -> None:
+        """Note whether the server answers, and log when that changes."""
+        if away and not self._away:
+            logger.warning(
+                "The MLflow server at %s does not answer (%s); training goes on, and records are "
+                "kept in %s until it does.",
+                *(self.uri, away, self.folder),
+            )
+        elif self._away and not away:
+            logger.warning("The MLflow server at %s is back.", self.uri)
+        self._away = away
+        if not away:
+            self._answered = time.monotonic()
+
+
+def _read(run: _Delivery) -> Iterator[tuple[Write, int]]:
+    """Yield the writes that follow a run's offset and the offset after each, metrics in batches."""
+    with (run.folder / WRITES).open("rb") as file:
+        file.seek(run.offset)
+        lines = file.read().splitlines(keepends=True)
+    waiting: list[Any] = []
+    offset = run.offset
+    for line in lines:
+        if not line.endswith(b"\n"):
+            break
+        write = json.loads(line)
+        metrics = write["values"] if write["kind"] == "metrics" else []
+        if waiting and (not metrics or len(waiting) + len(metrics) > BATCH):
+            yield {"kind": "metrics", "values": waiting}, offset
+            waiting = []
+        waiting = waiting + metrics
+        offset += len(line)
+        if not metrics:
+            yield write, offset
+    if waiting:
+        yield {"kind": "metrics", "values": waiting}, offset
+
+
+def _last(file: Path) -> Write:
+    """Return the last write of a run, {} where it is torn or gone."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 65_536))
+            return json.loads(opened.read().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def _own_end(write: Write) -> bool:
+    return write.get("kind") == "end" and not write.get("gone")
+
+
+def _broken(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} cannot be read ({reason(error)}), with records for an MLflow server; delete it "
+        "to give them up"
+    )
+
+
+def _append(file: Path, write: Write) -> None:
+    """Append a line; what could not be written whole is taken back."""
+    line = json.dumps(write).encode() + b"\n"
+    with file.open("ab", buffering=0) as opened:  # a buffer would be written again on closing
+        before = opened.seek(0, os.SEEK_END)
+        try:
+            if opened.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if write["kind"] == "end":
+                os.fsync(opened.fileno())
+        except OSError:
+            os.truncate(file, before)
+            raise
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
