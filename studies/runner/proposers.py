@@ -269,6 +269,10 @@ class TPE:
         """Return the settings of a trial's runs, one a seed."""
         return [self.base.replace(**trial.params, seed=seed) for seed in range(self.seeds)]
 
+    def place(self, trial: FrozenTrial) -> int | None:
+        """Return a trial's number, None for one that was not searched."""
+        return trial.number if CELL not in trial.user_attrs else None
+
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's runs."""
         label = f"trial {trial.number}"
