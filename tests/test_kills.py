@@ -72,7 +72,7 @@ class Place:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         processes.available = lambda: 2  # so that runs have workers
-        with cli.clear_errors() as shown:
+        with cli.clear_errors([]) as shown:
             return run(self.plan, self.data, self.options, shown).table
 
     def check(self) -> tuple[list[str], Any]:

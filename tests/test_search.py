@@ -176,7 +176,7 @@ def test_more_trials_continue_and_a_dead_process_is_told_apart(searched, tmp_pat
     leave_behind(home)
     old = {r["run_id"] for r in home.runs(NAME)}
     search.main([*SMALL, "--trials", "6", *home.places])
-    assert "5 trials are finished; 1 are left" in capsys.readouterr().out
+    assert "5 runs are finished; 1 are left" in capsys.readouterr().out
     states = [t.state.name for t in home.study(NAME).trials]
     assert states[5] == "FAIL"
     assert len(states) == 7
@@ -205,7 +205,7 @@ def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
     before = len(searched.runs(FRONT))
     answer = searched.summary(FRONT)["answer"]
     search.main([*FLAT, *searched.places])
-    assert "5 trials are finished; 0 are left" in capsys.readouterr().out
+    assert "Every run is finished already" in capsys.readouterr().out
     assert len(searched.runs(FRONT)) == before
     assert len(searched.runs(FRONT, "summary")) == 1
     assert searched.summary(FRONT)["answer"] == answer
