@@ -7,6 +7,7 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
     return frame
 
 
-def tidy(runs: list[Run]) -> pd.DataFrame:
+def tidy(runs: Sequence[Run]) -> pd.DataFrame:
     """Return runs as a frame, with parameters cast from text."""
     rows = [{"run_id": run.run_id, "name": run.name, **run.params, **run.metrics} for run in runs]
     frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/"))

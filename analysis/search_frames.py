@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from analysis.frames import tidy
-from harness.tracking.store import connect
+from harness.tracking import connect
+from harness.tracking.runs import Run
 
 METRICS = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 """Averaged over a trial's seeds; a pruned trial has its values when it was stopped."""
@@ -18,7 +21,11 @@ def load_search(experiment: str, study: str, tracking_uri: str | None = None) ->
         The columns of `frames.load_runs`; `trial` and `part` tell whose run it is, and `pruned`
         whether it was stopped early.
     """
-    runs = connect(tracking_uri).runs(experiment, study=study, role="run")
+    return tidy_search(connect(tracking_uri).runs(experiment, study=study, role="run"))
+
+
+def tidy_search(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the finished and pruned ones of some runs as `load_search` does."""
     ended = [r for r in runs if r.status == "FINISHED" or r.tags.get("pruned") == "true"]
     return tidy(ended).assign(pruned=[run.status != "FINISHED" for run in ended])
 

@@ -111,9 +111,8 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
     from harness import tracking  # loads mlflow, for which --help need not wait
 
     store = tracking.connect(tracking_uri)
-    done = "tags.role = 'summary' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(store, experiment, done)
-    mine = [run["run_id"] for run in runs if run["tags"].get("study") == name]
+    runs = store.runs(experiment, study=name, role="summary")
+    mine = [run.run_id for run in runs if run.status == "FINISHED"]
     command = f"python -m studies.{study} --dataset {dataset}"
     command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
     where = without_password(tracking_uri or "")

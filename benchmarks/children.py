@@ -23,7 +23,7 @@ PATIENCE = 600.0
 
 
 IMPORTED = (
-    *("studies.stack", "studies.summary", "studies.console", "mlflow.pytorch", "seaborn"),
+    *("studies.stack", "studies.summary", "studies.runner.terminal", "mlflow.pytorch", "seaborn"),
     *("torch.export", "torch._dynamo", "sklearn.linear_model", "sklearn.neighbors"),
     "mlflow.store.tracking.sqlalchemy_store",
 )

@@ -18,13 +18,14 @@ from multiprocessing.synchronize import Barrier
 from typing import Any, NamedTuple
 
 import torch
-
-from benchmarks import machine
-from studies import kl_weight, worker
 from studies.grid import open_grid
-from studies.options import Options
 from studies.plan import Plan, make_plan
 from studies.storage import open_storage
+
+from benchmarks import machine
+from studies import kl_weight
+from studies.runner.options import Options
+from studies.runner.workers import NUMBER
 
 WORKERS = (1, 2, 4, 8)
 
@@ -45,7 +46,7 @@ def plan(name: str, trials: int) -> Plan:
 
 def work(url: str, names: list[str], asked: Asked, crowd: str, start: Barrier) -> None:
     """Be a worker: take, beat, tell until nothing is left, in one study after the other."""
-    os.environ[worker.NUMBER] = crowd
+    os.environ[NUMBER] = crowd
     for name in names:
         grid = open_grid(plan(name, asked.trials), open_storage(url))
         grid.finished()

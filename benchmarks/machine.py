@@ -35,7 +35,7 @@ def parser(name: str, about: str | None, *, device: bool = True) -> argparse.Arg
 def clear_errors() -> Iterator[None]:
     """Turn a user's error into a line and exit code 2, as studies do.
 
-    Not `studies.cli.clear_errors`: its imports would count in what is measured, and it takes over
+    Not `studies.runner.cli.clear_errors`: its imports would count in what is measured, and it takes
     Ctrl-C for trainings that go on later.
     """
     try:

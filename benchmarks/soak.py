@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 import tyro
+from studies.plan import make_plan
 
 import harness
 from benchmarks import audit, children, machine
-from studies import cli, kl_weight
-from studies.plan import make_plan
+from studies import kl_weight
+from studies.runner import cli
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """Half of the deaths give no warning."""

@@ -24,7 +24,8 @@ from harness.training.engine import resolve_device
 
 STUDY = """
 import sys
-from studies import cli, kl_weight
+from studies import kl_weight
+from studies.runner import cli
 
 start_pool = cli.start_pool
 

@@ -20,7 +20,7 @@ ELSEWHERE = {
 
 FURTHER = (
     *("analysis.frames", "analysis.plots", "analysis.planes"),
-    *("studies.question", "studies.study", "studies.sources", "studies.cli"),
+    *("studies.question", "studies.study", "studies.sources", "studies.runner.cli"),
 )
 """Modules of the reference beside those of `harness/__init__.pyi`."""
 

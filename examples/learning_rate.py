@@ -6,8 +6,7 @@ import pandas as pd
 
 from analysis import plots
 from harness import RunConfig
-from studies.cli import main
-from studies.study import Axis, Study
+from studies import Axis, Study, main
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """What is tried unless the command line says otherwise."""

@@ -1,4 +1,4 @@
-"""The error that a user reads."""
+"""Errors that a user reads."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """Show the message alone in a notebook too (IPython's hook)."""
         return [f"error: {self}"]
+
+
+class SummaryError(UserError):
+    """A figure, an answer or a metric that failed although its runs are trained: exit code 3."""

@@ -27,6 +27,8 @@ UNKNOWN = "unknown"
 PACKAGES = ("torch", "numpy", "scikit-learn", "mlflow", "optuna")
 SOURCES = ("harness", "studies")
 """Packages whose code determines a run's numbers."""
+SHOWN = 12
+"""Characters of the digest of the sources in a run table; the record has all."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
     return known | {
         "git_commit": commit,
         "git_dirty": UNKNOWN if dirty is None else str(dirty).lower(),
+        "sources": made_with["code"]["sources"][:SHOWN],
         "versions": ", ".join(f"{name} {v}" for name, v in made_with["versions"].items()),
         "device_name": made_with["device"]["name"],
     }

@@ -1,1 +1,8 @@
-"""Studies: one page each, run as `python -m studies.NAME`."""
+"""Studies: one page each, run as `python -m studies.NAME`; the public names are in `__init__.pyi`.
+
+Names load on first use, so that a command line can show its help without importing PyTorch.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,11 +8,10 @@ from typing import Any
 
 from harness.config import UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
-from studies.cli import clear_errors, execute, parse
-from studies.options import Common, Options
-from studies.plan import make_plan
-from studies.search_options import SearchOptions, make_search_plan
-from studies.sources import read_own
+from studies.runner.cli import clear_errors, execute, parse
+from studies.runner.options import Common, Options
+from studies.runner.study import make_plan, read_own
+from studies.search import SearchOptions
 
 log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
@@ -21,20 +20,22 @@ STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_m
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its own name."""
-    with clear_errors():
+    with clear_errors(args) as terminal:
         options = parse("all", __doc__, str, args)
         for name in ("values", "study_name", "latent_size", "kl_normalization"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         check_plans(options)
-        outcomes = [execute(study, options) for study in STUDIES]
-        outcomes.append(search.execute(search_options(options)))
+        plans = [partial(make_plan, study, options) for study in STUDIES]
+        outcomes = [execute(plan, options, terminal) for plan in plans]
+        given = search_options(options)
+        outcomes.append(execute(partial(search.make_plan, given), given, terminal))
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report
 
             folder = reports[0].parents[1]
-            print(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+            terminal.line(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
 
 
 def check_plans(options: Options[Any]) -> None:
@@ -48,7 +49,7 @@ def check_plans(options: Options[Any]) -> None:
     plans: dict[str, Callable[[], object]] = {
         study.name: partial(make_plan, study, options, own) for study in STUDIES
     }
-    plans["search"] = partial(make_search_plan, search.SEARCH, search_options(options), own)
+    plans["search"] = partial(search.make_plan, search_options(options), own)
     for name, plan in plans.items():
         try:
             plan()

@@ -8,9 +8,10 @@ from functools import partial
 
 from analysis import latent_plots, plots
 from harness.config import RunConfig
-from studies import answers, conditions
-from studies.cli import main
-from studies.study import Axis, Study
+from studies import conditions
+from studies.runner import answers
+from studies.runner.cli import main
+from studies.runner.study import Axis, Study
 
 STUDY = Study(
     name="elbo_vs_mse",

@@ -6,9 +6,10 @@ same decoder variances, so that each has its own logarithmic grid of weights.
 
 from analysis import plots
 from harness.config import RunConfig
-from studies import answers, conditions
-from studies.cli import main
-from studies.study import TABLE, Axis, Study
+from studies import conditions
+from studies.runner import answers
+from studies.runner.cli import main
+from studies.runner.study import TABLE, Axis, Study
 
 VARIANCES = tuple(5.0 * 10 ** (i / 2 - 4) for i in range(9))
 """Decoder variances, two a decade, from 0.0005 to 5: from unbounded rate to total collapse."""

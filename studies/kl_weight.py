@@ -4,9 +4,9 @@ from functools import partial
 
 from analysis import latent_plots, planes, plots
 from harness.config import RunConfig
-from studies import answers
-from studies.cli import main
-from studies.study import TABLE, Axis, Study
+from studies.runner import answers
+from studies.runner.cli import main
+from studies.runner.study import TABLE, Axis, Study
 
 WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))
 """0 and 13 weights, three a decade, from 0.001 to 10; the blog's weight 1 is among them."""

@@ -1,49 +1,50 @@
-"""Does a finished run come out again?
+"""Train a finished run again and compare every value that it logged.
 
-Trains one run again from its record in MLflow and compares every value of every metric that it
-logged, epoch by epoch: to the last bit on the same kind of device, within a stated tolerance on
-another. Exit code 0 if it reproduces, 1 if it does not. Nothing is written to the store.
+On the CPU of the record every value must be equal to the last bit: exit code 0 if all are, 1 if
+not. On a GPU or another CPU, where other rounding is amplified by training, the largest difference
+of each metric is reported. Nothing is written to the store.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import rich.box
 import tyro
 from rich.table import Table
 
 from harness.config import UserError
-from studies import companions, stopping
-from studies.cli import clear_errors, read
+from studies.runner import stopping
+from studies.runner.cli import clear_errors, read
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from harness.records import Record
-    from studies.agreement import Agreement
-    from studies.companions import Companions
-    from studies.console import Console
-    from studies.study import Study
+    from harness.tracking.runs import Logged, Record
+    from harness.training.engine import EpochRecord
+    from studies.runner.study import Study
+    from studies.runner.terminal import Terminal
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
 
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What a user can set on the command line of a replay.
+    """Options of a replay.
 
     Attributes:
-        run_id: the run's id in MLflow, as its page shows it.
+        run: the run's id in MLflow, as its page shows it, or its key.
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        data_dir: folder of the MNIST family; of a run on own images, the folder of these.
+        data_dir: folder of the MNIST family; of a run on your own images, the folder of these.
         device: auto takes the kind of the record where there is one, otherwise the CPU.
     """
 
-    run_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_ID")]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_ID")]
     tracking_uri: str | None = None
     data_dir: Path = Path("data")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -51,83 +52,69 @@ class ReplayOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
-    with clear_errors(STOPPED):
+    with clear_errors(args, STOPPED) as terminal:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        sys.exit(0 if execute(options) else 1)
+        sys.exit(0 if execute(options, terminal) else 1)
 
 
-def execute(options: ReplayOptions) -> bool:
-    """Train a run again and show how it agrees with its record.
+def execute(options: ReplayOptions, terminal: Terminal) -> bool:
+    """Train a run again and show how its values compare with the logged ones.
 
     Returns:
-        Whether it reproduces.
+        False if a value should be equal and is not, or was not computed again.
 
     Raises:
         UserError: there is no such run, it cannot be trained again, or its data are other ones.
     """
     # After parsing, so that --help and misspelt options answer at once.
-    import harness
-    from studies import agreement
-    from studies.console import Console
-    from studies.measures import WALL_CLOCK
+    from harness import provenance
+    from harness.tracking import addresses
+    from harness.tracking.record import WALL_CLOCK
+    from harness.tracking.store import connect
 
-    console = Console()
-    store = harness.records.open_existing(options.tracking_uri)
-    record = harness.records.read_record(store, options.run_id)
+    uri = addresses.tracking_address(options.tracking_uri)
+    if addresses.is_new(uri):
+        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
+    record = connect(uri).record(options.run)
     then = record.made_with
-    study, data = study_of(record), load(record, options.data_dir)
-    device = device_for(then["device"]["kind"], options.device)
-    replay = Replay(*companions.read(store, record, device), study, data, device)
-    now = harness.provenance.provenance(replay.data, replay.device)
-    introduce(console, record, replay, harness.provenance.differences(then, now))
-    with harness.provenance.blas_threads(then["threads"]["blas"]):
-        values = retrain(replay, console)
-    steps = then["dataset"]["images"]["train"] // record.config.batch_size
-    same_device = then["device"] == now["device"]
-    rule = agreement.exact if same_device else agreement.rounding(steps)
-    found = agreement.compare(record.values, values, rule, WALL_CLOCK)
-    console.out.print(table(found))
-    if found.new:
-        console.out.print(f"Computed now, but not logged then: {', '.join(found.new)}.")
-    console.out.print(agreement.verdict(found), soft_wrap=True)
-    return found.reproduces
+    try:
+        study, data = study_of(then["study"]), load(record, options.data_dir)
+        device = device_for(then["device"]["kind"], options.device)
+        now, threads = provenance.provenance(data, device), then["threads"]["blas"]
+        introduce(terminal, record, device, provenance.differences(then, now))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
+            "be repeated"
+        ) from error
+    with provenance.blas_threads(threads):
+        values = retrain(record, study, data, device, terminal)
+    found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
+    if found.gaps:
+        terminal.out.print(table(found.gaps))
+    known = {value.metric for value in record.values}
+    if new := sorted({metric for metric, _ in values} - known):
+        terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
+    exact = device == "cpu" and then["device"] == now["device"]
+    terminal.line(verdict(found, exact=exact))
+    return not found.missing and not (exact and found.gaps)
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What is trained again, and where.
-
-    Attributes:
-        stack: the runs that it is trained with, itself among them.
-        own: its place among them.
-        study: whose point it is, None for a search's run.
-        data: its dataset.
-        device: "cpu" or "cuda".
-    """
-
-    stack: Companions
-    own: int
-    study: Study | None
-    data: Dataset
-    device: str
-
-
-def study_of(record: Record) -> Study | None:
-    """Return the study whose point a run is, None for a search's run.
+def study_of(name: str | None) -> Study | None:
+    """Return the study of a name, None for None: runs of a search or of no study.
 
     Raises:
         UserError: no study of that name is known here.
     """
     from studies.all import STUDIES
 
-    name = record.made_with["study"]
     known = {study.name: study for study in STUDIES}
     if name is not None and name not in known:
         raise UserError(
-            f"run {record.run_id} is of study {name!r}, which is none of {', '.join(known)}; add "
-            "it to STUDIES in studies/all.py"
+            f"the run is of study {name!r}, which is none of {', '.join(known)}; add it to STUDIES "
+            "in studies/all.py"
         )
-    return known.get(name)
+    return known.get(name) if name else None
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
@@ -136,14 +123,14 @@ def load(record: Record, data_dir: Path) -> Dataset:
     Raises:
         UserError: it cannot be loaded, or is not the one that the run was trained on.
     """
-    import harness
+    from harness import load_dataset, provenance
 
     then = record.made_with["dataset"]
     if then["name"].startswith("folder-"):
-        data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
+        data = load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
     else:
-        data = harness.load_dataset(then["name"], data_dir)
-    now = harness.provenance.dataset(data)
+        data = load_dataset(then["name"], data_dir)
+    now = provenance.dataset(data)
     for part in ("digest", "images"):
         if then[part] != now[part]:
             raise UserError(
@@ -154,78 +141,147 @@ def load(record: Record, data_dir: Path) -> Dataset:
     return data
 
 
-def device_for(recorded: str, asked: str) -> str:
-    """Return the kind of device to train on: as asked, else as recorded if there is one here."""
+def device_for(recorded: str, wanted: str) -> str:
+    """Return the kind of device to train on: as wanted, else as recorded if there is one here."""
     from harness.training.engine import resolve_device
 
-    wanted = asked if asked != "auto" else recorded if recorded == "cpu" else "auto"
-    return resolve_device(wanted).type
+    return resolve_device("cpu" if (wanted, recorded) == ("auto", "cpu") else wanted).type
 
 
-def retrain(replay: Replay, console: Console) -> dict[tuple[str, int], float]:
-    """Train a run again as a study does.
+def retrain(
+    record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
+) -> Mapping[tuple[str, int], float]:
+    """Train a run again as a study does, and return what it would log: (metric, epoch) -> value."""
+    from harness.tracking import Planned
+    from harness.tracking import record as recording
+    from harness.tracking.runs import RunLog
 
-    Returns:
-        All that a study would log of it: (metric, epoch) -> value.
-    """
-    import harness
-    from studies.measures import course_value, epoch_metrics, final_metrics, finals
-    from studies.question import Trained
+    values = Values()
+    run = Planned(record.config, record.run_id, record.name, {}, {})
+    given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
+    with terminal.progress(1, 1, record.config.epochs) as advance:
 
-    stack, study = replay.stack, replay.study
-    values: dict[tuple[str, int], float] = {}
-    course: list[float] = []
-    epochs = stack.configs[replay.own].epochs
-    with console.bar(len(stack.configs), epochs) as on_epoch:
-        for record in harness.train(stack.configs, replay.data, replay.device):
-            row = record.rows.index(replay.own)
-            metrics = epoch_metrics(record, row)
-            values |= {(name, record.epoch): value for name, value in metrics.items()}
-            course.append(course_value(metrics, study))
-            stack.drop(record)
-            on_epoch(record)
+        def on_epoch(epoch: EpochRecord) -> None:
+            advance(epoch)
             stopping.check()
-    ends = dict(finals(record, replay.data))[row]
-    run = Trained(record.configs[row], record.model(row))
-    final = final_metrics(run, ends, course, replay.data, study)
-    return values | {(name, epochs): value for name, value in final.items()}
+
+        def start(run: Planned) -> RunLog:
+            return RunLog(values, run.key, {})
+
+        recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)
+    return values.logged
 
 
-def introduce(console: Console, record: Record, replay: Replay, differences: Sequence[str]) -> None:
-    """Say what will be trained, and what is not as it was."""
-    width, epochs = len(replay.stack.configs), record.config.epochs
-    company = f" in its stack of {width}" if width > 1 else ""
-    console.out.print(
-        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on "
-        f"{replay.data.name}{company}, on {replay.device}.",
-        soft_wrap=True,
+class Values:
+    """Takes the writes of a run and keeps its metrics in memory."""
+
+    batch = 1
+
+    def __init__(self) -> None:
+        self.logged: dict[tuple[str, int], float] = {}
+
+    def put(self, key: str, write: Mapping[str, Any]) -> None:
+        """Keep the values of a write of metrics, and nothing of others."""
+        if write["kind"] == "metrics":
+            self.logged |= {(metric, step): value for metric, value, _, step in write["values"]}
+
+    def run_id(self, key: str) -> str:
+        """Return the key: there is no other id."""
+        return key
+
+
+class Gap(NamedTuple):
+    """A logged value and another one that was computed now."""
+
+    metric: str
+    epoch: int
+    then: float
+    now: float
+
+    @property
+    def size(self) -> float:
+        """The difference relative to the larger magnitude."""
+        size = abs(self.now - self.then) / max(abs(self.now), abs(self.then))
+        return math.inf if math.isnan(size) else size
+
+    @property
+    def series(self) -> str:
+        """The metric, without the number of a latent, a class or a neighbour."""
+        return re.sub(r"/k?\d+$", "", self.metric)
+
+
+class Comparison(NamedTuple):
+    """Logged values compared with those of another training.
+
+    Attributes:
+        values: number of values that were compared.
+        gaps: those that differ, in the order of the record.
+        missing: metrics with values that were not computed now.
+    """
+
+    values: int
+    gaps: list[Gap]
+    missing: list[str]
+
+
+def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> Comparison:
+    """Compare logged values with (metric, epoch) -> value; NaN equals NaN, and 0 equals -0."""
+    both = [Gap(*v[:2], v.value, now[v[:2]]) for v in logged if v[:2] in now]
+    gaps = [g for g in both if g.then != g.now and not (math.isnan(g.then) and math.isnan(g.now))]
+    return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
+
+
+def introduce(terminal: Terminal, record: Record, device: str, differences: Sequence[str]) -> None:
+    """Show what is trained, and what differs from the record."""
+    epochs, dataset = record.config.epochs, record.made_with["dataset"]["name"]
+    terminal.line(
+        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on {dataset}, on "
+        f"{device}."
     )
-    if not differences:
-        console.out.print("Code, versions, device and data are those of the record.")
     for line in differences:
-        console.out.print(f"  {line}", soft_wrap=True)
+        terminal.line(f"  {line}")
+    if not differences:
+        terminal.line("Code, versions, device and data are those of the record.")
 
 
-def table(found: Agreement) -> Table:
-    """Lay out the agreement of each part of the metrics: train, val, test, ..."""
+def table(gaps: Sequence[Gap]) -> Table:
+    """Lay out the largest difference of each metric, the largest of all first."""
     shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metrics")
-    for name in ("values", "equal"):
+    shown.add_column("metric")
+    for name in ("values that differ", "largest", "epoch", "logged", "now"):
         shown.add_column(name, justify="right")
-    for name in ("worst difference", "of its scale", "where"):
-        shown.add_column(name)
-    for name, part in found.parts().items():
-        shown.add_row(f"{name}/...", f"{len(part.gaps):,}", f"{part.equal:,}", *_largest(part))
+    series: dict[str, list[Gap]] = {}
+    for gap in sorted(gaps, key=lambda gap: -gap.size):
+        series.setdefault(gap.series, []).append(gap)
+    for name, (worst, *others) in series.items():
+        numbers = (f"{worst.then:.6g}", f"{worst.now:.6g}")
+        count, share = f"{1 + len(others):,}", f"{100 * worst.size:.2g} %"
+        shown.add_row(name, count, share, str(worst.epoch), *numbers)
     return shown
 
 
-def _largest(part: Agreement) -> tuple[str, str, str]:
-    from studies.agreement import percent
+def verdict(found: Comparison, *, exact: bool) -> str:
+    """Return the outcome in a sentence.
 
-    (metric, epoch, then), now, share, _ = part.worst
-    if share == 0:
-        return "none", "", ""
-    return f"{now - then:.3g}", percent(share), f"{metric}, epoch {epoch}"
+    Args:
+        found: the comparison.
+        exact: whether values must be equal to the last bit.
+    """
+    parts = []
+    if found.gaps:
+        worst = max(found.gaps, key=lambda gap: gap.size)
+        parts.append(
+            f"{len(found.gaps):,} of {found.values:,} values differ, most of all {worst.metric} in "
+            f"epoch {worst.epoch}: {worst.then!r} logged, {worst.now!r} now"
+        )
+    if found.missing:
+        parts.append(f"logged but not computed now: {', '.join(found.missing)}")
+    if not parts:
+        return f"Reproduced: all {found.values:,} values are equal to the last bit."
+    if not exact and found.gaps:
+        parts.append("equal values are promised on the CPU of the record alone")
+    start = "Not reproduced" if exact or found.missing else "Compared"
+    return f"{start}: {'; '.join(parts)}."
 
 
 if __name__ == "__main__":

@@ -7,73 +7,185 @@ weight change. Ends with exit code 1 if a claim fails.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from analysis import ledger_plots
 from harness.config import checked_name
-from studies.answers import worst_class
-from studies.claims import FAIL, NOT_RUN, PASS, Reproduction, Row, count
-from studies.cli import clear_errors, read, start_pool
-from studies.exact_claims import exact_claims
-from studies.forms import FULL, SHORT, Form
-from studies.options import ReproduceOptions, check_least
-from studies.trained_claims import (
+from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
+from studies.ledger.trained import (
     BLOG_KL_TERM,
     BLOG_LOSS,
+    FULL,
+    SHORT,
+    Form,
     batch_range,
-    blog_claims,
-    head_claims,
-    linear_claims,
+    claims,
     loss,
     mean,
-    published_claims,
 )
+from studies.runner.cli import clear_errors, execute_plan, read, start_pool
+from studies.runner.options import ELSEWHERE, Places, arguments, program
+from studies.runner.proposers import Cell, Listed
+from studies.runner.study import KNOWN, Plan
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    from studies.evidence import Evidence
+    from harness.data.dataset import Dataset
+    from studies.ledger.evidence import Evidence
+    from studies.runner.summary import Ended, Findings, Outcome
+    from studies.runner.terminal import Terminal
 
 NAME = "reproduce"
+
+COLUMNS = (
+    *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
+    "active_units",
+)
+"""Of the view of the runs in MLflow."""
 
 log = logging.getLogger("studies.reproduce")  # `__name__` is "__main__" on the command line
 
 
-def reproduction(form: Form) -> Reproduction:
-    """Return the ledger in one of its forms."""
-    ledger = {
-        "Exact, by linear algebra": exact_claims(),
-        "Linear VAE, trained": linear_claims(form),
-        "The blog's recipe": blog_claims(form),
-        "Linear head, smaller weight": head_claims(form),
-        "Published likelihoods": published_claims(form),
-    }
-    return Reproduction(
-        name=NAME,
-        full=form is FULL,
+@dataclass(frozen=True)
+class ReproduceOptions(Places):
+    """Options of the ledger's command line.
+
+    Attributes:
+        full: 176 epochs and 5 seeds of the blog's recipe, 5 seeds of all else; hours on a CPU.
+    """
+
+    full: bool = False
+
+
+def make_plan(
+    ledger: Ledger, form: Form, data: Dataset, device: str, options: ReproduceOptions
+) -> Plan:
+    """Return the plan of a ledger: a trial for each configuration and seed that it needs.
+
+    Args:
+        ledger: the claims.
+        form: how much is trained.
+        data: the dataset.
+        device: "cpu", or "cuda", on which the full form trains more.
+        options: the user's.
+    """
+    wanted = required(ledger, gpu=form.full and device == "cuda")
+    cells = [
+        Cell(
+            identity={"label": runs.label, "seed": config.seed},
+            config=config,
+            name=f"{runs.label} seed={config.seed}",
+            params={},
+            tags={"configuration": runs.label},
+        )
+        for runs in wanted
+        for config in runs.configs
+    ]
+    each = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
+    total = (
+        f"{sum(map(len, ledger.values()))} claims, {'full' if form.full else 'short'} form; "
+        f"{len(cells)} runs of {len(wanted)} configurations"
+    )
+    configs = [cell.config for cell in cells]
+    return Plan(
+        page=NAME,
         question=__doc__ or "",
-        ledger=ledger,
-        answer=partial(answer, form=form),
+        name=options.study_name or f"{NAME}-{data.name}",
+        source=KNOWN[data.name],
+        configs=configs,
+        proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
+        find=partial(find, ledger=ledger, form=form),
+        words=" ".join([program(NAME), *arguments(options, ELSEWHERE)]),
+        sentence="\n".join([*each, total] if options.dry_run else [total]),
+        summary_key=hashlib.sha256(repr((ledger, configs)).encode()).hexdigest()[:16],
+    )
+
+
+def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
+    """Judge every claim on the runs that ended."""
+    # pandas and PyTorch, which --help does not wait for
+    from analysis import frames
+    from harness.tracking import load_run
+    from harness.tracking.record import Trained
+    from studies.ledger.evidence import Evidence
+    from studies.runner.summary import Findings
+
+    def load(run_id: str) -> Trained:
+        saved = load_run(run_id, ended.store.uri)
+        return Trained(saved.config, saved.model)
+
+    evidence = Evidence(ended.data, ended.runs, load)
+    rows = judge(ledger, evidence)
+    frame = frames.tidy(ended.finished)
+    pictured = (form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20))
+    there = [runs for runs in pictured if not evidence.missing((runs,))]
+    trained = dict.fromkeys(run.tags["configuration"] for run in ended.finished)
+    return Findings(
+        table=ledger_table(rows).iloc[:, :5],
+        answer=partial(answer, rows, evidence, form),
+        frame=frame,
+        tables={
+            f"ledger-{i}": captioned(heading, list(part))
+            for i, (heading, part) in enumerate(groupby(rows, key=lambda row: row.heading), 1)
+        },
         figures={
             "batches": (
-                partial(batch_figure, form=form),
+                partial(batch_figure, evidence, form),
                 "Loss and KL term of every training batch, weights as at the end of training, a "
                 "colour a seed of the blog's recipe; dotted, the central 95 % over all of them. "
-                f"The star is what the blog prints of its last batch, {BLOG_LOSS} and "
-                f"{BLOG_KL_TERM}.",
-                form.blog,
+                f"The star is the last batch that the blog prints, {BLOG_LOSS} and {BLOG_KL_TERM}.",
             )
-        },
-        pictured=(form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20)),
+        }
+        if form.blog in there
+        else {},
+        models={runs.label: evidence.finished(runs)[0].run_id for runs in there},
+        closer=there[-1].label if there else "",
+        best=frame.loc[frame["val/neg_elbo"].idxmin()],
+        shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
+        settings={"dataset": ended.data.name, "full": form.full, "configurations": list(trained)},
+        columns=COLUMNS,
+        sections=rows,
     )
+
+
+def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return judged claims as text, a row each."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "claim": row.claim.name,
+            "reference": row.claim.reference,
+            "obtained": row.obtained,
+            "tolerance": row.claim.tolerance,
+            "verdict": f"{row.verdict}: {row.note}" if row.note else row.verdict,
+            "source": row.claim.source,
+            "why this tolerance": row.claim.reason,
+        }
+        for row in rows
+    )
+
+
+def captioned(heading: str, rows: Sequence[Row]) -> tuple[pd.DataFrame, str]:
+    """Return a heading's table; a source or reason that is the same in every row is its caption."""
+    table = ledger_table(rows)
+    same = [name for name in table.columns[5:] if table[name].nunique() == 1]
+    parts = [f"{heading}.", *(f"{name.capitalize()}: {table[name].iloc[0]}." for name in same)]
+    return table.drop(columns=same), " ".join(parts)
 
 
 def batch_figure(evidence: Evidence, form: Form) -> Figure:
     """Plot the batches of the blog's recipe with the blog's own last batch."""
+    from analysis import ledger_plots
+
     batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
     labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
@@ -82,28 +194,30 @@ def batch_figure(evidence: Evidence, form: Form) -> Figure:
 
 
 def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
-    """Say what holds and what does not, and what the blog's recipe is worth."""
-    said = f"Of {len(rows)} claims {count(rows, PASS)} pass"
-    said += f", {count(rows, FAIL)} fail, {count(rows, NOT_RUN)} were not run."
+    """Return which claims fail, and how good the blog's recipe is."""
+    counts = (
+        f"Of {len(rows)} claims {count(rows, PASS)} pass, {count(rows, FAIL)} fail, "
+        f"{count(rows, NOT_RUN)} were not run."
+    )
     failed = [
         f"{row.claim.name} ({row.obtained}, reference {row.claim.reference})"
         for row in rows
         if row.verdict == FAIL
     ]
-    if failed:
-        said += f" Failed: {'; '.join(failed)}."
-    parts = [said]
+    parts = [f"{counts} Failed: {'; '.join(failed)}." if failed else counts]
     if not evidence.missing((form.blog,)):
-        parts += [worth(evidence, form), blogs_batch(evidence, form)]
+        parts += [blogs_recipe(evidence, form), blogs_batch(evidence, form)]
     return "\n\n".join(parts)
 
 
-def worth(evidence: Evidence, form: Form) -> str:
-    """Say how many latents the blog's recipe uses, and how it compares with a linear model."""
+def blogs_recipe(evidence: Evidence, form: Form) -> str:
+    """Return how many latents the blog's recipe uses, and how it compares with a linear model."""
     from analysis import frames
+    from studies.runner.answers import worst_class
 
     runs, frame = form.blog, evidence.frame(form.blog)
-    active = sorted(int(count) for count in frame["active_units"])
+    active = [int(count) for count in frame["active_units"]]
+    low, high = min(active), max(active)
     gaps = evidence.gaps_to_linear(runs)
     gap, half = mean(gaps), frames.half_width(gaps)
     worse = sum(value < 0 for value in gaps)
@@ -114,84 +228,70 @@ def worth(evidence: Evidence, form: Form) -> str:
     else:
         verdict = "it does no better than a linear model, as far as these seeds can tell"
     return (
-        f"The blog's recipe, {form.blog_epochs} epochs, keeps {_range(active)} of its "
-        f"{runs.config.latent_size} latents active, {mean(active):.1f} in the mean of "
-        f"{len(active)} seeds. Its training loss, {loss(evidence, runs):.4f}, is {gap:.1f} ± "
-        f"{half:.1f} % below the exact linear model's (95 % interval over seeds; {worse} of "
-        f"{len(gaps)} seeds are above it): {verdict}. {worst_class(frame)}"
+        f"The blog's recipe, {form.blog_epochs} epochs, keeps "
+        f"{low if low == high else f'{low} to {high}'} of its {runs.config.latent_size} latents "
+        f"active, {mean(active):.1f} in the mean of {len(active)} seeds. Its training loss, "
+        f"{loss(evidence, runs):.4f}, is {gap:.1f} ± {half:.1f} % below the exact linear model's "
+        f"(95 % interval over seeds; {worse} of {len(gaps)} seeds are above it): {verdict}. "
+        f"{worst_class(frame)}"
     )
 
 
 def blogs_batch(evidence: Evidence, form: Form) -> str:
-    """Say where the blog's last batch lies among the batches here."""
-    batches = evidence.batches(form.blog)
-    said = []
+    """Return where the blog's last batch lies among the batches here."""
+    batches, parts = evidence.batches(form.blog), []
     for words, name, value in (("loss", "loss", BLOG_LOSS), ("KL term", "kl_term", BLOG_KL_TERM)):
         low, high = batch_range(evidence, form.blog, name)
-        place = 100 * float((getattr(batches, name) < float(value)).mean())
+        below = 100 * float((getattr(batches, name) < float(value)).mean())
         where = "inside" if low <= float(value) <= high else "outside"
-        said.append(
+        parts.append(
             f"{words} {value} is {where} the central 95 % of all batches here, {low:.4f} to "
-            f"{high:.4f}: {place:.0f} % are below it"
+            f"{high:.4f}: {below:.0f} % are below it"
         )
-    return f"The blog's last batch: {'; '.join(said)}."
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low} to {high}"
+    return f"The blog's last batch: {'; '.join(parts)}."
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Check the ledger from the command line.
 
-    Exit code 1 if a claim fails; bad input ends it with one line and exit code 2.
+    Exit code 1 if a claim fails, otherwise those of every study; 0 also where claims were not run.
     """
-    with clear_errors():
-        rows = execute(read(ReproduceOptions, NAME, __doc__ or "", args))
-        sys.exit(exit_code(rows))
+    with clear_errors(args) as terminal:
+        outcome = execute(read(ReproduceOptions, NAME, __doc__ or "", args), terminal)
+        sys.exit(0 if outcome is None else exit_code(outcome.sections))
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """Return 1 if a claim fails, else 0, also where claims were not run."""
+    """Return 1 if a claim fails, else 0."""
     return int(count(rows, FAIL) > 0)
 
 
-def execute(options: ReproduceOptions) -> list[Row]:
-    """Check the ledger and show it; no rows for a dry run, which trains nothing.
+def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
+    """Check the ledger and show it; None for a dry run, or where another process shows it.
 
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    page = reproduction(FULL if options.full else SHORT)
-    checked_name(NAME if options.study_name is None else options.study_name)
-    check_least("checkpoint_every", options.checkpoint_every, 0)
-    if not options.dry_run:
+    if options.study_name is not None:
+        checked_name(options.study_name)
+    options.check()
+    if not options.dry_run and options.workers == 1:
         start_pool(options.device)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness
     from harness.training.engine import resolve_device
-    from studies.console import Console
-    from studies.reproducing import run
 
-    console = Console()
-    console.question(page.question)
+    terminal.question(__doc__ or "")
     log.info("loading PyTorch and mnist")
     device = resolve_device(options.device).type
     data = harness.load_dataset("mnist", options.data_dir)
-    wanted = page.trained_on(device)
-    console.out.print(
-        f"{sum(map(len, page.ledger.values()))} claims, {'full' if page.full else 'short'} form; "
-        f"{sum(runs.seeds for runs in wanted)} runs of {len(wanted)} configurations"
-    )
-    if options.dry_run:
-        for runs in wanted:
-            console.out.print(f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs")
-        return []
-    rows, outcome = run(page, data, options, console)
-    console.ledger(rows, outcome, options.tracking_uri)
-    return rows
+    form = FULL if options.full else SHORT
+    plan = make_plan(claims(form), form, data, device, options)
+    outcome = execute_plan(plan, data, options, terminal)
+    if outcome is not None:
+        terminal.outcome(outcome, options.tracking_uri)
+    return outcome
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,8 +47,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return where studies in tests keep classifiers: not in the cache of the repository."""
     folder = once("cache", lambda folder: None, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        if find_spec("harness.tracking.record"):
-            patch.setattr("harness.tracking.record.project_root", lambda: folder)
+        patch.setattr("harness.tracking.record.project_root", lambda: folder)
         yield folder / "cache" / "features"
 
 
@@ -121,7 +119,7 @@ def study_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def small_study(name: str, arguments: list[str], folder: Path) -> None:
     """Run a study in this process, tracked in a folder."""
-    from studies import cli
+    from studies.runner import cli
 
     study = importlib.import_module(f"studies.{name}").STUDY
     places = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]

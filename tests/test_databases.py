@@ -8,11 +8,11 @@ import time
 
 import pytest
 import sqlalchemy
+from studies.databases import exclusive, is_away, patiently, pulse
+from studies.storage import open_storage
 
 from harness import UserError
 from studies import databases
-from studies.databases import exclusive, is_away, patiently, pulse
-from studies.storage import open_storage
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -180,7 +180,7 @@ def test_a_pulse_goes_on_after_an_error():
 
 
 def test_signals_are_heeded_while_the_database_is_away(monkeypatch):
-    from studies import stopping
+    from studies.runner import stopping
 
     away = sqlalchemy.exc.OperationalError("select", {}, Exception("gone"))
 

@@ -9,17 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import pytest
 import sqlalchemy
-
-from harness import UserError, tracking
-from studies import kl_weight, search, stopping, worker
 from studies.books import Books
 from studies.desk import LostError
 from studies.grid import open_grid
 from studies.hunt import open_hunt
-from studies.options import Options
 from studies.plan import Point, make_plan
 from studies.search_options import SearchOptions, make_search_plan
 from studies.storage import open_storage
+
+from harness import UserError, tracking
+from studies import kl_weight, search, worker
+from studies.runner import stopping, workers
+from studies.runner.options import Options
 
 VALUES = tuple(i / 10 for i in range(1, 7))
 PLAN = make_plan(kl_weight.STUDY, Options(values=VALUES, seeds=1))
@@ -39,7 +40,7 @@ def _closed():
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request, tmp_path, monkeypatch):
     """Return the address of a new database, as workers of `--workers 4` see it."""
-    monkeypatch.setenv(worker.NUMBER, "1/4")
+    monkeypatch.setenv(workers.NUMBER, "1/4")
     monkeypatch.setattr(stopping, "_received", [])
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/optuna.db"

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from studies.measures import divergence
+from studies.plan import Point, make_plan
+from studies.study import run
 
 from harness import RunConfig, tracking, train
 from studies import diverged, kl_normalization, kl_weight
-from studies.console import Console
-from studies.measures import divergence
-from studies.options import Options
-from studies.plan import Point, make_plan
-from studies.study import run
+from studies.runner.options import Options
+from studies.runner.terminal import Terminal
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
 
@@ -76,7 +76,7 @@ def outcome(empty_database, tmp_path_factory, tiny):
     tame, half, wild = plan.configs.values()
     half[1] = half[1].replace(learning_rate=1e30)
     wild[:] = [config.replace(learning_rate=1e30) for config in wild]
-    return plan, options, run(plan, tiny, options, Console())
+    return plan, options, run(plan, tiny, options, Terminal())
 
 
 def test_the_runs_fail_alone_with_epoch_and_reason(outcome):
@@ -102,7 +102,7 @@ def test_table_answer_and_report_say_so(outcome, capsys):
     assert said in found.answer
     assert "kl_weight = 0.02 has the lowest validation neg_elbo of 1 values" in found.answer
     assert said in (found.folder / "report.html").read_text()
-    Console().outcome(plan, found, options.tracking_uri)
+    Terminal().outcome(plan, found, options.tracking_uri)
     shown = capsys.readouterr().out
     assert "2 of 2" in shown
     assert "3 runs diverged" in " ".join(shown.split())
@@ -126,6 +126,6 @@ def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path
     plan = make_plan(study, options)
     ((wild,),) = [plan.configs[Point("batch", 0.5)]]
     plan.configs[Point("batch", 0.5)][:] = [wild.replace(learning_rate=1e30)]
-    found = run(plan, tiny, options, Console())
+    found = run(plan, tiny, options, Terminal())
     assert (found.folder / "pictures" / "latents.png").exists()
     assert "1 run diverged, and its values are not ranked: batch, " in found.answer

@@ -6,10 +6,11 @@ import runpy
 import sys
 from pathlib import Path
 
+from studies.plan import make_plan
+
 import harness
 from harness import tracking
-from studies.options import Options
-from studies.plan import make_plan
+from studies.runner.options import Options
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learning_rate.py"
 

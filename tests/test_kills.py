@@ -18,15 +18,15 @@ import pandas as pd
 import pytest
 import torch
 from kills import begun, in_child
+from studies.plan import Plan, make_plan
+from studies.study import run
 
 from benchmarks import audit, children
 from harness import RunConfig, places, processes, tracking
 from harness.data.dataset import Dataset
-from studies import cli, kl_weight, live
-from studies.console import Console
-from studies.options import Options
-from studies.plan import Plan, make_plan
-from studies.study import run
+from studies import kl_weight
+from studies.runner import cli, terminal
+from studies.runner.options import Options
 
 STUDY = replace(kl_weight.STUDY, figures={})
 """Without figures: they are drawn anew at every start and take most of its time."""
@@ -72,8 +72,8 @@ class Place:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         processes.available = lambda: 2  # so that runs have workers
-        with cli.clear_errors():
-            return run(self.plan, self.data, self.options, Console()).table
+        with cli.clear_errors([]) as shown:
+            return run(self.plan, self.data, self.options, shown).table
 
     def check(self) -> tuple[list[str], Any]:
         """Return the faults of the ledger, and the results."""
@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
         file.write(bytes(max(0, free - room * 1024)))
     ended = in_child(place.notes, place.start)
     assert ended.code == 2
-    shown = ("%", "left", live.INDENT)  # of a log of progress
+    shown = ("%", "left", terminal.INDENT)  # of a log of progress
     (line,) = [line for line in ended.said.splitlines() if not any(part in line for part in shown)]
     assert line.startswith("error: the disk is full (")
     assert in_child(place.notes, place.check).code == 0  # there is no room, but it can be read
@@ -289,7 +289,7 @@ def test_too_little_memory_is_one_line(place):
 
     ended = in_child(place.notes, start)
     assert ended.code == 2, ended.said
-    (line,) = [line for line in ended.said.splitlines() if live.INDENT not in line]
+    (line,) = [line for line in ended.said.splitlines() if terminal.INDENT not in line]
     assert line.startswith("error: there is too little memory (")
 
 

@@ -11,7 +11,8 @@ from real_stores import small_study
 
 from harness import load_run, tracking
 from harness.linear import pca
-from studies import cli, kl_weight, replay
+from studies import kl_weight, replay
+from studies.runner import cli
 
 SHAPE = (7, 10)
 slow = pytest.mark.slow

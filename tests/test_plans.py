@@ -5,21 +5,21 @@ from dataclasses import replace
 
 import optuna
 import pytest
-
-from harness import RunConfig, UserError, tracking, train
-from harness.objective import beta, decoder_variance
-from studies import cli, conditions, elbo_vs_mse, kl_weight, latent_size, search
-from studies.console import Console
 from studies.grid import open_grid
-from studies.options import Options
 from studies.origin import description
 from studies.plan import Point, make_plan
-from studies.progress import Steps
 from studies.sources import KNOWN
 from studies.stack import forget_all
 from studies.storage import open_storage
 from studies.study import Axis
 from studies.summary import command
+
+from harness import RunConfig, UserError, tracking, train
+from harness.objective import beta, decoder_variance
+from studies import conditions, elbo_vs_mse, kl_weight, latent_size, search
+from studies.runner import cli
+from studies.runner.options import Options
+from studies.runner.terminal import Steps, Terminal
 
 
 @pytest.mark.parametrize("mode", ["pixels", "batch", "sum"])
@@ -64,7 +64,7 @@ def test_a_study_has_a_name_and_a_question(name, question):
 
 
 def test_brackets_in_a_question_are_shown(capsys):
-    Console().question("Which [red]weight[/red] of [0, 1]?")
+    Terminal().question("Which [red]weight[/red] of [0, 1]?")
     assert capsys.readouterr().out == "Which [red]weight[/red] of [0, 1]?\n"
 
 

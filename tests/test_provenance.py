@@ -127,6 +127,7 @@ def test_the_tags_are_short(tiny):
     tags = provenance.tags(made)
     assert tags["git_commit"] == made["code"]["commit"]
     assert tags["git_dirty"] in ("true", "false", "unknown")
+    assert tags["sources"] == made["code"]["sources"][:12]
     assert max(map(len, tags.values())) < 250
     assert tags.get("mlflow.source.git.commit", "unknown") == tags["git_commit"]
 

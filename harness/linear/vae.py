@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from harness.config import RunConfig, UserError
 from harness.data.dataset import Dataset, Split
 from harness.linear.pca import PCA, Moments, is_small, pca
 from harness.models.vae import VAE, build
+
+Loss = TypeVar("Loss", float, torch.Tensor)
 
 SMALLEST_VARIANCE = 1e-12
 """Decoder variance, pixel^2, of a linear model without discarded components."""
@@ -146,11 +149,19 @@ class LinearOptimum:
         return np.divide(values, self.known.variances, out=zeros, where=self.active)
 
 
-def linear_losses(configs: Sequence[RunConfig], data: Dataset, split: Split) -> np.ndarray:
+def gap_to_linear(linear_loss: Loss, loss: Loss) -> Loss:
+    """Return by how many percent a loss is below the exact linear model's."""
+    return 100 * (linear_loss - loss) / linear_loss
+
+
+def linear_losses(
+    configs: Sequence[RunConfig], data: Dataset, split: Split | None = None
+) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    pixel^2, shape (S,). NaN where the run's loss has another optimum or is a log-likelihood (sigma
-    not fixed), which can be 0, so that a relative gap means nothing; and for large images.
+    pixel^2, shape (S,); None is the training split. NaN where the run's loss has another optimum
+    or is a log-likelihood (sigma not fixed), which can be 0, so that a relative gap means nothing;
+    and for large images.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):

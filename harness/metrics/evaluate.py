@@ -22,7 +22,7 @@ from torch.nn import functional
 from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
-from harness.linear.vae import linear_losses
+from harness.linear.vae import gap_to_linear, linear_losses
 from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
 from harness.objective import Coefficients, Parts, Posterior, Terms
@@ -140,7 +140,7 @@ def measure(
     if scale is not None:
         metrics["learned_variance"] = scale
     if linear_loss is not None:
-        metrics["gap_to_linear"] = 100 * (linear_loss - loss) / linear_loss
+        metrics["gap_to_linear"] = gap_to_linear(linear_loss, loss)
     metrics |= {f"term/{name}": value for name, value in seen.terms.items()}
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}

@@ -1,4 +1,4 @@
-"""Models in MLflow: one read back from its run, and a study's best with signature and example."""
+"""Models in MLflow: read back a run's, and log the best one of a study with its signature."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
+import torch
+from mlflow.exceptions import MlflowException
 
-from harness.config import RunConfig
-from harness.errors import UserError
+from harness.config import RunConfig, UserError
+from harness.models.files import load_model
+from harness.models.vae import VAE
 from harness.tracking.addresses import reason, without_password
-from harness.tracking.runs import RunLog
+from harness.tracking.runs import NOTE, RunLog
 from harness.tracking.store import Store, connect
 
 if TYPE_CHECKING:
     from harness.data.dataset import Split
-    from harness.models.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,26 @@ class TrackedRun:
     model: VAE = field(repr=False)
 
 
-def load_run(run: str, tracking_uri: str | None = None) -> TrackedRun:
-    """Rebuild a run's model from its artifacts, without pickle.
+def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+    """Rebuild the model of a run from its artifacts, without pickle.
 
     Args:
-        run: id or key of the run.
+        run_id: the run's id in MLflow, or its key.
         tracking_uri: MLflow tracking URI; None means the default store.
 
     Raises:
         UserError: there is no such run, or its model files are missing or broken.
     """
-    from harness.models.files import load_model
-
     store = connect(tracking_uri)
-    found = store.run(run)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            store.client.download_artifacts(found.run_id, "model", folder)
-            config, model = load_model(Path(folder) / "model")
-    except Exception as error:  # the file system's, a server's, MLflow's
-        where = without_password(store.uri)
-        raise UserError(f"run {run} of {where} cannot be loaded ({reason(error)})") from error
-    return TrackedRun(found.run_id, config, found.metrics, model)
+    run = store.run(run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store.ask(store.client.download_artifacts, run.run_id, "model", folder)
+        except (MlflowException, OSError) as error:
+            where = without_password(store.uri)
+            raise UserError(f"run {run_id} of {where} has no model ({reason(error)})") from error
+        config, model = load_model(Path(folder) / "model")
+    return TrackedRun(run.run_id, config, run.metrics, model)
 
 
 def log_best_model(
@@ -68,11 +68,9 @@ def log_best_model(
 ) -> None:
     """Log a model from images to reconstructions in an open run, with signature and example.
 
-    MLflow ends the run as it does so; `RunLog.end` must still follow.
-
     Args:
         store: where the run is.
-        run: the open run; what it is still to write is written first.
+        run: the open run, which this finishes; what it is still to write is written first.
         config: settings of the model.
         model: a trained model on the CPU.
         examples: images that the page shows as the model's input.
@@ -82,8 +80,6 @@ def log_best_model(
     Raises:
         UserError: the store does not answer.
     """
-    import torch
-
     model = copy.deepcopy(model).float()
     for weight in model.parameters():
         weight.data = weight.data.contiguous()  # MLflow warns of others
@@ -92,8 +88,9 @@ def log_best_model(
         output = model(images).numpy()
     run.flush()  # leaving the block below finishes the run
     store.deliver([run.key])
+    mlflow.set_tracking_uri(store.uri)
 
-    def log() -> None:
+    def write() -> None:
         with mlflow.start_run(run_id=run.run_id):
             logged = mlflow.pytorch.log_model(
                 model,
@@ -101,9 +98,8 @@ def log_best_model(
                 input_example=images.numpy(),
                 signature=mlflow.models.infer_signature(images.numpy(), output),
                 pip_requirements=[f"{name}=={version(name)}" for name in ("torch", "numpy")],
-                tags={"mlflow.note.content": description},
+                tags={NOTE: description},
             )
             mlflow.log_metrics(dict(metrics), config.epochs, model_id=logged.model_id)
 
-    mlflow.set_tracking_uri(store.uri)
-    store.ask(log)
+    store.ask(write)

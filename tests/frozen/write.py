@@ -24,7 +24,8 @@ import frozen_probe
 
 from frozen import first_edition, values
 from harness import RunConfig
-from studies import cli, kl_weight
+from studies import kl_weight
+from studies.runner import cli
 
 SMALL = {"hidden": (16,), "latent_size": 4}
 KINDS = {

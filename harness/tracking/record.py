@@ -1,0 +1,414 @@
+"""Train runs and log each of them: epochs, pictures, final metrics, model, and a true end.
+
+This is the one training loop of studies, searches, the ledger and replays. It meets the core at
+`train`, `measure` and the epoch record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from harness import objective as objectives
+from harness import provenance
+from harness.config import RunConfig, UserError, checked_name
+from harness.data.dataset import Dataset
+from harness.linear.vae import linear_metrics
+from harness.metrics import evaluate, pictures, quality
+from harness.models.vae import VAE, build
+from harness.tracking import End, Planned
+from harness.tracking.addresses import default_tracking, project_root, without_password
+from harness.tracking.runs import DIFF, PROVENANCE, RunLog
+from harness.tracking.store import Store, connect
+from harness.training import engine
+from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_record
+
+if TYPE_CHECKING:
+    from harness.training.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+OBJECTIVE = "val/neg_elbo"
+"""Metric by which the best epoch of a run is chosen, where its study has no other."""
+
+WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
+"""Metrics that measure the machine, so that no two trainings share them."""
+
+LONGEST_PARAM = 6_000
+"""Characters of a parameter that MLflow keeps."""
+
+PICTURED = 10
+"""Images of a reconstruction picture, the same validation images for every run."""
+
+LARGEST_ERROR = 1.0
+"""Squared error, pixel^2, above which a run has diverged."""
+
+LARGEST_RATE = 1e4
+"""Rate, nats a latent, above which a run has diverged whose loss counts it."""
+
+Metrics = dict[str, float]
+
+
+class Trained(NamedTuple):
+    """A trained run: its settings and its model."""
+
+    config: RunConfig
+    model: VAE
+
+
+Judge = Callable[[EpochRecord], Mapping[int, End]]
+"""Which rows of an epoch's record are ended, and why."""
+
+
+def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
+    """Return the final metrics of runs, and those of the exact linear model beside each.
+
+    Names are prefixed `val/`, `test/` and `linear/`.
+    """
+    found = []
+    folder = project_root() / "cache" / "features"
+    both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
+    for run, ends, measured in zip(runs, *both, strict=True):
+        named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
+        named |= {f"test/{name}": value for name, value in measured.items()}
+        found.append(named | linear_metrics(run.config, data))
+    return found
+
+
+def record(
+    planned: Sequence[Planned],
+    data: Dataset,
+    device: str,
+    start: Callable[[Planned], RunLog],
+    *,
+    judge: Judge = lambda record: {},
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    checkpoints: Checkpoints | None = None,
+    objective: str = OBJECTIVE,
+    extras: Callable[[Trained, Dataset], Metrics] | None = None,
+    made_with: Mapping[str, Any] | None = None,
+    train: Callable[..., Iterator[EpochRecord]] = engine.train,
+    measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
+    pictured: bool = True,
+) -> list[Metrics | None]:
+    """Train one stack of runs and log each of them.
+
+    A run that diverges, or that the judge ends, leaves the stack at once. Whatever interrupts the
+    training, every run that was started gets a true end.
+
+    Args:
+        planned: the runs, which can be trained together (`harness.training.engine.together`).
+        data: their dataset.
+        device: "cpu" or "cuda".
+        start: starts the log of a run (`log_in`).
+        judge: called after every epoch.
+        on_epoch: called after every epoch, when its metrics are logged and rows are dropped. It
+            may raise: KeyboardInterrupt and SystemExit end the runs as KILLED, others as FAILED.
+        checkpoints: where unfinished runs are kept; the caller removes their files.
+        objective: metric by which the best epoch is chosen.
+        extras: further metrics of a finished run.
+        made_with: provenance of the runs (`provenance_of`); None for that of runs of no study.
+        train: yields epoch records, as `harness.train` does.
+        measure: final metrics; those of the validation split are logged with the epochs alone.
+        pictured: whether pictures are drawn.
+
+    Returns:
+        Final metrics of each run, those of the test split under their plain names too; None for a
+        run that was ended early.
+    """
+    configs = [run.config for run in planned]
+    results: list[Metrics | None] = [None] * len(planned)
+    courses: list[list[float]] = [[] for _ in planned]
+    with _started(planned, data, device, start, made_with) as logs:
+        if pictured:
+            untrained = [build(c, data.image_shape, data.train.largest) for c in configs]
+            _log_pictures(logs.values(), list(map(Trained, configs, untrained)), data, epoch=0)
+        for current in train(configs, data, device, checkpoints=checkpoints):
+            if current.epoch == 1:
+                _log_resumption(logs, current)
+            for row, run in enumerate(current.rows):
+                metrics = epoch_metrics(current, row)
+                logs[run].metrics(metrics, current.epoch)
+                courses[run].append(metrics.get(objective, math.inf))
+            if pictured and current.epoch in picture_epochs(configs[0].epochs):
+                # A resumed run repeats its metrics, but its model has gone on since.
+                rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
+                there = [logs[current.rows[row]] for row in rows]
+                _log_pictures(there, _trained(current, rows), data, current.epoch)
+            for row, end in {**_diverged(current), **judge(current)}.items():
+                _end(logs, current.rows[row], end)
+                current.drop([row])
+            on_epoch(current)
+        rows = [row for row in range(len(current.rows)) if row not in current.dropped]
+        trained = _trained(current, rows)
+        finals = measure(trained, data)
+        for i, (row, model, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
+            log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
+            run = current.rows[row]
+            more = _best(courses[run], objective) | (extras(model, data) if extras else {})
+            once = {name: value for name, value in final.items() if not name.startswith("val/")}
+            _finish(logs, run, model, once | more, pictured=pictured)
+            results[run] = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
+    return results
+
+
+def train_and_evaluate(
+    configs: Sequence[RunConfig],
+    data: Dataset,
+    *,
+    experiment: str,
+    tracking_uri: str | None = None,
+    device: str = "auto",
+) -> list[RunResult]:
+    """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
+
+    Every run is logged as a study logs it: metrics of every epoch, final metrics, pictures, model
+    and provenance. `harness.load_run` reads one back, `python -m studies.replay` repeats one.
+
+    Args:
+        configs: the runs, in any order.
+        data: their dataset.
+        experiment: name of the MLflow experiment, created where it is missing.
+        tracking_uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the
+            repository. Records that a server cannot take now wait on disk for the next start.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        Results in the order of `configs`, with the metrics of `harness.measure_quality` too. A run
+        that diverges has no metrics, and the history and model of its last epoch.
+
+    Raises:
+        UserError: settings, device or store cannot be used; nothing is trained.
+
+    Examples:
+        >>> from harness import RunConfig, load_dataset
+        >>> from harness.tracking import train_and_evaluate
+        >>> data = load_dataset("digits")
+        >>> configs = [RunConfig(kl_weight=w, epochs=2) for w in (0.01, 1.0)]
+        >>> results = train_and_evaluate(configs, data, experiment="two-weights")
+        >>> [result.config.kl_weight for result in results]
+        [0.01, 1.0]
+        >>> results[0].metrics["rate"] > results[1].metrics["rate"]
+        True
+        >>> len(results[0].history)
+        2
+    """
+    checked_name(experiment, "experiment")
+    for config in configs:
+        engine.check_runs([config], data)
+        engine.resolve_device(device, config.precision)
+    kind = engine.resolve_device(device).type
+    store = connect(tracking_uri)
+    start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
+    planned, results = _listed(configs, experiment), {}
+    for rows in engine.together(configs, engine.STACK_WIDTH[kind]):
+        histories: list[list[Metrics]] = [[] for _ in rows]
+        models: dict[int, VAE] = {}
+        keep = partial(_keep, histories, models)
+        finals = record([planned[row] for row in rows], data, kind, start, on_epoch=keep)
+        for i, row in enumerate(rows):
+            results[row] = RunResult(configs[row], finals[i] or {}, histories[i], models[i])
+    try:
+        store.deliver()
+    except UserError as error:  # the results are here, and the records on disk
+        log.warning("%s", error)
+    return [results[row] for row in range(len(configs))]
+
+
+def _keep(histories: Sequence[list[Metrics]], models: dict[int, VAE], current: EpochRecord) -> None:
+    """Keep the metrics of an epoch, and the models of runs that end with it."""
+    for row, run in enumerate(current.rows):
+        histories[run].append(flat_record(current, row))
+        if row in current.dropped or current.epoch == current.configs[row].epochs:
+            models[run] = current.model(row).cpu()
+
+
+def _listed(configs: Sequence[RunConfig], experiment: str) -> list[Planned]:
+    """Plan runs that are named by the settings in which they differ."""
+    settings = [asdict(config) for config in configs]
+    varied = [
+        k for k in asdict(RunConfig()) if k != "seed" and len({str(s[k]) for s in settings}) > 1
+    ]
+    planned = []
+    for place, (config, setting) in enumerate(zip(configs, settings, strict=True)):
+        label = ", ".join(f"{name}={setting[name]}" for name in varied) or config.model
+        tags = {"study": experiment, "role": "run", "configuration": label, "place": str(place)}
+        planned.append(Planned(config, uuid4().hex, f"{label} seed={config.seed}", {}, tags))
+    return planned
+
+
+def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], RunLog]:
+    """Return the `start` of `record` for runs in an experiment, created where it is missing."""
+    experiment_id = store.experiment(experiment, question)
+
+    def start(run: Planned) -> RunLog:
+        note = description(run.key, store.uri)
+        try:
+            return store.start(experiment_id, run.key, run.name, run.tags, run.params, note)
+        except BaseException as error:  # it may have been created
+            status, reason = interruption(error)
+            with suppress(Exception):
+                store.close(experiment, [run.key], reason, status)
+            raise
+
+    return start
+
+
+def description(key: str, tracking_uri: str) -> str:
+    """Return the Markdown on a run's page: how the run is repeated, without a data folder."""
+    default = tracking_uri == default_tracking()
+    where = "" if default else f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    return (
+        "Train it again from its record and compare every metric:\n\n"
+        f"    python -m studies.replay {key}{where}"
+    )
+
+
+def provenance_of(data: Dataset, device: str, study: str | None = None) -> dict[str, Any]:
+    """Return what runs are made with: the name of their study, if any, and their provenance."""
+    return {"study": study, **provenance.provenance(data, device)}
+
+
+@contextmanager
+def _started(
+    planned: Sequence[Planned],
+    data: Dataset,
+    device: str,
+    start: Callable[[Planned], RunLog],
+    made_with: Mapping[str, Any] | None,
+) -> Iterator[dict[int, RunLog]]:
+    """Start the runs and yield their logs by row; whatever interrupts ends those left in there."""
+    made = provenance_of(data, device) if made_with is None else made_with
+    found, diff = provenance.tags(made), provenance.code().diff
+    logs: dict[int, RunLog] = {}
+    try:
+        for row, run in enumerate(planned):
+            params = _params(run.config, data) | run.params
+            params |= {"device": device, "stack_width": len(planned)}
+            logs[row] = start(run._replace(params=params, tags={**run.tags, **found}))
+            logs[row].dataset(data)
+            logs[row].text(json.dumps(made, indent=2), PROVENANCE)
+            if diff:
+                logs[row].text(diff, DIFF)
+        yield logs
+    except BaseException as error:
+        status, reason = interruption(error)
+        for log in logs.values():
+            with suppress(Exception):  # what cannot be written now, the next start writes
+                log.end(status, reason)
+        raise
+
+
+def interruption(error: BaseException) -> tuple[str, str]:
+    """Return the status of a run that an exception ends, and the reason in words."""
+    if isinstance(error, SystemExit):
+        return "KILLED", f"its process ended with exit code {error.code}"
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", str(error) or "stopped by Ctrl-C"
+    return "FAILED", repr(error)
+
+
+def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
+    variance = objectives.decoder_variance(config, data.pixels)
+    names = json.dumps(data.class_names)
+    return {
+        **asdict(config),
+        "beta": objectives.beta(config, data.pixels),
+        **({} if math.isnan(variance) else {"decoder_variance": variance}),
+        "dataset": data.name,
+        "dataset_digest": data.digest,
+        **({"class_names": names} if data.class_names and len(names) < LONGEST_PARAM else {}),
+    }
+
+
+def epoch_metrics(record: EpochRecord, row: int) -> Metrics:
+    """Return all metrics that are logged of an epoch of a run."""
+    progress = (record.seconds, record.images_per_second, float(record.kl_warmup[row]))
+    names = (*WALL_CLOCK, "progress/kl_warmup")
+    return flat_record(record, row) | dict(zip(names, progress, strict=True))
+
+
+def _best(course: Sequence[float], objective: str) -> Metrics:
+    """Return the best epoch of a run and the objective there, if any epoch has a finite one."""
+    epoch = best_epoch(course)
+    best = course[epoch - 1]
+    return {"best/epoch": float(epoch), f"best/{objective}": best} if math.isfinite(best) else {}
+
+
+def divergence(record: EpochRecord, row: int) -> str | None:
+    """Return why a run has diverged in an epoch, None if it has not.
+
+    It has where its loss is no number or infinite, where its squared error is above 1, for pixels
+    lie in [0, 1] and no constant image errs more, or where its rate is above 10,000 nats a latent
+    although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
+    """
+    config = record.configs[row]
+    limits = {"loss": math.inf, "mse": LARGEST_ERROR}
+    if config.kl_weight > 0:
+        limits["rate"] = LARGEST_RATE * config.latent_size
+    for part, metrics in (("training", record.train), ("validation", record.val)):
+        for name, limit in limits.items():
+            value = float(metrics[name][row]) if name in metrics else 0.0
+            if not abs(value) < math.inf:
+                return f"{part} {name} is {value}"
+            if value > limit:
+                return f"{part} {name} is {value:.3g}, above {limit:,.0f}"
+    return None
+
+
+def _diverged(record: EpochRecord) -> dict[int, End]:
+    found = {row: divergence(record, row) for row in range(len(record.rows))}
+    when = f"diverged in epoch {record.epoch}"
+    return {row: End("FAILED", f"{when}: {why}") for row, why in found.items() if why}
+
+
+def _log_resumption(logs: Mapping[int, RunLog], record: EpochRecord) -> None:
+    for run, epoch in zip(record.rows, record.resumed, strict=True):
+        if epoch:
+            logs[run].tag("resumed_from_epoch", str(epoch))
+
+
+def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
+    return [Trained(record.configs[row], record.model(row)) for row in rows]
+
+
+def picture_epochs(epochs: int) -> set[int]:
+    """Return the epochs after which there is a picture: the first, a fifth of the way, the last."""
+    return {1, max(1, epochs // 5), epochs}
+
+
+def _log_pictures(
+    logs: Collection[RunLog], runs: Sequence[Trained], data: Dataset, epoch: int
+) -> None:
+    measured = evaluate.as_measured(runs, data) if runs else {}
+    for log, (config, model) in zip(logs, runs, strict=True):
+        val = measured[config.binarization].val
+        log.picture("reconstructions", pictures.reconstructions([model], val, PICTURED), epoch)
+
+
+def _end(logs: dict[int, RunLog], run: int, end: End) -> None:
+    if end.pruned:
+        logs[run].tag("pruned", "true")
+    logs[run].end(end.status, end.reason)
+    del logs[run]
+
+
+def _finish(
+    logs: dict[int, RunLog], run: int, trained: Trained, final: Metrics, *, pictured: bool
+) -> None:
+    config, model = trained
+    logs[run].metrics(final, config.epochs)
+    if pictured:
+        samples = pictures.prior_samples(model, config.seed)
+        logs[run].picture("prior_samples", samples, config.epochs)
+    logs[run].model(config, model)
+    logs[run].end()
+    del logs[run]

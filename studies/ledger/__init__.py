@@ -1,0 +1,1 @@
+"""Claims of papers, and how each is judged."""

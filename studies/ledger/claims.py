@@ -1,0 +1,192 @@
+"""Claims as data: a number that a source states, how it is measured here, and what passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness.config import RunConfig
+
+if TYPE_CHECKING:
+    from studies.ledger.evidence import Evidence
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs that a claim is measured on: one configuration, several seeds.
+
+    Attributes:
+        label: name of the configuration. It identifies its trials: other settings need another.
+        config: every setting but the seed.
+        seeds: repetitions, seeds 0, 1, ...
+        gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
+    """
+
+    label: str
+    config: RunConfig
+    seeds: int
+    gpu: bool = False
+
+    @property
+    def configs(self) -> list[RunConfig]:
+        """One configuration per seed."""
+        return [self.config.replace(seed=seed) for seed in range(self.seeds)]
+
+
+class Spread(NamedTuple):
+    """An obtained range, where the reference is a single draw from one."""
+
+    low: float
+    high: float
+
+
+Measure = Callable[..., float | Spread]
+"""(`Evidence`, *the runs that the claim needs) -> what is obtained."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number that a source states, and which obtained values agree with it.
+
+    Attributes:
+        name: what is claimed.
+        source: where it is stated.
+        reference: the number as it is printed there.
+        low: least value that passes.
+        high: largest value that passes.
+        tolerance: those two in words.
+        reason: why this tolerance.
+        digits: decimals of the obtained value.
+        measure: how it is obtained.
+        needs: runs that it is obtained from; none for linear algebra.
+    """
+
+    name: str
+    source: str
+    reference: str
+    low: float
+    high: float
+    tolerance: str
+    reason: str
+    digits: int
+    measure: Measure = field(repr=False)
+    needs: tuple[Runs, ...] = ()
+
+    def verdict(self, obtained: float | Spread) -> str:
+        """Judge a number, which passes from `low` to `high`, or a spread, if it overlaps them."""
+        low, high = obtained if isinstance(obtained, Spread) else (obtained, obtained)
+        return PASS if low <= self.high and high >= self.low else FAIL
+
+    def write(self, obtained: float | Spread) -> str:
+        """Format an obtained value."""
+        parts = obtained if isinstance(obtained, Spread) else (obtained,)
+        return " to ".join(f"{part:.{self.digits}f}" for part in parts)
+
+
+Ledger = Mapping[str, Sequence[Claim]]
+"""Heading -> claims."""
+
+
+def printed(name: str, source: str, reference: str, measure: Measure) -> Claim:
+    """Claim a number to its last printed digit, as linear algebra should give it."""
+    half = 0.5 * 10 ** -decimals(reference)
+    reason = "half a unit of the last printed digit: no chance is involved"
+    return about(name, source, reference, half, reason, measure)
+
+
+def about(
+    name: str,
+    source: str,
+    reference: str,
+    tolerance: float,
+    reason: str,
+    measure: Measure,
+    *needs: Runs,
+) -> Claim:
+    """Claim a number up to a tolerance either way."""
+    value, digits = float(reference), decimals(reference) + 1
+    low, high, words = value - tolerance, value + tolerance, f"± {tolerance:.2g}"
+    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
+
+
+def between(
+    name: str,
+    source: str,
+    reference: str,
+    limits: tuple[float, float],
+    reason: str,
+    measure: Measure,
+    *needs: Runs,
+    digits: int = 1,
+) -> Claim:
+    """Claim that a number lies within limits, which may be infinite; the reference is words."""
+    low, high = limits
+    words = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
+
+
+def inside(
+    name: str, source: str, reference: str, reason: str, measure: Measure, *needs: Runs
+) -> Claim:
+    """Claim that a reference, itself one draw, lies in the obtained spread."""
+    value, digits = float(reference), min(decimals(reference), 5)
+    words = "inside the range"
+    return Claim(name, source, reference, value, value, words, reason, digits, measure, needs)
+
+
+def decimals(number: str) -> int:
+    """Count the printed decimals of a number."""
+    return len(number.partition(".")[2])
+
+
+def required(ledger: Ledger, *, gpu: bool = True) -> list[Runs]:
+    """Return the runs that a ledger's claims need, each once, in the order of the claims.
+
+    Args:
+        ledger: the claims.
+        gpu: whether to include the runs that only a GPU trains.
+    """
+    every = (runs for claims in ledger.values() for claim in claims for runs in claim.needs)
+    return [runs for runs in dict.fromkeys(every) if gpu or not runs.gpu]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A judged claim.
+
+    Attributes:
+        heading: part of the ledger.
+        claim: the claim.
+        obtained: the formatted value; "" if it was not run.
+        verdict: "pass", "fail" or "not run".
+        note: why it was not run.
+    """
+
+    heading: str
+    claim: Claim
+    obtained: str
+    verdict: str
+    note: str = ""
+
+
+def judge(ledger: Ledger, evidence: Evidence) -> list[Row]:
+    """Measure and judge every claim whose runs have finished."""
+    return [
+        _judged(heading, claim, evidence) for heading, claims in ledger.items() for claim in claims
+    ]
+
+
+def _judged(heading: str, claim: Claim, evidence: Evidence) -> Row:
+    if missing := evidence.missing(claim.needs):
+        return Row(heading, claim, "", NOT_RUN, missing)
+    obtained = claim.measure(evidence, *claim.needs)
+    return Row(heading, claim, claim.write(obtained), claim.verdict(obtained))
+
+
+def count(rows: Iterable[Row], verdict: str) -> int:
+    """Count the rows of a verdict."""
+    return sum(row.verdict == verdict for row in rows)

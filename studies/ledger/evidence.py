@@ -1,0 +1,138 @@
+"""Evidence for claims: finished runs, the losses of their batches, and the data themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import frames
+from harness.config import RunConfig
+from harness.data.dataset import Dataset, Split, with_official_training
+from harness.linear.pca import PCA, pca
+from harness.linear.vae import LinearOptimum, gap_to_linear, linear_losses
+from harness.metrics.evaluate import BatchLosses, batch_losses
+from harness.metrics.likelihood import likelihood_metrics
+from studies.ledger.claims import Runs
+
+if TYPE_CHECKING:
+    from harness.tracking.record import Trained
+    from harness.tracking.runs import Run
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Finished runs on one dataset.
+
+    Attributes:
+        data: the dataset.
+        runs: finished and diverged runs, which are found by their settings.
+        load: run id -> the run's settings and model.
+    """
+
+    data: Dataset
+    runs: Sequence[Run] = field(repr=False)
+    load: Callable[[str], Trained] = field(repr=False)
+    _batches: dict[Runs, BatchLosses] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def official(self) -> PCA:
+        """Principal components of the official training images, validation images included."""
+        return pca(with_official_training(self.data))
+
+    def official_optimum(
+        self, latent_size: int, decoder_variance: float, split: Split | None = None
+    ) -> LinearOptimum:
+        """Return the exact linear VAE of the official training images, measured on them or a split.
+
+        See `harness.linear.vae.LinearOptimum`.
+        """
+        return LinearOptimum(self.official, latent_size, decoder_variance, split)
+
+    @cached_property
+    def _by_settings(self) -> dict[tuple[str, ...], Run]:
+        """Settings and dataset -> the first run that finished, else one that diverged."""
+        found: dict[tuple[str, ...], Run] = {}
+        for run in sorted(self.runs, key=lambda run: run.status != "FINISHED"):
+            if run.status == "FINISHED" or run.tags.get("reason", "").startswith("diverged"):
+                found.setdefault(_settings(run.params), run)
+        return found
+
+    def find(self, config: RunConfig) -> Run | None:
+        """Return the run of a configuration on these very images; None without one."""
+        given = asdict(config) | {"dataset_digest": self.data.digest}
+        return self._by_settings.get(_settings(given))
+
+    def missing(self, needs: Sequence[Runs]) -> str:
+        """Return why a claim cannot be measured; "" if it can."""
+        for runs in needs:
+            for run in map(self.find, runs.configs):
+                if run is None:
+                    return "needs --full on a GPU" if runs.gpu else f"{runs.label!r} did not finish"
+                if run.status != "FINISHED":
+                    return f"{runs.label!r} diverged"
+        return ""
+
+    def finished(self, runs: Runs) -> list[Run]:
+        """Return the runs of some settings, one per seed."""
+        return [run for run in map(self.find, runs.configs) if run is not None]
+
+    def frame(self, runs: Runs) -> pd.DataFrame:
+        """Return runs as a tidy frame, a row a seed, test metrics under their plain names."""
+        return frames.tidy(self.finished(runs))
+
+    def mean(self, runs: Runs, metric: str) -> float:
+        """Return the mean of a metric over seeds."""
+        return float(self.frame(runs)[metric].mean())
+
+    def gain(self, runs: Runs, other: Runs, metric: str = "neg_elbo") -> float:
+        """Return by how much a metric is lower than in other runs, mean of differences by seed."""
+        return frames.paired_difference(self.frame(other), self.frame(runs), metric).mean
+
+    def relative_error(self, runs: Runs, label: int) -> float:
+        """Return the test mse of a class over the mean of all classes, each the mean over seeds."""
+        errors = frames.class_errors(self.frame(runs))
+        return float(errors[label] / errors.mean())
+
+    def trained(self, runs: Runs) -> list[Trained]:
+        """Load the runs of some settings, one per seed."""
+        return [self.load(run.run_id) for run in self.finished(runs)]
+
+    def batches(self, runs: Runs) -> BatchLosses:
+        """Return loss and KL term of every training batch, weights as at the end of training.
+
+        Both have the shape (seeds, steps).
+        """
+        if runs not in self._batches:
+            each = [batch_losses(*run, self.data) for run in self.trained(runs)]
+            loss, kl_term = map(np.stack, zip(*each, strict=True))
+            self._batches[runs] = BatchLosses(loss, kl_term)
+        return self._batches[runs]
+
+    def losses(self, runs: Runs) -> list[float]:
+        """Return each seed's loss on the whole training split."""
+        return [float(loss) for loss in self.batches(runs).loss.mean(1)]
+
+    def gaps_to_linear(self, runs: Runs) -> list[float]:
+        """Return by how many percent each seed's loss is below the exact linear model's."""
+        (linear,) = linear_losses([runs.config], self.data)
+        return [gap_to_linear(float(linear), loss) for loss in self.losses(runs)]
+
+    def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
+        """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
+        binary = self.data.binarized(runs.config.binarization)
+        found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
+        return [metrics["neg_log_likelihood"] for metrics in found]
+
+
+def _settings(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return settings and dataset as text; those that a stored run's version lacked are defaults.
+
+    Settings that no longer exist are ignored.
+    """
+    known = asdict(RunConfig()) | {"dataset_digest": ""}
+    return tuple(str(params.get(name, default)) for name, default in known.items())

@@ -1,0 +1,190 @@
+"""The command line of every study: options, exit codes, and the steps of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
+
+from harness.config import UserError
+from harness.errors import SummaryError
+from harness.tracking import addresses
+from studies.runner import stopping
+from studies.runner.options import Common, Options, Places, program
+from studies.runner.study import Plan, Study, make_plan, read_own
+from studies.runner.terminal import CLOSED, Terminal
+
+if TYPE_CHECKING:
+    from harness.data.dataset import Dataset
+    from studies.runner.summary import Outcome
+
+log = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+
+STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
+LACKING = {
+    "disk": "the disk is full ({}). Make room; finished runs are kept, the same command continues.",
+    "memory": "there is too little memory ({}). Free some, and the same command continues, or give "
+    "a smaller --batch-size under another --study-name.",
+}
+"""The error where disk or memory is full."""
+
+
+def main(study: Study, args: Sequence[str] | None = None) -> None:
+    """Run a study from the command line; the exit codes are those of `clear_errors`."""
+    with clear_errors(args) as terminal:
+        options = parse(study.name, study.question, type(study.axis.values[0]), args)
+        execute(partial(make_plan, study, options), options, terminal)
+
+
+@contextlib.contextmanager
+def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> Iterator[Terminal]:
+    """Run a command; turn what ends it early into one line and an exit code.
+
+    0: done. 2: an input was refused, or a store, a server or the disk failed; all that was recorded
+    is kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
+    130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
+    where a claim or the replay fails.
+
+    Args:
+        args: of the command line, where `--json` is looked for; None means this process's.
+        stopped: printed after Ctrl-C or SIGTERM.
+
+    Yields:
+        The terminal, on which messages are shown meanwhile.
+    """
+    terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
+    code: int | str = 0
+    message = ""
+    try:
+        with stopping.handled(), terminal.shown():
+            yield terminal
+    except SummaryError as error:
+        code, message = 3, f"error: {error}"
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = stopping.exit_code() or 130, stopped
+    except SystemExit as end:
+        code = end.code or 0
+    except BrokenPipeError:
+        code = CLOSED
+    except Exception as error:
+        lacking = addresses.shortage(error)
+        if lacking is None:
+            raise
+        code, message = 2, f"error: {LACKING[lacking].format(addresses.reason(error))}"
+    try:
+        if message:
+            print(message, file=sys.stderr)
+        terminal.finish(code, message)
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        code = code or CLOSED
+    if code == CLOSED:
+        code = stopping.exit_code() or CLOSED
+    if code:
+        sys.exit(code)
+
+
+def parse(name: str, question: str, kind: type, args: Sequence[str] | None = None) -> Options[Any]:
+    """Return the options of a study whose `--values` are of the given kind; else UserError."""
+    return read(Options[kind], name, question, args)  # type: ignore[valid-type]
+
+
+def read(options: type[Given], name: str, question: str, args: Sequence[str] | None) -> Given:
+    """Return a dataclass of options from the command line of the study NAME; else UserError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                options,
+                prog=program(name),
+                description=question.strip(),
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if error.code != 2:
+            raise
+        raise UserError(_one_line(printed.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """Return the message in tyro's box of several lines."""
+    lines = [line.strip("│ ").strip() for line in box.strip().splitlines()[1:]]
+    message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
+    return f"{' '.join(message)}; --help lists all options"
+
+
+def start_pool(device: str) -> None:
+    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile.
+
+    Args:
+        device: as in the options.
+    """
+    on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
+    if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
+        from harness import forkserver
+
+        forkserver.start()
+
+
+def execute(
+    make_plan: Callable[[Dataset | None], Plan], options: Common, terminal: Terminal
+) -> Outcome | None:
+    """Run a study and show it; None for a dry run, or where another process shows it.
+
+    Args:
+        make_plan: the user's images, None for a dataset of a name -> plan.
+        options: the user's.
+        terminal: shows it.
+    """
+    own = read_own(options.dataset, options.image_size)
+    plan = make_plan(own)
+    if not options.dry_run and options.workers == 1:
+        start_pool(options.device)
+
+    import harness  # after parsing, so that --help and misspelt options answer at once
+    from harness.training.engine import resolve_device
+
+    terminal.question(plan.question)
+    log.info("loading PyTorch and %s", plan.source.name)
+    resolve_device(options.device, options.precision or "float32")
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
+    outcome = execute_plan(plan, data, options, terminal)
+    if outcome is not None:
+        terminal.outcome(outcome, options.tracking_uri)
+    return outcome
+
+
+def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
+    """Run a plan on its data, or show what a run would do; None as of `execute`."""
+    from harness.linear.pca import begin_pca
+    from harness.training import engine
+    from studies.runner import estimate
+    from studies.runner.run import check_study, run
+
+    for config in plan.configs:
+        engine.check_runs([config], data)
+    terminal.plan(plan, data.pixels)
+    if options.dry_run:
+        check_study(plan, options)
+        where = options.device, options.tracking_uri
+        expected = estimate.sentence(plan.configs, data, *where, plan.width)
+        terminal.estimate(options.tracking_uri, options.storage, expected)
+        return None
+    begin_pca(data.binarized(plan.configs[0].binarization))
+    return run(plan, data, options, terminal)

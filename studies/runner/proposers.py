@@ -1,0 +1,373 @@
+"""Proposers: which trials a study makes next, and the runs that a trial consists of.
+
+`Listed` makes the trials of a list of cells, one run each: a grid, a ledger, a confirmation, a
+summary. `TPE` searches a space, several seeds a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from uuid import uuid4
+
+import lazy_loader
+
+from harness.config import RunConfig, UserError
+from harness.tracking import End, Planned
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from harness.training.engine import EpochRecord
+else:
+    optuna = lazy_loader.load("optuna")
+
+SELECTION = "val/neg_elbo"
+"""Metric by which the best trial is chosen, with two objectives too: the lowest of all lies on the
+front, since neg_elbo rises with rate and with mse."""
+
+ROUNDS = 4
+"""Least number of batches: a search that asks for all its trials at once learns nothing."""
+
+REPORTS = 5
+"""Times, about, that a trial is compared with the others; a report costs Optuna 13 ms."""
+
+CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
+"""User attributes of a trial: identity in a list, keys of its runs, reason of its failure."""
+
+
+Metrics = Mapping[str, float]
+Value = tuple[list[float], dict[str, Any]]
+"""Objectives of a trial, and attributes that it gets."""
+
+Report = Callable[[float, int], bool]
+"""Reports the value of an epoch; returns whether the trial is to be pruned."""
+
+
+def keys(trial: FrozenTrial) -> list[str]:
+    """Return the keys of a trial's runs."""
+    return list(trial.user_attrs.get(KEYS, []))
+
+
+def part_of(trial: FrozenTrial) -> str | None:
+    """Return whether a trial of a companion study is a "confirmation" or a "summary"."""
+    return trial.user_attrs.get(CELL, {}).get("part")
+
+
+def has_result(trial: FrozenTrial) -> bool:
+    """Return whether a trial is finished for good: complete, pruned or diverged."""
+    return trial.state.name in ("COMPLETE", "PRUNED") or (
+        trial.state.name == "FAIL" and DIVERGED in trial.user_attrs
+    )
+
+
+def _open(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that have a result or may get one."""
+    return [trial for trial in trials if has_result(trial) or trial.state.name == "RUNNING"]
+
+
+def _made(study: optuna.Study, made: set[str]) -> list[FrozenTrial]:
+    """Return the trials whose first key is among some."""
+    running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    return [trial for trial in running if made.intersection(keys(trial))]
+
+
+class Cell(NamedTuple):
+    """One run of a list.
+
+    Attributes:
+        identity: JSON values by which its trial is recognised.
+        config: settings.
+        name: in MLflow's run table.
+        params: parameters in MLflow, beside the settings.
+        tags: tags in MLflow; `trial` and `place` are added.
+    """
+
+    identity: dict[str, Any]
+    config: RunConfig
+    name: str
+    params: dict[str, Any]
+    tags: dict[str, str]
+
+
+def _identity(values: Mapping[str, Any]) -> str:
+    """Return a key of JSON values, in which 1 is 1.0."""
+    return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Trials of one run each, in the order of a list.
+
+    Attributes:
+        cells: the list.
+        settings: as of a `Proposer`.
+        objective: metric that a trial's value is.
+    """
+
+    cells: Sequence[Cell]
+    settings: dict[str, Any]
+    objective: str = SELECTION
+    directions: tuple[Literal["minimize"], ...] = ("minimize",)
+    runs: int = 1
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {_identity(cell.identity): place for place, cell in enumerate(self.cells)}
+
+    def at_once(self, width: int) -> int:
+        """Return how many trials are proposed together for a device's stack of a width."""
+        return width
+
+    def place(self, trial: FrozenTrial) -> int | None:
+        """Return a trial's index in the list, None for a trial of another list."""
+        return self._places.get(_identity(trial.user_attrs.get(CELL, {})))
+
+    def missing(self, trials: Sequence[FrozenTrial]) -> list[Cell]:
+        """Return the cells that have no result and are not running."""
+        there = {self.place(trial) for trial in _open(trials)}
+        return [cell for place, cell in enumerate(self.cells) if place not in there]
+
+    def left(self, trials: Sequence[FrozenTrial]) -> int:
+        """Return how many trials are still to be made."""
+        return len(self.missing(trials))
+
+    def propose(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int
+    ) -> list[FrozenTrial]:
+        """Make trials of the first cells that are missing."""
+        made = {uuid4().hex: cell for cell in self.missing(trials)[:count]}
+        for key, cell in made.items():
+            state = optuna.trial.TrialState.RUNNING
+            attrs = {CELL: cell.identity, KEYS: [key]}
+            study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attrs))
+        return _made(study, set(made)) if made else []
+
+    def configs(self, trial: FrozenTrial) -> list[RunConfig]:
+        """Return the settings of a trial's run."""
+        return [run.config for run in self.planned(trial)]
+
+    def planned(self, trial: FrozenTrial) -> list[Planned]:
+        """Return a trial's run."""
+        place = self.place(trial)
+        assert place is not None
+        cell, (key,) = self.cells[place], keys(trial)
+        tags = {**cell.tags, "trial": str(trial.number), "place": str(place)}
+        return [Planned(cell.config, key, cell.name, cell.params, tags)]
+
+    def judge(self, record: EpochRecord, rows: Sequence[int], report: Report) -> dict[int, End]:
+        """Return {}: nothing is pruned."""
+        return {}
+
+    def value(self, finals: Sequence[Metrics | None]) -> Value | None:
+        """Return the objective, None for a run that diverged."""
+        (final,) = finals
+        return None if final is None else ([final[self.objective]], {})
+
+
+class Range(NamedTuple):
+    """Numbers from low to high, whole if both are; `log`: uniform in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = Mapping[str, Range | tuple[str, ...]]
+"""Field of `RunConfig` -> what is tried: a range of numbers, or names."""
+
+Pruner = Literal["median", "hyperband", "none"]
+
+PRUNED = {
+    "median": "worse than the median of finished trials",
+    "hyperband": "not among the best third of its bracket",
+}
+
+
+@dataclass
+class TPE:
+    """A search by the tree-structured Parzen estimator (Bergstra et al. 2011).
+
+    A trial is one configuration with all its seeds; its objectives are means over them.
+
+    Attributes:
+        base: configuration that the searched fields are set in.
+        space: the searched fields.
+        seeds: runs of each trial, seeds 0, 1, ...
+        trials: number of trials in all.
+        pruner: how unpromising trials are stopped.
+        objectives: metrics that are minimised.
+        settings: as of a `Proposer`; `seeds` belongs to them.
+    """
+
+    base: RunConfig
+    space: Space
+    seeds: int
+    trials: int
+    pruner: Pruner
+    objectives: tuple[str, ...]
+    settings: dict[str, Any]
+    _expected: int = field(default=-1, repr=False)
+
+    @property
+    def directions(self) -> tuple[Literal["minimize"], ...]:
+        """Directions of the objectives."""
+        return tuple("minimize" for _ in self.objectives)
+
+    @property
+    def runs(self) -> int:
+        """Runs of each trial."""
+        return self.seeds
+
+    def at_once(self, width: int) -> int:
+        """Return how many trials are proposed together for a device's stack of a width."""
+        return max(1, min(width // self.seeds, self.trials // ROUNDS))
+
+    @property
+    def judged(self) -> range:
+        """Epochs after which a trial may be pruned."""
+        first = max(1, self.base.epochs // 3)
+        return range(first, self.base.epochs, max(1, (self.base.epochs - first) // REPORTS))
+
+    def left(self, trials: Sequence[FrozenTrial]) -> int:
+        """Return how many trials are still to be made."""
+        return max(0, self.trials - len(_open(trials)))
+
+    def propose(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int
+    ) -> list[FrozenTrial]:
+        """Ask Optuna for trials, with a new sampler where other processes have asked since.
+
+        The sampler's seed is the number of trials: a search that is continued does not draw its
+        first points again, and no two processes draw the same.
+        """
+        study.pruner = self._pruner()
+        if self._expected != len(trials):
+            study.sampler = optuna.samplers.TPESampler(seed=len(trials))
+        space = {name: _distribution(values) for name, values in self.space.items()}
+        made = set()
+        for _ in range(count):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that heartbeats are not Optuna's
+                trial = study.ask(space)
+            new = [uuid4().hex for _ in range(self.seeds)]
+            trial.set_user_attr(KEYS, new)
+            made.update(new)
+        found = _made(study, made) if made else []
+        self._expected = len(trials) + len(found)
+        return found
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        if self.pruner == "hyperband":
+            return optuna.pruners.HyperbandPruner(self.judged.start, self.base.epochs)
+        median = self.pruner == "median"
+        return optuna.pruners.MedianPruner() if median else optuna.pruners.NopPruner()
+
+    def configs(self, trial: FrozenTrial) -> list[RunConfig]:
+        """Return the settings of a trial's runs, one a seed."""
+        return [self.base.replace(**trial.params, seed=seed) for seed in range(self.seeds)]
+
+    def place(self, trial: FrozenTrial) -> int | None:
+        """Return a trial's number, None for one that was not searched."""
+        return trial.number if CELL not in trial.user_attrs else None
+
+    def planned(self, trial: FrozenTrial) -> list[Planned]:
+        """Return a trial's runs."""
+        label = f"trial {trial.number}"
+        tags = {"trial": str(trial.number), "configuration": label}
+        params = {"trial": trial.number, "part": "search"}
+        return [
+            Planned(
+                config,
+                key,
+                f"{label} seed={config.seed}",
+                params,
+                {**tags, "place": str(trial.number * self.seeds + config.seed)},
+            )
+            for key, config in zip(keys(trial), self.configs(trial), strict=True)
+        ]
+
+    def judge(self, record: EpochRecord, rows: Sequence[int], report: Report) -> dict[int, End]:
+        """Return how a trial's rows are ended: all together, for divergence before pruning."""
+        diverged = {row: why for row in rows if (why := _divergence(record, row))}
+        if diverged:
+            during = f"diverged in epoch {record.epoch}"
+            other = End("KILLED", f"another seed of its configuration {during}")
+            failed = {row: End("FAILED", f"{during}: {why}") for row, why in diverged.items()}
+            return {row: failed.get(row, other) for row in rows}
+        warm = all(record.kl_warmup[row] == 1 for row in rows)  # else its KL weight is still low
+        if self.pruner == "none" or record.epoch not in self.judged or not warm:
+            return {}
+        mean = sum(float(record.val["neg_elbo"][row]) for row in rows) / len(rows)
+        if not report(mean, record.epoch):
+            return {}
+        why = f"validation neg_elbo {mean:.2f} is {PRUNED[self.pruner]}"
+        end = End("KILLED", f"pruned at epoch {record.epoch}: {why}", pruned=True)
+        return dict.fromkeys(rows, end)
+
+    def value(self, finals: Sequence[Metrics | None]) -> Value | None:
+        """Return the objectives' means over seeds, None if a seed diverged."""
+        done = [final for final in finals if final is not None]
+        if len(done) < len(finals):
+            return None
+
+        def mean(name: str) -> float:
+            return sum(final[name] for final in done) / len(done)
+
+        return [mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)}
+
+    def best(self, study: optuna.Study) -> FrozenTrial:
+        """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
+        if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+            raise UserError(
+                f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
+            )
+        return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
+
+    def importances(self, study: optuna.Study) -> dict[str, dict[str, float]]:
+        """Return the share of each objective's variation that each parameter explains.
+
+        Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few
+        hopeless trials do not explain everything. Empty for fewer than two finished trials.
+        """
+        done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        if len(done) < 2:
+            return {}
+        found = {}
+        for i, name in enumerate(self.objectives):
+            order = sorted(done, key=lambda trial, i=i: trial.values[i])  # type: ignore[misc]
+            rank = {trial.number: float(place) for place, trial in enumerate(order)}
+            shares = optuna.importance.get_param_importances(
+                study,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                target=lambda trial, rank=rank: rank[trial.number],  # type: ignore[misc]
+            )
+            found[name] = {setting: float(share) for setting, share in shares.items()}
+        return found
+
+
+def _divergence(record: EpochRecord, row: int) -> str | None:
+    """Return why a run has diverged; a neg_elbo that is no number cannot be compared."""
+    from harness.tracking.record import divergence  # loads torch
+
+    value = float(record.val["neg_elbo"][row])
+    lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"
+    return divergence(record, row) or lost
+
+
+def _distribution(values: Range | tuple[str, ...]) -> optuna.distributions.BaseDistribution:
+    if not isinstance(values, Range):
+        return optuna.distributions.CategoricalDistribution(values)
+    low, high, log = values
+    if isinstance(low, int) and isinstance(high, int):
+        return optuna.distributions.IntDistribution(low, high, log=log)
+    return optuna.distributions.FloatDistribution(low, high, log=log)
+
+
+Proposer = Listed | TPE

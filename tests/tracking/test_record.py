@@ -1,0 +1,374 @@
+"""The loop that trains and logs runs: what is logged, true ends, resumption, and a toy."""
+
+import doctest
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import harness
+from harness import Checkpoints, EpochRecord, RunConfig, UserError, load_run, train
+from harness.tracking import End, Planned, addresses, connect, record
+from harness.tracking.record import divergence, log_in
+from harness.training.engine import best_epoch
+
+SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=5)
+WILD = SMALL.replace(learning_rate=1e30, seed=1)
+KEYS = ["a" * 32, "b" * 32, "c" * 32, "d" * 32]
+
+
+def plan(*configs: RunConfig) -> list[Planned]:
+    return [
+        Planned(config, key, f"run {place}", {"point": place}, {"role": "run", "place": str(place)})
+        for place, (config, key) in enumerate(zip(configs, KEYS, strict=False))
+    ]
+
+
+@pytest.fixture
+def store(tracking_uri):
+    return connect(tracking_uri)
+
+
+def trained(store, data, *configs, **options):
+    """Train runs in the experiment "e" of a store; return the results and the logged runs."""
+    start = log_in(store, "e", "Why?")
+    finals = record.record(plan(*configs), data, "cpu", start, **options)
+    return finals, store.runs("e")
+
+
+def steps(store, run, metric):
+    return [value.step for value in store.history(run.run_id) if value.metric == metric]
+
+
+def files(store, run, folder=""):
+    return {file.path for file in store.client.list_artifacts(run.run_id, folder)}
+
+
+# --- what is logged ------------------------------------------------------------------------------
+
+
+def test_a_run_is_logged_whole(store, tiny):
+    config = SMALL.replace(epochs=10)
+    finals, (run,) = trained(store, tiny, config)
+    assert (run.status, run.name, run.key) == ("FINISHED", "run 0", KEYS[0])
+    for name in ("train/loss", "val/neg_elbo", "val/kl/1", "progress/epoch_seconds"):
+        assert steps(store, run, name) == [*range(1, 11)]
+    for name in ("test/mse", "test/frechet", "test/neg_log_likelihood", "linear/mse", "best/epoch"):
+        assert steps(store, run, name) == [10]
+    assert run.params["hidden"] == "(16,)"
+    assert run.params["decoder_variance"] == "0.5"
+    named = {"dataset": "digits", "dataset_digest": tiny.digest, "device": "cpu"}
+    assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
+    made = harness.provenance.tags(record.provenance_of(tiny, "cpu"))
+    assert {**made, "place": "0", "role": "run", "run_key": KEYS[0]}.items() <= run.tags.items()
+    assert json.loads(store.text(run.run_id, "provenance.json"))["study"] is None
+    pictures = {name for name in files(store, run, "images") if name.endswith(".png")}
+    shown = sorted(name.removeprefix("images/").split("+timestamp")[0] for name in pictures)
+    drawn = [*(f"reconstructions+step+{epoch}" for epoch in (0, 1, 10, 2)), "prior_samples+step+10"]
+    assert shown == sorted(drawn)
+    (final,) = finals
+    for name, value in run.metrics.items():
+        assert name.startswith(("train/", "progress/")) or final[name] == value
+    assert final["neg_elbo"] == final["test/neg_elbo"]
+    assert final["val/neg_elbo"] == run.metrics["val/neg_elbo"]
+
+
+def test_a_run_comes_back_by_id_and_by_key(store, tiny, tracking_uri):
+    _, (run,) = trained(store, tiny, SMALL.replace(epochs=1))
+    for name in (run.run_id, run.key):
+        found = load_run(name, tracking_uri)
+        assert (found.run_id, found.config) == (run.run_id, SMALL.replace(epochs=1))
+        assert found.metrics == run.metrics
+        assert isinstance(found.model, harness.VAE)
+
+
+def test_the_page_of_a_run_has_the_command_that_repeats_it(store, tiny, tracking_uri):
+    _, (run,) = trained(store, tiny, SMALL.replace(epochs=1))
+    command = f"python -m studies.replay {run.run_id} --tracking-uri {tracking_uri}"
+    assert command in run.tags["mlflow.note.content"]
+
+
+def test_the_command_names_no_password_and_no_default_store():
+    text = record.description("abc", "https://me:secret@host:5000")
+    assert text.endswith("python -m studies.replay abc --tracking-uri https://host:5000")
+    default = record.description("abc", addresses.default_tracking())
+    assert default.endswith("python -m studies.replay abc")
+
+
+def test_the_objective_chooses_the_best_epoch_and_extras_are_logged(store, tiny):
+    options = {"objective": "val/mse", "extras": lambda run, data: {"shape": float(len(data.val))}}
+    (final,), (run,) = trained(store, tiny, SMALL, **options)
+    values = [v.value for v in store.history(run.run_id) if v.metric == "val/mse"]
+    assert run.metrics["best/epoch"] == best_epoch(values)
+    assert run.metrics["best/val/mse"] == min(values)
+    assert run.metrics["shape"] == final["shape"] == 40.0
+
+
+def test_a_plain_autoencoder_has_no_best_elbo(store, tiny):
+    plain = SMALL.replace(kl_weight=0.0, latent="deterministic", epochs=1)
+    _, (run,) = trained(store, tiny, plain)
+    assert run.status == "FINISHED"
+    assert not any(name.startswith("best/") for name in run.metrics)
+
+
+# --- true ends -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_fails_alone(store, tiny):
+    finals, (first, second) = trained(store, tiny, SMALL, WILD)
+    assert (first.status, second.status) == ("FINISHED", "FAILED")
+    assert second.tags["reason"].startswith("diverged in epoch 1: ")
+    assert steps(store, second, "progress/kl_warmup") == [1]
+    assert finals[0] is not None
+    assert finals[1] is None
+
+
+def test_the_judge_ends_runs_of_a_stack(store, tiny):
+    ends = {2: End("KILLED", "pruned at epoch 2", pruned=True), 3: End("FAILED", "tested")}
+    seen = []
+
+    def judge(current):
+        return {len(current.rows) - 1: ends[current.epoch]} if current.epoch in ends else {}
+
+    def on_epoch(current):
+        seen.append((len(current.rows), len(current.dropped)))
+
+    configs = [SMALL.replace(seed=seed) for seed in range(3)]
+    finals, runs = trained(store, tiny, *configs, judge=judge, on_epoch=on_epoch)
+    assert [run.status for run in runs] == ["FINISHED", "FAILED", "KILLED"]
+    assert [run.tags.get("reason") for run in runs] == [None, "tested", "pruned at epoch 2"]
+    assert [run.tags.get("pruned") for run in runs] == [None, None, "true"]
+    assert [len(steps(store, run, "val/mse")) for run in runs] == [5, 3, 2]
+    assert [final is None for final in finals] == [False, True, True]
+    assert seen == [(3, 0), (3, 1), (2, 1), (1, 0), (1, 0)]
+    (alone,) = record.record(plan(SMALL), tiny, "cpu", log_in(store, "alone", "Why?"))
+    assert finals[0] == alone
+
+
+def test_when_all_runs_are_dropped_training_ends(store, tiny):
+    finals, runs = trained(store, tiny, WILD, WILD.replace(seed=2))
+    assert finals == [None, None]
+    assert [run.status for run in runs] == ["FAILED", "FAILED"]
+
+
+ENDS = {
+    "Ctrl-C": (KeyboardInterrupt(), "KILLED", "stopped by Ctrl-C"),
+    "a signal": (KeyboardInterrupt("stopped by SIGTERM"), "KILLED", "stopped by SIGTERM"),
+    "an exit": (SystemExit(3), "KILLED", "its process ended with exit code 3"),
+    "a fault": (RuntimeError("tested"), "FAILED", "RuntimeError('tested')"),
+}
+
+
+@pytest.mark.parametrize(("error", "status", "reason"), ENDS.values(), ids=ENDS)
+def test_whatever_interrupts_an_epoch_leaves_true_ends(store, tiny, error, status, reason):
+    def on_epoch(current):
+        if current.epoch == 2:
+            raise error
+
+    with pytest.raises(type(error)):
+        trained(store, tiny, SMALL, WILD, on_epoch=on_epoch)
+    first, second = store.runs("e")
+    assert (first.status, first.tags["reason"]) == (status, reason)
+    assert steps(store, first, "val/mse") == [1, 2]
+    assert second.tags["reason"].startswith("diverged in epoch 1: ")
+
+
+def test_an_error_before_training_ends_the_runs_that_were_started(store, tiny):
+    start = log_in(store, "e", "Why?")
+
+    def start_one(run):
+        if run.key == KEYS[1]:
+            raise RuntimeError("tested")
+        return start(run)
+
+    with pytest.raises(RuntimeError, match="tested"):
+        record.record(plan(SMALL, SMALL), tiny, "cpu", start_one)
+    (run,) = store.runs("e")
+    assert (run.status, run.tags["reason"]) == ("FAILED", "RuntimeError('tested')")
+
+
+def test_a_run_that_is_created_while_its_start_fails_is_closed(store, tiny):
+    start = log_in(store, "e", "Why?")
+    (run,) = plan(SMALL)
+    with pytest.raises(Exception, match="exceeds"):
+        start(run._replace(params={"x" * 10_000: "a name that MLflow refuses"}))
+    (found,) = store.runs("e")
+    assert found.status == "FAILED"
+    assert found.tags["reason"]
+
+
+def test_an_error_while_finishing_leaves_finished_runs_finished(store, tiny):
+    def extras(run, data):
+        if run.config.seed == 1:
+            raise RuntimeError("tested")
+        return {}
+
+    with pytest.raises(RuntimeError, match="tested"):
+        trained(store, tiny, SMALL, SMALL.replace(seed=1), extras=extras)
+    assert [run.status for run in store.runs("e")] == ["FINISHED", "FAILED"]
+
+
+# --- resumption ----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_repeats_its_metrics_and_names_the_epoch(store, tiny, tmp_path):
+    kept = Checkpoints(tmp_path / "checkpoints", every=2)
+
+    def on_epoch(current):
+        if current.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(store, tiny, SMALL, checkpoints=kept, on_epoch=on_epoch)
+    again = [run._replace(key=KEYS[1]) for run in plan(SMALL)]
+    finals = record.record(again, tiny, "cpu", log_in(store, "e", "Why?"), checkpoints=kept)
+    stopped, run = store.runs("e")
+    assert (stopped.status, run.status) == ("KILLED", "FINISHED")
+    assert run.tags["resumed_from_epoch"] == "3"
+    assert steps(store, run, "val/mse") == [1, 2, 3, 4, 5]
+    assert finals == record.record(plan(SMALL), tiny, "cpu", log_in(store, "whole", "Why?"))
+    pictures = {name.split("+timestamp")[0] for name in files(store, run, "images")}
+    # Not of epoch 1, whose model is gone.
+    drawn = {"reconstructions+step+0", "reconstructions+step+5", "prior_samples+step+5"}
+    assert pictures == {f"images/{name}" for name in drawn}
+
+
+# --- harness.tracking.train_and_evaluate ---------------------------------------------------------
+
+
+def test_results_are_those_without_tracking_and_every_run_is_logged(tiny, tracking_uri):
+    configs = [SMALL, SMALL.replace(epochs=2, seed=1), SMALL.replace(kl_weight=0.1)]
+    options = {"experiment": "mine", "tracking_uri": tracking_uri, "device": "cpu"}
+    found = harness.tracking.train_and_evaluate(configs, tiny, **options)
+    plain = harness.train_and_evaluate(configs, tiny, device="cpu")
+    for result, expected in zip(found, plain, strict=True):
+        assert result.config == expected.config
+        assert result.history == expected.history
+        assert expected.metrics.items() <= result.metrics.items()
+        weights = (r.model.state_dict().values() for r in (result, expected))
+        assert all(map(torch.equal, *weights))
+    runs = connect(tracking_uri).runs("mine", study="mine", role="run")
+    assert [run.name for run in runs] == [
+        *("kl_weight=1.0, epochs=5 seed=0", "kl_weight=1.0, epochs=2 seed=1"),
+        "kl_weight=0.1, epochs=5 seed=0",
+    ]
+    assert [run.status for run in runs] == ["FINISHED"] * 3
+    assert len({run.key for run in runs}) == 3
+    assert runs[1].metrics["test/frechet"] == found[1].metrics["frechet"]
+
+
+def test_a_diverged_run_has_a_result_without_metrics(tiny, tracking_uri):
+    options = {"experiment": "mine", "tracking_uri": tracking_uri, "device": "cpu"}
+    first, second = harness.tracking.train_and_evaluate([SMALL, WILD], tiny, **options)
+    assert first.metrics
+    assert second.metrics == {}
+    assert len(second.history) == 1
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_path):
+    uri = f"sqlite:///{tmp_path}/new.db"
+    large = SMALL.replace(batch_size=97)
+    for configs, name in (([SMALL, large], "mine"), ([SMALL], "../mine")):
+        with pytest.raises(UserError):
+            harness.tracking.train_and_evaluate(configs, tiny, experiment=name, tracking_uri=uri)
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_the_example_of_the_docstring(tracking_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    (example,) = doctest.DocTestFinder().find(record.train_and_evaluate, "example", globs={})
+    assert len(example.examples) <= 10
+    runner = doctest.DocTestRunner()
+    runner.run(example)
+    assert runner.failures == 0
+    assert len(connect().runs("two-weights")) == 2
+
+
+# --- a toy that is no VAE ------------------------------------------------------------------------
+
+
+class Mean(torch.nn.Module):
+    """Predicts every image by one, which moves towards the mean of the training images."""
+
+    def __init__(self, pixels, shape=(1, 8, 8)):
+        super().__init__()
+        self.register_buffer("image", pixels)
+        self.data_shape, self.largest = shape, 16
+
+
+def train_means(configs, data, device, checkpoints=None):
+    """Yield the epochs of a training as `harness.train` does."""
+    images, val = (part.pixels(slice(None), torch.float32) for part in (data.train, data.val))
+    for epoch in range(1, configs[0].epochs + 1):
+        models = [Mean(images.mean(0) * (1 - (1 - c.learning_rate) ** epoch)) for c in configs]
+        mse = [float((val - model.image).square().mean()) for model in models]
+        metrics = {"loss": np.array(mse), "mse": np.array(mse)}
+        rows, ones = tuple(range(len(configs))), np.ones(len(configs))
+        states = [SimpleNamespace(model_of=lambda place, m=m: m) for m in models]
+        yield EpochRecord(
+            *(epoch, 0.1, len(images), metrics, metrics, ones, tuple(configs), rows),
+            *((0,) * len(rows), [(state, 0) for state in states]),
+        )
+
+
+def test_a_toy_is_trained_and_logged(store, tiny):
+    test = tiny.test.pixels(slice(None), torch.float32)
+
+    def measure(runs, data):
+        return [{"test/mse": float((test - run.model.image).square().mean())} for run in runs]
+
+    slow, fast = (SMALL.replace(learning_rate=rate) for rate in (0.1, 0.9))
+    parts = {"train": train_means, "measure": measure, "pictured": False, "objective": "val/mse"}
+    finals, runs = trained(store, tiny, slow, fast, **parts)
+    assert finals[0]["mse"] > finals[1]["mse"]
+    assert [run.metrics["test/mse"] for run in runs] == [final["mse"] for final in finals]
+    assert runs[0].metrics["best/epoch"] == 5
+    assert [run.status for run in runs] == ["FINISHED"] * 2
+    assert "model/weights.safetensors" in files(store, runs[0], "model")
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+def verdicts(configs, data):
+    current = next(iter(train([c.replace(epochs=1) for c in configs], data, device="cpu")))
+    return current, [divergence(current, row) for row in range(len(configs))]
+
+
+def test_a_loss_that_is_no_number_is_divergence(tiny):
+    _, (tame, wild) = verdicts([SMALL, WILD], tiny)
+    assert tame is None
+    assert wild in ("training mse is nan", "training loss is nan")
+
+
+def test_a_finite_error_beyond_that_of_any_constant_image_is_divergence(tiny):
+    linear = SMALL.replace(model="linear")
+    current, (tame, wild) = verdicts([linear, linear.replace(learning_rate=3.0)], tiny)
+    assert tame is None
+    assert math.isfinite(current.train["loss"][1])
+    assert wild == f"training mse is {current.train['mse'][1]:.3g}, above 1"
+
+
+def test_posterior_means_far_from_the_prior_are_divergence_if_the_loss_counts_them(tiny):
+    wild = SMALL.replace(kl_weight=1e-9, learning_rate=1.2)
+    current, (counted,) = verdicts([wild], tiny)
+    assert current.train["mse"][0] < 1
+    assert counted == f"training rate is {current.train['rate'][0]:.3g}, above 20,000"
+    free = replace(current, configs=(wild.replace(kl_weight=0.0),))
+    assert divergence(free, 0) is None
+
+
+def test_a_run_of_extreme_settings_that_gets_on_has_not_diverged(tiny):
+    extreme = [
+        SMALL.replace(head="relu", latent_size=10, kl_weight=1e3, kl_normalization="sum"),
+        SMALL.replace(kl_weight=1e3, kl_normalization="sum", latent_size=16),
+        SMALL.replace(kl_weight=0.0, latent_size=16, learning_rate=1e-2),
+        SMALL.replace(kl_weight=0.0, latent="deterministic"),
+        SMALL.replace(sigma="optimal"),
+        SMALL.replace(likelihood="bernoulli"),
+    ]
+    assert [v for config in extreme for v in verdicts([config], tiny)[1]] == [None] * len(extreme)
