@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import harness
-from harness.tracking.addresses import sqlite_file
 from studies.grid import Grid, open_grid
 from studies.measures import WALL_CLOCK
 from studies.plan import Plan
 from studies.storage import open_storage
+
+import harness
+from harness.tracking.addresses import sqlite_file
 
 Runs = list[dict[str, Any]]
 

@@ -18,14 +18,14 @@ from multiprocessing.synchronize import Barrier
 from typing import Any, NamedTuple
 
 import torch
+from studies.grid import open_grid
+from studies.plan import Plan, make_plan
+from studies.storage import open_storage
 
 from benchmarks import machine
 from studies import kl_weight
-from studies.grid import open_grid
-from studies.plan import Plan, make_plan
 from studies.runner.options import Options
 from studies.runner.workers import NUMBER
-from studies.storage import open_storage
 
 WORKERS = (1, 2, 4, 8)
 

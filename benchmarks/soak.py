@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import tyro
+from studies.plan import make_plan
 
 import harness
 from benchmarks import audit, children, machine
 from studies import kl_weight
-from studies.plan import make_plan
 from studies.runner import cli
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

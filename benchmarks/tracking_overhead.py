@@ -21,15 +21,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from studies.plan import Plan, make_plan
+from studies.study import run
+
 import harness
 from benchmarks import machine
 from harness.data.dataset import Dataset
 from harness.training.engine import resolve_device
 from studies import kl_weight
-from studies.plan import Plan, make_plan
 from studies.runner.options import Options
 from studies.runner.terminal import Steps, Terminal
-from studies.study import run
 
 WEIGHTS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
 SEEDS = 4

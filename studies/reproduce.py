@@ -89,13 +89,11 @@ def make_plan(
         for runs in wanted
         for config in runs.configs
     ]
-    sentence = (
+    each = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
+    total = (
         f"{sum(map(len, ledger.values()))} claims, {'full' if form.full else 'short'} form; "
         f"{len(cells)} runs of {len(wanted)} configurations"
     )
-    if options.dry_run:
-        lines = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
-        sentence = "\n".join([sentence, *lines])
     configs = [cell.config for cell in cells]
     return Plan(
         page=NAME,
@@ -106,7 +104,7 @@ def make_plan(
         proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
         find=partial(find, ledger=ledger, form=form),
         words=" ".join([program(NAME), *arguments(options, ELSEWHERE)]),
-        sentence=sentence,
+        sentence="\n".join([*each, total] if options.dry_run else [total]),
         summary_key=hashlib.sha256(repr((ledger, configs)).encode()).hexdigest()[:16],
     )
 
@@ -274,7 +272,8 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     Raises:
         UserError: an option, the data or a store cannot be used.
     """
-    checked_name(NAME if options.study_name is None else options.study_name)
+    if options.study_name is not None:
+        checked_name(options.study_name)
     options.check()
     if not options.dry_run and options.workers == 1:
         start_pool(options.device)
@@ -291,7 +290,7 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     plan = make_plan(claims(form), form, data, device, options)
     outcome = execute_plan(plan, data, options, terminal)
     if outcome is not None:
-        terminal.ledger(outcome, options.tracking_uri)
+        terminal.outcome(outcome, options.tracking_uri)
     return outcome
 
 

@@ -185,7 +185,9 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 return
             codes = [code for part, code in proxy.answer.items() if part in request.line]
             try:
-                status, headers, content = (codes[0], [], b"no") if codes else proxy.forward(request)
+                status, headers, content = (
+                    (codes[0], [], b"no") if codes else proxy.forward(request)
+                )
             except (OSError, http.client.HTTPException):  # the server itself is gone
                 self.close_connection = True
                 return

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from studies.grid import open_grid
+from studies.plan import make_plan
+from studies.storage import open_storage
 
 from harness import tracking
 from studies import kl_weight, worker
-from studies.grid import open_grid
-from studies.plan import make_plan
 from studies.runner.cli import parse
-from studies.storage import open_storage
 from tests.real_servers import free_port
-from tests.test_workers import NAME, assert_exact, results
+from tests.runner.test_workers import NAME, assert_exact, results
 
 pytestmark = [pytest.mark.slow]
 
@@ -162,11 +162,14 @@ def test_workers_on_one_machine_share_a_study_and_one_speaks(empty_database, fin
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    logs = list((tmp_path / "cache" / "workers").glob("*/*.log"))
+    assert sorted(log.name for log in logs) == ["1.log", "2.log"]
+    assert any("epoch 3/3" in log.read_text() for log in logs)
     assert_exact(uri, storage, arguments)
     pd.testing.assert_frame_equal(results(uri), results(finished.tracking_uri), check_exact=True)
     answer = finished.printed.split("kl_weight = ")[-1].split("Report:")[0]
     assert done.stdout.split("kl_weight = ")[-1].startswith(answer)
-    assert "worker 2: epoch" in done.stdout
+    assert "2 workers, " in done.stdout
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -182,7 +185,7 @@ def test_a_team_stops_with_its_parent_and_goes_on(stop, empty_database, tmp_path
     eventually(lambda: tracking.read_runs(tracking.connect(uri), NAME))
     parent.send_signal(stop)
     said = parent.communicate()[1]
-    assert parent.returncode == (130 if stop == signal.SIGINT else 143), said
+    assert parent.returncode == (130 if stop == signal.SIGINT else 75), said
     statuses = {run["status"] for run in tracking.read_runs(tracking.connect(uri), NAME)}
     assert "RUNNING" not in statuses
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

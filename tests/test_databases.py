@@ -8,11 +8,11 @@ import time
 
 import pytest
 import sqlalchemy
+from studies.databases import exclusive, is_away, patiently, pulse
+from studies.storage import open_storage
 
 from harness import UserError
 from studies import databases
-from studies.databases import exclusive, is_away, patiently, pulse
-from studies.storage import open_storage
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -9,18 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import pytest
 import sqlalchemy
-
-from harness import UserError, tracking
-from studies import kl_weight, search, worker
 from studies.books import Books
 from studies.desk import LostError
 from studies.grid import open_grid
 from studies.hunt import open_hunt
 from studies.plan import Point, make_plan
-from studies.runner import stopping, workers
-from studies.runner.options import Options
 from studies.search_options import SearchOptions, make_search_plan
 from studies.storage import open_storage
+
+from harness import UserError, tracking
+from studies import kl_weight, search, worker
+from studies.runner import stopping, workers
+from studies.runner.options import Options
 
 VALUES = tuple(i / 10 for i in range(1, 7))
 PLAN = make_plan(kl_weight.STUDY, Options(values=VALUES, seeds=1))

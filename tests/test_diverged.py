@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from studies.measures import divergence
+from studies.plan import Point, make_plan
+from studies.study import run
 
 from harness import RunConfig, tracking, train
 from studies import diverged, kl_normalization, kl_weight
-from studies.measures import divergence
-from studies.plan import Point, make_plan
 from studies.runner.options import Options
 from studies.runner.terminal import Terminal
-from studies.study import run
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
 

@@ -6,9 +6,10 @@ import runpy
 import sys
 from pathlib import Path
 
+from studies.plan import make_plan
+
 import harness
 from harness import tracking
-from studies.plan import make_plan
 from studies.runner.options import Options
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learning_rate.py"

@@ -18,15 +18,15 @@ import pandas as pd
 import pytest
 import torch
 from kills import begun, in_child
+from studies.plan import Plan, make_plan
+from studies.study import run
 
 from benchmarks import audit, children
 from harness import RunConfig, places, processes, tracking
 from harness.data.dataset import Dataset
 from studies import kl_weight
-from studies.plan import Plan, make_plan
 from studies.runner import cli, terminal
 from studies.runner.options import Options
-from studies.study import run
 
 STUDY = replace(kl_weight.STUDY, figures={})
 """Without figures: they are drawn anew at every start and take most of its time."""
@@ -72,7 +72,7 @@ class Place:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         processes.available = lambda: 2  # so that runs have workers
-        with cli.clear_errors() as shown:
+        with cli.clear_errors([]) as shown:
             return run(self.plan, self.data, self.options, shown).table
 
     def check(self) -> tuple[list[str], Any]:

@@ -5,21 +5,21 @@ from dataclasses import replace
 
 import optuna
 import pytest
-
-from harness import RunConfig, UserError, tracking, train
-from harness.objective import beta, decoder_variance
-from studies import conditions, elbo_vs_mse, kl_weight, latent_size, search
 from studies.grid import open_grid
 from studies.origin import description
 from studies.plan import Point, make_plan
-from studies.runner import cli
-from studies.runner.options import Options
-from studies.runner.terminal import Steps, Terminal
 from studies.sources import KNOWN
 from studies.stack import forget_all
 from studies.storage import open_storage
 from studies.study import Axis
 from studies.summary import command
+
+from harness import RunConfig, UserError, tracking, train
+from harness.objective import beta, decoder_variance
+from studies import conditions, elbo_vs_mse, kl_weight, latent_size, search
+from studies.runner import cli
+from studies.runner.options import Options
+from studies.runner.terminal import Steps, Terminal
 
 
 @pytest.mark.parametrize("mode", ["pixels", "batch", "sum"])

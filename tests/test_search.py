@@ -10,18 +10,18 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from studies.hunt import open_hunt
+from studies.place import Place
+from studies.search_options import SearchOptions, make_search_plan
+from studies.searching import Judge, confirm, trial_label
+from studies.stack import train_stack
+from studies.storage import open_storage
 
 import harness
 from analysis import search_frames, search_plots
 from harness import RunConfig, UserError, tracking
 from studies import search, worker
-from studies.hunt import open_hunt
-from studies.place import Place
 from studies.runner.terminal import Terminal
-from studies.search_options import SearchOptions, make_search_plan
-from studies.searching import Judge, confirm, trial_label
-from studies.stack import train_stack
-from studies.storage import open_storage
 
 # MLflow's own type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
@@ -176,7 +176,7 @@ def test_more_trials_continue_and_a_dead_process_is_told_apart(searched, tmp_pat
     leave_behind(home)
     old = {r["run_id"] for r in home.runs(NAME)}
     search.main([*SMALL, "--trials", "6", *home.places])
-    assert "5 trials are finished; 1 are left" in capsys.readouterr().out
+    assert "5 runs are finished; 1 are left" in capsys.readouterr().out
     states = [t.state.name for t in home.study(NAME).trials]
     assert states[5] == "FAIL"
     assert len(states) == 7
@@ -205,7 +205,7 @@ def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
     before = len(searched.runs(FRONT))
     answer = searched.summary(FRONT)["answer"]
     search.main([*FLAT, *searched.places])
-    assert "5 trials are finished; 0 are left" in capsys.readouterr().out
+    assert "Every run is finished already" in capsys.readouterr().out
     assert len(searched.runs(FRONT)) == before
     assert len(searched.runs(FRONT, "summary")) == 1
     assert searched.summary(FRONT)["answer"] == answer

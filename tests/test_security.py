@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from harness.login import signed_in
+from harness.places import reason, storage_address, without_password
+from studies.summary import Outcome
 
 from analysis import frames, report
 from harness import RunConfig, UserError, load_run, tracking
-from harness.login import signed_in
 from harness.models.vae import build
-from harness.places import reason, storage_address, without_password
 from studies import kl_weight
 from studies.runner import cli
 from studies.runner.terminal import Terminal
-from studies.summary import Outcome
 from tests.real_servers import free_port
 from tests.test_report import ATTACK, Page, write_folder
 
@@ -190,7 +190,7 @@ def test_who_sets_the_login_anew_decides_for_all_servers(no_login, monkeypatch):
 )
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
     outcome = Outcome(pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
-    Terminal().answer(outcome, uri)
+    Terminal().outcome("x", outcome, uri)
     said = capsys.readouterr().out
     assert "secret" not in said
     assert without_password(uri).rstrip("/") in said

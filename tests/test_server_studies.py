@@ -12,10 +12,10 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from tests.test_servers import contents
 
 from harness import load_run, tracking
 from tests.real_servers import MlflowServer, Proxy, free_port
-from tests.test_servers import contents
 
 pytestmark = pytest.mark.slow
 

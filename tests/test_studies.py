@@ -15,16 +15,16 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-
-from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
-from studies import kl_weight, worker
 from studies.grid import open_grid
 from studies.place import Place
 from studies.plan import Point, make_plan
-from studies.runner import cli
-from studies.runner.options import Options
 from studies.stack import train_tracked
 from studies.storage import check_storage, new_name, open_storage
+
+from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
+from studies import kl_weight, worker
+from studies.runner import cli
+from studies.runner.options import Options
 
 NAME = "kl_weight-digits"
 
@@ -172,11 +172,11 @@ def test_a_stopped_command_is_finished_by_the_same_command(tracking_uri, tmp_pat
         wait_for_runs(tmp_path / "mlflow.db", 17)
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
-    assert process.returncode == 143
+    assert process.returncode == 75
     assert {r["status"] for r in runs_of(tracking_uri)} == {"FINISHED", "KILLED"}
-    assert "the same command goes on from here" in said
+    assert "the same command continues from here" in said
     cli.main(kl_weight.STUDY, arguments)
-    assert "2 points are finished; 2 are left" in capsys.readouterr().out
+    assert "16 runs are finished; 16 are left" in capsys.readouterr().out
     ended = pd.DataFrame([r["params"] | {"status": r["status"]} for r in runs_of(tracking_uri)])
     done = ended[ended["status"] == "FINISHED"]
     assert len(done) == 32

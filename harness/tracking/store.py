@@ -188,6 +188,10 @@ class Store:
                 self.ask(self.client.set_tag, run.run_id, "reason", reason)
                 self.ask(self.client.set_terminated, run.run_id, status)
 
+    def tag(self, run_id: str, name: str, value: str) -> None:
+        """Set a tag of a run."""
+        self.ask(self.client.set_tag, run_id, name, value)
+
     def undelivered(self) -> set[str]:
         """Return the keys of runs on this disk that the server does not have whole."""
         return set() if self.spool is None else self.spool.undelivered()

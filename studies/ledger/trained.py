@@ -83,13 +83,9 @@ class Form:
     def burda(self) -> Runs:
         """The network of Burda et al. (2015) with this harness's ReLU and fixed learning rate."""
         config = RunConfig(
-            hidden=(200, 200),
-            latent_size=50,
-            likelihood="bernoulli",
-            binarization="stochastic",
-            batch_size=100,
-            epochs=500,
-        )
+            hidden=(200, 200), latent_size=50, likelihood="bernoulli", binarization="stochastic",
+            batch_size=100, epochs=500,
+        )  # fmt: skip
         return Runs("784-200-200-50, binary pixels", config, 1, gpu=True)
 
 
@@ -115,92 +111,40 @@ def linear_claims(form: Form) -> list[Claim]:
         "optimum; that 5,000 of the 60,000 images are held out, and the sampling of z, is 0.1 %"
     )
     return [
-        about(
-            f"linear VAE, trained, {size} latents: loss",
-            LINEAR,
-            LINEAR_LOSSES[size, 1.0],
-            0.001,
-            reason,
-            loss,
-            form.linear(size),
-        )
+        about(f"linear VAE, trained, {size} latents: loss", LINEAR, LINEAR_LOSSES[size, 1.0],
+              0.001, reason, loss, form.linear(size))
         for size in TRAINED_SIZES
-    ]
+    ]  # fmt: skip
 
 
 def blog_claims(form: Form) -> list[Claim]:
     """Claim what the blog prints and states, and what the brief measured of its recipe."""
-    runs = form.blog
+    runs, last = form.blog, f"{BLOG}, epoch 176"
     central = f"central 95 % of all training batches of {runs.seeds} seeds"
     if form.blog_epochs < BLOG_EPOCHS:
         central += f", after {form.blog_epochs} epochs where the blog had {BLOG_EPOCHS}"
     return [
-        inside(
-            "last batch's total loss",
-            f"{BLOG}, epoch 176",
-            BLOG_LOSS,
-            central,
-            partial(batch_range, name="loss"),
-            runs,
-        ),
-        inside(
-            "last batch's KL term",
-            f"{BLOG}, epoch 176",
-            BLOG_KL_TERM,
-            central,
-            partial(batch_range, name="kl_term"),
-            runs,
-        ),
-        between(
-            "training loss after tens of epochs",
-            SEED,
-            "0.046 to 0.050",
-            (0.046, 0.050),
-            "the range that the brief states; whole training split, mean over seeds",
-            loss,
-            runs,
-            digits=4,
-        ),
-        between(
-            "loss below the exact linear model's, %",
-            SEED,
-            "about 0",
-            (-10.0, 10.0),
-            "0.046, the lowest that the brief states, is 9 % below the linear 0.05064",
-            lambda e, runs: mean(e.gaps_to_linear(runs)),
-            runs,
-        ),
-        between(
-            "active latents of 10",
-            SEED,
-            "1 or 2",
-            (0.5, 2.5),
-            "mean over seeds, rounded: which ReLU dies is chance, so single seeds differ",
-            active_units,
-            runs,
-        ),
-        between(
-            "digit 8: mse over the mean of all digits",
-            BLOG,
-            "over 1",
-            (1.0, math.inf),
-            '"underperforms for complicated digits like 8"; test images, mean over seeds',
-            lambda e, runs: e.relative_error(runs, 8),
-            runs,
-            digits=2,
-        ),
-        between(
-            "KL undivided: active latents",
-            BLOG,
-            "0",
-            (0, 0),
-            '"it cannot learn properly": weight 1 is then decoder variance 12,544, the largest '
-            "eigenvalue being 5",
-            active_units,
-            form.undivided,
-            digits=0,
-        ),
-    ]
+        inside("last batch's total loss", last, BLOG_LOSS, central,
+               partial(batch_range, name="loss"), runs),
+        inside("last batch's KL term", last, BLOG_KL_TERM, central,
+               partial(batch_range, name="kl_term"), runs),
+        between("training loss after tens of epochs", SEED, "0.046 to 0.050", (0.046, 0.050),
+                "the range that the brief states; whole training split, mean over seeds",
+                loss, runs, digits=4),
+        between("loss below the exact linear model's, %", SEED, "about 0", (-10.0, 10.0),
+                "0.046, the lowest that the brief states, is 9 % below the linear 0.05064",
+                lambda e, runs: mean(e.gaps_to_linear(runs)), runs),
+        between("active latents of 10", SEED, "1 or 2", (0.5, 2.5),
+                "mean over seeds, rounded: which ReLU dies is chance, so single seeds differ",
+                active_units, runs),
+        between("digit 8: mse over the mean of all digits", BLOG, "over 1", (1.0, math.inf),
+                '"underperforms for complicated digits like 8"; test images, mean over seeds',
+                lambda e, runs: e.relative_error(runs, 8), runs, digits=2),
+        between("KL undivided: active latents", BLOG, "0", (0, 0),
+                '"it cannot learn properly": weight 1 is then decoder variance 12,544, the largest '
+                "eigenvalue being 5",
+                active_units, form.undivided, digits=0),
+    ]  # fmt: skip
 
 
 def head_claims(form: Form) -> list[Claim]:
@@ -208,65 +152,24 @@ def head_claims(form: Form) -> list[Claim]:
     plain, calibrated = form.gaussian(1.0), form.gaussian(0.05)
     wide = form.gaussian(0.05, latent_size=20)
     return [
-        about(
-            "linear head, weight 1, 6 epochs: training loss",
-            SEED,
-            "0.0387",
-            0.001,
-            '"about"; whole training split, mean over seeds',
-            loss,
-            plain,
-        ),
-        about(
-            "linear head, weight 1: active latents of 10",
-            SEED,
-            "8",
-            1.0,
-            "mean over seeds, which differ by one",
-            active_units,
-            plain,
-        ),
-        between(
-            "weight 0.05 instead of 1: neg_elbo gained, nats",
-            SEED,
-            "well over 100",
-            (100.0, math.inf),
-            "as stated; test images, 10 latents, paired by seed",
-            gain,
-            calibrated,
-            plain,
-        ),
-        about(
-            "weight 0.05: active latents of 10",
-            SEED,
-            "10",
-            0.0,
-            "all of them with every seed",
-            active_units,
-            calibrated,
-        ),
-        about(
-            "20 latents instead of 10: neg_elbo gained, nats",
-            SEED,
-            "100",
-            50.0,
-            '"another 100" is a round number; weight 0.05, test images, paired by seed',
-            gain,
-            wide,
-            calibrated,
-        ),
-        between(
-            "calibration_ratio of the best weight",
-            "brief 2 (Rybkin et al. 2021)",
-            "near 1",
-            (0.5, 2.0),
-            f"weights tried: {', '.join(f'{weight:g}' for weight in WEIGHTS)}, steps of 2 to 2.5 "
-            "near the best, which has the lowest validation neg_elbo",
-            best_ratio,
-            *map(form.gaussian, WEIGHTS),
-            digits=2,
-        ),
-    ]
+        about("linear head, weight 1, 6 epochs: training loss", SEED, "0.0387", 0.001,
+              '"about"; whole training split, mean over seeds', loss, plain),
+        about("linear head, weight 1: active latents of 10", SEED, "8", 1.0,
+              "mean over seeds, which differ by one", active_units, plain),
+        between("weight 0.05 instead of 1: neg_elbo gained, nats", SEED, "well over 100",
+                (100.0, math.inf), "as stated; test images, 10 latents, paired by seed",
+                gain, calibrated, plain),
+        about("weight 0.05: active latents of 10", SEED, "10", 0.0,
+              "all of them with every seed", active_units, calibrated),
+        about("20 latents instead of 10: neg_elbo gained, nats", SEED, "100", 50.0,
+              '"another 100" is a round number; weight 0.05, test images, paired by seed',
+              gain, wide, calibrated),
+        between("calibration_ratio of the best weight", "brief 2 (Rybkin et al. 2021)", "near 1",
+                (0.5, 2.0),
+                f"weights tried: {', '.join(f'{weight:g}' for weight in WEIGHTS)}, steps of 2 to "
+                "2.5 near the best, which has the lowest validation neg_elbo",
+                best_ratio, *map(form.gaussian, WEIGHTS), digits=2),
+    ]  # fmt: skip
 
 
 def published_claims(form: Form) -> list[Claim]:
@@ -277,17 +180,10 @@ def published_claims(form: Form) -> list[Claim]:
     )
     stated = {"paper": (BURDA, "86.76"), "rerun": (f"independent run of {BURDA}", "87.78")}
     return [
-        about(
-            f"-log p(x) of binary MNIST, {name}",
-            source,
-            reference,
-            2.0,
-            reason,
-            neg_log_likelihood,
-            form.burda,
-        )
+        about(f"-log p(x) of binary MNIST, {name}", source, reference, 2.0, reason,
+              neg_log_likelihood, form.burda)
         for name, (source, reference) in stated.items()
-    ]
+    ]  # fmt: skip
 
 
 def mean(values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Places:
-    """Options that do not change what is found: where runs are trained and recorded, and how.
+    """Options of every command line that trains: where, under which name, and how it is shown.
 
     Attributes:
         data_dir: folder of the MNIST family, downloaded into it if missing.
@@ -54,18 +54,19 @@ class Places:
     json: bool = False
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be used."""
+        """Raise UserError for a number that is too low."""
         for name, least in (("checkpoint_every", 0), ("workers", 1)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 ELSEWHERE = tuple(field.name for field in fields(Places))
+"""Options that do not change what is found."""
 
 
 @dataclass(frozen=True)
 class Common(Places):
-    """Options of every command line that trains on any dataset.
+    """Options of every command line that trains what the user chooses.
 
     Attributes:
         dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
@@ -167,8 +168,8 @@ def program(name: str) -> str:
     return shlex.join(["python", *start_words(name)])
 
 
-def arguments(options: Places, left_out: Container[str]) -> list[str]:
-    """Return the command line that gives these options, without defaults and those left out."""
+def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
+    """Return the command line that gives options, but for those left out."""
     words = []
     for field in fields(options):
         value = getattr(options, field.name)

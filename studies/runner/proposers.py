@@ -121,6 +121,10 @@ class Listed:
     def _places(self) -> dict[str, int]:
         return {_identity(cell.identity): place for place, cell in enumerate(self.cells)}
 
+    def at_once(self, width: int) -> int:
+        """Return how many trials are proposed together for a device's stack of a width."""
+        return width
+
     def place(self, trial: FrozenTrial) -> int | None:
         """Return a trial's index in the list, None for a trial of another list."""
         return self._places.get(_identity(trial.user_attrs.get(CELL, {})))
@@ -268,6 +272,10 @@ class TPE:
     def configs(self, trial: FrozenTrial) -> list[RunConfig]:
         """Return the settings of a trial's runs, one a seed."""
         return [self.base.replace(**trial.params, seed=seed) for seed in range(self.seeds)]
+
+    def place(self, trial: FrozenTrial) -> int | None:
+        """Return a trial's number, None for one that was not searched."""
+        return trial.number if CELL not in trial.user_attrs else None
 
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's runs."""

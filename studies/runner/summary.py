@@ -168,7 +168,8 @@ def ended(
     log.info("reading the runs back from MLflow")
     known = {key for trial in trials if has_result(trial) for key in keys(trial)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
-    found = Ended(plan, data, store, study, trials, [run for run in every if run.key in known])
+    runs = _in_order([run for run in every if run.key in known], plan, trials)
+    found = Ended(plan, data, store, study, trials, runs)
     finished = {run.key for run in found.finished}
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not complete:
@@ -183,6 +184,17 @@ def ended(
     return found
 
 
+def _in_order(runs: Sequence[Run], plan: Plan, trials: Sequence[FrozenTrial]) -> list[Run]:
+    """Return runs in the order of the plan, which changes when a study grows; others come last."""
+    places = {key: plan.proposer.place(trial) for trial in trials for key in keys(trial)}
+
+    def order(run: Run) -> tuple[bool, int]:
+        place = places[run.key]
+        return place is None, place or 0
+
+    return sorted(runs, key=order)
+
+
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
     """Write folder, report and summary run of a study; return the outcome and the run's id.
 
@@ -191,6 +203,9 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
     """
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
+    for place, known in enumerate(found.runs):
+        if known.tags.get("place") != str(place):
+            found.store.tag(known.run_id, "place", str(place))
     tags = provenance.tags(provenance.provenance(found.data, "cpu"))
     del tags["device_name"]  # of the runs, if they were trained on a GPU
     tags |= {"study": found.plan.name, "role": "summary"}

@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,18 +41,19 @@ INDENT = " " * 7
 """Of lines in a log, as wide as a percentage."""
 
 HIDDEN = (
-    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
-    *("best/val/neg_elbo", "best/val/mse"),
+    "neg_elbo",
+    "val/mse",
+    "val/rate",
+    "val/active_units",
+    "best/val/neg_elbo",
+    "best/val/mse",
 )
 """Columns left to the report, so that the table fits 100 characters."""
 
 SPARE = ("best/epoch", "pca_floor", "calibration_ratio")
 """Columns left to it one by one where the table is still too wide."""
 
-BRIEF = (
-    *("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet"),
-    "best/epoch",
-)
+BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
 """Columns shown here without their interval."""
 
 HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
@@ -230,34 +231,27 @@ class Terminal:
             self._show = self._say
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        """Show the table, the answer and where to look further."""
-        self._note(table=_records(outcome.table))
-        if not self.json:
+        """Show the table, or the claims of a ledger, the answer and where to look further."""
+        where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        self._note(
+            study=outcome.plan.name,
+            experiment_id=outcome.experiment_id,
+            table=_records(outcome.table),
+            answer=outcome.answer,
+            report=str(outcome.folder / "report.html"),
+            tracking_uri=where,
+        )
+        if self.json:
+            return
+        if outcome.sections:
+            for heading, rows in itertools.groupby(outcome.sections, key=lambda row: row.heading):
+                self.out.print(_claims(heading, rows))
+        else:
             self.out.print(self._fitting(outcome.table))
-        self._answer(outcome, tracking_uri)
-
-    def ledger(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        """Show judged claims, heading by heading, the answer and where to look further."""
-        rows: Sequence[Row] = outcome.sections
-        names = ("name", "reference", "obtained", "tolerance", "verdict", "note")
-        cells = [
-            (r.claim.name, r.claim.reference, r.obtained, r.claim.tolerance, r.verdict, r.note)
-            for r in rows
-        ]
-        self._note(table=[dict(zip(names, row, strict=True)) for row in cells])
-        headed = zip((row.heading for row in rows), cells, strict=True)
-        for heading, part in itertools.groupby(headed, key=lambda pair: pair[0]):
-            table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-            table.add_column(heading)
-            for name in names[1:4]:
-                table.add_column(name, justify="right")
-            table.add_column("verdict")
-            for _, (*shown, verdict, note) in part:
-                ending = f": {note}" if note else ""
-                table.add_row(*shown, f"[{COLORS[verdict]}]{verdict}[/]{ending}")
-            if not self.json:
-                self.out.print(table)
-        self._answer(outcome, tracking_uri)
+        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
+        self.line(f"\nReport: {outcome.folder / 'report.html'}")
+        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page.LINK}")
+        self.line(NEXT)
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
@@ -268,29 +262,11 @@ class Terminal:
 
     def finish(self, code: int | str, error: str = "") -> None:
         """End the display; with `--json`, print the object of one study, or of several a list."""
-        self._status.stop()
         if self.json and code != CLOSED:
             one = self.results[0] if self.results else {}
             result = {"studies": self.results} if len(self.results) > 1 else one
             failed = {"error": error.removeprefix("error: ")} if error else {}
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
-
-    def _answer(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        report = str(outcome.folder / "report.html")
-        where = addresses.without_password(addresses.tracking_address(tracking_uri))
-        self._note(
-            study=outcome.plan.name,
-            experiment_id=outcome.experiment_id,
-            answer=outcome.answer,
-            report=report,
-            tracking_uri=where,
-        )
-        if self.json:
-            return
-        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
-        self.line(f"\nReport: {report}")
-        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page.LINK}")
-        self.line(NEXT)
 
     def _note(self, **fields: object) -> None:
         if not self.results:
@@ -313,19 +289,30 @@ class Terminal:
 def _table(cells: pd.DataFrame) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in cells.columns:
-        table.add_column(_header(name), justify="right", no_wrap=True)
+        words = name.replace("best/", "best/\n").split("_")
+        header = "_\n".join(HYPHENATED.get(word, word) for word in words)
+        table.add_column(header, justify="right", no_wrap=True)
     for row in cells.to_dict("records"):
         table.add_row(*(_short(str(name), cell) for name, cell in row.items()))
     return table
 
 
-def _header(name: str) -> str:
-    name = name.replace("best/", "best/\n")
-    return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
-
-
 def _short(name: str, cell: str) -> str:
     return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
+
+
+def _claims(heading: str, rows: Iterable[Row]) -> Table:
+    """Return a table of judged claims."""
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(heading)
+    for name in ("reference", "obtained", "tolerance"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for row in rows:
+        claim = row.claim
+        verdict = f"[{COLORS[row.verdict]}]{row.verdict}[/]" + (f": {row.note}" if row.note else "")
+        table.add_row(claim.name, claim.reference, row.obtained, claim.tolerance, verdict)
+    return table
 
 
 def _line(record: EpochRecord, epochs: int) -> str:
@@ -346,14 +333,13 @@ def _best(record: EpochRecord) -> str:
 
 
 def way(where: str) -> str:
-    """Return how the page of a tracking store is opened, up to its address."""
+    """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    default = (
-        where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists()
-    )
     command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
-    return f"{'make ui' if default else command}, then http://127.0.0.1:5000"
+    if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
+        command = "make ui"
+    return f"{command}, then http://127.0.0.1:5000"
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -21,6 +21,9 @@ NUMBER = "VAE_SWEEP_WORKER"
 PATIENCE = 30.0
 """Seconds that a worker has for its end after a second Ctrl-C."""
 
+OF_PARENT = ("workers", "json")
+"""Options that workers are not given."""
+
 LOOK = 1.0
 """Seconds between looks at the workers and at the database."""
 
@@ -66,9 +69,11 @@ def train(
     folder, (before, left) = cache / "workers" / study, counts()
     folder.mkdir(parents=True, exist_ok=True)
     options = replace(options, study_name=study, fresh=False)
-    numbers, codes = range(1, options.workers + 1), []
-    team = {number: _start(number, options, page, folder) for number in numbers}
+    team: dict[int, subprocess.Popen[bytes]] = {}
+    codes = []
     try:
+        for number in range(1, options.workers + 1):
+            team[number] = _start(number, options, page, folder)
         while team:
             stopping.check()
             time.sleep(LOOK)
@@ -100,15 +105,11 @@ def _start(number: int, options: Places, page: str, folder: Path) -> subprocess.
     from harness import processes  # loads torch
 
     threads = cores(number, options.workers, processes.available())
-    rank = f"{number}/{options.workers}"
+    own = {NUMBER: f"{number}/{options.workers}", "OMP_NUM_THREADS": str(threads)}
     with _log(folder, number).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, *start_words(page), *arguments(options, ("workers", "json"))],
-            env={
-                **os.environ,
-                NUMBER: rank,
-                "OMP_NUM_THREADS": str(threads),
-            },
+            [sys.executable, *start_words(page), *arguments(options, OF_PARENT)],
+            env={**os.environ, **own},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

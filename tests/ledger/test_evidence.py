@@ -28,14 +28,16 @@ def evidence(tiny) -> Evidence:
     """Train runs of three configurations, and record them as text, as MLflow does."""
     configs = [config for runs in (WIDE, NARROW, BINARY) for config in runs.configs]
     results = harness.train_and_evaluate(configs, tiny, device="cpu")
-    trained = {f"id{i}": result for i, result in enumerate(results)}
-    return Evidence(tiny, [run(i, r.config, tiny, r) for i, r in trained.items()], trained.get)
+    trained = {f"id{i}": (result.config, result.model) for i, result in enumerate(results)}
+    runs = [run(f"id{i}", r.config, tiny, r) for i, r in enumerate(results)]
+    return Evidence(tiny, runs, trained.get)
 
 
 def run(run_id, config, data, result=None, status="FINISHED", reason="") -> Run:
     settings = asdict(config) | {"dataset": data.name, "dataset_digest": data.digest}
     params = {name: str(value) for name, value in settings.items()}
-    metrics = {} if result is None else dict(result.metrics)
+    every = {} if result is None else result.metrics
+    metrics = {k: v for k, v in every.items() if k.startswith(("val/", "test/"))}
     tags = {"reason": reason} if reason else {}
     return Run(run_id, f"run {run_id}", status, params, metrics, tags)
 
@@ -64,11 +66,11 @@ def test_a_finished_run_counts_before_one_that_diverged_and_interrupted_ones_nev
     stopped = run("b", config, tiny, status="KILLED", reason="process ended")
     failed = run("c", config, tiny, status="FAILED", reason="RuntimeError()")
     done = run("d", config, tiny)
-    for runs, missing in {
-        (stopped, failed): "'absent' did not finish",
-        (stopped, lost): "'absent' diverged",
-        (lost, done, run("e", config, tiny)): "",
-    }.items():
+    for runs, missing in [
+        ((stopped, failed), "'absent' did not finish"),
+        ((stopped, lost), "'absent' diverged"),
+        ((lost, done, run("e", config, tiny)), ""),
+    ]:
         assert replace(evidence, runs=runs).missing((ABSENT,)) == missing
     assert replace(evidence, runs=(lost, done)).find(config) == done
 
@@ -87,7 +89,7 @@ def test_a_claim_without_runs_is_not_run_and_a_large_one_asks_for_a_gpu(evidence
 
 def test_means_and_gains_are_over_seeds(evidence):
     wide, narrow = (
-        np.array([run.metrics["neg_elbo"] for run in evidence.finished(runs)])
+        np.array([run.metrics["test/neg_elbo"] for run in evidence.finished(runs)])
         for runs in (WIDE, NARROW)
     )
     assert evidence.mean(WIDE, "neg_elbo") == pytest.approx(wide.mean(), rel=1e-12)

@@ -1,25 +1,165 @@
-"""The command line: its options, dry runs and light start; bad input is in test_bad_input.py."""
+"""The command line: exit codes, `--json`, dry runs, light start; bad input: test_bad_input.py."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from harness.errors import SummaryError, UserError
 from studies import kl_weight
-from studies.runner import cli
+from studies.runner import cli, stopping
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stopped_by(number):
+    signal.raise_signal(number)
+    stopping.check()
+
+
+def stopped_twice():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    pytest.fail("the second signal stops at once")
+
+
+def fails(error):
+    raise error
+
+
+ENDINGS = {
+    # what a command does -> exit code, last line on standard error
+    "refused": (lambda: fails(UserError("seeds=0")), 2, "error: seeds=0"),
+    "full": (lambda: fails(OSError(28, "No space left")), 2, "error: the disk is full ("),
+    "no memory": (lambda: fails(MemoryError()), 2, "error: there is too little memory ("),
+    "no figure": (lambda: fails(SummaryError("figure x")), 3, "error: figure x"),
+    "SIGTERM": (lambda: stopped_by(signal.SIGTERM), 75, cli.STOPPED),
+    "Ctrl-C": (lambda: stopped_by(signal.SIGINT), 130, cli.STOPPED),
+    "Ctrl-C twice": (stopped_twice, 130, cli.STOPPED),
+    "a claim fails": (lambda: sys.exit(1), 1, ""),
+}
+
+
+@pytest.mark.parametrize(("work", "code", "line"), ENDINGS.values(), ids=ENDINGS.keys())
+def test_every_ending_has_its_exit_code_and_its_line(work, code, line, capfd):
+    with pytest.raises(SystemExit) as stop, cli.clear_errors([]):
+        work()
+    printed = capfd.readouterr()
+    assert (stop.value.code, printed.out) == (code, "")
+    assert (printed.err.splitlines() or [""])[-1].startswith(line)
+
+
+def test_a_command_that_is_done_goes_on_to_its_end_and_a_fault_is_a_traceback():
+    with cli.clear_errors([]):
+        pass
+    with pytest.raises(ZeroDivisionError), cli.clear_errors([]):
+        1 / 0  # noqa: B018
 
 
 def test_after_a_study_signals_do_what_they_did_before():
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with cli.clear_errors():
+    with cli.clear_errors([]):
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, capsys):
-    places = ["--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
-    cli.main(kl_weight.STUDY, ["--dry-run", "--values", "0.5", "1", *places])
-    assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in capsys.readouterr().out
+# --- standard output that nobody reads ----------------------------------------------------------
+
+
+def python(code: str, stdout: int) -> tuple[int, str]:
+    """Run code and return exit code and standard error."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def closed_pipe():
+    """Return the end of a pipe whose reader is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+COMMAND = """
+import sys
+from studies.runner import cli
+with cli.clear_errors({args}) as terminal:
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "body"),
+    [
+        ([], "terminal.line('x')"),
+        ([], "print('x')"),
+        ([], "print('x' * 100_000)"),
+        ([], "from studies import kl_weight; cli.main(kl_weight.STUDY, ['--help'])"),
+        (["--json"], "terminal.plan('mine', 'digits', 'x' * 100_000)"),
+        (["--json"], "terminal.summary_elsewhere('0', 'x' * 100_000, 'so')"),
+    ],
+)
+def test_a_closed_standard_output_is_exit_code_141_also_at_the_end(args, body, closed_pipe):
+    code, said = python(COMMAND.format(args=args, body=body), closed_pipe)
+    assert code == 141
+    assert "Error" not in said
+
+
+def test_ctrl_c_that_ended_the_reader_too_is_ctrl_c(closed_pipe):
+    body = "import signal; signal.raise_signal(signal.SIGINT); terminal.line('x')"
+    assert python(COMMAND.format(args=[], body=body), closed_pipe)[0] == 130
+
+
+def test_a_full_disk_behind_standard_output_is_exit_code_2():
+    with open("/dev/full", "w") as full:
+        code, said = python(COMMAND.format(args=[], body="terminal.line('x')"), full.fileno())
+    assert code == 2
+    assert said.startswith("error: the disk is full (")
+    assert said.count("\n") == 1
+
+
+# --- one JSON object ----------------------------------------------------------------------------
+
+
+def test_with_json_a_refusal_is_an_object_and_a_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(kl_weight.STUDY, ["--json", "--seeds", "0"])
+    printed = capsys.readouterr()
+    message = "seeds=0: give a whole number >= 1"
+    assert json.loads(printed.out) == {"error": message, "exit_code": 2}
+    assert printed.err == f"error: {message}\n"
+
+
+def test_a_dry_run_names_both_stores_without_passwords_and_writes_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    storage = "postgresql+psycopg://me:secret@host/db"
+    stores = ["--tracking-uri", f"sqlite:///{tmp_path}/m.db", "--storage", storage]
+    words = ["--dry-run", "--values", "0.5", "1", *stores]
+    cli.main(kl_weight.STUDY, words)
+    said = capsys.readouterr().out
+    assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in said
+    assert f"Tracking: sqlite:///{tmp_path}/m.db\n" in said
+    assert "Storage: postgresql+psycopg://host/db\n" in said
+    assert "duration: not known (no finished run like these here)" in " ".join(said.split())
+    cli.main(kl_weight.STUDY, [*words, "--json"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (found["study"], found["dataset"]) == ("kl_weight-digits", "digits")
+    assert (found["storage"], found["exit_code"]) == ("postgresql+psycopg://host/db", 0)
+    assert found["tracking_uri"] == f"sqlite:///{tmp_path}/m.db"
+    assert "duration: not known" in found["estimate"]
+    assert "2 values of kl_weight" in printed.err
+    assert "secret" not in said + printed.out + printed.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -33,10 +173,17 @@ def test_help_loads_neither_torch_nor_mlflow_nor_optuna_nor_pandas():
         "heavy = {'torch', 'mlflow', 'optuna.study', 'seaborn.utils', 'pandas', 'sklearn'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
-    root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    for option in ("--dataset", "--values", "--seeds", "--storage", "--tracking-uri", "--fresh"):
+    for option in ("--dataset", "--values", "--seeds", "--storage", "--tracking-uri", "--json"):
         assert option in done.stdout
+
+
+def test_the_public_names_of_studies_load_nothing_heavy():
+    code = (
+        "import sys\nfrom studies import Axis, Study, main\n"
+        "assert not {'torch', 'mlflow', 'pandas'} & sys.modules.keys()\n"
+    )
+    assert python(code, subprocess.DEVNULL) == (0, "")

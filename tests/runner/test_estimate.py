@@ -1,4 +1,4 @@
-"""How long a plan takes: from finished runs like it, else from a trial; nothing is written."""
+"""How long a plan takes: estimated from finished runs like it, else not known."""
 
 import pytest
 
@@ -22,42 +22,41 @@ def test_a_time_is_written_as_roughly_as_it_is_known(seconds, said):
     assert estimate.duration(seconds) == said
 
 
-def test_images_final_metrics_and_start_add_up(tiny):
-    known = estimate.Pace(images_per_second=100, final=2.0, basis="")
-    runs = [RunConfig(epochs=5, seed=seed) for seed in range(3)]
-    images = 3 * 5 * len(tiny.train)
-    assert known.seconds(runs, tiny) == pytest.approx(images / 100 + 6 + estimate.AROUND)
+def test_training_final_metrics_and_start_add_up():
+    # A stack of 4: 10 epochs of 100 images at 50 images/s are 20 s of each run's share, 100 / 4.
+    rows = [(50.0, 4, 10, 100.0)] * 2
+    configs = [RunConfig(epochs=300, seed=seed) for seed in range(4)]
+    training, final = 4 * 300 * 100 / 50, 4 * 5
+    whole = estimate.duration(training + final + estimate.AROUND)
+    said = estimate.expected(rows, configs, 100)
+    assert said.startswith(f"duration: about {whole} with final metrics and report (the last 2 ")
+    assert "trained at 50 images/s here" in said
 
 
-def test_what_a_run_spends_beside_training_is_shared_by_its_stack():
-    # A stack of 4: 10 epochs of 100 images at 50 images/s are 80 s of its 100.
-    rate, final = estimate._paces((50.0, 4, 10, 100.0), 100)
-    assert (rate, final) == (50.0, pytest.approx(5.0))
-
-
-def test_finished_runs_alike_are_what_it_is_known_from(finished):
-    config = RunConfig(epochs=50, kl_weight=0.3)
+def sentence(config, uri, width=16):
+    configs = [config.replace(seed=seed) for seed in range(5)]
     data = harness.load_dataset("digits")
-    known = estimate.pace(config, data, "cpu", finished.tracking_uri)
-    assert "the last 6 finished runs like these" in known.basis
-    assert known.images_per_second > 0
-    assert known.final >= 0
+    return estimate.sentence(configs, data, "cpu", uri, lambda most: min(most, width))
 
 
-def test_other_runs_are_not_asked_and_a_store_that_is_not_there_is_not_made(finished, tmp_path):
-    other = RunConfig(hidden=(16,), epochs=1)
-    data = harness.load_dataset("digits")
-    for uri in (finished.tracking_uri, f"sqlite:///{tmp_path}/m.db"):
-        assert "a trial of" in estimate.pace(other, data, "cpu", uri).basis
+def test_finished_runs_alike_are_the_basis(finished):
+    said = sentence(RunConfig(epochs=50, kl_weight=0.3), finished.tracking_uri)
+    assert said.startswith("1 stack of up to 5 runs on cpu; duration: about ")
+    assert "the last 6 finished runs like these trained at" in said
+
+
+def test_other_runs_are_no_basis_and_a_store_that_is_not_there_is_not_made(finished, tmp_path):
+    uri = f"sqlite:///{tmp_path}/m.db"
+    for config, address in (
+        (RunConfig(hidden=(16,), epochs=1), finished.tracking_uri),
+        (RunConfig(channels=(3, 4), epochs=1), finished.tracking_uri),
+        (RunConfig(epochs=50), uri),
+        (RunConfig(epochs=50), "http://127.0.0.1:9"),
+    ):
+        assert f"; {estimate.UNKNOWN}. Nothing was trained." in sentence(config, address)
     assert list(tmp_path.iterdir()) == []
-    narrow = RunConfig(channels=(3, 4), epochs=1)
-    assert estimate._recorded(narrow, data, "cpu", finished.tracking_uri) is None
 
 
-def test_the_sentence_names_stacks_time_and_basis(tmp_path):
-    data, uri = harness.load_dataset("digits"), f"sqlite:///{tmp_path}/m.db"
-    runs = [RunConfig(hidden=(16,), seed=seed, epochs=2) for seed in range(5)]
-    said = estimate.sentence(runs, data, "cpu", uri, lambda width: 2)
-    assert said.startswith("3 stacks of up to 2 runs on cpu. About ")
-    assert "a trial of" in said
-    assert said.endswith("Nothing was trained.")
+def test_stacks_are_as_wide_as_the_plan_trains_them(tmp_path):
+    said = sentence(RunConfig(epochs=2), f"sqlite:///{tmp_path}/m.db", width=2)
+    assert said.startswith("3 stacks of up to 2 runs on cpu; ")

@@ -1,15 +1,24 @@
-"""The last screen: a table that fits, and a link that opens the store that was written."""
+"""What a command shows: messages, progress, a table that fits, the way to the store; or JSON."""
 
+import json
+import logging
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import rich.console
-from studies.console import NEXT, Console
+import torch
+from studies.summary import Outcome
 
 from harness import places, view
-from studies.summary import Outcome
+from harness.metrics.evaluate import on_all_cores
+from studies.runner import terminal
+from studies.runner.terminal import NEXT, Terminal
+
+library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.summary")
 
 WIDE = {
     "weight": ["calibrated weight"],
@@ -21,11 +30,159 @@ WIDE = {
 }
 
 
+def log(out: StringIO, width: int = 100) -> Terminal:
+    """Return a log file."""
+    return Terminal(out=rich.console.Console(file=out, width=width, highlight=False))
+
+
+def moving(out: StringIO) -> Terminal:
+    """Return a terminal with a moving line."""
+    return Terminal(out=rich.console.Console(file=out, width=100, force_terminal=True))
+
+
+def count(what: str, done: int, of: int) -> None:
+    library.info("%s: %d of %d", what, done, of, extra={"progress": True})
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+
+def test_messages_are_lines_while_they_are_shown():
+    out = StringIO()
+    pages.info("before")
+    with log(out).shown():
+        pages.info("drawing [figures]")
+        count("measuring", 3, 15)
+    pages.info("after")
+    assert out.getvalue() == "       drawing [figures]\n"
+
+
+def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    out = StringIO()
+    shown = log(out)
+    with shown.shown(), shown.progress(1, 1, 1000) as on_epoch:
+        on_epoch._advance(1, "epoch 1")
+        count("measuring", 1, 2)
+    assert out.getvalue().splitlines() == ["  0 %  epoch 1", "       measuring: 1 of 2"]
+
+
+def test_a_terminal_shows_messages_in_its_moving_line():
+    out = StringIO()
+    shown = moving(out)
+    with shown.shown():
+        pages.info("opening stores")
+        with shown.progress(1, 1, 10) as on_epoch:
+            on_epoch._advance(1, "epoch 1")
+            pages.info("measuring finished runs")
+        pages.info("drawing figures")
+    for text in ("opening stores", "measuring finished runs", "drawing figures"):
+        assert text in out.getvalue()
+
+
+def test_showing_leaves_the_loggers_as_they_were():
+    loggers = [logging.getLogger(name) for name in terminal.LOGGERS]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    with log(StringIO()).shown():
+        assert not any(logger.propagate for logger in loggers)
+    assert before == [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+
+
+def test_messages_are_shown_once_where_the_root_or_an_outer_command_has_a_handler(caplog):
+    # MLflow gives the root one when it makes a database.
+    outer, inner = StringIO(), StringIO()
+    with caplog.at_level(logging.INFO), log(outer).shown(), log(inner).shown():
+        pages.info("drawing figures")
+    assert (outer.getvalue(), caplog.messages) == ("", [])
+    assert inner.getvalue() == "       drawing figures\n"
+
+
+def test_a_warning_goes_where_it_goes_otherwise(caplog):
+    out = StringIO()
+    with log(out).shown():
+        library.warning("runs are trained one by one")
+    assert (out.getvalue(), caplog.messages) == ("", ["runs are trained one by one"])
+
+
+WITHOUT = """
+import logging
+from studies.runner.terminal import Terminal
+library = logging.getLogger("harness.metrics.quality")
+library.info("measuring")
+library.warning("before")
+with Terminal().shown():
+    library.warning("meanwhile")
+"""
+
+
+def test_a_program_that_sets_up_no_logging_sees_warnings_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "before\nmeanwhile\n")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_all_cores_compute_is_counted(workers, monkeypatch):
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    out, cpu = StringIO(), torch.device("cpu")
+    torch.set_num_threads(workers)
+    items = [("a", "b", "c"), ("a", "b"), ("a",)]
+    with log(out).shown():
+        counted = on_all_cores(len, (), items, cpu, "measuring")
+        quiet = on_all_cores(len, (), items, cpu)
+    assert counted == quiet == [3, 2, 1]
+    assert out.getvalue().split() == " ".join(f"measuring: {i} of 3" for i in (1, 2, 3)).split()
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
+    out = StringIO()
+    shown = log(out)
+    with shown.shown(), shown.progress(1, 1, 20) as on_epoch:
+        for epoch in range(1, 21):
+            on_epoch._advance(1, f"epoch {epoch}")
+        pages.info("measuring")
+        count("measuring", 1, 2)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == " 10 %  epoch 2"
+    assert lines[-2:] == ["100 %  epoch 20", "       measuring"]
+    assert len(lines) == 11
+
+
+@pytest.mark.parametrize(
+    ("left", "line"),
+    [
+        (6, ""),
+        (4, "2 runs are finished; 4 are left.\n"),
+        (0, "Every run is finished already; nothing is trained again.\n"),
+    ],
+)
+def test_what_is_finished_is_said_before_training(left, line):
+    out = StringIO()
+    with log(out).progress(6, left, 10):
+        pass
+    assert out.getvalue() == line
+
+
+def test_runs_that_other_processes_finish_count_once():
+    out = StringIO()
+    with log(out).progress(4, 4, 5) as on_epoch:
+        for runs in (0, 1, 1, 3, 2, 4):
+            on_epoch.elsewhere(runs)
+    texts = [f"{percent:3.0f} %  other processes go on" for percent in (25, 75, 100)]
+    assert out.getvalue().splitlines() == texts
+
+
+# --- the outcome --------------------------------------------------------------------------------
+
+
 def screen(width: int, tracking_uri: str | None = None) -> str:
     out = StringIO()
     outcome = Outcome(pd.DataFrame(WIDE), "It is so.", Path("reports/x"), "7")
-    console = Console(rich.console.Console(file=out, width=width, highlight=False))
-    console.outcome(None, outcome, tracking_uri)
+    log(out, width).outcome("x", outcome, tracking_uri)
     return out.getvalue()
 
 
@@ -59,3 +216,54 @@ def test_no_link_shows_a_password():
     printed = screen(100, "https://me:secret@host:5000/")
     assert f"Every run: https://host:5000/#/experiments/7{view.LINK}" in printed
     assert "secret" not in printed + screen(100, "postgresql://me:secret@host/db")
+
+
+def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
+    shown = Terminal()
+    shown.summary_elsewhere("0f", "http://host/#/experiments/7/runs/0f", "It [is] so.")
+    said = capsys.readouterr().out
+    assert said.startswith("It [is] so.\n")
+    assert said.endswith("run 0f: http://host/#/experiments/7/runs/0f\n")
+
+
+def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(capsys):
+    table = pd.DataFrame({"kl_weight": [0.1, 1 / 3], "mse": [float("nan"), 2.0], "seeds": [3, 3]})
+    outcome = Outcome(table, "It is so.", Path("/reports/x"), "7")
+    shown = Terminal(json=True)
+    with shown.shown():
+        shown.question("Why?")
+        shown.plan("x", "digits", "3 runs")
+        pages.info("drawing figures")
+        with shown.progress(1, 1, 1) as on_epoch:
+            on_epoch.elsewhere(1)
+    shown.outcome("x-2", outcome, "https://me:secret@host:5000")
+    shown.finish(0)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "study": "x-2",
+        "dataset": "digits",
+        "table": [
+            {"kl_weight": 0.1, "mse": None, "seeds": 3},
+            {"kl_weight": 1 / 3, "mse": 2.0, "seeds": 3},
+        ],
+        "experiment_id": "7",
+        "answer": "It is so.",
+        "report": "/reports/x/report.html",
+        "tracking_uri": "https://host:5000",
+        "exit_code": 0,
+    }
+    for text in ("Why?", "3 runs", "drawing figures", "100 %"):
+        assert text in printed.err
+    assert "It is so." not in printed.err
+
+
+def test_the_json_of_several_studies_is_one_object_too(capsys):
+    shown = Terminal(json=True)
+    for name in ("x", "y"):
+        shown.plan(name, "digits", "3 runs")
+    shown.finish(2, "error: y cannot be used")
+    assert json.loads(capsys.readouterr().out) == {
+        "studies": [{"study": name, "dataset": "digits"} for name in ("x", "y")],
+        "error": "y cannot be used",
+        "exit_code": 2,
+    }
