@@ -1,6 +1,5 @@
 """The loop that trains and logs runs: what is logged, true ends, resumption, and a toy."""
 
-import doctest
 import json
 import math
 from dataclasses import replace
@@ -300,16 +299,6 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
         with pytest.raises(UserError):
             harness.tracking.train_and_evaluate(configs, tiny, experiment=name, tracking_uri=uri)
     assert not (tmp_path / "new.db").exists()
-
-
-def test_the_example_of_the_docstring(tracking_uri, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    (example,) = doctest.DocTestFinder().find(record.train_and_evaluate, "example", globs={})
-    assert len(example.examples) <= 10
-    runner = doctest.DocTestRunner()
-    runner.run(example)
-    assert runner.failures == 0
-    assert len(connect().runs("two-weights")) == 2
 
 
 # --- a toy that is no VAE ------------------------------------------------------------------------
