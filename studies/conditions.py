@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import harness
 from harness.config import RunConfig, UserError
 from studies.runner.study import Source
 
@@ -63,8 +62,9 @@ def sets_variance(config: RunConfig) -> bool:
 
 def exact(config: RunConfig, data: Source) -> RunConfig:
     """Apply the weight at which beta is 1."""
-    whole = config.replace(kl_weight=1.0)
-    return config.replace(kl_weight=1 / harness.objective.beta(whole, data.pixels))
+    from harness.objective import beta  # loads torch
+
+    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
 def weighted(config: RunConfig, weight: float, data: Source) -> RunConfig:
@@ -91,7 +91,9 @@ def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
 
 def set_decoder_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:
     """Apply the KL weight that means a decoder variance in the configuration's normalisation."""
-    return harness.objective.with_decoder_variance(config, variance, data.pixels)
+    from harness.objective import with_decoder_variance  # loads torch
+
+    return with_decoder_variance(config, variance, data.pixels)
 
 
 def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:

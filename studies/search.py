@@ -154,7 +154,6 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         sentence=f"{options.trials} configurations of {', '.join(searched)}, {seeds} each, "
         f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
         f"{CONFIRMING} fresh seeds of the best",
-        at_once=proposer.at_once,
         confirm=partial(confirm, proposer, baseline(base, data)),
     )
 

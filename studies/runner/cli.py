@@ -183,7 +183,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     if options.dry_run:
         check_study(plan, options)
         where = options.device, options.tracking_uri
-        expected = estimate.sentence(plan.configs, data, *where, plan.at_once)
+        expected = estimate.sentence(plan.configs, data, *where, plan.width)
         terminal.estimate(options.tracking_uri, options.storage, expected)
         return None
     begin_pca(data.binarized(plan.configs[0].binarization))

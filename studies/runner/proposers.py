@@ -121,6 +121,10 @@ class Listed:
     def _places(self) -> dict[str, int]:
         return {_identity(cell.identity): place for place, cell in enumerate(self.cells)}
 
+    def at_once(self, width: int) -> int:
+        """Return how many trials are proposed together for a device's stack of a width."""
+        return width
+
     def place(self, trial: FrozenTrial) -> int | None:
         """Return a trial's index in the list, None for a trial of another list."""
         return self._places.get(_identity(trial.user_attrs.get(CELL, {})))

@@ -233,8 +233,8 @@ def work(queue: Queue, site: Site, steps: Steps) -> None:
         while True:
             recorded += [Recorded(trial, noted(trial)) for trial in queue.adopt()]
             told += _finish(queue, site, recorded)
-            width = site.plan.at_once(STACK_WIDTH[site.device])
-            trials = queue.take(width, ranked.workers if ranked else 1)
+            count = queue.proposer.at_once(STACK_WIDTH[site.device])
+            trials = queue.take(count, ranked.workers if ranked else 1)
             if len(queue.failed_keys()) > failed:
                 close_failed(queue, site)
                 failed = len(queue.failed_keys())

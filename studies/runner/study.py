@@ -207,7 +207,6 @@ class Plan:
         find: what ended -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
         sentence: what will be trained.
-        at_once: width of a device's stack -> how many trials are taken together.
         objective: validation metric that the best epoch of a run is chosen by.
         extras: further metrics of a finished run, as in `Study`.
         study: name of the study in `studies.all` by which a replay finds `extras`.
@@ -224,7 +223,6 @@ class Plan:
     find: Callable[[Ended], Findings] = field(repr=False)
     words: str
     sentence: str
-    at_once: Callable[[int], int] = lambda width: width
     objective: str = "val/neg_elbo"
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     study: str | None = None
@@ -235,6 +233,10 @@ class Plan:
     def experiment(self) -> str:
         """Name of the MLflow experiment: one per study and dataset."""
         return f"{self.page}-{self.source.name}"
+
+    def width(self, most: int) -> int:
+        """Return how many runs are trained together on a device that takes so many."""
+        return self.proposer.at_once(most) * self.proposer.runs
 
     @property
     def command(self) -> str:
