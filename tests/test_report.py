@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from harness.places import without_password
+from harness.tracking.addresses import without_password
 from PIL import Image
 
 from analysis import markup, report
