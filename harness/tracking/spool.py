@@ -173,7 +173,8 @@ class Spool:
         return self._run_ids[key]
 
     def keys(self) -> set[str]:
-        """Return the keys of the runs that this process delivers."""
+        """Return the keys of the runs that this process delivers, also for those that died."""
+        self._take_over()
         with self._changed:
             return set(self._runs)
 
