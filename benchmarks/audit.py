@@ -43,8 +43,9 @@ def faults(plan: Plan, tracking_uri: str, storage: str, homes: Iterable[Path] = 
     store = connect(tracking_uri)
     opened = open_storage(storage)
     try:
+        names = optuna.get_all_study_names(opened)
         trials, after = (
-            optuna.load_study(study_name=name, storage=opened).trials
+            optuna.load_study(study_name=name, storage=opened).trials if name in names else []
             for name in (plan.name, f"{plan.name}/after")
         )
     finally:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from kills import STEPS, begun, in_child
+from kills import STEPS, begun, count_steps, in_child
 from real_servers import MlflowServer
 
 from benchmarks import audit, children
@@ -50,11 +50,9 @@ class Place:
         data: what the study is about.
         every: epochs between checkpoints.
         base: settings of the runs.
-        seeds: of each of two configurations.
         name: of the study.
         storage: of Optuna, "" for a database in the folder.
         server: of MLflow, "" for a database in the folder.
-        cores: for training.
     """
 
     folder: Path
@@ -62,18 +60,16 @@ class Place:
     data: Dataset
     every: int = 0
     base: RunConfig = RunConfig(hidden=(16,), latent_size=2)
-    seeds: int = 2
     name: str | None = None
     storage: str = ""
     server: str = ""
-    cores: int = 1
 
     @property
     def options(self) -> Options[Any]:
         """What the study's user asks for."""
         return Options(
             values=(0.02, 1.0),
-            seeds=self.seeds,
+            seeds=1,
             epochs=2,
             batch_size=16,
             study_name=self.name,
@@ -90,7 +86,7 @@ class Place:
     def start(self) -> pd.DataFrame:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
-        processes.available = lambda: self.cores
+        processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
         store.project_root = lambda: self.folder
         with cli.clear_errors([]) as shown:
             outcome = run(self.plan, self.data, self.options, shown)
@@ -136,27 +132,10 @@ def place(empty_database: Path, tmp_path: Path, tiny: Dataset) -> Place:
     return Place(tmp_path, tmp_path, tiny)
 
 
-@pytest.fixture
-def small(place: Place) -> Place:
-    """A study of two runs, which has every kind of step."""
-    return replace(place, seeds=1)
-
-
 @pytest.fixture(scope="module")
 def alone(empty_database: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Dataset) -> Alone:
-    return undisturbed(empty_database, Place(*[tmp_path_factory.mktemp("alone")] * 2, tiny))
-
-
-@pytest.fixture(scope="module")
-def small_alone(
-    empty_database: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Dataset
-) -> Alone:
-    place = Place(*[tmp_path_factory.mktemp("alone")] * 2, tiny, seeds=1)
-    return undisturbed(empty_database, place)
-
-
-def undisturbed(empty_database: Path, place: Place) -> Alone:
-    """Run a study that nobody kills."""
+    folder = tmp_path_factory.mktemp("alone")
+    place = Place(folder, folder, tiny)
     children.import_all()
     shutil.copy(empty_database, place.folder / "mlflow.db")
     ended = in_child(place.notes, place.start)
@@ -164,7 +143,7 @@ def undisturbed(empty_database: Path, place: Place) -> Alone:
     steps = begun(place.notes)
     faults, results = in_child(place.notes, place.check).value
     assert faults == []
-    assert len(results) == 2 * place.seeds
+    assert len(results) == 2
     return Alone(steps, ended.value, results)
 
 
@@ -193,16 +172,16 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
 
 
 @pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_study_that_is_killed_again_and_again_gets_done(small, small_alone, stride):
-    kills = next(n for n in count() if not killed_at(small, stride * (n + 1)))
-    assert kills * stride > len(small_alone.steps) / 3
-    finish(small, small_alone)
+def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
+    kills = next(n for n in count() if not killed_at(place, stride * (n + 1)))
+    assert kills * stride > len(alone.steps) / 3
+    finish(place, alone)
 
 
 def test_a_study_that_is_killed_at_random_moments_gets_done(place, alone):
     chance = random.Random(0)
     for _ in range(3):
-        child = children.start(replace(place, cores=2).start, place.notes)
+        child = children.start(place.start, place.notes)
         time.sleep(3 * chance.random())
         child.send(chance.choice((signal.SIGKILL, signal.SIGTERM)))
         child.wait()
@@ -218,8 +197,22 @@ def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
         assert ended.code == code
         assert ended.said.endswith(f"{cli.STOPPED}\n")
     states = in_child(place.notes, lambda: reasons(place)).value
-    assert states == {("KILLED", "stopped by SIGINT"): 4, ("KILLED", "stopped by SIGTERM"): 4}
+    assert states == {("KILLED", "stopped by SIGINT"): 2, ("KILLED", "stopped by SIGTERM"): 2}
     finish(place, alone)
+
+
+def test_stopped_after_its_last_epoch_it_keeps_its_runs(place, alone):
+    noted = alone.steps.index("set_trial_state_values")  # before it, a result is noted
+    assert killed_at(place, noted, signal.SIGTERM)
+    finished = in_child(place.notes, lambda: finished_runs(place)).value
+    assert len(finished) == 2
+    finish(place, alone)
+    assert in_child(place.notes, lambda: finished_runs(place)).value == finished
+
+
+def finished_runs(place: Place) -> set[str]:
+    """Return the ids of the finished runs of a study."""
+    return {run.run_id for run in place.runs(role="run") if run.status == "FINISHED"}
 
 
 def reasons(place: Place) -> dict[tuple[str, str | None], int]:
@@ -229,29 +222,29 @@ def reasons(place: Place) -> dict[tuple[str, str | None], int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_study_that_is_killed_at_any_step_gets_done(small, small_alone, empty_database, part):
+def test_a_study_that_is_killed_at_any_step_gets_done(place, alone, empty_database, part):
     names = {"create_new_study", "_create_new_trial", "set_trial_state_values", "create_run"}
     names |= {"log_batch", "log_artifacts", "set_terminated", "build", "set_trial_user_attr"}
-    assert names <= {*small_alone.steps}
-    for step in range(1 + part, len(small_alone.steps) + 1, PARTS):
-        small.empty(empty_database)
-        assert killed_at(small, step)
-        finish(small, small_alone)
+    assert names <= {*alone.steps}
+    for step in range(1 + part, len(alone.steps) + 1, PARTS):
+        place.empty(empty_database)
+        assert killed_at(place, step)
+        finish(place, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_the_same_on_postgres(small, small_alone, empty_database, postgres, part):
+def test_the_same_on_postgres(place, alone, empty_database, postgres, part):
     # At the steps of the database, and after each: the others are the same as before.
     ours = dict(STEPS)[optuna.storages.RDBStorage]
-    steps = small_alone.steps
+    steps = alone.steps
     chosen = [n for n in range(1, len(steps) + 1) if {*steps[max(0, n - 2) : n]}.intersection(ours)]
     storage = postgres.create(f"kills_{part}")
     for step in chosen[part::PARTS]:
-        small.empty(empty_database)
-        one = replace(small, storage=storage, name=f"killed-{step}")
+        place.empty(empty_database)
+        one = replace(place, storage=storage, name=f"killed-{step}")
         assert killed_at(one, step)
-        finish(one, small_alone)
+        finish(one, alone)
 
 
 @pytest.fixture
@@ -264,16 +257,16 @@ def server(empty_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["_append", "_synchronise", "_begin", "rmtree", "log_batch", ""])
-def test_the_same_with_an_mlflow_server(small, small_alone, server, name):
+def test_the_same_with_an_mlflow_server(place, alone, server, name):
     # The spool's thread runs beside: the n-th step is not the same one every time.
-    whole = replace(small, server=server.uri, name="alone")
-    finish(whole, small_alone)
+    whole = replace(place, server=server.uri, name="alone")
+    finish(whole, alone)
     last = sum(name in ("", step) for step in begun(whole.notes))
     chance = random.Random(name)
     for step in sorted(chance.sample(range(1, last + 1), min(last, 4))):
         one = replace(whole, name=f"killed-{name}-{step}")
         killed_at(one, step, among=name)
-        finish(one, small_alone)
+        finish(one, alone)
 
 
 @pytest.mark.slow
@@ -281,18 +274,50 @@ def test_the_same_with_an_mlflow_server(small, small_alone, server, name):
     ("first", "nth"), [("set_trial_state_values", 2), ("log_outputs", 1)], ids=["tell", "summary"]
 )
 def test_a_study_that_is_killed_while_it_clears_up_gets_done(
-    small, small_alone, empty_database, first, nth
+    place, alone, empty_database, first, nth
 ):
     # The first kill falls between two tells, or into the summary; the second at any step until
     # the next run begins.
     for step in count(1):
-        small.empty(empty_database)
-        assert killed_at(small, nth, among=first)
-        killed = killed_at(small, step)
-        following = begun(small.notes)[-1]
-        finish(small, small_alone)
+        place.empty(empty_database)
+        assert killed_at(place, nth, among=first)
+        killed = killed_at(place, step)
+        following = begun(place.notes)[-1]
+        finish(place, alone)
         if not killed or following == "log_inputs":
             break
+
+
+@pytest.mark.slow
+def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(place, alone):
+    writes, waits = place.folder / "writes", place.folder / "waits"
+    for folder in (writes, waits):
+        folder.mkdir()
+    last = alone.steps.index("log_best_model") + 1
+    writer = children.start(stopping_at(place, writes, last), writes)
+    while begun(writes)[last - 1 :] == []:
+        time.sleep(0.05)
+    waiting = children.start(place.start, waits)
+    while "waiting for" not in children.said_in(waits):
+        assert not waiting.ended()
+        time.sleep(0.05)
+    writer.send(signal.SIGKILL)
+    writer.wait()
+    ended = waiting.wait()
+    assert ended.code == 0, ended.said
+    faults, results = in_child(place.notes, place.check).value
+    assert faults == []
+    assert results == alone.results
+
+
+def stopping_at(place: Place, folder: Path, step: int) -> Callable[[], pd.DataFrame]:
+    """Return a start of the study that stops as a step begins."""
+
+    def start() -> pd.DataFrame:
+        count_steps(folder / "child.steps", step, signal.SIGSTOP, "")
+        return place.start()
+
+    return start
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -300,13 +325,13 @@ def test_a_study_that_is_killed_while_it_clears_up_gets_done(
 
 def test_a_killed_study_goes_on_from_its_checkpoints(place, alone):
     place = replace(place, every=1)
-    # Two of the four runs have their first epoch on disk.
-    assert in_child(place.notes, place.start, 3, among="save").signal == signal.SIGKILL
+    # One of the two runs has its first epoch on disk.
+    assert in_child(place.notes, place.start, 2, among="save").signal == signal.SIGKILL
     folder = place.folder / "cache" / "checkpoints"
-    assert len(list(folder.glob("*/*.checkpoint"))) == 2
+    assert len(list(folder.glob("*/*.checkpoint"))) == 1
     finish(place, alone)
     assert not list(folder.glob("*"))
-    assert in_child(place.notes, lambda: resumptions(place)).value == {None: 2, "1": 2}
+    assert in_child(place.notes, lambda: resumptions(place)).value == {None: 1, "1": 1}
 
 
 def resumptions(place: Place) -> dict[str | None, int]:
