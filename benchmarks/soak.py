@@ -160,7 +160,7 @@ class Case:
 
 def live_in(home: Path) -> None:
     """Keep what this process spools and caches in a copy of the project."""
-    for module in ("store", "record"):
+    for module in ("addresses", "record"):
         vars(sys.modules[f"harness.tracking.{module}"])["project_root"] = lambda: home
 
 

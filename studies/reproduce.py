@@ -290,7 +290,7 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     plan = make_plan(claims(form), form, data, device, options)
     outcome = execute_plan(plan, data, options, terminal)
     if outcome is not None:
-        terminal.ledger(outcome, options.tracking_uri)
+        terminal.outcome(outcome, options.tracking_uri)
     return outcome
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from studies.storage import open_storage
 
 from analysis import report
 from harness import RunConfig
@@ -23,7 +22,6 @@ from studies import (
     all as all_studies,
 )
 from studies import (
-    cli,
     elbo_vs_mse,
     kl_normalization,
     kl_weight,
@@ -32,6 +30,8 @@ from studies import (
     reproduce,
     search,
 )
+from studies.runner import cli
+from studies.runner.database import open_storage
 from tests.test_report import write_folder
 
 MAINS = {
@@ -165,7 +165,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(work) -> str:
         before = listing(tmp_path)
-        with pytest.raises(SystemExit) as stop, cli.clear_errors():
+        with pytest.raises(SystemExit) as stop, cli.clear_errors([]):
             work()
         printed = capsys.readouterr()
         assert stop.value.code == 2

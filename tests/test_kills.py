@@ -25,7 +25,7 @@ from real_servers import MlflowServer
 from benchmarks import audit, children
 from harness import RunConfig, processes, tracking
 from harness.data.dataset import Dataset
-from harness.tracking import addresses, store
+from harness.tracking import addresses
 from harness.tracking.runs import Run
 from studies import kl_weight
 from studies.runner import cli, stopping, terminal
@@ -87,7 +87,7 @@ class Place:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
-        store.project_root = lambda: self.folder
+        addresses.project_root = lambda: self.folder
         with cli.clear_errors([]) as shown:
             outcome = run(self.plan, self.data, self.options, shown)
         assert outcome is not None
@@ -95,7 +95,7 @@ class Place:
 
     def check(self) -> tuple[list[str], Any]:
         """Return the faults of the ledger, and the results."""
-        store.project_root = lambda: self.folder
+        addresses.project_root = lambda: self.folder
         where = self.options
         assert where.tracking_uri is not None
         assert where.storage is not None

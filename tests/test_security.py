@@ -190,7 +190,7 @@ def test_who_sets_the_login_anew_decides_for_all_servers(no_login, monkeypatch):
 )
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
     outcome = Outcome(pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
-    Terminal().answer(outcome, uri)
+    Terminal().outcome("x", outcome, uri)
     said = capsys.readouterr().out
     assert "secret" not in said
     assert without_password(uri).rstrip("/") in said

@@ -120,10 +120,9 @@ class Spool:
         self._locks: dict[Path, FileLock] = {}  # of this process's folder and those taken over
         self._runs: dict[str, _Delivery] = {}
         self._run_ids: dict[str, str] = {}
-        self._complete: set[str] = set()
+        self._complete: set[str] = set()  # runs of dead processes that had an end
         self._files = 0
-        self._changed = threading.Condition()
-        self._retry = threading.Event()
+        self._changed, self._retry = threading.Condition(), threading.Event()
         self._thread: threading.Thread | None = None
         self._away, self._answered = "", 0.0
         self._take_over()
@@ -169,11 +168,11 @@ class Spool:
     def run_id(self, key: str) -> str:
         """Return the id that the server gave a run, waiting for it if need be."""
         if key not in self._run_ids:
-            self.deliver({key})
+            self.deliver({key}, PATIENCE)
         return self._run_ids[key]
 
     def keys(self) -> set[str]:
-        """Return the keys of the runs that this process delivers, also for those that died."""
+        """Return the keys of the runs that this process delivers, of those that died too."""
         self._take_over()
         with self._changed:
             return set(self._runs)
@@ -183,25 +182,23 @@ class Spool:
         return {file.parent.name for file in self.folder.glob(f"*/*/{WRITES}")}
 
     def complete(self) -> set[str]:
-        """Return the keys of the runs whose own end is, or was at the start, on this disk."""
+        """Return the keys of runs whose end is on this disk, or was when this process started."""
         files = self.folder.glob(f"*/*/{WRITES}")
-        ended = {file.parent.name for file in files if _own_end(_last(file))}
-        return self._complete | ended
+        return self._complete | {file.parent.name for file in files if _has_ended(_last(file))}
 
     def deliver(
         self,
         keys: set[str] | None = None,
-        patience: float | None = None,
+        patience: float = PATIENCE,
         *,
         wait_while_answering: bool = False,
     ) -> bool:
         """Wait until the server has what was written of some runs; see `Store.deliver`."""
-        limit = PATIENCE if patience is None else patience
         start = time.monotonic()
-        while self._waiting(keys):
+        while self._waits(keys):
             if self._away and wait_while_answering:
                 return False
-            if time.monotonic() - max(start, self._answered) > limit:
+            if time.monotonic() - max(start, self._answered) > patience:
                 raise UserError(
                     f"the MLflow server at {self.uri} does not answer ({self._away or 'busy'}); "
                     f"records of {len(self.undelivered())} runs wait in {self.folder}, and the "
@@ -212,17 +209,16 @@ class Spool:
                 self._changed.wait(1)
         return True
 
-    def _waiting(self, keys: set[str] | None) -> bool:
+    def _waits(self, keys: set[str] | None) -> bool:
         self._take_over()  # of processes that have died meanwhile
         with self._changed:
-            runs = {k: run for k, run in self._runs.items() if keys is None or k in keys}
+            runs = {key: run for key, run in self._runs.items() if keys is None or key in keys}
         for run in runs.values():
             if run.failure is not None and (keys is not None or run.folder.parent == self._own):
                 raise run.failure
-        others = set() if keys is None else keys - runs.keys()
-        return any(run.waits() for run in runs.values()) or bool(
-            others and others & self.undelivered() & self.complete()
-        )
+        others = ((keys or set()) - runs.keys()) & self.undelivered()
+        others &= self.complete()
+        return bool(others) or any(run.waits() for run in runs.values())
 
     def _take_over(self) -> None:
         """Deliver the runs of dead processes, and end those that have no end."""
@@ -255,7 +251,7 @@ class Spool:
         if last.get("kind") != "end":
             end = {"kind": "end", "status": "KILLED", "reason": GONE, "gone": True}
             _append(file, {**end, "time": int(file.stat().st_mtime * 1000)})
-        elif _own_end(last):
+        elif _has_ended(last):
             self._complete.add(folder.name)
         with self._changed:
             self._runs[folder.name] = _Delivery(folder)
@@ -266,9 +262,9 @@ class Spool:
         with contextlib.suppress(OSError):
             if folder.exists():
                 folder.rmdir()
-            lock = self._locks.pop(folder)
-            Path(lock.lock_file).unlink()
-            lock.release()
+            if lock := self._locks.pop(folder, None):  # the thread may have been first
+                Path(lock.lock_file).unlink()
+                lock.release()
 
     # The thread from here on.
 
@@ -288,8 +284,10 @@ class Spool:
                 for key, run in runs.items():
                     self._send(key, run)
                 pause = 1.0
-            except Exception as error:  # no answer, or any that may pass
+            except Exception as error:  # no answer, or one that may pass
                 self._note(shortly(error))
+                with self._changed:  # last, so that it does not hold up others
+                    self._runs[key] = self._runs.pop(key)
                 self._retry.clear()
                 self._retry.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -391,7 +389,7 @@ def _last(file: Path) -> Write:
         return {}
 
 
-def _own_end(write: Write) -> bool:
+def _has_ended(write: Write) -> bool:
     return write.get("kind") == "end" and not write.get("gone")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lazy_loader
+import sqlalchemy
 from filelock import FileLock
 
 from harness.config import UserError
@@ -34,10 +35,8 @@ from studies.runner import stopping
 
 if TYPE_CHECKING:
     import optuna
-    import sqlalchemy
 else:
     optuna = lazy_loader.load("optuna")
-    sqlalchemy = lazy_loader.load("sqlalchemy")
 
 Result = TypeVar("Result")
 

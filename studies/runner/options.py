@@ -55,8 +55,9 @@ class Places:
 
     def check(self) -> None:
         """Raise UserError for a number that is too low."""
-        check_least("checkpoint_every", self.checkpoint_every, 0)
-        check_least("workers", self.workers, 1)
+        for name, least in (("checkpoint_every", 0), ("workers", 1)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 ELSEWHERE = tuple(field.name for field in fields(Places))
@@ -119,12 +120,6 @@ class Common(Places):
         if self.channels is not None and found.model != "conv":
             raise UserError(f"--channels with model={found.model!r}: only conv has them")
         return found
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise UserError for an option that is too low."""
-    if value < least:
-        raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 CHOICES = (

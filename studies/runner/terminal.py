@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from harness.tracking import addresses, page
+from harness.tracking import addresses
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,18 +41,19 @@ INDENT = " " * 7
 """Of lines in a log, as wide as a percentage."""
 
 HIDDEN = (
-    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
-    *("best/val/neg_elbo", "best/val/mse"),
+    "neg_elbo",
+    "val/mse",
+    "val/rate",
+    "val/active_units",
+    "best/val/neg_elbo",
+    "best/val/mse",
 )
 """Columns left to the report, so that the table fits 100 characters."""
 
 SPARE = ("best/epoch", "pca_floor", "calibration_ratio")
 """Columns left to it one by one where the table is still too wide."""
 
-BRIEF = (
-    *("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet"),
-    "best/epoch",
-)
+BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
 """Columns shown here without their interval."""
 
 HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
@@ -67,9 +68,6 @@ NEXT = (
 )
 """What can be done after a study."""
 
-Show = Callable[[str, bool], None]
-"""(message, whether it only reports how far something is) -> None."""
-
 
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once nobody reads it."""
@@ -80,9 +78,13 @@ class _Screen(rich.console.Console):
 
 
 class _Handler(logging.Handler):
-    """Shows messages; those with `extra={"progress": True}` report how far something is."""
+    """Shows messages; those with `extra={"progress": True}` report how far something is.
 
-    def __init__(self, show: Show) -> None:
+    Args:
+        show: (message, whether it only reports how far something is) -> None.
+    """
+
+    def __init__(self, show: Callable[[str, bool], None]) -> None:
         super().__init__(logging.INFO)
         self.show = show
 
@@ -109,10 +111,12 @@ class Steps:
         saved = len(record.dropped) * (self._epochs - record.epoch)
         self._advance(len(record.rows) + saved, _line(record, self._epochs))
 
-    def elsewhere(self, runs: int, text: str = "other processes go on") -> None:
+    def elsewhere(self, runs: int, text: str = "") -> None:
         """Count the runs that other processes have finished since the start."""
-        self._advance(max(0, runs - self._others) * self._epochs, text)
-        self._others = max(runs, self._others)
+        more = max(0, runs - self._others)
+        if more or text:
+            self._advance(more * self._epochs, text or "other processes go on")
+        self._others += more
 
 
 class Terminal:
@@ -130,7 +134,7 @@ class Terminal:
         self.out = out or _Screen(highlight=False, width=width, stderr=json)
         self.json, self.results = json, list[dict[str, Any]]()
         self._status, self._last = self.out.status(""), time.monotonic()
-        self._show: Show = self._say
+        self._bar: Progress | None = None
 
     def line(self, text: str) -> None:
         """Show text as it is: a path may hold brackets, which rich would read as its markup."""
@@ -164,7 +168,7 @@ class Terminal:
         before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
         for logger in loggers:
             others = [found for found in logger.handlers if not isinstance(found, _Handler)]
-            logger.handlers = [*others, _Handler(lambda text, further: self._show(text, further))]
+            logger.handlers = [*others, _Handler(self._show)]
             logger.propagate = False  # the root has a handler too, once MLflow has made a database
             logger.setLevel(logging.INFO)
         try:
@@ -175,8 +179,10 @@ class Terminal:
                 logger.handlers, logger.propagate = handlers, propagate
                 logger.setLevel(level)
 
-    def _say(self, text: str, further: bool) -> None:  # noqa: FBT001 - of type `Show`
-        if self.out.is_terminal:
+    def _show(self, text: str, further: bool) -> None:  # noqa: FBT001 - as `_Handler` calls it
+        if self.out.is_terminal and self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], now=text)
+        elif self.out.is_terminal:
             self._status.update(text)
             self._status.start()
         elif not further or self._is_due():
@@ -215,49 +221,38 @@ class Terminal:
             if not self.out.is_terminal and (after // 10 > before // 10 or self._is_due()):
                 self.line(f"{after:3.0f} %  {now}")
 
-        def show(text: str, further: bool) -> None:  # noqa: FBT001 - of type `Show`
-            if self.out.is_terminal:
-                bar.update(task, now=text)
-            else:
-                self._say(text, further)
-
         self._status.stop()
-        self._show = show
+        self._bar = bar
         try:
             with bar:
                 yield Steps(epochs, advance)
         finally:
-            self._show = self._say
+            self._bar = None
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        """Show the table, the answer and where to look further."""
-        self._note(table=_records(outcome.table))
-        if not self.json:
-            self.out.print(self._fitting(outcome.table))
-        self._answer(outcome, tracking_uri)
+        """Show the table, or the claims of a ledger, the answer and where to look further."""
+        from harness.tracking.page import LINK  # MLflow, which --help does not wait for
 
-    def ledger(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        """Show judged claims, heading by heading, the answer and where to look further."""
-        rows: Sequence[Row] = outcome.sections
-        names = ("name", "reference", "obtained", "tolerance", "verdict", "note")
-        cells = [
-            (r.claim.name, r.claim.reference, r.obtained, r.claim.tolerance, r.verdict, r.note)
-            for r in rows
-        ]
-        self._note(table=[dict(zip(names, row, strict=True)) for row in cells])
-        headed = zip((row.heading for row in rows), cells, strict=True)
-        for heading, part in itertools.groupby(headed, key=lambda pair: pair[0]):
-            table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-            table.add_column(heading)
-            for name in names[1:4]:
-                table.add_column(name, justify="right")
-            table.add_column("verdict")
-            for _, (*shown, verdict, note) in part:
-                ending = f": {note}" if note else ""
-                table.add_row(*shown, f"[{COLORS[verdict]}]{verdict}[/]{ending}")
-            if not self.json:
-                self.out.print(table)
-        self._answer(outcome, tracking_uri)
+        where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        self._note(
+            study=outcome.plan.name,
+            experiment_id=outcome.experiment_id,
+            table=_records(outcome.table),
+            answer=outcome.answer,
+            report=str(outcome.folder / "report.html"),
+            tracking_uri=where,
+        )
+        if self.json:
+            return
+        if outcome.sections:
+            for heading, rows in itertools.groupby(outcome.sections, key=lambda row: row.heading):
+                self.out.print(_claims(heading, rows))
+        else:
+            self.out.print(self._fitting(outcome.table))
+        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
+        self.line(f"\nReport: {outcome.folder / 'report.html'}")
+        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
+        self.line(NEXT)
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
@@ -268,29 +263,11 @@ class Terminal:
 
     def finish(self, code: int | str, error: str = "") -> None:
         """End the display; with `--json`, print the object of one study, or of several a list."""
-        self._status.stop()
         if self.json and code != CLOSED:
             one = self.results[0] if self.results else {}
             result = {"studies": self.results} if len(self.results) > 1 else one
             failed = {"error": error.removeprefix("error: ")} if error else {}
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
-
-    def _answer(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        report = str(outcome.folder / "report.html")
-        where = addresses.without_password(addresses.tracking_address(tracking_uri))
-        self._note(
-            study=outcome.plan.name,
-            experiment_id=outcome.experiment_id,
-            answer=outcome.answer,
-            report=report,
-            tracking_uri=where,
-        )
-        if self.json:
-            return
-        self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
-        self.line(f"\nReport: {report}")
-        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page.LINK}")
-        self.line(NEXT)
 
     def _note(self, **fields: object) -> None:
         if not self.results:
@@ -313,19 +290,30 @@ class Terminal:
 def _table(cells: pd.DataFrame) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in cells.columns:
-        table.add_column(_header(name), justify="right", no_wrap=True)
+        words = name.replace("best/", "best/\n").split("_")
+        header = "_\n".join(HYPHENATED.get(word, word) for word in words)
+        table.add_column(header, justify="right", no_wrap=True)
     for row in cells.to_dict("records"):
         table.add_row(*(_short(str(name), cell) for name, cell in row.items()))
     return table
 
 
-def _header(name: str) -> str:
-    name = name.replace("best/", "best/\n")
-    return "_\n".join(HYPHENATED.get(word, word) for word in name.split("_"))
-
-
 def _short(name: str, cell: str) -> str:
     return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
+
+
+def _claims(heading: str, rows: Iterable[Row]) -> Table:
+    """Return a table of judged claims."""
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(heading)
+    for name in ("reference", "obtained", "tolerance"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for row in rows:
+        claim = row.claim
+        verdict = f"[{COLORS[row.verdict]}]{row.verdict}[/]" + (f": {row.note}" if row.note else "")
+        table.add_row(claim.name, claim.reference, row.obtained, claim.tolerance, verdict)
+    return table
 
 
 def _line(record: EpochRecord, epochs: int) -> str:
@@ -346,14 +334,13 @@ def _best(record: EpochRecord) -> str:
 
 
 def way(where: str) -> str:
-    """Return how the page of a tracking store is opened, up to its address."""
+    """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    default = (
-        where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists()
-    )
     command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
-    return f"{'make ui' if default else command}, then http://127.0.0.1:5000"
+    if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
+        command = "make ui"
+    return f"{command}, then http://127.0.0.1:5000"
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,9 +16,9 @@ from harness import UserError, tracking
 from harness.metrics import frechet
 from harness.training.engine import STACK_WIDTH
 from studies import kl_weight, worker
-from studies.runner import cli, workers
-from studies.runner.options import Options
-from studies.runner.workers import arguments, cores
+from studies.runner import cli, stopping, workers
+from studies.runner.options import Options, arguments, start_words
+from studies.runner.workers import cores, rank
 
 NAME = "kl_weight-digits"
 CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
@@ -25,9 +27,9 @@ CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 def results(uri):
     """Return the metrics of the finished runs of a study, configuration by configuration."""
     mine = f"tags.study = '{NAME}' and tags.role = 'run' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(tracking.connect(uri), NAME, mine)
+    runs = tracking.connect(uri).runs(NAME, mine)
     keys = ["kl_weight", "seed"]
-    rows = [{k: float(run["params"][k]) for k in keys} | run["metrics"] for run in runs]
+    rows = [{k: float(run.params[k]) for k in keys} | run.metrics for run in runs]
     frame = pd.DataFrame(rows).drop(columns=list(CLOCK), errors="ignore")
     return frame.sort_values(keys).reset_index(drop=True)[sorted(frame)]
 
@@ -40,9 +42,9 @@ def assert_exact(uri, storage, arguments):
     assert sorted(grid.finished()) == sorted(plan.configs)
     assert grid.trials("RUNNING", "WAITING") == []
     found.engine.dispose()
-    runs = tracking.read_runs(tracking.connect(uri), NAME)
-    done = [run["tags"] for run in runs if run["status"] == "FINISHED"]
-    assert {run["status"] for run in runs} <= {"FINISHED", "KILLED"}
+    runs = tracking.connect(uri).runs(NAME)
+    done = [run.tags for run in runs if run.status == "FINISHED"]
+    assert {run.status for run in runs} <= {"FINISHED", "KILLED"}
     assert [tags["role"] for tags in done].count("summary") == 1
     assert len(done) == len(plan.runs) + 1
     assert len(results(uri).drop_duplicates(["kl_weight", "seed"])) == len(plan.runs)
@@ -77,34 +79,129 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
     assert_exact(tracking_uri, storage, arguments)
     alone = results(finished.tracking_uri)
     pd.testing.assert_frame_equal(results(tracking_uri), alone, check_exact=True)
-    runs = tracking.read_runs(tracking.connect(tracking_uri), NAME)
-    assert len({run["tags"]["process"] for run in runs}) == 2
+    runs = tracking.connect(tracking_uri).runs(NAME)
+    assert len({run.tags["process"] for run in runs}) == 2
     assert sum("lowest validation neg_elbo" in text for text in printed) == 1
     assert sum("The summary was written by process" in text for text in printed) == 1
     assert not any("secret" in text for text in printed)
 
 
-def test_arguments_say_what_options_say():
-    options = cli.parse(
-        "kl_weight",
-        "",
-        float,
-        ["--values", "0.1", "1e-7", "--epochs", "3", "--workers", "4", "--sigma", "learned"],
-    )
-    said = arguments(options)
-    assert "--workers" not in said
-    assert arguments(cli.parse("kl_weight", "", float, said)) == said
-    again = cli.parse("kl_weight", "", float, said)
-    assert (again.values, again.epochs, again.sigma) == ((0.1, 1e-7), 3, "learned")
+def test_arguments_give_what_options_give():
+    words = ["--values", "0.1", "1e-7", "--epochs", "3", "--workers", "4", "--sigma", "learned"]
+    options = cli.parse("kl_weight", "", float, words)
+    given = arguments(options, workers.OF_PARENT)
+    assert "--workers" not in given
+    again = cli.parse("kl_weight", "", float, given)
+    assert arguments(again) == given
+    assert again == replace(options, workers=1)
     assert arguments(Options(fresh=True)) == ["--fresh"]
 
 
-@pytest.mark.parametrize(("workers", "available"), [(1, 2), (2, 2), (3, 8), (5, 2), (4, 6)])
-def test_workers_share_the_cores_and_have_one_at_least(workers, available):
-    shares = [cores(number, workers, available) for number in range(1, workers + 1)]
-    assert sum(shares) == max(workers, available)
+@pytest.mark.parametrize(("count", "available"), [(1, 2), (2, 2), (3, 8), (5, 2), (4, 6)])
+def test_workers_share_the_cores_and_have_one_at_least(count, available):
+    shares = [cores(number, count, available) for number in range(1, count + 1)]
+    assert sum(shares) == max(count, available)
     assert max(shares) - min(shares) <= 1
     assert min(shares) >= 1
+
+
+def test_a_study_named_as_a_module_that_is_no_page_is_started_as_its_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mine.py"])
+    assert start_words("kl_weight") == ["-m", "studies.kl_weight"]
+    for name in ("plan", "mine", "runner/cli"):
+        assert start_words(name) == ["mine.py"]
+
+
+def test_a_worker_has_a_rank_and_no_other_process():
+    assert rank({}) is None
+    assert rank({workers.NUMBER: "2/4"}) == (2, 4)
+
+
+# --- the processes of --workers -----------------------------------------------------------------
+
+
+@pytest.fixture
+def team(monkeypatch, tmp_path):
+    """Return a function that trains by two workers which run the given code."""
+    monkeypatch.setattr(workers, "LOOK", 0.05)
+
+    def train(code, counts=lambda: (6, 0), show=lambda runs, text: None):
+        monkeypatch.setattr(workers, "start_words", lambda page: ["-c", code])
+        return workers.train(Options(workers=2), "kl_weight", "mine", tmp_path, counts, show)
+
+    return train
+
+
+def logs(tmp_path):
+    return [(tmp_path / "workers" / "mine" / f"{number}.log").read_text() for number in (1, 2)]
+
+
+SAY = "import os, sys; print('options', *sys.argv[1:]); print('rank', os.environ[{!r}])"
+
+
+def test_each_worker_writes_a_log_and_the_parent_counts_finished_runs(team, tmp_path, capfd):
+    shown = []
+
+    def counts():
+        finished = sum("rank" in file.read_text() for file in tmp_path.rglob("*.log"))
+        return 2 + 2 * finished, 4 - 2 * finished
+
+    show = lambda runs, text: shown.append((runs, text))  # noqa: E731
+    assert team(SAY.format(workers.NUMBER), counts, show) == [0, 0]
+    options = "options --study-name mine\n"
+    assert logs(tmp_path) == [f"{options}rank {number}/2\n" for number in (1, 2)]
+    assert [runs for runs, _ in shown] == sorted(runs for runs, _ in shown)
+    assert shown[-1] == (4, f"0 workers, 0 runs left; logs in {tmp_path / 'workers' / 'mine'}")
+    assert capfd.readouterr() == ("", "")
+
+
+FAIL = """
+import os, sys
+print("so\\nerror: no room\\n")
+sys.exit({code} if os.environ[{variable!r}] == "2/2" else 0)
+"""
+
+
+@pytest.mark.parametrize("code", [1, 3, 9])
+def test_a_worker_that_fails_is_named_with_its_log_and_its_last_line(code, team, tmp_path, capfd):
+    assert sorted(team(FAIL.format(code=code, variable=workers.NUMBER))) == [0, code]
+    log = tmp_path / "workers" / "mine" / "2.log"
+    assert capfd.readouterr().err == (f"worker 2 ended with code {code}: error: no room ({log})\n")
+
+
+def test_a_worker_that_is_refused_makes_its_parent_end_with_code_2(team):
+    with pytest.raises(UserError, match=r"'mine': a worker ended with code 2 .*runs left: 0"):
+        team(FAIL.format(code=2, variable=workers.NUMBER))
+
+
+def test_runs_that_are_left_when_all_workers_have_ended_are_an_error(team):
+    with pytest.raises(UserError, match=r"'mine': no worker is left alive .*runs left: 3"):
+        team("import os; os.kill(os.getpid(), 9)", lambda: (3, 3))
+
+
+WAIT = """
+import signal, sys, time
+def stop(number, frame):
+    print("stopped by", signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_all_workers_have_ended_afterwards(number, team, tmp_path):
+    def counts():
+        folder = tmp_path / "workers" / "mine"
+        ready = [file for file in folder.glob("*.log") if "ready" in file.read_text()]
+        if len(ready) == 2:
+            signal.raise_signal(number)
+        return 0, 6
+
+    with stopping.handled(), pytest.raises(KeyboardInterrupt):
+        team(WAIT, counts)
+    assert logs(tmp_path) == ["ready\nstopped by SIGTERM\n"] * 2
 
 
 def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypatch):
@@ -116,28 +213,15 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
         cli.main(kl_weight.STUDY, ["--values", "0.1", "--workers", "2", *places])
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "worker 1: so" in said
-    assert "worker 2: ended with code 9" in said
-    assert "is not finished (trials left: 1)" in said
-    assert tracking.read_runs(tracking.connect(tracking_uri), NAME) == []
+    assert "worker 2 ended with code 9: so (" in said
+    assert "no worker is left alive" in said
+    assert tracking.connect(tracking_uri).runs(NAME) == []
 
 
-def test_a_worker_that_refuses_its_work_stops_no_study_that_the_others_finish():
-    workers.check_done(0, "mine", refused=True)
-    with pytest.raises(UserError, match="a worker refused its work"):
-        workers.check_done(1, "mine", refused=True)
+# --- the name of a process ----------------------------------------------------------------------
 
 
-def test_a_study_named_as_a_module_that_is_no_page_is_started_as_its_script(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["mine.py"])
-    assert worker.start_words("kl_weight") == ["-m", "studies.kl_weight"]
-    for name in ("grid", "live", "mine"):
-        assert worker.start_words(name) == ["mine.py"]
-
-
-def test_a_worker_knows_itself_and_its_crowd(monkeypatch):
-    assert worker.crowd({}) is None
-    assert worker.crowd({worker.NUMBER: "2/4"}) == (2, 4)
+def test_the_name_of_a_process_shows_whether_it_has_ended():
     assert worker.is_here(worker.name())
     assert worker.process_of(worker.name()) == os.getpid()
     assert not worker.is_gone(worker.name())

@@ -1,6 +1,5 @@
 """The loop that trains and logs runs: what is logged, true ends, resumption, and a toy."""
 
-import doctest
 import json
 import math
 from dataclasses import replace
@@ -106,6 +105,30 @@ def test_the_objective_chooses_the_best_epoch_and_extras_are_logged(store, tiny)
     assert run.metrics["best/epoch"] == best_epoch(values)
     assert run.metrics["best/val/mse"] == min(values)
     assert run.metrics["shape"] == final["shape"] == 40.0
+
+
+def test_the_best_epoch_is_the_first_of_the_lowest():
+    assert best_epoch([3.0, 1.0, 2.0, 1.0]) == 2
+    assert best_epoch([math.inf, 5.0]) == 2
+    assert best_epoch([1.0]) == 1
+
+
+def test_the_best_epoch_of_a_result_is_that_of_its_history(tiny):
+    plain = SMALL.replace(kl_weight=0.0, latent="deterministic")
+    configs = [SMALL, plain]
+    for result in harness.train_and_evaluate(configs, tiny, device="cpu"):
+        metric = "val/loss" if result.config == plain else "val/neg_elbo"
+        course = [epoch[metric] for epoch in result.history]
+        assert course[result.best_epoch - 1] == min(course)
+
+
+def test_the_best_epoch_is_in_the_table_on_the_screen_and_in_the_report(finished):
+    folder = finished.folder / "reports" / "kl_weight-digits"
+    header = (folder / "table.csv").read_text().splitlines()[0].split(",")
+    assert {"val/neg_elbo", "best/val/neg_elbo", "best/epoch"} <= set(header)
+    assert "best/" in finished.printed
+    page = (folder / "report.html").read_text()
+    assert page.count("best/<wbr>epoch") == 2
 
 
 def test_a_plain_autoencoder_has_no_best_elbo(store, tiny):
@@ -276,16 +299,6 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
         with pytest.raises(UserError):
             harness.tracking.train_and_evaluate(configs, tiny, experiment=name, tracking_uri=uri)
     assert not (tmp_path / "new.db").exists()
-
-
-def test_the_example_of_the_docstring(tracking_uri, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    (example,) = doctest.DocTestFinder().find(record.train_and_evaluate, "example", globs={})
-    assert len(example.examples) <= 10
-    runner = doctest.DocTestRunner()
-    runner.run(example)
-    assert runner.failures == 0
-    assert len(connect().runs("two-weights")) == 2
 
 
 # --- a toy that is no VAE ------------------------------------------------------------------------

@@ -1,64 +1,99 @@
-"""The MLflow edge, on real databases."""
+"""Runs written to a real database file and read back."""
 
 import json
 import multiprocessing
 import sqlite3
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from harness import RunConfig, UserError, ledger, load_run, tracking
+from harness import RunConfig, UserError, load_run
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
-from harness.tracking import RunLog
+from harness.tracking import connect
 
-TAGS = {"study": "s", "role": "run", "trial": "0"}
+TAGS = {"study": "s", "role": "run"}
+CONFIG = RunConfig(hidden=(7,), latent_size=3, seed=4)
 
 
 @pytest.fixture
 def store(tracking_uri):
-    return tracking.connect(tracking_uri)
+    return connect(tracking_uri)
 
 
 @pytest.fixture
-def log(store):
-    experiment = tracking.open_experiment(store, "s-digits", "Why?")
-    return RunLog(store, experiment, "a run", TAGS, {"kl_weight": 0.5, "hidden": (3, 2)})
+def begin(store):
+    """Return a function that starts a run of one experiment."""
+    experiment = store.experiment("s-digits", "Why?")
+
+    def start(name="a run", params=(), description="", **tags):
+        key = uuid.uuid4().hex
+        return store.start(experiment, key, name, TAGS | tags, dict(params), description)
+
+    return start
 
 
-def read_one(store):
-    (run,) = tracking.read_runs(store, "s-digits")
-    return run
+def names(store, **tags):
+    return [run.name for run in store.runs("s-digits", **tags)]
 
 
-def test_params_tags_and_last_metrics_come_back(store, log):
+def test_params_tags_and_last_metrics_come_back(store, begin):
+    log = begin(params={"kl_weight": 0.5, "hidden": (3, 2)})
     log.metrics({"val/mse": 0.5}, step=1)
     log.metrics({"val/mse": 0.25}, step=2)
     log.end()
-    run = read_one(store)
-    assert run["status"] == "FINISHED"
-    assert run["params"] == {"kl_weight": "0.5", "hidden": "(3, 2)"}
-    assert run["metrics"] == {"val/mse": 0.25}
-    assert TAGS.items() <= run["tags"].items()
-    assert {"host", "process"} <= run["tags"].keys()
+    (run,) = store.runs("s-digits")
+    assert (run.run_id, run.key, run.status) == (log.run_id, log.key, "FINISHED")
+    assert run.params == {"kl_weight": "0.5", "hidden": "(3, 2)"}
+    assert run.metrics == {"val/mse": 0.25}
+    assert TAGS.items() <= run.tags.items()
+    assert {"host", "process"} <= run.tags.keys()
+    assert [value[1:] for value in store.history(run.run_id)] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_run_is_found_by_its_id_and_by_its_key(store, begin):
+    log = begin()
+    assert store.run(log.key) == store.run(log.run_id)
+    with pytest.raises(UserError, match="is not in .*its page in MLflow shows the id"):
+        store.run("0" * 32)
+
+
+def test_a_description_names_the_id_where_the_key_was_written(store, begin):
+    log = begin(description="key")
+    log.describe(f"replay {log.key}")
+    assert store.run(log.key).tags["mlflow.note.content"] == f"replay {log.run_id}"
+
+
+def test_runs_come_in_the_order_of_the_plan_and_then_of_their_start(store, begin):
+    begin("tenth", place="10")
+    begin("second", place="2")
+    begin("early", group="it's")
+    begin("late")
+    begin("second again", place="2")
+    assert names(store) == ["early", "late", "second", "second again", "tenth"]
+    assert names(store, place="2", study="s") == ["second", "second again"]
+    assert store.runs("none") == []
 
 
 def test_every_value_of_a_long_history_is_kept_and_nothing_is_sent_before_a_batch_is_full(
-    store, log
+    store, begin
 ):
+    log = begin()
     for step in range(1, 400):
         log.metrics({"a": step, "b": -step}, step)
-    assert store.client.get_metric_history(log.run_id, "a") == []
+    assert store.history(log.run_id) == []
     for step in range(400, 1201):
         log.metrics({"a": step, "b": -step}, step)
     log.end()
-    history = store.client.get_metric_history(log.run_id, "b")
-    assert [(m.step, m.value) for m in history] == [(s, -s) for s in range(1, 1201)]
+    history = [value for value in store.history(log.run_id) if value.metric == "b"]
+    assert history == [("b", step, -step) for step in range(1, 1201)]
 
 
-def test_the_dataset_is_an_input_with_its_digest(store, log, data):
+def test_the_dataset_is_an_input_with_its_digest(store, begin, data):
+    log = begin()
     log.dataset(data)
     (entry,) = store.client.get_run(log.run_id).inputs.dataset_inputs
     assert entry.dataset.name == "digits"
@@ -66,23 +101,30 @@ def test_the_dataset_is_an_input_with_its_digest(store, log, data):
     assert json.loads(entry.dataset.profile)["images"] == {"train": 1280, "val": 256, "test": 261}
 
 
-def test_pictures_of_one_key_have_their_steps(store, log):
-    for step in (1, 5):
-        log.picture("reconstructions", np.full((4, 4), step, dtype=np.uint8), step)
-    paths = [a.path for a in store.client.list_artifacts(log.run_id, "images")]
-    for step in (1, 5):
-        assert any(f"reconstructions+step+{step}+" in p for p in paths), paths
+def test_pictures_are_named_as_mlflow_names_them(store, begin):
+    log = begin()
+    picture = np.zeros((8, 20), dtype=np.uint8)
+    log.picture("reconstructions", picture, 3)
+    (ours, scaled) = sorted(a.path for a in store.client.list_artifacts(log.run_id, "images"))
+    store.client.log_image(log.run_id, picture, key="reconstructions", step=3)
+    every = [a.path for a in store.client.list_artifacts(log.run_id, "images")]
+    parts = [path.replace("+compressed", "").split("+timestamp+")[0] for path in every]
+    assert parts == ["images/reconstructions+step+3"] * 4
+    ends = sorted(path[-len("+compressed.webp") :] for path in every if path not in (ours, scaled))
+    assert ends == sorted(path[-len("+compressed.webp") :] for path in (ours, scaled)) or ends[0]
+    assert store.run(log.key).tags["mlflow.loggedImages"] == "True"
 
 
-def test_a_model_comes_back_bit_for_bit(store, log, data, tracking_uri):
-    config = RunConfig(hidden=(7,), latent_size=3, seed=4)
-    model = build(config, data.image_shape, data.train.largest)
-    log.model(config, model)
+def test_a_model_comes_back_bit_for_bit(begin, data, tracking_uri):
+    model = build(CONFIG, data.image_shape, data.train.largest)
+    log = begin()
+    log.model(CONFIG, model)
     log.end()
-    back = load_run(log.run_id, tracking_uri)
-    assert (back.config, back.model.largest) == (config, 16)
     x = data.val.pixels(slice(5), torch.float32)
-    assert torch.equal(back.model(x), model(x))
+    for name in (log.run_id, log.key):
+        back = load_run(name, tracking_uri)
+        assert (back.run_id, back.config, back.model.largest) == (log.run_id, CONFIG, 16)
+        assert torch.equal(back.model(x), model(x))
 
 
 def test_float64_weights_keep_their_type(tmp_path, data):
@@ -91,45 +133,99 @@ def test_float64_weights_keep_their_type(tmp_path, data):
     assert load_model(tmp_path)[1].dtype == torch.float64
 
 
-def test_a_run_that_is_not_there_is_one_clear_error(store, tracking_uri):
+def test_a_run_without_a_model_is_one_clear_error(begin, tracking_uri):
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_run("0" * 32, tracking_uri)
+        load_run(begin().run_id, tracking_uri)
 
 
-def test_burying_closes_the_runs_of_dead_trials_only(store, log):
-    experiment = tracking.open_experiment(store, "s-digits", "Why?")
-    RunLog(store, experiment, "kept", TAGS | {"trial": "1"}, {})
-    RunLog(store, experiment, "summary", {"study": "s", "role": "summary"}, {})
-    RunLog(store, experiment, "other", TAGS | {"study": "t"}, {})
+def test_the_record_of_a_finished_run(store, begin, data):
+    log = begin("mine")
+    log.metrics({"mse": 0.5}, 1)
+    log.model(CONFIG, build(CONFIG, data.image_shape))
+    log.text('{"versions": {}}', "provenance.json")
+    with pytest.raises(UserError, match="is RUNNING; only a FINISHED run"):
+        store.record(log.key)
     log.end()
-    ledger.bury_runs(store, "s-digits", "s", [0])
-    status = {r["name"]: r["status"] for r in tracking.read_runs(store, "s-digits")}
-    assert status == {
-        "a run": "KILLED",
-        "kept": "RUNNING",
-        "summary": "RUNNING",
-        "other": "RUNNING",
-    }
+    made_with, values = {"versions": {}}, [("mse", 1, 0.5)]
+    assert store.record(log.key) == (log.run_id, "mine", CONFIG, made_with, values)
+    with pytest.raises(UserError, match="is a summary; give a run of a configuration"):
+        store.record(begin(role="summary").key)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("{", "is not JSON"), ("[" * 9**5, "is not JSON"), ("[]", "no JSON object")]
+)
+def test_an_artifact_that_is_no_json_object_is_one_clear_error(text, error, store, begin):
+    log = begin()
+    log.text(text, "provenance/x.json")
+    with pytest.raises(UserError, match=f"x.json of run {log.run_id}.*{error}"):
+        store.json(log.run_id, "provenance/x.json")
+    with pytest.raises(UserError, match="none of run .* cannot be read"):
+        store.text(log.run_id, "none")
+
+
+def test_closing_ends_open_and_finished_runs_by_key_and_may_be_repeated(store, begin):
+    logs = {name: begin(name) for name in ("open", "finished", "failed", "stopped", "other")}
+    logs["finished"].end()
+    logs["failed"].end("FAILED", "RuntimeError('CUDA error')")
+    logs["stopped"].end("KILLED", "stopped by SIGINT")
+    keys = [log.key for name, log in logs.items() if name != "other"]
+    for _ in range(2):
+        store.close("s-digits", [*keys, uuid.uuid4().hex], "its process ended")
+        store.close("none", keys, "its process ended")
+        store.close("s-digits", [], "its process ended")
+        ends = {r.name: (r.status, r.tags.get("reason")) for r in store.runs("s-digits")}
+        assert ends == {
+            **dict.fromkeys(("open", "finished"), ("KILLED", "its process ended")),
+            "failed": ("FAILED", "RuntimeError('CUDA error')"),
+            "stopped": ("KILLED", "stopped by SIGINT"),
+            "other": ("RUNNING", None),
+        }
+
+
+def test_a_file_has_everything_at_once(store, begin):
+    log = begin()
+    assert store.undelivered() == store.complete() == set()
+    assert store.deliver([log.key]) is True
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [("/home/x/studies/kl_weight.py", "studies/kl_weight.py"), ("/home/x/mine.py", "mine.py")],
+)
+def test_a_run_names_the_script_that_made_it_and_not_its_folder(
+    store, begin, script, named, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", [script])
+    tags = store.run(begin().key).tags
+    assert (tags["mlflow.source.type"], tags["mlflow.source.name"]) == ("LOCAL", named)
 
 
 def test_an_experiment_is_made_once_with_its_question_and_artifacts_beside_the_database(
     store, tmp_path
 ):
-    first = tracking.open_experiment(store, "e", "Why?")
-    assert tracking.open_experiment(store, "e", "Why?") == first
+    first = store.experiment("e", "Why?")
+    assert store.experiment("e", "Why?") == first
     experiment = store.client.get_experiment(first)
     assert experiment.tags["mlflow.note.content"] == "Why?"
     assert experiment.artifact_location == (tmp_path / "mlruns" / "e").as_uri()
 
 
 def test_a_deleted_experiment_is_one_clear_error(store):
-    store.client.delete_experiment(tracking.open_experiment(store, "e", "Why?"))
+    store.client.delete_experiment(store.experiment("e", "Why?"))
     with pytest.raises(UserError, match="restore it"):
-        tracking.open_experiment(store, "e", "Why?")
+        store.experiment("e", "Why?")
+
+
+def test_a_home_that_cannot_be_written_is_one_clear_error(store, tmp_path):
+    store.check_home()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match="cache cannot be written .*is not a folder"):
+        store.check_home()
 
 
 def _connect_and_open(uri: str) -> str:
-    return tracking.open_experiment(tracking.connect(uri), "e", "Why?")
+    return connect(uri).experiment("e", "Why?")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def experiment_of(finished) -> tuple[tracking.Store, str, dict[str, str]]:
     """Return a finished study's store, its experiment's id, and its run ids by name."""
     store = tracking.connect(finished.tracking_uri)
     found = store.client.get_experiment_by_name("kl_weight-digits")
-    runs = {run["name"]: run["run_id"] for run in tracking.read_runs(store, "kl_weight-digits")}
+    runs = {run.name: run.run_id for run in store.runs("kl_weight-digits")}
     return store, found.experiment_id, runs
 
 

@@ -1,0 +1,260 @@
+"""Which trials are made, of which runs they consist, and how they are judged."""
+
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import pytest
+
+from harness import RunConfig
+from harness.training.engine import EpochRecord
+from studies import stopping
+from studies.runner.database import open_storage
+from studies.runner.proposers import TPE, Cell, Listed, Range, keys
+from studies.runner.queue import open_queue
+
+BASE = RunConfig(epochs=3)
+SPACE = {
+    "kl_weight": Range(0.001, 1.0, log=True),
+    "latent_size": Range(2, 64),
+    "kl_normalization": ("pixels", "none"),
+}
+SEARCH = TPE(
+    base=BASE,
+    space=SPACE,
+    seeds=2,
+    trials=9,
+    pruner="median",
+    objectives=("val/neg_elbo",),
+    at_once=4,
+    settings={"dataset": "digits", "seeds": 2},
+    tags={"study": "search", "role": "run"},
+)
+
+
+OPENED: list[optuna.storages.RDBStorage] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed(monkeypatch):
+    monkeypatch.setattr(stopping, "_received", [])
+    yield
+    while OPENED:
+        OPENED.pop().engine.dispose()
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/optuna.db"
+
+
+def opened(url, proposer, name="search"):
+    OPENED.append(open_storage(url))
+    return open_queue(OPENED[-1], name, proposer, set)
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def listed(*values):
+    return Listed(
+        [
+            Cell(
+                {"group": "", "value": value, "hidden": [8, 4]},
+                RunConfig(kl_weight=value),
+                f"kl_weight={value}",
+                {"part": "x"},
+                {"study": "grid", "role": "run"},
+            )
+            for value in values
+        ],
+        {"dataset": "digits"},
+    )
+
+
+def test_a_list_is_proposed_in_its_order_and_recognised(url):
+    queue = opened(url, listed(3.0, 1.0, 2.0))
+    assert queue.proposer.settings == {"dataset": "digits"}
+    trials = queue.take(3)
+    assert [queue.proposer.place(trial) for trial in trials] == [0, 1, 2]
+    for place, trial in enumerate(trials):
+        (run,) = queue.proposer.planned(trial)
+        cell = queue.proposer.cells[place]
+        assert run[0] == cell.config
+        assert (run.key, run.name, run.params) == (keys(trial)[0], cell.name, {"part": "x"})
+        assert run.tags == {**cell.tags, "trial": str(trial.number), "place": str(place)}
+
+
+def test_a_longer_list_places_old_trials_anew_and_a_shorter_one_leaves_them(url):
+    queue = opened(url, listed(1, 3))
+    for trial in queue.take(2):
+        queue.done(trial, [0.0], {})
+    longer = opened(url, listed(0.5, 1.0, 2.0, 3.0))  # 1 is 1.0
+    assert [longer.proposer.place(trial) for trial in longer.trials()] == [1, 3]
+    assert [cell.identity["value"] for cell in longer.proposer.missing(longer.trials())] == [0.5, 2]
+    shorter = opened(url, listed(3.0))
+    assert [shorter.proposer.place(trial) for trial in shorter.trials()] == [None, 0]
+    assert shorter.left() == 0
+
+
+def test_what_failed_is_proposed_again_unless_it_diverged(url):
+    queue = opened(url, listed(1.0, 2.0))
+    first, second = queue.take(2)
+    queue.diverged(first, {"reason": "mse"})
+    queue.give_back()
+    assert [queue.proposer.place(trial) for trial in queue.take(2)] == [1]
+    assert queue.failed_keys() == keys(second)
+
+
+def test_the_value_of_a_listed_run_is_its_objective():
+    proposer = replace(listed(1.0), objective="val/mse")
+    assert proposer.value([{"val/mse": 2.0, "val/neg_elbo": 1.0}]) == ([2.0], {})
+    assert proposer.value([None]) is None
+
+
+# --- searches -------------------------------------------------------------------------------------
+
+
+def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
+    queue = opened(url, replace(SEARCH))
+    (trial, *_) = queue.take(9)
+    runs = queue.proposer.planned(trial)
+    assert [run.key for run in runs] == keys(trial)
+    assert [run.config for run in runs] == [BASE.replace(**trial.params, seed=s) for s in (0, 1)]
+    assert [run.name for run in runs] == ["trial 0 seed=0", "trial 0 seed=1"]
+    assert [run.tags["place"] for run in runs] == ["0", "1"]
+    assert {run.tags["seed_group"] for run in runs} == {"search/trial 0"}
+    assert trial.params.keys() == SPACE.keys()
+
+
+def test_a_search_has_rounds_and_grows(url):
+    queue = opened(url, replace(SEARCH))
+    assert [len(queue.take(9)) for _ in range(4)] == [4, 4, 1, 0]
+    for trial in queue.trials("RUNNING"):
+        queue.done(trial, [float(trial.number)], {})
+    assert queue.left() == 0
+    assert opened(url, replace(SEARCH, trials=12)).left() == 3
+
+
+def drawn(queue, trials):
+    """Complete trials with a value that depends on their parameters; return the parameters."""
+    points = []
+    while len(points) < trials:
+        for trial in queue.take(1):
+            queue.done(trial, [trial.params["kl_weight"]], {})
+            points.append(tuple(trial.params.values()))
+    return points
+
+
+def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(url, tmp_path):
+    whole = drawn(opened(url, replace(SEARCH, trials=16)), 16)
+    assert drawn(opened(f"sqlite:///{tmp_path}/again.db", replace(SEARCH, trials=16)), 16) == whole
+    apart = f"sqlite:///{tmp_path}/apart.db"
+    one, other = (opened(apart, replace(SEARCH, trials=16)) for _ in range(2))
+    points = [point for _ in range(8) for queue in (one, other) for point in drawn(queue, 1)]
+    assert len(set(points)) == 16
+    assert points[0] == whole[0]
+
+
+def test_with_two_objectives_neg_elbo_is_an_attribute():
+    front = replace(SEARCH, objectives=("val/rate", "val/mse"))
+    finals = [{"val/rate": 1.0, "val/mse": 3.0, "val/neg_elbo": 5.0}] * 2
+    assert front.value(finals) == ([1.0, 3.0], {"val/neg_elbo": 5.0})
+    assert front.value([finals[0], None]) is None
+    assert front.directions == ("minimize", "minimize")
+
+
+# --- pruning --------------------------------------------------------------------------------------
+
+
+def record(values, epoch=1, warmup=None, mse=0.1):
+    """Return a record of runs with these validation neg_elbos."""
+    values = np.array(values, dtype=float)
+    ones = np.ones_like(values)
+    metrics = {"loss": ones, "mse": mse * ones, "rate": ones, "neg_elbo": values}
+    warm = ones if warmup is None else np.array(warmup)
+    configs = (BASE,) * len(values)
+    return EpochRecord(
+        epoch, 1.0, 1, metrics, metrics, warm, configs, tuple(range(len(values))), (), ()
+    )
+
+
+@pytest.fixture
+def queue(url):
+    """Open a search among whose finished trials everything else looks bad."""
+    queue = opened(url, replace(SEARCH))
+    judged = queue.proposer.judged
+    for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
+        queue.study.add_trial(
+            optuna.trial.create_trial(
+                value=value,
+                intermediate_values=dict.fromkeys(judged, value),
+            )
+        )
+    return queue
+
+
+def both(trials):
+    """Return the trial of each run."""
+    return [trial for trial in trials for _ in range(2)]
+
+
+def test_epochs_that_are_judged_begin_after_a_third_and_are_few():
+    for epochs in (1, 2, 3, 10, 30, 50):
+        judged = replace(SEARCH, base=BASE.replace(epochs=epochs)).judged
+        assert all(epochs // 3 <= epoch < epochs for epoch in judged)
+        assert len(judged) <= 10
+        assert len(judged) > 0 or epochs == 1
+
+
+def test_a_trial_that_is_worse_is_pruned_with_all_its_seeds(queue):
+    good, bad = queue.take(2)
+    ends = queue.judge(both([good, bad]), record([-2000, -2000, 7, 8]))
+    assert ends.keys() == {2, 3}
+    assert {(end.status, end.pruned) for end in ends.values()} == {("KILLED", True)}
+    assert ends[2].reason == (
+        "pruned at epoch 1: validation neg_elbo 7.50 is worse than the median of finished trials"
+    )
+    assert queue.pruned == {bad.number}
+    assert queue.trials("RUNNING")[-1].intermediate_values == {1: 7.5}
+
+
+def test_no_trial_is_judged_in_a_warm_up_or_out_of_turn_or_without_a_pruner(queue):
+    trials = both(queue.take(1))
+    assert queue.judge(trials, record([7, 8], warmup=[1.0, 0.5])) == {}
+    assert queue.judge(trials, record([7, 8], epoch=3)) == {}
+    queue.proposer.pruner = "none"
+    assert queue.judge(trials, record([7, 8])) == {}
+    assert queue.pruned == set()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_seed_that_diverges_ends_its_trial_before_it_is_pruned(queue, value):
+    trials = both(queue.take(2))
+    ends = queue.judge(trials, record([7, value, -2000, -2000]))
+    assert [ends[row].status for row in sorted(ends)] == ["KILLED", "FAILED"]
+    assert ends[0].reason == "another seed of its configuration diverged in epoch 1"
+    assert ends[1].reason.startswith("diverged in epoch 1: validation neg_elbo is")
+    ends = queue.judge(trials, record([7, 7, 7, 7], mse=2.0))
+    assert {end.status for end in ends.values()} == {"FAILED"}
+    assert queue.pruned == set()
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, url):
+    search = replace(
+        SEARCH, seeds=1, trials=99, at_once=9, base=BASE.replace(epochs=27), pruner=pruner
+    )
+    queue = opened(url, search)
+    for _ in range(3):
+        trials = queue.take(9)
+        assert len(trials) == 9
+        for epoch in search.judged:
+            queue.judge(trials, record(range(9), epoch))
+        for value, trial in enumerate(trials):
+            if trial.number in queue.pruned:
+                queue.prune(trial)
+            else:
+                queue.done(trial, [float(value)], {})
+    assert queue.pruned
+    assert not {0, 9, 18} & queue.pruned
