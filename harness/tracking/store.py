@@ -146,7 +146,8 @@ class Store:
         """
         if not (closing := set(keys)):
             return
-        self.deliver(closing)
+        if self.spool is not None:  # not those of a process that lives, but may be stopped
+            self.deliver(closing & self.spool.keys())
         for run in self._search(experiment, "attributes.status != 'KILLED'"):
             if run.key in closing and run.status in ("RUNNING", "FINISHED"):
                 self.ask(self.client.set_tag, run.run_id, "reason", reason)
