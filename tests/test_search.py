@@ -57,7 +57,7 @@ class Home:
         """Read the MLflow runs of a search."""
         store = tracking.connect(self.uri)
         mine = f"tags.study = '{name}' and tags.role = '{role}'"
-        return tracking.read_runs(store, "search-digits", mine)
+        return store.runs("search-digits", mine)
 
     def summary(self, name: str) -> dict:
         """Read the summary.json of a search."""
@@ -83,7 +83,7 @@ def searched(empty_database, tmp_path_factory) -> Home:
 
 
 def part(runs: list[dict], name: str) -> list[dict]:
-    return [run for run in runs if run["params"]["part"] == name]
+    return [run for run in runs if run.params["part"] == name]
 
 
 # --- what a search leaves behind ----------------------------------------------------------------
@@ -93,18 +93,18 @@ def test_every_configuration_and_seed_is_one_run_with_a_true_status(searched):
     states = {t.number: t.state.name for t in searched.study(NAME).trials}
     assert len(states) == 5
     runs = part(searched.runs(NAME), "search")
-    cells = sorted((int(r["params"]["trial"]), r["params"]["seed"]) for r in runs)
+    cells = sorted((int(r.params["trial"]), r.params["seed"]) for r in runs)
     assert cells == [(number, seed) for number in range(5) for seed in "01"]
     for run in runs:
-        pruned = states[int(run["params"]["trial"])] == "PRUNED"
-        assert run["status"] == ("KILLED" if pruned else "FINISHED")
-        assert (run["tags"].get("pruned") == "true") == pruned
-        assert set(RunConfig.__dataclass_fields__) <= run["params"].keys()
+        pruned = states[int(run.params["trial"])] == "PRUNED"
+        assert run.status == ("KILLED" if pruned else "FINISHED")
+        assert (run.tags.get("pruned") == "true") == pruned
+        assert set(RunConfig.__dataclass_fields__) <= run.params.keys()
 
 
 def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(searched):
     runs = part(searched.runs(NAME), "search")
-    frame = pd.DataFrame([r["params"] | r["metrics"] for r in runs])
+    frame = pd.DataFrame([r.params | r.metrics for r in runs])
     means = frame.groupby(frame["trial"].astype(int))["val/neg_elbo"].mean()
     for trial in searched.study(NAME).get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         assert trial.value == pytest.approx(means[trial.number], rel=1e-12)
@@ -113,23 +113,21 @@ def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(searched):
 def test_the_best_and_the_default_are_trained_with_three_fresh_seeds(searched):
     best = searched.study(NAME).best_trial
     runs = part(searched.runs(NAME), "confirmation")
-    cells = sorted((int(r["params"]["trial"]), r["params"]["seed"]) for r in runs)
+    cells = sorted((int(r.params["trial"]), r.params["seed"]) for r in runs)
     assert cells == sorted((number, seed) for number in (-1, best.number) for seed in "234")
-    assert {r["status"] for r in runs} == {"FINISHED"}
+    assert {r.status for r in runs} == {"FINISHED"}
     for run in runs:
-        if run["params"]["trial"] == "-1":
-            assert (run["params"]["kl_weight"], run["params"]["latent_size"]) == ("0.02", "10")
+        if run.params["trial"] == "-1":
+            assert (run.params["kl_weight"], run.params["latent_size"]) == ("0.02", "10")
         else:
-            assert {k: str(v) for k, v in best.params.items()}.items() <= run["params"].items()
+            assert {k: str(v) for k, v in best.params.items()}.items() <= run.params.items()
 
 
 def test_the_answer_has_the_fresh_seeds_mean_and_interval(searched):
     summary = searched.summary(NAME)
     best = searched.study(NAME).best_trial
     runs = part(searched.runs(NAME), "confirmation")
-    values = [
-        r["metrics"]["test/neg_elbo"] for r in runs if r["params"]["trial"] == str(best.number)
-    ]
+    values = [r.metrics["test/neg_elbo"] for r in runs if r.params["trial"] == str(best.number)]
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t quantile, 2 degrees of freedom
     assert f"trial {best.number} is best" in summary["answer"]
     assert f"test neg_elbo {np.mean(values):.2f} ± {half:.2f} nats / image" in summary["answer"]
@@ -139,8 +137,8 @@ def test_the_answer_has_the_fresh_seeds_mean_and_interval(searched):
 
 def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
     (run,) = searched.runs(NAME, "summary")
-    assert run["status"] == "FINISHED"
-    assert run["params"]["trials"] == "5"
+    assert run.status == "FINISHED"
+    assert run.params["trials"] == "5"
     folder, summary = searched.folder / "reports" / NAME, searched.summary(NAME)
     for exhibit in summary["figures"] + summary["pictures"] + summary["tables"]:
         assert (folder / exhibit["file"]).is_file()
@@ -174,18 +172,18 @@ def test_more_trials_continue_and_a_dead_process_is_told_apart(searched, tmp_pat
     home = Home(tmp_path / "copy")
     shutil.copytree(searched.folder, home.folder)
     leave_behind(home)
-    old = {r["run_id"] for r in home.runs(NAME)}
+    old = {r.run_id for r in home.runs(NAME)}
     search.main([*SMALL, "--trials", "6", *home.places])
     assert "5 runs are finished; 1 are left" in capsys.readouterr().out
     states = [t.state.name for t in home.study(NAME).trials]
     assert states[5] == "FAIL"
     assert len(states) == 7
     assert "RUNNING" not in states
-    dead = [r for r in home.runs(NAME) if r["params"]["trial"] == "5"]
-    assert [(r["status"], r["tags"]["reason"]) for r in dead] == [("KILLED", "its process is gone")]
-    new = part([r for r in home.runs(NAME) if r["run_id"] not in old], "search")
-    assert {r["params"]["trial"] for r in new} == {"6"}
-    trials = [r["params"]["trials"] for r in home.runs(NAME, "summary")]
+    dead = [r for r in home.runs(NAME) if r.params["trial"] == "5"]
+    assert [(r.status, r.tags["reason"]) for r in dead] == [("KILLED", "its process is gone")]
+    new = part([r for r in home.runs(NAME) if r.run_id not in old], "search")
+    assert {r.params["trial"] for r in new} == {"6"}
+    trials = [r.params["trials"] for r in home.runs(NAME, "summary")]
     assert sorted(trials) == ["5", "6"]
 
 
@@ -301,7 +299,7 @@ def train_batch(hunt, trials, uri, data, configs):
         for config in own
     ]
     hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
-    return {(r["params"]["trial"], r["params"]["seed"]): r for r in tracking.read_runs(store, NAME)}
+    return {(r.params["trial"], r.params["seed"]): r for r in store.runs(NAME)}
 
 
 def experiment_of(store):
@@ -316,11 +314,11 @@ def test_a_pruned_trial_drops_all_its_rows_and_says_so(hunt, tracking_uri, tiny)
     assert len(runs) == 4
     store = tracking.connect(tracking_uri)
     for run in runs.values():
-        assert (run["status"], run["tags"]["pruned"]) == ("KILLED", "true")
-        assert run["tags"]["reason"].startswith("pruned at epoch 1: validation neg_elbo")
-        history = store.client.get_metric_history(run["run_id"], "val/neg_elbo")
+        assert (run.status, run.tags["pruned"]) == ("KILLED", "true")
+        assert run.tags["reason"].startswith("pruned at epoch 1: validation neg_elbo")
+        history = store.client.get_metric_history(run.run_id, "val/neg_elbo")
         assert [m.step for m in history] == [1]
-        assert not any(name.startswith("test/") for name in run["metrics"])
+        assert not any(name.startswith("test/") for name in run.metrics)
     assert [t.state.name for t in hunt.study.trials[5:]] == ["PRUNED", "PRUNED"]
     frame = search_frames.load_search(NAME, hunt.plan.name, tracking_uri)
     assert frame["pruned"].all()
@@ -360,9 +358,9 @@ def test_a_trial_that_diverges_where_it_would_be_pruned_has_diverged(hunt, track
     ]
     runs = train_batch(hunt, [trial], tracking_uri, tiny, [configs])
     tame, wild = (runs[str(trial.number), seed] for seed in "01")
-    assert wild["status"] == "FAILED"
-    assert wild["tags"]["reason"].startswith("diverged in epoch 1: training mse is")
-    assert (tame["status"], "pruned" in tame["tags"]) == ("KILLED", False)
+    assert wild.status == "FAILED"
+    assert wild.tags["reason"].startswith("diverged in epoch 1: training mse is")
+    assert (tame.status, "pruned" in tame.tags) == ("KILLED", False)
     assert hunt.study.trials[trial.number].state.name == "FAIL"
     assert [t.number for t in hunt.diverged()] == [trial.number]
 
@@ -385,10 +383,10 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(hunt, tracking_uri, tin
             ],
             place,
         )
-    before = tracking.read_runs(store, NAME)
-    assert sorted(run["status"] for run in before) == ["FAILED"] + ["FINISHED"] * 5
+    before = store.runs(NAME)
+    assert sorted(run.status for run in before) == ["FAILED"] + ["FINISHED"] * 5
     confirm(hunt, place, Terminal())
-    assert tracking.read_runs(store, NAME) == before
+    assert store.runs(NAME) == before
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])

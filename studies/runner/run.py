@@ -243,6 +243,7 @@ def work(queue: Queue, site: Site, steps: Steps) -> None:
                 recorded += train(queue, site, trials, steps)
                 names = [key for trial in trials for key in keys(trial)]
                 site.store.deliver(names, wait_while_answering=True)
+                told += _finish(queue, site, recorded)  # before a signal is looked at: they ended
             elif recorded:
                 site.store.deliver([key for one in recorded for key in keys(one.trial)])
             elif queue.left():
@@ -347,6 +348,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):
+                close_failed(summaries, site)  # of a process that died while this one waited
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
                 store.close(plan.experiment, [key for t in older for key in keys(t)], SUPERSEDED)
                 found = summary.ended(plan, site.data, store, queue.study, [*trials, *confirmed])

@@ -27,9 +27,9 @@ CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 def results(uri):
     """Return the metrics of the finished runs of a study, configuration by configuration."""
     mine = f"tags.study = '{NAME}' and tags.role = 'run' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(tracking.connect(uri), NAME, mine)
+    runs = tracking.connect(uri).runs(NAME, mine)
     keys = ["kl_weight", "seed"]
-    rows = [{k: float(run["params"][k]) for k in keys} | run["metrics"] for run in runs]
+    rows = [{k: float(run.params[k]) for k in keys} | run.metrics for run in runs]
     frame = pd.DataFrame(rows).drop(columns=list(CLOCK), errors="ignore")
     return frame.sort_values(keys).reset_index(drop=True)[sorted(frame)]
 
@@ -42,9 +42,9 @@ def assert_exact(uri, storage, arguments):
     assert sorted(grid.finished()) == sorted(plan.configs)
     assert grid.trials("RUNNING", "WAITING") == []
     found.engine.dispose()
-    runs = tracking.read_runs(tracking.connect(uri), NAME)
-    done = [run["tags"] for run in runs if run["status"] == "FINISHED"]
-    assert {run["status"] for run in runs} <= {"FINISHED", "KILLED"}
+    runs = tracking.connect(uri).runs(NAME)
+    done = [run.tags for run in runs if run.status == "FINISHED"]
+    assert {run.status for run in runs} <= {"FINISHED", "KILLED"}
     assert [tags["role"] for tags in done].count("summary") == 1
     assert len(done) == len(plan.runs) + 1
     assert len(results(uri).drop_duplicates(["kl_weight", "seed"])) == len(plan.runs)
@@ -79,8 +79,8 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
     assert_exact(tracking_uri, storage, arguments)
     alone = results(finished.tracking_uri)
     pd.testing.assert_frame_equal(results(tracking_uri), alone, check_exact=True)
-    runs = tracking.read_runs(tracking.connect(tracking_uri), NAME)
-    assert len({run["tags"]["process"] for run in runs}) == 2
+    runs = tracking.connect(tracking_uri).runs(NAME)
+    assert len({run.tags["process"] for run in runs}) == 2
     assert sum("lowest validation neg_elbo" in text for text in printed) == 1
     assert sum("The summary was written by process" in text for text in printed) == 1
     assert not any("secret" in text for text in printed)
@@ -215,7 +215,7 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "worker 2 ended with code 9: so (" in said
     assert "no worker is left alive" in said
-    assert tracking.read_runs(tracking.connect(tracking_uri), NAME) == []
+    assert tracking.connect(tracking_uri).runs(NAME) == []
 
 
 # --- the name of a process ----------------------------------------------------------------------
