@@ -319,7 +319,7 @@ def test_a_server_that_is_stopped_or_killed_and_restarted(
 def test_codes_that_may_pass_are_tried_again(code, proxy, store, experiment):
     proxy.answer["runs/log-batch"] = code
     log = write_run(store.spool, experiment, new_key())
-    assert store.deliver([log.key], patience=2, wait_while_answering=True) is False
+    assert store.deliver([log.key], patience=60, wait_while_answering=True) is False
     proxy.answer.clear()
     assert store.deliver()
     check_whole(store, kept(store, experiment)[log.key])
