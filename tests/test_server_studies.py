@@ -76,7 +76,7 @@ def reference(studies, empty_database, tmp_path_factory):
 
 @pytest.fixture
 def server(empty_database, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.stores.project_root", lambda: tmp_path)
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
     monkeypatch.setenv("no_proxy", "*")
     server = MlflowServer(tmp_path, empty_database)
     server.start()
