@@ -1,15 +1,59 @@
-"""`--workers N`: N processes with a log each, and a parent that counts what they finish."""
+"""`--workers` and several processes on one study: logs, counts, and the result of one process."""
 
+import multiprocessing
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import audit
 from harness import UserError, tracking
+from harness.metrics import frechet
+from harness.training.engine import STACK_WIDTH
 from studies import kl_weight
 from studies.runner import cli, stopping, workers
 from studies.runner.options import Options, arguments, start_words
+from studies.runner.study import make_plan
 from studies.runner.workers import cores, rank
+
+NAME = "kl_weight-digits"
+
+
+def part(arguments, said, start):
+    """Be a process that was started with the study's command."""
+    sys.stdout = sys.stderr = said.open("w", buffering=1)
+    start.wait()
+    cli.main(kl_weight.STUDY, arguments)
+
+
+def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
+    postgres, finished, tracking_uri, tmp_path, monkeypatch, data, features
+):
+    monkeypatch.setitem(STACK_WIDTH, "cpu", 2)  # one point at a time
+    frechet.classifier(
+        data, features
+    )  # kept; a fork cannot use autograd if this process has done so
+    storage = postgres.create("shared_study")
+    arguments = [*finished.arguments, "--tracking-uri", tracking_uri, "--storage", storage]
+    said = [tmp_path / f"said-{i}" for i in range(2)]
+    context = multiprocessing.get_context("fork")  # imports are dear
+    start = context.Barrier(2)
+    team = [context.Process(target=part, args=(arguments, file, start)) for file in said]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join()
+    printed = [file.read_text() for file in said]
+    assert [process.exitcode for process in team] == [0, 0], printed
+    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, arguments))
+    assert audit.faults(plan, tracking_uri, storage) == []
+    assert audit.results(plan, tracking_uri) == audit.results(plan, finished.tracking_uri)
+    runs = tracking.connect(tracking_uri).runs(NAME)
+    assert len({run.tags["process"] for run in runs}) == 2
+    assert all("lowest validation neg_elbo" in text for text in printed)
+    assert sum("Another process wrote the summary" in text for text in printed) == 1
+    assert not any("secret" in text for text in printed)
 
 
 def test_arguments_give_what_options_give():
@@ -142,4 +186,4 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "worker 2 ended with code 9: so (" in said
     assert "no worker is left alive (above; runs left: 3)" in said
-    assert tracking.connect(tracking_uri).runs("kl_weight-digits") == []
+    assert tracking.connect(tracking_uri).runs(NAME) == []
