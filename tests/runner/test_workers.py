@@ -1,4 +1,4 @@
-"""`--workers` and several processes on one study: the same result as one process alone."""
+"""`--workers` and several processes on one study: logs, counts, and the result of one process."""
 
 import multiprocessing
 import signal
@@ -121,7 +121,8 @@ def test_each_worker_writes_a_log_and_the_parent_counts_finished_runs(team, tmp_
     options = "options --study-name mine\n"
     assert logs(tmp_path) == [f"{options}rank {number}/2\n" for number in (1, 2)]
     assert [runs for runs, _ in shown] == sorted(runs for runs, _ in shown)
-    assert shown[-1] == (4, f"0 workers, 0 runs left; logs in {tmp_path / 'workers' / 'mine'}")
+    folder = tmp_path / "workers" / "mine"
+    assert shown[-1] == (4, f"runs left: 0; 0 workers write logs in {folder}")
     assert capfd.readouterr() == ("", "")
 
 
@@ -184,5 +185,5 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert "worker 2 ended with code 9: so (" in said
-    assert "no worker is left alive" in said
+    assert "no worker is left alive (above; runs left: 3)" in said
     assert tracking.connect(tracking_uri).runs(NAME) == []
