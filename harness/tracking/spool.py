@@ -171,6 +171,12 @@ class Spool:
             self.deliver({key}, PATIENCE)
         return self._run_ids[key]
 
+    def keys(self) -> set[str]:
+        """Return the keys of the runs that this process delivers, of those that died too."""
+        self._take_over()
+        with self._changed:
+            return set(self._runs)
+
     def undelivered(self) -> set[str]:
         """Return the keys of the runs on this disk that the server does not have whole."""
         return {file.parent.name for file in self.folder.glob(f"*/*/{WRITES}")}
@@ -256,9 +262,9 @@ class Spool:
         with contextlib.suppress(OSError):
             if folder.exists():
                 folder.rmdir()
-            lock = self._locks.pop(folder)
-            Path(lock.lock_file).unlink()
-            lock.release()
+            if lock := self._locks.pop(folder, None):  # the thread may have been first
+                Path(lock.lock_file).unlink()
+                lock.release()
 
     # The thread from here on.
 

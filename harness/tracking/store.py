@@ -127,7 +127,8 @@ class Store:
             among = [self.ask(self.client.get_experiment_by_name, experiment)]
         ids = [found.experiment_id for found in among if found is not None]
         runs: list[Run] = []
-        token, order = "", ["attributes.start_time ASC"]
+        token: str | None = ""
+        order = ["attributes.start_time ASC"]
         while ids and token is not None:
             page = self.ask(
                 self.client.search_runs, ids, terms, order_by=order, page_token=token or None
@@ -145,7 +146,8 @@ class Store:
         """
         if not (closing := set(keys)):
             return
-        self.deliver(closing)
+        if self.spool is not None:  # not those of a process that lives, but may be stopped
+            self.deliver(closing & self.spool.keys())
         for run in self._search(experiment, "attributes.status != 'KILLED'"):
             if run.key in closing and run.status in ("RUNNING", "FINISHED"):
                 self.ask(self.client.set_tag, run.run_id, "reason", reason)
