@@ -3,9 +3,9 @@
 import base64
 import json
 import shutil
-import uuid
 from html.parser import HTMLParser
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from PIL import Image
@@ -266,7 +266,7 @@ def record(tracking_uri: str, folder: Path, name: str, status: str = "FINISHED")
     store = tracking.connect(tracking_uri)
     experiment = store.experiment("kl_weight-digits", "")
     tags = {"study": name, "role": "summary"}
-    run = store.start(experiment, uuid.uuid4().hex, "summary", tags, {})
+    run = store.start(experiment, uuid4().hex, "summary", tags, {})
     run.folder(folder)
     run.end(status)
 

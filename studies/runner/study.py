@@ -193,6 +193,11 @@ class Study:
         if not (self.question or "").strip():
             raise UserError(f"study {self.name!r} has no question: set `question`")
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns of a frame of runs that hold a point: the group, if any, and the axis."""
+        return [*([self.group] if self.group else []), self.axis.name]
+
 
 @dataclass(frozen=True)
 class Plan:

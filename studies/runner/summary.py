@@ -30,7 +30,6 @@ from harness.tracking.record import interruption
 from harness.tracking.runs import Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
-from studies.runner.study import Plan, Point, Study, coordinates
 
 if TYPE_CHECKING:
     import optuna
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from harness.tracking.runs import RunLog
+    from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return what the runs of a grid of points found."""
     frame = frames.tidy(found.finished)
-    axes = list(coordinates(study, Point("", "")))
+    axes = study.columns
     lost = {_coordinates(run, axes) for run in found.diverged}
     ranked = frame[[_coordinates(run, axes) not in lost for run in found.finished]]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
@@ -398,7 +398,7 @@ def _diverged(runs: Sequence[Run]) -> str:
 
 def _with_diverged(table: pd.DataFrame, study: Study, found: Ended) -> pd.DataFrame:
     """Add to a table of points how many runs of each diverged, and the points without another."""
-    axes = list(coordinates(study, Point("", "")))
+    axes = study.columns
     every = frames.tidy([*found.finished, *found.diverged])
     lost = frames.tidy(found.diverged).groupby(axes, sort=False).size()
     counts = every.groupby(axes, sort=False).size().rename("runs").reset_index()
