@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from harness.places import without_password
 from PIL import Image
 
 from analysis import markup, report
 from harness import UserError, tracking
+from harness.tracking.addresses import without_password
 
 ATTACK = "<script>alert('x')</script>&amp;"
 RUNS = [

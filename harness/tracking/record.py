@@ -132,9 +132,9 @@ def record(
             untrained = [build(c, data.image_shape, data.train.largest) for c in configs]
             _log_pictures(logs.values(), list(map(Trained, configs, untrained)), data, epoch=0)
         for current in train(configs, data, device, checkpoints=checkpoints):
-            if current.epoch == 1:
-                _log_resumption(logs, current)
             for row, run in enumerate(current.rows):
+                if current.epoch == 1 and current.resumed[row]:
+                    logs[run].tag("resumed_from_epoch", str(current.resumed[row]))
                 metrics = epoch_metrics(current, row)
                 logs[run].metrics(metrics, current.epoch)
                 courses[run].append(metrics.get(objective, math.inf))
@@ -368,12 +368,6 @@ def _diverged(record: EpochRecord) -> dict[int, End]:
     found = {row: divergence(record, row) for row in range(len(record.rows))}
     when = f"diverged in epoch {record.epoch}"
     return {row: End("FAILED", f"{when}: {why}") for row, why in found.items() if why}
-
-
-def _log_resumption(logs: Mapping[int, RunLog], record: EpochRecord) -> None:
-    for run, epoch in zip(record.rows, record.resumed, strict=True):
-        if epoch:
-            logs[run].tag("resumed_from_epoch", str(epoch))
 
 
 def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 def status(error: BaseException | None) -> int | None:
     """Return the HTTP code of an error of MLflow's client, None where there was no answer.
 
-    MLflow 3.17.2 has 500 for what it does not translate, such as its own limits of attempts.
+    MLflow 3.17.2 has 500 for what it does not translate: no answer, and JSON without its codes.
     """
     if isinstance(error, MlflowException):
         return error.get_http_status_code()

@@ -72,7 +72,7 @@ def is_postgres(url: str) -> bool:
 
 
 def check_kind(url: str) -> None:
-    """Refuse a database that is neither SQLite nor PostgreSQL: there is no lock for it."""
+    """Refuse a database that is neither SQLite nor PostgreSQL, for which there is no lock."""
     if sqlite_file(url) is None and not is_postgres(url):
         raise UserError(
             f"--storage {without_password(url)}: studies are kept in SQLite or PostgreSQL; give "
@@ -242,6 +242,12 @@ def is_gone(owner: str) -> bool:
         return False
     _, process, start = owner.rsplit(":", 2)
     return _start(int(process)) != start if start else not alive(int(process))
+
+
+def in_words(owner: str) -> str:
+    """Return "process 4711 on node7" for a process's name."""
+    machine, process, _ = owner.rsplit(":", 2)
+    return f"process {process} on {machine.partition('/')[0]}"
 
 
 def _host() -> str:

@@ -41,13 +41,9 @@ REPORTS = 5
 CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
 """User attributes of a trial: identity in a list, keys of its runs, reason of its failure."""
 
-
 Metrics = Mapping[str, float]
-Value = tuple[list[float], dict[str, Any]]
-"""Objectives of a trial, and attributes that it gets."""
-
-Report = Callable[[float, int], bool]
-"""Reports the value of an epoch; returns whether the trial is to be pruned."""
+Value = tuple[list[float], dict[str, Any]]  # objectives and attributes of a trial
+Report = Callable[[float, int], bool]  # value and epoch -> whether the trial is to be pruned
 
 
 def keys(trial: FrozenTrial) -> list[str]:
@@ -62,18 +58,15 @@ def part_of(trial: FrozenTrial) -> str | None:
 
 def has_result(trial: FrozenTrial) -> bool:
     """Return whether a trial is finished for good: complete, pruned or diverged."""
-    return trial.state.name in ("COMPLETE", "PRUNED") or (
-        trial.state.name == "FAIL" and DIVERGED in trial.user_attrs
-    )
+    failed = trial.state.name == "FAIL" and DIVERGED in trial.user_attrs
+    return failed or trial.state.name in ("COMPLETE", "PRUNED")
 
 
 def _open(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials that have a result or may get one."""
     return [trial for trial in trials if has_result(trial) or trial.state.name == "RUNNING"]
 
 
 def _made(study: optuna.Study, made: set[str]) -> list[FrozenTrial]:
-    """Return the trials whose first key is among some."""
     running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     return [trial for trial in running if made.intersection(keys(trial))]
 
@@ -148,10 +141,6 @@ class Listed:
             attrs = {CELL: cell.identity, KEYS: [key]}
             study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attrs))
         return _made(study, set(made)) if made else []
-
-    def configs(self, trial: FrozenTrial) -> list[RunConfig]:
-        """Return the settings of a trial's run."""
-        return [run.config for run in self.planned(trial)]
 
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's run."""
@@ -337,18 +326,15 @@ class TPE:
         hopeless trials do not explain everything. Empty for fewer than two finished trials.
         """
         done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if len(done) < 2:
-            return {}
         found = {}
-        for i, name in enumerate(self.objectives):
+        for i, name in enumerate(self.objectives if len(done) > 1 else ()):
             order = sorted(done, key=lambda trial, i=i: trial.values[i])  # type: ignore[misc]
             rank = {trial.number: float(place) for place, trial in enumerate(order)}
-            shares = optuna.importance.get_param_importances(
+            found[name] = optuna.importance.get_param_importances(
                 study,
                 evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
                 target=lambda trial, rank=rank: rank[trial.number],  # type: ignore[misc]
             )
-            found[name] = {setting: float(share) for setting, share in shares.items()}
         return found
 
 

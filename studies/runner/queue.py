@@ -13,8 +13,7 @@ import logging
 import math
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,8 +27,8 @@ from studies.runner import stopping
 from studies.runner.database import (
     exclusive,
     heartbeat_seconds,
+    in_words,
     is_gone,
-    is_here,
     process_name,
     pulse,
     retry,
@@ -72,13 +71,9 @@ class Queue:
     """The trials of a study.
 
     Attributes:
-        study: the study.
-        storage: its database.
-        proposer: makes its trials.
-        store_complete: returns the keys of the runs that processes which ended left whole on this
-            disk.
+        store_complete: returns the keys of whole runs that ended processes left on this disk.
         me: name of this process.
-        lost: numbers of the trials that were reassigned, as of the last heartbeat.
+        lost: numbers of the trials that were reassigned, as far as is known.
         pruned: numbers of the trials that `judge` pruned.
     """
 
@@ -90,8 +85,6 @@ class Queue:
     lost: set[int] = field(default_factory=set)
     pruned: set[int] = field(default_factory=set)
     _held: dict[int, int] = field(default_factory=dict, repr=False)  # number -> id in the storage
-
-    # --- reading ----------------------------------------------------------------------------------
 
     def trials(self, *states: str) -> list[FrozenTrial]:
         """Return the trials in the named states, of none the trials in any."""
@@ -108,12 +101,6 @@ class Queue:
         failed = [t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs]
         return [key for trial in failed for key in keys(trial)]
 
-    def _others(self) -> dict[int, str]:
-        owners = {t.number: t.user_attrs.get(OWNER, "") for t in self.trials("RUNNING")}
-        return {number: owner for number, owner in owners.items() if owner != self.me}
-
-    # --- taking -----------------------------------------------------------------------------------
-
     def take(self, count: int, workers: int = 1) -> list[FrozenTrial]:
         """Take this process's share of the trials that are left, and at most `count`.
 
@@ -125,27 +112,27 @@ class Queue:
             workers: processes that were started together.
         """
 
-        def attempt() -> list[FrozenTrial]:
+        def find() -> list[FrozenTrial]:
             self._reassign()
-            trials = self.trials()
             sharing = max(workers, len(set(self._others().values())) + 1)
+            trials = self.trials()
             share = min(count, math.ceil(self.proposer.left(trials) / sharing))
             return self.proposer.propose(self.study, trials, share) if share else []
 
-        return self._hold(attempt)
+        return self._sign(find)
 
     def adopt(self) -> list[FrozenTrial]:
-        """Take the trials whose runs a process that ended left whole on this disk.
+        """Take the trials whose runs an ended process of this machine left whole on this disk.
 
-        Their results are in the attribute `result`; the caller delivers the runs and tells them.
+        The caller delivers the runs, then tells what was `noted`.
         """
-        noted = [t for t in self.trials("RUNNING") if RESULT in t.user_attrs]
-        return self._hold(self._adoptable) if any(t.number not in self._held for t in noted) else []
+        found = [t for t in self.trials("RUNNING") if RESULT in t.user_attrs]
+        return self._sign(self._adoptable) if {t.number for t in found} - self._held.keys() else []
 
-    def _hold(self, find: Callable[[], list[FrozenTrial]]) -> list[FrozenTrial]:
+    def _sign(self, find: Callable[[], list[FrozenTrial]]) -> list[FrozenTrial]:
         """Sign the found trials, after their first heartbeat: without one they would never fail."""
 
-        def attempt() -> tuple[list[FrozenTrial], dict[int, int]]:
+        def sign() -> tuple[list[FrozenTrial], dict[int, int]]:
             found = find()
             held = {trial.number: self._id(trial) for trial in found}
             for trial in held.values():
@@ -154,48 +141,40 @@ class Queue:
             return found, held
 
         try:
-            found, held = self._section(attempt)
+            found, held = self._section(sign)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return []  # this process lost the lock meanwhile, and another took its trials for dead
+            return []  # this process lost the lock, and another reassigned the trials meanwhile
         self._held |= held
         return found
-
-    def _reassign(self) -> bool:
-        """Fail the trials of other processes that ended, in a section; return if there were any."""
-        self._beat()  # this process may have been stopped: its trials are kept if they still can be
-        adoptable = {trial.number for trial in self._adoptable()}
-        found = [t for t in self._abandoned() if t.number not in adoptable]
-        for trial in found:
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if self._others():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                optuna.storages.fail_stale_trials(self.study)
-        return bool(adoptable or found)
-
-    def _abandoned(self, *, elsewhere: bool = False) -> list[FrozenTrial]:
-        """Return the trials that no living process of this machine holds.
-
-        Without owner are trials that were not signed, and those that `give_back` left; this
-        process's own that it does not hold are of an attempt that was repeated.
-        """
-
-        def is_abandoned(owner: str) -> bool:
-            return owner in ("", self.me) or is_gone(owner) or (elsewhere and not is_here(owner))
-
-        running = [t for t in self.trials("RUNNING") if t.number not in self._held]
-        return [t for t in running if is_abandoned(t.user_attrs.get(OWNER, ""))]
-
-    def _adoptable(self) -> list[FrozenTrial]:
-        noted = [t for t in self._abandoned(elsewhere=True) if RESULT in t.user_attrs]
-        complete = self.store_complete() if noted else set()
-        return [trial for trial in noted if complete.issuperset(keys(trial))]
 
     def reassign(self) -> None:
         """Fail the trials of processes that ended, except for those that `adopt` returns."""
         self._section(self._reassign)
 
-    # --- training ---------------------------------------------------------------------------------
+    def _reassign(self) -> bool:
+        self._beat()  # if this process was stopped, its trials are kept unless others have them
+        adoptable = {trial.number for trial in self._adoptable()}
+        failing = [t for t in self._abandoned() if t.number not in adoptable]
+        for trial in failing:
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if self._others():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                optuna.storages.fail_stale_trials(self.study)
+        return bool(adoptable or failing)
+
+    def _adoptable(self) -> list[FrozenTrial]:
+        found = [trial for trial in self._abandoned() if RESULT in trial.user_attrs]
+        complete = self.store_complete() if found else set()
+        return [trial for trial in found if complete.issuperset(keys(trial))]
+
+    def _abandoned(self) -> list[FrozenTrial]:
+        """Return the running trials of ended processes, of none, and of a repeated `_sign`."""
+        running = [t for t in self.trials("RUNNING") if t.number not in self._held]
+        return [t for t in running if _owner(t) in ("", self.me) or is_gone(_owner(t))]
+
+    def _others(self) -> dict[int, str]:
+        return {t.number: _owner(t) for t in self.trials("RUNNING") if _owner(t) != self.me}
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -218,9 +197,9 @@ class Queue:
     def give_back(self) -> None:
         """Fail the trials of this process; those with a result are left for `adopt`."""
         for trial in self.trials("RUNNING"):
-            if trial.user_attrs.get(OWNER) == self.me and RESULT in trial.user_attrs:
+            if _owner(trial) == self.me and RESULT in trial.user_attrs:
                 self.storage.set_trial_user_attr(self._id(trial), OWNER, "")
-            elif trial.user_attrs.get(OWNER) == self.me:
+            elif _owner(trial) == self.me:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         self._held.clear()
 
@@ -231,20 +210,15 @@ class Queue:
             trials: the trial of each run that is trained, in the order of `train`'s configurations.
             record: the epoch's record.
         """
-        rows: dict[int, list[int]] = {}
-        for row, run in enumerate(record.rows):
-            rows.setdefault(trials[run].number, []).append(row)
         ends: dict[int, End] = {}
-        for trial in {trials[run].number: trials[run] for run in record.rows}.values():
-            own = rows[trial.number]
-            try:
-                if trial.number in self.lost:
-                    raise LostError
-                found = self.proposer.judge(record, own, partial(self._report, trial))
-            except LostError:
-                found = dict.fromkeys(own, End("KILLED", REASSIGNED))
+        for number, trial in {trials[run].number: trials[run] for run in record.rows}.items():
+            rows = [row for row, run in enumerate(record.rows) if trials[run].number == number]
+            if number in self.lost:
+                ends |= dict.fromkeys(rows, End("KILLED", REASSIGNED))
+                continue
+            found = self.proposer.judge(record, rows, partial(self._report, trial))
             if any(end.pruned for end in found.values()):
-                self.pruned.add(trial.number)
+                self.pruned.add(number)
             ends |= found
         return ends
 
@@ -254,31 +228,23 @@ class Queue:
             self.storage.set_trial_intermediate_value(found, epoch, value)
             return self.study.pruner.prune(self.study, self.storage.get_trial(found))
 
-        with self._refused(trial):
+        try:
             return retry(report, self.storage.url)
-
-    # --- telling ----------------------------------------------------------------------------------
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self.lost.add(trial.number)
+            return False
 
     def result(self, trial: FrozenTrial, values: Sequence[float], attrs: Mapping[str, Any]) -> None:
         """Note what will be told of a trial once its runs are delivered, so that it can be adopted.
 
         Raises:
-            LostError: it was reassigned.
+            LostError: it was reassigned; `done`, `prune` and `diverged` raise it too.
         """
         noted = {"values": list(values), "attrs": dict(attrs)}
-
-        def note() -> None:
-            self.storage.set_trial_user_attr(self._id(trial), RESULT, noted)
-
-        with self._refused(trial):
-            retry(note, self.storage.url)
+        self._write(trial, lambda id: self.storage.set_trial_user_attr(id, RESULT, noted))
 
     def done(self, trial: FrozenTrial, values: Sequence[float], attrs: Mapping[str, Any]) -> None:
-        """Complete a trial; like `prune` and `diverged`, this can be repeated.
-
-        Raises:
-            LostError: it was reassigned.
-        """
+        """Complete a trial; like `prune` and `diverged`, this can be repeated."""
         self._tell(trial, "COMPLETE", values, attrs)
 
     def prune(self, trial: FrozenTrial) -> None:
@@ -290,34 +256,27 @@ class Queue:
         self._tell(trial, "FAIL", None, {DIVERGED: True, **attrs})
 
     def _tell(
-        self,
-        trial: FrozenTrial,
-        state: str,
-        values: Sequence[float] | None,
-        attrs: Mapping[str, Any],
+        self, trial: FrozenTrial, name: str, values: Sequence[float] | None, attrs: Mapping
     ) -> None:
-        ended = optuna.trial.TrialState[state]
+        state = optuna.trial.TrialState[name]
 
-        def tell() -> None:
-            found = self._id(trial)
-            now = self.storage.get_trial(found)
-            if now.state == ended and attrs.keys() <= now.user_attrs.keys():
+        def tell(id: int) -> None:
+            now = self.storage.get_trial(id)
+            if now.state == state and attrs.keys() <= now.user_attrs.keys():
                 return  # an attempt whose reply was lost
-            if now.state.is_finished():
-                raise optuna.exceptions.UpdateFinishedTrialError(trial.number)
             for name, value in attrs.items():
-                self.storage.set_trial_user_attr(found, name, value)
-            self.study.tell(trial.number, values, ended)
+                self.storage.set_trial_user_attr(id, name, value)
+            self.storage.check_trial_is_updatable(id, now.state)
+            self.study.tell(trial.number, values, state)
 
+        self._write(trial, tell)
         self._held.pop(trial.number, None)
-        with self._refused(trial):
-            self._section(tell)
 
-    @contextmanager
-    def _refused(self, trial: FrozenTrial) -> Iterator[None]:
+    def _write(self, trial: FrozenTrial, write: Callable[[int], None]) -> None:
         try:
-            yield
+            self._section(lambda: write(self._id(trial)))
         except optuna.exceptions.UpdateFinishedTrialError as error:
+            self._held.pop(trial.number, None)
             raise LostError(
                 f"trial {trial.number} was reassigned, for this process missed its heartbeats; its "
                 "result is discarded"
@@ -330,8 +289,8 @@ class Queue:
             if self._section(self._reassign):
                 return
             if time.monotonic() - shown >= LONGEST_WAIT:
-                shown = time.monotonic()
-                log.info("waiting for %s", _listed(before.values()))
+                shown, owners = time.monotonic(), dict.fromkeys(before.values())
+                log.info("waiting for %s", "; ".join(map(in_words, owners)))
             stopping.check()
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_WAIT)
@@ -352,15 +311,14 @@ class Queue:
         return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
 
 
+def _owner(trial: FrozenTrial) -> str:
+    return trial.user_attrs.get(OWNER, "")
+
+
 def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
     """Return the result that was noted of a trial before it could be told."""
     result = trial.user_attrs[RESULT]
     return result["values"], result["attrs"]
-
-
-def _listed(owners: Iterable[str]) -> str:
-    counted = Counter(owners)
-    return "; ".join(f"process {o.rsplit(':', 2)[1]} on {o.partition('/')[0]}" for o in counted)
 
 
 def check_settings(

@@ -99,7 +99,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     close_failed(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
-    with terminal.progress(done + left, left, plan.configs[0].epochs) as steps:
+    with terminal.progress(done + left, left) as steps:
         if options.workers > 1:
             logs = store.home / "cache"
             counts = partial(_counts, queue)
@@ -114,7 +114,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         close_failed(confirming, site)
         if fresh := confirming.left():
             log.info("training the best configuration and the default with fresh seeds")
-            with terminal.progress(fresh, fresh, plan.configs[0].epochs) as steps:
+            with terminal.progress(fresh, fresh) as steps:
                 work(confirming, site, steps)
     outcome = conclude(queue, site, terminal, again=options.workers > 1 or left == 0)
     kept.clear()

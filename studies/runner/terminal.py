@@ -96,26 +96,26 @@ class _Handler(logging.Handler):
 
 
 class Steps:
-    """Progress of training in epochs of runs.
+    """Progress of training in runs, an epoch being a part of one.
 
     Args:
-        epochs: of every run.
-        advance: (epochs of runs that are done, what is happening) -> None.
+        advance: (runs that are done, what is happening) -> None.
     """
 
-    def __init__(self, epochs: int, advance: Callable[[int, str], None]) -> None:
-        self._advance, self._epochs, self._others = advance, epochs, 0
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self._advance, self._others = advance, 0
 
     def __call__(self, record: EpochRecord) -> None:
         """Count an epoch of a stack; what a dropped run does not train counts as done."""
-        saved = len(record.dropped) * (self._epochs - record.epoch)
-        self._advance(len(record.rows) + saved, _line(record, self._epochs))
+        epochs = record.configs[0].epochs
+        saved = len(record.dropped) * (epochs - record.epoch)
+        self._advance((len(record.rows) + saved) / epochs, _line(record))
 
     def elsewhere(self, runs: int, text: str = "") -> None:
         """Count the runs that other processes have finished since the start."""
         more = max(0, runs - self._others)
         if more or text:
-            self._advance(more * self._epochs, text or "other processes go on")
+            self._advance(more, text or "other processes go on")
         self._others += more
 
 
@@ -192,13 +192,12 @@ class Terminal:
         return time.monotonic() - self._last >= EVERY
 
     @contextmanager
-    def progress(self, runs: int, left: int, epochs: int) -> Iterator[Steps]:
+    def progress(self, runs: int, left: int) -> Iterator[Steps]:
         """Show the training of the runs that are left; yields the callback of every epoch.
 
         Args:
             runs: of the whole plan.
             left: those that no process has finished.
-            epochs: of each.
         """
         if left == 0:
             self.line("Every run is finished already; nothing is trained again.")
@@ -212,12 +211,12 @@ class Terminal:
             console=self.out,
             disable=not self.out.is_terminal or left == 0,
         )
-        task = bar.add_task("training", total=left * epochs, now="starting")
+        task = bar.add_task("training", total=left, now="starting")
 
-        def advance(steps: int, now: str) -> None:
-            before = bar.tasks[0].percentage
+        def advance(steps: float, now: str) -> None:
+            before = round(bar.tasks[0].percentage, 6)
             bar.update(task, advance=steps, now=now)
-            after = bar.tasks[0].percentage
+            after = round(bar.tasks[0].percentage, 6)
             if not self.out.is_terminal and (after // 10 > before // 10 or self._is_due()):
                 self.line(f"{after:3.0f} %  {now}")
 
@@ -225,7 +224,7 @@ class Terminal:
         self._bar = bar
         try:
             with bar:
-                yield Steps(epochs, advance)
+                yield Steps(advance)
         finally:
             self._bar = None
 
@@ -316,8 +315,8 @@ def _claims(heading: str, rows: Iterable[Row]) -> Table:
     return table
 
 
-def _line(record: EpochRecord, epochs: int) -> str:
-    runs = len(record.rows)
+def _line(record: EpochRecord) -> str:
+    runs, epochs = len(record.rows), record.configs[0].epochs
     return (
         f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
         f"{record.images_per_second:,.0f} images/s, best {_best(record)}"

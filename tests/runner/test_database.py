@@ -175,7 +175,7 @@ def test_a_pulse_goes_on_after_an_error():
 
 
 def test_signals_are_heeded_while_the_database_is_away(monkeypatch):
-    from studies import stopping
+    from studies.runner import stopping
 
     away = sqlalchemy.exc.OperationalError("select", {}, Exception("gone"))
 

@@ -1,5 +1,6 @@
 """Which trials are made, of which runs they consist, and how they are judged."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from harness import RunConfig
 from harness.training.engine import EpochRecord
-from studies import stopping
+from studies.runner import stopping
 from studies.runner.database import open_storage
 from studies.runner.proposers import TPE, Cell, Listed, Range, keys
 from studies.runner.queue import open_queue
@@ -26,9 +27,7 @@ SEARCH = TPE(
     trials=9,
     pruner="median",
     objectives=("val/neg_elbo",),
-    at_once=4,
     settings={"dataset": "digits", "seeds": 2},
-    tags={"study": "search", "role": "run"},
 )
 
 
@@ -123,13 +122,14 @@ def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
     assert [run.config for run in runs] == [BASE.replace(**trial.params, seed=s) for s in (0, 1)]
     assert [run.name for run in runs] == ["trial 0 seed=0", "trial 0 seed=1"]
     assert [run.tags["place"] for run in runs] == ["0", "1"]
-    assert {run.tags["seed_group"] for run in runs} == {"search/trial 0"}
+    assert {run.tags["configuration"] for run in runs} == {"trial 0"}
     assert trial.params.keys() == SPACE.keys()
 
 
 def test_a_search_has_rounds_and_grows(url):
     queue = opened(url, replace(SEARCH))
-    assert [len(queue.take(9)) for _ in range(4)] == [4, 4, 1, 0]
+    assert [queue.proposer.at_once(width) for width in (16, 3, 1)] == [2, 1, 1]
+    assert [len(queue.take(4)) for _ in range(4)] == [4, 4, 1, 0]
     for trial in queue.trials("RUNNING"):
         queue.done(trial, [float(trial.number)], {})
     assert queue.left() == 0
@@ -154,6 +154,25 @@ def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(url, tmp_
     points = [point for _ in range(8) for queue in (one, other) for point in drawn(queue, 1)]
     assert len(set(points)) == 16
     assert points[0] == whole[0]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")  # elsewhere ignored there, but not among threads
+def test_processes_that_search_together_draw_no_trial_too_many(url):
+    def search_on(name):
+        queue = opened(url, replace(SEARCH, trials=12))
+        queue.me = f"elsewhere:1:{name}"
+        with queue.working():
+            while queue.left():
+                for trial in (taken := queue.take(2)):
+                    queue.done(trial, [trial.params["kl_weight"]], {})
+                if not taken:
+                    queue.wait()
+        return queue
+
+    with ThreadPoolExecutor(3) as pool:
+        queues = list(pool.map(search_on, range(3)))
+    points = [tuple(trial.params.values()) for trial in queues[0].trials("COMPLETE")]
+    assert len(queues[0].trials()) == len(set(points)) == 12
 
 
 def test_with_two_objectives_neg_elbo_is_an_attribute():
@@ -242,9 +261,7 @@ def test_a_seed_that_diverges_ends_its_trial_before_it_is_pruned(queue, value):
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, url):
-    search = replace(
-        SEARCH, seeds=1, trials=99, at_once=9, base=BASE.replace(epochs=27), pruner=pruner
-    )
+    search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=27), pruner=pruner)
     queue = opened(url, search)
     for _ in range(3):
         trials = queue.take(9)

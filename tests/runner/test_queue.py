@@ -15,10 +15,10 @@ import sqlalchemy
 
 from harness import RunConfig, UserError
 from harness.training.engine import EpochRecord
-from studies import stopping
+from studies.runner import stopping
 from studies.runner.database import is_gone, open_storage, process_name
 from studies.runner.proposers import Cell, Listed, keys
-from studies.runner.queue import LostError, check_settings, open_queue
+from studies.runner.queue import LostError, check_settings, noted, open_queue
 
 VALUES = tuple(i / 10 for i in range(1, 7))
 SETTINGS = {"dataset": "digits", "epochs": 2}
@@ -55,7 +55,7 @@ def joined(url, owner=None, values=VALUES, complete=set, settings=SETTINGS):
     """Open the study as another process does, by default one of another machine."""
     OPENED.append(open_storage(url))
     queue = open_queue(OPENED[-1], "study", Listed(cells(values), settings), complete)
-    queue.me = owner if ":" in str(owner) else f"elsewhere:1:{owner}"
+    queue.me = owner if owner == "" or ":" in str(owner) else f"elsewhere:1:{owner}"
     return queue
 
 
@@ -250,20 +250,18 @@ def left_behind(url, owner):
     return trials
 
 
-@pytest.mark.parametrize("owner", [DEAD, "", "elsewhere:1:1"])
+@pytest.mark.parametrize("owner", [DEAD, ""])
 def test_whole_runs_of_a_process_that_ended_are_adopted_where_its_disk_is(url, owner):
     trials = left_behind(url, owner)
-    fall_silent(url)
     here, there = joined(url, "here", complete=lambda: set(keys(trials[0]))), joined(url, "there")
     assert there.adopt() == []
     (adopted,) = here.adopt()
     assert adopted.number == trials[0].number
     assert here.adopt() == []  # it has it
-    noted = adopted.user_attrs["result"]
     there.take(1)  # fails the two others
     assert {t.number for t in there.trials("FAIL")} == {t.number for t in trials[1:]}
     with here.working():
-        here.done(adopted, noted["values"], noted["attrs"])
+        here.done(adopted, *noted(adopted))
     (done,) = there.trials("COMPLETE")
     assert (done.number, done.value, done.user_attrs["note"]) == (adopted.number, value_of(done), 1)
 
@@ -281,12 +279,14 @@ def test_whole_runs_are_not_failed_by_who_can_adopt_them(url):
     assert_exact(here)
 
 
-def test_trials_of_a_living_process_are_not_adopted(url):
-    queue = joined(url, process_name())
+@pytest.mark.parametrize("owner", [process_name(), "elsewhere:1:1"])
+def test_trials_of_a_process_that_may_live_are_not_adopted(url, owner):
+    queue = joined(url, owner)
     (trial,) = queue.take(1)
     queue.result(trial, [1.0], {})
     other = joined(url, "other", complete=lambda: set(keys(trial)))
     assert other.adopt() == []
+    assert trial.number in {t.number for t in other.trials("RUNNING")}
 
 
 def test_trials_with_a_result_wait_for_delivery_after_an_error(url):
@@ -304,7 +304,7 @@ def test_trials_with_a_result_wait_for_delivery_after_an_error(url):
     queue.store_complete = lambda: set(keys(first))
     (adopted,) = queue.adopt()
     assert adopted.number == first.number
-    assert adopted.user_attrs["result"] == {"values": [value_of(first)], "attrs": {}}
+    assert noted(adopted) == ([value_of(first)], {})
 
 
 # --- telling --------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
     monkeypatch.setattr(terminal, "EVERY", 0.0)
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(1, 1, 1000) as on_epoch:
+    with shown.shown(), shown.progress(1000, 1000) as on_epoch:
         on_epoch._advance(1, "epoch 1")
         count("measuring", 1, 2)
     assert out.getvalue().splitlines() == ["  0 %  epoch 1", "       measuring: 1 of 2"]
@@ -74,7 +74,7 @@ def test_a_terminal_shows_messages_in_its_moving_line():
     shown = moving(out)
     with shown.shown():
         pages.info("opening stores")
-        with shown.progress(1, 1, 10) as on_epoch:
+        with shown.progress(10, 10) as on_epoch:
             on_epoch._advance(1, "epoch 1")
             pages.info("measuring finished runs")
         pages.info("drawing figures")
@@ -143,7 +143,7 @@ def test_what_all_cores_compute_is_counted(workers, monkeypatch):
 def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(1, 1, 20) as on_epoch:
+    with shown.shown(), shown.progress(20, 20) as on_epoch:
         for epoch in range(1, 21):
             on_epoch._advance(1, f"epoch {epoch}")
         pages.info("measuring")
@@ -164,14 +164,14 @@ def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
 )
 def test_what_is_finished_is_said_before_training(left, line):
     out = StringIO()
-    with log(out).progress(6, left, 10):
+    with log(out).progress(6, left):
         pass
     assert out.getvalue() == line
 
 
 def test_runs_that_other_processes_finish_count_once():
     out = StringIO()
-    with log(out).progress(4, 4, 5) as on_epoch:
+    with log(out).progress(4, 4) as on_epoch:
         for runs in (0, 1, 1, 3, 2, 4):
             on_epoch.elsewhere(runs)
         on_epoch.elsewhere(3, "3 left")
@@ -267,7 +267,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         shown.question("Why?")
         shown.plan(planned("x"), 64)
         pages.info("drawing figures")
-        with shown.progress(1, 1, 1) as on_epoch:
+        with shown.progress(1, 1) as on_epoch:
             on_epoch.elsewhere(1)
     shown.outcome(outcome, "postgresql://me:secret@host/db")
     shown.finish(0)
