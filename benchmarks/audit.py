@@ -1,37 +1,70 @@
-"""Is the ledger of a study exact? What Optuna and MLflow hold, compared with the plan.
+"""Is the ledger of a study exact? What Optuna, MLflow and the spool hold, compared with the plan.
 
-Every point has one finished trial; every configuration and seed has one finished run with all its
-epochs and its model, made by that trial; one summary is finished; whatever else was begun says that
-it was killed, and why.
+Every trial that is wanted is complete once; every key of a complete trial has one finished run with
+all its epochs, pictures and its model; one summary is finished; no run is open, none is finished
+whose trial is not complete, and what ended otherwise has a reason; nothing waits in a spool.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from pathlib import Path
 
-from studies.grid import Grid, open_grid
-from studies.measures import WALL_CLOCK
-from studies.plan import Plan
-from studies.storage import open_storage
+import optuna
+from optuna.trial import FrozenTrial
 
-import harness
-from harness.tracking.addresses import sqlite_file
+from harness.tracking import connect
+from harness.tracking.addresses import is_server, project_root, sqlite_file
+from harness.tracking.record import WALL_CLOCK, picture_epochs
+from harness.tracking.runs import PROVENANCE, Run
+from harness.tracking.store import Store
+from studies.runner.database import open_storage
+from studies.runner.proposers import has_result, keys, part_of
+from studies.runner.study import Plan
 
-Runs = list[dict[str, Any]]
+FINAL = ("mse", "neg_elbo", "neg_log_likelihood", "frechet")
+"""Metrics of the test split that every run is measured by at its end."""
 
 
-def faults(plan: Plan, tracking_uri: str, storage: str) -> list[str]:
-    """Return what is wrong with the ledger of a study that has ended, one sentence each."""
-    store = harness.tracking.connect(tracking_uri)
-    grid = open_grid(plan, open_storage(storage))
-    runs = harness.tracking.read_runs(store, plan.experiment, f"tags.study = '{plan.name}'")
-    found = [*_broken(tracking_uri), *_broken(storage), *_of_trials(plan, grid)]
-    found += [*_of_runs(plan, grid, runs), *_of_summaries(runs), *_of_the_dead(runs)]
-    done = [run for run in runs if run["status"] == "FINISHED" and run["tags"]["role"] == "run"]
+def faults(plan: Plan, tracking_uri: str, storage: str, homes: Iterable[Path] = ()) -> list[str]:
+    """Return what is wrong with the ledger of a study that has ended, one sentence each.
+
+    Args:
+        plan: the study.
+        tracking_uri: where its runs are.
+        storage: where its trials are.
+        homes: the copies of the project that it was run from; none given means this one.
+    """
+    found = [*_spooled(tracking_uri, [*homes] or [project_root()])]
+    found += [*_broken(tracking_uri), *_broken(storage)]
+    store = connect(tracking_uri)
+    opened = open_storage(storage)
+    try:
+        names = optuna.get_all_study_names(opened)
+        trials, after = (
+            optuna.load_study(study_name=name, storage=opened).trials if name in names else []
+            for name in (plan.name, f"{plan.name}/after")
+        )
+    finally:
+        opened.engine.dispose()
+    runs = store.runs(plan.experiment, study=plan.name)
+    found += [*_of_trials(plan, trials, after), *_of_runs(plan, [*trials, *after], runs)]
+    done = [run for run in runs if run.status == "FINISHED" and run.tags["role"] == "run"]
     return found + [fault for run in done for fault in _of_contents(store, run)]
+
+
+def spooled(home: Path) -> list[Path]:
+    """Return the folders of runs that wait for a server in a copy of the project."""
+    return [file.parent for file in (home / "cache" / "spool").glob("*/*/*/writes.jsonl")]
+
+
+def _spooled(tracking_uri: str, homes: Sequence[Path]) -> Iterator[str]:
+    if is_server(tracking_uri):
+        for home in homes:
+            yield from (f"{folder} has not been delivered" for folder in spooled(home))
 
 
 def _broken(url: str) -> Iterator[str]:
@@ -40,59 +73,78 @@ def _broken(url: str) -> Iterator[str]:
     if file is None:
         return
     with closing(sqlite3.connect(file)) as connection:
-        (said,) = connection.execute("pragma integrity_check").fetchone()
-    if said != "ok":
-        yield f"{file} is broken: {said}"
+        (result,) = connection.execute("pragma integrity_check").fetchone()
+    if result != "ok":
+        yield f"{file} is broken: {result}"
 
 
-def _of_trials(plan: Plan, grid: Grid) -> Iterator[str]:
-    for trial in grid.trials("RUNNING", "WAITING"):
-        yield f"trial {trial.number} is {trial.state.name}"
-    finished = grid.finished()
-    for point in {*plan.configs, *finished}:
-        if finished.count(point) != (point in plan.configs):
-            yield f"{point} has {finished.count(point)} finished trials"
+def _of_trials(
+    plan: Plan, trials: Sequence[FrozenTrial], after: Sequence[FrozenTrial]
+) -> Iterator[str]:
+    for trial in [*trials, *after]:
+        if not trial.state.is_finished():
+            yield f"trial {trial.number} is {trial.state.name}"
+    if left := plan.proposer.left(trials):
+        yield f"{left} trials are left"
+    done = [trial for trial in trials if has_result(trial)]
+    for place, count in Counter(map(plan.proposer.place, done)).items():
+        if count > 1:
+            yield f"{count} trials are finished at place {place} of the plan"
+    for key, count in Counter(key for trial in [*trials, *after] for key in keys(trial)).items():
+        if count > 1:
+            yield f"{count} trials have the key {key}"
 
 
-def _of_runs(plan: Plan, grid: Grid, runs: Runs) -> Iterator[str]:
-    trial = {grid.point(done): done.number for done in grid.trials("COMPLETE")}
-    wanted = {
-        (plan.label(point), str(config.seed)): str(trial.get(point))
-        for point, configs in plan.configs.items()
-        for config in configs
-    }
-    done = [r for r in runs if r["tags"]["role"] == "run" and r["status"] == "FINISHED"]
-    made = [((r["tags"]["configuration"], r["params"]["seed"]), r["tags"]["trial"]) for r in done]
-    for cell in {*wanted, *(cell for cell, _ in made)}:
-        by = [number for own, number in made if own == cell]
-        if by != [wanted.get(cell)]:
-            yield f"{cell} was finished by trials {by}, not by {wanted.get(cell)}"
-
-
-def _of_summaries(runs: Runs) -> Iterator[str]:
-    ends = [run["status"] for run in runs if run["tags"]["role"] == "summary"]
-    if ends.count("FINISHED") != 1:
-        yield f"{ends.count('FINISHED')} summaries are finished"
-
-
-def _of_the_dead(runs: Runs) -> Iterator[str]:
+def _of_runs(plan: Plan, trials: Sequence[FrozenTrial], runs: Sequence[Run]) -> Iterator[str]:
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    wanted = {key for trial in complete for key in keys(trial) if part_of(trial) != "summary"}
+    finished = Counter(run.key for run in runs if run.status == "FINISHED")
+    for key in wanted:
+        if finished[key] != 1:
+            yield f"{finished[key]} runs with key {key} of a complete trial are finished"
+    summaries = [run for run in runs if run.tags["role"] == "summary"]
+    ended = [run.key for run in summaries if run.status == "FINISHED"]
+    if len(ended) != 1:
+        yield f"{len(ended)} summaries are finished"
+    last = {key for trial in complete for key in keys(trial) if part_of(trial) == "summary"}
+    diverged = {key for trial in trials if has_result(trial) for key in keys(trial)}
     for run in runs:
-        which = f"run {run['run_id']} ({run['name']}) is {run['status']}"
-        if run["status"] not in ("FINISHED", "KILLED", "FAILED"):
+        which = f"run {run.run_id} ({run.name}, key {run.key}) is {run.status}"
+        if run.status not in ("FINISHED", "KILLED", "FAILED"):
             yield which
-        elif run["status"] != "FINISHED" and "reason" not in run["tags"]:
+        elif run.status == "FINISHED":
+            if run.key not in wanted | last:
+                yield f"{which}, and its trial is not complete"
+            if "reason" in run.tags:
+                yield f"{which} with the reason {run.tags['reason']!r}"
+        elif "reason" not in run.tags:
             yield f"{which} for no reason"
+        elif run.status == "FAILED" and run.key not in diverged:
+            yield f"{which} ({run.tags['reason']}), and its trial did not diverge"
 
 
-def _of_contents(store: harness.tracking.Store, run: dict[str, Any]) -> Iterator[str]:
-    epochs = [*range(1, int(run["params"]["epochs"]) + 1)]
-    for metric in ("train/mse", "val/mse"):
-        steps = [entry.step for entry in store.client.get_metric_history(run["run_id"], metric)]
-        if steps != epochs:
-            yield f"run {run['run_id']} has {metric} of epochs {steps}, not of {epochs}"
-    files = {file.path for file in store.client.list_artifacts(run["run_id"], "model")}
+def _of_contents(store: Store, run: Run) -> Iterator[str]:
+    which, epochs = f"run {run.run_id}", int(run.params["epochs"])
+    for metric in ("train/neg_elbo", "val/neg_elbo", *WALL_CLOCK):
+        steps = [entry.step for entry in store.client.get_metric_history(run.run_id, metric)]
+        if steps != [*range(1, epochs + 1)]:
+            yield f"{which} has {metric} of epochs {steps}, not of {epochs}"
+    for metric in (f"test/{name}" for name in FINAL):
+        steps = [entry.step for entry in store.client.get_metric_history(run.run_id, metric)]
+        if steps != [epochs]:
+            yield f"{which} has {metric} of epochs {steps}, not once"
+    files = {file.path for file in store.client.list_artifacts(run.run_id, "model")}
     if files != {"model/config.json", "model/weights.safetensors"}:
-        yield f"run {run['run_id']} has the model files {sorted(files)}"
+        yield f"{which} has the model files {sorted(files)}"
+    names = [Path(file.path).name for file in store.client.list_artifacts(run.run_id, "images")]
+    first = int(run.tags.get("resumed_from_epoch", 0))
+    wanted = {f"reconstructions+step+{e}+" for e in picture_epochs(epochs) if e >= first}
+    wanted |= {"reconstructions+step+0+", f"prior_samples+step+{epochs}+"}
+    for start in wanted:
+        if sum(name.startswith(start) and name.endswith(".png") for name in names) != 1:
+            yield f"{which} has not one picture {start}: {sorted(names)}"
+    if PROVENANCE not in {file.path for file in store.client.list_artifacts(run.run_id)}:
+        yield f"{which} has no {PROVENANCE}"
 
 
 Course = dict[str, tuple[tuple[int, float], ...]]
@@ -107,15 +159,13 @@ def results(plan: Plan, tracking_uri: str) -> dict[tuple[str, str], Course]:
     Returns:
         (configuration, seed) -> the run's metrics.
     """
-    store = harness.tracking.connect(tracking_uri)
-    mine = f"tags.study = '{plan.name}' and tags.role = 'run' and attributes.status = 'FINISHED'"
-    return {
-        (run["tags"]["configuration"], run["params"]["seed"]): {
-            name: tuple(
-                (m.step, m.value) for m in store.client.get_metric_history(run["run_id"], name)
-            )
-            for name in sorted(run["metrics"])
-            if name not in WALL_CLOCK
-        }
-        for run in harness.tracking.read_runs(store, plan.experiment, mine)
-    }
+    store = connect(tracking_uri)
+    found: dict[tuple[str, str], Course] = {}
+    for run in store.runs(plan.experiment, study=plan.name, role="run"):
+        if run.status == "FINISHED":
+            course: dict[str, list[tuple[int, float]]] = {}
+            for metric, step, value in store.history(run.run_id):
+                course.setdefault(metric, []).append((step, value))
+            cell = run.tags["configuration"], run.params["seed"]
+            found[cell] = {k: tuple(v) for k, v in course.items() if k not in WALL_CLOCK}
+    return found

@@ -1,4 +1,4 @@
-"""Forked children that may die: what they said, what they returned, whom they left behind.
+"""Forked children that may die: what they printed, what they returned, what they left behind.
 
 A child is a copy of a process that has imported everything, so it starts at once. Databases must be
 opened by children only: a connection does not survive a fork.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +24,8 @@ PATIENCE = 600.0
 
 
 IMPORTED = (
-    *("studies.stack", "studies.summary", "studies.runner.terminal", "mlflow.pytorch", "seaborn"),
+    *("studies.runner.run", "studies.runner.summary", "studies.runner.terminal", "seaborn"),
+    *("harness.tracking.models", "mlflow.pytorch"),
     *("torch.export", "torch._dynamo", "sklearn.linear_model", "sklearn.neighbors"),
     "mlflow.store.tracking.sqlalchemy_store",
 )
@@ -34,6 +36,16 @@ def import_all() -> None:
     """Import what children would have to import one after the other."""
     for module in IMPORTED:
         importlib.import_module(module)
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy the packages, for a spool, reports and caches of their own; return the copy's folder."""
+    root = Path(__file__).resolve().parents[1]
+    for package in ("harness", "studies", "analysis"):
+        pycache = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / package, folder / package, ignore=pycache)
+    shutil.copy(root / "pyproject.toml", folder)
+    return folder
 
 
 @dataclass(frozen=True)

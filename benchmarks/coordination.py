@@ -1,16 +1,15 @@
 """What handing out trials costs, and how it scales: `python -m benchmarks.coordination`.
 
-Workers are processes that take trials, send one heartbeat and tell a result, and train nothing: the
-most that a study of many machines can ask of its database. Each takes up to `--at-once` trials at a
-time, as a stack does. PostgreSQL is named by `--storage` (an empty database; every repetition makes
-a study of its own) and SQLite is measured beside it; `VAE_SWEEP_WORKER` is set, as by `--workers`.
+Workers are processes that take trials, send one heartbeat, note and tell a result, and train
+nothing: the most that a study of many machines can ask of its database. Each takes up to
+`--at-once` trials at a time, as a stack does. PostgreSQL is named by `--storage` (an empty
+database; every repetition makes a study of its own) and SQLite is measured beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -18,14 +17,13 @@ from multiprocessing.synchronize import Barrier
 from typing import Any, NamedTuple
 
 import torch
-from studies.grid import open_grid
-from studies.plan import Plan, make_plan
-from studies.storage import open_storage
 
 from benchmarks import machine
 from studies import kl_weight
+from studies.runner.database import open_storage
 from studies.runner.options import Options
-from studies.runner.workers import NUMBER
+from studies.runner.queue import Queue, open_queue
+from studies.runner.study import make_plan
 
 WORKERS = (1, 2, 4, 8)
 
@@ -38,48 +36,49 @@ class Asked(NamedTuple):
     repeat: int
 
 
-def plan(name: str, trials: int) -> Plan:
-    """Return a plan of so many points."""
+def opened(url: str, name: str, trials: int) -> Queue:
+    """Open a study of so many points, one run each."""
     values = tuple((i + 1) / trials for i in range(trials))
-    return make_plan(kl_weight.STUDY, Options(values=values, seeds=1, study_name=name))
+    plan = make_plan(kl_weight.STUDY, Options(values=values, seeds=1, study_name=name))
+    return open_queue(open_storage(url), name, plan.proposer, set)
 
 
-def work(url: str, names: list[str], asked: Asked, crowd: str, start: Barrier) -> None:
+def work(url: str, names: list[str], asked: Asked, workers: int, start: Barrier) -> None:
     """Be a worker: take, beat, tell until nothing is left, in one study after the other."""
-    os.environ[NUMBER] = crowd
     for name in names:
-        grid = open_grid(plan(name, asked.trials), open_storage(url))
-        grid.finished()
+        queue = opened(url, name, asked.trials)
         start.wait()
-        for taken in grid.asked(asked.at_once):
-            with grid.desk.working():
-                grid.desk._beat()
+        with queue.working():
+            while queue.left():
+                taken = queue.take(asked.at_once, workers)
+                queue._beat()
                 for trial in taken:
-                    grid.tell(trial, [0.0])
+                    queue.result(trial, [0.0], {})
+                    queue.done(trial, [0.0], {})
+                if not taken:
+                    queue.wait()
         start.wait()
 
 
 def rates(url: str, asked: Asked, workers: int) -> list[float]:
     """Return trials per second of so many workers, once per repetition; starts do not count."""
     names = [f"b{time.time_ns()}-{i}" for i in range(asked.repeat)]
-    grids = [open_grid(plan(name, asked.trials), open_storage(url)) for name in names]
-    for grid in grids:
-        grid.bury()
-    context = multiprocessing.get_context("fork")  # imports are dear
+    queues = [opened(url, name, asked.trials) for name in names]
+    context = multiprocessing.get_context("forkserver")  # imports are dear
+    preloaded = ["studies.runner.queue", "studies.runner.study", "optuna.storages"]
+    context.set_forkserver_preload([*preloaded, "alembic.command"])
     start = context.Barrier(workers + 1)
-    crowds = [f"{i + 1}/{workers}" for i in range(workers)]
-    team: list[Any] = [
-        context.Process(target=work, args=(url, names, asked, crowd, start)) for crowd in crowds
-    ]
+    arguments = (url, names, asked, workers, start)
+    team: list[Any] = [context.Process(target=work, args=arguments) for _ in range(workers)]
     for process in team:
         process.start()
     found = []
-    for grid in grids:
+    for queue in queues:
         start.wait()
         since = time.perf_counter()
         start.wait()
         found.append(asked.trials / (time.perf_counter() - since))
-        if len(grid.finished()) != asked.trials:
+        if len(queue.trials("COMPLETE")) != asked.trials:
             raise RuntimeError("a study is not complete")
     for process in team:
         process.join()

@@ -21,15 +21,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from studies.plan import Plan, make_plan
-from studies.study import run
-
 import harness
 from benchmarks import machine
 from harness.data.dataset import Dataset
 from harness.training.engine import resolve_device
 from studies import kl_weight
 from studies.runner.options import Options
+from studies.runner.run import run
+from studies.runner.study import make_plan
 from studies.runner.terminal import Steps, Terminal
 
 WEIGHTS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
@@ -37,25 +36,24 @@ SEEDS = 4
 
 WORK = {
     "MLflow": (
-        "harness.tracking:connect open_experiment read_runs log_best_model load_run",
-        "harness.runlog.RunLog:__init__ metrics flush dataset picture folder text tag describe "
-        "model end",
-        "harness.ledger:bury_runs bury_summaries",
-        "studies.summary:_recorded _log",
-        "analysis.frames:load_runs",
+        "studies.runner.run:connect",
+        "studies.runner.summary:log_summary load_run",
+        "harness.tracking.store.Store:experiment start runs close tag deliver undelivered",
+        "harness.tracking.runs.RunLog:__init__ metrics flush dataset picture folder text tag "
+        "describe model end",
     ),
     "pictures": ("harness.metrics.pictures:reconstructions prior_samples",),
     "Optuna": (
-        "studies.storage:open_storage",
-        "studies.study:open_grid",
-        "studies.grid.Grid:asked tell bury finished left",
+        "studies.runner.run:open_storage open_queue",
+        "studies.runner.queue.Queue:adopt take judge result done reassign give_back left trials "
+        "failed_keys",
     ),
     "final evaluation": ("harness.metrics.evaluate:evaluate",),
     "quality metrics": (
         "harness.metrics.quality:measure_quality",
-        "harness.linear.vae:linear_metrics",
+        "harness.tracking.record:linear_metrics",
     ),
-    "summary, figures, report": ("studies.summary:summarize",),
+    "summary, figures, report": ("studies.runner.summary:summarize",),
 }
 """Kind of work -> module or class, and its functions."""
 
@@ -178,10 +176,9 @@ def run_study(
             tracking_uri=f"sqlite:///{folder}/mlflow.db",
         )
         plan = make_plan(kl_weight.STUDY, options)
-        console = Watched(on_epoch)
         clock.seconds.clear()
         clock.switch("rest")
-        run(plan, data, options, console)
+        run(plan, data, options, Watched(on_epoch))
         clock.switch(None)
 
 
@@ -198,17 +195,16 @@ class Told(Steps):
 
 
 class Watched(Terminal):
-    """A console without a bar."""
+    """A terminal without a bar."""
 
     def __init__(self, on_epoch: Callable[[Any], None]) -> None:
         super().__init__()
-        object.__setattr__(self, "_on_epoch", on_epoch)
+        self._on_epoch = on_epoch
 
     @contextmanager
-    def progress(self, plan: Plan, left: int) -> Iterator[Steps]:
+    def progress(self, runs: int, left: int, epochs: int) -> Iterator[Steps]:
         """Yield what is called after every epoch."""
-        told = getattr(self, "_on_epoch")  # noqa: B009 - a frozen dataclass declares no attribute
-        yield Told(plan.runs[0].epochs, told)
+        yield Told(epochs, self._on_epoch)
 
 
 def parts(
@@ -225,7 +221,7 @@ def parts(
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """Say what was run, in a line."""
+    """Return what was run, in a line."""
     return [
         f"MNIST, {len(WEIGHTS)} weights x {SEEDS} seeds x {args.epochs} epochs, 1 training image "
         f"in {args.cut}, training's seconds multiplied by {args.cut}; n = 1."

@@ -20,16 +20,16 @@ ELSEWHERE = {
 
 FURTHER = (
     *("analysis.frames", "analysis.plots", "analysis.planes"),
-    *("studies.question", "studies.study", "studies.sources", "studies.runner.cli"),
+    *("studies.runner.study", "studies.runner.run", "studies.runner.cli"),
 )
 """Modules of the reference beside those of `harness/__init__.pyi`."""
 
 FOLDERS = {
-    "harness": "The core: torch and numpy; MLflow in three modules.",
-    "studies": "Questions, and all that plans, runs and tracks them; the importers of Optuna.",
+    "harness": "The core, torch and numpy; `tracking` above it holds the only imports of MLflow.",
+    "studies": "A question each; `runner` plans and runs them, and holds the imports of Optuna.",
     "analysis": "MLflow to data frame to table, figure and report; no torch.",
-    "benchmarks": "What is measured of the harness itself, with results in `RESULTS.md`.",
-    "examples": "A study in a file of one's own.",
+    "benchmarks": "Measurements of the harness itself, with results in `RESULTS.md`.",
+    "examples": "A study in your own file.",
     "tests": "About one file a module: mathematics and behaviour.",
 }
 """Folder of the list of files -> what is in it."""

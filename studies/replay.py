@@ -159,7 +159,7 @@ def retrain(
     values = Values()
     run = Planned(record.config, record.run_id, record.name, {}, {})
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
-    with terminal.progress(1, 1, record.config.epochs) as advance:
+    with terminal.progress(1, 1) as advance:
 
         def on_epoch(epoch: EpochRecord) -> None:
             advance(epoch)

@@ -136,6 +136,8 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in searched}
     del settings["seed"]
+    settings |= {"space": {name: list(values) for name, values in searched.items()}}
+    settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
     proposer = TPE(
         base, searched, options.seeds, options.trials, pruner, objectives,
         {**data.settings, **settings},

@@ -7,37 +7,50 @@ counted by wrapping the libraries' real methods in a forked child; the productio
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import optuna
 
+from analysis import report
 from benchmarks import children
 from benchmarks.children import Ended
+from harness.tracking import spool
 from harness.training.checkpoint import Checkpoints
-from studies import summary
+from studies.runner import summary
+
+SPOOLED = SimpleNamespace(copytree=shutil.copytree, rmtree=shutil.rmtree)
+"""What the spool uses of `shutil`: by others, they are used for temporary folders."""
 
 STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
-        optuna.storages.RDBStorage,
+        optuna.storages.RDBStorage,  # as Optuna's cache calls it, in version 5.0.0
         (
             *("create_new_study", "set_study_user_attr", "_create_new_trial", "_set_trial_param"),
-            *("set_trial_state_values", "set_trial_user_attr", "set_trial_system_attr"),
+            *("record_heartbeat", "set_trial_intermediate_value"),
+            *("set_trial_user_attr", "set_trial_system_attr", "set_trial_state_values"),
         ),
     ),
     (
         mlflow.MlflowClient,
         (
             *("create_experiment", "set_experiment_tag", "create_run", "log_batch", "log_inputs"),
-            *("log_artifact", "log_artifacts", "set_tag", "set_terminated"),
+            *("log_artifact", "log_artifacts", "set_tag", "set_terminated", "delete_run"),
             *("_create_logged_model", "log_outputs", "log_model_artifacts"),
             "finalize_logged_model",
         ),
     ),
-    (summary, ("make_folder", "save_figures", "write_pictures", "write_summary")),
+    (spool, ("_append", "_synchronise")),
+    (spool.Spool, ("_begin", "_take_over_run", "_remove")),
+    (SPOOLED, ("copytree", "rmtree")),
+    (summary, ("make_folder", "write_pictures", "log_best_model")),
+    (report, ("build",)),
     (Checkpoints, ("save", "remove", "clear")),
 ]
 """Owner and names of the calls that are durable steps."""
@@ -53,7 +66,7 @@ def in_child(
     """Call a function in a forked child that sends itself a signal as its n-th step begins.
 
     Args:
-        folder: for what the child says, returns and does (`begun`).
+        folder: for what the child prints, returns and does (`begun`).
         function: what is called.
         die_at: number of the step, from 1; 0 sends nothing.
         by: the signal.
@@ -81,11 +94,13 @@ def begun(folder: Path) -> list[str]:
 def count_steps(file: Path, die_at: int, by: int, among: str) -> None:
     """Write down every durable step of this process as it begins, and get a signal at one."""
     out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    own, count = os.getpid(), 0
+    own, count, lock = os.getpid(), 0, threading.Lock()
 
     def note(name: str) -> None:
         nonlocal count
-        if os.getpid() == own:  # not a worker of the engine
+        if os.getpid() != own:  # a worker of the engine
+            return
+        with lock:  # the spool's thread counts too
             count += among in ("", name)
             os.write(out, f"{name}\n".encode())
             if count == die_at and among in ("", name):
@@ -101,3 +116,4 @@ def count_steps(file: Path, die_at: int, by: int, among: str) -> None:
     for owner, names in STEPS:
         for name in names:
             setattr(owner, name, wrapped(getattr(owner, name), name))
+    spool.shutil = SPOOLED  # type: ignore[assignment]

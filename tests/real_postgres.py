@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,12 +67,16 @@ def _user() -> str:
     return "postgres" if "postgres" in names else "nobody"
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    """Start a server; the folder is not pytest's, which only its owner may enter."""
+def lacking() -> str:
+    """Return what is missing for a server, "" where there is everything."""
     if program("initdb") is None or (os.getuid() == 0 and not shutil.which("setpriv")):
-        pytest.skip("no PostgreSQL here (apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="no psycopg here (pip install '.[cluster]')")
+        return "no PostgreSQL here (apt-get install postgresql)"
+    return "" if find_spec("psycopg") else "no psycopg here (pip install '.[cluster]')"
+
+
+@contextmanager
+def running() -> Iterator[Postgres]:
+    """Run a server; the folder is not pytest's, which only its owner may enter."""
     with tempfile.TemporaryDirectory(prefix="pg-") as folder:
         server = Postgres(Path(folder), free_port())
         if os.getuid() == 0:
@@ -84,3 +90,12 @@ def postgres() -> Iterator[Postgres]:
             yield server
         finally:
             server.control("-m", "immediate", "stop")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """Run a server for all tests."""
+    if why := lacking():
+        pytest.skip(why)
+    with running() as server:
+        yield server

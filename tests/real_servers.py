@@ -184,10 +184,9 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             codes = [code for part, code in proxy.answer.items() if part in request.line]
+            answer = (codes[0], [], b"no") if codes else None
             try:
-                status, headers, content = (
-                    (codes[0], [], b"no") if codes else proxy.forward(request)
-                )
+                status, headers, content = answer or proxy.forward(request)
             except (OSError, http.client.HTTPException):  # the server itself is gone
                 self.close_connection = True
                 return

@@ -14,13 +14,17 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-WITH_EXAMPLES = ("harness.config", "harness.objective", "harness.models.vae", "analysis.frames")
+WITH_EXAMPLES = (
+    *("harness.config", "harness.objective", "harness.models.vae", "harness.tracking.record"),
+    "analysis.frames",
+)
 LOADED = re.compile(r'<(?:script|img|iframe|source)[^>]*src="?(?:https?:)?//[^">]*')
 LINKED = re.compile(r'<link[^>]*href="?(?:https?:)?//[^">]*')
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_examples_of_docstrings_give_what_they_say(name):
+def test_examples_of_docstrings_give_what_they_say(name, tracking_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried > 0
     assert failed == 0

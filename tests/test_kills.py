@@ -9,27 +9,35 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import pytest
 import torch
-from kills import begun, in_child
-from studies.plan import Plan, make_plan
-from studies.study import run
+from kills import STEPS, begun, count_steps, in_child
+from real_servers import MlflowServer
 
 from benchmarks import audit, children
-from harness import RunConfig, places, processes, tracking
+from harness import RunConfig, processes, tracking
 from harness.data.dataset import Dataset
+from harness.tracking import addresses
+from harness.tracking.runs import Run
 from studies import kl_weight
-from studies.runner import cli, terminal
+from studies.runner import cli, stopping
 from studies.runner.options import Options
+from studies.runner.run import run
+from studies.runner.study import Plan, make_plan
 
 STUDY = replace(kl_weight.STUDY, figures={})
 """Without figures: they are drawn anew at every start and take most of its time."""
+
+PARTS = 3
+"""Parts of the tests of every step, for the processes that test."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Place:
         data: what the study is about.
         every: epochs between checkpoints.
         base: settings of the runs.
+        name: of the study.
+        storage: of Optuna, "" for a database in the folder.
+        server: of MLflow, "" for a database in the folder.
     """
 
     folder: Path
@@ -49,17 +60,21 @@ class Place:
     data: Dataset
     every: int = 0
     base: RunConfig = RunConfig(hidden=(16,), latent_size=2)
+    name: str | None = None
+    storage: str = ""
+    server: str = ""
 
     @property
     def options(self) -> Options[Any]:
         """What the study's user asks for."""
         return Options(
             values=(0.02, 1.0),
-            seeds=2,
+            seeds=1,
             epochs=2,
             batch_size=16,
-            storage=f"sqlite:///{self.folder}/optuna.db",
-            tracking_uri=f"sqlite:///{self.folder}/mlflow.db",
+            study_name=self.name,
+            storage=self.storage or f"sqlite:///{self.folder}/optuna.db",
+            tracking_uri=self.server or f"sqlite:///{self.folder}/mlflow.db",
             checkpoint_every=self.every,
         )
 
@@ -71,17 +86,35 @@ class Place:
     def start(self) -> pd.DataFrame:
         """Run what is left of the study, as its command does; return the table."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
-        processes.available = lambda: 2  # so that runs have workers
+        processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
+        addresses.project_root = lambda: self.folder
         with cli.clear_errors([]) as shown:
-            return run(self.plan, self.data, self.options, shown).table
+            outcome = run(self.plan, self.data, self.options, shown)
+        assert outcome is not None
+        return outcome.table
 
     def check(self) -> tuple[list[str], Any]:
         """Return the faults of the ledger, and the results."""
+        addresses.project_root = lambda: self.folder
         where = self.options
+        assert where.tracking_uri is not None
+        assert where.storage is not None
         return (
-            audit.faults(self.plan, where.tracking_uri, where.storage),
+            audit.faults(self.plan, where.tracking_uri, where.storage, [self.folder]),
             audit.results(self.plan, where.tracking_uri),
         )
+
+    def runs(self, **tags: str) -> list[Run]:
+        """Return the study's runs."""
+        found = tracking.connect(self.options.tracking_uri)
+        return found.runs(self.plan.experiment, **tags)
+
+    def empty(self, database: Path) -> None:
+        """Remove the study, with an empty database for the next."""
+        for file in ("mlflow.db", "optuna.db"):
+            for left in self.folder.glob(f"{file}*"):
+                left.unlink()
+        shutil.copy(database, self.folder / "mlflow.db")
 
 
 @dataclass(frozen=True)
@@ -101,16 +134,16 @@ def place(empty_database: Path, tmp_path: Path, tiny: Dataset) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(empty_database: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Dataset) -> Alone:
-    children.import_all()
     folder = tmp_path_factory.mktemp("alone")
     place = Place(folder, folder, tiny)
+    children.import_all()
     shutil.copy(empty_database, place.folder / "mlflow.db")
     ended = in_child(place.notes, place.start)
     assert ended.code == ended.signal == 0, ended.said
     steps = begun(place.notes)
     faults, results = in_child(place.notes, place.check).value
     assert faults == []
-    assert len(results) == 4
+    assert len(results) == 2
     return Alone(steps, ended.value, results)
 
 
@@ -118,18 +151,20 @@ def finish(place: Place, alone: Alone) -> None:
     """Start the study once more; assert that it ends, complete and the same to the last bit."""
     ended = in_child(place.notes, place.start)
     assert ended.code == ended.signal == 0, ended.said
+    assert "--fresh" not in ended.said
     faults, results = in_child(place.notes, place.check).value
-    assert faults == []
+    assert faults == [], begun(place.notes)
     assert results == alone.results
     pd.testing.assert_frame_equal(ended.value, alone.table, check_exact=True)
 
 
 def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = "") -> bool:
-    """Start the study and kill it at a step (`in_child`); say whether it was so killed."""
+    """Start the study and kill it at a step (`in_child`); return whether it was so killed."""
     ended = in_child(place.notes, place.start, step, by, among)
     if ended.code == ended.signal == 0:
         return False
-    assert (ended.signal, ended.code) in {(by, 0), (0, 128 + by)}, ended.said
+    code = stopping.CODES.get(signal.Signals(by))
+    assert (ended.signal, ended.code) in {(by, 0), (0, code)}, ended.said
     return True
 
 
@@ -139,7 +174,7 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
 @pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
     kills = next(n for n in count() if not killed_at(place, stride * (n + 1)))
-    assert kills * stride > len(alone.steps) / 2
+    assert kills * stride > len(alone.steps) / 3
     finish(place, alone)
 
 
@@ -157,63 +192,132 @@ def test_a_study_that_is_killed_at_random_moments_gets_done(place, alone):
 def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
     # Before the first epoch; in the last or later it would be too late to stop anything.
     middle = alone.steps.index("set_tag")  # of the first picture
-    for by in (signal.SIGINT, signal.SIGTERM):
+    for by, code in stopping.CODES.items():
         ended = in_child(place.notes, place.start, middle, by)
-        assert ended.code == 128 + by
+        assert ended.code == code
         assert ended.said.endswith(f"{cli.STOPPED}\n")
     states = in_child(place.notes, lambda: reasons(place)).value
-    assert states == {("KILLED", "stopped by SIGINT"): 4, ("KILLED", "stopped by SIGTERM"): 4}
+    assert states == {("KILLED", "stopped by SIGINT"): 2, ("KILLED", "stopped by SIGTERM"): 2}
     finish(place, alone)
+
+
+def test_stopped_after_its_last_epoch_it_keeps_its_runs(place, alone):
+    noted = alone.steps.index("set_trial_state_values")  # before it, a result is noted
+    assert killed_at(place, noted, signal.SIGTERM)
+    finished = in_child(place.notes, lambda: finished_runs(place)).value
+    assert len(finished) == 2
+    finish(place, alone)
+    assert in_child(place.notes, lambda: finished_runs(place)).value == finished
+
+
+def finished_runs(place: Place) -> set[str]:
+    """Return the ids of the finished runs of a study."""
+    return {run.run_id for run in place.runs(role="run") if run.status == "FINISHED"}
 
 
 def reasons(place: Place) -> dict[tuple[str, str | None], int]:
     """Count the runs of a study by status and reason."""
-    store = tracking.connect(place.options.tracking_uri)
-    runs = tracking.read_runs(store, place.plan.experiment, "tags.role = 'run'")
-    ends = [(run["status"], run["tags"].get("reason")) for run in runs]
-    return {end: ends.count(end) for end in ends}
+    return Counter((run.status, run.tags.get("reason")) for run in place.runs(role="run"))
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_at_any_step_gets_done(place, alone, empty_database):
-    steps = []
-    for step in count(1):
-        for file in ("mlflow.db", "optuna.db"):
-            for left in place.folder.glob(f"{file}*"):
-                left.unlink()
-        shutil.copy(empty_database, place.folder / "mlflow.db")
-        if not killed_at(place, step):
-            break
-        steps = begun(place.notes)
-        finish(place, alone)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_study_that_is_killed_at_any_step_gets_done(place, alone, empty_database, part):
     names = {"create_new_study", "_create_new_trial", "set_trial_state_values", "create_run"}
-    assert names | {"log_batch", "log_artifacts", "set_terminated", "write_summary"} <= set(steps)
-
-
-@pytest.mark.slow
-def test_runs_that_ended_before_a_kill_count_once_though_clearing_up_was_killed_too(place, alone):
-    # All runs have ended, no trial is told; then two of four runs are closed.
-    assert killed_at(place, 3, among="set_trial_state_values")
-    assert killed_at(place, 3, among="set_tag")
-    finish(place, alone)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["set_trial_state_values", "log_outputs"])
-def test_a_study_that_is_killed_while_it_clears_up_gets_done(place, alone, empty_database, first):
-    # The first kill falls between the runs' ends and the last tell, or into the summary; the
-    # second at any step until the next run begins.
-    last = len(alone.steps) - alone.steps[::-1].index(first)
-    for step in count(1):
-        for file in ("mlflow.db", "optuna.db"):
-            for left in place.folder.glob(f"{file}*"):
-                left.unlink()
-        shutil.copy(empty_database, place.folder / "mlflow.db")
-        assert killed_at(place, last)
-        killed = killed_at(place, step)
+    names |= {"log_batch", "log_artifacts", "set_terminated", "build", "set_trial_user_attr"}
+    assert names <= {*alone.steps}
+    for step in range(1 + part, len(alone.steps) + 1, PARTS):
+        place.empty(empty_database)
+        assert killed_at(place, step)
         finish(place, alone)
-        if not killed or begun(place.notes)[-1] == "log_inputs":
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_same_on_postgres(place, alone, empty_database, postgres, part):
+    # At the steps of the database, and after each: the others are the same as before.
+    ours = dict(STEPS)[optuna.storages.RDBStorage]
+    steps = alone.steps
+    chosen = [n for n in range(1, len(steps) + 1) if {*steps[max(0, n - 2) : n]}.intersection(ours)]
+    storage = postgres.create(f"kills_{part}")
+    for step in chosen[part::PARTS]:
+        place.empty(empty_database)
+        one = replace(place, storage=storage, name=f"killed-{step}")
+        assert killed_at(one, step)
+        finish(one, alone)
+
+
+@pytest.fixture
+def server(empty_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path, empty_database)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["_append", "_synchronise", "_begin", "rmtree", "log_batch", ""])
+def test_the_same_with_an_mlflow_server(place, alone, server, name):
+    # The spool's thread runs beside: the n-th step is not the same one every time.
+    whole = replace(place, server=server.uri, name="alone")
+    finish(whole, alone)
+    last = sum(name in ("", step) for step in begun(whole.notes))
+    chance = random.Random(name)
+    for step in sorted(chance.sample(range(1, last + 1), min(last, 4))):
+        one = replace(whole, name=f"killed-{name}-{step}")
+        killed_at(one, step, among=name)
+        finish(one, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "nth"), [("set_trial_state_values", 2), ("log_outputs", 1)], ids=["tell", "summary"]
+)
+def test_a_study_that_is_killed_while_it_clears_up_gets_done(
+    place, alone, empty_database, first, nth
+):
+    # The first kill falls between two tells, or into the summary; the second at any step until
+    # the next run begins.
+    for step in count(1):
+        place.empty(empty_database)
+        assert killed_at(place, nth, among=first)
+        killed = killed_at(place, step)
+        following = begun(place.notes)[-1]
+        finish(place, alone)
+        if not killed or following == "log_inputs":
             break
+
+
+@pytest.mark.slow
+def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(place, alone):
+    writes, waits = place.folder / "writes", place.folder / "waits"
+    for folder in (writes, waits):
+        folder.mkdir()
+    last = alone.steps.index("log_best_model") + 1
+    writer = children.start(stopping_at(place, writes, last), writes)
+    while begun(writes)[last - 1 :] == []:
+        time.sleep(0.05)
+    waiting = children.start(place.start, waits)
+    while "waiting for" not in children.said_in(waits):
+        assert not waiting.ended()
+        time.sleep(0.05)
+    writer.send(signal.SIGKILL)
+    writer.wait()
+    ended = waiting.wait()
+    assert ended.code == 0, ended.said
+    faults, results = in_child(place.notes, place.check).value
+    assert faults == []
+    assert results == alone.results
+
+
+def stopping_at(place: Place, folder: Path, step: int) -> Callable[[], pd.DataFrame]:
+    """Return a start of the study that stops as a step begins."""
+
+    def start() -> pd.DataFrame:
+        count_steps(folder / "child.steps", step, signal.SIGSTOP, "")
+        return place.start()
+
+    return start
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -221,21 +325,19 @@ def test_a_study_that_is_killed_while_it_clears_up_gets_done(place, alone, empty
 
 def test_a_killed_study_goes_on_from_its_checkpoints(place, alone):
     place = replace(place, every=1)
-    # Two of the four runs have their first epoch on disk.
-    assert in_child(place.notes, place.start, 3, among="save").signal == signal.SIGKILL
+    # One of the two runs has its first epoch on disk.
+    assert in_child(place.notes, place.start, 2, among="save").signal == signal.SIGKILL
     folder = place.folder / "cache" / "checkpoints"
-    assert len(list(folder.glob("*/*.checkpoint"))) == 2
+    assert len(list(folder.glob("*/*.checkpoint"))) == 1
     finish(place, alone)
     assert not list(folder.glob("*"))
-    assert in_child(place.notes, lambda: resumptions(place)).value == {None: 2, "1": 2}
+    assert in_child(place.notes, lambda: resumptions(place)).value == {None: 1, "1": 1}
 
 
 def resumptions(place: Place) -> dict[str | None, int]:
     """Count the finished runs of a study by the epoch that they went on from."""
-    store = tracking.connect(place.options.tracking_uri)
-    done = "tags.role = 'run' and attributes.status = 'FINISHED'"
-    runs = tracking.read_runs(store, place.plan.experiment, done)
-    return Counter(run["tags"].get("resumed_from_epoch") for run in runs)
+    runs = [run for run in place.runs(role="run") if run.status == "FINISHED"]
+    return Counter(run.tags.get("resumed_from_epoch") for run in runs)
 
 
 # --- a full disk --------------------------------------------------------------------------------
@@ -253,6 +355,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def error_in(said: str) -> str:
+    """Return the one line, and the last, that says why a command has ended."""
+    assert "Traceback" not in said
+    assert said.count("error: ") == 1
+    return said.splitlines()[-1]
+
+
 # In kilobytes: too few for a run, and for a summary.
 @pytest.mark.parametrize("room", [pytest.param(40, marks=pytest.mark.slow), 300])
 def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
@@ -267,9 +376,7 @@ def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
         file.write(bytes(max(0, free - room * 1024)))
     ended = in_child(place.notes, place.start)
     assert ended.code == 2
-    shown = ("%", "left", terminal.INDENT)  # of a log of progress
-    (line,) = [line for line in ended.said.splitlines() if not any(part in line for part in shown)]
-    assert line.startswith("error: the disk is full (")
+    assert error_in(ended.said).startswith("error: the disk is full (")
     assert in_child(place.notes, place.check).code == 0  # there is no room, but it can be read
     ballast.unlink()
     finish(place, alone)
@@ -289,8 +396,7 @@ def test_too_little_memory_is_one_line(place):
 
     ended = in_child(place.notes, start)
     assert ended.code == 2, ended.said
-    (line,) = [line for line in ended.said.splitlines() if terminal.INDENT not in line]
-    assert line.startswith("error: there is too little memory (")
+    assert error_in(ended.said).startswith("error: there is too little memory (")
 
 
 @pytest.mark.parametrize(
@@ -309,4 +415,4 @@ def test_too_little_memory_is_one_line(place):
 def test_a_shortage_is_told_from_other_errors_also_where_it_is_the_cause(error, lacking):
     wrapped = ValueError("while logging")
     wrapped.__cause__ = error
-    assert places.shortage(error) == places.shortage(wrapped) == lacking
+    assert addresses.shortage(error) == addresses.shortage(wrapped) == lacking

@@ -11,6 +11,7 @@ from real_stores import small_study
 
 from harness import load_run, tracking
 from harness.linear import pca
+from harness.tracking.runs import Run
 from studies import kl_weight, replay
 from studies.runner import cli
 
@@ -64,23 +65,23 @@ def test_convolutions_on_a_folder_of_colour_pictures(store, tmp_path, capsys):
 
     # No name or text holds the place of the folder; settings hold what identifies it.
     uri = f"sqlite:///{store}/mlflow.db"
-    (summary,) = (r for r in read(uri, f"kl_weight-{name}") if r["tags"]["role"] == "summary")
+    (summary,) = (r for r in read(uri, f"kl_weight-{name}") if r.tags["role"] == "summary")
     report = store / "reports" / f"kl_weight-{name}"
     texts = [file.read_text() for file in report.iterdir() if file.suffix in (".json", ".html")]
-    texts += [json.dumps([r["params"], r["tags"]]) for r in read(uri, f"kl_weight-{name}")]
+    texts += [json.dumps([r.params, r.tags]) for r in read(uri, f"kl_weight-{name}")]
     texts += [file.read_text() for file in store.glob("mlruns/**/provenance.json")]
     assert not any(f"{folder.parent}/my" in text for text in texts)
-    assert "dataset_digest" in summary["params"]
+    assert "dataset_digest" in summary.params
     page = (report / "report.html").read_text()
     assert "--dataset folder:my-pictures --image-size 7 10" in page
     assert "--model conv --channels 3 4" in page
     assert "<b>red" not in page
 
     # A run is loaded with its colours, and comes out again bit for bit.
-    run = next(r for r in read(uri, f"kl_weight-{name}") if r["tags"]["role"] == "run")
-    assert load_run(run["run_id"], uri).model.data_shape == (3, *SHAPE)
+    run = next(r for r in read(uri, f"kl_weight-{name}") if r.tags["role"] == "run")
+    assert load_run(run.run_id, uri).model.data_shape == (3, *SHAPE)
     with pytest.raises(SystemExit) as stop:
-        replay.main([run["run_id"], "--tracking-uri", uri, "--data-dir", str(folder)])
+        replay.main([run.run_id, "--tracking-uri", uri, "--data-dir", str(folder)])
     assert stop.value.code == 0, capsys.readouterr().out
 
     # Other pictures under the same name are another study.
@@ -90,8 +91,8 @@ def test_convolutions_on_a_folder_of_colour_pictures(store, tmp_path, capsys):
     assert "dataset_digest: " in capsys.readouterr().err
 
 
-def read(uri: str, experiment: str) -> list[dict]:
-    return tracking.read_runs(tracking.connect(uri), experiment)
+def read(uri: str, experiment: str) -> list[Run]:
+    return tracking.connect(uri).runs(experiment)
 
 
 @pytest.mark.parametrize("study", ["elbo_vs_mse", pytest.param("latent_size", marks=slow)])

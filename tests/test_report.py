@@ -5,13 +5,14 @@ import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from harness.places import without_password
 from PIL import Image
 
 from analysis import markup, report
 from harness import UserError, tracking
+from harness.tracking.addresses import without_password
 
 ATTACK = "<script>alert('x')</script>&amp;"
 RUNS = [
@@ -263,9 +264,9 @@ def test_the_index_leads_to_every_report_with_its_answer(tmp_path):
 def record(tracking_uri: str, folder: Path, name: str, status: str = "FINISHED") -> None:
     """Log a summary folder as a study does."""
     store = tracking.connect(tracking_uri)
-    experiment = tracking.open_experiment(store, "kl_weight-digits", "")
+    experiment = store.experiment("kl_weight-digits", "")
     tags = {"study": name, "role": "summary"}
-    run = tracking.RunLog(store, experiment, "summary", tags, {})
+    run = store.start(experiment, uuid4().hex, "summary", tags, {})
     run.folder(folder)
     run.end(status)
 

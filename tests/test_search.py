@@ -1,27 +1,30 @@
 """A search from its command line to its summary, and how trials leave the stack."""
 
 import json
-import os
+import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from studies.hunt import open_hunt
-from studies.place import Place
-from studies.search_options import SearchOptions, make_search_plan
-from studies.searching import Judge, confirm, trial_label
-from studies.stack import train_stack
-from studies.storage import open_storage
+from real_stores import copy_home
 
 import harness
 from analysis import search_frames, search_plots
-from harness import RunConfig, UserError, tracking
-from studies import search, worker
-from studies.runner.terminal import Terminal
+from harness import RunConfig, tracking
+from harness.tracking import record as recording
+from harness.tracking.runs import Run
+from studies import search
+from studies.runner.cli import read
+from studies.runner.database import open_storage, process_name
+from studies.runner.proposers import TPE, Range
+from studies.runner.queue import Queue, open_queue
+from studies.runner.run import Site, work
+from studies.runner.terminal import Steps
+from studies.search import SearchOptions, make_plan
 
 # MLflow's own type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
@@ -53,11 +56,9 @@ class Home:
         """Load the Optuna study."""
         return optuna.load_study(study_name=name, storage=open_storage(self.places[-1]))
 
-    def runs(self, name: str, role: str = "run") -> list[dict]:
+    def runs(self, name: str, role: str = "run") -> list[Run]:
         """Read the MLflow runs of a search."""
-        store = tracking.connect(self.uri)
-        mine = f"tags.study = '{name}' and tags.role = '{role}'"
-        return tracking.read_runs(store, "search-digits", mine)
+        return tracking.connect(self.uri).runs("search-digits", study=name, role=role)
 
     def summary(self, name: str) -> dict:
         """Read the summary.json of a search."""
@@ -82,8 +83,8 @@ def searched(empty_database, tmp_path_factory) -> Home:
     return home
 
 
-def part(runs: list[dict], name: str) -> list[dict]:
-    return [run for run in runs if run["params"]["part"] == name]
+def part(runs: list[Run], name: str) -> list[Run]:
+    return [run for run in runs if run.params["part"] == name]
 
 
 # --- what a search leaves behind ----------------------------------------------------------------
@@ -93,18 +94,18 @@ def test_every_configuration_and_seed_is_one_run_with_a_true_status(searched):
     states = {t.number: t.state.name for t in searched.study(NAME).trials}
     assert len(states) == 5
     runs = part(searched.runs(NAME), "search")
-    cells = sorted((int(r["params"]["trial"]), r["params"]["seed"]) for r in runs)
+    cells = sorted((int(r.params["trial"]), r.params["seed"]) for r in runs)
     assert cells == [(number, seed) for number in range(5) for seed in "01"]
     for run in runs:
-        pruned = states[int(run["params"]["trial"])] == "PRUNED"
-        assert run["status"] == ("KILLED" if pruned else "FINISHED")
-        assert (run["tags"].get("pruned") == "true") == pruned
-        assert set(RunConfig.__dataclass_fields__) <= run["params"].keys()
+        pruned = states[int(run.params["trial"])] == "PRUNED"
+        assert run.status == ("KILLED" if pruned else "FINISHED")
+        assert (run.tags.get("pruned") == "true") == pruned
+        assert set(RunConfig.__dataclass_fields__) <= run.params.keys()
 
 
 def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(searched):
     runs = part(searched.runs(NAME), "search")
-    frame = pd.DataFrame([r["params"] | r["metrics"] for r in runs])
+    frame = pd.DataFrame([r.params | r.metrics for r in runs])
     means = frame.groupby(frame["trial"].astype(int))["val/neg_elbo"].mean()
     for trial in searched.study(NAME).get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         assert trial.value == pytest.approx(means[trial.number], rel=1e-12)
@@ -113,23 +114,21 @@ def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(searched):
 def test_the_best_and_the_default_are_trained_with_three_fresh_seeds(searched):
     best = searched.study(NAME).best_trial
     runs = part(searched.runs(NAME), "confirmation")
-    cells = sorted((int(r["params"]["trial"]), r["params"]["seed"]) for r in runs)
+    cells = sorted((int(r.params["trial"]), r.params["seed"]) for r in runs)
     assert cells == sorted((number, seed) for number in (-1, best.number) for seed in "234")
-    assert {r["status"] for r in runs} == {"FINISHED"}
+    assert {r.status for r in runs} == {"FINISHED"}
     for run in runs:
-        if run["params"]["trial"] == "-1":
-            assert (run["params"]["kl_weight"], run["params"]["latent_size"]) == ("0.02", "10")
+        if run.params["trial"] == "-1":
+            assert (run.params["kl_weight"], run.params["latent_size"]) == ("0.02", "10")
         else:
-            assert {k: str(v) for k, v in best.params.items()}.items() <= run["params"].items()
+            assert {k: str(v) for k, v in best.params.items()}.items() <= run.params.items()
 
 
 def test_the_answer_has_the_fresh_seeds_mean_and_interval(searched):
     summary = searched.summary(NAME)
     best = searched.study(NAME).best_trial
     runs = part(searched.runs(NAME), "confirmation")
-    values = [
-        r["metrics"]["test/neg_elbo"] for r in runs if r["params"]["trial"] == str(best.number)
-    ]
+    values = [r.metrics["test/neg_elbo"] for r in runs if r.params["trial"] == str(best.number)]
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t quantile, 2 degrees of freedom
     assert f"trial {best.number} is best" in summary["answer"]
     assert f"test neg_elbo {np.mean(values):.2f} ± {half:.2f} nats / image" in summary["answer"]
@@ -139,14 +138,14 @@ def test_the_answer_has_the_fresh_seeds_mean_and_interval(searched):
 
 def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
     (run,) = searched.runs(NAME, "summary")
-    assert run["status"] == "FINISHED"
-    assert run["params"]["trials"] == "5"
+    assert run.status == "FINISHED"
+    assert run.params["trials"] == "5"
     folder, summary = searched.folder / "reports" / NAME, searched.summary(NAME)
     for exhibit in summary["figures"] + summary["pictures"] + summary["tables"]:
         assert (folder / exhibit["file"]).is_file()
     names = {Path(figure["file"]).stem for figure in summary["figures"]}
     assert names == {"history", "parameters", "importances"}
-    assert "python -m studies.search --dataset digits --trials 5" in summary["command"]
+    assert "python -m studies.search --dataset digits --epochs 2 --trials 5" in summary["command"]
     assert summary["answer"].split(".")[0] in (folder / "report.html").read_text()
 
 
@@ -170,35 +169,40 @@ def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
 # --- going on -----------------------------------------------------------------------------------
 
 
-def test_more_trials_continue_and_a_dead_process_is_told_apart(searched, tmp_path, capsys):
+def test_more_trials_continue_and_the_trial_of_a_dead_process_is_repeated(
+    searched, tmp_path, capsys
+):
     home = Home(tmp_path / "copy")
-    shutil.copytree(searched.folder, home.folder)
-    leave_behind(home)
-    old = {r["run_id"] for r in home.runs(NAME)}
+    copy_home(searched.folder, home.folder)
+    left_behind(home)
+    old = {r.run_id for r in home.runs(NAME)}
     search.main([*SMALL, "--trials", "6", *home.places])
-    assert "5 runs are finished; 1 are left" in capsys.readouterr().out
+    assert "10 runs are finished; 2 are left" in capsys.readouterr().out
     states = [t.state.name for t in home.study(NAME).trials]
     assert states[5] == "FAIL"
     assert len(states) == 7
     assert "RUNNING" not in states
-    dead = [r for r in home.runs(NAME) if r["params"]["trial"] == "5"]
-    assert [(r["status"], r["tags"]["reason"]) for r in dead] == [("KILLED", "its process is gone")]
-    new = part([r for r in home.runs(NAME) if r["run_id"] not in old], "search")
-    assert {r["params"]["trial"] for r in new} == {"6"}
-    trials = [r["params"]["trials"] for r in home.runs(NAME, "summary")]
-    assert sorted(trials) == ["5", "6"]
+    dead = [r for r in home.runs(NAME) if r.params["trial"] == "5"]
+    reason = "its process ended, or missed its heartbeats"
+    assert [(r.status, r.tags["reason"]) for r in dead] == [("KILLED", reason)]
+    new = part([r for r in home.runs(NAME) if r.run_id not in old], "search")
+    assert {r.params["trial"] for r in new} == {"6"}
+    summaries = {r.params["trials"]: r.status for r in home.runs(NAME, "summary")}
+    assert summaries == {"5": "KILLED", "6": "FINISHED"}
 
 
-def leave_behind(home: Home) -> None:
-    """Leave a trial and a run open as a process does that is killed."""
-    plan = make_search_plan(search.SEARCH, SearchOptions(trials=6, seeds=2, epochs=2))
-    hunt = open_hunt(plan, open_storage(home.places[-1]))
-    hunt.desk.me = worker.name(2**22 + 1)  # above the largest id
-    ((trial,),) = [next(hunt.asked(at_once=1))]
-    store = tracking.connect(home.uri)
-    experiment = tracking.open_experiment(store, NAME, "")
-    config, params, tags = plan.planned(trial_label(trial.number), trial.number, plan.base)
-    tracking.RunLog(store, experiment, "left", tags, params)
+def left_behind(home: Home) -> None:
+    """Leave a trial and one of its runs open, as a process does that is killed."""
+    plan = make_plan(SearchOptions(trials=6, seeds=2, epochs=2))
+    storage = open_storage(home.places[-1])
+    queue = open_queue(storage, plan.name, plan.proposer, set)
+    queue.me = process_name(2**22 + 1) + "1"  # an id above the largest
+    (trial,) = queue.take(1)
+    run, _ = queue.proposer.planned(trial)
+    tags = {"study": plan.name, "role": "run", "configuration": "left"}
+    start = recording.log_in(tracking.connect(home.uri), plan.experiment, "Why?")
+    start(run._replace(tags={**run.tags, **tags}))
+    storage.engine.dispose()
 
 
 def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
@@ -226,189 +230,145 @@ def test_other_settings_are_refused_with_the_differences(searched, capsys):
     assert "epochs: 2 there, 3 here; pruner: median there, none here" in said
 
 
-def test_a_search_that_another_process_runs_is_refused(tmp_path):
-    plan = make_search_plan(search.SEARCH, SearchOptions(trials=2))
-    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
-    hunt.desk.me = worker.name(os.getppid())
-    next(hunt.asked(at_once=2))
-    hunt.desk.me = worker.name()
-    with pytest.raises(UserError, match="is being run by process"):
-        hunt.desk.bury()
-
-
 def test_a_remedy_that_is_set_is_not_searched():
-    plan = make_search_plan(search.SEARCH, SearchOptions(sigma="optimal", free_bits=0.1))
-    assert not {"sigma", "free_bits"} & set(plan.space)
-    assert (plan.base.sigma, plan.base.free_bits) == ("optimal", 0.1)
-    assert "--free-bits 0.1 --sigma optimal" in plan.command()
+    plan = make_plan(SearchOptions(sigma="optimal", free_bits=0.1))
+    assert not {"sigma", "free_bits"} & set(plan.proposer.space)
+    assert (plan.proposer.base.sigma, plan.proposer.base.free_bits) == ("optimal", 0.1)
+    assert "--free-bits 0.1 --sigma optimal" in plan.command
     binary = SearchOptions(likelihood="bernoulli", binarization="stochastic")
-    assert "sigma" not in make_search_plan(search.SEARCH, binary).space
+    assert "sigma" not in make_plan(binary).proposer.space
 
 
-def test_a_dry_run_says_what_is_searched_and_writes_nothing(tmp_path, capsys):
+def test_the_command_of_a_report_is_one_that_the_search_takes():
+    plan = make_plan(SearchOptions(trials=9, seeds=2, multi_objective=True))
+    words = shlex.split(plan.command.partition("studies.search ")[2])
+    assert make_plan(read(SearchOptions, "search", "Why?", words)).proposer == plan.proposer
+
+
+def test_a_dry_run_shows_what_is_searched_and_writes_nothing(tmp_path, capsys):
     search.main(["--dry-run", "--trials", "40", *Home(tmp_path).places])
     said = " ".join(capsys.readouterr().out.split())
     assert "40 configurations of kl_weight, kl_normalization, latent_size" in said
     assert list(tmp_path.iterdir()) == []
 
 
-# --- pruning ------------------------------------------------------------------------------------
+# --- trials that end early ----------------------------------------------------------------------
 
 
-def test_trials_are_judged_after_every_warm_up_and_before_the_last_epoch():
+def test_trials_are_judged_after_every_warm_up():
     for epochs in (1, 2, 3, 10, 30, 50):
-        plan = make_search_plan(search.SEARCH, SearchOptions(epochs=epochs))
-        longest = plan.space["kl_warmup_epochs"][1]
-        assert all(longest <= epoch < epochs for epoch in plan.judged)
-        assert len(plan.judged) <= 10
-        assert len(plan.judged) > 0 or epochs == 1
+        proposer = make_plan(SearchOptions(epochs=epochs)).proposer
+        assert all(proposer.space["kl_warmup_epochs"].high <= e < epochs for e in proposer.judged)
 
 
 def test_a_batch_is_as_wide_as_the_stack_but_a_search_has_rounds():
     plans = [
-        make_search_plan(search.SEARCH, SearchOptions(trials=t, seeds=s))
+        make_plan(SearchOptions(trials=t, seeds=s))
         for t, s in ((400, 1), (400, 3), (400, 20), (40, 1), (2, 1))
     ]
-    assert [plan.at_once(width=16) for plan in plans] == [16, 5, 1, 10, 1]
+    assert [plan.proposer.at_once(16) for plan in plans] == [16, 5, 1, 10, 1]
+    assert [plan.width(16) for plan in plans] == [16, 15, 20, 10, 1]
+
+
+@dataclass
+class Uneven(TPE):
+    """A search whose trials have another learning rate with every seed."""
+
+    rates: tuple[tuple[float, ...], ...] = ()
+
+    def configs(self, trial):
+        """Return the settings of a trial's runs."""
+        rates = self.rates[trial.number % len(self.rates)]
+        runs = zip(super().configs(trial), rates, strict=True)
+        return [run.replace(learning_rate=rate) for run, rate in runs]
 
 
 @pytest.fixture
-def hunt(tmp_path):
-    """Open a search of two seeds among whose finished trials everything else looks bad."""
-    plan = make_search_plan(search.SEARCH, SearchOptions(trials=9, seeds=2, epochs=3))
-    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
-    for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
-        params = plan.search.baseline(plan.base, plan.source)
-        hunt.study.add_trial(
-            optuna.trial.create_trial(
-                params={name: getattr(params, name) for name in plan.space},
-                distributions=hunt.choices,
-                intermediate_values=dict.fromkeys(plan.judged, value),
-                value=value,
-                user_attrs={"val/neg_elbo": value},
+def train_uneven(tracking_uri, tmp_path, tiny):
+    """Return a function that searches beside five trials among which all others look bad."""
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+
+    def train(rates, **changes) -> tuple[Queue, list[Run]]:
+        plan = make_plan(SearchOptions(trials=5 + len(rates), seeds=2, epochs=3))
+        given = {field.name: getattr(plan.proposer, field.name) for field in fields(TPE)[:-1]}
+        given |= {"space": {"kl_weight": Range(0.02, 0.05)}, "rates": rates}
+        plan = replace(plan, proposer=Uneven(**given | changes))
+        queue = open_queue(storage, plan.name, plan.proposer, set)
+        for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
+            reports = dict.fromkeys(plan.proposer.judged, value)
+            queue.study.add_trial(
+                optuna.trial.create_trial(
+                    value=value, intermediate_values=reports, user_attrs={"val/neg_elbo": value}
+                )
             )
-        )
-    return hunt
+        work(queue, site(plan, tracking_uri, tiny), Steps(3, lambda steps, now: None))
+        return queue, tracking.connect(tracking_uri).runs(NAME)
+
+    yield train
+    storage.engine.dispose()
 
 
-def train_batch(hunt, trials, uri, data, configs):
+def site(plan, uri, data) -> Site:
+    """Return where a plan is trained."""
     store = tracking.connect(uri)
-    place = Place(None, data, "cpu", store, experiment_of(store), lambda record: None)
-    judge = Judge(hunt, trials)
-    planned = [
-        hunt.plan.planned(trial_label(t.number), t.number, config)
-        for t, own in zip(trials, configs, strict=True)
-        for config in own
-    ]
-    hunt.tell(trials, train_stack(planned, place, judge), judge.pruned)
-    return {(r["params"]["trial"], r["params"]["seed"]): r for r in tracking.read_runs(store, NAME)}
+    start = recording.log_in(store, plan.experiment, "Why?")
+    return Site(plan, data, "cpu", store, store.experiment(plan.experiment, ""), start, None)
 
 
-def experiment_of(store):
-    return tracking.open_experiment(store, NAME, "Why?")
-
-
-def test_a_pruned_trial_drops_all_its_rows_and_says_so(hunt, tracking_uri, tiny):
-    trials = next(hunt.asked(at_once=2))
-    cold = {"kl_warmup_epochs": 0}
-    configs = [hunt.plan.configs(t.params | cold) for t in trials]
-    runs = train_batch(hunt, trials, tracking_uri, tiny, configs)
+def test_a_pruned_trial_ends_all_its_runs_and_the_reason_is_kept(train_uneven, tracking_uri):
+    queue, runs = train_uneven(((1e-3, 1e-3),) * 2)
     assert len(runs) == 4
     store = tracking.connect(tracking_uri)
-    for run in runs.values():
-        assert (run["status"], run["tags"]["pruned"]) == ("KILLED", "true")
-        assert run["tags"]["reason"].startswith("pruned at epoch 1: validation neg_elbo")
-        history = store.client.get_metric_history(run["run_id"], "val/neg_elbo")
+    for run in runs:
+        assert (run.status, run.tags["pruned"]) == ("KILLED", "true")
+        assert run.tags["reason"].startswith("pruned at epoch 1: validation neg_elbo")
+        history = store.client.get_metric_history(run.run_id, "val/neg_elbo")
         assert [m.step for m in history] == [1]
-        assert not any(name.startswith("test/") for name in run["metrics"])
-    assert [t.state.name for t in hunt.study.trials[5:]] == ["PRUNED", "PRUNED"]
-    frame = search_frames.load_search(NAME, hunt.plan.name, tracking_uri)
+        assert not any(name.startswith("test/") for name in run.metrics)
+    assert [t.state.name for t in queue.trials()[5:]] == ["PRUNED", "PRUNED"]
+    frame = search_frames.load_search(NAME, NAME, tracking_uri)
     assert frame["pruned"].all()
-    assert len(search_frames.by_trial(frame, list(hunt.plan.space))) == 2
-    assert hunt.left() == 2
+    assert len(search_frames.by_trial(frame, list(queue.proposer.space))) == 2
+    assert queue.left() == 0
 
 
-def test_no_trial_is_judged_while_a_warm_up_lowers_its_weight(hunt, tracking_uri, tiny):
-    trials = next(hunt.asked(at_once=2))
-    ramp = [{"kl_warmup_epochs": 1, "kl_cycles": 3}, {"kl_warmup_epochs": 0}]
-    configs = [hunt.plan.configs(t.params | r) for t, r in zip(trials, ramp, strict=True)]
-    train_batch(hunt, trials, tracking_uri, tiny, configs)
-    assert [t.state.name for t in hunt.study.trials[5:]] == ["COMPLETE", "PRUNED"]
+def test_a_diverging_seed_ends_its_trial_and_no_other(train_uneven):
+    queue, runs = train_uneven(((1e-3, 1e30), (1e-3, 1e-3)), pruner="none")
+    found = {(r.params["trial"], r.params["seed"]): r for r in runs}
+    assert [found["5", s].status for s in "01"] == ["FINISHED", "FINISHED"]
+    assert [found["6", s].status for s in "01"] == ["KILLED", "FAILED"]
+    assert "another seed of its configuration diverged" in found["6", "0"].tags["reason"]
+    assert "diverged in epoch 1" in found["6", "1"].tags["reason"]
+    assert [t.state.name for t in queue.trials()[5:]] == ["COMPLETE", "FAIL"]
+    assert queue.failed_keys() == []  # diverged for good
+    assert queue.left() == 0
 
 
-def test_a_diverging_seed_ends_its_trial_and_no_other(hunt, tracking_uri, tiny):
-    hunt.study.pruner = optuna.pruners.NopPruner()
-    trials = next(hunt.asked(at_once=2))
-    tame = [hunt.plan.base.replace(seed=seed) for seed in (0, 1)]
-    wild = [tame[0], tame[1].replace(learning_rate=1e30)]
-    runs = train_batch(hunt, trials, tracking_uri, tiny, [tame, wild])
-    first, second = (str(t.number) for t in trials)
-    assert [runs[first, s]["status"] for s in "01"] == ["FINISHED", "FINISHED"]
-    assert [runs[second, s]["status"] for s in "01"] == ["KILLED", "FAILED"]
-    assert "another seed of its configuration diverged" in runs[second, "0"]["tags"]["reason"]
-    assert "diverged in epoch 1" in runs[second, "1"]["tags"]["reason"]
-    assert [t.state.name for t in hunt.study.trials[5:]] == ["COMPLETE", "FAIL"]
-    assert [t.number for t in hunt.diverged()] == [int(second)]
-
-
-def test_a_trial_that_diverges_where_it_would_be_pruned_has_diverged(hunt, tracking_uri, tiny):
+def test_a_trial_that_diverges_where_it_would_be_pruned_has_diverged(train_uneven):
     # Finite, but beyond any constant image; all its runs leave, since none can be summarised.
-    (trial,) = next(hunt.asked(at_once=1))
-    configs = [
-        hunt.plan.base.replace(model="linear", kl_weight=0.02, learning_rate=rate, seed=seed)
-        for seed, rate in enumerate((1e-3, 3.0))
-    ]
-    runs = train_batch(hunt, [trial], tracking_uri, tiny, [configs])
-    tame, wild = (runs[str(trial.number), seed] for seed in "01")
-    assert wild["status"] == "FAILED"
-    assert wild["tags"]["reason"].startswith("diverged in epoch 1: training mse is")
-    assert (tame["status"], "pruned" in tame["tags"]) == ("KILLED", False)
-    assert hunt.study.trials[trial.number].state.name == "FAIL"
-    assert [t.number for t in hunt.diverged()] == [trial.number]
+    base = RunConfig(model="linear", epochs=3)
+    queue, (tame, wild) = train_uneven(((1e-3, 3.0),), base=base)
+    assert wild.status == "FAILED"
+    assert wild.tags["reason"].startswith("diverged in epoch 1: training mse is")
+    assert (tame.status, "pruned" in tame.tags) == ("KILLED", False)
+    assert [t.state.name for t in queue.trials()[5:]] == ["FAIL"]
+    assert queue.failed_keys() == []
 
 
-def test_a_fresh_seed_that_diverges_is_not_trained_again(hunt, tracking_uri, tiny):
-    best = hunt.best().number
-    store = tracking.connect(tracking_uri)
-    place = Place(None, tiny, "cpu", store, experiment_of(store), lambda record: None)
-    for label, number in ((f"best, trial {best}", best), ("default", -1)):
-        wild = [1e-3, 1e-3, 1e30] if number == best else [1e-3] * 3
-        train_stack(
-            [
-                hunt.plan.planned(
-                    label,
-                    number,
-                    hunt.plan.base.replace(seed=s, learning_rate=rate, epochs=1),
-                    "confirmation",
-                )
-                for s, rate in zip(hunt.plan.fresh_seeds, wild, strict=True)
-            ],
-            place,
-        )
-    before = tracking.read_runs(store, NAME)
-    assert sorted(run["status"] for run in before) == ["FAILED"] + ["FINISHED"] * 5
-    confirm(hunt, place, Terminal())
-    assert tracking.read_runs(store, NAME) == before
-
-
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, tmp_path):
-    plan = make_search_plan(search.SEARCH, SearchOptions(trials=99, epochs=27, pruner=pruner))
-    hunt = open_hunt(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
-    fates = {}
-    for _ in range(3):
-        for place, trial in enumerate(next(hunt.asked(at_once=9))):
-            value = float(place)
-            for epoch in plan.judged:
-                trial.report(value, epoch)
-                if trial.should_prune():
-                    fates[trial.number] = value
-                    hunt.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    break
-            else:
-                hunt.study.tell(trial, value)
-    assert fates
-    assert 0.0 not in fates.values()
+def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tiny):
+    home = Home(tmp_path / "copy")
+    copy_home(searched.folder, home.folder)
+    plan = make_plan(SearchOptions(trials=5, seeds=2, epochs=2, study_name="other"))
+    listed = search.confirm(plan.proposer, plan.proposer.base, home.study(NAME))
+    wild = listed.cells[0]._replace(config=listed.cells[0].config.replace(learning_rate=1e30))
+    storage = open_storage(home.places[-1])
+    for left in (6, 0):
+        confirming = replace(listed, cells=[wild, *listed.cells[1:]])
+        queue = open_queue(storage, "other/after", confirming, set)
+        assert queue.left() == left
+        work(queue, site(plan, home.uri, tiny), Steps(2, lambda steps, now: None))
+        assert [r.status for r in home.runs("other")] == ["FAILED"] + ["FINISHED"] * 5
+    storage.engine.dispose()
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -417,8 +377,8 @@ def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, tmp_path):
 @pytest.fixture(scope="module")
 def trials(searched):
     frame = search_frames.load_search(NAME, NAME, searched.uri)
-    plan = make_search_plan(search.SEARCH, SearchOptions())
-    table = search_frames.by_trial(frame[frame["part"] == "search"], list(plan.space))
+    space = make_plan(SearchOptions()).proposer.space
+    table = search_frames.by_trial(frame[frame["part"] == "search"], list(space))
     return table.assign(front=table["trial"] < 3)
 
 

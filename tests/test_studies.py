@@ -1,7 +1,6 @@
 """A study from its command line to its summary, on real databases and in real processes."""
 
 import json
-import os
 import re
 import signal
 import sqlite3
@@ -15,31 +14,26 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from studies.grid import open_grid
-from studies.place import Place
-from studies.plan import Point, make_plan
-from studies.stack import train_tracked
-from studies.storage import check_storage, new_name, open_storage
 
-from harness import RunConfig, UserError, evaluate, load_run, measure_quality, tracking
-from studies import kl_weight, worker
+from harness import RunConfig, evaluate, load_run, measure_quality, tracking
+from studies import kl_weight
 from studies.runner import cli
-from studies.runner.options import Options
+from studies.runner.database import open_storage
+from studies.runner.study import make_plan
 
 NAME = "kl_weight-digits"
 
 
 def runs_of(uri, role="run"):
-    store = tracking.connect(uri)
-    return [r for r in tracking.read_runs(store, NAME) if r["tags"]["role"] == role]
+    return tracking.connect(uri).runs(NAME, role=role)
 
 
 def test_every_configuration_and_seed_is_one_finished_run_beside_one_summary(finished):
     runs = runs_of(finished.tracking_uri)
-    cells = [(r["params"]["kl_weight"], r["params"]["seed"]) for r in runs]
+    cells = [(r.params["kl_weight"], r.params["seed"]) for r in runs]
     assert sorted(cells) == sorted((w, s) for w in ("0.0", "0.02", "1.0") for s in ("0", "1"))
-    assert {r["status"] for r in runs} == {"FINISHED"}
-    assert [r["status"] for r in runs_of(finished.tracking_uri, "summary")] == ["FINISHED"]
+    assert {r.status for r in runs} == {"FINISHED"}
+    assert [r.status for r in runs_of(finished.tracking_uri, "summary")] == ["FINISHED"]
 
 
 def test_every_metric_of_a_run_is_described(finished):
@@ -48,27 +42,27 @@ def test_every_metric_of_a_run_is_described(finished):
     described = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     families = {"kl", "mse_class", "linear", "neg_log_likelihood"}
     for run in runs_of(finished.tracking_uri):
-        plain = {re.sub("^(best/)?(train|val|test)/", "", name) for name in run["metrics"]}
+        plain = {re.sub("^(best/)?(train|val|test)/", "", name) for name in run.metrics}
         assert {n for n in plain if n.split("/")[0] not in families} <= described
 
 
 def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
     store = tracking.connect(finished.tracking_uri)
     for run in runs_of(finished.tracking_uri):
-        assert set(RunConfig.__dataclass_fields__) <= run["params"].keys()
-        assert {"beta", "decoder_variance", "dataset_digest"} <= run["params"].keys()
+        assert set(RunConfig.__dataclass_fields__) <= run.params.keys()
+        assert {"beta", "decoder_variance", "dataset_digest"} <= run.params.keys()
         for metric in ("train/mse", "val/neg_elbo", "val/kl/9", "val/mse_class/8"):
-            history = store.client.get_metric_history(run["run_id"], metric)
+            history = store.client.get_metric_history(run.run_id, metric)
             assert [m.step for m in history] == [1, 2, 3]
-        images = [a.path for a in store.client.list_artifacts(run["run_id"], "images")]
+        images = [a.path for a in store.client.list_artifacts(run.run_id, "images")]
         assert sum("reconstructions+step" in i and i.endswith(".png") for i in images) == 3
         assert sum("prior_samples+step" in i and i.endswith(".png") for i in images) == 1
 
 
 def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data, features):
     runs = runs_of(finished.tracking_uri)
-    for run in [run for run in runs if run["params"]["seed"] == "0"]:
-        loaded = load_run(run["run_id"], finished.tracking_uri)
+    for run in [run for run in runs if run.params["seed"] == "0"]:
+        loaded = load_run(run.run_id, finished.tracking_uri)
         pair = [(loaded.config, loaded.model)]
         (again,), (quality,) = evaluate(pair, data), measure_quality(pair, data, features)
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
@@ -84,18 +78,18 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
 
     store = tracking.connect(finished.tracking_uri)
     (summary,) = runs_of(finished.tracking_uri, "summary")
-    description = summary["tags"]["mlflow.note.content"]
+    description = summary.tags["mlflow.note.content"]
     assert "lowest validation neg_elbo" in description
     assert "| kl_weight |" in description
     beside = finished.folder / "reports" / NAME
     listed = json.loads((beside / "summary.json").read_text())
-    files = {a.path for a in store.client.list_artifacts(summary["run_id"])}
+    files = {a.path for a in store.client.list_artifacts(summary.run_id)}
     for part in ("figures", "pictures"):
-        files |= {a.path for a in store.client.list_artifacts(summary["run_id"], part)}
+        files |= {a.path for a in store.client.list_artifacts(summary.run_id, part)}
     assert files == {str(p.relative_to(beside)) for p in beside.rglob("*")}
     assert {f["file"] for f in listed["figures"] + listed["pictures"] + listed["tables"]} <= files
     (best,) = store.client.search_logged_models(
-        store.client.get_run(summary["run_id"]).info.experiment_id.split()
+        store.client.get_run(summary.run_id).info.experiment_id.split()
     )
     mlflow.set_tracking_uri(finished.tracking_uri)
     model = mlflow.pyfunc.load_model(best.model_uri)
@@ -103,16 +97,16 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
     assert model.predict(images).shape == images.shape
     assert best.tags["mlflow.note.content"] == description
     measured = {metric.key: metric.value for metric in best.metrics}
-    assert measured == summary["metrics"]
+    assert measured == summary.metrics
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsys):
-    before = [r["run_id"] for r in runs_of(finished.tracking_uri)]
+    before = [r.run_id for r in runs_of(finished.tracking_uri)]
     cli.main(kl_weight.STUDY, finished.arguments)
     said = capsys.readouterr().out
     assert "nothing is trained again" in said
     assert said.endswith(finished.printed.split("kl_weight = ")[-1])
-    assert [r["run_id"] for r in runs_of(finished.tracking_uri)] == before
+    assert [r.run_id for r in runs_of(finished.tracking_uri)] == before
     assert len(runs_of(finished.tracking_uri, "summary")) == 1
 
 
@@ -132,35 +126,51 @@ def test_other_settings_are_refused_with_the_differences(finished, capsys):
 
 def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
     said = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
-    assert "3 finished points x 2 seeds in Optuna but 0 finished runs" in said
+    assert "has 6 finished runs in Optuna, of which 6 are not in" in said
 
 
-def test_fresh_takes_the_first_unused_name(finished):
-    storage, store = open_storage(finished.storage), tracking.connect(finished.tracking_uri)
-    assert new_name(storage, store, NAME, NAME) == f"{NAME}-2"
-    assert new_name(storage, store, NAME, "new") == "new"
-
-
-def test_a_study_whose_storage_is_another_is_refused_and_fresh_takes_no_name_of_mlflow(
-    finished, tmp_path, capsys
-):
+def test_a_study_whose_storage_is_another_is_refused(finished, tmp_path, capsys):
     other = f"sqlite:///{tmp_path}/optuna.db"
     arguments = [*finished.arguments, "--storage", other]
     for _ in range(2):  # also once the storage is there
         said = refusal(arguments, capsys)
-        assert f"has 7 runs of study '{NAME}', of which --storage {other} knows nothing" in said
-    store = tracking.connect(finished.tracking_uri)
-    assert new_name(open_storage(other), store, NAME, NAME) == f"{NAME}-2"
-    check_storage(open_storage(other), store, NAME, "another")
+        assert f"has 7 runs of study '{NAME}', which --storage {other} does not have" in said
 
 
-def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(finished):
+def test_the_objective_of_a_trial_is_the_validation_neg_elbo_of_its_run(finished):
     study = optuna.load_study(study_name=NAME, storage=open_storage(finished.storage))
-    frame = pd.DataFrame([r["params"] | r["metrics"] for r in runs_of(finished.tracking_uri)])
-    means = frame.groupby(frame["kl_weight"].astype(float))["val/neg_elbo"].mean()
-    assert len(study.trials) == 3
+    runs = {run.key: run for run in runs_of(finished.tracking_uri)}
+    assert len(study.trials) == len(runs) == 6
     for trial in study.trials:
-        assert trial.value == pytest.approx(means[trial.params["kl_weight"]], rel=1e-12)
+        run = runs[trial.user_attrs["keys"][0]]
+        cell = trial.user_attrs["cell"]
+        assert trial.value == run.metrics["val/neg_elbo"]
+        assert (cell["value"], cell["seed"]) == (
+            float(run.params["kl_weight"]),
+            int(run.params["seed"]),
+        )
+
+
+def test_a_study_grows_by_values_and_by_seeds(tracking_uri, tmp_path, capsys):
+    places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
+    common = ["--epochs", "1", "--batch-size", "128", "--latent-size", "2", *places]
+    cli.main(kl_weight.STUDY, ["--values", "0.02", "1", "--seeds", "1", *common])
+    before = {run.name: run.run_id for run in runs_of(tracking_uri)}
+    capsys.readouterr()
+    cli.main(kl_weight.STUDY, ["--values", "0.02", "0.5", "1", "--seeds", "2", *common])
+    assert "2 runs are finished; 4 are left" in capsys.readouterr().out
+    runs = runs_of(tracking_uri)
+    assert before.items() <= {run.name: run.run_id for run in runs}.items()
+    order = [(run.params["kl_weight"], run.params["seed"]) for run in runs]
+    assert order == [(weight, seed) for weight in ("0.02", "0.5", "1.0") for seed in "01"]
+    summaries = runs_of(tracking_uri, "summary")
+    assert sorted(run.status for run in summaries) == ["FINISHED", "KILLED"]
+    (former,) = (run for run in summaries if run.status == "KILLED")
+    assert former.tags["reason"] == "superseded by a later summary"
+    table = pd.read_csv(tmp_path / "reports" / NAME / "runs.csv")
+    assert list(zip(table["kl_weight"], table["seed"], strict=True)) == [
+        (float(weight), int(seed)) for weight, seed in order
+    ]
 
 
 @pytest.mark.slow
@@ -173,15 +183,15 @@ def test_a_stopped_command_is_finished_by_the_same_command(tracking_uri, tmp_pat
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
     assert process.returncode == 75
-    assert {r["status"] for r in runs_of(tracking_uri)} == {"FINISHED", "KILLED"}
+    assert {r.status for r in runs_of(tracking_uri)} == {"FINISHED", "KILLED"}
     assert "the same command continues from here" in said
     cli.main(kl_weight.STUDY, arguments)
     assert "16 runs are finished; 16 are left" in capsys.readouterr().out
-    ended = pd.DataFrame([r["params"] | {"status": r["status"]} for r in runs_of(tracking_uri)])
-    done = ended[ended["status"] == "FINISHED"]
+    ended = pd.DataFrame([r.params | {"status": r.status} for r in runs_of(tracking_uri)])
+    done = ended[ended.status == "FINISHED"]
     assert len(done) == 32
     assert not done.duplicated(["kl_weight", "seed"]).any()
-    assert set(ended["status"]) == {"FINISHED", "KILLED"}
+    assert set(ended.status) == {"FINISHED", "KILLED"}
     assert len(runs_of(tracking_uri, "summary")) == 1
 
 
@@ -214,45 +224,6 @@ def wait_for_runs(database: Path, count: int) -> None:
     pytest.fail(f"no {count} runs were started")
 
 
-def test_a_study_that_another_process_runs_is_refused(tmp_path):
-    plan = make_plan(kl_weight.STUDY, Options())
-    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
-    other = open_grid(plan, storage)
-    other.desk.me = worker.name(os.getppid())
-    next(other.asked(at_once=2))
-    with pytest.raises(UserError, match=f"run by process {os.getppid()}"):
-        open_grid(plan, storage).bury()
-
-
-def test_a_diverged_seed_fails_its_value_for_good(tmp_path):
-    plan = make_plan(kl_weight.STUDY, Options(values=(0.1, 0.2)))
-    grid = open_grid(plan, open_storage(f"sqlite:///{tmp_path}/optuna.db"))
-    (first, second) = next(grid.asked(at_once=2))
-    grid.tell(first, [1.0, None, 2.0])
-    grid.tell(second, [1.0, 3.0, 2.0])
-    assert grid.left() == []
-    assert grid.finished() == [Point("", second.params["kl_weight"])]
-    assert grid.study.best_value == 2.0
-
-
-def test_a_run_that_diverges_before_its_last_epoch_fails_alone_and_says_when(tracking_uri, tiny):
-    # The learning rate is no axis of a study: a plan with one wild seed is made by hand. One that
-    # diverges in its last epoch is in tests/test_diverged.py.
-    plan = make_plan(kl_weight.STUDY, Options(values=(0.1,), seeds=2, epochs=2))
-    (point, (tame, wild)) = next(iter(plan.configs.items()))
-    plan.configs[point][1] = wild.replace(model="mlp", learning_rate=1e30)
-    store = tracking.connect(tracking_uri)
-    experiment = tracking.open_experiment(store, NAME, "Why?")
-    place = Place(plan, tiny, "cpu", store, experiment, lambda record: None)
-    ((first, second),) = train_tracked([point], [0], place)
-    assert first is not None
-    assert second is None
-    runs = {r["params"]["seed"]: r for r in runs_of(tracking_uri)}
-    assert runs["0"]["status"] == "FINISHED"
-    assert runs["1"]["status"] == "FAILED"
-    assert "diverged in epoch 1" in runs["1"]["tags"]["reason"]
-
-
 def test_the_default_grid_has_zero_thirteen_weights_a_log_grid_and_the_blogs_weight():
     weights = kl_weight.WEIGHTS
     assert len(weights) == 14
@@ -272,9 +243,9 @@ def test_options_reach_the_plan():
         + ["--latent-size", "3", "--kl-normalization", "sum"],
     )
     plan = make_plan(kl_weight.STUDY, options)
-    assert [(c.kl_weight, c.seed) for c in plan.runs] == [
+    assert [(c.kl_weight, c.seed) for c in plan.configs] == [
         (w, s) for w in (0.5, 2) for s in range(4)
     ]
-    assert {(c.epochs, c.batch_size, c.latent_size, c.kl_normalization) for c in plan.runs} == {
+    assert {(c.epochs, c.batch_size, c.latent_size, c.kl_normalization) for c in plan.configs} == {
         (7, 8, 3, "sum")
     }

@@ -28,24 +28,9 @@ from mlflow.exceptions import MlflowException
 
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import spool
-from harness.tracking.addresses import (
-    check_database,
-    check_folder,
-    creation_lock,
-    is_server,
-    memory_folder,
-    project_root,
-    reason,
-    sqlite_file,
-    tracking_address,
-    try_folder,
-    unusable,
-    use_write_ahead_log,
-    without_password,
-)
+from harness.tracking import addresses
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Direct, Logged, Record, Run, RunLog, origin
-from harness.tracking.spool import REFUSALS, Spool, refused, shortly, status
+from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, shortly, status
 
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
@@ -81,7 +66,7 @@ class Store:
     def check_home(self) -> None:
         """Refuse a store beside which nothing can be written, before hours of training."""
         for name in ("reports", "cache"):
-            check_folder(self.home / name)
+            addresses.check_folder(self.home / name)
 
     def experiment(self, name: str, description: str) -> str:
         """Return the id of an experiment, creating it with its description if need be.
@@ -90,7 +75,7 @@ class Store:
             UserError: it was deleted, or its artifacts cannot be written from here.
         """
         # A server knows its own place; a database would take the current directory.
-        location = None if is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
+        location = None if addresses.is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
         tags = {NOTE: description, "mlflow.experimentKind": TRAINING_VIEW}
         found = self.ask(self.client.get_experiment_by_name, name)
         if found is None:
@@ -106,28 +91,8 @@ class Store:
                 "good with `mlflow gc`"
             )
         if self.spool is not None:
-            self._check_artifacts(found.artifact_location)
+            _check_artifacts(self.uri, found.artifact_location)
         return found.experiment_id
-
-    def _check_artifacts(self, location: str) -> None:
-        """Refuse a server that leaves artifacts to its clients where they cannot be written."""
-        scheme = urlsplit(location).scheme
-        if scheme in ("mlflow-artifacts", "http", "https"):
-            return
-        try:
-            if scheme in ("", "file"):
-                folder = Path(url2pathname(urlsplit(location).path))
-                if not folder.parents[1].is_dir():  # as on the machine of the server
-                    raise FileNotFoundError(f"there is no {folder.parents[1]}")
-                try_folder(folder)
-            else:
-                mlflow.artifacts.list_artifacts(artifact_uri=location)
-        except Exception as error:  # any cloud library's
-            raise UserError(
-                f"the MLflow server at {self.uri} leaves artifacts to its clients, and {location} "
-                f"cannot be written from here ({reason(error)}); start it with --serve-artifacts, "
-                "or give this machine access to that place"
-            ) from error
 
     def start(
         self,
@@ -162,14 +127,14 @@ class Store:
             among = [self.ask(self.client.get_experiment_by_name, experiment)]
         ids = [found.experiment_id for found in among if found is not None]
         runs: list[Run] = []
-        token: str | None = None
-        while ids:
-            order = ["attributes.start_time ASC"]
-            page = self.ask(self.client.search_runs, ids, terms, order_by=order, page_token=token)
+        order = ["attributes.start_time ASC"]
+        token: str | None = ""
+        while ids and token is not None:
+            page = self.ask(
+                self.client.search_runs, ids, terms, order_by=order, page_token=token or None
+            )
             runs += map(_run, page)
-            token = page.token
-            if not token:
-                break
+            token = page.token or None
         return runs
 
     def close(
@@ -181,7 +146,7 @@ class Store:
         """
         if not (closing := set(keys)):
             return
-        if self.spool is not None:
+        if self.spool is not None:  # not those of a process that lives, but may be stopped
             self.deliver(closing & self.spool.keys())
         for run in self._search(experiment, "attributes.status != 'KILLED'"):
             if run.key in closing and run.status in ("RUNNING", "FINISHED"):
@@ -203,7 +168,7 @@ class Store:
     def deliver(
         self,
         keys: Iterable[str] | None = None,
-        patience: float | None = None,
+        patience: float = PATIENCE,
         *,
         wait_while_answering: bool = False,
     ) -> bool:
@@ -211,7 +176,7 @@ class Store:
 
         Args:
             keys: of the runs.
-            patience: seconds without an answer after which this fails; None: PATIENCE.
+            patience: seconds without an answer after which this fails.
             wait_while_answering: return False at once where the server is away.
 
         Raises:
@@ -233,13 +198,12 @@ class Store:
         except UserError as error:
             if status(error.__cause__) not in (400, 404):
                 raise
-            found = self._search(None, f"tags.{KEY} = '{run}'")
-            if not found:
-                raise UserError(
-                    f"run {run!r} is not in {without_password(self.uri)}; its page in MLflow shows "
-                    "the id, and --tracking-uri names another store"
-                ) from error
-            return found[0]
+            if found := self._search(None, f"tags.{KEY} = '{run}'"):
+                return found[0]
+            raise UserError(
+                f"run {run!r} is not in {addresses.without_password(self.uri)}; its page in MLflow "
+                "shows the id, and --tracking-uri names another store"
+            ) from error
 
     def text(self, run_id: str, file: str) -> str:
         """Return an artifact of a run as text.
@@ -253,7 +217,7 @@ class Store:
                 return Path(path).read_text(encoding="utf-8")
             except Exception as error:  # the file system's, a server's, MLflow's
                 raise UserError(
-                    f"{file} of run {run_id} cannot be read ({reason(error)})"
+                    f"{file} of run {run_id} cannot be read ({addresses.reason(error)})"
                 ) from error
 
     def json(self, run_id: str, file: str) -> dict[str, Any]:
@@ -302,7 +266,7 @@ class Store:
         Raises:
             UserError: the server does not answer for PATIENCE seconds, or the call is refused.
         """
-        end = time.monotonic() + spool.PATIENCE
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 return call(*values, **named)
@@ -315,6 +279,25 @@ class Store:
                         "same command goes on once it is back"
                     ) from error
             time.sleep(1)
+
+
+def _check_artifacts(uri: str, location: str) -> None:
+    """Refuse a server that leaves artifacts to its clients where they cannot be written."""
+    place = urlsplit(location)
+    try:
+        if place.scheme in ("", "file"):
+            folder = Path(url2pathname(place.path))
+            if not folder.parents[1].is_dir():  # as on the machine of the server
+                raise OSError(f"there is no {folder.parents[1]}")
+            addresses.try_folder(folder)
+        elif place.scheme not in ("mlflow-artifacts", "http", "https"):
+            mlflow.artifacts.list_artifacts(artifact_uri=location)
+    except Exception as error:  # any cloud library's
+        raise UserError(
+            f"the MLflow server at {uri} leaves artifacts to its clients, and {location} cannot be "
+            f"written from here ({addresses.reason(error)}); start it with --serve-artifacts, or "
+            "give this machine access to that place"
+        ) from error
 
 
 def _run(found: mlflow.entities.Run) -> Run:
@@ -332,31 +315,31 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     Raises:
         UserError: the store cannot be opened or created.
     """
-    uri = tracking_address(uri)
-    if is_server(uri):
+    uri = addresses.tracking_address(uri)
+    if addresses.is_server(uri):
         return _server(uri, patience)
-    check_database(uri, "--tracking-uri")
-    database = sqlite_file(uri)
+    addresses.check_database(uri, "--tracking-uri")
+    database = addresses.sqlite_file(uri)
     try:
         if database is None:  # a database server, through SQLAlchemy
             _reach(uri)
-            return Store(_client(uri), uri, project_root(), local=False)
+            return Store(_client(uri), uri, addresses.project_root(), local=False)
         database.parent.mkdir(parents=True, exist_ok=True)
-        with creation_lock(uri):
+        with addresses.creation_lock(uri):
             if not database.exists():
                 new = database.with_name(f".{database.name}.{os.getpid()}.new")
                 new.write_bytes(_empty_database())
                 new.replace(database)  # whole or not at all, even after a kill
-            use_write_ahead_log(database)
+            addresses.use_write_ahead_log(database)
             return Store(_client(uri), uri, database.parent, local=True)
     except Exception as error:  # any driver's: SQLAlchemy's, MLflow's
-        raise unusable(uri, "--tracking-uri", error) from error
+        raise addresses.unusable(uri, "--tracking-uri", error) from error
 
 
 @cache
 def _empty_database() -> bytes:
     """Return an empty database of MLflow, made in memory: 300 commits to a disk take seconds."""
-    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+    with tempfile.TemporaryDirectory(dir=addresses.memory_folder()) as folder:
         database = Path(folder) / "mlflow.db"
         _client(f"sqlite:///{database}")
         return database.read_bytes()
@@ -393,12 +376,12 @@ def _server(uri: str, patience: float) -> Store:
         except (MlflowException, requests.RequestException) as error:
             if status(error) in REFUSALS:
                 raise refused(uri, "a request", error) from error
+            away = ConnectionError(shortly(error))
             if time.monotonic() >= end:
-                away = ConnectionError(shortly(error))
-                raise unusable(uri, "--tracking-uri", away) from error
-            logger.info("Waiting for the MLflow server at %s (%s).", uri, shortly(error))
-        time.sleep(min(5.0, patience))
-    root = project_root()
+                raise addresses.unusable(uri, "--tracking-uri", away) from error
+            logger.warning("Waiting for the MLflow server at %s (%s).", uri, away)
+        time.sleep(5)
+    root = addresses.project_root()
     folder = root / "cache" / "spool" / re.sub(r"[^\w.-]+", "_", uri)
     store = Store(client, uri, root, local=False, spool=Spool(folder, uri, client))
     return _servers.setdefault((os.getpid(), uri), store)

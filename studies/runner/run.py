@@ -99,7 +99,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     close_failed(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
-    with terminal.progress(done + left, left, plan.configs[0].epochs) as steps:
+    with terminal.progress(done + left, left) as steps:
         if options.workers > 1:
             logs = store.home / "cache"
             counts = partial(_counts, queue)
@@ -114,7 +114,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         close_failed(confirming, site)
         if fresh := confirming.left():
             log.info("training the best configuration and the default with fresh seeds")
-            with terminal.progress(fresh, fresh, plan.configs[0].epochs) as steps:
+            with terminal.progress(fresh, fresh) as steps:
                 work(confirming, site, steps)
     outcome = conclude(queue, site, terminal, again=options.workers > 1 or left == 0)
     kept.clear()
@@ -243,6 +243,7 @@ def work(queue: Queue, site: Site, steps: Steps) -> None:
                 recorded += train(queue, site, trials, steps)
                 names = [key for trial in trials for key in keys(trial)]
                 site.store.deliver(names, wait_while_answering=True)
+                told += _finish(queue, site, recorded)  # before a signal is looked at: they ended
             elif recorded:
                 site.store.deliver([key for one in recorded for key in keys(one.trial)])
             elif queue.left():
@@ -347,6 +348,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):
+                close_failed(summaries, site)  # of a process that died while this one waited
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
                 store.close(plan.experiment, [key for t in older for key in keys(t)], SUPERSEDED)
                 found = summary.ended(plan, site.data, store, queue.study, [*trials, *confirmed])

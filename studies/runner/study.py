@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
@@ -192,6 +193,11 @@ class Study:
         if not (self.question or "").strip():
             raise UserError(f"study {self.name!r} has no question: set `question`")
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns of a frame of runs that hold a point: the group, if any, and the axis."""
+        return [*([self.group] if self.group else []), self.axis.name]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -285,8 +291,6 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     Raises:
         UserError: a setting cannot be used.
     """
-    from studies.runner.summary import compare_points  # pandas, which --help does not wait for
-
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UserError(f"seeds={seeds}: give a whole number >= 1")
@@ -323,7 +327,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         source=data,
         configs=[cell.config for cell in cells],
         proposer=Listed(cells, {**data.settings, **shared}, study.objective),
-        find=lambda ended: compare_points(study, ended),
+        find=partial(_find, study),
         words=command(study.name, data, effective),
         sentence=_sentence(study, every, seeds, texts),
         objective=study.objective,
@@ -359,6 +363,12 @@ def _sentence(study: Study, every: Mapping[Point, RunConfig], seeds: int, texts:
         f"{len(texts)} values of {study.axis.name} ({', '.join(texts.values())}){each} x {seeds} "
         f"seeds = {len(every) * seeds} runs of {epochs} epochs"
     )
+
+
+def _find(study: Study, ended: Ended) -> Findings:
+    from studies.runner.summary import compare_points  # PyTorch, MLflow and pandas
+
+    return compare_points(study, ended)
 
 
 def _check_objective(study: Study, config: RunConfig) -> None:

@@ -26,11 +26,10 @@ from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
-from harness.tracking.record import interruption
+from harness.tracking.record import FAILED, interruption
 from harness.tracking.runs import Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
-from studies.runner.study import Plan, Point, Study, coordinates
 
 if TYPE_CHECKING:
     import optuna
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from harness.tracking.runs import RunLog
+    from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class Outcome:
         answer: the answer in sentences.
         folder: where tables, figures and pictures were written.
         experiment_id: MLflow experiment of the runs.
+        failed: what could not be measured of the runs, "" if nothing.
         sections: as in `Findings`.
     """
 
@@ -150,6 +151,7 @@ class Outcome:
     answer: str
     folder: Path
     experiment_id: str
+    failed: str = ""
     sections: Any = None
 
 
@@ -241,7 +243,8 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
     folder = make_folder(store.home / "reports" / plan.name)
     answer = tried("the answer", findings.answer) or "The answer failed."
-    answer = "\n\n".join([answer, *differing(found.finished)])
+    failed = _failed_metrics(found.finished)
+    answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)
@@ -253,7 +256,9 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
             figure.savefig(folder / f"figures/{name}.png", dpi=150)
             figures.append({"file": f"figures/{name}.png", "caption": caption})
     drawn = tried("the pictures", lambda: write_pictures(folder, findings, data, store)) or []
-    outcome = Outcome(plan, findings.table, answer, folder, experiment_id, findings.sections)
+    outcome = Outcome(
+        plan, findings.table, answer, folder, experiment_id, failed, findings.sections
+    )
     summary = {
         "study": plan.page,
         "name": plan.name,
@@ -315,6 +320,14 @@ def describe(outcome: Outcome) -> str:
     return f"**{outcome.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n"
 
 
+def _failed_metrics(runs: Sequence[Run]) -> str:
+    failed = [run for run in runs if FAILED in run.tags]
+    if not failed:
+        return ""
+    example = f"{failed[0].name}: {failed[0].tags[FAILED]}"
+    return f"The study's further metrics of {len(failed)} runs failed ({example})."
+
+
 def differing(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each part of their making in which compared runs differ."""
     sentences = []
@@ -336,7 +349,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return what the runs of a grid of points found."""
     frame = frames.tidy(found.finished)
-    axes = list(coordinates(study, Point("", "")))
+    axes = study.columns
     lost = {_coordinates(run, axes) for run in found.diverged}
     ranked = frame[[_coordinates(run, axes) not in lost for run in found.finished]]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
@@ -398,7 +411,7 @@ def _diverged(runs: Sequence[Run]) -> str:
 
 def _with_diverged(table: pd.DataFrame, study: Study, found: Ended) -> pd.DataFrame:
     """Add to a table of points how many runs of each diverged, and the points without another."""
-    axes = list(coordinates(study, Point("", "")))
+    axes = study.columns
     every = frames.tidy([*found.finished, *found.diverged])
     lost = frames.tidy(found.diverged).groupby(axes, sort=False).size()
     counts = every.groupby(axes, sort=False).size().rename("runs").reset_index()

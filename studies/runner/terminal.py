@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from harness.tracking import addresses, page
+from harness.tracking import addresses
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,9 +68,6 @@ NEXT = (
 )
 """What can be done after a study."""
 
-Show = Callable[[str, bool], None]
-"""(message, whether it only reports how far something is) -> None."""
-
 
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once nobody reads it."""
@@ -81,9 +78,13 @@ class _Screen(rich.console.Console):
 
 
 class _Handler(logging.Handler):
-    """Shows messages; those with `extra={"progress": True}` report how far something is."""
+    """Shows messages; those with `extra={"progress": True}` report how far something is.
 
-    def __init__(self, show: Show) -> None:
+    Args:
+        show: (message, whether it only reports how far something is) -> None.
+    """
+
+    def __init__(self, show: Callable[[str, bool], None]) -> None:
         super().__init__(logging.INFO)
         self.show = show
 
@@ -95,25 +96,27 @@ class _Handler(logging.Handler):
 
 
 class Steps:
-    """Progress of training in epochs of runs.
+    """Progress of training in runs, an epoch being a part of one.
 
     Args:
-        epochs: of every run.
-        advance: (epochs of runs that are done, what is happening) -> None.
+        advance: (runs that are done, what is happening) -> None.
     """
 
-    def __init__(self, epochs: int, advance: Callable[[int, str], None]) -> None:
-        self._advance, self._epochs, self._others = advance, epochs, 0
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self._advance, self._others = advance, 0
 
     def __call__(self, record: EpochRecord) -> None:
         """Count an epoch of a stack; what a dropped run does not train counts as done."""
-        saved = len(record.dropped) * (self._epochs - record.epoch)
-        self._advance(len(record.rows) + saved, _line(record, self._epochs))
+        epochs = record.configs[0].epochs
+        saved = len(record.dropped) * (epochs - record.epoch)
+        self._advance((len(record.rows) + saved) / epochs, _line(record))
 
-    def elsewhere(self, runs: int, text: str = "other processes go on") -> None:
+    def elsewhere(self, runs: int, text: str = "") -> None:
         """Count the runs that other processes have finished since the start."""
-        self._advance(max(0, runs - self._others) * self._epochs, text)
-        self._others = max(runs, self._others)
+        more = max(0, runs - self._others)
+        if more or text:
+            self._advance(more, text or "other processes go on")
+        self._others += more
 
 
 class Terminal:
@@ -131,7 +134,7 @@ class Terminal:
         self.out = out or _Screen(highlight=False, width=width, stderr=json)
         self.json, self.results = json, list[dict[str, Any]]()
         self._status, self._last = self.out.status(""), time.monotonic()
-        self._show: Show = self._say
+        self._bar: Progress | None = None
 
     def line(self, text: str) -> None:
         """Show text as it is: a path may hold brackets, which rich would read as its markup."""
@@ -165,7 +168,7 @@ class Terminal:
         before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
         for logger in loggers:
             others = [found for found in logger.handlers if not isinstance(found, _Handler)]
-            logger.handlers = [*others, _Handler(lambda text, further: self._show(text, further))]
+            logger.handlers = [*others, _Handler(self._show)]
             logger.propagate = False  # the root has a handler too, once MLflow has made a database
             logger.setLevel(logging.INFO)
         try:
@@ -176,8 +179,10 @@ class Terminal:
                 logger.handlers, logger.propagate = handlers, propagate
                 logger.setLevel(level)
 
-    def _say(self, text: str, further: bool) -> None:  # noqa: FBT001 - of type `Show`
-        if self.out.is_terminal:
+    def _show(self, text: str, further: bool) -> None:  # noqa: FBT001 - as `_Handler` calls it
+        if self.out.is_terminal and self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], now=text)
+        elif self.out.is_terminal:
             self._status.update(text)
             self._status.start()
         elif not further or self._is_due():
@@ -187,13 +192,12 @@ class Terminal:
         return time.monotonic() - self._last >= EVERY
 
     @contextmanager
-    def progress(self, runs: int, left: int, epochs: int) -> Iterator[Steps]:
+    def progress(self, runs: int, left: int) -> Iterator[Steps]:
         """Show the training of the runs that are left; yields the callback of every epoch.
 
         Args:
             runs: of the whole plan.
             left: those that no process has finished.
-            epochs: of each.
         """
         if left == 0:
             self.line("Every run is finished already; nothing is trained again.")
@@ -207,31 +211,27 @@ class Terminal:
             console=self.out,
             disable=not self.out.is_terminal or left == 0,
         )
-        task = bar.add_task("training", total=left * epochs, now="starting")
+        task = bar.add_task("training", total=left, now="starting")
 
-        def advance(steps: int, now: str) -> None:
-            before = bar.tasks[0].percentage
+        def advance(steps: float, now: str) -> None:
+            before = round(bar.tasks[0].percentage, 6)
             bar.update(task, advance=steps, now=now)
-            after = bar.tasks[0].percentage
+            after = round(bar.tasks[0].percentage, 6)
             if not self.out.is_terminal and (after // 10 > before // 10 or self._is_due()):
                 self.line(f"{after:3.0f} %  {now}")
 
-        def show(text: str, further: bool) -> None:  # noqa: FBT001 - of type `Show`
-            if self.out.is_terminal:
-                bar.update(task, now=text)
-            else:
-                self._say(text, further)
-
         self._status.stop()
-        self._show = show
+        self._bar = bar
         try:
             with bar:
-                yield Steps(epochs, advance)
+                yield Steps(advance)
         finally:
-            self._show = self._say
+            self._bar = None
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, or the claims of a ledger, the answer and where to look further."""
+        from harness.tracking.page import LINK  # MLflow, which --help does not wait for
+
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
         self._note(
             study=outcome.plan.name,
@@ -250,7 +250,7 @@ class Terminal:
             self.out.print(self._fitting(outcome.table))
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {outcome.folder / 'report.html'}")
-        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page.LINK}")
+        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
         self.line(NEXT)
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
@@ -261,7 +261,7 @@ class Terminal:
             self.line(f"\nAnother process wrote the summary, run {run_id}: {address}")
 
     def finish(self, code: int | str, error: str = "") -> None:
-        """End the display; with `--json`, print the object of one study, or of several a list."""
+        """With `--json`, print the object: of one study, or a list of them under "studies"."""
         if self.json and code != CLOSED:
             one = self.results[0] if self.results else {}
             result = {"studies": self.results} if len(self.results) > 1 else one
@@ -315,8 +315,8 @@ def _claims(heading: str, rows: Iterable[Row]) -> Table:
     return table
 
 
-def _line(record: EpochRecord, epochs: int) -> str:
-    runs = len(record.rows)
+def _line(record: EpochRecord) -> str:
+    runs, epochs = len(record.rows), record.configs[0].epochs
     return (
         f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
         f"{record.images_per_second:,.0f} images/s, best {_best(record)}"

@@ -6,19 +6,21 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import rich.console
 import torch
-from studies.summary import Outcome
 
-from harness import places, view
 from harness.metrics.evaluate import on_all_cores
+from harness.tracking import addresses, page
+from studies.ledger.claims import Row
 from studies.runner import terminal
+from studies.runner.summary import Outcome
 from studies.runner.terminal import NEXT, Terminal
 
-library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.summary")
+library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.search")
 
 WIDE = {
     "weight": ["calibrated weight"],
@@ -61,7 +63,7 @@ def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
     monkeypatch.setattr(terminal, "EVERY", 0.0)
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(1, 1, 1000) as on_epoch:
+    with shown.shown(), shown.progress(1000, 1000) as on_epoch:
         on_epoch._advance(1, "epoch 1")
         count("measuring", 1, 2)
     assert out.getvalue().splitlines() == ["  0 %  epoch 1", "       measuring: 1 of 2"]
@@ -72,7 +74,7 @@ def test_a_terminal_shows_messages_in_its_moving_line():
     shown = moving(out)
     with shown.shown():
         pages.info("opening stores")
-        with shown.progress(1, 1, 10) as on_epoch:
+        with shown.progress(10, 10) as on_epoch:
             on_epoch._advance(1, "epoch 1")
             pages.info("measuring finished runs")
         pages.info("drawing figures")
@@ -141,7 +143,7 @@ def test_what_all_cores_compute_is_counted(workers, monkeypatch):
 def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(1, 1, 20) as on_epoch:
+    with shown.shown(), shown.progress(20, 20) as on_epoch:
         for epoch in range(1, 21):
             on_epoch._advance(1, f"epoch {epoch}")
         pages.info("measuring")
@@ -162,16 +164,17 @@ def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
 )
 def test_what_is_finished_is_said_before_training(left, line):
     out = StringIO()
-    with log(out).progress(6, left, 10):
+    with log(out).progress(6, left):
         pass
     assert out.getvalue() == line
 
 
 def test_runs_that_other_processes_finish_count_once():
     out = StringIO()
-    with log(out).progress(4, 4, 5) as on_epoch:
+    with log(out).progress(4, 4) as on_epoch:
         for runs in (0, 1, 1, 3, 2, 4):
             on_epoch.elsewhere(runs)
+        on_epoch.elsewhere(3, "3 left")
     texts = [f"{percent:3.0f} %  other processes go on" for percent in (25, 75, 100)]
     assert out.getvalue().splitlines() == texts
 
@@ -179,10 +182,15 @@ def test_runs_that_other_processes_finish_count_once():
 # --- the outcome --------------------------------------------------------------------------------
 
 
+def planned(name: str) -> SimpleNamespace:
+    """Return what is shown of a plan."""
+    return SimpleNamespace(name=name, source=SimpleNamespace(name="digits"), sentence="3 runs")
+
+
 def screen(width: int, tracking_uri: str | None = None) -> str:
     out = StringIO()
-    outcome = Outcome(pd.DataFrame(WIDE), "It is so.", Path("reports/x"), "7")
-    log(out, width).outcome("x", outcome, tracking_uri)
+    outcome = Outcome(planned("x"), pd.DataFrame(WIDE), "It is so.", Path("reports/x"), "7")
+    log(out, width).outcome(outcome, tracking_uri)
     return out.getvalue()
 
 
@@ -194,6 +202,22 @@ def test_a_table_that_is_too_wide_loses_columns_and_no_digits(width):
     assert ("pca_" in printed) == (width == 100)
 
 
+def test_a_ledger_is_shown_heading_by_heading():
+    claims = [SimpleNamespace(name=name, reference="1", tolerance="0.1") for name in "abc"]
+    rows = [
+        Row("Exact", claims[0], "1.0", "pass"),
+        Row("Exact", claims[1], "2.0", "fail"),
+        Row("Trained", claims[2], "", "not run", "hours on a CPU"),
+    ]
+    out = StringIO()
+    outcome = Outcome(planned("x"), pd.DataFrame(), "So.", Path("reports/x"), "7", rows)
+    log(out).outcome(outcome, None)
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    heads = [line for line in lines if line.endswith("reference obtained tolerance verdict")]
+    assert [head.split()[0] for head in heads] == ["Exact", "Trained"]
+    assert {"a 1 1.0 0.1 pass", "b 1 2.0 0.1 fail", "c 1 0.1 not run: hours on a CPU"} <= {*lines}
+
+
 @pytest.mark.parametrize("named", ["option", "environment"])
 def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path):
     uri = f"sqlite:///{tmp_path}/m.db"
@@ -202,20 +226,29 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     printed = screen(100, uri if named == "option" else None)
     assert f"mlflow ui --workers 1 --backend-store-uri {uri}, then http://127.0.0.1:5000" in printed
-    assert f"/#/experiments/7{view.LINK}" in printed
+    assert f"/#/experiments/7{page.LINK}" in printed
     assert NEXT in printed
 
 
 def test_the_default_store_is_shown_by_make(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert (places.project_root() / "Makefile").exists()
+    assert (addresses.project_root() / "Makefile").exists()
     assert "make ui, then http://127.0.0.1:5000/#/experiments/7" in screen(100)
 
 
 def test_no_link_shows_a_password():
-    printed = screen(100, "https://me:secret@host:5000/")
-    assert f"Every run: https://host:5000/#/experiments/7{view.LINK}" in printed
-    assert "secret" not in printed + screen(100, "postgresql://me:secret@host/db")
+    assert f"Every run: https://host/#/experiments/7{page.LINK}" in screen(100, "https://host/")
+    printed = screen(100, "postgresql://me:secret@host/db")
+    assert "postgresql://host/db, then " in printed
+    assert "secret" not in printed
+
+
+def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
+    stores = [f"postgresql+psycopg://me:secret@host/{name}" for name in ("m", "o")]
+    Terminal().estimate(*stores, "duration: not known")
+    said = capsys.readouterr().out
+    shown = [f"postgresql+psycopg://host/{name}" for name in ("m", "o")]
+    assert said == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
 
 
 def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
@@ -228,15 +261,15 @@ def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
 
 def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(capsys):
     table = pd.DataFrame({"kl_weight": [0.1, 1 / 3], "mse": [float("nan"), 2.0], "seeds": [3, 3]})
-    outcome = Outcome(table, "It is so.", Path("/reports/x"), "7")
+    outcome = Outcome(planned("x-2"), table, "It is so.", Path("/reports/x"), "7")
     shown = Terminal(json=True)
     with shown.shown():
         shown.question("Why?")
-        shown.plan("x", "digits", "3 runs")
+        shown.plan(planned("x"), 64)
         pages.info("drawing figures")
-        with shown.progress(1, 1, 1) as on_epoch:
+        with shown.progress(1, 1) as on_epoch:
             on_epoch.elsewhere(1)
-    shown.outcome("x-2", outcome, "https://me:secret@host:5000")
+    shown.outcome(outcome, "postgresql://me:secret@host/db")
     shown.finish(0)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -249,7 +282,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         "experiment_id": "7",
         "answer": "It is so.",
         "report": "/reports/x/report.html",
-        "tracking_uri": "https://host:5000",
+        "tracking_uri": "postgresql://host/db",
         "exit_code": 0,
     }
     for text in ("Why?", "3 runs", "drawing figures", "100 %"):
@@ -260,7 +293,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
 def test_the_json_of_several_studies_is_one_object_too(capsys):
     shown = Terminal(json=True)
     for name in ("x", "y"):
-        shown.plan(name, "digits", "3 runs")
+        shown.plan(planned(name), 64)
     shown.finish(2, "error: y cannot be used")
     assert json.loads(capsys.readouterr().out) == {
         "studies": [{"study": name, "dataset": "digits"} for name in ("x", "y")],

@@ -1,4 +1,4 @@
-"""MLflow's own page, on a real server and in a real browser, shows a study's runs and pictures."""
+"""MLflow's page, on a real server and in a real browser, shows a study's runs and pictures."""
 
 import base64
 import json
@@ -8,14 +8,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from real_servers import free_port
 
-from harness import tracking, view
+from harness.tracking import connect
+from harness.tracking.page import LINK, TAG, save_view
+from harness.tracking.store import Store
 
 CHROMIUM = shutil.which("chromium")
 QUIET = (
@@ -25,52 +30,64 @@ QUIET = (
 PATIENCE = 180_000
 """Milliseconds for an element to appear; only a broken page needs them."""
 
-
-def experiment_of(finished) -> tuple[tracking.Store, str, dict[str, str]]:
-    """Return a finished study's store, its experiment's id, and its run ids by name."""
-    store = tracking.connect(finished.tracking_uri)
-    found = store.client.get_experiment_by_name("kl_weight-digits")
-    runs = {run["name"]: run["run_id"] for run in tracking.read_runs(store, "kl_weight-digits")}
-    return store, found.experiment_id, runs
+COLUMNS = ["kl_weight", "seed", "none", "val/neg_elbo", "mse"]
 
 
-def test_a_study_saves_a_view_with_its_columns(finished):
-    store, experiment, runs = experiment_of(finished)
-    saved = json.loads(store.client.get_experiment(experiment).tags[view.TAG])
-    kind, packed = saved["state"].split(";")
-    state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert kind == "deflate"
-    assert {"params.`kl_weight`", "params.`seed`"} <= set(state["selectedColumns"])
-    assert {"metrics.`test/mse`", "metrics.`val/neg_elbo`"} <= set(state["selectedColumns"])
-    assert state["orderByKey"] == "metrics.`val/neg_elbo`"
-    there = store.client.get_run(runs["kl_weight=1 seed=0"]).data
-    known = {f"metrics.`{name}`" for name in there.metrics}
-    known |= {f"params.`{name}`" for name in there.params}
-    assert set(state["selectedColumns"]) <= known
+class Written(NamedTuple):
+    """A store with three runs of a study, and the id of each by name."""
 
-
-def test_a_view_that_was_changed_is_left_alone(finished, tmp_path):
-    database = tmp_path / "mlflow.db"
-    shutil.copy(finished.folder / "mlflow.db", database)
-    store = tracking.connect(f"sqlite:///{database}")
-    _, experiment, runs = experiment_of(finished)
-    store.client.set_experiment_tag(experiment, view.TAG, "mine")
-    tracking.save_view(store, experiment, ["mse"], runs["kl_weight=1 seed=0"])
-    assert store.client.get_experiment(experiment).tags[view.TAG] == "mine"
-
-
-def test_the_last_screen_links_to_that_view(finished):
-    _, experiment, _ = experiment_of(finished)
-    assert f"http://127.0.0.1:5000/#/experiments/{experiment}{view.LINK}" in finished.printed
+    store: Store
+    experiment: str
+    runs: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def server(finished) -> Iterator[str]:
-    """Serve a finished study's store as `make ui` does."""
+def written(empty_database, tmp_path_factory) -> Written:
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    store = connect(f"sqlite:///{folder}/mlflow.db")
+    experiment = store.experiment("kl_weight-digits", "Which weight?")
+    for weight in (0.02, 1.0):
+        name, params = f"kl_weight={weight:g} seed=0", {"kl_weight": weight, "seed": 0}
+        log = store.start(experiment, uuid.uuid4().hex, name, {"role": "run"}, params)
+        for epoch in range(3):
+            log.metrics({"val/neg_elbo": weight / (epoch + 1), "test/mse": 0.1}, epoch)
+            log.picture("reconstructions", np.full((8, 20), 9 * epoch, np.uint8), epoch)
+        log.end()
+    note = "The weight 0.02 has the lowest validation neg_elbo."
+    summary = store.start(experiment, uuid.uuid4().hex, "summary", {"role": "summary"}, {}, note)
+    summary.end()
+    runs = {run.name: run.run_id for run in store.runs("kl_weight-digits")}
+    save_view(store, experiment, COLUMNS, runs["kl_weight=1 seed=0"])
+    return Written(store, experiment, runs)
+
+
+def test_a_view_has_the_columns_that_the_runs_have(written):
+    saved = json.loads(written.store.client.get_experiment(written.experiment).tags[TAG])
+    kind, packed = saved["state"].split(";")
+    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert kind == "deflate"
+    assert state["selectedColumns"] == [
+        *("params.`kl_weight`", "params.`seed`", "metrics.`val/neg_elbo`", "metrics.`test/mse`")
+    ]
+    assert state["orderByKey"] == "metrics.`val/neg_elbo`"
+
+
+def test_a_view_that_was_changed_is_left_alone(written):
+    store = written.store
+    experiment = store.experiment("other", "Why?")
+    store.client.set_experiment_tag(experiment, TAG, "mine")
+    save_view(store, experiment, ["mse"], next(iter(written.runs.values())))
+    assert store.client.get_experiment(experiment).tags[TAG] == "mine"
+
+
+@pytest.fixture(scope="module")
+def server(written) -> Iterator[str]:
+    """Serve the store as `make ui` does."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", finished.tracking_uri]
-    log = (finished.folder / "ui.log").open("w")
+    command += ["--port", str(port), "--backend-store-uri", written.store.uri]
+    log = (written.store.home / "ui.log").open("w")
     running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -111,10 +128,10 @@ def page(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_shows_runs_columns_and_pictures(finished, server, page):
-    _, experiment, runs = experiment_of(finished)
-    page.goto(f"{server}/#/experiments/{experiment}{view.LINK}")
-    for name in ("summary", "kl_weight=0.02 seed=0", "kl_weight=1 seed=1"):
+def test_the_page_shows_runs_columns_and_pictures(written, server, page):
+    _, experiment, runs = written
+    page.goto(f"{server}/#/experiments/{experiment}{LINK}")
+    for name in runs:
         page.get_by_role("link", name=name, exact=True).first.wait_for()
     for column in ("val/neg_elbo", "kl_weight"):
         page.locator("[role=columnheader]", has_text=column).first.wait_for()
@@ -122,7 +139,7 @@ def test_the_page_shows_runs_columns_and_pictures(finished, server, page):
     run = runs["kl_weight=0.02 seed=0"]
     page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/model-metrics")
     page.get_by_placeholder("Search metric charts").fill("reconstructions")
-    for step in (0, 1):  # untrained, where the slider stands at first, and after an epoch
+    for step in (0, 1):
         picture = page.locator(f"img[src*='reconstructions%2Bstep%2B{step}%2B']").first
         picture.wait_for()
         assert picture.evaluate("image => image.naturalWidth") > 0

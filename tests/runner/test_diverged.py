@@ -1,17 +1,17 @@
-"""A run that diverges fails alone, and whoever reads the table or the answer learns of it."""
+"""A run that diverges fails alone; the table and the answer report it."""
 
 import math
 from dataclasses import replace
 
-import pandas as pd
 import pytest
-from studies.measures import divergence
-from studies.plan import Point, make_plan
-from studies.study import run
 
-from harness import RunConfig, tracking, train
-from studies import diverged, kl_normalization, kl_weight
+from harness import RunConfig, train
+from harness.tracking import connect
+from harness.tracking.record import divergence
+from studies import kl_normalization, kl_weight
 from studies.runner.options import Options
+from studies.runner.run import run
+from studies.runner.study import make_plan
 from studies.runner.terminal import Terminal
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
@@ -57,6 +57,17 @@ def test_a_run_of_extreme_settings_that_gets_on_has_not_diverged(tiny):
     assert [v for config in extreme for v in verdicts([config], tiny)[1]] == [None] * len(extreme)
 
 
+def diverging(plan, names):
+    """Return a plan of which some cells have a learning rate with which they diverge."""
+    cells = [
+        cell._replace(
+            config=cell.config.replace(learning_rate=1e30 if cell.name in names else 1e-3)
+        )
+        for cell in plan.proposer.cells
+    ]
+    return replace(plan, proposer=replace(plan.proposer, cells=cells))
+
+
 @pytest.fixture(scope="module")
 def outcome(empty_database, tmp_path_factory, tiny):
     """Run a study of which one value loses a seed of two, and one loses both."""
@@ -71,23 +82,20 @@ def outcome(empty_database, tmp_path_factory, tiny):
         storage=f"sqlite:///{folder}/optuna.db",
         tracking_uri=f"sqlite:///{folder}/mlflow.db",
     )
-    # The learning rate is no axis of a study: a plan with wild seeds is made by hand.
     plan = make_plan(replace(kl_weight.STUDY, base=SMALL, figures={}), options)
-    tame, half, wild = plan.configs.values()
-    half[1] = half[1].replace(learning_rate=1e30)
-    wild[:] = [config.replace(learning_rate=1e30) for config in wild]
+    plan = diverging(plan, DIVERGED)
     return plan, options, run(plan, tiny, options, Terminal())
+
+
+DIVERGED = {"kl_weight=0.5 seed=1", "kl_weight=1 seed=0", "kl_weight=1 seed=1"}
 
 
 def test_the_runs_fail_alone_with_epoch_and_reason(outcome):
     plan, options, _ = outcome
-    store = tracking.connect(options.tracking_uri)
-    runs = tracking.read_runs(store, plan.experiment, "tags.role = 'run'")
-    ends = {run["name"]: (run["status"], run["tags"].get("reason")) for run in runs}
+    runs = connect(options.tracking_uri).runs(plan.experiment, role="run")
+    ends = {run.name: (run.status, run.tags.get("reason")) for run in runs}
     failed = {name: reason for name, (status, reason) in ends.items() if status == "FAILED"}
-    assert failed.keys() == {
-        *("kl_weight=0.5 seed=1", "kl_weight=1 seed=0", "kl_weight=1 seed=1"),
-    }
+    assert failed.keys() == DIVERGED
     assert all(reason.startswith("diverged in epoch 1: ") for reason in failed.values())
     assert {status for status, _ in ends.values()} == {"FINISHED", "FAILED"}
 
@@ -102,15 +110,10 @@ def test_table_answer_and_report_say_so(outcome, capsys):
     assert said in found.answer
     assert "kl_weight = 0.02 has the lowest validation neg_elbo of 1 values" in found.answer
     assert said in (found.folder / "report.html").read_text()
-    Terminal().outcome(plan, found, options.tracking_uri)
+    Terminal().outcome(found, options.tracking_uri)
     shown = capsys.readouterr().out
     assert "2 of 2" in shown
     assert "3 runs diverged" in " ".join(shown.split())
-
-
-def test_without_divergence_nothing_is_added():
-    frame = pd.DataFrame({"name": ["kl_weight=1 seed=0"], "mse": [0.1]})
-    pd.testing.assert_frame_equal(diverged.without(frame, []), frame)
 
 
 def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path, tiny):
@@ -124,8 +127,7 @@ def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path
     places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
     options = Options(values=(0.5,), seeds=1, epochs=1, **places)
     plan = make_plan(study, options)
-    ((wild,),) = [plan.configs[Point("batch", 0.5)]]
-    plan.configs[Point("batch", 0.5)][:] = [wild.replace(learning_rate=1e30)]
+    plan = diverging(plan, {"batch, decoder_variance=0.5 seed=0"})
     found = run(plan, tiny, options, Terminal())
     assert (found.folder / "pictures" / "latents.png").exists()
     assert "1 run diverged, and its values are not ranked: batch, " in found.answer

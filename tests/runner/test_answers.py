@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from studies import answers, conditions
+from studies import conditions
+from studies.runner import answers
 
 LUCK = (0.0, 0.1, -0.1)
 
