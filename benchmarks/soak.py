@@ -213,40 +213,37 @@ def torment(case: Case, soak: Soak, tally: Tally, dice: random.Random) -> None:
         return Member(case.start(worker), dice.choice(SIGNALS), now, moment)
 
     team = {worker: begin(worker) for worker in range(case.workers)}
-    disturbance = time.monotonic() + dice.uniform(0, CALM)
-    held_until = 0.0
-    while team:
-        time.sleep(0.005)
-        now = time.monotonic()
-        if case.server and now > disturbance:
-            if held_until:
-                case.server.send(signal.SIGCONT)
-                held_until, disturbance = 0.0, now + dice.uniform(0, CALM)
-            elif dice.random() < 0.5:
-                case.server.send(signal.SIGSTOP)
-                held_until = disturbance = now + dice.uniform(0, HELD)
-            else:
-                case.server.kill()
-                case.server.start()  # seconds, in which it is away
-                disturbance = time.monotonic() + dice.uniform(0, CALM)
-        for worker, member in [*team.items()]:
-            if member.child.ended():
-                if not judged(case, member, tally):
-                    del team[worker]
-                elif not tally.faults[10:]:
-                    team[worker] = begin(worker)
-            elif not member.sent and now > member.moment and tally.deaths.total() < soak.kills:
-                tally.deaths[member.number.name] += 1
-                member.child.send(member.number, group=dice.random() < 0.5)
-                member.sent = True
-        if tally.faults[10:]:
-            break
-    if held_until:
-        case.server.send(signal.SIGCONT)
-    for member in team.values():
-        with contextlib.suppress(ProcessLookupError):
-            member.child.send(signal.SIGKILL, group=True)
-        member.child.wait()
+    disturbance, held = time.monotonic() + dice.uniform(0, CALM), False
+    try:
+        while team and not tally.faults[10:]:
+            time.sleep(0.005)
+            now = time.monotonic()
+            if case.server and now > disturbance:
+                if held:
+                    case.server.send(signal.SIGCONT)
+                    held = False
+                elif held := dice.random() < 0.5:
+                    case.server.send(signal.SIGSTOP)
+                else:
+                    case.server.kill()
+                    case.server.start()  # seconds, in which it is away
+                disturbance = time.monotonic() + dice.uniform(0, HELD if held else CALM)
+            for worker, member in [*team.items()]:
+                if member.child.ended():
+                    if judged(case, member, tally):
+                        team[worker] = begin(worker)
+                    else:
+                        del team[worker]
+                elif not member.sent and now > member.moment and tally.deaths.total() < soak.kills:
+                    tally.deaths[member.number.name] += 1
+                    member.child.send(member.number, group=dice.random() < 0.5)
+                    member.sent = True
+    finally:
+        if held:
+            case.server.send(signal.SIGCONT)
+        for member in team.values():  # of a soak that is given up
+            with contextlib.suppress(ProcessLookupError):
+                member.child.send(signal.SIGKILL, group=True)
 
 
 def judged(case: Case, member: Member, tally: Tally) -> bool:

@@ -30,6 +30,28 @@ STUDY = ["--values", "0.01", "0.02", "0.04", "1", "--seeds", "3", "--epochs", "2
 RUNS = 12
 SMALL = ["--values", "0.02", "1", "--seeds", "2", "--epochs", "2"]
 WORKERS, KILLS = 4, 3
+PAGE = """
+from dataclasses import replace
+
+import harness
+from studies import kl_weight
+from studies.runner import cli
+
+load = harness.load_dataset
+
+
+def few(name, root):
+    data = load(name, root)
+    cut = {"train": data.train.head(96), "val": data.val.head(40), "test": data.test.head(50)}
+    return replace(data, **cut)
+
+
+if __name__ == "__main__":
+    harness.load_dataset = few
+    cli.main(replace(kl_weight.STUDY, figures={}))
+"""
+"""The study on few images and without its figures, which take most of the time."""
+
 BEAT = {database.BEAT: "3"}
 """18 seconds of grace."""
 
@@ -58,16 +80,19 @@ class Team:
         home: copy of the project that they are started in.
     """
 
-    def __init__(self, arguments, folder, home=ROOT):
+    def __init__(self, arguments, folder, home):
         self.arguments, self.folder, self.home, self.all = arguments, folder, home, []
 
     def start(self, home=None, **environment):
         """Start another process."""
-        command = [sys.executable, "-m", "studies.kl_weight", *self.arguments]
-        own = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+        page = (home or self.home) / "few.py"
+        page.write_text(PAGE)
         with (self.folder / f"process-{len(self.all)}").open("w") as out:
             started = subprocess.Popen(
-                command, cwd=home or self.home, env=own, stdout=out, stderr=out
+                [sys.executable, str(page), *self.arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                stdout=out,
+                stderr=out,
             )
         self.all.append(started)
         return started
@@ -98,7 +123,7 @@ class Team:
 
 
 @contextmanager
-def team_of(arguments, folder, home=ROOT):
+def team_of(arguments, folder, home):
     """Yield a team, and leave no process behind."""
     team = Team(arguments, folder, home)
     try:
@@ -125,12 +150,13 @@ def home(tmp_path):
 def alone(empty_database, tmp_path_factory):
     """Return the results of studies in one process, by command line."""
     found = {}
+    home = children.copy_project(tmp_path_factory.mktemp("clone") / "alone")
     for words in (STUDY, SMALL):
         folder = tmp_path_factory.mktemp("alone")
         shutil.copy(empty_database, folder / "mlflow.db")
         uri = f"sqlite:///{folder}/mlflow.db"
         arguments = [*words, "--tracking-uri", uri, "--storage", f"sqlite:///{folder}/optuna.db"]
-        with team_of(arguments, folder) as team:
+        with team_of(arguments, folder, home) as team:
             team.start()
             codes, printed = team.finish()
         assert codes == [0], printed
@@ -155,7 +181,7 @@ def results(arguments, uri):
 
 def check(words, uri, storage, alone, *homes):
     """Assert that nothing was lost and nothing is there twice."""
-    assert audit.faults(plan_of(words), uri, storage, homes or [ROOT]) == []
+    assert audit.faults(plan_of(words), uri, storage, homes) == []
     assert results(words, uri) == alone[tuple(words)]
 
 
@@ -185,11 +211,11 @@ class Trials:
         return noted + complete, complete
 
 
-def test_nothing_is_lost_and_nothing_twice(postgres, server, alone, tmp_path):
+def test_nothing_is_lost_and_nothing_twice(postgres, server, alone, home, tmp_path):
     storage, chance = postgres.create("cluster_optuna"), random.Random(0)
     arguments = [*STUDY, "--storage", storage, "--tracking-uri", server.uri]
     trials = Trials(storage)
-    with team_of(arguments, tmp_path) as team:
+    with team_of(arguments, tmp_path, home) as team:
         for _ in range(WORKERS):
             team.start(**BEAT)
         # Stopped past its grace period, and continued: its late results do not count.
@@ -210,7 +236,7 @@ def test_nothing_is_lost_and_nothing_twice(postgres, server, alone, tmp_path):
     assert sorted(set(codes)) == [-signal.SIGKILL, 0], printed
     assert codes.count(-signal.SIGKILL) == KILLS
     trials.storage.engine.dispose()
-    check(STUDY, server.uri, storage, alone)
+    check(STUDY, server.uri, storage, alone, home)
 
 
 def test_a_server_that_is_held_at_the_end_delays_all_and_nothing_else(
@@ -291,16 +317,23 @@ def test_a_process_that_is_stopped_past_its_grace_period(postgres, server, alone
 # --- processes of one machine -------------------------------------------------------------------
 
 
-def test_workers_on_one_machine_share_a_study_and_one_answers(alone, empty_database, tmp_path):
+def run_page(arguments, folder):
+    """Start a study's own command; return the process."""
+    command = [sys.executable, "-m", "studies.kl_weight", *arguments]
+    out = (folder / "printed").open("w")
+    own = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(command, cwd=ROOT, env=own, stdout=out, stderr=out)
+
+
+def test_workers_on_one_machine_share_a_study_and_one_answers(empty_database, finished, tmp_path):
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     uri, storage = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/optuna.db"
-    arguments = [*SMALL, "--tracking-uri", uri, "--storage", storage, "--workers", "2"]
-    with team_of(arguments, tmp_path) as team:
-        team.start()
-        codes, printed = team.finish()
-    assert codes == [0], printed
+    arguments = [*finished.arguments, "--tracking-uri", uri, "--storage", storage]
+    assert run_page([*arguments, "--workers", "2"], tmp_path).wait() == 0
+    printed = (tmp_path / "printed").read_text()
     assert printed.count("Report:") == 1
-    check(SMALL, uri, storage, alone)
+    assert audit.faults(plan_of(arguments), uri, storage) == []
+    assert results(arguments, uri) == results(arguments, finished.tracking_uri)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -310,14 +343,10 @@ def test_workers_stop_with_their_parent_and_go_on(stop, empty_database, tmp_path
     words = ["--values", "0.01", "0.02", "0.03", "--seeds", "2", "--epochs", "20"]
     arguments = [*words, "--tracking-uri", uri, "--storage", storage, "--workers", "2"]
     store = tracking.connect(uri)
-    with team_of(arguments, tmp_path) as team:
-        parent = team.start()
-        eventually(lambda: store.runs(NAME))
-        parent.send_signal(stop)
-        codes, printed = team.finish()
-        assert codes == [130 if stop == signal.SIGINT else 75], printed
-        assert "RUNNING" not in {run.status for run in store.runs(NAME)}
-        team.start()
-        codes, printed = team.finish()
-    assert codes[1] == 0, printed
+    parent = run_page(arguments, tmp_path)
+    eventually(lambda: store.runs(NAME))
+    parent.send_signal(stop)
+    assert parent.wait() == (130 if stop == signal.SIGINT else 75)
+    assert "RUNNING" not in {run.status for run in store.runs(NAME)}
+    assert run_page(arguments, tmp_path).wait() == 0
     assert audit.faults(plan_of(words), uri, storage) == []

@@ -28,7 +28,7 @@ from harness.data.dataset import Dataset
 from harness.tracking import addresses
 from harness.tracking.runs import Run
 from studies import kl_weight
-from studies.runner import cli, stopping, terminal
+from studies.runner import cli, stopping
 from studies.runner.options import Options
 from studies.runner.run import run
 from studies.runner.study import Plan, make_plan
@@ -355,6 +355,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def error_in(said: str) -> str:
+    """Return the one line, and the last, that says why a command has ended."""
+    assert "Traceback" not in said
+    assert said.count("error: ") == 1
+    return said.splitlines()[-1]
+
+
 # In kilobytes: too few for a run, and for a summary.
 @pytest.mark.parametrize("room", [pytest.param(40, marks=pytest.mark.slow), 300])
 def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
@@ -369,9 +376,7 @@ def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
         file.write(bytes(max(0, free - room * 1024)))
     ended = in_child(place.notes, place.start)
     assert ended.code == 2
-    shown = ("%", "left", terminal.INDENT)  # of a log of progress
-    (line,) = [line for line in ended.said.splitlines() if not any(part in line for part in shown)]
-    assert line.startswith("error: the disk is full (")
+    assert error_in(ended.said).startswith("error: the disk is full (")
     assert in_child(place.notes, place.check).code == 0  # there is no room, but it can be read
     ballast.unlink()
     finish(place, alone)
@@ -391,8 +396,7 @@ def test_too_little_memory_is_one_line(place):
 
     ended = in_child(place.notes, start)
     assert ended.code == 2, ended.said
-    (line,) = [line for line in ended.said.splitlines() if terminal.INDENT not in line]
-    assert line.startswith("error: there is too little memory (")
+    assert error_in(ended.said).startswith("error: there is too little memory (")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from studies.runner import cli
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
 from tests.real_servers import free_port
+from tests.runner.test_terminal import planned
 from tests.test_report import ATTACK, Page, write_folder
 
 # --- passwords ----------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
 
 @pytest.mark.parametrize("uri", ["postgresql://u:secret@host/db", "sqlite:///a[/b].db"])
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
-    outcome = Outcome(None, pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
-    Terminal().outcome("x", outcome, uri)
+    outcome = Outcome(planned("x"), pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
+    Terminal().outcome(outcome, uri)
     said = capsys.readouterr().out
     assert "secret" not in said
     assert without_password(uri).rstrip("/") in said

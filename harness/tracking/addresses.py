@@ -9,6 +9,7 @@ import re
 import socket
 import sqlite3
 import tempfile
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,11 +17,9 @@ from filelock import FileLock
 
 from harness.errors import UserError
 
+# User and password before an address's host; a password may hold all but line breaks and "@".
 USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
-"""User and password before an address's host; a password may hold all but line breaks and "@"."""
-
 SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
-"""A password among an address's options."""
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 """Environment variables from which MLflow takes the user and password of a server."""
@@ -28,14 +27,12 @@ LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Module of a database's driver -> package that pip installs, where the names differ."""
 
+LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
 SHORTAGES = {
     "disk": ("database or disk is full", "disk I/O error"),
     "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
 }
 """Resource -> texts of SQLite's and PyTorch's errors where it is used up; they carry no number."""
-
-LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
-"""Error number of the system -> resource that is used up."""
 
 
 def project_root() -> Path:
@@ -50,11 +47,7 @@ def default_tracking() -> str:
 
 
 def tracking_address(uri: str | None) -> str:
-    """Return a tracking URI; for None that of MLFLOW_TRACKING_URI or the default.
-
-    Raises:
-        UserError: it is empty, or holds the user or password of a server.
-    """
+    """Return a tracking URI; for None that of MLFLOW_TRACKING_URI or the default."""
     if uri is None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
     uri = _given(uri, "--tracking-uri")
@@ -85,24 +78,18 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return one line on why something failed: what is to be installed, or the error's first line.
-
-    Passwords are left out.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
+    """Return one line without passwords: what is to be installed, or the error's first line."""
+    for cause in _causes(error):
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             package = DRIVERS.get(cause.name, cause.name)
             return f"{cause.name} is not installed: pip install '{package}'"
-        cause = cause.__cause__ or cause.__context__
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return without_password(first)
 
 
 def shortage(error: BaseException) -> str | None:
     """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, MemoryError):
             return "memory"
         if isinstance(cause, OSError) and cause.errno in LACKING:
@@ -110,8 +97,13 @@ def shortage(error: BaseException) -> str | None:
         for resource, texts in SHORTAGES.items():
             if any(text in str(cause) for text in texts):
                 return resource
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def is_server(uri: str) -> bool:
@@ -141,11 +133,7 @@ def unusable(url: str, option: str, error: BaseException) -> UserError:
 
 
 def check_database(url: str, option: str) -> None:
-    """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass.
-
-    Raises:
-        UserError: nothing can be created or read there.
-    """
+    """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass."""
     file = sqlite_file(url)
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
@@ -154,10 +142,12 @@ def check_database(url: str, option: str) -> None:
             return
         if not file.exists():
             try_folder(file.parent)
-        elif not file.is_file():
+            return
+        if not file.is_file():
             raise OSError(f"{file} is not a file")
-        elif file.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
-            raise OSError("file is not a database")
+        with file.open("rb") as opened:
+            if opened.read(16) not in (b"", b"SQLite format 3\0"):
+                raise OSError("file is not a database")
     except OSError as error:
         raise unusable(url, option, error) from error
 
@@ -172,11 +162,7 @@ def try_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder of results that cannot be written; nothing is.
-
-    Raises:
-        UserError: it cannot be written, or something else is there.
-    """
+    """Refuse a folder of results that cannot be written; nothing is."""
     try:
         try_folder(folder)
     except OSError as error:
@@ -214,8 +200,6 @@ def alive(process: int) -> bool:
     """Return whether a process of this machine is running."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

@@ -98,23 +98,22 @@ class Writer(Protocol):
 
 
 class Direct:
-    """Performs writes at once, in a store that is always there."""
+    """Performs the writes of a run at once, in a store that is always there."""
 
     batch = BATCH
 
     def __init__(self, client: MlflowClient) -> None:
-        self._client = client
-        self._run_ids: dict[str, str] = {}
+        self._client, self._run_id = client, ""
 
     def put(self, key: str, write: Write) -> None:
         """Perform a write."""
         if write["kind"] == "create":
-            self._run_ids[key] = create(self._client, key, write)
-        perform(self._client, key, self._run_ids[key], write)
+            self._run_id = create(self._client, key, write)
+        perform(self._client, key, self._run_id, write)
 
     def run_id(self, key: str) -> str:
-        """Return the id of a run."""
-        return self._run_ids[key]
+        """Return the id of the run."""
+        return self._run_id
 
 
 class RunLog:
@@ -134,11 +133,7 @@ class RunLog:
 
     @property
     def run_id(self) -> str:
-        """The run's id.
-
-        Raises:
-            UserError: a server that is away has not given one.
-        """
+        """The run's id; a server that has not given one yet is waited for."""
         return self._writer.run_id(self.key)
 
     def _put(self, kind: str, **values: object) -> None:

@@ -24,7 +24,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import requests
 from filelock import FileLock, Timeout
@@ -96,11 +95,14 @@ class _Delivery:
     run_id: str = ""
     experiment: str = ""
     offset: int = 0
-    failure: UserError | None = None
+    failures: int = 0
+    refusal: UserError | None = None
 
     def waits(self) -> bool:
-        file = self.folder / WRITES
-        return self.failure is None and file.exists() and file.stat().st_size > self.offset
+        try:
+            return self.refusal is None and (self.folder / WRITES).stat().st_size > self.offset
+        except FileNotFoundError:  # all is delivered
+            return False
 
 
 class Spool:
@@ -122,7 +124,7 @@ class Spool:
         self._run_ids: dict[str, str] = {}
         self._complete: set[str] = set()  # runs of dead processes that had an end
         self._files = 0
-        self._changed, self._retry = threading.Condition(), threading.Event()
+        self._appended, self._retry = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._away, self._answered = "", 0.0
         self._take_over()
@@ -150,11 +152,9 @@ class Spool:
                 f"{folder} cannot be written ({error.strerror or error}), where records wait for "
                 "their server; make room there, then the same command goes on"
             ) from error
-        with self._changed:
-            run = self._runs.setdefault(key, _Delivery(folder))
-            self._start()
-        if run.failure is not None:
-            raise run.failure
+        self._start(folder)
+        if key in self._runs and (refusal := self._runs[key].refusal):
+            raise refusal
 
     def _begin(self, folder: Path) -> None:
         if self._own not in self._locks:
@@ -165,6 +165,13 @@ class Spool:
             atexit.register(self._remove, self._own)
         folder.mkdir(parents=True)
 
+    def _start(self, run: Path) -> None:
+        self._runs.setdefault(run.name, _Delivery(run))
+        self._appended.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
+            self._thread.start()
+
     def run_id(self, key: str) -> str:
         """Return the id that the server gave a run, waiting for it if need be."""
         if key not in self._run_ids:
@@ -174,8 +181,7 @@ class Spool:
     def keys(self) -> set[str]:
         """Return the keys of the runs that this process delivers, of those that died too."""
         self._take_over()
-        with self._changed:
-            return set(self._runs)
+        return set(self._runs)
 
     def undelivered(self) -> set[str]:
         """Return the keys of the runs on this disk that the server does not have whole."""
@@ -187,14 +193,10 @@ class Spool:
         return self._complete | {file.parent.name for file in files if _has_ended(_last(file))}
 
     def deliver(
-        self,
-        keys: set[str] | None = None,
-        patience: float = PATIENCE,
-        *,
-        wait_while_answering: bool = False,
+        self, keys: set[str] | None, patience: float, *, wait_while_answering: bool = False
     ) -> bool:
         """Wait until the server has what was written of some runs; see `Store.deliver`."""
-        start = time.monotonic()
+        start, pause = time.monotonic(), 0.01
         while self._waits(keys):
             if self._away and wait_while_answering:
                 return False
@@ -205,20 +207,18 @@ class Spool:
                     "same command delivers them and goes on once the server is back"
                 )
             self._retry.set()
-            with self._changed:
-                self._changed.wait(1)
+            time.sleep(pause)
+            pause = min(2 * pause, 1)
         return True
 
     def _waits(self, keys: set[str] | None) -> bool:
         self._take_over()  # of processes that have died meanwhile
-        with self._changed:
-            runs = {key: run for key, run in self._runs.items() if keys is None or key in keys}
+        runs = {k: run for k, run in dict(self._runs).items() if keys is None or k in keys}
         for run in runs.values():
-            if run.failure is not None and (keys is not None or run.folder.parent == self._own):
-                raise run.failure
+            if run.refusal is not None and (keys is not None or run.folder.parent == self._own):
+                raise run.refusal
         others = ((keys or set()) - runs.keys()) & self.undelivered()
-        others &= self.complete()
-        return bool(others) or any(run.waits() for run in runs.values())
+        return any(run.waits() for run in runs.values()) or bool(others & self.complete())
 
     def _take_over(self) -> None:
         """Deliver the runs of dead processes, and end those that have no end."""
@@ -234,28 +234,25 @@ class Spool:
             for run in folder.glob("*/"):
                 try:
                     self._take_over_run(run)
-                except (OSError, ValueError) as error:
+                except OSError as error:
                     logger.warning("%s", _broken(run, error))
             self._remove(folder)
 
     def _take_over_run(self, folder: Path) -> None:
         file = folder / WRITES
         text = file.read_bytes() if file.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
+        whole = text.rfind(b"\n") + 1
         if not whole:  # it was not begun, or is delivered
             shutil.rmtree(folder)
             return
-        if len(whole) < len(text):
-            os.truncate(file, len(whole))
-        last = _last(file)
-        if last.get("kind") != "end":
-            end = {"kind": "end", "status": "KILLED", "reason": GONE, "gone": True}
-            _append(file, {**end, "time": int(file.stat().st_mtime * 1000)})
-        elif _has_ended(last):
+        written = int(file.stat().st_mtime * 1000)
+        os.truncate(file, whole)
+        if _has_ended(_last(file)):
             self._complete.add(folder.name)
-        with self._changed:
-            self._runs[folder.name] = _Delivery(folder)
-            self._start()
+        elif _last(file).get("kind") != "end":
+            end = {"kind": "end", "status": "KILLED", "reason": GONE, "time": written}
+            _append(file, {**end, "of": "another process"})
+        self._start(folder)
 
     def _remove(self, folder: Path) -> None:
         """Remove the folder of a process and its lock, unless runs are left in it."""
@@ -266,80 +263,75 @@ class Spool:
                 Path(lock.lock_file).unlink()
                 lock.release()
 
-    # The thread from here on.
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
-            self._thread.start()
-        self._changed.notify_all()
-
     def _work(self) -> None:
+        """Deliver what is appended, in the thread: all below runs there."""
         pause = 1.0
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: any(run.waits() for run in self._runs.values()))
-                runs = dict(self._runs)
+            self._appended.wait()
+            self._appended.clear()
+            run = None
             try:
-                for key, run in runs.items():
-                    self._send(key, run)
+                # Last what has failed, so that it does not hold up others.
+                for run in sorted(dict(self._runs).values(), key=lambda run: run.failures):
+                    self._send(run)
                 pause = 1.0
             except Exception as error:  # no answer, or one that may pass
+                assert run is not None
+                run.failures += 1
                 self._note(shortly(error))
-                with self._changed:  # last, so that it does not hold up others
-                    self._runs[key] = self._runs.pop(key)
+                self._appended.set()
                 self._retry.clear()
                 self._retry.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _send(self, key: str, run: _Delivery) -> None:
-        """Send what was appended to a run."""
+    def _send(self, run: _Delivery) -> None:
         try:
             writes = list(_read(run)) if run.waits() else []
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._give_up(run, _broken(run.folder, error))
+            self._refuse(run, _broken(run.folder, error))
             return
         for write, offset in writes:
             try:
-                self._perform(key, run, write)
+                self._perform(run, write)
             except Exception as error:
                 if status(error) not in REFUSALS:
                     raise
-                self._give_up(run, refused(self.uri, f"to write run {key}", error, run.folder))
+                what = f"to write run {run.folder.name}"
+                self._refuse(run, refused(self.uri, what, error, run.folder))
                 return
             self._note("")
-            with self._changed:
-                run.offset = offset
-                if write["kind"] == "end":
-                    del self._runs[key]
-                    if run.folder.parent != self._own:
-                        self._remove(run.folder.parent)
-                self._changed.notify_all()
+            if write["kind"] == "end":
+                self._finish(run)
+            run.offset = offset
 
-    def _give_up(self, run: _Delivery, failure: UserError) -> None:
-        if run.folder.parent != self._own:  # nobody of this process waits for it
-            logger.warning("%s", failure)
-        with self._changed:
-            run.failure = failure
-            self._changed.notify_all()
+    def _refuse(self, run: _Delivery, refusal: UserError) -> None:
+        if run.folder.parent != self._own:  # nothing in this process waits for it
+            logger.warning("%s", refusal)
+        run.refusal = refusal
 
-    def _perform(self, key: str, run: _Delivery, write: Write) -> None:
+    def _perform(self, run: _Delivery, write: Write) -> None:
+        key = run.folder.name
         if write["kind"] == "create":
             run.experiment = write["experiment"]
-            run.run_id = min(self._found(key, run), default="") or create(self._client, key, write)
+            run.run_id = min(self._found(run), default="") or create(self._client, key, write)
             self._run_ids[key] = run.run_id
         elif write["kind"] == "files":
             write = {**write, "folder": str(run.folder / "files" / write["folder"])}
         perform(self._client, key, run.run_id, write)
         if write["kind"] == "end":
-            for twin in self._found(key, run) - {run.run_id}:  # of a request without an answer
+            for twin in self._found(run) - {run.run_id}:  # of a request without an answer
                 self._client.delete_run(twin)
-            (run.folder / WRITES).unlink()  # first: without it, the run counts as delivered
-            shutil.rmtree(run.folder, ignore_errors=True)
 
-    def _found(self, key: str, run: _Delivery) -> set[str]:
-        runs = self._client.search_runs([run.experiment], f"tags.{KEY} = '{key}'")
-        return {found.info.run_id for found in runs}
+    def _found(self, run: _Delivery) -> set[str]:
+        found = self._client.search_runs([run.experiment], f"tags.{KEY} = '{run.folder.name}'")
+        return {one.info.run_id for one in found}
+
+    def _finish(self, run: _Delivery) -> None:
+        (run.folder / WRITES).unlink()  # first: without it, the run counts as delivered
+        shutil.rmtree(run.folder, ignore_errors=True)
+        del self._runs[run.folder.name]
+        if run.folder.parent != self._own:
+            self._remove(run.folder.parent)
 
     def _note(self, away: str) -> None:
         """Note whether the server answers, and log when that changes."""
@@ -352,31 +344,28 @@ class Spool:
         elif self._away and not away:
             logger.warning("The MLflow server at %s is back.", self.uri)
         self._away = away
-        if not away:
-            self._answered = time.monotonic()
+        self._answered = self._answered if away else time.monotonic()
 
 
 def _read(run: _Delivery) -> Iterator[tuple[Write, int]]:
     """Yield the writes that follow a run's offset and the offset after each, metrics in batches."""
     with (run.folder / WRITES).open("rb") as file:
         file.seek(run.offset)
-        lines = file.read().splitlines(keepends=True)
-    waiting: list[Any] = []
+        text = file.read()
     offset = run.offset
-    for line in lines:
-        if not line.endswith(b"\n"):
-            break
+    values: list[object] = []
+    for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
         write = json.loads(line)
-        metrics = write["values"] if write["kind"] == "metrics" else []
-        if waiting and (not metrics or len(waiting) + len(metrics) > BATCH):
-            yield {"kind": "metrics", "values": waiting}, offset
-            waiting = []
-        waiting = waiting + metrics
+        more = write["values"] if write["kind"] == "metrics" else []
+        if values and (not more or len(values) + len(more) > BATCH):
+            yield {"kind": "metrics", "values": values}, offset
+            values = []
+        values = values + more
         offset += len(line)
-        if not metrics:
+        if not more:
             yield write, offset
-    if waiting:
-        yield {"kind": "metrics", "values": waiting}, offset
+    if values:
+        yield {"kind": "metrics", "values": values}, offset
 
 
 def _last(file: Path) -> Write:
@@ -390,7 +379,7 @@ def _last(file: Path) -> Write:
 
 
 def _has_ended(write: Write) -> bool:
-    return write.get("kind") == "end" and not write.get("gone")
+    return write.get("kind") == "end" and "of" not in write
 
 
 def _broken(folder: Path, error: Exception) -> UserError:

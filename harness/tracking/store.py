@@ -127,8 +127,8 @@ class Store:
             among = [self.ask(self.client.get_experiment_by_name, experiment)]
         ids = [found.experiment_id for found in among if found is not None]
         runs: list[Run] = []
-        token: str | None = ""
         order = ["attributes.start_time ASC"]
+        token: str | None = ""
         while ids and token is not None:
             page = self.ask(
                 self.client.search_runs, ids, terms, order_by=order, page_token=token or None

@@ -83,7 +83,7 @@ def train(
                     del team[number]
                     _report(number, code, folder)
             done, left = counts()
-            show(done - before, f"{len(team)} workers, {left} runs left; logs in {folder}")
+            show(done - before, f"runs left: {left}; {len(team)} workers write logs in {folder}")
     except BaseException:
         _stop([*team.values()])
         raise

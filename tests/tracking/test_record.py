@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 import torch
 
 import harness
-from harness import Checkpoints, EpochRecord, RunConfig, UserError, load_run, train
+from harness import Checkpoints, EpochRecord, RunConfig, UserError, load_run
 from harness.tracking import End, Planned, addresses, connect, record
-from harness.tracking.record import divergence, log_in
+from harness.tracking.record import log_in
 from harness.training.engine import best_epoch
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=5)
@@ -342,46 +341,3 @@ def test_a_toy_is_trained_and_logged(store, tiny):
     assert runs[0].metrics["best/epoch"] == 5
     assert [run.status for run in runs] == ["FINISHED"] * 2
     assert "model/weights.safetensors" in files(store, runs[0], "model")
-
-
-# --- divergence ----------------------------------------------------------------------------------
-
-
-def verdicts(configs, data):
-    current = next(iter(train([c.replace(epochs=1) for c in configs], data, device="cpu")))
-    return current, [divergence(current, row) for row in range(len(configs))]
-
-
-def test_a_loss_that_is_no_number_is_divergence(tiny):
-    _, (tame, wild) = verdicts([SMALL, WILD], tiny)
-    assert tame is None
-    assert wild in ("training mse is nan", "training loss is nan")
-
-
-def test_a_finite_error_beyond_that_of_any_constant_image_is_divergence(tiny):
-    linear = SMALL.replace(model="linear")
-    current, (tame, wild) = verdicts([linear, linear.replace(learning_rate=3.0)], tiny)
-    assert tame is None
-    assert math.isfinite(current.train["loss"][1])
-    assert wild == f"training mse is {current.train['mse'][1]:.3g}, above 1"
-
-
-def test_posterior_means_far_from_the_prior_are_divergence_if_the_loss_counts_them(tiny):
-    wild = SMALL.replace(kl_weight=1e-9, learning_rate=1.2)
-    current, (counted,) = verdicts([wild], tiny)
-    assert current.train["mse"][0] < 1
-    assert counted == f"training rate is {current.train['rate'][0]:.3g}, above 20,000"
-    free = replace(current, configs=(wild.replace(kl_weight=0.0),))
-    assert divergence(free, 0) is None
-
-
-def test_a_run_of_extreme_settings_that_gets_on_has_not_diverged(tiny):
-    extreme = [
-        SMALL.replace(head="relu", latent_size=10, kl_weight=1e3, kl_normalization="sum"),
-        SMALL.replace(kl_weight=1e3, kl_normalization="sum", latent_size=16),
-        SMALL.replace(kl_weight=0.0, latent_size=16, learning_rate=1e-2),
-        SMALL.replace(kl_weight=0.0, latent="deterministic"),
-        SMALL.replace(sigma="optimal"),
-        SMALL.replace(likelihood="bernoulli"),
-    ]
-    assert [v for config in extreme for v in verdicts([config], tiny)[1]] == [None] * len(extreme)

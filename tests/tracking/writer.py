@@ -22,7 +22,7 @@ from harness.tracking.store import ONCE
 EPOCHS = 3
 
 
-def write_run(writer, experiment: str, key: str) -> RunLog:
+def write_run(writer, experiment: str, key: str, *, end: bool = True) -> RunLog:
     """Write a run, of 11 writes in a spool."""
     tags, params = {"study": "s", "role": "run", "place": "1"}, {"seed": "0"}
     create = {"experiment": experiment, "name": "a run", "tags": tags, "params": params}
@@ -36,7 +36,8 @@ def write_run(writer, experiment: str, key: str) -> RunLog:
         (Path(folder) / "sub" / "weights").write_bytes(b"\x00\xff" * 9)
         log.folder(Path(folder))
     log.describe(f"replay it: {key}")
-    log.end()
+    if end:
+        log.end()
     return log
 
 
@@ -71,7 +72,7 @@ def child(folder: Path, uri: str, experiment: str, among: str, number: int) -> N
         die_at(requests.Session, "request", number, after=among == "answered")
     log = write_run(spool.Spool(folder, uri, MlflowClient(uri)), experiment, key_of(number))
     if among != "writes":
-        log._writer.deliver({log.key})
+        log._writer.deliver({log.key}, 30)
 
 
 def main() -> None:
