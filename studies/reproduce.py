@@ -288,10 +288,7 @@ def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
     data = harness.load_dataset("mnist", options.data_dir)
     form = FULL if options.full else SHORT
     plan = make_plan(claims(form), form, data, device, options)
-    outcome = execute_plan(plan, data, options, terminal)
-    if outcome is not None:
-        terminal.outcome(outcome, options.tracking_uri)
-    return outcome
+    return execute_plan(plan, data, options, terminal)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ OBJECTIVE = "val/neg_elbo"
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
+FAILED = "failed_metrics"
+"""Tag of a finished run whose study's further metrics failed."""
+
 LONGEST_PARAM = 6_000
 """Characters of a parameter that MLflow keeps."""
 
@@ -153,7 +156,9 @@ def record(
         for i, (row, model, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             run = current.rows[row]
-            more = _best(courses[run], objective) | (extras(model, data) if extras else {})
+            more = _best(courses[run], objective)
+            if extras is not None:
+                more |= _extra(extras, model, data, logs[run])
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
             _finish(logs, run, model, once | more, pictured=pictured)
             results[run] = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
@@ -377,6 +382,20 @@ def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
 def picture_epochs(epochs: int) -> set[int]:
     """Return the epochs after which there is a picture: the first, a fifth of the way, the last."""
     return {1, max(1, epochs // 5), epochs}
+
+
+def _extra(
+    extras: Callable[[Trained, Dataset], Metrics], run: Trained, data: Dataset, written: RunLog
+) -> Metrics:
+    """Return a study's further metrics; where they fail, the run is finished without them."""
+    try:
+        return extras(run, data)
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:  # of a user's function
+        log.warning("further metrics of a run failed", exc_info=True)
+        written.tag(FAILED, repr(error))
+        return {}
 
 
 def _log_pictures(

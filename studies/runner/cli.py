@@ -164,14 +164,15 @@ def execute(
     log.info("loading PyTorch and %s", plan.source.name)
     resolve_device(options.device, options.precision or "float32")
     data = own or harness.load_dataset(options.dataset, options.data_dir)
-    outcome = execute_plan(plan, data, options, terminal)
-    if outcome is not None:
-        terminal.outcome(outcome, options.tracking_uri)
-    return outcome
+    return execute_plan(plan, data, options, terminal)
 
 
 def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
-    """Run a plan on its data, or show what a run would do; None as of `execute`."""
+    """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`.
+
+    Raises:
+        SummaryError: a figure, the answer or a metric failed.
+    """
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import estimate
@@ -187,4 +188,9 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
         terminal.estimate(options.tracking_uri, options.storage, expected)
         return None
     begin_pca(data.binarized(plan.configs[0].binarization))
-    return run(plan, data, options, terminal)
+    outcome = run(plan, data, options, terminal)
+    if outcome is not None:
+        terminal.outcome(outcome, options.tracking_uri)
+        if outcome.failed:
+            raise SummaryError(outcome.failed)
+    return outcome

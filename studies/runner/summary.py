@@ -26,7 +26,7 @@ from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
-from harness.tracking.record import interruption
+from harness.tracking.record import FAILED, interruption
 from harness.tracking.runs import Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -142,6 +142,7 @@ class Outcome:
         answer: the answer in sentences.
         folder: where tables, figures and pictures were written.
         experiment_id: MLflow experiment of the runs.
+        failed: what could not be measured of the runs, "" if nothing.
         sections: as in `Findings`.
     """
 
@@ -150,6 +151,7 @@ class Outcome:
     answer: str
     folder: Path
     experiment_id: str
+    failed: str = ""
     sections: Any = None
 
 
@@ -241,7 +243,8 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
     folder = make_folder(store.home / "reports" / plan.name)
     answer = tried("the answer", findings.answer) or "The answer failed."
-    answer = "\n\n".join([answer, *differing(found.finished)])
+    failed = _failed_metrics(found.finished)
+    answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)
@@ -253,7 +256,9 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
             figure.savefig(folder / f"figures/{name}.png", dpi=150)
             figures.append({"file": f"figures/{name}.png", "caption": caption})
     drawn = tried("the pictures", lambda: write_pictures(folder, findings, data, store)) or []
-    outcome = Outcome(plan, findings.table, answer, folder, experiment_id, findings.sections)
+    outcome = Outcome(
+        plan, findings.table, answer, folder, experiment_id, failed, findings.sections
+    )
     summary = {
         "study": plan.page,
         "name": plan.name,
@@ -313,6 +318,14 @@ def describe(outcome: Outcome) -> str:
     """Return the summary as Markdown: question, answer, table."""
     table = tables.markdown(tables.cells(outcome.table))
     return f"**{outcome.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n"
+
+
+def _failed_metrics(runs: Sequence[Run]) -> str:
+    failed = [run for run in runs if FAILED in run.tags]
+    if not failed:
+        return ""
+    example = f"{failed[0].name}: {failed[0].tags[FAILED]}"
+    return f"The study's further metrics of {len(failed)} runs failed ({example})."
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

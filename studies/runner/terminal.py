@@ -261,7 +261,7 @@ class Terminal:
             self.line(f"\nAnother process wrote the summary, run {run_id}: {address}")
 
     def finish(self, code: int | str, error: str = "") -> None:
-        """End the display; with `--json`, print the object of one study, or of several a list."""
+        """With `--json`, print the object: of one study, or a list of them under "studies"."""
         if self.json and code != CLOSED:
             one = self.results[0] if self.results else {}
             result = {"studies": self.results} if len(self.results) > 1 else one

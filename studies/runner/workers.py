@@ -48,7 +48,7 @@ def train(
     cache: Path,
     counts: Callable[[], tuple[int, int]],
     show: Callable[[int, str], None],
-) -> list[int]:
+) -> None:
     """Train what is left of a study by worker processes; all have ended when this returns.
 
     Args:
@@ -59,9 +59,6 @@ def train(
         counts: () -> (finished runs, runs left), from the database.
         show: (runs finished meanwhile, what is happening) -> None.
 
-    Returns:
-        The workers' exit codes in the order in which they ended; none is 2.
-
     Raises:
         UserError: a worker ended with code 2, or runs are left.
         KeyboardInterrupt: as `stopping.check`, when all workers have stopped.
@@ -70,7 +67,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     options = replace(options, study_name=study, fresh=False)
     team: dict[int, subprocess.Popen[bytes]] = {}
-    codes = []
+    refused = False
     try:
         for number in range(1, options.workers + 1):
             team[number] = _start(number, options, page, folder)
@@ -79,7 +76,7 @@ def train(
             time.sleep(LOOK)
             for number, worker in [*team.items()]:
                 if (code := worker.poll()) is not None:
-                    codes.append(code)
+                    refused |= code == 2
                     del team[number]
                     _report(number, code, folder)
             done, left = counts()
@@ -87,13 +84,12 @@ def train(
     except BaseException:
         _stop([*team.values()])
         raise
-    if 2 in codes or left:
-        why = "a worker ended with code 2" if 2 in codes else "no worker is left alive"
+    if refused or left:
+        why = "a worker ended with code 2" if refused else "no worker is left alive"
         raise UserError(
             f"study {study!r}: {why} (above; runs left: {left}); finished runs are kept, the same "
             "command continues it"
         )
-    return codes
 
 
 def cores(number: int, workers: int, available: int) -> int:
