@@ -185,8 +185,8 @@ def run_study(
 class Told(Steps):
     """Hands every epoch on instead of showing it."""
 
-    def __init__(self, epochs: int, on_epoch: Callable[[Any], None]) -> None:
-        super().__init__(epochs, lambda done, now: None)
+    def __init__(self, on_epoch: Callable[[Any], None]) -> None:
+        super().__init__(lambda runs, now: None)
         self._on_epoch = on_epoch
 
     def __call__(self, record: harness.EpochRecord) -> None:
@@ -202,9 +202,9 @@ class Watched(Terminal):
         self._on_epoch = on_epoch
 
     @contextmanager
-    def progress(self, runs: int, left: int, epochs: int) -> Iterator[Steps]:
+    def progress(self, runs: int, left: int) -> Iterator[Steps]:
         """Yield what is called after every epoch."""
-        yield Told(epochs, self._on_epoch)
+        yield Told(self._on_epoch)
 
 
 def parts(

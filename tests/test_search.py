@@ -301,7 +301,7 @@ def train_uneven(tracking_uri, tmp_path, tiny):
                     value=value, intermediate_values=reports, user_attrs={"val/neg_elbo": value}
                 )
             )
-        work(queue, site(plan, tracking_uri, tiny), Steps(3, lambda steps, now: None))
+        work(queue, site(plan, tracking_uri, tiny), Steps(lambda runs, now: None))
         return queue, tracking.connect(tracking_uri).runs(NAME)
 
     yield train
@@ -366,7 +366,7 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tin
         confirming = replace(listed, cells=[wild, *listed.cells[1:]])
         queue = open_queue(storage, "other/after", confirming, set)
         assert queue.left() == left
-        work(queue, site(plan, home.uri, tiny), Steps(2, lambda steps, now: None))
+        work(queue, site(plan, home.uri, tiny), Steps(lambda runs, now: None))
         assert [r.status for r in home.runs("other")] == ["FAILED"] + ["FINISHED"] * 5
     storage.engine.dispose()
 
