@@ -1,4 +1,4 @@
-"""Checkpoints of unfinished runs, and the epochs of runs that were resumed.
+"""Checkpoints of unfinished runs.
 
 A file holds one run as safetensors, and then their SHA-256: weights, Adam's moments and buffers,
 and as JSON every epoch's metrics so far and what the run was made with. Random streams need no
@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +34,7 @@ DIGEST = 32
 """Bytes of a SHA-256."""
 
 
-@dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """One epoch of a run: seconds and images as in `EpochRecord`, and the run's own metrics."""
 
     seconds: float
@@ -60,9 +59,6 @@ class Checkpoints:
     Attributes:
         folder: of this study or experiment alone; created when it is needed.
         every: epochs between two checkpoints, at least 1.
-
-    Raises:
-        UserError: `every` is less than 1.
     """
 
     folder: Path
@@ -79,26 +75,25 @@ class Checkpoints:
 
     def save(self, config: RunConfig, made_with: Mapping[str, Any], saved: Saved) -> None:
         """Write a run's file, whole or not at all; an OSError leaves an older one as it was."""
-        epochs = [asdict(epoch) for epoch in saved.epochs]
-        text = json.dumps([config.to_json(), made_with, epochs]).encode()
+        text = json.dumps([config.to_json(), made_with, saved.epochs]).encode()
         plain = torch.contiguous_format
         state = {n: value.cpu().clone(memory_format=plain) for n, value in saved.state.items()}
         content = save(state | {TEXT: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
         self.folder.mkdir(parents=True, exist_ok=True)
         put(self.file(config), content + hashlib.sha256(content).digest())
 
-    def load(self, config: RunConfig, made_with: Mapping[str, Any]) -> Saved | None:
-        """Return what a run's file holds; None, and a warning, if it cannot be resumed from."""
+    def load(self, config: RunConfig, made_with: Mapping[str, Any]) -> Saved:
+        """Return what a run's file holds; no epochs, and a warning, if it cannot be used."""
         file = self.file(config)
         try:
             return _read(file.read_bytes(), config, made_with)
         except FileNotFoundError:
-            return None
+            pass
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             logging.getLogger(__name__).warning(
                 "Checkpoint %s is not used, the run begins anew: %s", file, error
             )
-            return None
+        return Saved([], {})
 
     def remove(self, configs: Sequence[RunConfig]) -> None:
         """Remove the files of runs that have ended."""
@@ -120,53 +115,7 @@ def _read(content: bytes, config: RunConfig, made_with: Mapping[str, Any]) -> Sa
         raise ValueError("it is of another run")
     if different := [name for name in made_with if made_with[name] != then.get(name)]:
         raise ValueError(f"it was made with another {', '.join(different)}")
-    return Saved([Epoch(**epoch) for epoch in epochs], state)
-
-
-class History:
-    """The epochs of runs, those of earlier processes among them, and their next checkpoints.
-
-    Args:
-        configs: the runs.
-        made_with: what their checkpoints must have been made with.
-        checkpoints: where they are kept; None keeps nothing.
-
-    Attributes:
-        epochs: of each run, those trained before, and with checkpoints those trained now.
-        states: what each run is resumed from, None for one that begins here.
-        starts: number of epochs that each run was trained before.
-    """
-
-    def __init__(
-        self,
-        configs: Sequence[RunConfig],
-        made_with: Mapping[str, Any],
-        checkpoints: Checkpoints | None,
-    ) -> None:
-        self.configs, self._made_with, self._checkpoints = configs, made_with, checkpoints
-        found = [checkpoints.load(c, made_with) if checkpoints else None for c in configs]
-        self.epochs = [saved.epochs if saved else [] for saved in found]
-        self.states = [saved.state if saved else None for saved in found]
-        self.starts = [len(epochs) for epochs in self.epochs]
-
-    def add(self, epochs: Mapping[int, Epoch]) -> None:
-        """Keep an epoch of some runs, by row, for their next checkpoints."""
-        for row, epoch in epochs.items() if self._checkpoints else ():
-            self.epochs[row].append(epoch)
-
-    def is_due(self, epoch: int) -> bool:
-        """Return whether checkpoints are written after an epoch: every so many, and the last."""
-        every = self._checkpoints.every if self._checkpoints else 0
-        return every > 0 and (epoch % every == 0 or epoch == self.configs[0].epochs)
-
-    def save(self, rows: Sequence[int], states: Sequence[dict[str, Tensor]]) -> None:
-        """Write a checkpoint of each run that was trained here; an OSError if one cannot be."""
-        if self._checkpoints is None:
-            return
-        for row, state in zip(rows, states, strict=True):
-            if len(self.epochs[row]) > self.starts[row]:
-                saved = Saved(self.epochs[row], state)
-                self._checkpoints.save(self.configs[row], self._made_with, saved)
+    return Saved([Epoch(*epoch) for epoch in epochs], state)
 
 
 def made_with(data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:
