@@ -117,7 +117,7 @@ class Step:
         self._given = state.join(given)
         self._ahead: dict[int, Drawn] = {}
         if state.stacked:
-            self._capture()
+            self.capture()
 
     def epoch(self, epoch: int) -> Measured:
         """Train an epoch, counted from 1, and measure the runs."""
@@ -260,7 +260,7 @@ class Step:
         same["variance"] = val["mse"]
         return measure(config, model, self._splits["train"], classes, **on_train, **same), val
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
         """Make step and metrics of a stack repeatable, and take the memory of an epoch.
 
         Raises:
@@ -274,11 +274,8 @@ class Step:
         with kernels(), torch.no_grad():
             self._measure = repeatable(self._metrics, device)
         self._ahead = {1: self.draw(1)}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(device)
-            if free < MARGIN * total:
-                raise torch.OutOfMemoryError(f"{free} bytes of {total} are left")
+        if (free := free_memory(device)) < MARGIN:
+            raise torch.OutOfMemoryError(f"{free:.1%} of the memory is left")
 
     def _step(self) -> None:
         """Take the step of a stack that the counter on the device is at."""
@@ -329,6 +326,15 @@ def repeatable(
         return result
 
     return replay
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the share of a GPU's memory that is free; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free / total
 
 
 @cache
