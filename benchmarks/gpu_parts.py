@@ -110,8 +110,8 @@ def stacked(configs: Sequence[RunConfig], data: Dataset, device: str) -> list[St
     """Return untrained runs as `harness.train` begins with them; on a CPU as one stack, too."""
     begun = [Saved([], {}) for _ in configs]
     with patch.object(engine, "computes_stacks", lambda device: True):
-        _, steps, *_ = engine._begin(configs, begun, data, torch.device(device), torch.float32)
-    return list(steps.values())
+        work = engine._begin(configs, begun, data, torch.device(device), torch.float32)
+    return list(work.steps.values())
 
 
 def stack(args: argparse.Namespace) -> None:
@@ -149,8 +149,8 @@ def throughput(made: Sequence[Step]) -> Values:
     """Train epochs as `harness.train` does; seconds of drawing are those of the next epoch."""
     epochs = [[own.epoch(number) for own in made] for number in range(1, SEVERAL + 1)][1:]
     seen = sum(own.steps * len(own.state.rows) * own.state.configs[0].batch_size for own in made)
-    training = [sum(measured.training for measured in epoch) for epoch in epochs]
-    measuring = [sum(measured.measuring for measured in epoch) for epoch in epochs]
+    training = [sum(seconds for seconds, *_ in epoch) for epoch in epochs]
+    measuring = [sum(seconds for _, seconds, _ in epoch) for epoch in epochs]
     start = time.perf_counter()
     for own in made:
         own.draw(SEVERAL + 2)

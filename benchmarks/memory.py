@@ -33,7 +33,7 @@ STEPS = 5
 
 MIB = 2**20
 
-train_epoch, train_all = engine._train_epoch, Step.train
+compute, train_all = engine._compute, Step.train
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 def train_cut(args: argparse.Namespace) -> None:
     """Train some steps of each epoch, and say what a GPU held."""
-    engine._train_epoch = first_steps
+    engine._compute = first_steps
     data = load_dataset("mnist", args.data_dir)
     configs = [RunConfig.seed_recipe(seed=seed, epochs=EPOCHS) for seed in range(args.runs)]
     for record in train(configs, data, args.device):
@@ -77,10 +77,10 @@ def train_cut(args: argparse.Namespace) -> None:
         print(f"GPU memory per run: {held:.1f} MiB.")
 
 
-def first_steps(*given: Any) -> Measured:  # noqa: ANN401 - as `engine._train_epoch`
+def first_steps(*given: Any) -> Measured:  # noqa: ANN401 - as `engine._compute`
     """Train the first steps of an epoch; workers are sent this function, as `__main__` has it."""
     Step.train = train_first  # type: ignore[method-assign]
-    return train_epoch(*given)
+    return compute(*given)
 
 
 def train_first(step: Step, drawn: Drawn, epoch: int) -> None:

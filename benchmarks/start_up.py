@@ -47,7 +47,7 @@ def start_and_watch(device):
     start_pool(device)
     global trained
     from harness.training import engine
-    trained, engine._train_epoch = engine._train_epoch, train_epoch
+    trained, engine._compute = engine._compute, train_epoch
 
 cli.start_pool = start_and_watch
 cli.main(kl_weight.STUDY, sys.argv[1:])

@@ -86,13 +86,22 @@ class Checkpoints:
         """Return what a run's file holds; no epochs, and a warning, if it cannot be used."""
         file = self.file(config)
         try:
-            return _read(file.read_bytes(), config, made_with)
+            content = file.read_bytes()
+            written, digest = content[:-DIGEST], content[-DIGEST:]
+            if hashlib.sha256(written).digest() != digest:
+                raise ValueError("its contents are not what was written")
+            state = load(written)
+            settings, then, epochs = json.loads(state.pop(TEXT).numpy().tobytes())
+            if settings != config.to_json():
+                raise ValueError("it is of another run")
+            if different := [name for name in made_with if made_with[name] != then.get(name)]:
+                raise ValueError(f"it was made with another {', '.join(different)}")
+            return Saved([Epoch(*epoch) for epoch in epochs], state)
         except FileNotFoundError:
             pass
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            logging.getLogger(__name__).warning(
-                "Checkpoint %s is not used, the run begins anew: %s", file, error
-            )
+            log = logging.getLogger(__name__)
+            log.warning("Checkpoint %s is not used, the run begins anew: %s", file, error)
         return Saved([], {})
 
     def remove(self, configs: Sequence[RunConfig]) -> None:
@@ -103,19 +112,6 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove the folder, whatever is in it: the study has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _read(content: bytes, config: RunConfig, made_with: Mapping[str, Any]) -> Saved:
-    written, digest = content[:-DIGEST], content[-DIGEST:]
-    if hashlib.sha256(written).digest() != digest:
-        raise ValueError("its contents are not what was written")
-    state = load(written)
-    settings, then, epochs = json.loads(state.pop(TEXT).numpy().tobytes())
-    if settings != config.to_json():
-        raise ValueError("it is of another run")
-    if different := [name for name in made_with if made_with[name] != then.get(name)]:
-        raise ValueError(f"it was made with another {', '.join(different)}")
-    return Saved([Epoch(*epoch) for epoch in epochs], state)
 
 
 def made_with(data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -198,7 +199,7 @@ def train(
     made = made_with(data, target.type, dtype) if checkpoints else {}
     runs = [checkpoints.load(c, made) if checkpoints else Saved([], {}) for c in configs]
     resumed = [len(run.epochs) for run in runs]
-    states, steps, shown, linear = _begin(configs, runs, data, target, dtype)
+    work = _begin(configs, runs, data, target, dtype)
 
     def save(record: EpochRecord) -> None:
         for r, (row, (state, s)) in enumerate(zip(record.rows, record._places, strict=True)):
@@ -207,14 +208,12 @@ def train(
                 checkpoints.save(configs[row], made, Saved(runs[row].epochs, state.of_run(s)))
 
     # Hooks are lost or cannot be sent on the way to another process.
-    here = target.type != "cpu" or any(has_hooks(state.model) for state in states.values())
-    with Pool(1 if here else len(states), (states, steps, shown, linear)) as pool:
+    here = target.type != "cpu" or any(has_hooks(state.model) for state in work.states.values())
+    with Pool(1 if here else len(work.states), (work,)) as pool:
         for epoch in range(1, last + 1):
-            # A run that was resumed from a later epoch has this one already.
-            todo = {i: state for i, state in states.items() if epoch > resumed[state.rows[0]]}
-            if todo:
-                _train(runs, todo, pool, epoch, len(data.train))
-            record = _record(runs, resumed, states, epoch, len(data.train))
+            for row, trained in _train_epoch(work, resumed, pool, epoch):
+                runs[row].epochs.append(trained)
+            record = _record(work, resumed, runs, epoch)
             try:
                 yield record
             except GeneratorExit:
@@ -226,14 +225,14 @@ def train(
             if checkpoints and (epoch % checkpoints.every == 0 or epoch == last):
                 save(record)
             dropped = {record.rows[r] for r in record.dropped}
-            for index, state in list(states.items()):
+            for index, state in list(work.states.items()):
                 kept = [s for s, row in enumerate(state.rows) if row not in dropped]
                 if not kept:
-                    del states[index]
+                    del work.states[index]
                 elif len(kept) < len(state.rows):  # of a stack, which is computed in this process
-                    del steps[index]  # before another takes a GPU's memory
-                    states[index] = state.keep(kept)
-            if not states:
+                    del work.steps[index]  # before another takes a GPU's memory
+                    work.states[index] = state.keep(kept)
+            if not work.states:
                 return
 
 
@@ -268,7 +267,19 @@ def computes_stacks(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-Begun = tuple[dict[int, State], dict[int, Step], dict[str, Dataset], Tensor]
+class Work(NamedTuple):
+    """What a process needs to train runs.
+
+    Attributes:
+        states: of runs that are computed together, by the row of the first.
+        steps: of the states that this process has trained.
+        data, linear: as `Step` takes them.
+    """
+
+    states: dict[int, State]
+    steps: dict[int, Step]
+    data: dict[str, Dataset]
+    linear: Tensor
 
 
 def _begin(
@@ -277,16 +288,11 @@ def _begin(
     data: Dataset,
     device: torch.device,
     dtype: torch.dtype,
-) -> Begun:
-    """Return the states of all runs, untrained or as resumed, and what `Step` takes besides.
+) -> Work:
+    """Return all runs, untrained or as resumed: on a GPU those of equal shapes as a stack.
 
-    Runs of equal shapes are one stack on a GPU; where it lacks memory, halves that take turns and
-    stay in it together. With a user's network or term that no stack can compute they are trained
-    one by one.
-
-    Returns:
-        States by the row of their first run; the steps of stacks, others are made in the processes
-        that train; data and losses of the exact linear model as `Step` takes them.
+    Where a GPU lacks memory they are halves that take turns and stay in it together. Runs with a
+    user's network or term that no stack can compute are trained one by one.
     """
     grey = data.to(device).shared()
     kinds = {config.binarization for config in configs} - {"none"}
@@ -294,8 +300,7 @@ def _begin(
     splits = (data.train.head(len(data.val)), data.val)  # grey, as all comparable losses are of
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
-    states: dict[int, State] = {}
-    steps: dict[int, Step] = {}
+    work = Work({}, {}, shown, linear)
 
     def begin(rows: list[int], *, stacked: bool) -> None:
         chosen = [configs[row] for row in rows]
@@ -303,8 +308,8 @@ def _begin(
         terms = {name: registry.TERMS[name] for name in chosen[0].terms}
         state = State(rows, chosen, models, terms, stacked=stacked)
         if stacked:
-            steps[rows[0]] = Step(state, shown, linear)
-        states[rows[0]] = state
+            work.steps[rows[0]] = Step(state, shown, linear)
+        work.states[rows[0]] = state
         for s, row in enumerate(rows):
             if saved[row].epochs:
                 state.restore(s, saved[row].state)
@@ -337,7 +342,7 @@ def _begin(
                 f"model={first.model!r}, batch_size={first.batch_size}: one run needs more memory "
                 "than is free on the GPU; give a smaller network or batch, or --device cpu"
             )
-    return states, steps, shown, linear
+    return work
 
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
@@ -354,47 +359,37 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _train(
-    runs: Sequence[Saved], states: Mapping[int, State], pool: Pool, epoch: int, images: int
-) -> None:
-    """Train an epoch of some states, and add it to their runs."""
-    start, items = time.perf_counter(), [(index, epoch) for index in states]
-    done = [(states[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
-    seconds, training = time.perf_counter() - start, sum(found.training for _, found in done)
-    seconds *= training / (training + sum(found.measuring for _, found in done))
-    sizes = [config.batch_size for state, _ in done for config in state.configs]
-    seen = sum(images - images % size for size in sizes)
-    for state, found in done:
-        for row, metrics in zip(state.rows, found.metrics, strict=True):
-            runs[row].epochs.append(Epoch(seconds, seen, *metrics))
-
-
 def _train_epoch(
-    states: dict[int, State],
-    steps: dict[int, Step],
-    data: dict[str, Dataset],
-    linear: Tensor,
-    item: tuple[int, int],
-) -> Measured:
+    work: Work, resumed: Sequence[int], pool: Pool, epoch: int
+) -> Iterator[tuple[int, Epoch]]:
+    """Train an epoch of the runs that were not resumed from a later one; yield row and epoch."""
+    start = time.perf_counter()
+    items = [(i, epoch) for i, state in work.states.items() if epoch > resumed[state.rows[0]]]
+    done = [(work.states[items[k][0]], *found) for k, found in pool.map(_compute, items)]
+    seconds = time.perf_counter() - start
+    training, measuring = (sum(one[i] for one in done) for i in (1, 2))
+    sizes = [config.batch_size for state, *_ in done for config in state.configs]
+    images = sum(len(work.data["none"].train) // size * size for size in sizes)
+    for state, *_, metrics in done:
+        for row, both in zip(state.rows, metrics, strict=True):
+            yield row, Epoch(seconds * training / (training + measuring), images, *both)
+
+
+def _compute(work: Work, item: tuple[int, int]) -> Measured:
     index, epoch = item
-    if index not in steps:
-        steps[index] = Step(states[index], data, linear)
-    return steps[index].epoch(epoch)
+    if index not in work.steps:
+        work.steps[index] = Step(work.states[index], work.data, work.linear)
+    return work.steps[index].epoch(epoch)
 
 
-def _record(
-    runs: Sequence[Saved],
-    resumed: Sequence[int],
-    states: Mapping[int, State],
-    epoch: int,
-    images: int,
-) -> EpochRecord:
+def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
     """Return the record of the runs that are still trained."""
-    places = {row: (state, s) for state in states.values() for s, row in enumerate(state.rows)}
+    places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
-    each = [runs[row].epochs[epoch - 1] for row in rows]
     configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
-    warmups = [objective.kl_warmup(c, epoch, images // c.batch_size)[-1] for c in configs]
+    steps = [len(work.data["none"].train) // config.batch_size for config in configs]
+    warmups = [objective.kl_warmup(c, epoch, n)[-1] for c, n in zip(configs, steps, strict=True)]
+    each = [runs[row].epochs[epoch - 1] for row in rows]
     behind = tuple(resumed[row] for row in rows)
     newest = each[behind.index(min(behind))]
     return EpochRecord(

@@ -54,13 +54,14 @@ class State:
         self.rows, self.configs, self.terms, self.stacked = rows, configs, terms, stacked
         self.model = model = models[0]
         given = [dict(_tensors(model)) for model in models]
-        self._places: dict[str, tuple[int, int, torch.Size, bool]] = {}
+        self._places: dict[str, tuple[int, int, Sequence[int], bool]] = {}
         size = 0
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 end = size + parameter.numel()
                 transposed = parameter.dim() == 2 and parameter.t().is_contiguous()
-                self._places[name] = size, end, parameter.shape, transposed
+                stored = parameter.shape[::-1] if transposed else parameter.shape
+                self._places[name] = size, end, stored, transposed
                 size = -(-end // ALIGNED) * ALIGNED  # where matrix products read fastest
         zeros = torch.zeros(len(models), size, dtype=model.dtype, device=model.device)
         self.weights, self.first, self.second = (processes.shared(zeros) for _ in range(3))
@@ -80,12 +81,8 @@ class State:
         """Return the numbers of each trained parameter in a buffer (S, P), shape (S, ...)."""
         found = {}
         for name, (start, end, shape, transposed) in self._places.items():
-            numbers = flat[:, start:end]
-            found[name] = (
-                numbers.unflatten(1, shape[::-1]).mT
-                if transposed
-                else numbers.view(len(flat), *shape)
-            )
+            stored = flat[:, start:end].view(len(flat), *shape)
+            found[name] = stored.mT if transposed else stored
         return found
 
     def attach(self) -> None:

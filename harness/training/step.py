@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +33,9 @@ WARM_UP = 3
 """Calls before one is captured, in which libraries choose their kernels."""
 
 Metrics = dict[str, Any]
+Measured = tuple[float, float, list[tuple[Metrics, Metrics]]]
+"""One epoch: seconds of training and of measuring, and each run's train and val metrics."""
+
 Result = TypeVar("Result")
 
 
@@ -57,14 +59,6 @@ class Draw(NamedTuple):
 
 Drawn = tuple[Tensor, Draw]
 """Images of an epoch, uint8, and its draws."""
-
-
-class Measured(NamedTuple):
-    """One epoch: seconds of training and of measuring, and each run's train and val metrics."""
-
-    training: float
-    measuring: float
-    metrics: list[tuple[Metrics, Metrics]]
 
 
 class Step:
@@ -129,7 +123,7 @@ class Step:
             torch.cuda.synchronize(self._x.device)
         between = time.perf_counter()
         metrics = self.measure()
-        return Measured(between - start, time.perf_counter() - between, metrics)
+        return between - start, time.perf_counter() - between, metrics
 
     def draw(self, epoch: int) -> Drawn:
         """Return the images and the draws of an epoch, on the device.
@@ -177,25 +171,15 @@ class Step:
                 return
             images, draw = drawn
             parts = (repeat(None) if part is None else part.unbind() for part in draw)
-            with self._layers_in_training(epoch):
+            gpus, may_draw = [self._x.device] if self._x.is_cuda else [], self._written is None
+            with torch.random.fork_rng(gpus, enabled=may_draw):
+                if may_draw:  # layers draw the same numbers in every process
+                    stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
+                    torch.manual_seed(int(stream.integers(2**63)))
+                self.state.model.train()
                 for now in map(Draw, *parts):
                     self._take(images, now)
-
-    @contextmanager
-    def _layers_in_training(self, epoch: int) -> Iterator[None]:
-        """Set layers to `train` mode, and PyTorch's generator for those that draw.
-
-        They draw the same numbers in every process. What `covers` accepts has no such layer.
-        """
-        if self._written is not None:
-            yield
-            return
-        stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
-        with torch.random.fork_rng([self._x.device] if self._x.is_cuda else []):
-            torch.manual_seed(int(stream.integers(2**63)))
-            self.state.model.train()
-            yield
-        self.state.model.eval()
+                self.state.model.eval()
 
     def _take(self, images: Tensor, now: Draw) -> None:
         """Take one step, with its draws."""
