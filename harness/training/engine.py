@@ -268,16 +268,10 @@ def computes_stacks(device: torch.device) -> bool:
 
 
 class Work(NamedTuple):
-    """What a process needs to train runs.
+    """What a process needs to train runs; `data` and `linear` are as `Step` takes them."""
 
-    Attributes:
-        states: of runs that are computed together, by the row of the first.
-        steps: of the states that this process has trained.
-        data, linear: as `Step` takes them.
-    """
-
-    states: dict[int, State]
-    steps: dict[int, Step]
+    states: dict[int, State]  # of runs that are computed together, by the row of the first
+    steps: dict[int, Step]  # of those that this process has trained
     data: dict[str, Dataset]
     linear: Tensor
 
@@ -367,12 +361,13 @@ def _train_epoch(
     items = [(i, epoch) for i, state in work.states.items() if epoch > resumed[state.rows[0]]]
     done = [(work.states[items[k][0]], *found) for k, found in pool.map(_compute, items)]
     seconds = time.perf_counter() - start
-    training, measuring = (sum(one[i] for one in done) for i in (1, 2))
+    training = sum(found[1] for found in done)
+    seconds *= training / (training + sum(found[2] for found in done)) if done else 1
     sizes = [config.batch_size for state, *_ in done for config in state.configs]
     images = sum(len(work.data["none"].train) // size * size for size in sizes)
     for state, *_, metrics in done:
         for row, both in zip(state.rows, metrics, strict=True):
-            yield row, Epoch(seconds * training / (training + measuring), images, *both)
+            yield row, Epoch(seconds, images, *both)
 
 
 def _compute(work: Work, item: tuple[int, int]) -> Measured:

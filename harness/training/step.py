@@ -77,20 +77,16 @@ class Step:
         self.images = data["none"].train if config.binarization == "stochastic" else self.data.train
         self.steps = len(self.images) // config.batch_size
         self._x = state.join([new(config.batch_size, pixels) for _ in state.configs])
-        self._grey = torch.empty_like(self._x, dtype=torch.uint8).flatten(0, -2)
-        self._largest = self.data.train.largest
         self._coefficients: Coefficients = state.join(
             [coefficients(c, pixels, self._x.device, self._x.dtype) for c in state.configs]
         )
         gradient = torch.zeros_like(state.weights)
         self._gradient, self._slopes = gradient, state.views(gradient)
         buffers = (state.weights, gradient, state.first, state.second, state.counts)
-        self._by_rate = {  # one call of Adam has one learning rate
-            rate: [
-                [b[s] for s, c in enumerate(state.configs) if c.learning_rate == rate]
-                for b in buffers
-            ]
-            for rate in {c.learning_rate for c in state.configs}
+        rates = [c.learning_rate for c in state.configs]  # one call of Adam has one of them
+        self._by_rate = {
+            rate: [[b[s] for s, own in enumerate(rates) if own == rate] for b in buffers]
+            for rate in dict.fromkeys(rates)
         }
         self._written: MLPGradient | None = None
         if not state.stacked:
@@ -99,15 +95,11 @@ class Step:
                 parameter.grad = self._slopes[name][0] if name in self._slopes else None
             if not self._x.is_cuda and covers(config, state.model, state.terms):
                 self._written = MLPGradient(config, state.model)
-        train, val = self.data.train, self.data.val
-        self._splits = {"train": train.head(len(val)), "val": val}
-        given = [
-            tuple(
-                conditions(c, state.model, part, len(split), loss)
-                for (part, split), loss in zip(self._splits.items(), losses, strict=True)
-            )
-            for c, losses in zip(state.configs, linear[list(state.rows)], strict=True)
-        ]
+        self._first, val = self.data.train.head(len(self.data.val)), self.data.val
+        given = []  # to `measure`, of each run on both splits
+        for c, losses in zip(state.configs, linear[list(state.rows)], strict=True):
+            on_train = conditions(c, state.model, "train", len(self._first), losses[0])
+            given.append((on_train, conditions(c, state.model, "val", len(val), losses[1])))
         self._given = state.join(given)
         self._ahead: dict[int, Drawn] = {}
         if state.stacked:
@@ -135,8 +127,7 @@ class Step:
         shape = steps, config.batch_size, config.latent_size
 
         def latents(seed: int, purpose: str) -> Tensor:
-            count = steps * config.batch_size
-            return streams.noise(seed, purpose, count, config.latent_size, epoch).view(shape)
+            return streams.noise(seed, purpose, steps * shape[1], shape[2], epoch).view(shape)
 
         order = {
             s: streams.batches(c, len(images), epoch).view(shape[:2]) for s, c in of_seed.items()
@@ -184,8 +175,8 @@ class Step:
     def _take(self, images: Tensor, now: Draw) -> None:
         """Take one step, with its draws."""
         state = self.state
-        torch.index_select(images, 0, now.order.flatten(), out=self._grey)
-        self._x.copy_(self._grey.view(self._x.shape)).div_(self._largest)
+        grey = images.index_select(0, now.order.flatten())
+        self._x.copy_(grey.view(self._x.shape)).div_(self.data.train.largest)
         if self._written is not None:
             self._written(self._x, now.noise, now.betas)
         else:
@@ -240,9 +231,9 @@ class Step:
     def _of_run(self, model: VAE, on_train: Metrics, on_val: Metrics) -> tuple[Metrics, Metrics]:
         config, classes = self.state.configs[0], self.data.classes
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
-        val = measure(config, model, self._splits["val"], classes, **on_val, **same)
+        val = measure(config, model, self.data.val, classes, **on_val, **same)
         same["variance"] = val["mse"]
-        return measure(config, model, self._splits["train"], classes, **on_train, **same), val
+        return measure(config, model, self._first, classes, **on_train, **same), val
 
     def capture(self) -> None:
         """Make step and metrics of a stack repeatable, and take the memory of an epoch.
