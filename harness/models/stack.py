@@ -47,13 +47,9 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
     be in tuples and dictionaries; other arguments must be None.
 
     Args:
-        model: a model of the runs' architecture, whose numbers are not used.
-        function: of the model in `eval` mode.
-        gradient: return the gradient of a loss with respect to each weight, of the model in `train`
-            mode.
-
-    Raises:
-        ValueError: the model has hooks or uses a module twice, which would take no effect.
+        model: a model of the runs' architecture, whose numbers are not used; in `eval` mode.
+        function: returns tensors, or with `gradient` a loss.
+        gradient: return the loss's gradient by weight, of the model in `train` mode.
     """
     if has_hooks(model):
         raise ValueError(

@@ -227,11 +227,11 @@ def train(
             dropped = {record.rows[r] for r in record.dropped}
             for index, state in list(work.states.items()):
                 kept = [s for s, row in enumerate(state.rows) if row not in dropped]
-                if not kept:
+                if len(kept) < len(state.rows):
                     del work.states[index]
-                elif len(kept) < len(state.rows):  # of a stack, which is computed in this process
-                    del work.steps[index]  # before another takes a GPU's memory
-                    work.states[index] = state.keep(kept)
+                    work.steps.pop(index, None)  # before another takes a GPU's memory
+                    if kept:  # of a stack, which is computed in this process
+                        work.states[index] = state.keep(kept)
             if not work.states:
                 return
 
@@ -402,6 +402,6 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
 
 
 def _joined(each: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Join the metrics of runs; NaN where a run lacks one, for want of latents, say."""
+    """Join the metrics of runs; NaN where a run lacks one."""
     names = dict.fromkeys(name for metrics in each for name in metrics)
     return {name: np.array([metrics.get(name, np.nan) for metrics in each]) for name in names}

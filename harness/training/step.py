@@ -236,11 +236,7 @@ class Step:
         return measure(config, model, self._first, classes, **on_train, **same), val
 
     def capture(self) -> None:
-        """Make step and metrics of a stack repeatable, and take the memory of an epoch.
-
-        Raises:
-            torch.OutOfMemoryError: it is not there, or less than `MARGIN` would be left.
-        """
+        """Make step and metrics of a stack repeatable, and take the memory of an epoch."""
         state, device = self.state, self._x.device
         self._laid_out, self._now = self.draw(1), torch.zeros(1, dtype=torch.int64, device=device)
         changed = [state.weights, state.first, state.second, state.counts, self._now]
