@@ -1,7 +1,7 @@
 """Checkpoints of unfinished runs.
 
 A file holds one run as safetensors, and then their SHA-256: weights, Adam's moments and buffers,
-and as JSON every epoch's metrics so far and what the run was made with. Random streams need no
+and as "json" every epoch's metrics so far and what the run was made with. Random streams need no
 state (`harness.streams`). A run can go on in any stack, since nothing of the other runs is kept.
 """
 
@@ -26,12 +26,6 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.models.files import put
-
-TEXT = "json"
-"""Name of the JSON among the tensors of a file."""
-
-DIGEST = 32
-"""Bytes of a SHA-256."""
 
 
 class Epoch(NamedTuple):
@@ -78,7 +72,7 @@ class Checkpoints:
         text = json.dumps([config.to_json(), made_with, saved.epochs]).encode()
         plain = torch.contiguous_format
         state = {n: value.cpu().clone(memory_format=plain) for n, value in saved.state.items()}
-        content = save(state | {TEXT: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        content = save(state | {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
         self.folder.mkdir(parents=True, exist_ok=True)
         put(self.file(config), content + hashlib.sha256(content).digest())
 
@@ -87,11 +81,11 @@ class Checkpoints:
         file = self.file(config)
         try:
             content = file.read_bytes()
-            written, digest = content[:-DIGEST], content[-DIGEST:]
+            written, digest = content[:-32], content[-32:]
             if hashlib.sha256(written).digest() != digest:
                 raise ValueError("its contents are not what was written")
             state = load(written)
-            settings, then, epochs = json.loads(state.pop(TEXT).numpy().tobytes())
+            settings, then, epochs = json.loads(state.pop("json").numpy().tobytes())
             if settings != config.to_json():
                 raise ValueError("it is of another run")
             if different := [name for name in made_with if made_with[name] != then.get(name)]:
