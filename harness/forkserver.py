@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -25,25 +25,29 @@ import os, sys
 os.closerange(3, 1 << 16)
 sys.path[:] = sys.argv[1:]
 from harness import forkserver
-forkserver.end_with_parent()
-from harness import processes
-import harness.training.engine
-forkserver.serve(processes.work)
+
+def load():
+    import harness.training.engine
+    from harness.processes import work
+    return work
+
+forkserver.serve(load)
 """
 """Program of the server; its standard input is the connection to its parent."""
 
-WHEN_IDLE = (
+LATER = (
     "harness.metrics.quality",
     "sklearn.neighbors",
     "sklearn.pipeline",
     "sklearn.linear_model",
 )
-"""Modules that the server imports while no worker is wanted, so that workers need not."""
+"""Modules for workers that measure: imported behind the first training step, not before it."""
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 _lock = threading.Lock()
-_server: Connection | None = None
+_server: tuple[Connection, ...] = ()
+"""The connection to the server, and what the server lives as long as."""
 
 
 def start() -> None:
@@ -64,79 +68,72 @@ def fork() -> tuple[Connection, int]:
     with there, _lock:
         _server = _server or _started()
         try:
-            send_handle(_server, there.fileno(), 0)
+            send_handle(_server[0], there.fileno(), 0)
         except ConnectionError:  # the server was killed
             _server = _started()
-            send_handle(_server, there.fileno(), 0)
+            send_handle(_server[0], there.fileno(), 0)
     return here, here.recv()
 
 
-def _started() -> Connection:
-    """Start the server, with SIGINT and SIGTERM blocked from the first moment."""
+def _started() -> tuple[Connection, Connection]:
     here, there = Pipe()
-    with there:
+    alive, lifeline = Pipe(duplex=False)
+    with there, alive:
         os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", PROGRAM, *sys.path],
             os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else NumPy's threads run before a fork
             file_actions=[(os.POSIX_SPAWN_DUP2, there.fileno(), 0)],
-            setsigmask=[signal.SIGINT, signal.SIGTERM],
+            setsigmask=[signal.SIGINT, signal.SIGTERM],  # from the first moment
         )
-    return here
+        send_handle(here, alive.fileno(), 0)
+    return here, lifeline
 
 
 def _forget() -> None:
     """Leave the server to the process which has started it: a forked child starts another."""
     global _lock, _server
-    if _server is not None:
-        _server.close()
-    _lock, _server = threading.Lock(), None
+    for connection in _server:
+        connection.close()
+    _lock, _server = threading.Lock(), ()
 
 
 if sys.platform == "linux":
     os.register_at_fork(after_in_child=_forget)
 
 
-def end_with_parent() -> None:
-    """End the server as soon as its parent has ended, also while it imports a module."""
-    parent = socket.socket(fileno=os.dup(0))
-
-    def look(*_: object) -> None:
-        with contextlib.suppress(BlockingIOError):
-            if not parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                os._exit(0)
-
-    signal.signal(signal.SIGIO, look)
-    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(parent, fcntl.F_SETFL, fcntl.fcntl(parent, fcntl.F_GETFL) | os.O_ASYNC)
-    look()
-
-
-def serve(work: Callable[[Connection], None]) -> None:
+def serve(load: Callable[[], Callable[[Connection], None]]) -> None:
     """Fork a worker for every connection that the parent sends, until the parent has ended.
 
-    The server ends with the parent, and the kernel kills the workers when the server ends.
+    The kernel kills the server when the parent ends, and the workers when the server ends.
+
+    Args:
+        load: imports what workers need, and returns what a worker does with its connection.
     """
-    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
-    server, modules = os.getpid(), list(WHEN_IDLE)
-    while True:
-        while modules and not parent.poll():
-            with contextlib.suppress(ImportError):
-                __import__(modules.pop(0))
-        try:
+    with contextlib.suppress(EOFError):  # the parent has ended
+        parent = Connection(0)
+        alive = Connection(recv_handle(parent))
+        fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
+        if alive.poll():
+            os._exit(0)
+        work, later = load(), list(LATER)
+        server, libc = os.getpid(), ctypes.CDLL(None)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
+        while True:
             worker = Connection(recv_handle(parent))
-        except EOFError:
-            os._exit(0)
-        if os.fork() == 0:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == server:
-                parent.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                with contextlib.suppress(EOFError, OSError):  # the connection has been closed
-                    worker.send(os.getpid())
-                    work(worker)
-            os._exit(0)
-        worker.close()
+            if os.fork() == 0:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                if os.getppid() == server:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    with contextlib.suppress(EOFError, OSError):  # the pool has been closed
+                        worker.send(os.getpid())
+                        work(worker)
+                os._exit(0)
+            worker.close()
+            while later and not parent.poll(0.5):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(later.pop(0))
+    os._exit(0)

@@ -88,20 +88,17 @@ class Pool:
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
         self._common = common
-        self._unsent: dict[Connection, dict[str, bytes]] = {}
         self._workers: dict[Connection, int] = {}
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
         self._owner = os.getpid()
         workers = min(workers, available())
         if workers > 1 and sys.platform == "linux":
+            beginning = sys.path, os.getcwd(), _dumps(common)
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether there are worker processes."""
-        return bool(self._workers)
+                for worker in self._workers:
+                    worker.send(beginning)
 
     def __enter__(self) -> Pool:
         return self
@@ -119,8 +116,7 @@ class Pool:
             BaseException: what the function raised first.
             RuntimeError: a worker was killed.
         """
-        forked = self._workers and os.getpid() != self._owner
-        if self._closed or self._busy or forked:
+        if self._closed or self._busy or os.getpid() != self._owner:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
         left = enumerate(items)
         if not self._workers:
@@ -129,15 +125,11 @@ class Pool:
                     result = function(*self._common, item)
                 yield index, result
             return
-        self._busy = {}
-        busy = self._busy  # the pool's is another map's, once this one has yielded its last result
-        news = {"function": _dumps(function)}
-        if not self._unsent:
-            news["common"] = _dumps(self._common)
+        self._busy = busy = {}  # the pool's is another map's, once this one has yielded its last
+        pickled = _dumps(function)
         try:
             for worker in self._workers:
-                self._unsent.setdefault(worker, {}).update(news)
-                self._submit(worker, left)
+                self._submit(worker, left, pickled)
             while busy:
                 for ready in wait(list(busy)):
                     worker = cast("Connection", ready)
@@ -154,27 +146,24 @@ class Pool:
                 self.close()
             raise
 
-    def _submit(self, worker: Connection, left: Iterator[tuple[int, Any]]) -> None:
+    def _submit(
+        self, worker: Connection, left: Iterator[tuple[int, Any]], function: bytes | None = None
+    ) -> None:
         """Send the next item, if there is one; it stays referenced, and its memory, until done."""
         for index, item in left:
-            message = (sys.path, os.getcwd(), self._unsent[worker], _dumps(item))
+            message = function, _dumps(item)
             with _worker_lost():
                 worker.send(message)
-            self._unsent[worker] = {}
             self._busy[worker] = index, item
             return
 
     def close(self) -> None:
-        """End the workers, in the middle of a computation too; not in a forked child."""
+        """Kill the workers, in the middle of a computation too; not in a forked child."""
         self._closed = True
         if os.getpid() == self._owner:
             for process in self._workers.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            for worker in self._workers:
-                with contextlib.suppress(EOFError, OSError), worker:
-                    while True:  # until the process has ended
-                        worker.recv_bytes()
         self._workers.clear()
         self._busy.clear()
 
@@ -184,10 +173,7 @@ def _worker_lost() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        # An OSError has no errno where the connection ends in the middle of a message.
-        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
-            raise
-        raise RuntimeError("a worker process was killed; was there too little memory?") from None
+        raise RuntimeError("a worker process was killed; was there too little memory?") from error
 
 
 def _dumps(value: object) -> bytes:
@@ -197,36 +183,34 @@ def _dumps(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
-    if (file := _files.get(id(tensor))) is not None:
-        return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
-    if tensor.is_contiguous():
-        with contextlib.suppress(TypeError, RuntimeError):  # of what NumPy has no arrays for
-            return torch.from_numpy, (tensor.numpy(),)  # six times as fast as PyTorch's way
-    return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-
-
 @functools.cache
 def _pickler() -> type[pickle.Pickler]:
-    from cloudpickle import (
-        CloudPickler,
-    )  # only where workers start: a GPU's machine need not have it
+    import cloudpickle  # only where workers start: a GPU's machine need not have it
 
-    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
-    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
+    class Pickler(cloudpickle.CloudPickler):
+        dispatch_table = ChainMap({Tensor: _reduced}, cloudpickle.CloudPickler.dispatch_table)
+
+    return Pickler
+
+
+def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
+    if (file := _files.get(id(tensor))) is None:
+        return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
 
 
 @one_thread()
 def work(parent: Connection) -> None:
     """Answer a pool, in a worker process, until it closes the connection."""
-    os.register_at_fork(after_in_child=parent.close)  # else `Pool.close` waits for its end, too
-    known: dict[str, Any] = {}
+    sys.path[:], folder, pickled = parent.recv()
+    os.chdir(folder)
+    function, common = None, None
     while True:
-        sys.path[:], folder, news, item = parent.recv()
+        new, item = parent.recv()
         try:
-            os.chdir(folder)
-            known |= {name: pickle.loads(pickled) for name, pickled in news.items()}
-            answer = _dumps((known["function"](*known["common"], pickle.loads(item)), None))
+            common = common or pickle.loads(pickled)
+            function = pickle.loads(new) if new else function
+            answer = _dumps((function(*common, pickle.loads(item)), None))
         except BaseException as error:
             answer = _failure(error)
         with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ def mapped(pool, function, items):
 
 def in_workers(function, items, *common):
     with Pool(2, common) as pool:
-        assert pool.is_parallel
+        assert pool._workers
         return mapped(pool, function, items)
 
 
@@ -53,7 +53,7 @@ def test_results_come_as_they_are_done():
 def test_functions_are_called_here_with_the_very_objects_on_one_core():
     common = []
     with Pool(1, (common,)) as pool:
-        assert not pool.is_parallel
+        assert not pool._workers
         calls = pool.map(lambda c, item: c.append(item) or torch.get_num_threads(), [1, 2])
         assert [(number, torch.get_num_threads()) for _, number in calls] == [(1, 2), (1, 2)]
     assert common == [1, 2]
@@ -63,7 +63,7 @@ def test_there_are_no_more_workers_than_cores():
     assert len(set(in_workers(lambda item: time.sleep(0.01) or os.getpid(), range(9)))) == 2
     torch.set_num_threads(1)
     with Pool(3) as pool:
-        assert not pool.is_parallel
+        assert not pool._workers
 
 
 class Costly:
@@ -236,7 +236,7 @@ def test_a_worker_that_is_killed_is_an_error_and_closes_the_pool(when):
         with pytest.raises(RuntimeError, match="a worker process was killed"):  # noqa: PT012
             for _ in pool.map(work, [False, when != "idle"]):
                 await_end(*workers[1:])
-        assert not pool.is_parallel
+        assert not pool._workers
         await_end(*workers)
 
 
@@ -250,7 +250,7 @@ def test_leaving_a_map_ends_the_workers(how):
             next(results)
         if how is GeneratorExit:
             results.close()
-            assert not pool.is_parallel
+            assert not pool._workers
         raise how
 
     pool = Pool(2)
@@ -295,7 +295,7 @@ def test_pools_work_in_threads():
 def test_a_pool_in_a_worker_works_there():
     def outer(item):
         with Pool(2) as pool:
-            return pool.is_parallel, list(pool.map(lambda i: i + item, [1, 2])), flushes()
+            return bool(pool._workers), list(pool.map(lambda i: i + item, [1, 2])), flushes()
 
     assert in_workers(outer, [10]) == [(False, [(0, 11), (1, 12)], True)]
 
@@ -390,7 +390,7 @@ SCRIPT = """
     network = Network()
     torch.nn.init.ones_(network.layer.weight)
     with Pool(2, (network,)) as pool:
-        assert pool.is_parallel
+        assert pool._workers
         results = list(pool.map(work, range(4)))
     assert all(type(result) is Result for _, result in results)
     assert all(result.value[0] != os.getpid() for _, result in results)
