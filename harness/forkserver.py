@@ -9,45 +9,32 @@ line may `start` the server before it imports PyTorch itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import weakref
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 
 PROGRAM = """
-import os, sys
-os.closerange(3, 1 << 16)
+import sys
 sys.path[:] = sys.argv[1:]
-from harness import forkserver
-
-def load():
-    import harness.training.engine
-    from harness.processes import work
-    return work
-
-forkserver.serve(load)
+from harness.forkserver import serve
+serve()
 """
-"""Program of the server; its standard input is the connection to its parent."""
 
-LATER = (
-    "harness.metrics.quality",
-    "sklearn.neighbors",
-    "sklearn.pipeline",
-    "sklearn.linear_model",
-)
-"""Modules for workers that measure: imported behind the first training step, not before it."""
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+FIRST = ["harness.processes", "harness.training.engine"]
+LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sklearn.linear_model"]
+"""Modules that workers find imported: those of training, and when that has begun of measuring."""
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()
-"""The connection to the server, and what the server lives as long as."""
+_ours = weakref.WeakSet[Connection]()
+"""Connections and lifelines that this process has made; its forked children close them."""
 
 
 def start() -> None:
@@ -57,83 +44,86 @@ def start() -> None:
         _server = _server or _started()
 
 
-def fork() -> tuple[Connection, int]:
-    """Start a worker and return the connection to it and its process id.
+def fork() -> tuple[Connection, Connection]:
+    """Start a worker, which calls the function that it is sent first with its connection.
 
-    Raises:
-        EOFError: the server or the worker was killed.
+    Returns:
+        The connection and a lifeline: the kernel kills the worker when it closes, in the middle of
+        a computation too, and so when this process ends in whatever way.
     """
     global _server
-    here, there = Pipe()
+    start()
+    here, there, lifeline = _linked()
     with there, _lock:
-        _server = _server or _started()
         try:
             send_handle(_server[0], there.fileno(), 0)
         except ConnectionError:  # the server was killed
             _server = _started()
             send_handle(_server[0], there.fileno(), 0)
-    return here, here.recv()
+    return here, lifeline
 
 
 def _started() -> tuple[Connection, Connection]:
-    here, there = Pipe()
-    alive, lifeline = Pipe(duplex=False)
-    with there, alive:
+    here, there, lifeline = _linked()
+    with there:
         os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", PROGRAM, *sys.path],
             os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else NumPy's threads run before a fork
             file_actions=[(os.POSIX_SPAWN_DUP2, there.fileno(), 0)],
-            setsigmask=[signal.SIGINT, signal.SIGTERM],  # from the first moment
+            setsigmask=[signal.SIGINT, signal.SIGTERM],  # a scheduler sends them to all processes
         )
-        send_handle(here, alive.fileno(), 0)
     return here, lifeline
 
 
-def _forget() -> None:
-    """Leave the server to the process which has started it: a forked child starts another."""
+def _linked() -> tuple[Connection, Connection, Connection]:
+    """Return both ends of a connection, and the lifeline of the process at the second one."""
+    (here, there), (alive, lifeline) = Pipe(), Pipe(duplex=False)
+    with alive:
+        send_handle(here, alive.fileno(), 0)
+    _ours.update((here, lifeline))
+    return here, there, lifeline
+
+
+def _live_with(connection: Connection) -> None:
+    """Let the kernel kill this process when the lifeline of its connection closes."""
+    alive = recv_handle(connection)
+    fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
+    if select.select([alive], [], [], 0)[0]:
+        os._exit(0)  # it has closed already
+
+
+def _leave() -> None:
+    """Leave all links to the process that has made them; a forked child starts another server."""
     global _lock, _server
-    for connection in _server:
+    for connection in _ours:
         connection.close()
     _lock, _server = threading.Lock(), ()
 
 
-if sys.platform == "linux":
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_leave)
 
 
-def serve(load: Callable[[], Callable[[Connection], None]]) -> None:
-    """Fork a worker for every connection that the parent sends, until the parent has ended.
-
-    The kernel kills the server when the parent ends, and the workers when the server ends.
-
-    Args:
-        load: imports what workers need, and returns what a worker does with its connection.
-    """
-    with contextlib.suppress(EOFError):  # the parent has ended
-        parent = Connection(0)
-        alive = Connection(recv_handle(parent))
-        fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
-        if alive.poll():
-            os._exit(0)
-        work, later = load(), list(LATER)
-        server, libc = os.getpid(), ctypes.CDLL(None)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
+def serve() -> None:
+    """Fork a worker for every connection that comes through standard input, until it closes."""
+    os.closerange(3, 1 << 16)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
+    parent, later = Connection(0), iter(LATER)
+    with contextlib.suppress(EOFError):
+        _live_with(parent)
+        for name in FIRST:
+            importlib.import_module(name)
         while True:
             worker = Connection(recv_handle(parent))
             if os.fork() == 0:
-                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                if os.getppid() == server:
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    with contextlib.suppress(EOFError, OSError):  # the pool has been closed
-                        worker.send(os.getpid())
-                        work(worker)
+                with contextlib.suppress(EOFError, OSError):  # the pool has been closed
+                    _live_with(worker)
+                    worker.recv()(worker)
                 os._exit(0)
             worker.close()
-            while later and not parent.poll(0.5):
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(later.pop(0))
-    os._exit(0)
+            while not parent.poll(0.5) and (name := next(later, "")):
+                importlib.import_module(name)
