@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
 import os
 import select
 import signal
@@ -29,7 +28,7 @@ serve()
 
 FIRST = ["harness.processes", "harness.training.engine"]
 LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sklearn.linear_model"]
-"""Modules that workers find imported: those of training, and when that has begun of measuring."""
+"""Modules that workers need not import: for training, and for measuring once training has begun."""
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()
@@ -96,7 +95,7 @@ def _live_with(connection: Connection) -> None:
 
 
 def _leave() -> None:
-    """Leave all links to the process that has made them; a forked child starts another server."""
+    """Leave server and workers to the process that started them; a forked child starts its own."""
     global _lock, _server
     for connection in _ours:
         connection.close()
@@ -114,7 +113,7 @@ def serve() -> None:
     with contextlib.suppress(EOFError):
         _live_with(parent)
         for name in FIRST:
-            importlib.import_module(name)
+            __import__(name)
         while True:
             worker = Connection(recv_handle(parent))
             if os.fork() == 0:
@@ -126,4 +125,4 @@ def serve() -> None:
                 os._exit(0)
             worker.close()
             while not parent.poll(0.5) and (name := next(later, "")):
-                importlib.import_module(name)
+                __import__(name)
