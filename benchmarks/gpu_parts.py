@@ -11,7 +11,6 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,9 +25,9 @@ from benchmarks import contestant
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
-from harness.training import engine, group
-from harness.training.checkpoint import History
-from harness.training.group import Group
+from harness.training import engine
+from harness.training.checkpoint import Saved
+from harness.training.step import Step
 
 FOREVER = 10**6
 """Epochs of runs whose training is never finished here."""
@@ -107,18 +106,17 @@ def waiter(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def stacked(configs: Sequence[RunConfig], data: Dataset, device: str) -> list[Group]:
+def stacked(configs: Sequence[RunConfig], data: Dataset, device: str) -> list[Step]:
     """Return untrained runs as `harness.train` begins with them; on a CPU as one stack, too."""
-    with ExitStack() as changed:
-        for module in (engine, group):
-            changed.enter_context(patch.object(module, "computes_stacks", lambda device: True))
-        begun = History(configs, {}, None)
-        return engine._groups(configs, data, torch.device(device), torch.float32, begun)
+    begun = [Saved([], {}) for _ in configs]
+    with patch.object(engine, "computes_stacks", lambda device: True):
+        work = engine._begin(configs, begun, data, torch.device(device), torch.float32)
+    return list(work.steps.values())
 
 
 def stack(args: argparse.Namespace) -> None:
     """Measure a stack: start, epochs, memory, a step with its kernels, and a step in tf32."""
-    made: list[Group] = []
+    made: list[Step] = []
     phase("start", lambda: start(args, made))
     if made:
         phase("throughput", lambda: throughput(made))
@@ -130,13 +128,13 @@ def stack(args: argparse.Namespace) -> None:
         phase(precision, lambda: step(few(args, COMPARED, precision=precision), args.device))  # noqa: B023
 
 
-def few(args: argparse.Namespace, steps: int, **changes: Any) -> Group:  # noqa: ANN401 - fields of RunConfig
+def few(args: argparse.Namespace, steps: int, **changes: Any) -> Step:  # noqa: ANN401 - fields of RunConfig
     """Return a stack whose epochs have few steps."""
     data = cut(dataset(args), 5 if args.short else steps, 40)
     return stacked(recipe(args.runs, **changes), data, args.device)[0]
 
 
-def start(args: argparse.Namespace, made: list[Group]) -> Values:
+def start(args: argparse.Namespace, made: list[Step]) -> Values:
     """Make a stack; return seconds since the process was started, until a step can be replayed."""
     seconds = {"imported": time.time() - args.began}
     data = dataset(args)
@@ -147,15 +145,15 @@ def start(args: argparse.Namespace, made: list[Group]) -> Values:
     return {"seconds": seconds, "stacks": len(made), "data": data.name}
 
 
-def throughput(made: Sequence[Group]) -> Values:
+def throughput(made: Sequence[Step]) -> Values:
     """Train epochs as `harness.train` does; seconds of drawing are those of the next epoch."""
     epochs = [[own.epoch(number) for own in made] for number in range(1, SEVERAL + 1)][1:]
-    seen = sum(own.step.steps * len(own.rows) * own.state.configs[0].batch_size for own in made)
-    training = [sum(measured.training for measured in epoch) for epoch in epochs]
-    measuring = [sum(measured.measuring for measured in epoch) for epoch in epochs]
+    seen = sum(own.steps * len(own.state.rows) * own.state.configs[0].batch_size for own in made)
+    training = [sum(seconds for seconds, *_ in epoch) for epoch in epochs]
+    measuring = [sum(seconds for _, seconds, _ in epoch) for epoch in epochs]
     start = time.perf_counter()
     for own in made:
-        own.draw_epoch(SEVERAL + 2)
+        own.draw(SEVERAL + 2)
     drawing = time.perf_counter() - start
     rates = [seen / seconds for seconds in training]
     return {
@@ -174,12 +172,10 @@ def memory(args: argparse.Namespace) -> Values:
     return {"allocated": allocated, "reserved": torch.cuda.max_memory_reserved()}
 
 
-def step(own: Group, device: str) -> Values:
+def step(own: Step, device: str) -> Values:
     """Return the seconds of a step: an epoch that is drawn already, over its steps."""
-    drawn = own.draw_epoch(1)
-    taken = [
-        timed(lambda: own.step.epoch(*drawn, 1), device) / own.step.steps for _ in range(SEVERAL)
-    ]
+    drawn = own.draw(1)
+    taken = [timed(lambda: own.train(drawn, 1), device) / own.steps for _ in range(SEVERAL)]
     return {"seconds": taken[1:]}
 
 
@@ -193,7 +189,7 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def profile(args: argparse.Namespace, own: Group) -> Values:
+def profile(args: argparse.Namespace, own: Step) -> Values:
     """Return the kernels of a step by time; on a CPU, its operators.
 
     The copies that lay an epoch out are counted, too: about five in all its steps.
@@ -203,17 +199,17 @@ def profile(args: argparse.Namespace, own: Group) -> Values:
 
     on_gpu = args.device == "cuda"
     seconds = median(step(own, args.device)["seconds"])
-    drawn = own.draw_epoch(1)
+    drawn = own.draw(1)
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profiler(activities=[activity], acc_events=True) as seen:
-        timed(lambda: own.step.epoch(*drawn, 1), args.device)
+        timed(lambda: own.train(drawn, 1), args.device)
     times = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [
-        (row.key, row.count / own.step.steps, getattr(row, times))
+        (row.key, row.count / own.steps, getattr(row, times))
         for row in seen.key_averages()
         if not on_gpu or row.device_type == torch.autograd.DeviceType.CUDA  # not its launch
     ]
-    rows = [(name, count, time / own.step.steps) for name, count, time in rows if time > 0]
+    rows = [(name, count, time / own.steps) for name, count, time in rows if time > 0]
     busy = sum(time for *_, time in rows)
     rows.sort(key=lambda row: -row[2])
     return {

@@ -12,15 +12,15 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import machine
 from harness import RunConfig, load_dataset, train
 from harness.training import engine
-from harness.training.group import Group, Measured
+from harness.training.step import Draw, Drawn, Measured, Step
 
 PAUSE = 0.2
 """Seconds between two looks."""
@@ -32,6 +32,8 @@ STEPS = 5
 """Steps taken of each epoch."""
 
 MIB = 2**20
+
+compute, train_all = engine._compute, Step.train
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 def train_cut(args: argparse.Namespace) -> None:
     """Train some steps of each epoch, and say what a GPU held."""
-    engine._train_epoch = first_steps
+    engine._compute = first_steps
     data = load_dataset("mnist", args.data_dir)
     configs = [RunConfig.seed_recipe(seed=seed, epochs=EPOCHS) for seed in range(args.runs)]
     for record in train(configs, data, args.device):
@@ -75,11 +77,21 @@ def train_cut(args: argparse.Namespace) -> None:
         print(f"GPU memory per run: {held:.1f} MiB.")
 
 
-def first_steps(groups: Sequence[Group], item: tuple[int, int]) -> Measured:
+def first_steps(*given: Any) -> Measured:  # noqa: ANN401 - as `engine._compute`
     """Train the first steps of an epoch; workers are sent this function, as `__main__` has it."""
-    index, epoch = item
-    groups[index].step.steps = STEPS
-    return groups[index].epoch(epoch)
+    Step.train = train_first  # type: ignore[method-assign]
+    return compute(*given)
+
+
+def train_first(step: Step, drawn: Drawn, epoch: int) -> None:
+    """Take the first steps of an epoch that is drawn whole."""
+    whole, (images, draw) = step.steps, drawn
+    if step.state.stacked:
+        step.steps = STEPS
+    else:
+        drawn = images, Draw(*(None if part is None else part[:STEPS] for part in draw))
+    train_all(step, drawn, epoch)
+    step.steps = whole
 
 
 def watch(child: subprocess.Popen[str]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from studies.runner import cli
 
 start_pool = cli.start_pool
 
-def train_epoch(groups, item):
+def train_epoch(*given):
     import time
     from harness.training.step import Step
 
@@ -42,13 +42,13 @@ def train_epoch(groups, item):
         time.sleep(60)
 
     Step._take = first
-    index, epoch = item
-    return groups[index].epoch(epoch)
+    return trained(*given)
 
 def start_and_watch(device):
     start_pool(device)
+    global trained
     from harness.training import engine
-    engine._train_epoch = train_epoch
+    trained, engine._compute = engine._compute, train_epoch
 
 cli.start_pool = start_and_watch
 cli.main(kl_weight.STUDY, sys.argv[1:])

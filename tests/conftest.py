@@ -87,10 +87,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute runs of equal shapes as one stack where their networks allow it, as a GPU does."""
-    from harness.training import engine, group
+    from harness.training import engine
 
-    for module in (engine, group):
-        monkeypatch.setattr(module, "computes_stacks", lambda device: True)
+    monkeypatch.setattr(engine, "computes_stacks", lambda device: True)
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 
 
 def put(file: Path, content: bytes) -> None:
-    """Write a file that other processes find whole or not at all, even after a kill.
-
-    Raises:
-        OSError: it cannot be written; an older one stays as it is.
-    """
+    """Write a file that other processes find whole or not at all; an OSError leaves an old one."""
     new = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as open_file:
@@ -48,11 +44,7 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> tuple[RunConfig, VAE]:
-    """Rebuild a model from the files of `save_model`.
-
-    Raises:
-        UserError: a file is missing, broken, or does not fit the other.
-    """
+    """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used."""
     try:
         config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:

@@ -1,13 +1,12 @@
 """Runs of equal shapes computed as one: the only place that knows a run axis S.
 
-Every network, loss term and metric is written for one run. `Stack` maps such functions over S runs
+Every network, loss term and metric is written for one run. `lift` maps such functions over S runs
 with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -40,65 +39,38 @@ class _Call(nn.Module):
         return function(self.model, *args)
 
 
-class Stack:
-    """The weights of S runs, and functions of one run mapped over them.
+def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
+    """Return a function (model, *arguments) -> tensors of one run as a function of S runs.
 
-    Models have equal architecture; their weights and buffers are copied.
+    It takes weights and constants of the runs before the arguments: trained parameters by name, and
+    all other parameters and buffers. All of them and the results have a leading axis S. Tensors may
+    be in tuples and dictionaries; other arguments must be None.
 
-    Attributes:
-        form: a model of this architecture, whose numbers are not used.
-        weights: trained parameters by name, shape (S, ...); replace or change them in place.
-        constants: buffers and frozen parameters by name, shape (S, ...).
+    Args:
+        model: a model of the runs' architecture, whose numbers are not used; in `eval` mode.
+        function: returns tensors, or with `gradient` a loss.
+        gradient: return the loss's gradient by weight, of the model in `train` mode.
     """
+    if has_hooks(model):
+        raise ValueError(
+            "a module or a parameter has a hook, a parametrization or a replaced forward"
+        )
+    named = [m for _, m in model.named_modules(remove_duplicate=False) if m.state_dict()]
+    if len(named) > len(set(named)):  # functional_call does not give its weights back
+        raise ValueError("a module is used twice")
+    call = _Call(model)
 
-    def __init__(self, runs: Sequence[VAE]) -> None:
-        self.form = copy.deepcopy(runs[0])
-        self._call = _Call(self.form)
-        parameters, self.constants = torch.func.stack_module_state(list(runs))
-        frozen = {name for name, p in self.form.named_parameters() if not p.requires_grad}
-        self.weights = {n: p.detach() for n, p in parameters.items() if n not in frozen}
-        self.constants |= {n: p.detach() for n, p in parameters.items() if n in frozen}
+    def of_one(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
+        numbers = {f"model.{name}": value for name, value in (weights | constants).items()}
+        return torch.func.functional_call(call, numbers, (function, *args))
 
-    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function (model, *arguments) -> tensors of one run as a function of all.
+    mapped = torch.func.grad(of_one) if gradient else of_one
 
-        Its arguments and results have a leading axis S, and the model is in `eval` mode. Tensors
-        may be in tuples and dictionaries; other arguments must be None.
-        """
+    def of_all(*args: Any) -> Any:  # noqa: ANN401
+        model.train(gradient)
+        return torch.vmap(mapped, map_tensors(lambda _: 0, args))(*args)
 
-        def lifted(*args: Any) -> Any:  # noqa: ANN401
-            self.form.eval()
-            return self._map(self._of_weights(function), *args)
-
-        return lifted
-
-    def gradient(self, function: Callable[..., Tensor], *args: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return the gradient of (model, *args) -> loss with respect to each weight, (S, ...).
-
-        Arguments have a leading axis S as for `lift`, and the model is in `train` mode.
-        """
-        self.form.train()
-        return self._map(torch.func.grad(self._of_weights(function)), *args)
-
-    def _of_weights(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def applied(weights: Any, constants: Any, *args: Any) -> Any:  # noqa: ANN401
-            named = {f"model.{name}": value for name, value in (weights | constants).items()}
-            return torch.func.functional_call(self._call, named, (function, *args))
-
-        return applied
-
-    def _map(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
-        given = (self.weights, self.constants, *args)
-        return torch.vmap(function, map_tensors(lambda tensor: 0, given))(*given)
-
-    @torch.no_grad()
-    def run(self, row: int) -> VAE:
-        """Return a copy of one run."""
-        model = copy.deepcopy(self.form).eval()
-        state = self.weights | self.constants
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            value.copy_(state[name][row])
-        return model
+    return of_all
 
 
 def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
@@ -128,12 +100,6 @@ def has_hooks(model: nn.Module) -> bool:
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
         for p in model.parameters()
     )
-
-
-def uses_a_module_twice(model: nn.Module) -> bool:
-    """Return whether a module with weights or buffers has two names in a model."""
-    named = [m for _, m in model.named_modules(remove_duplicate=False) if m.state_dict()]
-    return len(named) > len({id(module) for module in named})
 
 
 @contextmanager

@@ -42,6 +42,13 @@ OBJECTIVE = "val/neg_elbo"
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
+MADE_WITH = {
+    "code": ("tags", "sources"),
+    "versions": ("tags", "versions"),
+    "device": ("params", "device"),
+}
+"""What makes runs differ though their settings are equal, and where a run has it."""
+
 FAILED = "failed_metrics"
 """Tag of a finished run whose study's further metrics failed."""
 

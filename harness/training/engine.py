@@ -11,9 +11,11 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness import objective, registry
 from harness.config import Precision, RunConfig
@@ -22,17 +24,11 @@ from harness.errors import UserError
 from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import evaluate, finite
 from harness.models.stack import has_hooks, stack_key
-from harness.models.vae import VAE
+from harness.models.vae import VAE, build
 from harness.processes import Pool
-from harness.training.checkpoint import Checkpoints, Epoch, History, made_with
-from harness.training.group import (
-    Group,
-    Measured,
-    computes_stacks,
-    first_training_images,
-    untrained,
-)
+from harness.training.checkpoint import Checkpoints, Epoch, Saved, made_with
 from harness.training.state import State
+from harness.training.step import Measured, Step
 
 log = logging.getLogger(__name__)
 
@@ -199,34 +195,45 @@ def train(
             that is not registered.
     """
     check_runs(configs, data, dtype)
-    target = resolve_device(device, configs[0].precision)
+    target, last = resolve_device(device, configs[0].precision), configs[0].epochs
     made = made_with(data, target.type, dtype) if checkpoints else {}
-    history = History(configs, made, checkpoints)
-    groups = _groups(configs, data, target, dtype, history)
-    live = list(range(len(groups)))
-    with Pool(_workers(groups, target), (groups,)) as pool:
-        for epoch in range(1, configs[0].epochs + 1):
-            record = _epoch(groups, live, pool, epoch, history)
+    runs = [checkpoints.load(c, made) if checkpoints else Saved([], {}) for c in configs]
+    resumed = [len(run.epochs) for run in runs]
+    work = _begin(configs, runs, data, target, dtype)
+
+    def save(record: EpochRecord) -> None:
+        for r, (row, (state, s)) in enumerate(zip(record.rows, record._places, strict=True)):
+            trained = len(runs[row].epochs) > resumed[row]
+            if checkpoints and trained and r not in record.dropped:
+                checkpoints.save(configs[row], made, Saved(runs[row].epochs, state.of_run(s)))
+
+    # Hooks are lost or cannot be sent on the way to another process.
+    here = target.type != "cpu" or any(has_hooks(state.model) for state in work.states.values())
+    with Pool(1 if here else len(work.states), (work,)) as pool:
+        for epoch in range(1, last + 1):
+            for row, trained in _train_epoch(work, resumed, pool, epoch):
+                runs[row].epochs.append(trained)
+            record = _record(work, resumed, runs, epoch)
             try:
                 yield record
             except GeneratorExit:
                 try:
-                    _save(groups, _drop(groups, live, record), history)
+                    save(record)
                 except OSError as error:
                     log.warning("The last epochs could not be kept as checkpoints: %s", error)
                 raise
-            live = _drop(groups, live, record)
-            if history.is_due(epoch):
-                _save(groups, live, history)
-            if not live:
+            if checkpoints and (epoch % checkpoints.every == 0 or epoch == last):
+                save(record)
+            dropped = {record.rows[r] for r in record.dropped}
+            for index, state in list(work.states.items()):
+                kept = [s for s, row in enumerate(state.rows) if row not in dropped]
+                if len(kept) < len(state.rows):
+                    del work.states[index]
+                    work.steps.pop(index, None)  # before another takes a GPU's memory
+                    if kept:  # of a stack, which is computed in this process
+                        work.states[index] = state.keep(kept)
+            if not work.states:
                 return
-
-
-def _workers(groups: Sequence[Group], device: torch.device) -> int:
-    """Return how many processes train; hooks are lost or cannot be sent on the way to another."""
-    if device.type != "cpu" or any(has_hooks(group.state.model) for group in groups):
-        return 1
-    return len(groups)
 
 
 def check_runs(
@@ -255,96 +262,146 @@ def check_runs(
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
 
 
-def _groups(
+def computes_stacks(device: torch.device) -> bool:
+    """Return whether runs of equal shapes are computed as one on a device."""
+    return device.type == "cuda"
+
+
+class Work(NamedTuple):
+    """What a process needs to train runs; `data` and `linear` are as `Step` takes them."""
+
+    states: dict[int, State]  # of runs that are computed together, by the row of the first
+    steps: dict[int, Step]  # of those that this process has trained
+    data: dict[str, Dataset]
+    linear: Tensor
+
+
+def _begin(
     configs: Sequence[RunConfig],
+    saved: Sequence[Saved],
     data: Dataset,
     device: torch.device,
     dtype: torch.dtype,
-    history: History,
-) -> list[Group]:
-    """Return all runs, untrained or as resumed, in the groups that they are computed in."""
+) -> Work:
+    """Return all runs, untrained or as resumed: on a GPU those of equal shapes as a stack.
+
+    Where a GPU lacks memory they are halves that take turns and stay in it together. Runs with a
+    user's network or term that no stack can compute are trained one by one.
+    """
     grey = data.to(device).shared()
-    others = {c.binarization for c in configs} - {"none"}
-    by_kind = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in others}
-    splits = (first_training_images(data), data.val)  # of grey images, as all comparable losses are
-    linear = torch.from_numpy(np.stack([linear_losses(configs, data, s) for s in splits], 1))
-    together: dict[object, list[int]] = {}
+    kinds = {config.binarization for config in configs} - {"none"}
+    shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
+    splits = (data.train.head(len(data.val)), data.val)  # grey, as all comparable losses are of
+    losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
+    linear = torch.from_numpy(losses).to(device)
+    work = Work({}, {}, shown, linear)
+
+    def begin(rows: list[int], *, stacked: bool) -> None:
+        chosen = [configs[row] for row in rows]
+        models = [_untrained(config, shown[config.binarization], dtype) for config in chosen]
+        terms = {name: registry.TERMS[name] for name in chosen[0].terms}
+        state = State(rows, chosen, models, terms, stacked=stacked)
+        if stacked:
+            work.steps[rows[0]] = Step(state, shown, linear)
+        work.states[rows[0]] = state
+        for s, row in enumerate(rows):
+            if saved[row].epochs:
+                state.restore(s, saved[row].state)
+
+    stacked, alike = computes_stacks(device), dict[object, list[int]]()
     for row, config in enumerate(configs):
-        key = (stack_key(config), history.starts[row]) if computes_stacks(device) else row
-        together.setdefault(key, []).append(row)
-    groups = []
-    for rows in together.values():
-        measured_on = by_kind[configs[rows[0]].binarization]
-        groups += untrained(configs, rows, grey, measured_on, linear.to(device), dtype)
-    for group in groups:
-        if states := [state for row in group.rows if (state := history.states[row])]:
-            group.state.restore(states)
-    return groups
+        key = (stack_key(config), len(saved[row].epochs)) if stacked else row
+        alike.setdefault(key, []).append(row)
+    waiting = list(alike.values())
+    while waiting:
+        rows = waiting.pop(0)
+        first = configs[rows[0]]
+        try:
+            begin(rows, stacked=stacked)
+            continue
+        except Exception as error:  # any error of a user's layer or of PyTorch
+            full, reason = _is_out_of_memory(error), (str(error) or repr(error)).splitlines()[0]
+            from_user = first.terms or first.model not in registry.BUILT_IN
+            if not full and not (stacked and from_user):
+                raise
+        torch.cuda.empty_cache()
+        if not full:
+            log.warning("Runs are trained one by one: %s", reason)
+            for row in rows:
+                begin([row], stacked=False)
+        elif len(rows) > 1:
+            waiting[:0] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        else:
+            raise UserError(
+                f"model={first.model!r}, batch_size={first.batch_size}: one run needs more memory "
+                "than is free on the GPU; give a smaller network or batch, or --device cpu"
+            )
+    return work
 
 
-def _epoch(
-    groups: Sequence[Group], live: Sequence[int], pool: Pool, epoch: int, history: History
-) -> EpochRecord:
-    """Train an epoch of the groups that have not done it yet, and return the record of all."""
-    items = [(i, epoch) for i in live if epoch > history.starts[groups[i].rows[0]]]
+def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
+    model = build(config, data.image_shape, data.train.largest)
+    model.to(data.train.images.device, dtype).eval()
+    if config.sigma == "learned":  # the mse of a decoder that knows the mean image alone
+        torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
+    return model
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _train_epoch(
+    work: Work, resumed: Sequence[int], pool: Pool, epoch: int
+) -> Iterator[tuple[int, Epoch]]:
+    """Train an epoch of the runs that were not resumed from a later one; yield row and epoch."""
     start = time.perf_counter()
-    done = [(groups[items[k][0]], measured) for k, measured in pool.map(_train_epoch, items)]
+    items = [(i, epoch) for i, state in work.states.items() if epoch > resumed[state.rows[0]]]
+    done = [(work.states[items[k][0]], *found) for k, found in pool.map(_compute, items)]
     seconds = time.perf_counter() - start
-    if done:
-        training = sum(measured.training for _, measured in done)
-        seconds *= training / (training + sum(measured.measuring for _, measured in done))
-    batches = {c.batch_size: len(groups[0].images) // c.batch_size for c in history.configs}
-    seen = [c.batch_size for group, _ in done for c in group.state.configs]
-    images = sum(size * batches[size] for size in seen)
-    new = {
-        row: Epoch(seconds, images, *metrics)
-        for group, measured in done
-        for row, metrics in zip(group.rows, measured.metrics, strict=True)
-    }
-    history.add(new)
-    places = {row: (groups[i].state, s) for i in live for s, row in enumerate(groups[i].rows)}
+    training = sum(found[1] for found in done)
+    seconds *= training / (training + sum(found[2] for found in done)) if done else 1
+    sizes = [config.batch_size for state, *_ in done for config in state.configs]
+    images = sum(len(work.data["none"].train) // size * size for size in sizes)
+    for state, *_, metrics in done:
+        for row, both in zip(state.rows, metrics, strict=True):
+            yield row, Epoch(seconds, images, *both)
+
+
+def _compute(work: Work, item: tuple[int, int]) -> Measured:
+    index, epoch = item
+    if index not in work.steps:
+        work.steps[index] = Step(work.states[index], work.data, work.linear)
+    return work.steps[index].epoch(epoch)
+
+
+def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
+    """Return the record of the runs that are still trained."""
+    places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
-    configs = tuple(history.configs[row] for row in rows)
-    warmups = [objective.kl_warmup(c, epoch, batches[c.batch_size])[-1] for c in configs]
-    each = [new[row] if row in new else history.epochs[row][epoch - 1] for row in rows]
-    pace = next(iter(new.values()), each[0])
+    configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
+    steps = [len(work.data["none"].train) // config.batch_size for config in configs]
+    warmups = [objective.kl_warmup(c, epoch, n)[-1] for c, n in zip(configs, steps, strict=True)]
+    each = [runs[row].epochs[epoch - 1] for row in rows]
+    behind = tuple(resumed[row] for row in rows)
+    newest = each[behind.index(min(behind))]
     return EpochRecord(
         epoch,
-        pace.seconds,
-        pace.images,
+        newest.seconds,
+        newest.images,
         _joined([one.train for one in each]),
         _joined([one.val for one in each]),
         np.array([float(warmup) for warmup in warmups]),
         configs,
         rows,
-        tuple(history.starts[row] for row in rows),
+        behind,
         [places[row] for row in rows],
     )
 
 
-def _train_epoch(groups: Sequence[Group], item: tuple[int, int]) -> Measured:
-    index, epoch = item
-    return groups[index].epoch(epoch)
-
-
 def _joined(each: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Join the metrics of runs; NaN where a run lacks one, for want of latents, say."""
+    """Join the metrics of runs; NaN where a run lacks one."""
     names = dict.fromkeys(name for metrics in each for name in metrics)
     return {name: np.array([metrics.get(name, np.nan) for metrics in each]) for name in names}
-
-
-def _drop(groups: list[Group], live: Sequence[int], record: EpochRecord) -> list[int]:
-    """Take the dropped rows of a record out of their groups; return the groups that go on."""
-    dropped, going = {record.rows[s] for s in record.dropped}, []
-    for index in live:
-        kept = [s for s, row in enumerate(groups[index].rows) if row not in dropped]
-        if kept:
-            going.append(index)
-            if len(kept) < len(groups[index].rows):  # only a stack, computed in this process
-                groups[index] = groups[index].keep(kept)
-    return going
-
-
-def _save(groups: Sequence[Group], live: Sequence[int], history: History) -> None:
-    for index in live:
-        history.save(groups[index].rows, groups[index].state.runs())

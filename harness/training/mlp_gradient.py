@@ -34,13 +34,11 @@ def covers(config: RunConfig, model: VAE, terms: Terms) -> bool:
         return False
     used = [p for layer in (*encoder[::2], *decoder[::2]) for p in (layer.weight, layer.bias)]
     used += [model.log_decoder_variance] if config.sigma == "learned" else []
-    return all(parameter is not None and parameter.requires_grad for parameter in used) and len(
-        used
-    ) == len({id(parameter) for parameter in used}) == len(list(model.parameters()))
+    trained = all(parameter is not None and parameter.requires_grad for parameter in used)
+    return trained and len(used) == len(set(used)) == len(list(model.parameters()))
 
 
 def _alternates(layers: list[nn.Module]) -> bool:
-    """Return whether layers are linear, ReLU, linear, ..., linear."""
     types = [type(layer) for layer in layers]
     return len(types) % 2 == 1 and types == ([nn.Linear, nn.ReLU] * len(types))[: len(types)]
 
@@ -71,80 +69,68 @@ class MLPGradient:
             eps: standard normal noise, shape (B, L).
             beta: weight of the rate, shape ().
         """
+        relu, stochastic = self.config.head == "relu", self.config.latent == "stochastic"
         head = self.encoder.forward(x)
-        self._sample(head, eps)
-        output = self.decoder.forward(self.z)
-        self._output_slope(output, x)
-        slope = self.decoder.backward(self.z, inputs=True)
-        self._latent_slope(head, slope, eps, beta / self.values)
-        self.encoder.backward(x, inputs=False)
-
-    def _sample(self, head: Tensor, eps: Tensor) -> None:
-        """Write the posterior's deviation and the latents that the decoder sees."""
-        if self.config.head == "relu":
+        if relu:
             head.relu_()
-        if self.config.latent == "deterministic":
+        if not stochastic:
             self.z.copy_(self.mean)
-            return
-        if self.config.head == "relu":
-            torch.mul(self.second, self.second, out=self.std).add_(MIN_VARIANCE).sqrt_()
         else:
-            torch.mul(self.second, 0.5, out=self.std).exp_()
-        torch.addcmul(self.mean, self.std, eps, out=self.z)
+            if relu:
+                torch.mul(self.second, self.second, out=self.std).add_(MIN_VARIANCE).sqrt_()
+            else:
+                torch.mul(self.second, 0.5, out=self.std).exp_()
+            torch.addcmul(self.mean, self.std, eps, out=self.z)
+        self._output_slope(self.decoder.forward(self.z), x)
+        slope = self.decoder.backward(self.z, inputs=True)
+        if stochastic:
+            self._latent_slopes(slope, eps, beta / self.values)
+        else:
+            self.by_mean.copy_(slope)
+            self.by_second.zero_()
+        if relu:
+            by_head = self.encoder.slopes[-1]
+            torch.ops.aten.threshold_backward.grad_input(by_head, head, 0, grad_input=by_head)
+        self.encoder.backward(x, inputs=False)
 
     def _output_slope(self, output: Tensor, x: Tensor) -> None:
         """Write the slope of the reconstruction term at the decoder's last layer."""
-        slope = self.decoder.slopes[-1]
+        config, slope = self.config, self.decoder.slopes[-1]
         if self.model.has_sigmoid:
             output.sigmoid_()
         torch.sub(output, x, out=slope)
-        if self.config.likelihood == "bernoulli":
+        if config.likelihood == "bernoulli":
             slope.div_(self.values)
             return
-        slope.mul_(2 / self.values if self.config.sigma == "fixed" else self._factor(slope))
+        factor: Tensor | float = 2 / self.values
+        if config.sigma != "fixed":  # 1 / (B D variance)
+            mse = variance = slope.square().mean()
+            if config.sigma == "learned":
+                logarithm = self.model.log_decoder_variance
+                variance = logarithm.detach().exp()
+                logarithm.grad.copy_((1 - mse / variance) / 2)  # type: ignore[union-attr]
+            factor = 1 / variance / self.values
+        slope.mul_(factor)
         if self.model.has_sigmoid:
             torch.ops.aten.sigmoid_backward.grad_input(slope, output, grad_input=slope)
 
-    def _factor(self, residual: Tensor) -> Tensor:
-        """Return the residual's factor 1 / (B D variance).
-
-        The slope of a learned log-variance, (1 - mse / variance) / 2, is written on the way.
-        """
-        mse = variance = residual.square().mean()
-        if self.config.sigma == "learned":
-            logarithm = self.model.log_decoder_variance
-            variance = logarithm.detach().exp()
-            logarithm.grad.copy_((1 - mse / variance) / 2)  # type: ignore[union-attr]
-        return 1 / variance / self.values
-
-    def _latent_slope(self, head: Tensor, slope: Tensor, eps: Tensor, weight: Tensor) -> None:
-        """Write the slope of the whole loss at the encoder's last layer, whose output is `head`.
+    def _latent_slopes(self, slope: Tensor, eps: Tensor, weight: Tensor) -> None:
+        """Write the slopes of the whole loss at the posterior's mean and second parameter.
 
         `slope` is that of the reconstruction term at z; `weight` = beta / (B D), the KL's factor.
         """
-        if self.config.latent == "deterministic":
-            self.by_mean.copy_(slope)
-            self.by_second.zero_()
+        if self.config.free_bits > 0:  # of latents whose KL, a mean over the batch, is above
+            variance = self.std.square()
+            kl = (self.mean.square() + variance - variance.log() - 1) / 2
+            weight = weight * (kl.mean(0, keepdim=True) > self.config.free_bits).to(kl.dtype)
+        torch.addcmul(slope, weight, self.mean, out=self.by_mean)
+        variance = torch.mul(self.std, self.std, out=self.scratch)
+        torch.sub(variance, 1, out=self.by_second).mul_(weight)
+        self.by_second.addcmul_(slope.mul_(eps), self.std)
+        if self.config.head == "relu":  # ln(sigma^2 + min) by sigma
+            self.by_second.mul_(self.second).div_(variance)
         else:
-            if self.config.free_bits > 0:
-                weight = weight * self._charged()
-            torch.addcmul(slope, weight, self.mean, out=self.by_mean)
-            variance = torch.mul(self.std, self.std, out=self.scratch)
-            torch.sub(variance, 1, out=self.by_second).mul_(weight)
-            self.by_second.addcmul_(slope.mul_(eps), self.std)
-            if self.config.head == "relu":  # ln(sigma^2 + min) by sigma
-                self.by_second.mul_(self.second).div_(variance)
-            else:
-                self.by_second.mul_(0.5)
-        if self.config.head == "relu":
-            by_head = self.encoder.slopes[-1]
-            torch.ops.aten.threshold_backward.grad_input(by_head, head, 0, grad_input=by_head)
-
-    def _charged(self) -> Tensor:
-        """Return 1 for latents whose batch-mean KL is above the free bits, else 0, shape (1, L)."""
-        variance = self.std.square()
-        kl = (self.mean.square() + variance - variance.log() - 1) / 2
-        return (kl.mean(0, keepdim=True) > self.config.free_bits).to(kl.dtype)
+            self.by_second.mul_(0.5)
 
 
 class _Layers:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness import processes
 from harness.config import RunConfig
-from harness.models.stack import Stack, map_tensors
+from harness.models.stack import lift, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Terms
 
@@ -25,166 +25,119 @@ ALIGNED = 16
 """Numbers in 64 bytes of float32, a cache line and a vector register."""
 
 
-class Run(NamedTuple):
-    """A run in training: its settings, its model and its loss terms by name."""
-
-    config: RunConfig
-    model: VAE
-    terms: Terms
-
-
 class State:
     """Weights, moments and layers' buffers of one run, or of a stack.
 
     Args:
-        runs: one run, or those of a stack, with their initial weights.
-        stacked: whether the runs are computed as one `Stack`; false for one run.
+        rows: positions of the runs in the list that `train` was given.
+        configs: their settings.
+        models: their models with initial weights, which move into the buffers.
+        terms: loss terms of each by name.
+        stacked: whether the runs are computed as one; false for one run.
 
     Attributes:
-        configs: settings of the runs.
-        terms: loss terms of each.
-        stack: the stack; None for one run.
-        model: the run's model, or the form of the stack.
-        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run; the
-            weights of the model are views.
+        model: the architecture of each run; of one run the model itself, after `attach`.
+        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
         counts: steps taken, shape (S,).
+        constants: layers' buffers and frozen parameters by name, shape (S, ...).
     """
 
-    def __init__(self, runs: Sequence[Run], *, stacked: bool) -> None:
-        self.configs, self.terms = [run.config for run in runs], runs[0].terms
-        self.stack = Stack([run.model for run in runs]) if stacked else None
-        self.model = runs[0].model if self.stack is None else self.stack.form
-        self._places, width = _places(self.model)
-        zeros = torch.zeros(len(runs), width, dtype=self.model.dtype, device=self.model.device)
+    def __init__(
+        self,
+        rows: Sequence[int],
+        configs: Sequence[RunConfig],
+        models: Sequence[VAE],
+        terms: Terms,
+        *,
+        stacked: bool,
+    ) -> None:
+        self.rows, self.configs, self.terms, self.stacked = rows, configs, terms, stacked
+        self.model = model = models[0]
+        given = [dict(_tensors(model)) for model in models]
+        self._places: dict[str, tuple[int, int, Sequence[int], bool]] = {}
+        size = 0
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                end = size + parameter.numel()
+                transposed = parameter.dim() == 2 and parameter.t().is_contiguous()
+                stored = parameter.shape[::-1] if transposed else parameter.shape
+                self._places[name] = size, end, stored, transposed
+                size = -(-end // ALIGNED) * ALIGNED  # where matrix products read fastest
+        zeros = torch.zeros(len(models), size, dtype=model.dtype, device=model.device)
         self.weights, self.first, self.second = (processes.shared(zeros) for _ in range(3))
-        self.counts = processes.shared(torch.zeros(len(runs), device=zeros.device))
-        given = self.trained()
+        self.counts = processes.shared(torch.zeros(len(models), device=zeros.device))
+        self.constants = {
+            name: processes.shared(torch.stack([one[name].detach() for one in given]))
+            for name in given[0]
+            if name not in self._places
+        }
         for name, view in self.views(self.weights).items():
-            view.copy_(given[name].detach())
-        if self.stack is None:
-            for module in self.model.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, processes.shared(buffer))
-        self._attach()
+            for row, one in enumerate(given):
+                view[row].copy_(one[name].detach())
+        for tensor in given[0].values():  # a worker process is sent no numbers twice
+            tensor.data = tensor.new_empty(()).expand(tensor.shape)
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the runs are on a GPU."""
-        return self.weights.device.type == "cuda"
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the numbers of each trained parameter in a buffer (S, P), shape (S, ...)."""
+        found = {}
+        for name, (start, end, shape, transposed) in self._places.items():
+            stored = flat[:, start:end].view(len(flat), *shape)
+            found[name] = stored.mT if transposed else stored
+        return found
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether steps and metrics are captured and replayed: those of a stack on a GPU."""
-        return self.on_gpu and self.stack is not None
+    def attach(self) -> None:
+        """Make the numbers of one run's model those of this state, in the process that trains."""
+        numbers = self.views(self.weights) | self.constants
+        for name, tensor in _tensors(self.model):
+            tensor.data = numbers[name][0]
 
     def join(self, each: Sequence[Any], axis: int = 0) -> Any:  # noqa: ANN401 - as `map_tensors`
         """Return what the one run has, or what each has joined along an axis S for a stack."""
-        if self.stack is None:
+        if not self.stacked:
             return each[0]
         return map_tensors(lambda *values: torch.stack(values, axis), *each)
 
-    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def lift(self, function: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
         """Return a function (model, *arguments) of one run as one of the arguments, for all runs.
 
-        Those of a stack have a leading axis S (`Stack.lift`).
+        Those of a stack have a leading axis S (`harness.models.stack.lift`).
         """
-        return partial(function, self.model) if self.stack is None else self.stack.lift(function)
-
-    def trained(self) -> dict[str, Tensor]:
-        """Return the trained parameters by name, with a leading axis S for a stack."""
-        if self.stack is not None:
-            return self.stack.weights
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the layers' buffers by name, with a leading axis S for a stack."""
-        named = dict(self.model.named_buffers())
-        return named if self.stack is None else {n: self.stack.constants[n] for n in named}
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the numbers of each trained parameter in a buffer (S, P), shaped as `trained`."""
-        numbers = flat[0] if self.stack is None else flat
-        return {name: place.view(numbers) for name, place in self._places.items()}
-
-    def _attach(self) -> None:
-        """Make the weights of the model views of the buffer."""
-        views = self.views(self.weights)
-        if self.stack is not None:
-            self.stack.weights = views
-            return
-        for name, parameter in self.trained().items():
-            parameter.data = views[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a worker process needs: weights of the model are not copied for it."""
-        no_numbers = torch.empty((), dtype=self.model.dtype)
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(no_numbers.expand(p.shape)) for p in self.trained().values()
-        }
-        memo |= {id(buffer): buffer for buffer in self.model.buffers()}
-        return self.__dict__ | {"model": copy.deepcopy(self.model, memo)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._attach()
+        if not self.stacked:
+            return partial(function, self.model)
+        lifted = lift(self.model, function, gradient=gradient)
+        return partial(lifted, self.views(self.weights), self.constants)
 
     def model_of(self, row: int) -> VAE:
         """Return a copy of a run's model as it is now."""
-        return copy.deepcopy(self.model) if self.stack is None else self.stack.run(row)
+        model, numbers = copy.deepcopy(self.model), self.views(self.weights) | self.constants
+        for name, tensor in _tensors(model):
+            tensor.data = numbers[name][row].clone()
+        return model.eval()
 
-    def keep(self, rows: Sequence[int]) -> State:
+    def keep(self, places: Sequence[int]) -> State:
         """Return the state of some runs of a stack."""
-        runs = [Run(self.configs[row], self.model_of(row), self.terms) for row in rows]
-        kept = State(runs, stacked=True)
-        kept.restore([self._run(row) for row in rows])
+        rows, configs = [self.rows[s] for s in places], [self.configs[s] for s in places]
+        kept = State(rows, configs, [*map(self.model_of, places)], self.terms, stacked=True)
+        for new, s in enumerate(places):
+            kept.restore(new, self.of_run(s))
         return kept
 
-    def runs(self) -> list[dict[str, Tensor]]:
-        """Return all that each run goes on from, as views: weights, moments, buffers, steps.
+    def of_run(self, row: int) -> dict[str, Tensor]:
+        """Return all that a run goes on from, as views: weights, moments, buffers, steps.
 
-        Each as the plain run has it, so that it fits into any stack.
+        As the plain run has it, so that it fits into any stack.
         """
-        return [self._run(row) for row in range(len(self.configs))]
-
-    def restore(self, runs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set every run to what `runs` returned."""
-        for now, given in zip(self.runs(), runs, strict=True):
-            for name, value in now.items():
-                value.copy_(given[name])
-
-    def _run(self, row: int) -> dict[str, Tensor]:
         found = {"steps": self.counts[row]}
         for kind in ("weights", "first", "second"):
-            flat = getattr(self, kind)[row]
-            found |= {f"{kind}.{name}": place.view(flat) for name, place in self._places.items()}
-        for name, buffer in self.buffers().items():
-            found[f"buffers.{name}"] = (buffer if self.stack is None else buffer[row]).detach()
-        return found
+            views = self.views(getattr(self, kind))
+            found |= {f"{kind}.{name}": view[row] for name, view in views.items()}
+        return found | {f"constants.{name}": value[row] for name, value in self.constants.items()}
+
+    def restore(self, row: int, given: Mapping[str, Tensor]) -> None:
+        """Set a run to what `of_run` returned."""
+        for name, value in self.of_run(row).items():
+            value.copy_(given[name])
 
 
-class _Place(NamedTuple):
-    """Where a parameter lies in a buffer."""
-
-    start: int
-    shape: torch.Size
-    transposed: bool
-
-    def view(self, flat: Tensor) -> Tensor:
-        numbers = flat[..., self.start : self.start + self.shape.numel()]
-        if self.transposed:
-            return numbers.unflatten(-1, self.shape[::-1]).mT
-        return numbers.view(flat.shape[:-1] + self.shape)
-
-
-def _places(model: VAE) -> tuple[dict[str, _Place], int]:
-    """Return where each trained parameter lies, and the length of the buffer.
-
-    Each begins at a multiple of 16 numbers, where matrix products read fastest.
-    """
-    places, start = {}, 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            transposed = parameter.dim() == 2 and parameter.t().is_contiguous()
-            places[name] = _Place(start, parameter.shape, transposed)
-            start += -(-parameter.numel() // ALIGNED) * ALIGNED
-    return places, start
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

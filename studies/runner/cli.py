@@ -187,7 +187,8 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
         expected = estimate.sentence(plan.configs, data, *where, plan.width)
         terminal.estimate(options.tracking_uri, options.storage, expected)
         return None
-    begin_pca(data.binarized(plan.configs[0].binarization))
+    if any(config.likelihood == "gaussian" for config in plan.configs):
+        begin_pca(data)
     outcome = run(plan, data, options, terminal)
     if outcome is not None:
         terminal.outcome(outcome, options.tracking_uri)

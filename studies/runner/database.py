@@ -113,6 +113,18 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
         raise unusable(url, "--storage", error) from error
 
 
+def has_study(url: str, name: str) -> bool:
+    """Return whether a database has a study of a name; nothing is written, no tables either."""
+    query = sqlalchemy.text("select 1 from studies where study_name = :name")
+    try:
+        with _lock_engine(url).connect() as connection:
+            return connection.execute(query, {"name": name}).first() is not None
+    except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.OperationalError) as error:
+        if is_away(error):
+            raise unusable(url, "--storage", error) from error
+        return False  # there are no tables
+
+
 def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
     """Return the names of all studies in a database."""
     return retry(lambda: optuna.get_all_study_names(storage), storage.url)

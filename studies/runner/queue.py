@@ -153,7 +153,9 @@ class Queue:
 
     def _reassign(self) -> bool:
         self._beat()  # if this process was stopped, its trials are kept unless others have them
-        adoptable = {trial.number for trial in self._adoptable()}
+        adoptable = {trial.number: self._id(trial) for trial in self._adoptable()}
+        for trial_id in adoptable.values():
+            self.storage.record_heartbeat(trial_id)
         failing = [t for t in self._abandoned() if t.number not in adoptable]
         for trial in failing:
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -241,7 +243,7 @@ class Queue:
             LostError: it was reassigned; `done`, `prune` and `diverged` raise it too.
         """
         noted = {"values": list(values), "attrs": dict(attrs)}
-        self._write(trial, lambda id: self.storage.set_trial_user_attr(id, RESULT, noted))
+        self._write(trial, lambda found: self.storage.set_trial_user_attr(found, RESULT, noted))
 
     def done(self, trial: FrozenTrial, values: Sequence[float], attrs: Mapping[str, Any]) -> None:
         """Complete a trial; like `prune` and `diverged`, this can be repeated."""
@@ -260,13 +262,13 @@ class Queue:
     ) -> None:
         state = optuna.trial.TrialState[name]
 
-        def tell(id: int) -> None:
-            now = self.storage.get_trial(id)
+        def tell(found: int) -> None:
+            now = self.storage.get_trial(found)
             if now.state == state and attrs.keys() <= now.user_attrs.keys():
                 return  # an attempt whose reply was lost
             for name, value in attrs.items():
-                self.storage.set_trial_user_attr(id, name, value)
-            self.storage.check_trial_is_updatable(id, now.state)
+                self.storage.set_trial_user_attr(found, name, value)
+            self.storage.check_trial_is_updatable(found, now.state)
             self.study.tell(trial.number, values, state)
 
         self._write(trial, tell)

@@ -21,7 +21,7 @@ from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
-from studies.runner.database import check_kind, is_postgres, open_storage, study_names
+from studies.runner.database import check_kind, has_study, is_postgres, open_storage, study_names
 from studies.runner.options import Places, first_unused
 from studies.runner.proposers import Cell, Listed, Proposer, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, LostError, Queue, check_settings, noted, open_queue
@@ -148,7 +148,7 @@ def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
         try:
             store = connect(tracking)
         except UserError as error:
-            if not is_postgres(url) or name not in study_names(open_storage(url)):
+            if not (is_postgres(url) and has_study(url, name)):
                 raise
             log.warning("%s; this process waits up to 10 minutes for it", error)
             store = connect(tracking, patience=SERVER_PATIENCE)
@@ -174,7 +174,7 @@ def _addresses(options: Places) -> tuple[str, str]:
 def check_study(plan: Plan, options: Places) -> None:
     """Raise UserError if the plan's study exists with other settings; nothing is written."""
     _, url = _addresses(options)
-    if not addresses.is_new(url) and not options.fresh:
+    if not options.fresh and not addresses.is_new(url) and has_study(url, plan.name):
         check_settings(open_storage(url), plan.name, plan.proposer.settings)
 
 
@@ -195,12 +195,10 @@ def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
 
 def _compare_making(site: Site) -> None:
     """Warn if finished runs were made with other code, versions or kind of device than here."""
-    from studies.runner.summary import MADE_WITH
-
     tags = provenance.tags(provenance.provenance(site.data, site.device))
     here = {"tags": tags, "params": {"device": site.device}}
     finished = site.store.runs(site.plan.experiment, study=site.plan.name, role="run")
-    for part, (kind, name) in MADE_WITH.items():
+    for part, (kind, name) in recording.MADE_WITH.items():
         others = {getattr(run, kind).get(name) for run in finished if run.status == "FINISHED"}
         if different := others - {here[kind].get(name), None}:
             log.warning(

@@ -26,7 +26,7 @@ from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
-from harness.tracking.record import FAILED, interruption
+from harness.tracking.record import FAILED, MADE_WITH, interruption
 from harness.tracking.runs import Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -45,13 +45,6 @@ PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seab
 
 SCATTERED = 1000
 """Test images of a latent scatter."""
-
-MADE_WITH = {
-    "code": ("tags", "sources"),
-    "versions": ("tags", "versions"),
-    "device": ("params", "device"),
-}
-"""What makes runs differ though their settings are equal, and where a run has it."""
 
 COMPARED = (
     *("val/neg_elbo", "neg_elbo", "neg_log_likelihood"),

@@ -21,7 +21,7 @@ from harness.metrics.evaluate import (
     measure,
     mse_per_class,
 )
-from harness.models.stack import Stack, map_tensors
+from harness.models.stack import lift, map_tensors
 from harness.models.vae import VAE, build
 from harness.streams import noise
 
@@ -288,7 +288,8 @@ def test_a_stack_of_runs_has_the_metrics_of_its_runs(tiny, settings):
         )
 
     args = map_tensors(lambda *values: torch.stack(values), *each)
-    together = Stack(models).lift(metrics)(*args)
+    weights, constants = torch.func.stack_module_state(models)
+    together = lift(models[0], metrics)(weights, constants, *args)
     for s, model in enumerate(models):
         alone = metrics(model.eval(), *each[s])
         assert alone.keys() == together.keys()

@@ -1,13 +1,11 @@
 """A stack maps functions of one run over several, and couples none of them."""
 
-import copy
-
 import pytest
 import torch
-from textbook import SMALL, flat
+from textbook import SMALL
 from torch import nn
 
-from harness.models.stack import MAPPED, Stack, has_hooks, kernels, stack_key
+from harness.models.stack import MAPPED, has_hooks, kernels, lift, stack_key
 from harness.models.vae import VAE, build
 
 SHAPE = (1, 8, 8)
@@ -20,6 +18,15 @@ def runs_of(model: str, **settings) -> list[VAE]:
     return [build(config.replace(seed=seed), SHAPE).double() for seed in range(3)]
 
 
+def numbers_of(runs: list[VAE]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weights of runs and their constants by name, with a leading axis S."""
+    both = torch.func.stack_module_state(runs)
+    given = {name: value.detach() for numbers in both for name, value in numbers.items()}
+    trained = {name for name, p in runs[0].named_parameters() if p.requires_grad}
+    weights = {name: value for name, value in given.items() if name in trained}
+    return weights, {name: value for name, value in given.items() if name not in trained}
+
+
 def reconstruction(model: VAE, x: torch.Tensor) -> torch.Tensor:
     return model(x)
 
@@ -27,7 +34,7 @@ def reconstruction(model: VAE, x: torch.Tensor) -> torch.Tensor:
 @every_model
 def test_a_lifted_function_is_the_function_of_each_run(model):
     runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
-    found = Stack(runs).lift(reconstruction)(x)
+    found = lift(runs[0], reconstruction)(*numbers_of(runs), x)
     for s, run in enumerate(runs):
         torch.testing.assert_close(found[s], run(x[s]))
 
@@ -41,7 +48,7 @@ def squares(model: VAE, x: torch.Tensor, weights: dict, nothing: None) -> torch.
 def test_a_gradient_is_that_of_each_run(model):
     runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
     weights = {"error": torch.tensor([1.0, 2.0, 3.0]).double()}
-    slopes = Stack(runs).gradient(squares, x, weights, None)
+    slopes = lift(runs[0], squares, gradient=True)(*numbers_of(runs), x, weights, None)
     for s, run in enumerate(runs):
         squares(run, x[s], {"error": weights["error"][s]}, None).backward()
         for name, parameter in run.named_parameters():
@@ -51,27 +58,13 @@ def test_a_gradient_is_that_of_each_run(model):
 @every_model
 def test_no_run_depends_on_the_weights_of_another(model):
     runs, x = runs_of(model), torch.rand(3, 7, *SHAPE).double()
-    stack = Stack(runs)
-    before = stack.lift(reconstruction)(x)
-    for weight in stack.weights.values():
+    (weights, constants), reconstructed = numbers_of(runs), lift(runs[0], reconstruction)
+    before = reconstructed(weights, constants, x)
+    for weight in weights.values():
         weight[1] = torch.nan
-    after = stack.lift(reconstruction)(x)
+    after = reconstructed(weights, constants, x)
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     assert after[1].isnan().all()
-
-
-@every_model
-def test_runs_come_back_as_copies(model):
-    runs = runs_of(model, sigma="learned")
-    stack, before = Stack(runs), [copy.deepcopy(run) for run in runs]
-    back = [stack.run(row) for row in range(3)]
-    for weight in stack.weights.values():
-        weight.zero_()
-    for given, old, run in zip(runs, before, back, strict=True):
-        assert list(run.state_dict()) == list(old.state_dict())
-        assert torch.equal(flat(given), flat(old))
-        assert torch.equal(flat(run), flat(old))
-    assert not flat(stack.run(0)).any()
 
 
 def test_frozen_parameters_and_buffers_are_constants():
@@ -80,14 +73,13 @@ def test_frozen_parameters_and_buffers_are_constants():
         run.encoder.insert(1, nn.BatchNorm1d(64).double())
         nn.init.constant_(run.encoder[1].running_mean, seed)
         run.decoder[0].weight.requires_grad = False
-    stack, x = Stack(runs), torch.rand(3, 7, *SHAPE).double()
-    frozen = {"decoder.0.weight", "encoder.1.running_mean"}
-    assert frozen <= stack.constants.keys()
-    assert not frozen & stack.gradient(lambda m, x: m.eval()(x).sum(), x).keys()
-    found = stack.lift(reconstruction)(x)
+    (weights, constants), x = numbers_of(runs), torch.rand(3, 7, *SHAPE).double()
+    assert {"decoder.0.weight", "encoder.1.running_mean"} <= constants.keys()
+    slopes = lift(runs[0], lambda m, x: m.eval()(x).sum(), gradient=True)(weights, constants, x)
+    assert slopes.keys() == weights.keys()
+    found = lift(runs[0], reconstruction)(weights, constants, x)
     for s, run in enumerate(runs):
         torch.testing.assert_close(found[s], run.eval()(x[s]))
-        assert torch.equal(stack.run(s).encoder[1].running_mean, run.encoder[1].running_mean)
 
 
 # --- which runs share a stack ---------------------------------------------------------------------

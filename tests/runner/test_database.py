@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+import optuna
 import pytest
 import sqlalchemy
 
@@ -14,6 +15,7 @@ from studies.runner import database
 from studies.runner.database import (
     BEAT,
     exclusive,
+    has_study,
     heartbeat_seconds,
     is_away,
     is_gone,
@@ -245,3 +247,14 @@ def test_a_lock_that_is_busy_counts_as_away(tmp_path):
         with pytest.raises(sqlalchemy.exc.OperationalError) as busy:
             other.exec_driver_sql("begin immediate")
     assert is_away(busy.value)
+
+
+def test_looking_for_a_study_writes_no_tables(tmp_path):
+    file = tmp_path / "optuna.db"
+    file.touch()
+    url = f"sqlite:///{file}"
+    assert not has_study(url, "mine")
+    assert file.stat().st_size == 0
+    optuna.create_study(storage=open_storage(url), study_name="mine")
+    assert has_study(url, "mine")
+    assert not has_study(url, "other")

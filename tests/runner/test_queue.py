@@ -253,12 +253,13 @@ def left_behind(url, owner):
 @pytest.mark.parametrize("owner", [DEAD, ""])
 def test_whole_runs_of_a_process_that_ended_are_adopted_where_its_disk_is(url, owner):
     trials = left_behind(url, owner)
+    fall_silent(url)  # a while ago
     here, there = joined(url, "here", complete=lambda: set(keys(trials[0]))), joined(url, "there")
     assert there.adopt() == []
+    here.reassign()
     (adopted,) = here.adopt()
     assert adopted.number == trials[0].number
     assert here.adopt() == []  # it has it
-    there.take(1)  # fails the two others
     assert {t.number for t in there.trials("FAIL")} == {t.number for t in trials[1:]}
     with here.working():
         here.done(adopted, *noted(adopted))
@@ -472,7 +473,7 @@ def test_processes_that_are_killed_lose_no_cell_and_repeat_none(url, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_kill_of_many_processes_costs_time_and_nothing_else(url, tmp_path, seed):
     (tmp_path / "disk").mkdir()
     values = tuple(i / 100 for i in range(1, 61))

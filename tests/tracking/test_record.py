@@ -2,14 +2,13 @@
 
 import json
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+import toy
 
 import harness
-from harness import Checkpoints, EpochRecord, RunConfig, UserError, load_run
+from harness import Checkpoints, RunConfig, UserError, load_run
 from harness.tracking import End, Planned, addresses, connect, record
 from harness.tracking.record import log_in
 from harness.training.engine import best_epoch
@@ -303,38 +302,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
 # --- a toy that is no VAE ------------------------------------------------------------------------
 
 
-class Mean(torch.nn.Module):
-    """Predicts every image by one, which moves towards the mean of the training images."""
-
-    def __init__(self, pixels, shape=(1, 8, 8)):
-        super().__init__()
-        self.register_buffer("image", pixels)
-        self.data_shape, self.largest = shape, 16
-
-
-def train_means(configs, data, device, checkpoints=None):
-    """Yield the epochs of a training as `harness.train` does."""
-    images, val = (part.pixels(slice(None), torch.float32) for part in (data.train, data.val))
-    for epoch in range(1, configs[0].epochs + 1):
-        models = [Mean(images.mean(0) * (1 - (1 - c.learning_rate) ** epoch)) for c in configs]
-        mse = [float((val - model.image).square().mean()) for model in models]
-        metrics = {"loss": np.array(mse), "mse": np.array(mse)}
-        rows, ones = tuple(range(len(configs))), np.ones(len(configs))
-        states = [SimpleNamespace(model_of=lambda place, m=m: m) for m in models]
-        yield EpochRecord(
-            *(epoch, 0.1, len(images), metrics, metrics, ones, tuple(configs), rows),
-            *((0,) * len(rows), [(state, 0) for state in states]),
-        )
-
-
 def test_a_toy_is_trained_and_logged(store, tiny):
-    test = tiny.test.pixels(slice(None), torch.float32)
-
-    def measure(runs, data):
-        return [{"test/mse": float((test - run.model.image).square().mean())} for run in runs]
-
     slow, fast = (SMALL.replace(learning_rate=rate) for rate in (0.1, 0.9))
-    parts = {"train": train_means, "measure": measure, "pictured": False, "objective": "val/mse"}
+    parts = {**toy.PARTS, "objective": "val/mse"}
     finals, runs = trained(store, tiny, slow, fast, **parts)
     assert finals[0]["mse"] > finals[1]["mse"]
     assert [run.metrics["test/mse"] for run in runs] == [final["mse"] for final in finals]

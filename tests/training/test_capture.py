@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 import harness
 from harness import RunConfig
 from harness.data.dataset import Dataset
+from harness.models.stack import kernels
 from harness.objective import Batch
-from harness.training import step
-from harness.training.group import Group, untrained
+from harness.training import engine
+from harness.training.checkpoint import Saved
+from harness.training.step import Step
 
 GPU = "lazy"
 """A type of device without streams: autograd of a pretended "cuda" looks for the real one."""
@@ -72,13 +74,11 @@ def additions(registered: None) -> None:
         return batch.progress * difference.square().mean() / batch.training_size
 
 
-def started(configs: list[RunConfig], data: Dataset) -> Group:
-    shown = data.binarized(configs[0].binarization)
-    images = data.train.images
-    linear = torch.zeros(len(configs), 2, dtype=torch.float64, device=images.device)
-    rows = range(len(configs))
-    (group,) = untrained(configs, rows, data, shown, linear, torch.float32)
-    return group
+def started(configs: list[RunConfig], data: Dataset, device: str = "cpu") -> Step:
+    saved, place = [Saved([], {}) for _ in configs], torch.device(device)
+    states, steps, *others = engine._begin(configs, saved, data, place, torch.float32)
+    (state,) = states.values()
+    return steps[0] if steps else Step(state, *others)
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
@@ -128,30 +128,20 @@ def pretended_gpu() -> Iterator[None]:
         yield
 
 
-def move(group: Group) -> Group:
+def move(step: Step) -> Step:
     with ExitStack() as moving:
         moving.enter_context(Moved())
         moving.enter_context(patch.object(nn.Parameter, "__deepcopy__", moved_parameter))
-        return copy.deepcopy(group)
+        return copy.deepcopy(step)
 
 
-def laid_out(group: Group, monkeypatch: pytest.MonkeyPatch) -> Group:
-    """Make all that an epoch of a GPU reads, without capturing anything."""
-    monkeypatch.setattr(step, "captured", lambda function, changed: (None, None))
-    group.step.capture(*group.draw_epoch(1))
-    group.measure()
-    return group
-
-
-def test_what_a_gpu_captures_neither_waits_nor_touches_the_host(
-    configs, tiny, together, monkeypatch
-):
-    group = laid_out(started(configs, tiny), monkeypatch)
+def test_what_a_gpu_captures_neither_waits_nor_touches_the_host(configs, tiny, together):
+    step = started(configs, tiny)
     with pretended_gpu():
-        moved = move(group)
+        moved = move(step)
         assert moved.state.weights.device.type == moved.state.model.device.type == GPU
         with torch.no_grad():
-            for captured in (moved.step._counted, moved._metrics):
+            for captured in (moved._step, moved._metrics):
                 captured()
                 with OnGPUAlone():
                     captured()
@@ -173,22 +163,22 @@ def test_the_pretended_gpu_finds_what_would_break_a_capture():
 
 
 def test_metrics_are_of_the_weights_as_they_are_with_the_same_noise(tiny, parts):
-    group = started([BASE], tiny)
-    (before,), (again,) = group.measure(), group.measure()
+    step = started([BASE], tiny)
+    (before,), (again,) = step.measure(), step.measure()
     assert before == again
-    group.epoch(1)
-    ((_, val),) = group.measure()
+    step.epoch(1)
+    ((_, val),) = step.measure()
     assert val["mse"] < before[1]["mse"]
 
 
 @pytest.mark.gpu
 def test_metrics_that_were_captured_are_those_of_the_weights_as_they_are(configs, tiny):
-    group = started(configs, tiny.to(torch.device("cuda")))
-    group.measure()
-    group.epoch(1)
-    with torch.no_grad(), step.kernels():
-        eager = group._metrics()
-    for row, found in enumerate(group.measure()):
+    step = started(configs, tiny, "cuda")
+    step.measure()
+    step.epoch(1)
+    with torch.no_grad(), kernels():
+        eager = step._metrics()
+    for row, found in enumerate(step.measure()):
         for ours, its in zip(found, eager, strict=True):
             for name, values in its.items():
                 expected = pytest.approx(float(values[row]), nan_ok=True, rel=0, abs=0)

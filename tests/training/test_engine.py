@@ -14,7 +14,7 @@ from harness.config import RunConfig, UserError
 from harness.data.dataset import Dataset
 from harness.objective import with_decoder_variance
 from harness.training.engine import EpochRecord, resolve_device, train
-from harness.training.group import Group
+from harness.training.step import Step
 
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
 
@@ -287,40 +287,42 @@ def test_a_dropped_run_that_diverged_leaves_nothing_behind(tiny, runs):
 def test_a_stack_without_room_is_computed_in_halves_with_the_same_results(
     tiny, together, monkeypatch
 ):
-    whole, parts = last_of(ALIKE, tiny, dtype=torch.float64), []
+    whole, parts, capture = last_of(ALIKE, tiny, dtype=torch.float64), [], Step.capture
 
     def room_for_two(self):
-        if len(self.rows) > 2:
+        if len(self.state.rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        parts.append(self.rows)
+        parts.append(self.state.rows)
+        capture(self)
 
-    monkeypatch.setattr(Group, "rehearse", room_for_two)
+    monkeypatch.setattr(Step, "capture", room_for_two)
     narrow = last_of(ALIKE, tiny, dtype=torch.float64)
-    assert parts == [(0, 1), (2,), (3, 4)]
+    assert parts == [[0, 1], [2], [3, 4]]
     assert narrow.rows == whole.rows
     for name, values in whole.val.items():
         np.testing.assert_allclose(narrow.val[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 def test_what_did_not_fit_is_gone_before_the_halves_begin(tiny, together, monkeypatch):
-    failed = []
+    failed, capture = [], Step.capture
 
     def room_for_two(self):
         assert all(state() is None for state in failed)
-        if len(self.rows) > 2:
+        if len(self.state.rows) > 2:
             failed.append(weakref.ref(self.state))
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED") from torch.OutOfMemoryError
+        capture(self)
 
-    monkeypatch.setattr(Group, "rehearse", room_for_two)
+    monkeypatch.setattr(Step, "capture", room_for_two)
     assert last_of(ALIKE, tiny).rows == (0, 1, 2, 3, 4)
     assert len(failed) == 2
 
 
-def test_another_error_of_a_rehearsal_is_no_lack_of_memory(tiny, stacks, monkeypatch):
+def test_another_error_of_a_capture_is_no_lack_of_memory(tiny, stacks, monkeypatch):
     def broken(self):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(Group, "rehearse", broken)
+    monkeypatch.setattr(Step, "capture", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         next(train(MIXED, tiny, device="cpu"))
 
@@ -329,7 +331,7 @@ def test_a_run_without_room_is_a_user_error(tiny, stacks, monkeypatch):
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Group, "rehearse", no_room)
+    monkeypatch.setattr(Step, "capture", no_room)
     with pytest.raises(UserError, match="one run needs more memory than is free"):
         next(train(MIXED, tiny, device="cpu"))
 

@@ -1,5 +1,6 @@
 """The gradient that is written out is autograd's, and autograd's is the textbook's."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -13,9 +14,8 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics.evaluate import coefficients
 from harness.models.vae import VAE, build
-from harness.training.mlp_gradient import covers
-from harness.training.state import Run, State
-from harness.training.step import Step
+from harness.training.mlp_gradient import MLPGradient, covers
+from harness.training.state import State
 
 SHAPE = (1, 4, 5)
 
@@ -108,39 +108,41 @@ def name_of(config: RunConfig) -> str:
     return "-".join(map(str, (*parts, config.sigma, config.free_bits)))
 
 
-def prepared(config: RunConfig) -> Step:
+def prepared(config: RunConfig) -> State:
     model = build(config, SHAPE).double()
     if config.sigma == "learned":
         nn.init.constant_(model.log_decoder_variance, -2.5)
     if config.free_bits:
         nn.init.constant_(model.encoder[-1].bias[:2], 2.0)
-    return Step(State([Run(config, model, {})], stacked=False), config.batch_size)
+    state = State([0], [config], [model], {}, stacked=False)
+    state.attach()
+    return state
 
 
 @pytest.mark.parametrize("config", LISTED, ids=name_of)
 def test_the_written_gradient_is_autograds(config):
-    step = prepared(config)
-    theirs = step.state.model_of(0)
-    before = step.state.weights.clone()
-    assert covers(config, step.state.model, {})
-    assert step._written is not None
+    state = prepared(config)
+    theirs, before = state.model_of(0), state.weights.clone()
+    slopes = state.views(torch.full_like(state.weights, torch.nan))
+    for name, parameter in state.model.named_parameters():
+        parameter.grad = slopes[name][0]
+    assert covers(config, state.model, {})
+    written = MLPGradient(config, state.model)
     for factor in (0.0, 0.7):  # the second call overwrites what the first one wrote
         x, eps = drawn(config, SHAPE)
         beta = factor * torch.tensor(objective.beta(config, theirs.pixels)).double()
-        step._written(x.flatten(1), eps, beta)
+        written(x.flatten(1), eps, beta)
         theirs.zero_grad()
         loss_of(config, theirs, x, eps, beta).backward()
         for name, parameter in theirs.named_parameters():
             expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(
-                step._slopes[name], expected, rtol=1e-12, atol=1e-15, msg=name
-            )
-        assert torch.equal(step.state.weights, before)
+            torch.testing.assert_close(slopes[name][0], expected, rtol=1e-12, atol=1e-15, msg=name)
+        assert torch.equal(state.weights, before)
 
 
 def test_free_bits_charge_some_latents_and_spare_others_in_this_comparison():
     config = SMALL.replace(latent_size=4, free_bits=0.5)
-    batch = prepared(config).state.model.batch(*drawn(config, SHAPE))
+    batch = prepared(config).model.batch(*drawn(config, SHAPE))
     kl = objective.per_image(config, batch).mean().kl
     assert {bool(charged) for charged in kl > 0.5} == {True, False}
 
@@ -148,7 +150,6 @@ def test_free_bits_charge_some_latents_and_spare_others_in_this_comparison():
 def test_convolutions_are_left_to_autograd():
     config = SMALL.replace(model="conv")
     assert not covers(config, build(config, SHAPE), {})
-    assert prepared(config)._written is None
 
 
 # --- buffers --------------------------------------------------------------------------------------
@@ -158,14 +159,44 @@ def test_convolutions_are_left_to_autograd():
 @pytest.mark.parametrize("model", ["mlp", "conv"])
 def test_weights_lie_in_one_buffer_and_those_of_linear_layers_as_in_by_out(model, stacked):
     config = SMALL.replace(model=model)
-    runs = [Run(config, build(config, SHAPE), {}) for _ in range(2 if stacked else 1)]
-    state = State(runs, stacked=stacked)
+    rows = [0, 1] if stacked else [0]
+    models = [build(config, SHAPE) for _ in rows]
+    state = State(rows, [config for _ in rows], models, {}, stacked=stacked)
     state.weights.fill_(7.0)
-    if stacked:
-        state.weights[1] = 5.0
-    for row in range(len(runs)):
+    state.weights[1:] = 5.0
+    for row in rows:
         assert (flat(state.model_of(row)) == (5.0 if row else 7.0)).all()
-    for name, view in state.trained().items():
+    for name, view in state.views(state.weights).items():
         assert view.data_ptr() % 64 == state.weights.data_ptr() % 64
-        if view.dim() == 2 + stacked:
-            assert all(row.t().is_contiguous() for row in (view if stacked else [view])), name
+        if view.dim() == 3:
+            assert all(row.t().is_contiguous() for row in view), name
+    if not stacked:
+        state.attach()
+        assert (flat(state.model) == 7.0).all()
+        for name, parameter in state.model.named_parameters():
+            assert parameter.data_ptr() == state.views(state.weights)[name].data_ptr()
+            assert parameter.dim() != 2 or parameter.t().is_contiguous(), name
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one run", "a stack"])
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_runs_come_back_as_copies_with_their_buffers_and_frozen_parameters(model, stacked):
+    config = SMALL.replace(model=model, sigma="learned")
+    models = [build(config.replace(seed=seed), SHAPE) for seed in range(3 if stacked else 1)]
+    for seed, run in enumerate(models):
+        run.encoder.append(nn.BatchNorm1d(2 * config.latent_size))
+        nn.init.constant_(run.encoder[-1].running_mean, seed)
+        run.decoder[0].weight.requires_grad = False
+    before = [copy.deepcopy(run) for run in models]
+    state = State(range(len(models)), [config] * len(models), models, {}, stacked=stacked)
+    last = len(models[0].encoder) - 1
+    assert {"decoder.0.weight", f"encoder.{last}.running_mean"} <= state.constants.keys()
+    back = [state.model_of(row) for row in range(len(models))]
+    state.weights.zero_()
+    for numbers in state.constants.values():
+        numbers.zero_()
+    for old, run in zip(before, back, strict=True):
+        assert list(run.state_dict()) == list(old.state_dict())
+        for name, value in old.state_dict().items():
+            assert torch.equal(run.state_dict()[name], value), name
+    assert not flat(state.model_of(0)).any()

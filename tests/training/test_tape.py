@@ -19,10 +19,9 @@ from torch.utils._pytree import tree_leaves
 from harness import RunConfig, registry
 from harness.data.dataset import Dataset
 from harness.models.vae import VAE
-from harness.training import group, step
+from harness.training import step
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import EpochRecord, train
-from harness.training.state import State
 
 BASE = RunConfig(hidden=(8,), channels=(2, 3), latent_size=3, epochs=3, batch_size=16)
 KINDS = {
@@ -69,8 +68,10 @@ def tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def taped(function: Callable[[], Any], changed: Sequence[Tensor] = ()) -> tuple[Tape, Any]:
-    """Stand in for `harness.training.step.captured`."""
+def taped(
+    function: Callable[[], Any], device: torch.device, changed: Sequence[Tensor] = ()
+) -> Callable[[], Any]:
+    """Stand in for `harness.training.step.repeatable`, as on a GPU."""
     before = [tensor.clone() for tensor in changed]
     tape = Tape()
     for record in (False, True):
@@ -83,7 +84,12 @@ def taped(function: Callable[[], Any], changed: Sequence[Tensor] = ()) -> tuple[
             tensor.copy_(value)
     for tensor in tensors(result):  # a capture computes nothing
         tensor.fill_(torch.nan)
-    return tape, result
+
+    def replay() -> Any:  # noqa: ANN401
+        tape.replay()
+        return result
+
+    return replay
 
 
 @pytest.fixture
@@ -107,15 +113,10 @@ def users_parts(registered: None) -> None:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return what makes training rehearse, draw ahead and replay as on a GPU."""
+    """Return what makes training replay as on a GPU."""
 
     def begin() -> None:
-        monkeypatch.setattr(State, "on_gpu", property(lambda state: True))
-        for module in (step, group):
-            monkeypatch.setattr(module, "captured", taped)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
+        monkeypatch.setattr(step, "repeatable", taped)
         monkeypatch.setattr(Tape, "replays", 0)
 
     return begin
@@ -178,8 +179,8 @@ def test_what_is_captured_trains_and_measures_as_step_by_step(
     expected = epochs(configs, tiny, dropped)
     as_on_a_gpu()
     check_same(epochs(configs, tiny, dropped), expected)
-    rehearsal, measured = 1, BASE.epochs
-    assert Tape.replays == BASE.epochs * (len(tiny.train) // BASE.batch_size) + rehearsal + measured
+    steps, measured = len(tiny.train) // BASE.batch_size, 1
+    assert Tape.replays == BASE.epochs * (steps + measured)
 
 
 def test_a_stack_resumed_from_checkpoints_is_captured_as_it_goes_on(
@@ -203,14 +204,15 @@ def test_a_stack_that_a_gpu_has_no_room_for_takes_turns_in_halves(
     configs = runs(3)
     expected = epochs(configs, tiny)
     as_on_a_gpu()
-    free: Iterator[int] = iter([1, *[50] * 9])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 100))
+    free: Iterator[float] = iter([0.01, *[0.5] * 2])
+    monkeypatch.setattr(step, "free_memory", lambda device: next(free))
     for (rows, metrics, _), (rows_, metrics_, _) in zip(
         epochs(configs, tiny), expected, strict=True
     ):
         assert rows == rows_
         for name, values in metrics.items():  # of other shapes, summed in another order
             assert values == pytest.approx(metrics_[name], rel=1e-4, abs=1e-6), name
+    assert not list(free)
 
 
 @pytest.mark.gpu
@@ -221,7 +223,7 @@ def test_what_a_gpu_captures_trains_and_measures_as_step_by_step(
     configs, settings = runs(3, **kind), {"device": "cuda", "dtype": torch.float64}
     captured = epochs(configs, tiny, [1], **settings)
     assert not caplog.records  # which say that runs are trained one by one
-    monkeypatch.setattr(State, "on_gpu", property(lambda state: False))
+    monkeypatch.setattr(step, "repeatable", lambda function, *others: function)
     expected = epochs(configs, tiny, [1], **settings)
     for (rows, metrics, models), (rows_, metrics_, models_) in zip(captured, expected, strict=True):
         assert rows == rows_
