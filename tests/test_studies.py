@@ -19,6 +19,7 @@ from harness import RunConfig, evaluate, load_run, measure_quality, tracking
 from studies import kl_weight
 from studies.runner import cli
 from studies.runner.database import open_storage
+from studies.runner.queue import open_queue
 from studies.runner.study import make_plan
 
 NAME = "kl_weight-digits"
@@ -171,6 +172,25 @@ def test_a_study_grows_by_values_and_by_seeds(tracking_uri, tmp_path, capsys):
     assert list(zip(table["kl_weight"], table["seed"], strict=True)) == [
         (float(weight), int(seed)) for weight, seed in order
     ]
+
+
+def test_a_process_may_leave_what_others_train(tracking_uri, tmp_path, capsys):
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    arguments = ["--values", "0.02", "1", "--seeds", "1", "--epochs", "1", "--batch-size", "128"]
+    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "Why?", float, arguments))
+    other = open_queue(open_storage(storage), plan.name, plan.proposer, set)
+    other.me = "elsewhere:1:1"
+    other.take(1)
+    arguments += ["--tracking-uri", tracking_uri, "--storage", storage]
+    cli.main(kl_weight.STUDY, [*arguments, "--leave"])
+    assert "other processes train the last 1 runs" in capsys.readouterr().out
+    assert [run.status for run in runs_of(tracking_uri)] == ["FINISHED"]
+    assert runs_of(tracking_uri, "summary") == []
+    other.give_back()
+    other.storage.engine.dispose()
+    cli.main(kl_weight.STUDY, [*arguments, "--leave"])  # the last one answers
+    assert [run.status for run in runs_of(tracking_uri)] == ["FINISHED"] * 2
+    assert [run.status for run in runs_of(tracking_uri, "summary")] == ["FINISHED"]
 
 
 @pytest.mark.slow

@@ -37,6 +37,8 @@ class Places:
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
         checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
             on from there and not from their first epoch; 0 keeps none.
+        leave: end once other processes train all that is left, of which the last one answers; for
+            the jobs of a cluster.
         fresh: start a new study beside one of the same name.
         dry_run: show the plan and train nothing.
         json: print the outcome as one JSON object, and all else on standard error.
@@ -49,6 +51,7 @@ class Places:
     storage: str | None = None
     tracking_uri: str | None = None
     checkpoint_every: int = 0
+    leave: bool = False
     fresh: bool = False
     dry_run: bool = False
     json: bool = False

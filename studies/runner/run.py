@@ -105,8 +105,8 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
             counts = partial(_counts, queue)
             workers.train(options, plan.page, plan.name, logs, counts, steps.elsewhere)
         else:
-            work(queue, site, steps)
-    if workers.rank() is not None:
+            work(queue, site, steps, leave=options.leave)
+    if workers.rank() is not None or _is_left(queue):
         return None
     if plan.confirm is not None:
         confirming = _after(queue, plan.confirm(queue.study))
@@ -115,10 +115,19 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         if fresh := confirming.left():
             log.info("training the best configuration and the default with fresh seeds")
             with terminal.progress(fresh, fresh) as steps:
-                work(confirming, site, steps)
+                work(confirming, site, steps, leave=options.leave)
+        if _is_left(confirming):
+            return None
     outcome = conclude(queue, site, terminal, again=options.workers > 1 or left == 0)
     kept.clear()
     return outcome
+
+
+def _is_left(queue: Queue) -> bool:
+    """Return whether other processes train the last runs, which this one does not wait for."""
+    if left := queue.left():
+        log.info("other processes train the last %d runs", left * queue.proposer.runs)
+    return left > 0
 
 
 def _counts(queue: Queue) -> tuple[int, int]:
@@ -219,10 +228,16 @@ class Recorded:
     configs: Sequence[RunConfig] = ()
 
 
-def work(queue: Queue, site: Site, steps: Steps) -> None:
+def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None:
     """Take trials, train and record their runs and finish them, until none is left.
 
     A trial is finished once MLflow has its runs; while a server is away, others are trained.
+
+    Args:
+        queue: the trials.
+        site: where their runs are trained and recorded.
+        steps: shows the progress.
+        leave: return, too, where other processes have all that is left.
     """
     left, told, failed = queue.left(), 0, len(queue.failed_keys())
     recorded: list[Recorded] = []
@@ -244,7 +259,7 @@ def work(queue: Queue, site: Site, steps: Steps) -> None:
                 told += _finish(queue, site, recorded)  # before a signal is looked at: they ended
             elif recorded:
                 site.store.deliver([key for one in recorded for key in keys(one.trial)])
-            elif queue.left():
+            elif queue.left() and not leave:
                 queue.wait()
             else:
                 return

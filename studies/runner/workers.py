@@ -21,7 +21,7 @@ NUMBER = "VAE_SWEEP_WORKER"
 PATIENCE = 30.0
 """Seconds that a worker has for its end after a second Ctrl-C."""
 
-OF_PARENT = ("workers", "json")
+OF_PARENT = ("workers", "json", "leave")
 """Options that workers are not given."""
 
 LOOK = 1.0
