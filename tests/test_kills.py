@@ -314,20 +314,20 @@ class Two:
         assert results == alone.results
 
 
-def two(place: Place, stopped_at: int) -> Two:
+def two(place: Place, stopped_at: str) -> Two:
     """Start two processes, the second when the first has stopped as a step begins."""
     first, second = place.folder / "first", place.folder / "second"
     for folder in (first, second):
         folder.mkdir()
     stopping = children.start(stopping_at(place, first, stopped_at), first)
-    while begun(first)[stopped_at - 1 :] == []:
+    while stopped_at not in begun(first):
         time.sleep(0.05)
     return Two(place, stopping, children.start(place.start, second))
 
 
 @pytest.mark.slow
 def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(place, alone):
-    pair = two(place, alone.steps.index("log_best_model") + 1)
+    pair = two(place, "log_best_model")
     pair.printed("waiting for")
     pair.first.send(signal.SIGKILL)
     pair.finish(alone)
@@ -336,7 +336,7 @@ def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(pl
 @pytest.mark.slow
 def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
     monkeypatch.setenv(database.BEAT, "1")
-    pair = two(place, alone.steps.index("log_best_model") + 1)
+    pair = two(place, "log_best_model")
     while not pair.second.ended():
         time.sleep(0.05)
     pair.finish(alone)
@@ -347,20 +347,19 @@ def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
 
 @pytest.mark.slow
 def test_reports_of_one_folder_are_written_one_after_the_other(place, alone):
-    in_child(place.notes, place.start)
-    in_child(place.notes, place.start)  # writes the report once more
-    pair = two(place, begun(place.notes).index("build") + 1)
+    in_child(place.notes, place.start)  # the others write the report once more
+    pair = two(place, "build")
     pair.printed("reading the runs back from MLflow")
     time.sleep(1)
     assert "drawing" not in children.said_in(pair.second.folder)
     pair.finish(alone)
 
 
-def stopping_at(place: Place, folder: Path, step: int) -> Callable[[], pd.DataFrame | None]:
+def stopping_at(place: Place, folder: Path, step: str) -> Callable[[], pd.DataFrame | None]:
     """Return a start of the study that stops as a step begins."""
 
     def start() -> pd.DataFrame | None:
-        count_steps(folder / "child.steps", step, signal.SIGSTOP, "")
+        count_steps(folder / "child.steps", 1, signal.SIGSTOP, step)
         return place.start()
 
     return start

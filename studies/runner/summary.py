@@ -7,6 +7,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from analysis import frames, planes, report, tables
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
+
+LONGEST_WAIT = 60.0
+"""Seconds, at most, for which a process waits for another that writes the same report."""
 
 SCATTERED = 1000
 """Test images of a latent scatter."""
@@ -224,8 +228,13 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
         SummaryError: a figure or the answer failed; all the others are written.
     """
     folder = make_folder(found.store.home / "reports" / found.plan.name)
-    with FileLock(f"{folder}.lock"):
+    lock = FileLock(f"{folder}.lock")
+    with suppress(Timeout):  # of a process that is stopped
+        lock.acquire(LONGEST_WAIT)
+    try:
         return _write(folder, findings, found, experiment_id)
+    finally:
+        lock.release()
 
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
