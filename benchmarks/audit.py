@@ -107,7 +107,6 @@ def _of_runs(plan: Plan, trials: Sequence[FrozenTrial], runs: Sequence[Run]) -> 
     if len(ended) != 1:
         yield f"{len(ended)} summaries are finished"
     last = {key for trial in complete for key in keys(trial) if part_of(trial) == "summary"}
-    diverged = {key for trial in trials if has_result(trial) for key in keys(trial)}
     for run in runs:
         which = f"run {run.run_id} ({run.name}, key {run.key}) is {run.status}"
         if run.status not in ("FINISHED", "KILLED", "FAILED"):
@@ -119,8 +118,6 @@ def _of_runs(plan: Plan, trials: Sequence[FrozenTrial], runs: Sequence[Run]) -> 
                 yield f"{which} with the reason {run.tags['reason']!r}"
         elif "reason" not in run.tags:
             yield f"{which} for no reason"
-        elif run.status == "FAILED" and run.key not in diverged:
-            yield f"{which} ({run.tags['reason']}), and its trial did not diverge"
 
 
 def _of_contents(store: Store, run: Run) -> Iterator[str]:

@@ -332,12 +332,15 @@ def run(soak: Soak, folder: Path, show: Callable[[str], None] = print) -> Tally:
             own = folder / f"study-{tally.studies}"
             own.mkdir()
             one = case(tally.studies, own, home)
+            before = len(tally.faults)
             torment(one, soak, tally, dice)
             faults, results = one.audited()
             tally.faults += [f"study {tally.studies}: {fault}" for fault in faults]
             if results != wanted:
                 tally.faults.append(f"study {tally.studies}: its results are not the other's")
             tally.studies += 1
+            for fault in tally.faults[before:]:
+                show(fault)
             show(
                 f"{tally.deaths.total()} kills, {tally.studies} studies, {tally.away} ends while a "
                 f"server was away, {len(tally.faults)} faults"
@@ -363,7 +366,6 @@ def main() -> None:
         f"their server was away; {tally.studies} studies finished with an exact ledger and the "
         f"results of one that nobody killed, but for {len(tally.faults)} faults"
     )
-    print("\n".join(tally.faults))
     sys.exit(bool(tally.faults))
 
 

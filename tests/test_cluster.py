@@ -183,6 +183,8 @@ def check(words, uri, storage, alone, *homes):
     """Assert that nothing was lost and nothing is there twice."""
     assert audit.faults(plan_of(words), uri, storage, homes) == []
     assert results(words, uri) == alone[tuple(words)]
+    runs = tracking.connect(uri).runs(NAME)
+    assert {run.status for run in runs} <= {"FINISHED", "KILLED"}  # FAILED: it was an error
 
 
 class Trials:

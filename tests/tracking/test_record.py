@@ -222,15 +222,29 @@ def test_a_run_that_is_created_while_its_start_fails_is_closed(store, tiny):
     assert found.tags["reason"]
 
 
-def test_an_error_while_finishing_leaves_finished_runs_finished(store, tiny):
+def failing(error):
+    """Return further metrics that fail for the seed 1."""
+
     def extras(run, data):
         if run.config.seed == 1:
-            raise RuntimeError("tested")
-        return {}
+            raise error
+        return {"test/more": 1.0}
 
-    with pytest.raises(RuntimeError, match="tested"):
-        trained(store, tiny, SMALL, SMALL.replace(seed=1), extras=extras)
+    return extras
+
+
+def test_an_error_while_finishing_leaves_finished_runs_finished(store, tiny):
+    with pytest.raises(UserError, match="tested"):
+        trained(store, tiny, SMALL, SMALL.replace(seed=1), extras=failing(UserError("tested")))
     assert [run.status for run in store.runs("e")] == ["FINISHED", "FAILED"]
+
+
+def test_a_run_whose_further_metrics_fail_is_finished_without_them(store, tiny):
+    configs = SMALL, SMALL.replace(seed=1)
+    finals, runs = trained(store, tiny, *configs, extras=failing(ZeroDivisionError("tested")))
+    assert [run.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert ["test/more" in final for final in finals] == [True, False]
+    assert [run.tags.get(record.FAILED) for run in runs] == [None, "ZeroDivisionError('tested')"]
 
 
 # --- resumption ----------------------------------------------------------------------------------
