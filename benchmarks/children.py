@@ -104,8 +104,8 @@ class Child:
         )
 
     def left_behind(self) -> bool:
-        """Say whether a process that it started is still there some seconds after its end."""
-        for _ in range(100):
+        """Say whether a process that it started is still there half a minute after its end."""
+        for _ in range(600):
             try:
                 os.killpg(self.process, 0)
             except ProcessLookupError:

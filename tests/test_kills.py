@@ -28,8 +28,9 @@ from harness.data.dataset import Dataset
 from harness.tracking import addresses
 from harness.tracking.runs import Run
 from studies import kl_weight
-from studies.runner import cli, stopping
+from studies.runner import cli, database, stopping
 from studies.runner.options import Options
+from studies.runner.queue import REASSIGNED
 from studies.runner.run import run
 from studies.runner.study import Plan, make_plan
 
@@ -83,15 +84,14 @@ class Place:
         """What that means."""
         return make_plan(replace(STUDY, base=self.base), self.options)
 
-    def start(self) -> pd.DataFrame:
-        """Run what is left of the study, as its command does; return the table."""
+    def start(self) -> pd.DataFrame | None:
+        """Run what is left of the study, as its command does; return the table if it has one."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
         addresses.project_root = lambda: self.folder
         with cli.clear_errors([]) as shown:
             outcome = run(self.plan, self.data, self.options, shown)
-        assert outcome is not None
-        return outcome.table
+        return None if outcome is None else outcome.table
 
     def check(self) -> tuple[list[str], Any]:
         """Return the faults of the ledger, and the results."""
@@ -215,9 +215,9 @@ def finished_runs(place: Place) -> set[str]:
     return {run.run_id for run in place.runs(role="run") if run.status == "FINISHED"}
 
 
-def reasons(place: Place) -> dict[tuple[str, str | None], int]:
+def reasons(place: Place, role: str = "run") -> dict[tuple[str, str | None], int]:
     """Count the runs of a study by status and reason."""
-    return Counter((run.status, run.tags.get("reason")) for run in place.runs(role="run"))
+    return Counter((run.status, run.tags.get("reason")) for run in place.runs(role=role))
 
 
 @pytest.mark.slow
@@ -288,32 +288,78 @@ def test_a_study_that_is_killed_while_it_clears_up_gets_done(
             break
 
 
+@dataclass(frozen=True)
+class Two:
+    """Two processes of a study, the first of which has stopped at a step."""
+
+    place: Place
+    first: children.Child
+    second: children.Child
+
+    def printed(self, text: str) -> None:
+        """Wait until the second one has printed a text."""
+        while text not in children.said_in(self.second.folder):
+            assert not self.second.ended()
+            time.sleep(0.05)
+
+    def finish(self, alone: Alone) -> None:
+        """Let both end, which they do well, and check the study."""
+        self.first.send(signal.SIGCONT)
+        for child in (self.first, self.second):
+            ended = child.wait()
+            assert ended.code == 0, ended.said
+            assert ended.signal in (0, signal.SIGKILL)
+        faults, results = in_child(self.place.notes, self.place.check).value
+        assert faults == []
+        assert results == alone.results
+
+
+def two(place: Place, stopped_at: int) -> Two:
+    """Start two processes, the second when the first has stopped as a step begins."""
+    first, second = place.folder / "first", place.folder / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    stopping = children.start(stopping_at(place, first, stopped_at), first)
+    while begun(first)[stopped_at - 1 :] == []:
+        time.sleep(0.05)
+    return Two(place, stopping, children.start(place.start, second))
+
+
 @pytest.mark.slow
 def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(place, alone):
-    writes, waits = place.folder / "writes", place.folder / "waits"
-    for folder in (writes, waits):
-        folder.mkdir()
-    last = alone.steps.index("log_best_model") + 1
-    writer = children.start(stopping_at(place, writes, last), writes)
-    while begun(writes)[last - 1 :] == []:
-        time.sleep(0.05)
-    waiting = children.start(place.start, waits)
-    while "waiting for" not in children.said_in(waits):
-        assert not waiting.ended()
-        time.sleep(0.05)
-    writer.send(signal.SIGKILL)
-    writer.wait()
-    ended = waiting.wait()
-    assert ended.code == 0, ended.said
-    faults, results = in_child(place.notes, place.check).value
-    assert faults == []
-    assert results == alone.results
+    pair = two(place, alone.steps.index("log_best_model") + 1)
+    pair.printed("waiting for")
+    pair.first.send(signal.SIGKILL)
+    pair.finish(alone)
 
 
-def stopping_at(place: Place, folder: Path, step: int) -> Callable[[], pd.DataFrame]:
+@pytest.mark.slow
+def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
+    monkeypatch.setenv(database.BEAT, "1")
+    pair = two(place, alone.steps.index("log_best_model") + 1)
+    while not pair.second.ended():
+        time.sleep(0.05)
+    pair.finish(alone)
+    assert "trial 0 was reassigned" in children.said_in(pair.first.folder)
+    ends = in_child(place.notes, lambda: reasons(place, "summary")).value
+    assert ends == {("FINISHED", None): 1, ("KILLED", REASSIGNED): 1}
+
+
+@pytest.mark.slow
+def test_reports_of_one_folder_are_written_one_after_the_other(place, alone):
+    in_child(place.notes, place.start)
+    in_child(place.notes, place.start)  # writes the report once more
+    pair = two(place, begun(place.notes).index("build") + 1)
+    pair.printed("reading the runs back from MLflow")
+    time.sleep(1)
+    assert "drawing" not in children.said_in(pair.second.folder)
+    pair.finish(alone)
+
+
+def stopping_at(place: Place, folder: Path, step: int) -> Callable[[], pd.DataFrame | None]:
     """Return a start of the study that stops as a step begins."""
 
-    def start() -> pd.DataFrame:
+    def start() -> pd.DataFrame | None:
         count_steps(folder / "child.steps", step, signal.SIGSTOP, "")
         return place.start()
 

@@ -39,7 +39,7 @@ WRITES = "writes.jsonl"
 REFUSALS = (400, 401, 403, 404)
 """HTTP codes on which a write is given up; after any other failure it is sent again."""
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds without an answer after which a server counts as away for what cannot be done later."""
 
 LONGEST_PAUSE = 60.0

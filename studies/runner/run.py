@@ -368,8 +368,9 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
                 (key,) = keys(trial)
                 outcome, run_id = summary.summarize(found, site.experiment_id, key)
                 attrs = {"run_id": run_id, "answer": outcome.answer}
-                summaries.done(trial, [0.0], attrs)
-                return outcome
+                with _if_held(site, trial):
+                    summaries.done(trial, [0.0], attrs)
+                    return outcome
             summaries.wait()
     if again:
         found = summary.ended(plan, site.data, store, queue.study, [*trials, *confirmed])

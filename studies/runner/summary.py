@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from filelock import FileLock
 from PIL import Image
 
 from analysis import frames, planes, report, tables
@@ -217,11 +218,17 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
 
 
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
-    """Write the folder and the report of a study.
+    """Write the folder and the report of a study, one process of this disk after the other.
 
     Raises:
         SummaryError: a figure or the answer failed; all the others are written.
     """
+    folder = make_folder(found.store.home / "reports" / found.plan.name)
+    with FileLock(f"{folder}.lock"):
+        return _write(folder, findings, found, experiment_id)
+
+
+def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
     plan, store, data, failures = found.plan, found.store, found.data, list[str]()
 
     def tried(what: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
@@ -234,7 +241,6 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
             failures.append(f"{what}: {error!r}")
             return None
 
-    folder = make_folder(store.home / "reports" / plan.name)
     answer = tried("the answer", findings.answer) or "The answer failed."
     failed = _failed_metrics(found.finished)
     answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
