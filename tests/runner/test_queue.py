@@ -144,7 +144,7 @@ def test_keys_are_there_before_anything_is_trained(url):
         assert [run.key] == keys(trial) == keys(first.trials("RUNNING")[trial.number])
 
 
-@pytest.mark.parametrize("owner", [DEAD, "", None])
+@pytest.mark.parametrize("owner", [DEAD, "", None], ids=["dead", "none", "unsigned"])
 def test_trials_without_a_living_process_are_handed_out_again_once(url, owner):
     dead, heirs = joined(url, DEAD), [joined(url, i) for i in range(2)]
     dead.me = owner
@@ -250,7 +250,7 @@ def left_behind(url, owner):
     return trials
 
 
-@pytest.mark.parametrize("owner", [DEAD, ""])
+@pytest.mark.parametrize("owner", [DEAD, ""], ids=["dead", "none"])
 def test_whole_runs_of_a_process_that_ended_are_adopted_where_its_disk_is(url, owner):
     trials = left_behind(url, owner)
     fall_silent(url)  # a while ago
@@ -280,7 +280,7 @@ def test_whole_runs_are_not_failed_by_who_can_adopt_them(url):
     assert_exact(here)
 
 
-@pytest.mark.parametrize("owner", [process_name(), "elsewhere:1:1"])
+@pytest.mark.parametrize("owner", [process_name(), "elsewhere:1:1"], ids=["here", "elsewhere"])
 def test_trials_of_a_process_that_may_live_are_not_adopted(url, owner):
     queue = joined(url, owner)
     (trial,) = queue.take(1)
