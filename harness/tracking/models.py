@@ -66,19 +66,16 @@ def log_best_model(
     metrics: Mapping[str, float],
     description: str,
 ) -> None:
-    """Log a model from images to reconstructions in an open run, with signature and example.
+    """Log a model from images to reconstructions in an open run, which this finishes.
 
     Args:
         store: where the run is.
-        run: the open run, which this finishes; what it is still to write is written first.
+        run: what it is still to write is written first.
         config: settings of the model.
         model: a trained model on the CPU.
         examples: images that the page shows as the model's input.
-        metrics: of the model, logged for the run and the model at its last epoch.
+        metrics: logged for the run and the model at its last epoch.
         description: Markdown on the model's page.
-
-    Raises:
-        UserError: the store does not answer.
     """
     model = copy.deepcopy(model).float()
     for weight in model.parameters():

@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -25,7 +26,6 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from PIL import Image
 
 from harness.config import RunConfig
-from harness.tracking.addresses import host
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,10 +119,7 @@ class Direct:
 class RunLog:
     """One run being written.
 
-    Args:
-        writer: takes the writes.
-        key: of the run; in a description it stands for the id.
-        create: the first write: experiment, name, tags, params and description.
+    The first write, `create`, has its experiment, name, tags, params and description.
     """
 
     def __init__(self, writer: Writer, key: str, create: Write) -> None:
@@ -161,11 +158,8 @@ class RunLog:
         self._put("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
-        """Log an image of a step; MLflow shows the steps of one key as a slider.
-
-        Its files are named here as `MlflowClient.log_image` names them, so that one which is
-        delivered twice is there once.
-        """
+        """Log an image of a step; MLflow shows the steps of one key as a slider."""
+        # As `MlflowClient.log_image` does; named here, one that is delivered twice is there once.
         name = f"{key}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
         image = Image.fromarray(picture)
         scale = 256 / max(image.size)  # the size of MLflow's overview
@@ -220,7 +214,7 @@ def perform(client: MlflowClient, key: str, run_id: str, write: Write) -> None:
     """Make the call of a write; in a description, the key becomes the id."""
     kind = write["kind"]
     if kind == "create":
-        params = [Param(name, str(value)) for name, value in write["params"].items()]
+        params = [Param(*param) for param in write["params"].items()]
         note = write["description"].replace(key, run_id)
         client.log_batch(run_id, params=params, tags=[RunTag(NOTE, note)] if note else [])
     elif kind == "metrics":
@@ -247,7 +241,7 @@ def origin() -> dict[str, str]:
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": name} if name else {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
         tags["mlflow.user"] = getpass.getuser()
-    return {"host": host(), "process": str(os.getpid()), **tags}
+    return {"host": socket.gethostname(), "process": str(os.getpid()), **tags}
 
 
 def _now() -> int:

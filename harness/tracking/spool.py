@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -31,10 +32,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
-from harness.tracking.addresses import LOGIN, host, is_server, reason, without_password
+from harness.tracking.addresses import LOGIN, is_server, reason, without_password
 from harness.tracking.runs import BATCH, KEY, Write, create, perform
 
 WRITES = "writes.jsonl"
+GONE = "its process ended"
 
 REFUSALS = (400, 401, 403, 404)
 """HTTP codes on which a write is given up; after any other failure it is sent again."""
@@ -44,9 +46,6 @@ PATIENCE = 30.0
 
 LONGEST_PAUSE = 60.0
 """Seconds until the next attempt after many failures; the first comes after one second."""
-
-GONE = "its process ended"
-"""Reason of runs that a dead process has left without an end."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +64,11 @@ def status(error: BaseException | None) -> int | None:
 
 def shortly(error: BaseException) -> str:
     """Return in a few words why a server did not answer: what lies behind all wrappings."""
-    while inner := _inside(error):
-        error = inner
+    for inner in (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__):
+        if isinstance(inner, BaseException):
+            return shortly(inner)
     text = error.strerror if isinstance(error, OSError) else None
     return text.lower() if text else reason(error)
-
-
-def _inside(error: BaseException) -> BaseException | None:
-    held = (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__)
-    return next((inner for inner in held if isinstance(inner, BaseException)), None)
 
 
 def refused(uri: str, what: str, error: BaseException, folder: Path | None = None) -> UserError:
@@ -106,19 +101,13 @@ class _Delivery:
 
 
 class Spool:
-    """The runs that this process writes to one server.
-
-    Args:
-        folder: of the server, shared by the processes of this disk.
-        uri: of the server.
-        client: MLflow's client of it.
-    """
+    """The runs that this process writes to one server; its folder is shared by all processes."""
 
     batch = 1  # appended epoch by epoch, so that curves are live
 
     def __init__(self, folder: Path, uri: str, client: MlflowClient) -> None:
         self.folder, self.uri, self._client = folder, uri, client
-        self._own = folder / f"{host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._own = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._locks: dict[Path, FileLock] = {}  # of this process's folder and those taken over
         self._runs: dict[str, _Delivery] = {}
         self._run_ids: dict[str, str] = {}
@@ -130,11 +119,7 @@ class Spool:
         self._take_over()
 
     def put(self, key: str, write: Write) -> None:
-        """Append a write with copies of its files.
-
-        Raises:
-            UserError: it cannot be written, or the server has refused the run.
-        """
+        """Append a write with copies of its files; what the server has refused is an error."""
         folder = self._own / key
         try:
             if write["kind"] == "create":
@@ -247,9 +232,10 @@ class Spool:
             return
         written = int(file.stat().st_mtime * 1000)
         os.truncate(file, whole)
-        if _has_ended(_last(file)):
+        last = _last(file)
+        if _has_ended(last):
             self._complete.add(folder.name)
-        elif _last(file).get("kind") != "end":
+        elif last.get("kind") != "end":
             end = {"kind": "end", "status": "KILLED", "reason": GONE, "time": written}
             _append(file, {**end, "of": "another process"})
         self._start(folder)
