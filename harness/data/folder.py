@@ -42,10 +42,6 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     Args:
         path: the folder.
         image_size: height and width, or one number for both; None does not resize.
-
-    Raises:
-        UserError: there is no such folder, no image, or a class without one; a file is broken;
-            sizes differ or are too large, and no image_size is given; a folder cannot be listed.
     """
     size = _size(image_size)
     path = path.expanduser()
@@ -111,7 +107,6 @@ def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the images of a part with their classes."""
     if not classes:
         files = sorted(path for path in folder.iterdir() if path.is_file())
         return [(file, 0) for file in files if _is_image(file.name)]

@@ -13,9 +13,6 @@ from harness.models.vae import VAE
 PROBE_IMAGES = 5_000
 """Training images that a probe is fitted on, at most."""
 
-NEIGHBOURS = 5
-"""Training images that vote on the class of a test image."""
-
 
 def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     """Return the share of test images whose class probes find from the posterior mean.
@@ -40,7 +37,7 @@ def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     labels, expected = (split.labels.cpu().numpy() for split in (train, test))
     probes = {
         "probe_accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-        "knn_accuracy": KNeighborsClassifier(min(NEIGHBOURS, len(train))),
+        "knn_accuracy": KNeighborsClassifier(min(5, len(train))),
     }
     if len(np.unique(labels)) < 2 or not np.isfinite(seen).all() or not np.isfinite(new).all():
         return dict.fromkeys(probes, math.nan)
