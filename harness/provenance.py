@@ -105,10 +105,7 @@ def _version(package: str) -> str:
 
 @cache
 def device(kind: str) -> dict[str, str]:
-    """Return a device's kind ("cpu", "cuda") and name, and the CPU and its instruction set.
-
-    The CPU counts on a GPU too: the exact linear model is computed on it.
-    """
+    """Return a device's kind ("cpu", "cuda") and name, and the CPU, of the exact linear model."""
     cpu = _cpu_name()
     name = torch.cuda.get_device_name() if kind == "cuda" else cpu
     instructions = torch.backends.cpu.get_cpu_capability()

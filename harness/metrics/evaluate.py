@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -63,10 +64,7 @@ def coefficients(
     config: RunConfig, pixels: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Coefficients:
     """Return the numbers of a run's loss after any warm-up, on images of D pixels."""
-
-    def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=device)
-
+    number = partial(torch.tensor, dtype=dtype, device=device)
     return Coefficients(
         number(objective.beta(config, pixels)),
         number(config.free_bits) if config.free_bits else None,
@@ -109,10 +107,9 @@ def measure(
         training_size: number of training images, for the terms.
 
     Returns:
-        `loss`, `mse`, `rate`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
-        `learned_variance`, `gap_to_linear`, `term/NAME`, `kl/i` of latent i and `mse_class/c` of
-        class c; without those that are not defined: a deterministic latent has no `rate`, and the
-        cross-entropy of grey pixels is no `distortion`.
+        Metrics of docs/metrics.md, `kl/i` of latent i and `mse_class/c` of class c, but for those
+        that are not defined: a deterministic latent has no `rate`, and the cross-entropy of grey
+        pixels is no `distortion`.
     """
     error, means, posterior_means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size

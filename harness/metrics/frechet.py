@@ -196,8 +196,7 @@ class Reference(NamedTuple):
         net: the classifier whose features are compared, on the data's device.
         test: moments of the features of the first test images.
         images: number of images of every set, at most 10,000.
-        floor: distance from as many training images, in the variance of a feature over training
-            images, mean over the F features.
+        floor: distance from as many training images.
         accuracy: share of those test images that the classifier assigns to their class.
     """
 
@@ -228,13 +227,7 @@ def reference(data: Dataset, folder: Path | None = None) -> Reference:
 def measure_images(
     config: RunConfig, model: VAE, data: Dataset, known: Reference
 ) -> dict[str, float]:
-    """Compare the images that a run draws, and its reconstructions, with the test images.
-
-    Returns:
-        `frechet`: decoder means of latents drawn from N(0, I), as many as test images, with the
-        noise that the seed fixes; `frechet_reconstructions`: test images decoded from their
-        posterior means; `frechet_floor`, `feature_accuracy`: of the reference.
-    """
+    """Compare the images that a run draws, and its reconstructions, with the test images."""
     split = data.test.head(known.images)
     eps = streams.noise(config.seed, "frechet", known.images, config.latent_size)
     z = eps.to(model.device, model.dtype)

@@ -75,17 +75,11 @@ def importance_bounds(
 def likelihood_metrics(
     config: RunConfig, model: VAE, data: Dataset, samples: Sequence[int] = SAMPLES
 ) -> dict[str, float]:
-    """Estimate the negative log-likelihood of the first 1,000 test images.
+    """Estimate the negative log-likelihood of the first 1,000 test images (docs/metrics.md).
 
     The variance of a Gaussian decoder is fitted on validation data, as for `distortion`. The data
-    are as the run is measured on them (`binarization`), on the model's device.
-
-    Returns:
-        `neg_log_likelihood/kK`, minus the bound of K samples, mean over images, nats / image: at
-        K = 1 the `neg_elbo` of these images; `neg_log_likelihood`, that of the most samples;
-        `neg_log_likelihood_se`, its standard error over images, which does not contain the bound's
-        slack; `effective_samples` of the most samples, mean over images. Empty where there is no
-        likelihood: a deterministic latent, cross-entropy of grey pixels.
+    are as the run is measured on them (`binarization`), on the model's device. Empty where there is
+    no likelihood: a deterministic latent, cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}

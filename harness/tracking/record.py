@@ -300,10 +300,9 @@ def _started(
                 logs[row].text(diff, DIFF)
         yield logs
     except BaseException as error:
-        status, reason = interruption(error)
         for log in logs.values():
             with suppress(Exception):  # what cannot be written now, the next start writes
-                log.end(status, reason)
+                log.end(*interruption(error))
         raise
 
 

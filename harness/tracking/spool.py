@@ -1,8 +1,8 @@
 """The spool of a server: whole runs on disk until the server has them, delivered by a thread.
 
 A process has a folder `HOST-PROCESS-TOKEN` below its server's, locked while it lives, and in it a
-folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/N`, the
-files that a write uploads. The thread sends what has been appended, in order, and removes the
+folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/NAME`,
+the files that a write uploads. The thread sends what has been appended, in order, and removes the
 folder of a run once its end is delivered. The folder of a dead process is taken over by the next
 one, which repeats its runs from the beginning and ends those that have no end.
 
@@ -112,7 +112,6 @@ class Spool:
         self._runs: dict[str, _Delivery] = {}
         self._run_ids: dict[str, str] = {}
         self._complete: set[str] = set()  # runs of dead processes that had an end
-        self._files = 0
         self._appended, self._retry = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._away, self._answered = "", 0.0
@@ -125,8 +124,7 @@ class Spool:
             if write["kind"] == "create":
                 self._begin(folder)
             elif write["kind"] == "files":
-                self._files += 1
-                copy = shutil.copytree(write["folder"], folder / "files" / str(self._files))
+                copy = shutil.copytree(write["folder"], folder / "files" / uuid.uuid4().hex)
                 write = {**write, "folder": copy.name}
             elif write["kind"] == "end":
                 for path in [*folder.rglob("*"), folder]:
