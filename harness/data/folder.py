@@ -36,12 +36,8 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
     there, hold those of a part. Without any folder of classes there are no labels. Files without
     an image's ending are ignored. Images are grey if all files are, and resized by antialiased
-    bilinear interpolation, which may change their proportions; transparency is dropped, 16-bit
-    grey is cut to 8 bits.
-
-    Args:
-        path: the folder.
-        image_size: height and width, or one number for both; None does not resize.
+    bilinear interpolation, which may change their proportions, to `image_size`: height and width,
+    or one number for both. Transparency is dropped, 16-bit grey is cut to 8 bits.
     """
     size = _size(image_size)
     path = path.expanduser()

@@ -28,14 +28,10 @@ __all__ += ["End", "Planned"]
 
 
 class Planned(NamedTuple):
-    """A run to be trained.
+    """A run to be trained, with the key that identifies it wherever it is recorded.
 
-    Attributes:
-        config: its settings.
-        key: what identifies it wherever it is recorded.
-        name: its name in the run table.
-        params: parameters; `record` adds settings, dataset, device and width of the stack.
-        tags: tags; `record` adds the provenance.
+    To the parameters, `record` adds settings, dataset, device and width of the stack; to the tags,
+    the provenance.
     """
 
     config: RunConfig

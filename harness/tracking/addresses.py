@@ -15,18 +15,17 @@ from harness.errors import UserError
 USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
 SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
 
+# Where MLflow takes the user and password of a server from.
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-"""Environment variables from which MLflow takes the user and password of a server."""
 
+# Module of a database's driver -> package that pip installs, where the names differ.
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Module of a database's driver -> package that pip installs, where the names differ."""
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
-SHORTAGES = {
+SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
     "disk": ("database or disk is full", "disk I/O error"),
     "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
 }
-"""Resource -> texts of SQLite's and PyTorch's errors where it is used up; they carry no number."""
 
 
 def project_root() -> Path:

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OBJECTIVE = "val/neg_elbo"
-"""Metric by which the best epoch of a run is chosen, where its study has no other."""
-
+OBJECTIVE = "val/neg_elbo"  # where a study has no other
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
@@ -49,8 +47,7 @@ MADE_WITH = {
 }
 """What makes runs differ though their settings are equal, and where a run has it."""
 
-FAILED = "failed_metrics"
-"""Tag of a finished run whose study's further metrics failed."""
+FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
 Metrics = dict[str, float]
 
@@ -92,24 +89,14 @@ def record(
 ) -> list[Metrics | None]:
     """Train one stack of runs and log each of them.
 
-    A run that diverges, or that the judge ends, leaves the stack at once. Whatever interrupts the
-    training, every run that was started gets a true end.
+    The runs can be trained together (`harness.training.engine.together`), and `start` starts the
+    log of each (`log_in`). A run that diverges, or of whose row `judge` returns an end, leaves the
+    stack at once; `on_epoch` is called after that. Whatever interrupts the training, every run that
+    was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
 
-    Args:
-        planned: the runs, which can be trained together (`harness.training.engine.together`).
-        data: their dataset.
-        device: "cpu" or "cuda".
-        start: starts the log of a run (`log_in`).
-        judge: which rows of an epoch's record are ended, and why.
-        on_epoch: called after every epoch, when its metrics are logged and rows are dropped. It
-            may raise: KeyboardInterrupt and SystemExit end the runs as KILLED, others as FAILED.
-        checkpoints: where unfinished runs are kept; the caller removes their files.
-        objective: metric by which the best epoch is chosen.
-        extras: further metrics of a finished run.
-        made_with: provenance of the runs (`provenance_of`); None for that of runs of no study.
-        train: yields epoch records, as `harness.train` does.
-        measure: final metrics; those of the validation split are logged with the epochs alone.
-        pictured: whether pictures are drawn.
+    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run.
+    Final metrics of the validation split are not logged: the epochs have them. `made_with` is
+    `provenance_of` the runs, None for runs of no study. The caller removes the checkpoints' files.
 
     Returns:
         Final metrics of each run, those of the test split under their plain names too; None for a

@@ -33,20 +33,12 @@ if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.models.vae import VAE
 
-KEY = "run_key"
-"""Tag with the key of a run, generated before the run is written."""
+KEY = "run_key"  # tag with the key of a run, generated before the run is written
+NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
+BATCH = 1000  # metric values of one write: MLflow's largest batch
 
-NOTE = "mlflow.note.content"
-"""Tag with the description that the page of a run or an experiment shows."""
-
-BATCH = 1000
-"""Metric values of one write, MLflow's largest batch."""
-
-SHOWN = 12
-"""Characters of a dataset's digest in MLflow's run table; the whole is a parameter."""
-
+# Artifacts of every run: what it was made with, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
-"""Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
 
 Write = dict[str, Any]
 
@@ -154,7 +146,8 @@ class RunLog:
         counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
         profile = json.dumps({"image_shape": data.image_shape, "images": counts})
         source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
-        named = {"name": data.name, "digest": data.digest[:SHOWN], "profile": profile}
+        # For the run table; the whole digest is a parameter.
+        named = {"name": data.name, "digest": data.digest[:12], "profile": profile}
         self._put("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:

@@ -36,16 +36,8 @@ from harness.tracking.addresses import LOGIN, is_server, reason, without_passwor
 from harness.tracking.runs import BATCH, KEY, Write, create, perform
 
 WRITES = "writes.jsonl"
-GONE = "its process ended"
-
-REFUSALS = (400, 401, 403, 404)
-"""HTTP codes on which a write is given up; after any other failure it is sent again."""
-
-PATIENCE = 30.0
-"""Seconds without an answer after which a server counts as away for what cannot be done later."""
-
-LONGEST_PAUSE = 60.0
-"""Seconds until the next attempt after many failures; the first comes after one second."""
+REFUSALS = (400, 401, 403, 404)  # after any other HTTP code a write is sent again
+PATIENCE = 30.0  # seconds without an answer: a server is away for what cannot be done later
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +226,8 @@ class Spool:
         if _has_ended(last):
             self._complete.add(folder.name)
         elif last.get("kind") != "end":
-            end = {"kind": "end", "status": "KILLED", "reason": GONE, "time": written}
-            _append(file, {**end, "of": "another process"})
+            end = {"kind": "end", "status": "KILLED", "time": written}
+            _append(file, {**end, "reason": "its process ended", "of": "another process"})
         self._start(folder)
 
     def _remove(self, folder: Path) -> None:
@@ -266,7 +258,7 @@ class Spool:
                 self._appended.set()
                 self._retry.clear()
                 self._retry.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause = min(2 * pause, 60.0)
 
     def _send(self, run: _Delivery) -> None:
         try:

@@ -41,8 +41,8 @@ logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises wha
 
 logger = logging.getLogger(__name__)
 
+# MLflow sends a request once, with a limit in seconds; repeating it is done here.
 ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
-"""How MLflow sends a request: once, with a limit in seconds; repeating it is done here."""
 
 
 @dataclass(frozen=True)
@@ -278,12 +278,8 @@ def _run(found: mlflow.entities.Run) -> Run:
 def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     """Open a tracking store, creating the database if it is not there yet.
 
-    Args:
-        uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
-        patience: seconds to wait for a server that does not answer.
-
-    Raises:
-        UserError: the store cannot be opened or created.
+    No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. A server that does not answer
+    is waited for as many seconds as `patience`.
     """
     uri = addresses.tracking_address(uri)
     if addresses.is_server(uri):
@@ -331,8 +327,7 @@ def _reach(uri: str) -> None:
     engine.connect().close()
 
 
-_servers: dict[tuple[int, str], Store] = {}
-"""Servers that a process writes to: one spool each, wherever it is read."""
+_servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each
 
 
 def _server(uri: str, patience: float) -> Store:
