@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from harness.tracking.store import Store as Store
     from harness.tracking.store import connect as connect
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "models": ["load_run"],
-        "record": ["train_and_evaluate"],
-        "store": ["Store", "connect"],
-    },
-)
-__all__ += ["End", "Planned"]
-
 
 class Planned(NamedTuple):
     """A run to be trained, with the key that identifies it wherever it is recorded.
@@ -47,3 +37,14 @@ class End(NamedTuple):
     status: str
     reason: str
     pruned: bool = False
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "models": ["load_run"],
+        "record": ["train_and_evaluate"],
+        "store": ["Store", "connect"],
+    },
+)
+__all__ += ["End", "Planned"]

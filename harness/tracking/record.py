@@ -95,8 +95,8 @@ def record(
     was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
 
     The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run.
-    Final metrics of the validation split are not logged: the epochs have them. `made_with` is
-    `provenance_of` the runs, None for runs of no study. The caller removes the checkpoints' files.
+    Final metrics of the validation split are not logged: the epochs have them. `made_with` comes
+    from `provenance_of`, None for runs of no study. The caller removes the checkpoints' files.
 
     Returns:
         Final metrics of each run, those of the test split under their plain names too; None for a

@@ -70,6 +70,7 @@ class Store:
         """Return the id of an experiment, creating it with its description if need be."""
         # A server knows its own place; a database would take the current directory.
         location = None if addresses.is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
+        # Of this kind, MLflow's page opens with runs and charts instead of its GenAI view.
         tags = {NOTE: description, "mlflow.experimentKind": "custom_model_development"}
         found = self.ask(self.client.get_experiment_by_name, name)
         if found is None:
