@@ -27,8 +27,6 @@ UNKNOWN = "unknown"
 PACKAGES = ("torch", "numpy", "scikit-learn", "mlflow", "optuna")
 SOURCES = ("harness", "studies")
 """Packages whose code determines a run's numbers."""
-SHOWN = 12
-"""Characters of the digest of the sources in a run table; the record has all."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,7 @@ class Code:
 
     Attributes:
         commit: of the checkout, "unknown" where there is none.
-        dirty: whether tracked files differ from the commit, or Python files are untracked; None
-            where there is no checkout.
+        dirty: whether there is a diff or an untracked file; None where there is no checkout.
         untracked: Python files that are neither tracked nor ignored.
         sources: SHA-256 of the packages in SOURCES.
         diff: tracked files against the commit, as text.
@@ -52,8 +49,8 @@ class Code:
 
     def record(self) -> dict[str, Any]:
         """Return all but the diff, which is stored as a file, as plain values."""
-        names = ("commit", "dirty", "sources")
-        return {name: getattr(self, name) for name in names} | {"untracked": list(self.untracked)}
+        kept = {"commit": self.commit, "dirty": self.dirty, "sources": self.sources}
+        return kept | {"untracked": list(self.untracked)}
 
 
 def read_code(root: Path) -> Code:
@@ -61,7 +58,11 @@ def read_code(root: Path) -> Code:
 
     A project whose virtual environment holds them does not.
     """
-    sources = _digest(root)
+    whole = hashlib.sha256()
+    for path in sorted(path for package in SOURCES for path in (root / package).rglob("*.py")):
+        whole.update(f"{path.relative_to(root).as_posix()}\n".encode())
+        whole.update(path.read_bytes())
+    sources = whole.hexdigest()
     tracked = _git(root, "ls-files", "--error-unmatch", "harness/__init__.py") is not None
     commit = _git(root, "rev-parse", "--verify", "HEAD") if tracked else None
     if commit is None:
@@ -80,14 +81,6 @@ def _git(root: Path, *words: str) -> str | None:
     except OSError:
         return None
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None
-
-
-def _digest(root: Path) -> str:
-    whole = hashlib.sha256()
-    for path in sorted(path for package in SOURCES for path in (root / package).rglob("*.py")):
-        whole.update(f"{path.relative_to(root).as_posix()}\n".encode())
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
 
 
 @cache
@@ -112,10 +105,7 @@ def _version(package: str) -> str:
 
 @cache
 def device(kind: str) -> dict[str, str]:
-    """Return a device's kind ("cpu", "cuda") and name, and the CPU and its instruction set.
-
-    The CPU counts on a GPU too: the exact linear model is computed on it.
-    """
+    """Return a device's kind ("cpu", "cuda") and name, and the CPU, of the exact linear model."""
     cpu = _cpu_name()
     name = torch.cuda.get_device_name() if kind == "cuda" else cpu
     instructions = torch.backends.cpu.get_cpu_capability()
@@ -186,7 +176,7 @@ def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
     return known | {
         "git_commit": commit,
         "git_dirty": UNKNOWN if dirty is None else str(dirty).lower(),
-        "sources": made_with["code"]["sources"][:SHOWN],
+        "sources": made_with["code"]["sources"][:12],  # the record has all
         "versions": ", ".join(f"{name} {v}" for name, v in made_with["versions"].items()),
         "device_name": made_with["device"]["name"],
     }

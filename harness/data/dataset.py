@@ -19,12 +19,6 @@ from harness.data.mnist import DATASETS
 from harness.data.validate import PARTS, SPLIT_SEED, as_images, as_labels, digest, split_rows
 from harness.streams import generator
 
-LONGEST_NAME = 60
-"""Characters of a dataset's name, which becomes part of the name of a study."""
-
-CHUNK = 1_000
-"""Images that are converted to floating-point numbers at once."""
-
 
 @dataclass(frozen=True)
 class Split:
@@ -130,7 +124,7 @@ class Dataset:
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
         """
-        if checked_name(name, "name", LONGEST_NAME) in DATASETS:
+        if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
         pictures = as_images(images, largest)
         classes, count = torch.zeros(len(pictures), dtype=torch.int64), 0
@@ -164,7 +158,7 @@ class Dataset:
     def pixel_variance(self) -> float:
         """Variance of a pixel over the training images, mean over pixels, pixel^2."""
         sums = torch.zeros(2, self.pixels, dtype=torch.float64, device=self.train.images.device)
-        for rows in torch.arange(len(self.train)).split(CHUNK):
+        for rows in torch.arange(len(self.train)).split(1_000):
             x = self.train.pixels(rows, torch.float64)
             sums += torch.stack([x.sum(0), x.square().sum(0)])
         mean, square = sums / len(self.train)

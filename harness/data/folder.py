@@ -36,16 +36,8 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
     there, hold those of a part. Without any folder of classes there are no labels. Files without
     an image's ending are ignored. Images are grey if all files are, and resized by antialiased
-    bilinear interpolation, which may change their proportions; transparency is dropped, 16-bit
-    grey is cut to 8 bits.
-
-    Args:
-        path: the folder.
-        image_size: height and width, or one number for both; None does not resize.
-
-    Raises:
-        UserError: there is no such folder, no image, or a class without one; a file is broken;
-            sizes differ or are too large, and no image_size is given; a folder cannot be listed.
+    bilinear interpolation, which may change their proportions, to `image_size`: height and width,
+    or one number for both. Transparency is dropped, 16-bit grey is cut to 8 bits.
     """
     size = _size(image_size)
     path = path.expanduser()
@@ -111,7 +103,6 @@ def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the images of a part with their classes."""
     if not classes:
         files = sorted(path for path in folder.iterdir() if path.is_file())
         return [(file, 0) for file in files if _is_image(file.name)]

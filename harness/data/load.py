@@ -14,9 +14,6 @@ from harness.data.mnist import DATASETS, TORCHVISION, read_official
 from harness.data.validate import SPLIT_SEED, digest
 from harness.streams import generator
 
-DIGITS_SPLIT = (1280, 256)
-"""Training and validation images of digits; the other 261 of the 1,797 are for testing."""
-
 VALIDATION_IMAGES = 5_000
 """Taken from the 60,000 training images of the MNIST family, whose test split is kept."""
 
@@ -59,7 +56,7 @@ def _digits() -> Dataset:
     source = load_digits()
     images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
     whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
-    train, val, test = _split(whole, *DIGITS_SPLIT)
+    train, val, test = _split(whole, 1280, 256)  # and 261 for testing
     return Dataset("digits", (1, 8, 8), 10, train, val, test, digest(images))
 
 

@@ -26,9 +26,6 @@ DATASETS = ("digits", *TORCHVISION)
 PARTS = ("train", "t10k")
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
-BYTES = b"\0\0\x08"
-"""The first bytes of an IDX file of unsigned bytes; the number of axes follows."""
-
 BROKEN = (
     *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError),
     HTTPException,
@@ -37,11 +34,7 @@ BROKEN = (
 
 
 def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing.
-
-    Raises:
-        UserError: files are missing and cannot be downloaded, or broken.
-    """
+    """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing."""
     folder = root / TORCHVISION[name] / "raw"
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     files = [folder / f"{PARTS[0 if train else 1]}-{kind}" for kind in KINDS]
@@ -66,13 +59,12 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file: `BYTES`, the number of axes, their sizes (big-endian), uint8 values.
+    """Read an IDX file: bytes 0, 0, 8, the number of axes, their sizes (big-endian), uint8 values.
 
-    Raises:
-        ValueError: the file is not IDX of unsigned bytes, or its length does not fit its sizes.
+    Another file, or one whose length does not fit its sizes, is a ValueError.
     """
     content = bytearray(file.read_bytes())
-    axes = content[3] if content.startswith(BYTES) and len(content) > 3 else 0
+    axes = content[3] if content.startswith(b"\0\0\x08") and len(content) > 3 else 0
     start = 4 + 4 * axes
     if axes == 0 or len(content) < start:
         raise ValueError(f"{file.name} is not an IDX file of bytes")

@@ -20,9 +20,6 @@ SPLIT_SEED = 0
 
 PARTS = ("train", "val", "test")
 
-SHARE = 10
-"""A part that is not given is one training image in so many."""
-
 LEAST = 20
 """The fewest images that can be split."""
 
@@ -82,12 +79,7 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
 
 
 def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
-    """Return the rows of train, val and test in a random order that is always the same.
-
-    Args:
-        images: their number N.
-        given: part -> its rows, as in `Dataset.from_tensors`.
-    """
+    """Return the rows of train, val and test in a random order that is always the same."""
     if given is None:
         given = {"train": range(images)}
     if "train" not in given or not set(given) <= set(PARTS):
@@ -110,7 +102,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
             f"{LEAST}; give more, or give every part"
         )
     for part in missing:
-        rows[part], rows["train"] = rows["train"].tensor_split([count // SHARE])
+        rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
     return [rows[part] for part in PARTS]
 
 

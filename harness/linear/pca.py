@@ -16,10 +16,10 @@ takes 7.5 s of a core for 3,072 and grows with the third power (18 s here, 8 min
 
 
 class Moments(NamedTuple):
-    """Moments of a split's coordinates c_i along the principal components of training.
+    """E[c_i] and E[c_i^2], pixel^2, shape (D,), of a split's coordinates c_i along components.
 
-    E[c_i] and E[c_i^2] in pixel^2, both of shape (D,). Directions for which `PCA` has no component
-    have mean 0 here and share their mean square evenly; only its sum has a meaning.
+    Directions for which `PCA` has no component have mean 0 here and share their mean square evenly;
+    only its sum has a meaning.
     """
 
     means: np.ndarray
@@ -84,9 +84,7 @@ class PCA:
         return float(self.variances[latent_size:].mean())
 
 
-_KNOWN: dict[str, PCA] = {}
-"""Digest of the training images -> components, which take seconds on MNIST and never change."""
-
+_KNOWN: dict[str, PCA] = {}  # by the digest of the training images: it takes seconds on MNIST
 _BUSY = threading.Lock()
 
 
@@ -101,7 +99,7 @@ def pca(data: Dataset) -> PCA:
     with _BUSY:
         if key not in _KNOWN:
             _KNOWN[key] = _decompose(data.train)
-    return _KNOWN[key]
+        return _KNOWN[key]
 
 
 def begin_pca(data: Dataset) -> None:

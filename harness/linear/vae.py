@@ -174,16 +174,12 @@ def linear_losses(
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
-    As for a run, the decoder variance of `neg_elbo` is fitted on validation data. With `sigma`
-    not fixed the linear model's is `matched_variance`. Infinite values are left out. A
-    deterministic latent, a Bernoulli decoder and large images have no linear model.
-
-    Returns:
-        `linear/` before loss, mse, rate, neg_elbo, active_units; and `linear/collapse_variance`:
-        the decoder variance lambda_1 from which on no latent is active.
+    Names are prefixed `linear/`; `linear/collapse_variance` is the decoder variance lambda_1 from
+    which on no latent is active. As for a run, the decoder variance of `neg_elbo` is fitted on
+    validation data. With `sigma` not fixed the linear model's is `matched_variance`. Infinite
+    values are left out. A deterministic latent, a Bernoulli decoder and large images have none.
     """
-    gaussian = config.latent == "stochastic" and config.likelihood == "gaussian"
-    if not gaussian or not is_small(data):
+    if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
@@ -225,9 +221,8 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
 
 def _comparable(config: RunConfig) -> bool:
-    gaussian = config.likelihood == "gaussian" and config.sigma == "fixed"
-    plain = config.free_bits == 0 and not config.terms
-    return gaussian and plain and config.latent == "stochastic"
+    plain = config.sigma == "fixed" and config.free_bits == 0 and not config.terms
+    return plain and config.likelihood == "gaussian" and config.latent == "stochastic"
 
 
 def linear_vae(config: RunConfig, data: Dataset) -> VAE:
@@ -235,10 +230,6 @@ def linear_vae(config: RunConfig, data: Dataset) -> VAE:
 
     Latent i lies along principal component i; a collapsed latent has weights 0. The optimum is
     unique up to signs, and where eigenvalues coincide up to rotations. (Lucas et al. 2019.)
-
-    Raises:
-        UserError: the closed form is not that of the run's loss, or the run has no KL, or more
-            latents than pixels.
     """
     variance = objective.decoder_variance(config, data.pixels)
     linear = config.model == "linear" and config.head == "gaussian" and config.free_bits == 0

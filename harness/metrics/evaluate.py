@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -64,10 +64,7 @@ def coefficients(
     config: RunConfig, pixels: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Coefficients:
     """Return the numbers of a run's loss after any warm-up, on images of D pixels."""
-
-    def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=device)
-
+    number = partial(torch.tensor, dtype=dtype, device=device)
     return Coefficients(
         number(objective.beta(config, pixels)),
         number(config.free_bits) if config.free_bits else None,
@@ -110,18 +107,19 @@ def measure(
         training_size: number of training images, for the terms.
 
     Returns:
-        `loss`, `mse`, `rate`, `distortion`, `neg_elbo`, `calibration_ratio`, `active_units`,
-        `learned_variance`, `gap_to_linear`, `term/NAME`, `kl/i` of latent i and `mse_class/c` of
-        class c; without those that are not defined: a deterministic latent has no `rate`, and the
-        cross-entropy of grey pixels is no `distortion`.
+        Metrics of docs/metrics.md, `kl/i` of latent i and `mse_class/c` of class c, but for those
+        that are not defined: a deterministic latent has no `rate`, and the cross-entropy of grey
+        pixels is no `distortion`.
     """
-    seen = _forward(config, model, split, noise, terms or {}, prior, training_size)
-    pixels, means = split.images.shape[1], seen.means
+    error, means, posterior_means, term_means = _forward(
+        config, model, split, noise, terms or {}, prior, training_size
+    )
+    pixels = split.images.shape[1]
     scale = None if model.scale is None else model.scale.double()
     mse = means.error / pixels
     fitted = mse if variance is None else variance
     loss = objective.loss(config, means, coefficients, scale, pixels)
-    for name, value in seen.terms.items():
+    for name, value in term_means.items():
         loss = loss + coefficients.weights[name] * value / pixels
     metrics = {"loss": loss, "mse": mse}
     if means.kl is not None:
@@ -136,27 +134,18 @@ def measure(
         # Of the variance of the decoder for which the loss is an ELBO.
         unit = 1 / 2 if config.sigma == "fixed" else fitted if scale is None else scale
         metrics["calibration_ratio"] = coefficients.beta * unit / mse
-    metrics["active_units"] = active_units(seen.posterior_means)
+    metrics["active_units"] = active_units(posterior_means)
     if scale is not None:
         metrics["learned_variance"] = scale
     if linear_loss is not None:
         metrics["gap_to_linear"] = gap_to_linear(linear_loss, loss)
-    metrics |= {f"term/{name}": value for name, value in seen.terms.items()}
+    metrics |= {f"term/{name}": value for name, value in term_means.items()}
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
     if classes:
-        each = mse_per_class(seen.error / pixels, split.labels, classes)
+        each = mse_per_class(error / pixels, split.labels, classes)
         metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
     return metrics
-
-
-class _Pass(NamedTuple):
-    """Results of one pass over a split: error of each image, (N,), and means, in float64."""
-
-    error: Tensor
-    means: Parts
-    posterior_means: Tensor
-    terms: Metrics
 
 
 def _forward(
@@ -167,7 +156,8 @@ def _forward(
     terms: Terms,
     prior: Tensor | None,
     training_size: int,
-) -> _Pass:
+) -> tuple[Tensor, Parts, Tensor, Metrics]:
+    """Return the error of each image (N,), means over images, posterior means, and mean terms."""
     parts, posterior_means, values = [], [], []
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
@@ -185,15 +175,14 @@ def _forward(
     )
     averages = [torch.stack(each).sum(0) / len(split) for each in zip(*values, strict=True)]
     named = dict(zip(terms, averages, strict=True))
-    return _Pass(error, means, torch.cat(posterior_means), named)
+    return error, means, torch.cat(posterior_means), named
 
 
 def _batches(config: RunConfig, split: Split) -> Iterator[slice]:
     """Yield the rows of parts of nearly equal size, none larger than a batch of training."""
     parts = math.ceil(len(split) / config.batch_size)
-    size, more = divmod(len(split), parts)
-    for first, last in pairwise(i * size + min(i, more) for i in range(parts + 1)):
-        yield slice(first, last)
+    for rows in np.array_split(np.arange(len(split)), parts):
+        yield slice(int(rows[0]), int(rows[-1]) + 1)
 
 
 def chunks(images: int, pixels: int) -> Iterator[slice]:
@@ -328,10 +317,7 @@ def finite(values: dict[str, float]) -> dict[str, float]:
 
 
 class BatchLosses(NamedTuple):
-    """The two numbers that the blog prints for every batch: loss and its part beta * rate / D.
-
-    pixel^2, float64, shape (steps,).
-    """
+    """Losses of batches and their parts beta * rate / D, pixel^2, float64, shape (steps,)."""
 
     loss: np.ndarray
     kl_term: np.ndarray
@@ -340,12 +326,10 @@ class BatchLosses(NamedTuple):
 @kernels()
 @torch.no_grad()
 def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
-    """Return the losses of one more epoch of training with the weights held.
+    """Return what the blog prints for every batch: the losses of one more epoch, weights held.
 
-    Batches and noise are those of the epoch after a run's last. The mean over batches is the loss
-    on the training split. The KL term is the loss less the loss at beta = 0 with the same noise,
-    whatever the loss is; pixels drawn anew every epoch are those that the run is measured on. Loss
-    terms of a user are left out.
+    The KL term is the loss less the loss at beta = 0 with the same noise. Pixels drawn anew every
+    epoch are those that the run is measured on. Loss terms of a user are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
     split = data.to(model.device).binarized(config.binarization).train

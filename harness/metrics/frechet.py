@@ -42,13 +42,8 @@ IMAGES = 10_000
 """Images of a set, at most. Sets that are compared have equal size, for few images have a bias."""
 
 CHANNELS, FEATURES = (16, 32), 64
-"""Channels of the classifier's two convolutions; width F of its feature layer."""
-
-STEPS, EPOCHS = 1_200, 40
-"""Length of the classifier's training: at most so many steps, and at most so many epochs."""
-
-BATCH, LEARNING_RATE = 128, 5e-3
-"""Images per step; Adam's step size at first, which falls linearly to 0."""
+STEPS, EPOCHS = 1_200, 40  # the training ends with the first of the two
+BATCH, LEARNING_RATE = 128, 5e-3  # Adam's step size falls linearly to 0
 
 RECIPE = {
     "version": 1,  # of all that the constants do not show: raise it with any change
@@ -80,11 +75,8 @@ def moments(embedded: Tensor) -> Gaussian:
 def distance(first: Gaussian, second: Gaussian) -> float:
     """Return the Fréchet distance of two Gaussians: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    It is the squared 2-Wasserstein distance. The trace of the root is the sum of the singular
-    values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982; Heusel et al. 2017, 1706.08500.)
-
-    Returns:
-        Squared unit of the features, never negative beyond rounding; NaN if a moment is not finite.
+    It is the squared 2-Wasserstein distance; NaN if a moment is not finite. The trace of the root
+    is the sum of the singular values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982.)
     """
     if not all(np.isfinite(part).all() for part in (*first, *second)):
         return math.nan
@@ -129,14 +121,12 @@ class Classifier(nn.Module):
 def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     """Return the classifier of a dataset's training split, from the cache if it is there.
 
-    Args:
-        data: the dataset; its training images, their labels and the constants of this module are
-            the key of the cache, since a dataset that was cut has its source's digest.
-        folder: of the cache; without it the classifier is trained. A file in it that cannot be
-            read is written anew; a folder that cannot be written to is left alone.
+    Without a folder for the cache it is trained. A file that cannot be read is written anew; a
+    folder that cannot be written to is left alone.
     """
     if folder is None:
         return _trained(data)
+    # Not the dataset's digest: one that was cut has its source's.
     train = data.train.to(torch.device("cpu"))
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
@@ -206,8 +196,7 @@ class Reference(NamedTuple):
         net: the classifier whose features are compared, on the data's device.
         test: moments of the features of the first test images.
         images: number of images of every set, at most 10,000.
-        floor: distance from as many training images, in the variance of a feature over training
-            images, mean over the F features.
+        floor: distance from as many training images.
         accuracy: share of those test images that the classifier assigns to their class.
     """
 
@@ -238,15 +227,7 @@ def reference(data: Dataset, folder: Path | None = None) -> Reference:
 def measure_images(
     config: RunConfig, model: VAE, data: Dataset, known: Reference
 ) -> dict[str, float]:
-    """Compare the images that a run draws, and its reconstructions, with the test images.
-
-    `known` is the reference of the dataset, which is on the model's device.
-
-    Returns:
-        `frechet`: decoder means of latents drawn from N(0, I), as many as test images, with the
-        noise that the seed fixes; `frechet_reconstructions`: test images decoded from their
-        posterior means; `frechet_floor`, `feature_accuracy`: of the reference.
-    """
+    """Compare the images that a run draws, and its reconstructions, with the test images."""
     split = data.test.head(known.images)
     eps = streams.noise(config.seed, "frechet", known.images, config.latent_size)
     z = eps.to(model.device, model.dtype)
@@ -262,5 +243,4 @@ def measure_images(
 
 
 def _embed(net: Classifier, split: Split, draw: Callable[[slice], Tensor]) -> Tensor:
-    """Return the features (N, F) of as many images as a split has, drawn in chunks."""
     return torch.cat([net.embed(draw(rows)) for rows in chunks(*split.images.shape)])

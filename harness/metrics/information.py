@@ -26,9 +26,6 @@ from harness.objective import Posterior
 SAMPLED_IMAGES = 2_000
 """Images of `mutual_information_lower`, at most: it compares all pairs, and is at most 7.6 nats."""
 
-ROWS = 100
-"""Images compared with all others at once."""
-
 
 def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the KL from N(0, I) of the Gaussian with the moments of the aggregate posterior q(z).
@@ -63,7 +60,7 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
     offset = (mean.square() * precision + log_variance).sum(-1)
     itself = (eps.square() + log_variance).sum(-1, keepdim=True)
     logs = []
-    for rows in torch.arange(len(mean), device=mean.device).split(ROWS):
+    for rows in torch.arange(len(mean), device=mean.device).split(100):
         # -2 ln q(z|x_n) up to a constant, for all n; that of z's image without the rounding
         far = z[rows].square() @ precision.mT - 2 * z[rows] @ (mean * precision).mT + offset
         far[torch.arange(len(rows)), rows] = itself[rows, 0]
@@ -73,12 +70,11 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
 
 @torch.no_grad()
 def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
-    """Return the information that the latents carry of the images of a split.
+    """Return the information that the latents carry of the images of a split, in nats.
 
-    Returns:
-        `aggregate_gap`; `mutual_information` = rate - gap, an upper bound, since the gap is at most
-        KL(q(z) || p(z)); over the first 2,000 images `mutual_information_lower`. In nats, each of
-        shape (); {} for a deterministic latent.
+    `aggregate_gap`; `mutual_information` = rate - gap, an upper bound, since the gap is at most
+    KL(q(z) || p(z)); over the first 2,000 images `mutual_information_lower`. {} for a deterministic
+    latent.
     """
     if config.latent == "deterministic":
         return {}

@@ -57,14 +57,8 @@ def importance_bounds(
 ) -> ImportanceBounds:
     """Bound log p(x) of each image with the first k of one set of posterior samples, for every k.
 
-    The noise of sample j of an image is fixed by the run's seed, whatever the split's length.
-
-    Args:
-        config: a run with a stochastic latent.
-        model: its model.
-        split: images on the model's device, binary ones for a Bernoulli decoder.
-        variance: of the Gaussian decoder, pixel^2, shape (); a Bernoulli decoder has none.
-        samples: the numbers k.
+    The noise of sample j of an image is fixed by the run's seed, whatever the split's length. The
+    variance is that of a Gaussian decoder, pixel^2, shape (); a Bernoulli decoder has none.
     """
     total = torch.full((len(split),), -torch.inf, dtype=torch.float64, device=model.device)
     squares = total
@@ -81,17 +75,11 @@ def importance_bounds(
 def likelihood_metrics(
     config: RunConfig, model: VAE, data: Dataset, samples: Sequence[int] = SAMPLES
 ) -> dict[str, float]:
-    """Estimate the negative log-likelihood of the first 1,000 test images.
+    """Estimate the negative log-likelihood of the first 1,000 test images (docs/metrics.md).
 
     The variance of a Gaussian decoder is fitted on validation data, as for `distortion`. The data
-    are as the run is measured on them (`binarization`), on the model's device.
-
-    Returns:
-        `neg_log_likelihood/kK`, minus the bound of K samples, mean over images, nats / image: at
-        K = 1 the `neg_elbo` of these images; `neg_log_likelihood`, that of the most samples;
-        `neg_log_likelihood_se`, its standard error over images, which does not contain the bound's
-        slack; `effective_samples` of the most samples, mean over images. Empty where there is no
-        likelihood: a deterministic latent, cross-entropy of grey pixels.
+    are as the run is measured on them (`binarization`), on the model's device. Empty where there is
+    no likelihood: a deterministic latent, cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
@@ -125,7 +113,9 @@ def _log_weights(
             q, eps = Posterior(*(values[block] for values in posterior)), drawn[:, block]
             z = q.sample(eps)
             log_p = _log_p_image(config, model, pixels(model, split, block), z, variance)
-            blocks.append(log_p + _log_prior_over_posterior(z, eps, q.log_variance))
+            # ln p(z) - ln q(z|x) = sum_i (eps_i^2 + log_variance_i - z_i^2) / 2
+            prior = eps.double().square() + q.log_variance.double() - z.double().square()
+            blocks.append(log_p + prior.sum(-1) / 2)
         yield from torch.cat(blocks, -1).unbind()
 
 
@@ -140,9 +130,3 @@ def _log_p_image(config: RunConfig, model: VAE, x: Tensor, z: Tensor, variance: 
         return -torch.vmap(objective.cross_entropy, (None, 0))(x, output).double()
     error = torch.vmap(objective.squared_error, (None, 0))(x, output).double()
     return -(model.pixels * (2 * math.pi * variance).log() + error / variance) / 2
-
-
-def _log_prior_over_posterior(z: Tensor, eps: Tensor, log_variance: Tensor) -> Tensor:
-    """Return ln p(z) - ln q(z|x) = sum_i (eps_i^2 + log_variance_i - z_i^2) / 2, float64."""
-    log_variance = log_variance.double()
-    return (eps.double().square() + log_variance - z.double().square()).sum(-1) / 2

@@ -13,21 +13,13 @@ from harness.models.vae import VAE
 PROBE_IMAGES = 5_000
 """Training images that a probe is fitted on, at most."""
 
-NEIGHBOURS = 5
-"""Training images that vote on the class of a test image."""
-
 
 def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     """Return the share of test images whose class probes find from the posterior mean.
 
     They are fitted on the first 5,000 training images. 1 / classes is chance. NaN where a mean is
-    not finite, or those images are of one class.
-
-    Returns:
-        `probe_accuracy`: of a logistic regression on means standardised by their training
-        deviation, with scikit-learn's default ridge penalty (C = 1). `knn_accuracy`: of a vote of
-        the 5 nearest training images (all, if there are fewer), by the Euclidean distance of means
-        that are not standardised, which would turn a collapsed latent into noise.
+    not finite, or those images are of one class. Means are standardised for the logistic regression
+    (ridge penalty C = 1) and not for the neighbours: it would turn a collapsed latent into noise.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -40,7 +32,7 @@ def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     labels, expected = (split.labels.cpu().numpy() for split in (train, test))
     probes = {
         "probe_accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-        "knn_accuracy": KNeighborsClassifier(min(NEIGHBOURS, len(train))),
+        "knn_accuracy": KNeighborsClassifier(min(5, len(train))),
     }
     if len(np.unique(labels)) < 2 or not np.isfinite(seen).all() or not np.isfinite(new).all():
         return dict.fromkeys(probes, math.nan)

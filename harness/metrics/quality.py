@@ -15,8 +15,6 @@ from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
-WHAT = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
-
 Measured = dict[str, tuple[Dataset, frechet.Reference | None]]
 """Binarization -> the dataset in that form, and the reference of its Fréchet distances."""
 
@@ -44,8 +42,9 @@ def measure_quality(
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
-    log.info(WHAT)
-    return on_all_cores(_measured, (known,), runs, runs[0][1].device, WHAT)
+    what = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
+    log.info(what)
+    return on_all_cores(_measured, (known,), runs, runs[0][1].device, what)
 
 
 def _measured(known: Measured, run: tuple[RunConfig, VAE]) -> dict[str, float]:

@@ -4,8 +4,9 @@ This package holds the only imports of mlflow. Names load on first use, so that 
 checked without importing MLflow or PyTorch.
 """
 
-import importlib as _importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lazy_loader
 
 from harness.config import RunConfig
 
@@ -15,24 +16,12 @@ if TYPE_CHECKING:
     from harness.tracking.store import Store as Store
     from harness.tracking.store import connect as connect
 
-_SOURCES = {
-    "Store": "store",
-    "connect": "store",
-    "load_run": "models",
-    "train_and_evaluate": "record",
-}
-__all__ = sorted([*_SOURCES, "End", "Planned"])
-
 
 class Planned(NamedTuple):
-    """A run to be trained.
+    """A run to be trained, with the key that identifies it wherever it is recorded.
 
-    Attributes:
-        config: its settings.
-        key: what identifies it wherever it is recorded.
-        name: its name in the run table.
-        params: parameters; `record` adds settings, dataset, device and width of the stack.
-        tags: tags; `record` adds the provenance.
+    To the parameters, `record` adds settings, dataset, device and width of the stack; to the tags,
+    the provenance.
     """
 
     config: RunConfig
@@ -50,13 +39,12 @@ class End(NamedTuple):
     pruned: bool = False
 
 
-def __getattr__(name: str) -> object:
-    if name not in _SOURCES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _importlib.import_module(f"{__name__}.{_SOURCES[name]}")
-    globals()[name] = value = getattr(module, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "models": ["load_run"],
+        "record": ["train_and_evaluate"],
+        "store": ["Store", "connect"],
+    },
+)
+__all__ += ["End", "Planned"]

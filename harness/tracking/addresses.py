@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
-import socket
-import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-
-from filelock import FileLock
 
 from harness.errors import UserError
 
@@ -21,18 +15,17 @@ from harness.errors import UserError
 USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
 SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
 
+# Where MLflow takes the user and password of a server from.
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-"""Environment variables from which MLflow takes the user and password of a server."""
 
+# Module of a database's driver -> package that pip installs, where the names differ.
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Module of a database's driver -> package that pip installs, where the names differ."""
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
-SHORTAGES = {
+SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
     "disk": ("database or disk is full", "disk I/O error"),
     "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
 }
-"""Resource -> texts of SQLite's and PyTorch's errors where it is used up; they carry no number."""
 
 
 def project_root() -> Path:
@@ -51,14 +44,12 @@ def tracking_address(uri: str | None) -> str:
     if uri is None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
     uri = _given(uri, "--tracking-uri")
-    if not is_server(uri):
-        return uri
-    if without_password(uri) != uri:
+    if is_server(uri) and without_password(uri) != uri:
         raise UserError(
             f"--tracking-uri {without_password(uri)} holds a user or password; leave them out and "
             f"set {LOGIN}"
         )
-    return uri.rstrip("/")
+    return uri.rstrip("/") if is_server(uri) else uri
 
 
 def storage_address(url: str | None) -> str:
@@ -83,8 +74,7 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             package = DRIVERS.get(cause.name, cause.name)
             return f"{cause.name} is not installed: pip install '{package}'"
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return without_password(first)
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def shortage(error: BaseException) -> str | None:
@@ -138,16 +128,14 @@ def check_database(url: str, option: str) -> None:
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
             raise OSError("a database in memory is gone with the process")
-        if file is None:
-            return
-        if not file.exists():
+        if file is not None and not file.exists():
             try_folder(file.parent)
-            return
-        if not file.is_file():
-            raise OSError(f"{file} is not a file")
-        with file.open("rb") as opened:
-            if opened.read(16) not in (b"", b"SQLite format 3\0"):
-                raise OSError("file is not a database")
+        elif file is not None:
+            if not file.is_file():
+                raise OSError(f"{file} is not a file")
+            with file.open("rb") as opened:
+                if opened.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise OSError("file is not a database")
     except OSError as error:
         raise unusable(url, option, error) from error
 
@@ -170,30 +158,6 @@ def check_folder(folder: Path) -> None:
             f"{folder} cannot be written ({reason(error)}), where results go; make room or rights "
             "there, or name a --tracking-uri in another folder"
         ) from error
-
-
-def creation_lock(url: str) -> FileLock:
-    """Return the lock under which a database's tables are created: doing it twice breaks them."""
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    elsewhere = Path(tempfile.gettempdir()) / f"vae-sweep-harness-{digest}"
-    return FileLock(f"{sqlite_file(url) or elsewhere}.lock")
-
-
-def memory_folder() -> str | None:
-    """Return a folder in memory for temporary files; None, the usual one, where there is none."""
-    folder = "/dev/shm"
-    return folder if os.path.isdir(folder) and os.access(folder, os.W_OK) else None
-
-
-def use_write_ahead_log(database: Path) -> None:
-    """Set an SQLite database to write-ahead logging, which halves the cost of a write."""
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("pragma journal_mode=WAL")
-
-
-def host() -> str:
-    """Return the name of this machine."""
-    return socket.gethostname()
 
 
 def alive(process: int) -> bool:

@@ -66,19 +66,10 @@ def log_best_model(
     metrics: Mapping[str, float],
     description: str,
 ) -> None:
-    """Log a model from images to reconstructions in an open run, with signature and example.
+    """Log a model from images to reconstructions in an open run, which this finishes.
 
-    Args:
-        store: where the run is.
-        run: the open run, which this finishes; what it is still to write is written first.
-        config: settings of the model.
-        model: a trained model on the CPU.
-        examples: images that the page shows as the model's input.
-        metrics: of the model, logged for the run and the model at its last epoch.
-        description: Markdown on the model's page.
-
-    Raises:
-        UserError: the store does not answer.
+    What the run is still to write is written first. The model is on the CPU; its page shows the
+    examples as its input, and the metrics at its last epoch.
     """
     model = copy.deepcopy(model).float()
     for weight in model.parameters():

@@ -14,25 +14,18 @@ from collections.abc import Sequence
 
 from harness.tracking.store import Store
 
-VIEW = "study"
-"""Name of the view in links."""
+TAG = "mlflow.sharedViewState.study"
+"""Tag of the experiment that holds the view, "study"."""
 
-TAG = f"mlflow.sharedViewState.{VIEW}"
-"""Tag of the experiment that holds the view."""
-
-LINK = f"/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+LINK = "/runs?viewStateShareKey=study&workflowType=machine_learning"
 """End of a link to the view, after the experiment's address."""
 
 
 def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
     """Save a view of an experiment's runs, unless it has one.
 
-    Args:
-        store: where the runs are.
-        experiment_id: the experiment.
-        columns: parameters and metrics; "mse" also finds "test/mse". Runs are sorted by the first
-            metric.
-        run_id: a run that has them.
+    Its columns are parameters and metrics that the given run has; "mse" also finds "test/mse". Runs
+    are sorted by the first metric.
     """
     if TAG in store.ask(store.client.get_experiment, experiment_id).tags:
         return

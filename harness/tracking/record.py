@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OBJECTIVE = "val/neg_elbo"
-"""Metric by which the best epoch of a run is chosen, where its study has no other."""
-
+OBJECTIVE = "val/neg_elbo"  # where a study has no other
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
@@ -49,20 +47,7 @@ MADE_WITH = {
 }
 """What makes runs differ though their settings are equal, and where a run has it."""
 
-FAILED = "failed_metrics"
-"""Tag of a finished run whose study's further metrics failed."""
-
-LONGEST_PARAM = 6_000
-"""Characters of a parameter that MLflow keeps."""
-
-PICTURED = 10
-"""Images of a reconstruction picture, the same validation images for every run."""
-
-LARGEST_ERROR = 1.0
-"""Squared error, pixel^2, above which a run has diverged."""
-
-LARGEST_RATE = 1e4
-"""Rate, nats a latent, above which a run has diverged whose loss counts it."""
+FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
 Metrics = dict[str, float]
 
@@ -74,15 +59,8 @@ class Trained(NamedTuple):
     model: VAE
 
 
-Judge = Callable[[EpochRecord], Mapping[int, End]]
-"""Which rows of an epoch's record are ended, and why."""
-
-
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
-    """Return the final metrics of runs, and those of the exact linear model beside each.
-
-    Names are prefixed `val/`, `test/` and `linear/`.
-    """
+    """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
     found = []
     folder = project_root() / "cache" / "features"
     both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
@@ -99,7 +77,7 @@ def record(
     device: str,
     start: Callable[[Planned], RunLog],
     *,
-    judge: Judge = lambda record: {},
+    judge: Callable[[EpochRecord], Mapping[int, End]] = lambda record: {},
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpoints: Checkpoints | None = None,
     objective: str = OBJECTIVE,
@@ -111,24 +89,14 @@ def record(
 ) -> list[Metrics | None]:
     """Train one stack of runs and log each of them.
 
-    A run that diverges, or that the judge ends, leaves the stack at once. Whatever interrupts the
-    training, every run that was started gets a true end.
+    The runs can be trained together (`harness.training.engine.together`), and `start` starts the
+    log of each (`log_in`). A run that diverges, or of whose row `judge` returns an end, leaves the
+    stack at once; `on_epoch` is called after that. Whatever interrupts the training, every run that
+    was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
 
-    Args:
-        planned: the runs, which can be trained together (`harness.training.engine.together`).
-        data: their dataset.
-        device: "cpu" or "cuda".
-        start: starts the log of a run (`log_in`).
-        judge: called after every epoch.
-        on_epoch: called after every epoch, when its metrics are logged and rows are dropped. It
-            may raise: KeyboardInterrupt and SystemExit end the runs as KILLED, others as FAILED.
-        checkpoints: where unfinished runs are kept; the caller removes their files.
-        objective: metric by which the best epoch is chosen.
-        extras: further metrics of a finished run.
-        made_with: provenance of the runs (`provenance_of`); None for that of runs of no study.
-        train: yields epoch records, as `harness.train` does.
-        measure: final metrics; those of the validation split are logged with the epochs alone.
-        pictured: whether pictures are drawn.
+    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run.
+    Final metrics of the validation split are not logged: the epochs have them. `made_with` comes
+    from `provenance_of`, None for runs of no study. The caller removes the checkpoints' files.
 
     Returns:
         Final metrics of each run, those of the test split under their plain names too; None for a
@@ -145,7 +113,10 @@ def record(
             for row, run in enumerate(current.rows):
                 if current.epoch == 1 and current.resumed[row]:
                     logs[run].tag("resumed_from_epoch", str(current.resumed[row]))
-                metrics = epoch_metrics(current, row)
+                metrics = flat_record(current, row)
+                times = (current.seconds, current.images_per_second)
+                metrics |= dict(zip(WALL_CLOCK, times, strict=True))
+                metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[run].metrics(metrics, current.epoch)
                 courses[run].append(metrics.get(objective, math.inf))
             if pictured and current.epoch in picture_epochs(configs[0].epochs):
@@ -160,14 +131,19 @@ def record(
         rows = [row for row in range(len(current.rows)) if row not in current.dropped]
         trained = _trained(current, rows)
         finals = measure(trained, data)
-        for i, (row, model, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
+        for i, (row, done, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             run = current.rows[row]
             more = _best(courses[run], objective)
             if extras is not None:
-                more |= _extra(extras, model, data, logs[run])
+                more |= _extra(extras, done, data, logs[run])
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
-            _finish(logs, run, model, once | more, pictured=pictured)
+            logs[run].metrics(once | more, done.config.epochs)
+            if pictured:
+                samples = pictures.prior_samples(done.model, done.config.seed)
+                logs[run].picture("prior_samples", samples, done.config.epochs)
+            logs[run].model(*done)
+            _end(logs, run, End("FINISHED", ""))
             results[run] = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
     return results
 
@@ -236,7 +212,6 @@ def train_and_evaluate(
 
 
 def _keep(histories: Sequence[list[Metrics]], models: dict[int, VAE], current: EpochRecord) -> None:
-    """Keep the metrics of an epoch, and the models of runs that end with it."""
     for row, run in enumerate(current.rows):
         histories[run].append(flat_record(current, row))
         if row in current.dropped or current.epoch == current.configs[row].epochs:
@@ -297,7 +272,7 @@ def _started(
     start: Callable[[Planned], RunLog],
     made_with: Mapping[str, Any] | None,
 ) -> Iterator[dict[int, RunLog]]:
-    """Start the runs and yield their logs by row; whatever interrupts ends those left in there."""
+    """Start the runs and yield their logs by row; an exception ends those that are left there."""
     made = provenance_of(data, device) if made_with is None else made_with
     found, diff = provenance.tags(made), provenance.code().diff
     logs: dict[int, RunLog] = {}
@@ -312,10 +287,9 @@ def _started(
                 logs[row].text(diff, DIFF)
         yield logs
     except BaseException as error:
-        status, reason = interruption(error)
         for log in logs.values():
             with suppress(Exception):  # what cannot be written now, the next start writes
-                log.end(status, reason)
+                log.end(*interruption(error))
         raise
 
 
@@ -337,19 +311,12 @@ def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
         **({} if math.isnan(variance) else {"decoder_variance": variance}),
         "dataset": data.name,
         "dataset_digest": data.digest,
-        **({"class_names": names} if data.class_names and len(names) < LONGEST_PARAM else {}),
+        # Longer parameters MLflow refuses.
+        **({"class_names": names} if data.class_names and len(names) < 6_000 else {}),
     }
 
 
-def epoch_metrics(record: EpochRecord, row: int) -> Metrics:
-    """Return all metrics that are logged of an epoch of a run."""
-    progress = (record.seconds, record.images_per_second, float(record.kl_warmup[row]))
-    names = (*WALL_CLOCK, "progress/kl_warmup")
-    return flat_record(record, row) | dict(zip(names, progress, strict=True))
-
-
 def _best(course: Sequence[float], objective: str) -> Metrics:
-    """Return the best epoch of a run and the objective there, if any epoch has a finite one."""
     epoch = best_epoch(course)
     best = course[epoch - 1]
     return {"best/epoch": float(epoch), f"best/{objective}": best} if math.isfinite(best) else {}
@@ -363,9 +330,9 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
     """
     config = record.configs[row]
-    limits = {"loss": math.inf, "mse": LARGEST_ERROR}
+    limits = {"loss": math.inf, "mse": 1.0}
     if config.kl_weight > 0:
-        limits["rate"] = LARGEST_RATE * config.latent_size
+        limits["rate"] = 1e4 * config.latent_size
     for part, metrics in (("training", record.train), ("validation", record.val)):
         for name, limit in limits.items():
             value = float(metrics[name][row]) if name in metrics else 0.0
@@ -411,24 +378,11 @@ def _log_pictures(
     measured = evaluate.as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.binarization].val
-        log.picture("reconstructions", pictures.reconstructions([model], val, PICTURED), epoch)
+        log.picture("reconstructions", pictures.reconstructions([model], val), epoch)
 
 
 def _end(logs: dict[int, RunLog], run: int, end: End) -> None:
     if end.pruned:
         logs[run].tag("pruned", "true")
     logs[run].end(end.status, end.reason)
-    del logs[run]
-
-
-def _finish(
-    logs: dict[int, RunLog], run: int, trained: Trained, final: Metrics, *, pictured: bool
-) -> None:
-    config, model = trained
-    logs[run].metrics(final, config.epochs)
-    if pictured:
-        samples = pictures.prior_samples(model, config.seed)
-        logs[run].picture("prior_samples", samples, config.epochs)
-    logs[run].model(config, model)
-    logs[run].end()
     del logs[run]

@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -25,7 +26,6 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from PIL import Image
 
 from harness.config import RunConfig
-from harness.tracking.addresses import host
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,20 +33,12 @@ if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.models.vae import VAE
 
-KEY = "run_key"
-"""Tag with the key of a run, generated before the run is written."""
+KEY = "run_key"  # tag with the key of a run, generated before the run is written
+NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
+BATCH = 1000  # metric values of one write: MLflow's largest batch
 
-NOTE = "mlflow.note.content"
-"""Tag with the description that the page of a run or an experiment shows."""
-
-BATCH = 1000
-"""Metric values of one write, MLflow's largest batch."""
-
-SHOWN = 12
-"""Characters of a dataset's digest in MLflow's run table; the whole is a parameter."""
-
+# Artifacts of every run: what it was made with, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
-"""Artifacts of every run: what it was made with, and the changed files of a dirty tree."""
 
 Write = dict[str, Any]
 
@@ -119,10 +111,7 @@ class Direct:
 class RunLog:
     """One run being written.
 
-    Args:
-        writer: takes the writes.
-        key: of the run; in a description it stands for the id.
-        create: the first write: experiment, name, tags, params and description.
+    The first write, `create`, has its experiment, name, tags, params and description.
     """
 
     def __init__(self, writer: Writer, key: str, create: Write) -> None:
@@ -157,15 +146,13 @@ class RunLog:
         counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
         profile = json.dumps({"image_shape": data.image_shape, "images": counts})
         source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
-        named = {"name": data.name, "digest": data.digest[:SHOWN], "profile": profile}
+        # For the run table; the whole digest is a parameter.
+        named = {"name": data.name, "digest": data.digest[:12], "profile": profile}
         self._put("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
-        """Log an image of a step; MLflow shows the steps of one key as a slider.
-
-        Its files are named here as `MlflowClient.log_image` names them, so that one which is
-        delivered twice is there once.
-        """
+        """Log an image of a step; MLflow shows the steps of one key as a slider."""
+        # As `MlflowClient.log_image` does; named here, one that is delivered twice is there once.
         name = f"{key}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
         image = Image.fromarray(picture)
         scale = 256 / max(image.size)  # the size of MLflow's overview
@@ -220,7 +207,7 @@ def perform(client: MlflowClient, key: str, run_id: str, write: Write) -> None:
     """Make the call of a write; in a description, the key becomes the id."""
     kind = write["kind"]
     if kind == "create":
-        params = [Param(name, str(value)) for name, value in write["params"].items()]
+        params = [Param(*param) for param in write["params"].items()]
         note = write["description"].replace(key, run_id)
         client.log_batch(run_id, params=params, tags=[RunTag(NOTE, note)] if note else [])
     elif kind == "metrics":
@@ -247,7 +234,7 @@ def origin() -> dict[str, str]:
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": name} if name else {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
         tags["mlflow.user"] = getpass.getuser()
-    return {"host": host(), "process": str(os.getpid()), **tags}
+    return {"host": socket.gethostname(), "process": str(os.getpid()), **tags}
 
 
 def _now() -> int:

@@ -1,8 +1,8 @@
 """The spool of a server: whole runs on disk until the server has them, delivered by a thread.
 
 A process has a folder `HOST-PROCESS-TOKEN` below its server's, locked while it lives, and in it a
-folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/N`, the
-files that a write uploads. The thread sends what has been appended, in order, and removes the
+folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/NAME`,
+the files that a write uploads. The thread sends what has been appended, in order, and removes the
 folder of a run once its end is delivered. The folder of a dead process is taken over by the next
 one, which repeats its runs from the beginning and ends those that have no end.
 
@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -31,22 +32,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
-from harness.tracking.addresses import LOGIN, host, is_server, reason, without_password
+from harness.tracking.addresses import LOGIN, is_server, reason, without_password
 from harness.tracking.runs import BATCH, KEY, Write, create, perform
 
 WRITES = "writes.jsonl"
-
-REFUSALS = (400, 401, 403, 404)
-"""HTTP codes on which a write is given up; after any other failure it is sent again."""
-
-PATIENCE = 60.0
-"""Seconds without an answer after which a server counts as away for what cannot be done later."""
-
-LONGEST_PAUSE = 60.0
-"""Seconds until the next attempt after many failures; the first comes after one second."""
-
-GONE = "its process ended"
-"""Reason of runs that a dead process has left without an end."""
+REFUSALS = (400, 401, 403, 404)  # after any other HTTP code a write is sent again
+PATIENCE = 60.0  # seconds without an answer: a server is away for what cannot be done later
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +56,11 @@ def status(error: BaseException | None) -> int | None:
 
 def shortly(error: BaseException) -> str:
     """Return in a few words why a server did not answer: what lies behind all wrappings."""
-    while inner := _inside(error):
-        error = inner
+    for inner in (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__):
+        if isinstance(inner, BaseException):
+            return shortly(inner)
     text = error.strerror if isinstance(error, OSError) else None
     return text.lower() if text else reason(error)
-
-
-def _inside(error: BaseException) -> BaseException | None:
-    held = (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__)
-    return next((inner for inner in held if isinstance(inner, BaseException)), None)
 
 
 def refused(uri: str, what: str, error: BaseException, folder: Path | None = None) -> UserError:
@@ -106,42 +93,30 @@ class _Delivery:
 
 
 class Spool:
-    """The runs that this process writes to one server.
-
-    Args:
-        folder: of the server, shared by the processes of this disk.
-        uri: of the server.
-        client: MLflow's client of it.
-    """
+    """The runs that this process writes to one server; its folder is shared by all processes."""
 
     batch = 1  # appended epoch by epoch, so that curves are live
 
     def __init__(self, folder: Path, uri: str, client: MlflowClient) -> None:
         self.folder, self.uri, self._client = folder, uri, client
-        self._own = folder / f"{host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._own = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._locks: dict[Path, FileLock] = {}  # of this process's folder and those taken over
         self._runs: dict[str, _Delivery] = {}
         self._run_ids: dict[str, str] = {}
         self._complete: set[str] = set()  # runs of dead processes that had an end
-        self._files = 0
         self._appended, self._retry = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._away, self._answered = "", 0.0
         self._take_over()
 
     def put(self, key: str, write: Write) -> None:
-        """Append a write with copies of its files.
-
-        Raises:
-            UserError: it cannot be written, or the server has refused the run.
-        """
+        """Append a write with copies of its files; what the server has refused is an error."""
         folder = self._own / key
         try:
             if write["kind"] == "create":
                 self._begin(folder)
             elif write["kind"] == "files":
-                self._files += 1
-                copy = shutil.copytree(write["folder"], folder / "files" / str(self._files))
+                copy = shutil.copytree(write["folder"], folder / "files" / uuid.uuid4().hex)
                 write = {**write, "folder": copy.name}
             elif write["kind"] == "end":
                 for path in [*folder.rglob("*"), folder]:
@@ -247,11 +222,12 @@ class Spool:
             return
         written = int(file.stat().st_mtime * 1000)
         os.truncate(file, whole)
-        if _has_ended(_last(file)):
+        last = _last(file)
+        if _has_ended(last):
             self._complete.add(folder.name)
-        elif _last(file).get("kind") != "end":
-            end = {"kind": "end", "status": "KILLED", "reason": GONE, "time": written}
-            _append(file, {**end, "of": "another process"})
+        elif last.get("kind") != "end":
+            end = {"kind": "end", "status": "KILLED", "time": written}
+            _append(file, {**end, "reason": "its process ended", "of": "another process"})
         self._start(folder)
 
     def _remove(self, folder: Path) -> None:
@@ -282,7 +258,7 @@ class Spool:
                 self._appended.set()
                 self._retry.clear()
                 self._retry.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause = min(2 * pause, 60.0)
 
     def _send(self, run: _Delivery) -> None:
         try:

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 import mlflow.artifacts
 import requests
 import sqlalchemy
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -38,11 +41,8 @@ logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises wha
 
 logger = logging.getLogger(__name__)
 
+# MLflow sends a request once, with a limit in seconds; repeating it is done here.
 ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
-"""How MLflow sends a request: once, with a limit in seconds; repeating it is done here."""
-
-TRAINING_VIEW = "custom_model_development"
-"""Kind of an experiment that MLflow's page opens with runs and charts instead of its GenAI view."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ class Store:
         client: MLflow's client of it.
         uri: its address.
         home: folder of the database, or the repository for a server: reports are written here.
-        local: whether it is a database file, with artifacts in `mlruns` beside it.
         spool: what its server does not have yet; None for a database.
     """
 
     client: MlflowClient
     uri: str = field(repr=False)
     home: Path
-    local: bool
     spool: Spool | None = field(default=None, repr=False)
 
     def check_home(self) -> None:
@@ -69,14 +67,11 @@ class Store:
             addresses.check_folder(self.home / name)
 
     def experiment(self, name: str, description: str) -> str:
-        """Return the id of an experiment, creating it with its description if need be.
-
-        Raises:
-            UserError: it was deleted, or its artifacts cannot be written from here.
-        """
+        """Return the id of an experiment, creating it with its description if need be."""
         # A server knows its own place; a database would take the current directory.
         location = None if addresses.is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
-        tags = {NOTE: description, "mlflow.experimentKind": TRAINING_VIEW}
+        # Of this kind, MLflow's page opens with runs and charts instead of its GenAI view.
+        tags = {NOTE: description, "mlflow.experimentKind": "custom_model_development"}
         found = self.ask(self.client.get_experiment_by_name, name)
         if found is None:
             try:
@@ -104,16 +99,17 @@ class Store:
         description: str = "",
     ) -> RunLog:
         """Start a run; in its description, the key stands for the run's id."""
-        create = {"experiment": experiment_id, "name": name, "tags": {**origin(), **tags}}
-        written = {name: str(value) for name, value in params.items()}
-        writer = self.spool or Direct(self.client)
-        return RunLog(writer, key, {**create, "params": written, "description": description})
+        create = {
+            "experiment": experiment_id,
+            "name": name,
+            "tags": {**origin(), **tags},
+            "params": {name: str(value) for name, value in params.items()},
+            "description": description,
+        }
+        return RunLog(self.spool or Direct(self.client), key, create)
 
     def runs(self, experiment: str, **tags: str) -> list[Run]:
-        """Return the runs of an experiment with some tags, in the order of the plan, then of start.
-
-        What waits for a server is delivered first.
-        """
+        """Deliver what waits, and return the runs with some tags, in the order of the plan."""
         self.deliver()
         terms = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
         found = self._search(experiment, " and ".join(terms))
@@ -174,13 +170,8 @@ class Store:
     ) -> bool:
         """Wait until the server has all that was written of some runs, None for this process's.
 
-        Args:
-            keys: of the runs.
-            patience: seconds without an answer after which this fails.
-            wait_while_answering: return False at once where the server is away.
-
-        Raises:
-            UserError: the server does not answer, or refuses a run.
+        A server that does not answer for `patience` seconds, or refuses a run, is an error. With
+        `wait_while_answering` this returns False at once where the server is away.
         """
         wanted = None if keys is None else set(keys)
         return self.spool is None or self.spool.deliver(
@@ -188,11 +179,7 @@ class Store:
         )
 
     def run(self, run: str) -> Run:
-        """Return a run by its id or key.
-
-        Raises:
-            UserError: there is no such run.
-        """
+        """Return a run by its id or key."""
         try:
             return _run(self.ask(self.client.get_run, run))
         except UserError as error:
@@ -206,11 +193,7 @@ class Store:
             ) from error
 
     def text(self, run_id: str, file: str) -> str:
-        """Return an artifact of a run as text.
-
-        Raises:
-            UserError: the run has no such artifact, or it cannot be fetched.
-        """
+        """Return an artifact of a run as text."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = self.client.download_artifacts(run_id, file, folder)
@@ -221,11 +204,7 @@ class Store:
                 ) from error
 
     def json(self, run_id: str, file: str) -> dict[str, Any]:
-        """Return an artifact of a run that holds a JSON object.
-
-        Raises:
-            UserError: as `text`, or it holds something else.
-        """
+        """Return an artifact of a run that holds a JSON object."""
         try:
             found = json.loads(self.text(run_id, file))
         except (json.JSONDecodeError, RecursionError) as error:  # also brackets without end
@@ -244,11 +223,7 @@ class Store:
         ]
 
     def record(self, run: str) -> Record:
-        """Return all that is needed to train a finished run again, by its id or key.
-
-        Raises:
-            UserError: there is no such run, or it has not finished or lacks its record.
-        """
+        """Return all that is needed to train a finished run again, by its id or key."""
         found = self.run(run)
         role = found.tags.get("role")
         if role != "run":
@@ -261,11 +236,7 @@ class Store:
         return Record(found.run_id, found.name, config, made_with, self.history(found.run_id))
 
     def ask(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
-        """Call MLflow for what can be repeated; ask a server that is away again for a while.
-
-        Raises:
-            UserError: the server does not answer for PATIENCE seconds, or the call is refused.
-        """
+        """Call MLflow for what can be repeated; ask a server that is away for PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -308,12 +279,8 @@ def _run(found: mlflow.entities.Run) -> Run:
 def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     """Open a tracking store, creating the database if it is not there yet.
 
-    Args:
-        uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
-        patience: seconds to wait for a server that does not answer.
-
-    Raises:
-        UserError: the store cannot be opened or created.
+    No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. A server that does not answer
+    is waited for as many seconds as `patience`.
     """
     uri = addresses.tracking_address(uri)
     if addresses.is_server(uri):
@@ -323,15 +290,16 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     try:
         if database is None:  # a database server, through SQLAlchemy
             _reach(uri)
-            return Store(_client(uri), uri, addresses.project_root(), local=False)
+            return Store(_client(uri), uri, addresses.project_root())
         database.parent.mkdir(parents=True, exist_ok=True)
-        with addresses.creation_lock(uri):
+        with FileLock(f"{database}.lock"):  # creating the tables twice breaks them
             if not database.exists():
                 new = database.with_name(f".{database.name}.{os.getpid()}.new")
                 new.write_bytes(_empty_database())
                 new.replace(database)  # whole or not at all, even after a kill
-            addresses.use_write_ahead_log(database)
-            return Store(_client(uri), uri, database.parent, local=True)
+            with closing(sqlite3.connect(database)) as connection:
+                connection.execute("pragma journal_mode=WAL")  # halves the cost of a write
+            return Store(_client(uri), uri, database.parent)
     except Exception as error:  # any driver's: SQLAlchemy's, MLflow's
         raise addresses.unusable(uri, "--tracking-uri", error) from error
 
@@ -339,7 +307,8 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
 @cache
 def _empty_database() -> bytes:
     """Return an empty database of MLflow, made in memory: 300 commits to a disk take seconds."""
-    with tempfile.TemporaryDirectory(dir=addresses.memory_folder()) as folder:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         database = Path(folder) / "mlflow.db"
         _client(f"sqlite:///{database}")
         return database.read_bytes()
@@ -359,8 +328,7 @@ def _reach(uri: str) -> None:
     engine.connect().close()
 
 
-_servers: dict[tuple[int, str], Store] = {}
-"""Servers that a process writes to: one spool each, wherever it is read."""
+_servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each
 
 
 def _server(uri: str, patience: float) -> Store:
@@ -383,5 +351,5 @@ def _server(uri: str, patience: float) -> Store:
         time.sleep(5)
     root = addresses.project_root()
     folder = root / "cache" / "spool" / re.sub(r"[^\w.-]+", "_", uri)
-    store = Store(client, uri, root, local=False, spool=Spool(folder, uri, client))
+    store = Store(client, uri, root, Spool(folder, uri, client))
     return _servers.setdefault((os.getpid(), uri), store)
