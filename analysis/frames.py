@@ -51,11 +51,7 @@ def load_study(
 
 
 def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
-    """Return the frame unless it is empty.
-
-    Raises:
-        UserError: it is; the message says which command makes the study's runs.
-    """
+    """Return the frame unless it is empty."""
     if frame.empty:
         raise UserError(
             f"no finished runs of {study}-{dataset} here; make them with: "

@@ -88,11 +88,7 @@ def captioned(kind: str, number: int, caption: str, content: str) -> str:
 
 
 def image(path: Path, description: str, rows: Sequence[str] = ()) -> str:
-    """Write an inlined image in its own size, the names of its rows, top to bottom, beside them.
-
-    Raises:
-        UserError: the file is not an image.
-    """
+    """Write an inlined image in its own size, the names of its rows, top to bottom, beside them."""
     try:
         with Image.open(path) as opened:
             kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]

@@ -28,11 +28,7 @@ LAST = {"best/epoch": "epochs"}
 
 
 def build(folder: Path) -> Path:
-    """Write `report.html` into a summary folder and return its path.
-
-    Raises:
-        UserError: a file that the summary needs or names is missing.
-    """
+    """Write `report.html` into a summary folder and return its path."""
     summary = summaries.read(folder)
     first, *_ = markup.split(summary.question)
     body = [
@@ -53,9 +49,6 @@ def index(reports: Iterable[Path], out: Path) -> Path:
     Args:
         reports: files that `build` returned, `summary.json` beside each.
         out: the page; its links are relative to it.
-
-    Raises:
-        UserError: a report or its summary is missing.
     """
     entries = []
     for report in reports:
@@ -164,11 +157,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        UserError: an argument is missing or unknown.
-    """
+    """Read the command line."""
     parser = _Parser(prog="python -m analysis.report", description="Write a study's report.")
     parser.add_argument("study", metavar="STUDY", help="such as kl_weight")
     parser.add_argument("--dataset", default="digits", help="the one it ran on (digits)")

@@ -267,11 +267,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 
 def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
-    """Check the ledger and show it; None for a dry run, or where another process shows it.
-
-    Raises:
-        UserError: an option, the data or a store cannot be used.
-    """
+    """Check the ledger and show it; None for a dry run, or where another process shows it."""
     if options.study_name is not None:
         checked_name(options.study_name)
     options.check()

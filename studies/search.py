@@ -107,9 +107,6 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     Args:
         options: what the user set.
         own: the user's images, which take the place of `options.dataset`.
-
-    Raises:
-        UserError: a setting cannot be used.
     """
     for name in ("trials", "seeds"):
         if getattr(options, name) < 1:
@@ -183,11 +180,7 @@ def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
 
 
 def find(proposer: TPE, ended: Ended) -> Findings:
-    """Return what a search found.
-
-    Raises:
-        UserError: the best configuration diverged with every fresh seed.
-    """
+    """Return what a search found."""
     import pandas as pd
 
     from analysis import frames, search_frames, search_plots

@@ -94,9 +94,6 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
 
     Args:
         url: SQLAlchemy URL; None means `optuna.db` in the repository.
-
-    Raises:
-        UserError: it cannot be used, or does not answer within seconds.
     """
     url = storage_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -197,11 +194,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def retry(work: Callable[[], Result], url: str) -> Result:
-    """Call an idempotent function until its database answers; within another call, once.
-
-    Raises:
-        UserError: the database was away for `PATIENCE`.
-    """
+    """Call an idempotent function until its database answers; within another call, once."""
     if getattr(_retrying, "begun", False):  # the outermost call repeats the whole
         return work()
     given_up, pause = time.monotonic() + PATIENCE, 0.1
@@ -222,11 +215,7 @@ def retry(work: Callable[[], Result], url: str) -> Result:
 
 
 def heartbeat_seconds(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the seconds between heartbeats.
-
-    Raises:
-        UserError: the variable is no whole number above 0.
-    """
+    """Return the seconds between heartbeats."""
     given = environment.get(BEAT, "20")
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"{BEAT}={given!r}: give a whole number of seconds >= 1")

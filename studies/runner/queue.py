@@ -326,11 +326,7 @@ def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
 def check_settings(
     storage: optuna.storages.RDBStorage, name: str, settings: Mapping[str, Any]
 ) -> bool:
-    """Return whether a study exists; nothing is written.
-
-    Raises:
-        UserError: it exists with other settings, or is of the first edition, or another program's.
-    """
+    """Return whether a study exists; nothing is written."""
     if name not in optuna.get_all_study_names(storage):
         return False
     study = optuna.load_study(study_name=name, storage=storage)
@@ -361,11 +357,7 @@ def open_queue(
     proposer: Proposer,
     store_complete: Callable[[], set[str]],
 ) -> Queue:
-    """Create or continue a study.
-
-    Raises:
-        UserError: as `check_settings`.
-    """
+    """Create or continue a study."""
 
     def open_study() -> optuna.Study:
         with exclusive(storage.url, name):

@@ -76,10 +76,6 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
 
     Returns:
         What was found; None if another process answers.
-
-    Raises:
-        UserError: a store cannot be used, or the study exists with other settings or is being run
-            by another process.
     """
     log.info("opening MLflow and Optuna")
     store, storage = open_stores(options, plan.name)
@@ -137,12 +133,7 @@ def _counts(queue: Queue) -> tuple[int, int]:
 
 
 def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
-    """Open tracking store and storage, so that one that cannot be used leaves no other behind.
-
-    Raises:
-        UserError: one of them cannot be used, they are the same file, or nothing can be written
-            beside the tracking store.
-    """
+    """Open tracking store and storage, so that one that cannot be used leaves no other behind."""
     tracking, url = _addresses(options)
     if addresses.is_new(url) or addresses.is_server(tracking):  # opening a server writes nothing
         try:

@@ -70,11 +70,7 @@ from their variance."""
 
 
 def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
-    """Read the user's images, which a plan depends on; return None for any other dataset.
-
-    Raises:
-        UserError: they cannot be read, or an option is for a user's images alone.
-    """
+    """Read the user's images, which a plan depends on; return None for any other dataset."""
     if not name.startswith("folder:"):
         if image_size is not None:
             raise UserError("--image-size: only images of --dataset folder:PATH are resized")
@@ -93,9 +89,6 @@ def source(name: str, own: Dataset | None) -> Source:
     Args:
         name: as the user gave it.
         own: the user's images.
-
-    Raises:
-        UserError: there is no dataset of that name.
     """
     if own is None:
         if name not in KNOWN:
@@ -129,9 +122,6 @@ class Axis:
         name: column of the frames and axis of the figures.
         values: what is tried.
         apply: (config, value, source) -> config; by default `name` is a field that is set.
-
-    Raises:
-        UserError: there is no value, or one that is neither a number nor a word.
     """
 
     def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
@@ -169,9 +159,6 @@ class Study:
         extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all others are compared with; None means the best one.
-
-    Raises:
-        UserError: its name cannot be one, or it has no question.
     """
 
     name: str
@@ -287,9 +274,6 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         study: the study.
         options: what the user set.
         own: the user's images, which take the place of `options.dataset`.
-
-    Raises:
-        UserError: a setting cannot be used.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:

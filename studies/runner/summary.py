@@ -155,11 +155,7 @@ def ended(
     study: optuna.Study,
     trials: Sequence[FrozenTrial],
 ) -> Ended:
-    """Read the runs of a study back from MLflow, and check that none is missing.
-
-    Raises:
-        UserError: nothing finished, or the tracking store lacks runs of finished trials.
-    """
+    """Read the runs of a study back from MLflow, and check that none is missing."""
     log.info("reading the runs back from MLflow")
     known = {key for trial in trials if has_result(trial) for key in keys(trial)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
