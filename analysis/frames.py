@@ -104,11 +104,6 @@ def half_width(values: pd.Series | np.ndarray) -> float:
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
     """Average over seeds at each value of an axis, or of an axis within groups.
 
-    Args:
-        frame: one row per run.
-        keys: column of the axis, or columns of group and axis.
-        metrics: columns to average.
-
     Returns:
         One row per point, numbers in order and names as they come; for each metric its mean under
         its own name and the half width of its interval under "NAME±"; `seeds` counts the runs.

@@ -46,9 +46,7 @@ def build(folder: Path) -> Path:
 def index(reports: Iterable[Path], out: Path) -> Path:
     """Write a page that leads to several reports, with each one's question and answer.
 
-    Args:
-        reports: files that `build` returned, `summary.json` beside each.
-        out: the page; its links are relative to it.
+    The reports are files that `build` returned, `summary.json` beside each.
     """
     entries = []
     for report in reports:

@@ -250,12 +250,7 @@ def table(gaps: Sequence[Gap]) -> Table:
 
 
 def verdict(found: Comparison, *, exact: bool) -> str:
-    """Return the outcome in a sentence.
-
-    Args:
-        found: the comparison.
-        exact: whether values must be equal to the last bit.
-    """
+    """Return the outcome in a sentence; exact: values must be equal to the last bit."""
     parts = []
     if found.gaps:
         worst = max(found.gaps, key=lambda gap: gap.size)

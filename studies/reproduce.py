@@ -68,15 +68,7 @@ class ReproduceOptions(Places):
 def make_plan(
     ledger: Ledger, form: Form, data: Dataset, device: str, options: ReproduceOptions
 ) -> Plan:
-    """Return the plan of a ledger: a trial for each configuration and seed that it needs.
-
-    Args:
-        ledger: the claims.
-        form: how much is trained.
-        data: the dataset.
-        device: "cpu", or "cuda", on which the full form trains more.
-        options: the user's.
-    """
+    """Return the plan of a ledger: a trial for each configuration and seed that it needs."""
     wanted = required(ledger, gpu=form.full and device == "cuda")
     cells = [
         Cell(

@@ -102,12 +102,7 @@ class SearchOptions(Common):
 
 
 def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
-    """Return the plan of a search; checked before anything is written.
-
-    Args:
-        options: what the user set.
-        own: the user's images, which take the place of `options.dataset`.
-    """
+    """Return the plan of a search, on the user's own images if given; all settings are checked."""
     for name in ("trials", "seeds"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: give a whole number >= 1")
@@ -267,7 +262,6 @@ def find(proposer: TPE, ended: Ended) -> Findings:
 
 
 def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    """Return the best finished trials of the search, by validation neg_elbo."""
     from analysis import frames
 
     finished = runs[~runs["pruned"]]

@@ -29,7 +29,6 @@ class Evidence:
     """Finished runs on one dataset.
 
     Attributes:
-        data: the dataset.
         runs: finished and diverged runs, which are found by their settings.
         load: run id -> the run's settings and model.
     """

@@ -55,14 +55,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     0: done. 2: an input was refused, or a store, a server or the disk failed; all that was recorded
     is kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
     130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
-    where a claim or the replay fails.
-
-    Args:
-        args: of the command line, where `--json` is looked for; None means this process's.
-        stopped: printed after Ctrl-C or SIGTERM.
-
-    Yields:
-        The terminal, on which messages are shown meanwhile.
+    where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
     terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
     code: int | str = 0
@@ -147,10 +140,7 @@ def execute(
 ) -> Outcome | None:
     """Run a study and show it; None for a dry run, or where another process shows it.
 
-    Args:
-        make_plan: the user's images, None for a dataset of a name -> plan.
-        options: the user's.
-        terminal: shows it.
+    `make_plan` is called with the user's images, or None for a dataset of a name.
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_plan(own)
@@ -168,11 +158,7 @@ def execute(
 
 
 def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
-    """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`.
-
-    Raises:
-        SummaryError: a figure, the answer or a metric failed.
-    """
+    """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import estimate

@@ -90,11 +90,7 @@ def engine_options(url: str) -> dict[str, Any]:
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
-    """Open Optuna's database, creating its tables where they are missing.
-
-    Args:
-        url: SQLAlchemy URL; None means `optuna.db` in the repository.
-    """
+    """Open Optuna's database, creating its tables where they are missing."""
     url = storage_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_database(url, "--storage")

@@ -36,12 +36,7 @@ def sentence(
 ) -> str:
     """Return a sentence with the number of stacks and the estimated duration of runs.
 
-    Args:
-        configs: the runs, which differ only in what is swept.
-        data: their dataset.
-        device: "auto", "cpu" or "cuda".
-        tracking_uri: where finished runs are looked for, as an option.
-        at_once: width of a device's stack -> width of the plan's.
+    `at_once` returns the width of the plan's stacks for a device's; `device` may be "auto".
     """
     from harness.training.engine import STACK_WIDTH, resolve_device, together
 

@@ -111,12 +111,7 @@ class Common(Places):
         return {name: value for name, value in given.items() if value is not None}
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
-        """Return a configuration with everything set that the user chose.
-
-        Args:
-            config: the study's.
-            epochs: of the dataset, unless the user chose another number.
-        """
+        """Return a configuration with all that the user chose; `epochs` are the dataset's."""
         self.check()
         epochs = epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())

@@ -76,7 +76,6 @@ class Cell(NamedTuple):
 
     Attributes:
         identity: JSON values by which its trial is recognised.
-        config: settings.
         name: in MLflow's run table.
         params: parameters in MLflow, beside the settings.
         tags: tags in MLflow; `trial` and `place` are added.
@@ -96,13 +95,7 @@ def _identity(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Listed:
-    """Trials of one run each, in the order of a list.
-
-    Attributes:
-        cells: the list.
-        settings: as of a `Proposer`.
-        objective: metric that a trial's value is.
-    """
+    """Trials of one run each, in the order of a list."""
 
     cells: Sequence[Cell]
     settings: dict[str, Any]
@@ -183,16 +176,7 @@ PRUNED = {
 class TPE:
     """A search by the tree-structured Parzen estimator (Bergstra et al. 2011).
 
-    A trial is one configuration with all its seeds; its objectives are means over them.
-
-    Attributes:
-        base: configuration that the searched fields are set in.
-        space: the searched fields.
-        seeds: runs of each trial, seeds 0, 1, ...
-        trials: number of trials in all.
-        pruner: how unpromising trials are stopped.
-        objectives: metrics that are minimised.
-        settings: as of a `Proposer`; `seeds` belongs to them.
+    A trial is one configuration with all its seeds, 0, 1, ...; its objectives are means over them.
     """
 
     base: RunConfig

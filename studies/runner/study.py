@@ -32,8 +32,6 @@ class Source:
     """What a plan depends on of a dataset, known before the data are loaded.
 
     Attributes:
-        name: the dataset's.
-        pixels: D.
         calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
         epochs: passes over the training split where the user gives no number.
         digest: of the user's images, which a name does not identify; else "".
@@ -81,14 +79,10 @@ def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
 
 
 def source(name: str, own: Dataset | None) -> Source:
-    """Return what a plan depends on of a dataset.
+    """Return what a plan depends on of a dataset, whose images are given if they are the user's.
 
     The calibrated weight of a user's images is guessed: half the variance of a pixel. With 10
     latents the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
-
-    Args:
-        name: as the user gave it.
-        own: the user's images.
     """
     if own is None:
         if name not in KNOWN:
@@ -120,7 +114,7 @@ class Axis:
 
     Args:
         name: column of the frames and axis of the figures.
-        values: what is tried.
+        values: at least one, each a number or a word.
         apply: (config, value, source) -> config; by default `name` is a field that is set.
     """
 
@@ -192,16 +186,11 @@ class Plan:
 
     Attributes:
         page: name of the study's module or file, and first part of its experiment's name.
-        question: what it asks.
         name: of the Optuna study, and tag of its runs.
-        source: of the dataset.
         configs: the runs, as far as they are known; at least one.
-        proposer: which trials are run.
         find: what ended -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
         sentence: what will be trained.
-        objective: validation metric that the best epoch of a run is chosen by.
-        extras: further metrics of a finished run, as in `Study`.
         study: name of the study in `studies.all` by which a replay finds `extras`.
         confirm: Optuna study without trials left -> what is trained then.
         summary_key: changes when a new summary is to be recorded of the same runs.
@@ -270,10 +259,7 @@ def points(
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
-    Args:
-        study: the study.
-        options: what the user set.
-        own: the user's images, which take the place of `options.dataset`.
+    The user's own images, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     if seeds < 1:

@@ -78,11 +78,7 @@ class _Screen(rich.console.Console):
 
 
 class _Handler(logging.Handler):
-    """Shows messages; those with `extra={"progress": True}` report how far something is.
-
-    Args:
-        show: (message, whether it only reports how far something is) -> None.
-    """
+    """Shows messages; those with `extra={"progress": True}` only report how far something is."""
 
     def __init__(self, show: Callable[[str, bool], None]) -> None:
         super().__init__(logging.INFO)
@@ -98,8 +94,7 @@ class _Handler(logging.Handler):
 class Steps:
     """Progress of training in runs, an epoch being a part of one.
 
-    Args:
-        advance: (runs that are done, what is happening) -> None.
+    `advance` takes the number of runs that are done, and what is happening.
     """
 
     def __init__(self, advance: Callable[[float, str], None]) -> None:
@@ -122,10 +117,7 @@ class Steps:
 class Terminal:
     """A terminal with a moving line, or a log file with a line every 10 % or 15 s.
 
-    Args:
-        json: whether the outcome is printed as one JSON object on standard output, and all else
-            on standard error.
-        out: where lines go, unless it is one of these two.
+    With `json` the outcome is one JSON object on standard output, and all else on standard error.
     """
 
     def __init__(self, *, json: bool = False, out: rich.console.Console | None = None) -> None:
@@ -193,12 +185,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, runs: int, left: int) -> Iterator[Steps]:
-        """Show the training of the runs that are left; yields the callback of every epoch.
-
-        Args:
-            runs: of the whole plan.
-            left: those that no process has finished.
-        """
+        """Show the training of what no process has finished; yields the callback of every epoch."""
         if left == 0:
             self.line("Every run is finished already; nothing is trained again.")
         elif left < runs:
@@ -302,7 +289,6 @@ def _short(name: str, cell: str) -> str:
 
 
 def _claims(heading: str, rows: Iterable[Row]) -> Table:
-    """Return a table of judged claims."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(heading)
     for name in ("reference", "obtained", "tolerance"):
