@@ -122,8 +122,8 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     """
     figure, (left, right) = canvas(10, 4, columns=2)
     information = ("rate", "mutual_information", "mutual_information_lower")
-    _lines(left, frame, axis, information, COLORS)
-    _lines(right, frame, axis, ("frechet", "frechet_reconstructions"), COLORS)
+    _lines(left, frame, axis, information)
+    _lines(right, frame, axis, ("frechet", "frechet_reconstructions"))
     if "frechet_floor" in frame:
         floor = frame["frechet_floor"].mean()
         right.axhline(floor, color=GREY, ls=":", lw=1.2, label="frechet_floor")
@@ -140,14 +140,12 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     return figure
 
 
-def _lines(
-    panel: Axes, frame: pd.DataFrame, axis: str, metrics: Sequence[str], colors: Sequence[str]
-) -> None:
+def _lines(panel: Axes, frame: pd.DataFrame, axis: str, metrics: Sequence[str]) -> None:
     from analysis import frames
 
     there = [metric for metric in metrics if metric in frame]  # an older store lacks some
     means = frames.along_axis(frame, axis, there)
-    for metric, color in zip(there, colors, strict=False):
+    for metric, color in zip(there, COLORS, strict=False):
         x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
         panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
         panel.plot(x, y, ".-", color=color, label=metric)

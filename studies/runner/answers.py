@@ -27,10 +27,12 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
     best = frames.best_value(frame, axis)
     means = frames.along_axis(frame, axis, [*REPORTED, "val/neg_elbo"]).set_index(axis)
     row, size = means.loc[best], frame["latent_size"].max()
+    seeds = int(row["seeds"])
+    of = "one seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
     sentences = [
         f"{axis} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image "
-        f"(test {plus_minus(row, 'neg_elbo')}; {_from(int(row['seeds']))}).",
+        f"(test {plus_minus(row, 'neg_elbo')}; {of}).",
         calibration(row) + f"{row['active_units']:.1f} of {size} latents are active.",
         rivals(frame, axis, best),
         *linear_prediction(frame, axis, best),
@@ -44,10 +46,6 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[axis] == best])]).strip()
-
-
-def _from(seeds: int) -> str:
-    return "one seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
 
 
 def calibration(row: pd.Series) -> str:
@@ -197,12 +195,17 @@ def against_linear(runs: pd.DataFrame) -> str:
     if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
         return ""
     gap, half = runs["gap_to_linear"].mean(), frames.half_width(runs["gap_to_linear"])
-    verdict = "better than" if gap - half > 0 else "no better than"
-    verdict = "worse than" if gap + half < 0 else verdict
     return (
-        f"; its loss is {verdict} that of a linear model at the same weight (gap_to_linear "
-        f"{gap:.1f} ± {half:.1f} %)"
+        f"; its loss is {judged(gap, half)} than that of a linear model at the same weight "
+        f"(gap_to_linear {gap:.1f} ± {half:.1f} %)"
     )
+
+
+def judged(gap: float, half_width: float) -> str:
+    """Return how a mean gap_to_linear compares with 0: "better", "no better" or "worse"."""
+    if gap + half_width < 0:
+        return "worse"
+    return "better" if gap - half_width > 0 else "no better"
 
 
 def worst_class(frame: pd.DataFrame) -> str:
@@ -252,8 +255,8 @@ def _worse(frame: pd.DataFrame, value: object, best: object, axis: str = "latent
     return compare(frame, axis, value, best, "val/neg_elbo").distinguishable
 
 
-def plus_minus(row: pd.Series, metric: str, digits: int = 2) -> str:
+def plus_minus(row: pd.Series, metric: str) -> str:
     """Write a mean with its half width, or alone where there is none."""
-    half = row[f"{metric}±"]
-    mean = f"{row[metric]:.{digits}f}"
-    return mean if half != half else f"{mean} ± {half:.{digits}f}"
+    from analysis import tables
+
+    return tables.pair(row[metric], row[f"{metric}±"], 2)

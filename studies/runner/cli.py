@@ -122,12 +122,11 @@ def _one_line(box: str) -> str:
     return f"{' '.join(message)}; --help lists all options"
 
 
-def start_pool(device: str) -> None:
-    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile.
-
-    Args:
-        device: as in the options.
-    """
+def start_pool(options: Places) -> None:
+    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile."""
+    if options.dry_run or options.workers > 1:
+        return
+    device = options.device
     on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
     if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
         from harness import forkserver
@@ -144,8 +143,7 @@ def execute(
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_plan(own)
-    if not options.dry_run and options.workers == 1:
-        start_pool(options.device)
+    start_pool(options)
 
     import harness  # after parsing, so that --help and misspelt options answer at once
     from harness.training.engine import resolve_device

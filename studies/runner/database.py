@@ -51,9 +51,6 @@ CONNECTING = {
 PATIENCE = 600.0
 """Seconds for which a database may be away before `retry` gives up."""
 
-LONGEST_PAUSE = 10.0
-"""Seconds, at most, between two attempts."""
-
 SILENCE = 60
 """Seconds after which PostgreSQL takes a lock from a process that is stopped."""
 
@@ -207,7 +204,7 @@ def retry(work: Callable[[], Result], url: str) -> Result:
             _retrying.begun = False
         stopping.check()
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, 10.0)
 
 
 def heartbeat_seconds(environment: Mapping[str, str] = os.environ) -> int:

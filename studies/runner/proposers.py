@@ -88,6 +88,26 @@ class Cell(NamedTuple):
     tags: dict[str, str]
 
 
+def repeated(
+    label: str,
+    identity: Mapping[str, Any],
+    config: RunConfig,
+    seeds: Sequence[int],
+    params: dict[str, Any],
+) -> list[Cell]:
+    """Return the runs of a configuration, one a seed."""
+    return [
+        Cell(
+            {**identity, "seed": seed},
+            config.replace(seed=seed),
+            f"{label} seed={seed}",
+            params,
+            {"configuration": label},
+        )
+        for seed in seeds
+    ]
+
+
 def _identity(values: Mapping[str, Any]) -> str:
     """Return a key of JSON values, in which 1 is 1.0."""
     return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)

@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
-from studies.runner.options import ELSEWHERE, arguments, program
-from studies.runner.proposers import Cell, Listed, Proposer
+from studies.runner.options import ELSEWHERE, arguments, at_least, program
+from studies.runner.proposers import Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
     import optuna
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from harness.tracking.record import Trained
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
-
-FEW_IMAGES = 10_000
-"""User's images below this number are trained on for as many epochs as digits, others as MNIST."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def source(name: str, own: Dataset | None) -> Source:
     _, height, width = own.image_shape
     folder = own.name.removeprefix("folder-")
     words = f"--dataset folder:{shlex.quote(folder)} --image-size {height} {width}"
-    epochs = KNOWN["digits" if len(own.train) < FEW_IMAGES else "mnist"].epochs
+    epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
     images = (len(own.train), len(own.val), len(own.test))
     return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)
 
@@ -242,28 +239,13 @@ def written(values: Sequence[Any]) -> dict[Any, str]:
     return dict(zip(values, texts, strict=True))
 
 
-def points(
-    study: Study, base: RunConfig, values: Sequence[Any], data: Source
-) -> dict[Point, RunConfig]:
-    """Return the points of a study and their settings, all but the seed, checked."""
-    found = {
-        Point(group, value): study.axis.apply(base.replace(**changes), value, data)
-        for group, changes in study.groups(base, data).items()
-        for value in values
-    }
-    for config in found.values():
-        _check_objective(study, config)
-    return found
-
-
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
     The user's own images, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
-    if seeds < 1:
-        raise UserError(f"seeds={seeds}: give a whole number >= 1")
+    at_least(1, seeds=seeds)
     values = study.axis.values if options.values is None else options.values
     if not values:
         raise UserError("--values: give at least one, or leave it out")
@@ -273,20 +255,24 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         advice = "leave it out" if swept == study.group else "choose its values with --values"
         raise UserError(f"{swept}={options.chosen()[swept]}: {study.name} sweeps it; {advice}")
     data = source(options.dataset, own)
-    given = options.study_name
-    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
+    name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
-    every = points(study, base, values, data)
+    every = {
+        Point(group, value): study.axis.apply(base.replace(**changes), value, data)
+        for group, changes in study.groups(base, data).items()
+        for value in values
+    }
+    for config in every.values():
+        _check_objective(study, config)
     texts = written(values)
-    cells = []
+    cells = list[Cell]()
     for point, config in every.items():
-        label = label_of(study, point, texts[point.value])
-        for seed in range(seeds):
-            identity = {"group": point.group, "value": point.value, "seed": seed}
-            run = config.replace(seed=seed)
-            params = coordinates(study, point)
-            tags = {"configuration": label}
-            cells.append(Cell(identity, run, f"{label} seed={seed}", params, tags))
+        value, axis = texts[point.value], study.axis.name
+        named = value if axis == "condition" else f"{axis}={value}"
+        label = f"{point.group}, {named}" if point.group else named
+        params = {study.group: point.group} if study.group else {}
+        params[axis] = point.value
+        cells += repeated(label, point._asdict(), config, range(seeds), params)
     varied = {"seed", study.axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
     effective = replace(options, epochs=base.epochs, seeds=seeds)
@@ -313,18 +299,6 @@ def command(page: str, data: Source, options: Common) -> str:
     return " ".join(word for word in words if word)
 
 
-def coordinates(study: Study, point: Point) -> dict[str, Any]:
-    """Return a point as the frames' columns name it."""
-    group = {study.group: point.group} if study.group else {}
-    return {**group, study.axis.name: point.value}
-
-
-def label_of(study: Study, point: Point, value: str) -> str:
-    """Return a point's name, such as "batch, kl_weight=0.1"."""
-    named = value if study.axis.name == "condition" else f"{study.axis.name}={value}"
-    return f"{point.group}, {named}" if point.group else named
-
-
 def _sentence(study: Study, every: Mapping[Point, RunConfig], seeds: int, texts: Mapping) -> str:
     groups = [group for group in dict.fromkeys(point.group for point in every) if group]
     each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
@@ -341,15 +315,20 @@ def _find(study: Study, ended: Ended) -> Findings:
     return compare_points(study, ended)
 
 
-def _check_objective(study: Study, config: RunConfig) -> None:
-    if not study.objective.endswith("neg_elbo"):
-        return
+def check_likelihood(config: RunConfig, page: str) -> None:
+    """Refuse a configuration that has no neg_elbo to compare."""
     if not config.has_likelihood:
         raise UserError(
             f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
+            f"entropy of grey pixels is no likelihood, and {page} compares neg_elbo; give "
             "--binarization stochastic or threshold"
         )
+
+
+def _check_objective(study: Study, config: RunConfig) -> None:
+    if not study.objective.endswith("neg_elbo"):
+        return
+    check_likelihood(config, study.name)
     if config.latent == "deterministic":
         raise UserError(
             f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "

@@ -37,9 +37,6 @@ LOGGERS = ("harness", "studies")
 EVERY = 15.0
 """Seconds after which a log gets a line though nothing new began."""
 
-INDENT = " " * 7
-"""Of lines in a log, as wide as a percentage."""
-
 HIDDEN = (
     "neg_elbo",
     "val/mse",
@@ -178,7 +175,7 @@ class Terminal:
             self._status.update(text)
             self._status.start()
         elif not further or self._is_due():
-            self.line(INDENT + text)
+            self.line(f"{'':7}{text}")  # as far to the right as after a percentage
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._last >= EVERY
@@ -280,12 +277,9 @@ def _table(cells: pd.DataFrame) -> Table:
         header = "_\n".join(HYPHENATED.get(word, word) for word in words)
         table.add_column(header, justify="right", no_wrap=True)
     for row in cells.to_dict("records"):
-        table.add_row(*(_short(str(name), cell) for name, cell in row.items()))
+        short = (c.split(" ")[0] if n in BRIEF else c.replace(" ± ", "±") for n, c in row.items())
+        table.add_row(*short)
     return table
-
-
-def _short(name: str, cell: str) -> str:
-    return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
 
 
 def _claims(heading: str, rows: Iterable[Row]) -> Table:
