@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import lazy_loader
 import numpy as np
-import pandas as pd
-from scipy import stats
 
 from harness.errors import UserError
-from harness.tracking.runs import Run
-from harness.tracking.store import connect
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.tracking.runs import Run
+else:
+    pd = lazy_loader.load("pandas")  # which --help does not wait for
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -34,6 +39,8 @@ def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> p
         Columns run_id, name, every parameter and every metric, those of the test split under
         their plain names; empty if nothing has finished.
     """
+    from harness.tracking import connect  # loads MLflow
+
     runs = connect(tracking_uri).runs(experiment, study=study, role="run")
     return tidy([run for run in runs if run.status == "FINISHED"])
 
@@ -94,6 +101,8 @@ def half_width(values: pd.Series | np.ndarray) -> float:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
         2.484
     """
+    from scipy import stats  # takes a second to load
+
     n = len(values)
     if n < 2:
         return float("nan")

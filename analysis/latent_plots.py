@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis import frames
 from analysis.plots import COLORS, GREY, LABELS, canvas, despine, focus, say_nothing, scale_axis
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
     figure, panels = canvas(*size, rows=len(shown), columns=columns, squeeze=False)
     for row, (name, part, values) in zip(panels, shown, strict=True):
-        best = _best(part, axis)
+        best = frames.best_value(part, axis)
         for panel, value in zip(row, values, strict=False):
             runs = part[part[axis] == value]
             _bars(panel, runs)
@@ -81,7 +82,7 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     frame = frame if telling.empty else telling
     ordered = frame[axis].drop_duplicates()
     values = sorted(ordered) if ordered.dtype.kind in "if" else list(ordered)
-    named = [_best(frame, axis)] + [NAMED_WEIGHT] * (axis == "kl_weight")
+    named = [frames.best_value(frame, axis)] + [NAMED_WEIGHT] * (axis == "kl_weight")
     chosen = {values.index(value) for value in named if value in values}
     while len(chosen) < min(PANELS, len(values)):
         left = set(range(len(values))) - chosen
@@ -89,15 +90,7 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     return [values[place] for place in sorted(chosen)]
 
 
-def _best(frame: pd.DataFrame, axis: str) -> object:
-    from analysis import frames
-
-    return frames.best_value(frame, axis)
-
-
 def _bars(panel: Axes, runs: pd.DataFrame) -> None:
-    from analysis import frames
-
     ranked = frames.ordered_kl(runs)
     means, halves = ranked.mean(), ranked.apply(frames.half_width).fillna(0)
     active = round(runs["active_units"].mean())
@@ -141,8 +134,6 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
 
 
 def _lines(panel: Axes, frame: pd.DataFrame, axis: str, metrics: Sequence[str]) -> None:
-    from analysis import frames
-
     there = [metric for metric in metrics if metric in frame]  # an older store lacks some
     means = frames.along_axis(frame, axis, there)
     for metric, color in zip(there, COLORS, strict=False):

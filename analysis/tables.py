@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import pandas as pd
+import lazy_loader
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = lazy_loader.load("pandas")
 
 DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
 """Decimals of a metric; others have 2."""

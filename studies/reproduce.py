@@ -16,6 +16,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from analysis import frames, ledger_plots
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
 from studies.ledger.trained import (
     BLOG_KL_TERM,
@@ -28,6 +29,7 @@ from studies.ledger.trained import (
     loss,
     mean,
 )
+from studies.runner.answers import judged, worst_class
 from studies.runner.cli import clear_errors, execute_plan, read, start_pool
 from studies.runner.options import ELSEWHERE, Places, arguments, program
 from studies.runner.proposers import Listed, repeated
@@ -98,8 +100,7 @@ def make_plan(
 
 def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     """Judge every claim on the runs that ended."""
-    # pandas and PyTorch, which --help does not wait for
-    from analysis import frames
+    # MLflow and PyTorch, which --help does not wait for
     from harness.tracking import load_run
     from harness.tracking.record import Trained
     from studies.ledger.evidence import Evidence
@@ -171,8 +172,6 @@ def captioned(heading: str, rows: Sequence[Row]) -> tuple[pd.DataFrame, str]:
 
 def batch_figure(evidence: Evidence, form: Form) -> Figure:
     """Plot the batches of the blog's recipe with the blog's own last batch."""
-    from analysis import ledger_plots
-
     batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
     labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
@@ -199,9 +198,6 @@ def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
 
 def blogs_recipe(evidence: Evidence, form: Form) -> str:
     """Return how many latents the blog's recipe uses, and how it compares with a linear model."""
-    from analysis import frames
-    from studies.runner.answers import judged, worst_class
-
     runs, frame = form.blog, evidence.frame(form.blog)
     active = [int(count) for count in frame["active_units"]]
     low, high = min(active), max(active)

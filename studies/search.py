@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from analysis import frames, search_frames, search_plots, tables
 from harness.config import RunConfig, UserError
 from studies import conditions
+from studies.runner.answers import calibration, plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, at_least
 from studies.runner.proposers import TPE, Cell, Listed, Pruner, Range, Space, repeated
@@ -167,7 +169,6 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     """Return what a search found."""
     import pandas as pd
 
-    from analysis import frames, search_frames, search_plots
     from studies.runner.summary import Findings
 
     best = proposer.best(ended.study)
@@ -252,8 +253,6 @@ def find(proposer: TPE, ended: Ended) -> Findings:
 
 
 def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    from analysis import frames
-
     finished = runs[~runs["pruned"]]
     metrics = [name for name in (*METRICS, "val/active_units") if name in finished]
     means = frames.along_axis(finished, "trial", metrics)
@@ -271,9 +270,6 @@ def _best(
     diverged: int,
 ) -> str:
     """Return which trial is best, and how good it is beyond the luck of the search."""
-    from analysis import tables
-    from studies.runner.answers import calibration, plus_minus
-
     best, row, seeds = again.iloc[0], table.iloc[0], len(again)
     searched = trials.set_index("trial").loc[number]
     settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in proposer.space)
@@ -293,9 +289,6 @@ def _best(
 
 
 def _against_default(again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame) -> str:
-    from analysis import frames
-    from studies.runner.answers import plus_minus
-
     if default.empty:
         return "The default configuration diverged with every fresh seed."
     weight = default["kl_weight"].iloc[0]

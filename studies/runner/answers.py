@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from analysis import frames, tables
 from studies import conditions
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ REPORTED = ["neg_elbo", "mse", "decoder_variance", "calibration_ratio", "active_
 
 def best_weight(frame: pd.DataFrame, axis: str) -> str:
     """Say which weight is best on validation data, and compare it with the blog's weight."""
-    from analysis import frames
-
     best = frames.best_value(frame, axis)
     means = frames.along_axis(frame, axis, [*REPORTED, "val/neg_elbo"]).set_index(axis)
     row, size = means.loc[best], frame["latent_size"].max()
@@ -69,8 +68,6 @@ def _weight_one(frame: pd.DataFrame) -> str:
 
 def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]:
     """Say where the exact linear model collapses, beside what was seen; nothing in old stores."""
-    from analysis import frames
-
     knob = frames.collapse_value(frame, axis)
     if knob is None:
         return []
@@ -89,8 +86,6 @@ def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]
 
 def useful_latents(frame: pd.DataFrame) -> str:
     """Say, for each weight, from how many latents on more of them change nothing."""
-    from analysis import frames
-
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         best = frames.best_value(part, "latent_size")
@@ -117,8 +112,6 @@ def _below_floor(frame: pd.DataFrame) -> str:
 
 def one_curve(frame: pd.DataFrame) -> str:
     """Say how far the modes agree at equal decoder variance, and what the blog's division does."""
-    from analysis import frames
-
     cells = frame.pivot_table(
         index=["decoder_variance", "seed"], columns="kl_normalization", values="neg_elbo"
     )
@@ -190,8 +183,6 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
 
 def against_linear(runs: pd.DataFrame) -> str:
     """Say whether runs have a lower loss than the exact linear model; "" if there is none."""
-    from analysis import frames
-
     if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
         return ""
     gap, half = runs["gap_to_linear"].mean(), frames.half_width(runs["gap_to_linear"])
@@ -213,8 +204,6 @@ def worst_class(frame: pd.DataFrame) -> str:
 
     Nothing of images without labels, or of one class.
     """
-    from analysis import frames
-
     errors, names = frames.class_errors(frame), frames.class_names(frame)
     if len(errors) < 2:
         return ""
@@ -233,8 +222,6 @@ def worst_class(frame: pd.DataFrame) -> str:
 
 def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
     """Return the paired difference of a metric between two values of an axis."""
-    from analysis import frames
-
     return frames.paired_difference(
         frame[frame[axis] == first], frame[frame[axis] == second], metric
     )
@@ -257,6 +244,4 @@ def _worse(frame: pd.DataFrame, value: object, best: object, axis: str = "latent
 
 def plus_minus(row: pd.Series, metric: str) -> str:
     """Write a mean with its half width, or alone where there is none."""
-    from analysis import tables
-
     return tables.pair(row[metric], row[f"{metric}±"], 2)
