@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 
-LEVEL = 0.95
-"""Coverage of every interval."""
-
 
 def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> pd.DataFrame:
     """Load the finished runs of a study, one row each, numbers as numbers.
@@ -95,7 +92,7 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def half_width(values: pd.Series | np.ndarray) -> float:
-    """Half width of the Student t interval of a mean: t_{n-1} * s / sqrt(n); NaN for n = 1.
+    """Half width of the 95 % Student t interval of a mean: t_{n-1} s / sqrt(n); NaN for n = 1.
 
     Examples:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
@@ -106,7 +103,7 @@ def half_width(values: pd.Series | np.ndarray) -> float:
     n = len(values)
     if n < 2:
         return float("nan")
-    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    quantile = stats.t.ppf(0.975, n - 1)
     return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
 
 

@@ -23,9 +23,6 @@ UI = "http://127.0.0.1:5000"
 RUN_METRICS = {"neg_elbo": ".2f", "mse": ".4f", "rate": ".2f"}
 """Test metrics in the list of runs, and how they are written."""
 
-LAST = {"best/epoch": "epochs"}
-"""What stands beside a run's best where it is not the metric of the same name."""
-
 
 def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
@@ -118,8 +115,8 @@ def run_list(folder: Path, summary: Summary) -> str:
     """Write the folded list of runs, the id of each leading to its page in MLflow."""
     header, rows = summaries.read_cells(folder, "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
-    best = [name for name in header if name.startswith("best/")]
-    pairs = [(LAST.get(name, name.removeprefix("best/")), name) for name in best]
+    best = [name.removeprefix("best/") for name in header if name.startswith("best/")]
+    pairs = [("epochs" if name == "epoch" else name, f"best/{name}") for name in best]
     shown = [*RUN_METRICS, *(name for pair in pairs for name in pair)]
     cells = [
         [run["name"], run["seed"], *(metric(run, name) for name in shown), run["run_id"]]

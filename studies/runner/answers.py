@@ -5,6 +5,7 @@ Differences are paired by seed, and one smaller than its interval is called not 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames, tables
@@ -127,13 +128,11 @@ def one_curve(frame: pd.DataFrame) -> str:
     verdict = "the modes are one curve" if between_modes < between_seeds else "the modes disagree"
     luck = f"while seeds differ by {between_seeds:.2g} (median standard deviation): {verdict}"
     luck = "with a single seed" if between_seeds != between_seeds else luck
-    gap = (
-        f"differs by at most {between_modes:.2g}" if between_modes else "is equal to the last bit,"
-    )
-    unit = " nats / image" if between_modes else ""
+    gap = f"differs by at most {between_modes:.2g} nats / image"
+    gap = gap if between_modes else "is equal to the last bit,"
     first = (
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"{gap}{unit} {luck}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
+        f"{gap} {luck}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
     )
     if collapsed.empty:
         return first
@@ -150,27 +149,26 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
     """Say what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
     there = set(frame["condition"])
     elbo, error_only = conditions.CALIBRATED_ELBO, conditions.MSE_STOCHASTIC
+    difference = partial(compare, frame, "condition")
     sentences = []
     for other in (error_only, conditions.AUTOENCODER):
         if {elbo, other} <= there:
-            mse = compare(frame, "condition", elbo, other, "mse")
-            changed = f"test mse by {mse} pixel²"
+            changed = f"test mse by {difference(elbo, other, 'mse')} pixel²"
             if "probe_accuracy" in frame:
-                accuracy = compare(frame, "condition", elbo, other, "probe_accuracy")
+                accuracy = difference(elbo, other, "probe_accuracy")
                 changed += f" and linear-probe accuracy by {accuracy}"
             sentences.append(f"Against {other!r} the calibrated KL term changes {changed}.")
     if {elbo, error_only} <= there:
-        gap = compare(frame, "condition", error_only, elbo, "neg_elbo")
+        gap = difference(error_only, elbo, "neg_elbo")
         sentences.append(f"It buys {gap} nats / image of neg_elbo over the error alone.")
     if {elbo, conditions.BLOG_ELBO} <= there:
-        mse = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "mse")
-        gap = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "neg_elbo")
+        mse, gap = (difference(conditions.BLOG_ELBO, elbo, m) for m in ("mse", "neg_elbo"))
         sentences.append(
             f"At weight 1 the KL term costs {mse} pixel² of mse and {gap} nats / image of neg_elbo "
             "against the calibrated weight."
         )
     if {conditions.BLOG, conditions.BLOG_WITHOUT_KL} <= there:
-        gap = compare(frame, "condition", conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
+        gap = difference(conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
         own = frame[frame["condition"] == conditions.BLOG]
         sentences.append(
             f"In the blog's own recipe the KL term costs {gap} pixel² of mse and leaves "

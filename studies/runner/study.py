@@ -126,11 +126,6 @@ class Axis:
         self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
 
 
-def no_groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return the one group of a study that has none, for any dataset."""
-    return {"": {}}
-
-
 @dataclass(frozen=True)
 class Study:
     """A question, and all that is needed to answer it by sweeping one axis.
@@ -159,7 +154,7 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Groups = no_groups
+    groups: Groups = lambda base, data: {"": {}}
     seeds: int = 3
     objective: str = "val/neg_elbo"
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None

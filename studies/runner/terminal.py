@@ -217,10 +217,12 @@ class Terminal:
         from harness.tracking.page import LINK  # MLflow, which --help does not wait for
 
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        frame = outcome.table
+        finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
         self._note(
             study=outcome.plan.name,
             experiment_id=outcome.experiment_id,
-            table=_records(outcome.table),
+            table=frame.astype(object).where(finite, None).to_dict("records"),
             answer=outcome.answer,
             report=str(outcome.folder / "report.html"),
             tracking_uri=where,
@@ -231,7 +233,7 @@ class Terminal:
             for heading, rows in itertools.groupby(outcome.sections, key=lambda row: row.heading):
                 self.out.print(_claims(heading, rows))
         else:
-            self.out.print(self._fitting(outcome.table))
+            self.out.print(self._fitting(frame))
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {outcome.folder / 'report.html'}")
         self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
@@ -320,9 +322,3 @@ def way(where: str) -> str:
     if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table as JSON has them: null for numbers that are not finite."""
-    rows = table.astype(object).where(table.notna() & ~table.isin([math.inf, -math.inf]), None)
-    return rows.to_dict("records")
