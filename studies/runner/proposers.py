@@ -96,15 +96,10 @@ def repeated(
     params: dict[str, Any],
 ) -> list[Cell]:
     """Return the runs of a configuration, one a seed."""
+    tags = {"configuration": label}
     return [
-        Cell(
-            {**identity, "seed": seed},
-            config.replace(seed=seed),
-            f"{label} seed={seed}",
-            params,
-            {"configuration": label},
-        )
-        for seed in seeds
+        Cell({**identity, "seed": s}, config.replace(seed=s), f"{label} seed={s}", params, tags)
+        for s in seeds
     ]
 
 

@@ -320,7 +320,7 @@ def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
 def check_settings(
     storage: optuna.storages.RDBStorage, name: str, settings: Mapping[str, Any]
 ) -> bool:
-    """Return whether a study exists; nothing is written."""
+    """Return whether a study exists; UserError if with other settings. Nothing is written."""
     if name not in optuna.get_all_study_names(storage):
         return False
     study = optuna.load_study(study_name=name, storage=storage)

@@ -177,7 +177,10 @@ def _in_order(runs: Sequence[Run], plan: Plan, trials: Sequence[FrozenTrial]) ->
 
 
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
-    """Write folder, report and summary run of a study; return the outcome and the run's id."""
+    """Write folder, report and summary run of a study; return the outcome and the run's id.
+
+    Where `write` raises SummaryError there is no summary run.
+    """
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
     for place, known in enumerate(found.runs):
