@@ -116,7 +116,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     suffix = "-front" if options.multi_objective else ""
     name = options.named(f"{NAME}-{data.name}{suffix}")
     base = options.base(BASE, data.epochs)
-    check_likelihood(base, NAME)
+    check_likelihood(base, f"the {NAME}")
     fixed = {*options.chosen(), *(["sigma"] if base.likelihood == "bernoulli" else [])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
