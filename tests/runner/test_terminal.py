@@ -210,7 +210,7 @@ def test_a_ledger_is_shown_heading_by_heading():
         Row("Trained", claims[2], "", "not run", "hours on a CPU"),
     ]
     out = StringIO()
-    outcome = Outcome(planned("x"), pd.DataFrame(), "So.", Path("reports/x"), "7", rows)
+    outcome = Outcome(planned("x"), pd.DataFrame(), "So.", Path("reports/x"), "7", sections=rows)
     log(out).outcome(outcome, None)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     heads = [line for line in lines if line.endswith("reference obtained tolerance verdict")]
