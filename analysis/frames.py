@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import lazy_loader
 import numpy as np
-import pandas as pd
-from scipy import stats
 
 from harness.errors import UserError
-from harness.tracking.runs import Run
-from harness.tracking.store import connect
 
-LEVEL = 0.95
-"""Coverage of every interval."""
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.tracking.runs import Run
+else:
+    pd = lazy_loader.load("pandas")  # which --help does not wait for
 
 
 def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -34,6 +36,8 @@ def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> p
         Columns run_id, name, every parameter and every metric, those of the test split under
         their plain names; empty if nothing has finished.
     """
+    from harness.tracking import connect  # loads MLflow
+
     runs = connect(tracking_uri).runs(experiment, study=study, role="run")
     return tidy([run for run in runs if run.status == "FINISHED"])
 
@@ -51,11 +55,7 @@ def load_study(
 
 
 def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
-    """Return the frame unless it is empty.
-
-    Raises:
-        UserError: it is; the message says which command makes the study's runs.
-    """
+    """Return the frame unless it is empty."""
     if frame.empty:
         raise UserError(
             f"no finished runs of {study}-{dataset} here; make them with: "
@@ -92,26 +92,23 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def half_width(values: pd.Series | np.ndarray) -> float:
-    """Half width of the Student t interval of a mean: t_{n-1} * s / sqrt(n); NaN for n = 1.
+    """Half width of the 95 % Student t interval of a mean: t_{n-1} s / sqrt(n); NaN for n = 1.
 
     Examples:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
         2.484
     """
+    from scipy import stats  # takes a second to load
+
     n = len(values)
     if n < 2:
         return float("nan")
-    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    quantile = stats.t.ppf(0.975, n - 1)
     return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
     """Average over seeds at each value of an axis, or of an axis within groups.
-
-    Args:
-        frame: one row per run.
-        keys: column of the axis, or columns of group and axis.
-        metrics: columns to average.
 
     Returns:
         One row per point, numbers in order and names as they come; for each metric its mean under

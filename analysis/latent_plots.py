@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis import frames
 from analysis.plots import COLORS, GREY, LABELS, canvas, despine, focus, say_nothing, scale_axis
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
     figure, panels = canvas(*size, rows=len(shown), columns=columns, squeeze=False)
     for row, (name, part, values) in zip(panels, shown, strict=True):
-        best = _best(part, axis)
+        best = frames.best_value(part, axis)
         for panel, value in zip(row, values, strict=False):
             runs = part[part[axis] == value]
             _bars(panel, runs)
@@ -81,7 +82,7 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     frame = frame if telling.empty else telling
     ordered = frame[axis].drop_duplicates()
     values = sorted(ordered) if ordered.dtype.kind in "if" else list(ordered)
-    named = [_best(frame, axis)] + [NAMED_WEIGHT] * (axis == "kl_weight")
+    named = [frames.best_value(frame, axis)] + [NAMED_WEIGHT] * (axis == "kl_weight")
     chosen = {values.index(value) for value in named if value in values}
     while len(chosen) < min(PANELS, len(values)):
         left = set(range(len(values))) - chosen
@@ -89,15 +90,7 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     return [values[place] for place in sorted(chosen)]
 
 
-def _best(frame: pd.DataFrame, axis: str) -> object:
-    from analysis import frames
-
-    return frames.best_value(frame, axis)
-
-
 def _bars(panel: Axes, runs: pd.DataFrame) -> None:
-    from analysis import frames
-
     ranked = frames.ordered_kl(runs)
     means, halves = ranked.mean(), ranked.apply(frames.half_width).fillna(0)
     active = round(runs["active_units"].mean())
@@ -122,8 +115,8 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     """
     figure, (left, right) = canvas(10, 4, columns=2)
     information = ("rate", "mutual_information", "mutual_information_lower")
-    _lines(left, frame, axis, information, COLORS)
-    _lines(right, frame, axis, ("frechet", "frechet_reconstructions"), COLORS)
+    _lines(left, frame, axis, information)
+    _lines(right, frame, axis, ("frechet", "frechet_reconstructions"))
     if "frechet_floor" in frame:
         floor = frame["frechet_floor"].mean()
         right.axhline(floor, color=GREY, ls=":", lw=1.2, label="frechet_floor")
@@ -140,14 +133,10 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     return figure
 
 
-def _lines(
-    panel: Axes, frame: pd.DataFrame, axis: str, metrics: Sequence[str], colors: Sequence[str]
-) -> None:
-    from analysis import frames
-
+def _lines(panel: Axes, frame: pd.DataFrame, axis: str, metrics: Sequence[str]) -> None:
     there = [metric for metric in metrics if metric in frame]  # an older store lacks some
     means = frames.along_axis(frame, axis, there)
-    for metric, color in zip(there, colors, strict=False):
+    for metric, color in zip(there, COLORS, strict=False):
         x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
         panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
         panel.plot(x, y, ".-", color=color, label=metric)

@@ -88,11 +88,7 @@ def captioned(kind: str, number: int, caption: str, content: str) -> str:
 
 
 def image(path: Path, description: str, rows: Sequence[str] = ()) -> str:
-    """Write an inlined image in its own size, the names of its rows, top to bottom, beside them.
-
-    Raises:
-        UserError: the file is not an image.
-    """
+    """Write an inlined image in its own size, the names of its rows, top to bottom, beside them."""
     try:
         with Image.open(path) as opened:
             kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
@@ -110,13 +106,7 @@ def image(path: Path, description: str, rows: Sequence[str] = ()) -> str:
 def table(
     header: Sequence[str], body: Sequence[Sequence[str]], links: Mapping[str, str] | None = None
 ) -> str:
-    """Write cells of text as a table that scrolls if it is wide; numbers stand right.
-
-    Args:
-        header: names of the columns.
-        body: rows of cells.
-        links: text of a cell -> address that it leads to.
-    """
+    """Write cells of text as a table that scrolls if it is wide; numbers stand right."""
     columns = [Column(name, [row[i] for row in body]) for i, name in enumerate(header)]
     heads = "".join(f"<th{column.kind}>{named(column.name)}</th>" for column in columns)
     rows = zip(*(column.write(links or {}) for column in columns), strict=True)

@@ -78,7 +78,8 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
             color = line_color if group else next(colors)
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]
             panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
-            label = None if group else _point_label(point, axis, shown)
+            off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
+            label = None if group else f"{said(point[axis])}{off}"
             place = (point["rate"], point["distortion"])
             panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4, label=label)
             if group:
@@ -104,11 +105,6 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
     figure.legend(title=group, loc="outside right upper", frameon=False)
     despine(figure)
     return figure
-
-
-def _point_label(point: pd.Series, axis: str, shown: pd.DataFrame) -> str:
-    off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
-    return f"{said(point[axis])}{off}"
 
 
 def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:

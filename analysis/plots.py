@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis import frames
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -92,8 +94,6 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figur
 
 def line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = "") -> None:
     """Draw a metric along an axis, a line a group: mean, interval over seeds, runs as dots."""
-    from analysis import frames
-
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
         means = frames.along_axis(part, axis, [metric])
@@ -122,8 +122,6 @@ def linear_line(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group:
 
 def mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str, group: str = "") -> None:
     """Mark the weight from which on the exact linear model has no active latent."""
-    from analysis import frames
-
     knob = None if group else frames.collapse_value(frame, axis)
     if knob is not None and knob < frame[axis].max():
         panel.axvline(knob, color=GREY, ls="-.", lw=1.2, label="linear model collapses")
@@ -252,8 +250,6 @@ def _overlaid(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
 
 def conditions(frame: pd.DataFrame) -> Figure:
     """Plot metrics of named conditions, one a row: mean, interval over seeds, single runs."""
-    from analysis import frames
-
     shown = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy", "frechet")
     metrics = [metric for metric in shown if metric in frame]
     names = list(frame["condition"].unique())
@@ -276,8 +272,6 @@ def conditions(frame: pd.DataFrame) -> Figure:
 def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     """Plot the test mse of each class as a heat map, a row for each value of a column."""
     import seaborn as sns
-
-    from analysis import frames
 
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     table = frame.groupby(key, sort=False)[columns].mean()

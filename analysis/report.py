@@ -23,16 +23,9 @@ UI = "http://127.0.0.1:5000"
 RUN_METRICS = {"neg_elbo": ".2f", "mse": ".4f", "rate": ".2f"}
 """Test metrics in the list of runs, and how they are written."""
 
-LAST = {"best/epoch": "epochs"}
-"""What stands beside a run's best where it is not the metric of the same name."""
-
 
 def build(folder: Path) -> Path:
-    """Write `report.html` into a summary folder and return its path.
-
-    Raises:
-        UserError: a file that the summary needs or names is missing.
-    """
+    """Write `report.html` into a summary folder and return its path."""
     summary = summaries.read(folder)
     first, *_ = markup.split(summary.question)
     body = [
@@ -50,12 +43,7 @@ def build(folder: Path) -> Path:
 def index(reports: Iterable[Path], out: Path) -> Path:
     """Write a page that leads to several reports, with each one's question and answer.
 
-    Args:
-        reports: files that `build` returned, `summary.json` beside each.
-        out: the page; its links are relative to it.
-
-    Raises:
-        UserError: a report or its summary is missing.
+    The reports are files that `build` returned, `summary.json` beside each.
     """
     entries = []
     for report in reports:
@@ -127,8 +115,8 @@ def run_list(folder: Path, summary: Summary) -> str:
     """Write the folded list of runs, the id of each leading to its page in MLflow."""
     header, rows = summaries.read_cells(folder, "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
-    best = [name for name in header if name.startswith("best/")]
-    pairs = [(LAST.get(name, name.removeprefix("best/")), name) for name in best]
+    best = [name.removeprefix("best/") for name in header if name.startswith("best/")]
+    pairs = [("epochs" if name == "epoch" else name, f"best/{name}") for name in best]
     shown = [*RUN_METRICS, *(name for pair in pairs for name in pair)]
     cells = [
         [run["name"], run["seed"], *(metric(run, name) for name in shown), run["run_id"]]
@@ -164,11 +152,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        UserError: an argument is missing or unknown.
-    """
+    """Read the command line."""
     parser = _Parser(prog="python -m analysis.report", description="Write a study's report.")
     parser.add_argument("study", metavar="STUDY", help="such as kl_weight")
     parser.add_argument("--dataset", default="digits", help="the one it ran on (digits)")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
+import lazy_loader
 
 from analysis.frames import tidy
-from harness.tracking import connect
-from harness.tracking.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.tracking.runs import Run
+else:
+    pd = lazy_loader.load("pandas")
 
 METRICS = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 """Averaged over a trial's seeds; a pruned trial has its values when it was stopped."""
@@ -21,6 +27,8 @@ def load_search(experiment: str, study: str, tracking_uri: str | None = None) ->
         The columns of `frames.load_runs`; `trial` and `part` tell whose run it is, and `pruned`
         whether it was stopped early.
     """
+    from harness.tracking import connect  # loads MLflow
+
     return tidy_search(connect(tracking_uri).runs(experiment, study=study, role="run"))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.plots import COLORS, GREY, LABELS, canvas, despine
+from analysis.tables import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,16 +183,13 @@ def front(trials: pd.DataFrame) -> Figure:
         place = (trial["val/rate"], trial["val/mse"])
         offset = {"xytext": (7, 7), "textcoords": "offset points"}
         panel.annotate(f"{trial['trial']}", place, **offset)
-        lines.append(f"{trial['trial']}: {', '.join(_said(trial[column]) for column in named)}")
+        settings = ", ".join(plain(trial[column], 2) for column in named)
+        lines.append(f"{trial['trial']}: {settings}")
     for text in lines:
         panel.plot([], [], " ", label=text or " ")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     despine(figure)
     return figure
-
-
-def _said(value: object) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _spread(best: pd.DataFrame, lowest: pd.Series) -> pd.DataFrame:

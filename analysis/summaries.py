@@ -50,11 +50,7 @@ class Summary:
 
 
 def read(folder: Path) -> Summary:
-    """Read the `summary.json` of a folder.
-
-    Raises:
-        UserError: it is missing, or is not what a summary is.
-    """
+    """Read the `summary.json` of a folder."""
     path = present(folder, "summary.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -81,11 +77,7 @@ def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
 
 
 def present(folder: Path, name: str) -> Path:
-    """Return the path of a folder's file.
-
-    Raises:
-        UserError: it is missing, or lies elsewhere: a summary may come from anybody's store.
-    """
+    """Return the path of a folder's file."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{name!r} lies outside {folder}: a summary names files of its folder only")
@@ -102,9 +94,6 @@ def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) 
         dataset: the one it ran on.
         name: the study's name, as tagged.
         tracking_uri: MLflow tracking URI; None means the default store.
-
-    Raises:
-        UserError: a name is none, there is no finished summary, or its files cannot be downloaded.
     """
     experiment, name = checked_name(f"{study}-{dataset}"), checked_name(name)
 

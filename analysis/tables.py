@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import pandas as pd
+import lazy_loader
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = lazy_loader.load("pandas")
 
 DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
 """Decimals of a metric; others have 2."""
@@ -22,20 +28,22 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
         if name.endswith("±") or name == "seeds":
             continue
         if half is None or name in SETTINGS:
-            out[name] = [_plain(v) for v in means[name]]
+            out[name] = [plain(v) for v in means[name]]
         else:
             digits = DIGITS.get(name.removeprefix("best/").removeprefix("val/"), 2)
-            out[name] = [_pair(m, h, digits) for m, h in zip(means[name], half, strict=True)]
+            out[name] = [pair(m, h, digits) for m, h in zip(means[name], half, strict=True)]
     return pd.DataFrame(out)
 
 
-def _plain(value: object) -> str:
+def plain(value: object, digits: int = 3) -> str:
+    """Format a setting: a number in so many digits, "-" for NaN."""
     if isinstance(value, float) and math.isnan(value):
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def _pair(mean: float, half: float, digits: int) -> str:
+def pair(mean: float, half: float, digits: int) -> str:
+    """Format a mean and its half width, which is left out where it is NaN."""
     if math.isnan(mean):
         return "-"
     text = f"{mean:.{digits}f}"

@@ -39,11 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def check_plans(options: Options[Any]) -> None:
-    """Plan everything, so that what one study refuses is said before another has trained.
-
-    Raises:
-        UserError: an option cannot be used in every study; names the first that refuses it.
-    """
+    """Plan everything, so that what one study refuses is said before another has trained."""
     log.info("planning every study")  # the first to need PyTorch waits for it
     own = read_own(options.dataset, options.image_size)
     plans: dict[str, Callable[[], object]] = {

@@ -37,9 +37,6 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     """Return the blog's and a calibrated weight as groups of a study.
 
     Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
-
-    Raises:
-        UserError: what the weight means depends on the number of latents.
     """
     if base.kl_normalization == "latent":
         raise UserError(
@@ -68,20 +65,12 @@ def exact(config: RunConfig, data: Source) -> RunConfig:
 
 
 def weighted(config: RunConfig, weight: float, data: Source) -> RunConfig:
-    """Apply a KL weight of mode "pixels", in other modes the one that means the same variance.
-
-    Raises:
-        UserError: the KL weight sets no decoder variance.
-    """
+    """Apply a KL weight of mode "pixels", in other modes the one that means the same variance."""
     return set_decoder_variance(config, weight / 2, data)
 
 
 def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
-    """Apply a named condition; its weight is one of mode "pixels", as in `weighted`.
-
-    Raises:
-        UserError: there is no condition of that name, or the KL weight sets no decoder variance.
-    """
+    """Apply a named condition; its weight is one of mode "pixels", as in `weighted`."""
     if name not in CONDITIONS:
         raise UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
     changes = {"kl_weight": data.calibrated, **CONDITIONS[name]}

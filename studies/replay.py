@@ -62,9 +62,6 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
 
     Returns:
         False if a value should be equal and is not, or was not computed again.
-
-    Raises:
-        UserError: there is no such run, it cannot be trained again, or its data are other ones.
     """
     # After parsing, so that --help and misspelt options answer at once.
     from harness import provenance
@@ -101,11 +98,7 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
 
 
 def study_of(name: str | None) -> Study | None:
-    """Return the study of a name, None for None: runs of a search or of no study.
-
-    Raises:
-        UserError: no study of that name is known here.
-    """
+    """Return the study of a name, None for None: runs of a search or of no study."""
     from studies.all import STUDIES
 
     known = {study.name: study for study in STUDIES}
@@ -118,11 +111,7 @@ def study_of(name: str | None) -> Study | None:
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
-    """Load the dataset of a record.
-
-    Raises:
-        UserError: it cannot be loaded, or is not the one that the run was trained on.
-    """
+    """Load the dataset of a record."""
     from harness import load_dataset, provenance
 
     then = record.made_with["dataset"]
@@ -261,12 +250,7 @@ def table(gaps: Sequence[Gap]) -> Table:
 
 
 def verdict(found: Comparison, *, exact: bool) -> str:
-    """Return the outcome in a sentence.
-
-    Args:
-        found: the comparison.
-        exact: whether values must be equal to the last bit.
-    """
+    """Return the outcome in a sentence; exact: values must be equal to the last bit."""
     parts = []
     if found.gaps:
         worst = max(found.gaps, key=lambda gap: gap.size)

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from harness.config import checked_name
+from analysis import frames, ledger_plots
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
 from studies.ledger.trained import (
     BLOG_KL_TERM,
@@ -29,9 +29,10 @@ from studies.ledger.trained import (
     loss,
     mean,
 )
+from studies.runner.answers import judged, worst_class
 from studies.runner.cli import clear_errors, execute_plan, read, start_pool
 from studies.runner.options import ELSEWHERE, Places, arguments, program
-from studies.runner.proposers import Cell, Listed
+from studies.runner.proposers import Listed, repeated
 from studies.runner.study import KNOWN, Plan
 
 if TYPE_CHECKING:
@@ -68,26 +69,14 @@ class ReproduceOptions(Places):
 def make_plan(
     ledger: Ledger, form: Form, data: Dataset, device: str, options: ReproduceOptions
 ) -> Plan:
-    """Return the plan of a ledger: a trial for each configuration and seed that it needs.
-
-    Args:
-        ledger: the claims.
-        form: how much is trained.
-        data: the dataset.
-        device: "cpu", or "cuda", on which the full form trains more.
-        options: the user's.
-    """
+    """Return the plan of a ledger: a trial for each configuration and seed that it needs."""
     wanted = required(ledger, gpu=form.full and device == "cuda")
     cells = [
-        Cell(
-            identity={"label": runs.label, "seed": config.seed},
-            config=config,
-            name=f"{runs.label} seed={config.seed}",
-            params={},
-            tags={"configuration": runs.label},
-        )
+        cell
         for runs in wanted
-        for config in runs.configs
+        for cell in repeated(
+            runs.label, {"label": runs.label}, runs.config, range(runs.seeds), params={}
+        )
     ]
     each = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
     total = (
@@ -98,7 +87,7 @@ def make_plan(
     return Plan(
         page=NAME,
         question=__doc__ or "",
-        name=options.study_name or f"{NAME}-{data.name}",
+        name=options.named(f"{NAME}-{data.name}"),
         source=KNOWN[data.name],
         configs=configs,
         proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
@@ -111,8 +100,7 @@ def make_plan(
 
 def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     """Judge every claim on the runs that ended."""
-    # pandas and PyTorch, which --help does not wait for
-    from analysis import frames
+    # MLflow and PyTorch, which --help does not wait for
     from harness.tracking import load_run
     from harness.tracking.record import Trained
     from studies.ledger.evidence import Evidence
@@ -184,8 +172,6 @@ def captioned(heading: str, rows: Sequence[Row]) -> tuple[pd.DataFrame, str]:
 
 def batch_figure(evidence: Evidence, form: Form) -> Figure:
     """Plot the batches of the blog's recipe with the blog's own last batch."""
-    from analysis import ledger_plots
-
     batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
     labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
@@ -212,28 +198,21 @@ def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
 
 def blogs_recipe(evidence: Evidence, form: Form) -> str:
     """Return how many latents the blog's recipe uses, and how it compares with a linear model."""
-    from analysis import frames
-    from studies.runner.answers import worst_class
-
     runs, frame = form.blog, evidence.frame(form.blog)
     active = [int(count) for count in frame["active_units"]]
     low, high = min(active), max(active)
     gaps = evidence.gaps_to_linear(runs)
     gap, half = mean(gaps), frames.half_width(gaps)
     worse = sum(value < 0 for value in gaps)
-    if gap - half > 0:
-        verdict = "it does better than a linear model"
-    elif gap + half < 0:
-        verdict = "it does worse than a linear model"
-    else:
-        verdict = "it does no better than a linear model, as far as these seeds can tell"
+    verdict = judged(gap, half)
+    doubt = ", as far as these seeds can tell" if verdict == "no better" else ""
     return (
         f"The blog's recipe, {form.blog_epochs} epochs, keeps "
         f"{low if low == high else f'{low} to {high}'} of its {runs.config.latent_size} latents "
         f"active, {mean(active):.1f} in the mean of {len(active)} seeds. Its training loss, "
         f"{loss(evidence, runs):.4f}, is {gap:.1f} ± {half:.1f} % below the exact linear model's "
-        f"(95 % interval over seeds; {worse} of {len(gaps)} seeds are above it): {verdict}. "
-        f"{worst_class(frame)}"
+        f"(95 % interval over seeds; {worse} of {len(gaps)} seeds are above it): it does "
+        f"{verdict} than a linear model{doubt}. {worst_class(frame)}"
     )
 
 
@@ -267,16 +246,10 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 
 def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
-    """Check the ledger and show it; None for a dry run, or where another process shows it.
-
-    Raises:
-        UserError: an option, the data or a store cannot be used.
-    """
-    if options.study_name is not None:
-        checked_name(options.study_name)
+    """Check the ledger and show it; None for a dry run, or where another process shows it."""
+    options.named(NAME)  # a name that is refused is refused at once
     options.check()
-    if not options.dry_run and options.workers == 1:
-        start_pool(options.device)
+    start_pool(options)
 
     # After parsing, so that --help and misspelt options answer at once.
     import harness

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness.config import RunConfig, UserError, checked_name
+from analysis import frames, search_frames, search_plots, tables
+from harness.config import RunConfig, UserError
 from studies import conditions
+from studies.runner.answers import calibration, plus_minus
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common
-from studies.runner.proposers import TPE, Cell, Listed, Pruner, Range, Space
-from studies.runner.study import Plan, Source, command, source
+from studies.runner.options import Common, at_least
+from studies.runner.proposers import TPE, Cell, Listed, Pruner, Range, Space, repeated
+from studies.runner.study import Plan, Source, check_likelihood, command, source
 
 if TYPE_CHECKING:
     import optuna
@@ -102,18 +104,8 @@ class SearchOptions(Common):
 
 
 def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
-    """Return the plan of a search; checked before anything is written.
-
-    Args:
-        options: what the user set.
-        own: the user's images, which take the place of `options.dataset`.
-
-    Raises:
-        UserError: a setting cannot be used.
-    """
-    for name in ("trials", "seeds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name}={getattr(options, name)}: give a whole number >= 1")
+    """Return the plan of a search, on the user's own images if given; all settings are checked."""
+    at_least(1, trials=options.trials, seeds=options.seeds)
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
             f"pruner={options.pruner!r}: two objectives have no order to prune by; leave it out "
@@ -122,15 +114,9 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     data = source(options.dataset, own)
     suffix = "-front" if options.multi_objective else ""
-    given = options.study_name
-    name = checked_name(f"{NAME}-{data.name}{suffix}" if given is None else given)
+    name = options.named(f"{NAME}-{data.name}{suffix}")
     base = options.base(BASE, data.epochs)
-    if not base.has_likelihood:
-        raise UserError(
-            f"likelihood={base.likelihood!r} with binarization={base.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and the {NAME} chooses by neg_elbo; "
-            "give --binarization stochastic or threshold"
-        )
+    check_likelihood(base, f"the {NAME}")
     fixed = {*options.chosen(), *(["sigma"] if base.likelihood == "bernoulli" else [])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
     objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
@@ -163,19 +149,16 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
 def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
     """Return the best configuration and the default one with seeds that the search has not seen."""
     best = proposer.best(study)
-    first = proposer.seeds
+    seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
     wanted = {
         f"best, trial {best.number}": (best.number, proposer.configs(best)[0]),
         "default": (-1, default),
     }
-    cells = []
+    cells = list[Cell]()
     for label, (number, config) in wanted.items():
-        for seed in range(first, first + CONFIRMING):
-            identity = {"part": "confirmation", "label": label, "seed": seed}
-            params = {"trial": number, "part": "confirmation"}
-            tags = {"configuration": label}
-            run = config.replace(seed=seed)
-            cells.append(Cell(identity, run, f"{label} seed={seed}", params, tags))
+        identity = {"part": "confirmation", "label": label}
+        params = {"trial": number, "part": "confirmation"}
+        cells += repeated(label, identity, config, seeds, params)
     return Listed(cells, {})
 
 
@@ -183,14 +166,9 @@ def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
 
 
 def find(proposer: TPE, ended: Ended) -> Findings:
-    """Return what a search found.
-
-    Raises:
-        UserError: the best configuration diverged with every fresh seed.
-    """
+    """Return what a search found."""
     import pandas as pd
 
-    from analysis import frames, search_frames, search_plots
     from studies.runner.summary import Findings
 
     best = proposer.best(ended.study)
@@ -246,13 +224,14 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     return Findings(
         table=top,
         answer=lambda: "\n\n".join(
-            part
-            for part in (
-                _best(proposer, trials, again, default, table, best.number, diverged),
-                _what_mattered(importances, trials),
-                _front(trials) if len(proposer.objectives) > 1 else "",
+            filter(
+                None,
+                [
+                    _best(proposer, trials, again, default, table, best.number, diverged),
+                    _what_mattered(importances, trials),
+                    _front(trials) if len(proposer.objectives) > 1 else "",
+                ],
             )
-            if part
         ),
         frame=runs,
         tables={
@@ -274,9 +253,6 @@ def find(proposer: TPE, ended: Ended) -> Findings:
 
 
 def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    """Return the best finished trials of the search, by validation neg_elbo."""
-    from analysis import frames
-
     finished = runs[~runs["pruned"]]
     metrics = [name for name in (*METRICS, "val/active_units") if name in finished]
     means = frames.along_axis(finished, "trial", metrics)
@@ -294,11 +270,9 @@ def _best(
     diverged: int,
 ) -> str:
     """Return which trial is best, and how good it is beyond the luck of the search."""
-    from studies.runner.answers import calibration, plus_minus
-
     best, row, seeds = again.iloc[0], table.iloc[0], len(again)
     searched = trials.set_index("trial").loc[number]
-    settings = ", ".join(f"{name} = {_value(best[name])}" for name in proposer.space)
+    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in proposer.space)
     finished = int((~trials["pruned"]).sum())
     count = f"{len(trials) + diverged} configurations ({finished} finished"
     count += f", {len(trials) - finished} pruned, {diverged} diverged)"
@@ -314,14 +288,7 @@ def _best(
     )
 
 
-def _value(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _against_default(again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame) -> str:
-    from analysis import frames
-    from studies.runner.answers import plus_minus
-
     if default.empty:
         return "The default configuration diverged with every fresh seed."
     weight = default["kl_weight"].iloc[0]

@@ -21,8 +21,6 @@ class Runs:
 
     Attributes:
         label: name of the configuration. It identifies its trials: other settings need another.
-        config: every setting but the seed.
-        seeds: repetitions, seeds 0, 1, ...
         gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
     """
 
@@ -144,27 +142,14 @@ def decimals(number: str) -> int:
 
 
 def required(ledger: Ledger, *, gpu: bool = True) -> list[Runs]:
-    """Return the runs that a ledger's claims need, each once, in the order of the claims.
-
-    Args:
-        ledger: the claims.
-        gpu: whether to include the runs that only a GPU trains.
-    """
+    """Return the runs that a ledger's claims need, each once, in the order of the claims."""
     every = (runs for claims in ledger.values() for claim in claims for runs in claim.needs)
     return [runs for runs in dict.fromkeys(every) if gpu or not runs.gpu]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A judged claim.
-
-    Attributes:
-        heading: part of the ledger.
-        claim: the claim.
-        obtained: the formatted value; "" if it was not run.
-        verdict: "pass", "fail" or "not run".
-        note: why it was not run.
-    """
+    """A judged claim; `obtained` is the formatted value, `note` why it was not run."""
 
     heading: str
     claim: Claim

@@ -29,7 +29,6 @@ class Evidence:
     """Finished runs on one dataset.
 
     Attributes:
-        data: the dataset.
         runs: finished and diverged runs, which are found by their settings.
         load: run id -> the run's settings and model.
     """
@@ -89,9 +88,9 @@ class Evidence:
         """Return the mean of a metric over seeds."""
         return float(self.frame(runs)[metric].mean())
 
-    def gain(self, runs: Runs, other: Runs, metric: str = "neg_elbo") -> float:
-        """Return by how much a metric is lower than in other runs, mean of differences by seed."""
-        return frames.paired_difference(self.frame(other), self.frame(runs), metric).mean
+    def gain(self, runs: Runs, other: Runs) -> float:
+        """Return by how much neg_elbo is lower than in other runs, mean of differences by seed."""
+        return frames.paired_difference(self.frame(other), self.frame(runs), "neg_elbo").mean
 
     def relative_error(self, runs: Runs, label: int) -> float:
         """Return the test mse of a class over the mean of all classes, each the mean over seeds."""

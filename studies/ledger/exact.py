@@ -68,15 +68,10 @@ def spectrum() -> list[Claim]:
             "mse of a collapsed model", LINEAR, "0.067251", lambda e: e.official.variances.mean()
         ),
         *(
-            printed(f"eigenvalue {i + 1}", LINEAR, value, partial(eigenvalue, place=i))
+            printed(f"eigenvalue {i + 1}", LINEAR, value, lambda e, i=i: e.official.variances[i])
             for i, value in enumerate(EIGENVALUES)
         ),
     ]
-
-
-def eigenvalue(evidence: Evidence, place: int) -> float:
-    """Read an eigenvalue of the official training images' covariance, the largest at place 0."""
-    return float(evidence.official.variances[place])
 
 
 def linear_vaes() -> list[Claim]:

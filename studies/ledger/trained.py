@@ -47,9 +47,8 @@ class Form:
 
     Attributes:
         full: whether a GPU also trains what would take a CPU a day.
-        blog_epochs: epochs of the blog's recipe.
-        blog_seeds: seeds of the blog's recipe.
-        seeds: seeds of the configurations with a linear head.
+        blog_epochs, blog_seeds: of the blog's recipe.
+        seeds: of the configurations with a linear head.
     """
 
     full: bool

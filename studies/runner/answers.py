@@ -5,8 +5,10 @@ Differences are paired by seed, and one smaller than its interval is called not 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from analysis import frames, tables
 from studies import conditions
 
 if TYPE_CHECKING:
@@ -22,15 +24,15 @@ REPORTED = ["neg_elbo", "mse", "decoder_variance", "calibration_ratio", "active_
 
 def best_weight(frame: pd.DataFrame, axis: str) -> str:
     """Say which weight is best on validation data, and compare it with the blog's weight."""
-    from analysis import frames
-
     best = frames.best_value(frame, axis)
     means = frames.along_axis(frame, axis, [*REPORTED, "val/neg_elbo"]).set_index(axis)
     row, size = means.loc[best], frame["latent_size"].max()
+    seeds = int(row["seeds"])
+    of = "one seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
     sentences = [
         f"{axis} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image "
-        f"(test {plus_minus(row, 'neg_elbo')}; {_from(int(row['seeds']))}).",
+        f"(test {plus_minus(row, 'neg_elbo')}; {of}).",
         calibration(row) + f"{row['active_units']:.1f} of {size} latents are active.",
         rivals(frame, axis, best),
         *linear_prediction(frame, axis, best),
@@ -44,10 +46,6 @@ def best_weight(frame: pd.DataFrame, axis: str) -> str:
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[axis] == best])]).strip()
-
-
-def _from(seeds: int) -> str:
-    return "one seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
 
 
 def calibration(row: pd.Series) -> str:
@@ -71,8 +69,6 @@ def _weight_one(frame: pd.DataFrame) -> str:
 
 def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]:
     """Say where the exact linear model collapses, beside what was seen; nothing in old stores."""
-    from analysis import frames
-
     knob = frames.collapse_value(frame, axis)
     if knob is None:
         return []
@@ -91,8 +87,6 @@ def linear_prediction(frame: pd.DataFrame, axis: str, best: object) -> list[str]
 
 def useful_latents(frame: pd.DataFrame) -> str:
     """Say, for each weight, from how many latents on more of them change nothing."""
-    from analysis import frames
-
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         best = frames.best_value(part, "latent_size")
@@ -119,8 +113,6 @@ def _below_floor(frame: pd.DataFrame) -> str:
 
 def one_curve(frame: pd.DataFrame) -> str:
     """Say how far the modes agree at equal decoder variance, and what the blog's division does."""
-    from analysis import frames
-
     cells = frame.pivot_table(
         index=["decoder_variance", "seed"], columns="kl_normalization", values="neg_elbo"
     )
@@ -136,13 +128,11 @@ def one_curve(frame: pd.DataFrame) -> str:
     verdict = "the modes are one curve" if between_modes < between_seeds else "the modes disagree"
     luck = f"while seeds differ by {between_seeds:.2g} (median standard deviation): {verdict}"
     luck = "with a single seed" if between_seeds != between_seeds else luck
-    gap = (
-        f"differs by at most {between_modes:.2g}" if between_modes else "is equal to the last bit,"
-    )
-    unit = " nats / image" if between_modes else ""
+    gap = f"differs by at most {between_modes:.2g} nats / image"
+    gap = gap if between_modes else "is equal to the last bit,"
     first = (
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"{gap}{unit} {luck}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
+        f"{gap} {luck}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
     )
     if collapsed.empty:
         return first
@@ -159,27 +149,26 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
     """Say what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
     there = set(frame["condition"])
     elbo, error_only = conditions.CALIBRATED_ELBO, conditions.MSE_STOCHASTIC
+    difference = partial(compare, frame, "condition")
     sentences = []
     for other in (error_only, conditions.AUTOENCODER):
         if {elbo, other} <= there:
-            mse = compare(frame, "condition", elbo, other, "mse")
-            changed = f"test mse by {mse} pixel²"
+            changed = f"test mse by {difference(elbo, other, 'mse')} pixel²"
             if "probe_accuracy" in frame:
-                accuracy = compare(frame, "condition", elbo, other, "probe_accuracy")
+                accuracy = difference(elbo, other, "probe_accuracy")
                 changed += f" and linear-probe accuracy by {accuracy}"
             sentences.append(f"Against {other!r} the calibrated KL term changes {changed}.")
     if {elbo, error_only} <= there:
-        gap = compare(frame, "condition", error_only, elbo, "neg_elbo")
+        gap = difference(error_only, elbo, "neg_elbo")
         sentences.append(f"It buys {gap} nats / image of neg_elbo over the error alone.")
     if {elbo, conditions.BLOG_ELBO} <= there:
-        mse = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "mse")
-        gap = compare(frame, "condition", conditions.BLOG_ELBO, elbo, "neg_elbo")
+        mse, gap = (difference(conditions.BLOG_ELBO, elbo, m) for m in ("mse", "neg_elbo"))
         sentences.append(
             f"At weight 1 the KL term costs {mse} pixel² of mse and {gap} nats / image of neg_elbo "
             "against the calibrated weight."
         )
     if {conditions.BLOG, conditions.BLOG_WITHOUT_KL} <= there:
-        gap = compare(frame, "condition", conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
+        gap = difference(conditions.BLOG, conditions.BLOG_WITHOUT_KL, "mse")
         own = frame[frame["condition"] == conditions.BLOG]
         sentences.append(
             f"In the blog's own recipe the KL term costs {gap} pixel² of mse and leaves "
@@ -192,17 +181,20 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
 
 def against_linear(runs: pd.DataFrame) -> str:
     """Say whether runs have a lower loss than the exact linear model; "" if there is none."""
-    from analysis import frames
-
     if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
         return ""
     gap, half = runs["gap_to_linear"].mean(), frames.half_width(runs["gap_to_linear"])
-    verdict = "better than" if gap - half > 0 else "no better than"
-    verdict = "worse than" if gap + half < 0 else verdict
     return (
-        f"; its loss is {verdict} that of a linear model at the same weight (gap_to_linear "
-        f"{gap:.1f} ± {half:.1f} %)"
+        f"; its loss is {judged(gap, half)} than that of a linear model at the same weight "
+        f"(gap_to_linear {gap:.1f} ± {half:.1f} %)"
     )
+
+
+def judged(gap: float, half_width: float) -> str:
+    """Return how a mean gap_to_linear compares with 0: "better", "no better" or "worse"."""
+    if gap + half_width < 0:
+        return "worse"
+    return "better" if gap - half_width > 0 else "no better"
 
 
 def worst_class(frame: pd.DataFrame) -> str:
@@ -210,8 +202,6 @@ def worst_class(frame: pd.DataFrame) -> str:
 
     Nothing of images without labels, or of one class.
     """
-    from analysis import frames
-
     errors, names = frames.class_errors(frame), frames.class_names(frame)
     if len(errors) < 2:
         return ""
@@ -230,8 +220,6 @@ def worst_class(frame: pd.DataFrame) -> str:
 
 def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
     """Return the paired difference of a metric between two values of an axis."""
-    from analysis import frames
-
     return frames.paired_difference(
         frame[frame[axis] == first], frame[frame[axis] == second], metric
     )
@@ -252,8 +240,6 @@ def _worse(frame: pd.DataFrame, value: object, best: object, axis: str = "latent
     return compare(frame, axis, value, best, "val/neg_elbo").distinguishable
 
 
-def plus_minus(row: pd.Series, metric: str, digits: int = 2) -> str:
+def plus_minus(row: pd.Series, metric: str) -> str:
     """Write a mean with its half width, or alone where there is none."""
-    half = row[f"{metric}±"]
-    mean = f"{row[metric]:.{digits}f}"
-    return mean if half != half else f"{mean} ± {half:.{digits}f}"
+    return tables.pair(row[metric], row[f"{metric}±"], 2)

@@ -55,14 +55,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     0: done. 2: an input was refused, or a store, a server or the disk failed; all that was recorded
     is kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
     130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
-    where a claim or the replay fails.
-
-    Args:
-        args: of the command line, where `--json` is looked for; None means this process's.
-        stopped: printed after Ctrl-C or SIGTERM.
-
-    Yields:
-        The terminal, on which messages are shown meanwhile.
+    where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
     terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
     code: int | str = 0
@@ -129,12 +122,11 @@ def _one_line(box: str) -> str:
     return f"{' '.join(message)}; --help lists all options"
 
 
-def start_pool(device: str) -> None:
-    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile.
-
-    Args:
-        device: as in the options.
-    """
+def start_pool(options: Places) -> None:
+    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile."""
+    if options.dry_run or options.workers > 1:
+        return
+    device = options.device
     on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
     if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
         from harness import forkserver
@@ -147,15 +139,11 @@ def execute(
 ) -> Outcome | None:
     """Run a study and show it; None for a dry run, or where another process shows it.
 
-    Args:
-        make_plan: the user's images, None for a dataset of a name -> plan.
-        options: the user's.
-        terminal: shows it.
+    `make_plan` is called with the user's images, or None for a dataset of a name.
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_plan(own)
-    if not options.dry_run and options.workers == 1:
-        start_pool(options.device)
+    start_pool(options)
 
     import harness  # after parsing, so that --help and misspelt options answer at once
     from harness.training.engine import resolve_device
@@ -168,11 +156,7 @@ def execute(
 
 
 def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
-    """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`.
-
-    Raises:
-        SummaryError: a figure, the answer or a metric failed.
-    """
+    """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import estimate

@@ -51,9 +51,6 @@ CONNECTING = {
 PATIENCE = 600.0
 """Seconds for which a database may be away before `retry` gives up."""
 
-LONGEST_PAUSE = 10.0
-"""Seconds, at most, between two attempts."""
-
 SILENCE = 60
 """Seconds after which PostgreSQL takes a lock from a process that is stopped."""
 
@@ -90,14 +87,7 @@ def engine_options(url: str) -> dict[str, Any]:
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
-    """Open Optuna's database, creating its tables where they are missing.
-
-    Args:
-        url: SQLAlchemy URL; None means `optuna.db` in the repository.
-
-    Raises:
-        UserError: it cannot be used, or does not answer within seconds.
-    """
+    """Open Optuna's database, creating its tables where they are missing."""
     url = storage_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_database(url, "--storage")
@@ -197,11 +187,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def retry(work: Callable[[], Result], url: str) -> Result:
-    """Call an idempotent function until its database answers; within another call, once.
-
-    Raises:
-        UserError: the database was away for `PATIENCE`.
-    """
+    """Call an idempotent function until its database answers; within another call, once."""
     if getattr(_retrying, "begun", False):  # the outermost call repeats the whole
         return work()
     given_up, pause = time.monotonic() + PATIENCE, 0.1
@@ -218,15 +204,11 @@ def retry(work: Callable[[], Result], url: str) -> Result:
             _retrying.begun = False
         stopping.check()
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, 10.0)
 
 
 def heartbeat_seconds(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the seconds between heartbeats.
-
-    Raises:
-        UserError: the variable is no whole number above 0.
-    """
+    """Return the seconds between heartbeats."""
     given = environment.get(BEAT, "20")
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"{BEAT}={given!r}: give a whole number of seconds >= 1")

@@ -13,13 +13,9 @@ from harness.tracking import addresses, connect
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
-    from harness.tracking import Store
 
 ALIKE = ("model", "hidden", "channels", "batch_size", "head", "likelihood", "precision")
 """Fields of `RunConfig` that set how fast a run of a dataset is, other than `epochs`."""
-
-RECENT = 48
-"""Finished runs that an estimate is made from: the last ones."""
 
 AROUND = 20.0
 """Seconds for start, figures, pictures and report."""
@@ -36,12 +32,7 @@ def sentence(
 ) -> str:
     """Return a sentence with the number of stacks and the estimated duration of runs.
 
-    Args:
-        configs: the runs, which differ only in what is swept.
-        data: their dataset.
-        device: "auto", "cpu" or "cuda".
-        tracking_uri: where finished runs are looked for, as an option.
-        at_once: width of a device's stack -> width of the plan's.
+    `at_once` returns the width of the plan's stacks for a device's; `device` may be "auto".
     """
     from harness.training.engine import STACK_WIDTH, resolve_device, together
 
@@ -98,15 +89,12 @@ def finished_runs(
     tests = [f"params.{name} = '{value}'" for name, value in alike.items() if "'" not in value]
     tests += [f"tags.host = '{socket.gethostname()}'", "attributes.status = 'FINISHED'"]
     try:
-        return _last_runs(connect(address), " and ".join(tests))
+        client = connect(address).client
     except UserError:
         return []
-
-
-def _last_runs(store: Store, test: str) -> list[tuple[float, int, int, float]]:
-    experiments = [found.experiment_id for found in store.client.search_experiments()]
-    order = ["attributes.end_time DESC"]
-    found = store.client.search_runs(experiments, test, max_results=RECENT, order_by=order)
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    order, test = ["attributes.end_time DESC"], " and ".join(tests)
+    found = client.search_runs(experiments, test, max_results=48, order_by=order)
     return [
         (
             run.data.metrics["progress/images_per_second"],

@@ -18,6 +18,7 @@ from harness.config import (
     RunConfig,
     Sigma,
     UserError,
+    checked_name,
 )
 
 Value = TypeVar("Value")
@@ -58,9 +59,12 @@ class Places:
 
     def check(self) -> None:
         """Raise UserError for a number that is too low."""
-        for name, least in (("checkpoint_every", 0), ("workers", 1)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name}={value}: give a whole number >= {least}")
+        at_least(0, checkpoint_every=self.checkpoint_every)
+        at_least(1, workers=self.workers)
+
+    def named(self, default: str) -> str:
+        """Return the study's name, checked."""
+        return checked_name(default if self.study_name is None else self.study_name)
 
 
 ELSEWHERE = tuple(field.name for field in fields(Places))
@@ -107,16 +111,11 @@ class Common(Places):
 
     def chosen(self) -> dict[str, Any]:
         """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
-        given = {name: getattr(self, name, None) for name in CHOICES}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v for k, v in given.items() if k in SETTINGS and v is not None}
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
-        """Return a configuration with everything set that the user chose.
-
-        Args:
-            config: the study's.
-            epochs: of the dataset, unless the user chose another number.
-        """
+        """Return a configuration with all that the user chose; `epochs` are the dataset's."""
         self.check()
         epochs = epochs if self.epochs is None else self.epochs
         found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
@@ -125,20 +124,8 @@ class Common(Places):
         return found
 
 
-CHOICES = (
-    "model",
-    "channels",
-    "latent_size",
-    "kl_normalization",
-    "kl_warmup_epochs",
-    "kl_cycles",
-    "free_bits",
-    "sigma",
-    "likelihood",
-    "binarization",
-    "precision",
-)
-"""Fields of `RunConfig` that are options: None leaves a study its own value."""
+SETTINGS = {field.name for field in fields(RunConfig)} - {"epochs", "batch_size"}
+"""Fields of `RunConfig`: as options, None leaves a study its own value."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +143,13 @@ class Options(Common, Generic[Value]):
     seeds: int | None = None
     latent_size: int | None = None
     kl_normalization: KLNormalization | None = None
+
+
+def at_least(least: int, **numbers: int) -> None:
+    """Raise UserError for a number that is too low."""
+    for name, value in numbers.items():
+        if value < least:
+            raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 def start_words(name: str) -> list[str]:

@@ -76,7 +76,6 @@ class Cell(NamedTuple):
 
     Attributes:
         identity: JSON values by which its trial is recognised.
-        config: settings.
         name: in MLflow's run table.
         params: parameters in MLflow, beside the settings.
         tags: tags in MLflow; `trial` and `place` are added.
@@ -89,6 +88,21 @@ class Cell(NamedTuple):
     tags: dict[str, str]
 
 
+def repeated(
+    label: str,
+    identity: Mapping[str, Any],
+    config: RunConfig,
+    seeds: Sequence[int],
+    params: dict[str, Any],
+) -> list[Cell]:
+    """Return the runs of a configuration, one a seed."""
+    tags = {"configuration": label}
+    return [
+        Cell({**identity, "seed": s}, config.replace(seed=s), f"{label} seed={s}", params, tags)
+        for s in seeds
+    ]
+
+
 def _identity(values: Mapping[str, Any]) -> str:
     """Return a key of JSON values, in which 1 is 1.0."""
     return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)
@@ -96,13 +110,7 @@ def _identity(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Listed:
-    """Trials of one run each, in the order of a list.
-
-    Attributes:
-        cells: the list.
-        settings: as of a `Proposer`.
-        objective: metric that a trial's value is.
-    """
+    """Trials of one run each, in the order of a list."""
 
     cells: Sequence[Cell]
     settings: dict[str, Any]
@@ -183,16 +191,7 @@ PRUNED = {
 class TPE:
     """A search by the tree-structured Parzen estimator (Bergstra et al. 2011).
 
-    A trial is one configuration with all its seeds; its objectives are means over them.
-
-    Attributes:
-        base: configuration that the searched fields are set in.
-        space: the searched fields.
-        seeds: runs of each trial, seeds 0, 1, ...
-        trials: number of trials in all.
-        pruner: how unpromising trials are stopped.
-        objectives: metrics that are minimised.
-        settings: as of a `Proposer`; `seeds` belongs to them.
+    A trial is one configuration with all its seeds, 0, 1, ...; its objectives are means over them.
     """
 
     base: RunConfig

@@ -105,11 +105,7 @@ class Queue:
         """Take this process's share of the trials that are left, and at most `count`.
 
         Trials of processes that ended or missed their heartbeats fail first, except for those that
-        `adopt` returns: call it before.
-
-        Args:
-            count: trials that can be trained together.
-            workers: processes that were started together.
+        `adopt` returns: call it before. `workers` processes were started together.
         """
 
         def find() -> list[FrozenTrial]:
@@ -208,9 +204,7 @@ class Queue:
     def judge(self, trials: Sequence[FrozenTrial], record: EpochRecord) -> dict[int, End]:
         """Return which rows of an epoch's record are to be ended, and why.
 
-        Args:
-            trials: the trial of each run that is trained, in the order of `train`'s configurations.
-            record: the epoch's record.
+        `trials` are those of the runs that are trained, in the order of `train`'s configurations.
         """
         ends: dict[int, End] = {}
         for number, trial in {trials[run].number: trials[run] for run in record.rows}.items():
@@ -326,11 +320,7 @@ def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
 def check_settings(
     storage: optuna.storages.RDBStorage, name: str, settings: Mapping[str, Any]
 ) -> bool:
-    """Return whether a study exists; nothing is written.
-
-    Raises:
-        UserError: it exists with other settings, or is of the first edition, or another program's.
-    """
+    """Return whether a study exists; UserError if with other settings. Nothing is written."""
     if name not in optuna.get_all_study_names(storage):
         return False
     study = optuna.load_study(study_name=name, storage=storage)
@@ -361,11 +351,7 @@ def open_queue(
     proposer: Proposer,
     store_complete: Callable[[], set[str]],
 ) -> Queue:
-    """Create or continue a study.
-
-    Raises:
-        UserError: as `check_settings`.
-    """
+    """Create or continue a study."""
 
     def open_study() -> optuna.Study:
         with exclusive(storage.url, name):

@@ -50,17 +50,7 @@ SUPERSEDED = "superseded by a later summary"
 
 @dataclass(frozen=True)
 class Site:
-    """Where a plan's runs are trained and recorded.
-
-    Attributes:
-        plan: the plan.
-        data: its dataset.
-        device: "cpu" or "cuda".
-        store: where the runs are tracked.
-        experiment_id: their experiment.
-        start: starts the log of a run.
-        checkpoints: where unfinished runs are kept, if they are.
-    """
+    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones."""
 
     plan: Plan
     data: Dataset
@@ -76,10 +66,6 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
 
     Returns:
         What was found; None if another process answers.
-
-    Raises:
-        UserError: a store cannot be used, or the study exists with other settings or is being run
-            by another process.
     """
     log.info("opening MLflow and Optuna")
     store, storage = open_stores(options, plan.name)
@@ -131,18 +117,12 @@ def _is_left(queue: Queue) -> bool:
 
 
 def _counts(queue: Queue) -> tuple[int, int]:
-    """Return how many runs are finished, and how many are left."""
     runs = queue.proposer.runs
     return sum(map(has_result, queue.trials())) * runs, queue.left() * runs
 
 
 def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
-    """Open tracking store and storage, so that one that cannot be used leaves no other behind.
-
-    Raises:
-        UserError: one of them cannot be used, they are the same file, or nothing can be written
-            beside the tracking store.
-    """
+    """Open tracking store and storage, so that one that cannot be used leaves no other behind."""
     tracking, url = _addresses(options)
     if addresses.is_new(url) or addresses.is_server(tracking):  # opening a server writes nothing
         try:
@@ -215,13 +195,7 @@ def close_failed(queue: Queue, site: Site) -> None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A trial whose runs are recorded, and what is told of it once MLflow has them.
-
-    Attributes:
-        trial: the trial.
-        value: objectives and attributes; None if it diverged or was pruned.
-        configs: its runs.
-    """
+    """A trial whose runs are recorded; its value is None if it diverged or was pruned."""
 
     trial: FrozenTrial
     value: tuple[list[float], dict[str, Any]] | None
@@ -231,13 +205,8 @@ class Recorded:
 def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None:
     """Take trials, train and record their runs and finish them, until none is left.
 
-    A trial is finished once MLflow has its runs; while a server is away, others are trained.
-
-    Args:
-        queue: the trials.
-        site: where their runs are trained and recorded.
-        steps: shows the progress.
-        leave: return, too, where other processes have all that is left.
+    A trial is finished once MLflow has its runs; while a server is away, others are trained. With
+    `leave` this returns, too, where other processes have all that is left.
     """
     left, told, failed = queue.left(), 0, len(queue.failed_keys())
     recorded: list[Recorded] = []
@@ -338,11 +307,7 @@ def _if_held(site: Site, trial: FrozenTrial) -> Iterator[None]:
 def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Outcome | None:
     """Write the summary, which is a trial; show where it is if another process wrote it.
 
-    Args:
-        queue: the study, which has no trial left.
-        site: where the runs are.
-        terminal: shows where a summary of another process is.
-        again: whether a summary that is there is written to its folder once more.
+    With `again` a summary that is there is written to its folder once more.
     """
     from studies.runner import summary  # seaborn, which training does not wait for
 

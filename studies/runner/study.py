@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config import RunConfig, UserError, checked_name
-from studies.runner.options import ELSEWHERE, arguments, program
-from studies.runner.proposers import Cell, Listed, Proposer
+from studies.runner.options import ELSEWHERE, arguments, at_least, program
+from studies.runner.proposers import Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
     import optuna
@@ -23,17 +23,12 @@ if TYPE_CHECKING:
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
-FEW_IMAGES = 10_000
-"""User's images below this number are trained on for as many epochs as digits, others as MNIST."""
-
 
 @dataclass(frozen=True)
 class Source:
     """What a plan depends on of a dataset, known before the data are loaded.
 
     Attributes:
-        name: the dataset's.
-        pixels: D.
         calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
         epochs: passes over the training split where the user gives no number.
         digest: of the user's images, which a name does not identify; else "".
@@ -70,11 +65,7 @@ from their variance."""
 
 
 def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
-    """Read the user's images, which a plan depends on; return None for any other dataset.
-
-    Raises:
-        UserError: they cannot be read, or an option is for a user's images alone.
-    """
+    """Read the user's images, which a plan depends on; return None for any other dataset."""
     if not name.startswith("folder:"):
         if image_size is not None:
             raise UserError("--image-size: only images of --dataset folder:PATH are resized")
@@ -85,17 +76,10 @@ def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
 
 
 def source(name: str, own: Dataset | None) -> Source:
-    """Return what a plan depends on of a dataset.
+    """Return what a plan depends on of a dataset, whose images are given if they are the user's.
 
     The calibrated weight of a user's images is guessed: half the variance of a pixel. With 10
     latents the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
-
-    Args:
-        name: as the user gave it.
-        own: the user's images.
-
-    Raises:
-        UserError: there is no dataset of that name.
     """
     if own is None:
         if name not in KNOWN:
@@ -104,7 +88,7 @@ def source(name: str, own: Dataset | None) -> Source:
     _, height, width = own.image_shape
     folder = own.name.removeprefix("folder-")
     words = f"--dataset folder:{shlex.quote(folder)} --image-size {height} {width}"
-    epochs = KNOWN["digits" if len(own.train) < FEW_IMAGES else "mnist"].epochs
+    epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
     images = (len(own.train), len(own.val), len(own.test))
     return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)
 
@@ -127,11 +111,8 @@ class Axis:
 
     Args:
         name: column of the frames and axis of the figures.
-        values: what is tried.
+        values: at least one, each a number or a word.
         apply: (config, value, source) -> config; by default `name` is a field that is set.
-
-    Raises:
-        UserError: there is no value, or one that is neither a number nor a word.
     """
 
     def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
@@ -143,11 +124,6 @@ class Axis:
             )
         self.name, self.values = name, tuple(values)
         self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
-
-
-def no_groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return the one group of a study that has none, for any dataset."""
-    return {"": {}}
 
 
 @dataclass(frozen=True)
@@ -169,9 +145,6 @@ class Study:
         extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all others are compared with; None means the best one.
-
-    Raises:
-        UserError: its name cannot be one, or it has no question.
     """
 
     name: str
@@ -181,7 +154,7 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Groups = no_groups
+    groups: Groups = lambda base, data: {"": {}}
     seeds: int = 3
     objective: str = "val/neg_elbo"
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
@@ -205,16 +178,11 @@ class Plan:
 
     Attributes:
         page: name of the study's module or file, and first part of its experiment's name.
-        question: what it asks.
         name: of the Optuna study, and tag of its runs.
-        source: of the dataset.
         configs: the runs, as far as they are known; at least one.
-        proposer: which trials are run.
         find: what ended -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
         sentence: what will be trained.
-        objective: validation metric that the best epoch of a run is chosen by.
-        extras: further metrics of a finished run, as in `Study`.
         study: name of the study in `studies.all` by which a replay finds `extras`.
         confirm: Optuna study without trials left -> what is trained then.
         summary_key: changes when a new summary is to be recorded of the same runs.
@@ -266,34 +234,13 @@ def written(values: Sequence[Any]) -> dict[Any, str]:
     return dict(zip(values, texts, strict=True))
 
 
-def points(
-    study: Study, base: RunConfig, values: Sequence[Any], data: Source
-) -> dict[Point, RunConfig]:
-    """Return the points of a study and their settings, all but the seed, checked."""
-    found = {
-        Point(group, value): study.axis.apply(base.replace(**changes), value, data)
-        for group, changes in study.groups(base, data).items()
-        for value in values
-    }
-    for config in found.values():
-        _check_objective(study, config)
-    return found
-
-
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
-    Args:
-        study: the study.
-        options: what the user set.
-        own: the user's images, which take the place of `options.dataset`.
-
-    Raises:
-        UserError: a setting cannot be used.
+    The user's own images, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
-    if seeds < 1:
-        raise UserError(f"seeds={seeds}: give a whole number >= 1")
+    at_least(1, seeds=seeds)
     values = study.axis.values if options.values is None else options.values
     if not values:
         raise UserError("--values: give at least one, or leave it out")
@@ -303,20 +250,24 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         advice = "leave it out" if swept == study.group else "choose its values with --values"
         raise UserError(f"{swept}={options.chosen()[swept]}: {study.name} sweeps it; {advice}")
     data = source(options.dataset, own)
-    given = options.study_name
-    name = checked_name(f"{study.name}-{data.name}" if given is None else given)
+    name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
-    every = points(study, base, values, data)
+    every = {
+        Point(group, value): study.axis.apply(base.replace(**changes), value, data)
+        for group, changes in study.groups(base, data).items()
+        for value in values
+    }
+    for config in every.values():
+        _check_objective(study, config)
     texts = written(values)
-    cells = []
+    cells = list[Cell]()
     for point, config in every.items():
-        label = label_of(study, point, texts[point.value])
-        for seed in range(seeds):
-            identity = {"group": point.group, "value": point.value, "seed": seed}
-            run = config.replace(seed=seed)
-            params = coordinates(study, point)
-            tags = {"configuration": label}
-            cells.append(Cell(identity, run, f"{label} seed={seed}", params, tags))
+        value, axis = texts[point.value], study.axis.name
+        named = value if axis == "condition" else f"{axis}={value}"
+        label = f"{point.group}, {named}" if point.group else named
+        params = {study.group: point.group} if study.group else {}
+        params[axis] = point.value
+        cells += repeated(label, point._asdict(), config, range(seeds), params)
     varied = {"seed", study.axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
     effective = replace(options, epochs=base.epochs, seeds=seeds)
@@ -343,18 +294,6 @@ def command(page: str, data: Source, options: Common) -> str:
     return " ".join(word for word in words if word)
 
 
-def coordinates(study: Study, point: Point) -> dict[str, Any]:
-    """Return a point as the frames' columns name it."""
-    group = {study.group: point.group} if study.group else {}
-    return {**group, study.axis.name: point.value}
-
-
-def label_of(study: Study, point: Point, value: str) -> str:
-    """Return a point's name, such as "batch, kl_weight=0.1"."""
-    named = value if study.axis.name == "condition" else f"{study.axis.name}={value}"
-    return f"{point.group}, {named}" if point.group else named
-
-
 def _sentence(study: Study, every: Mapping[Point, RunConfig], seeds: int, texts: Mapping) -> str:
     groups = [group for group in dict.fromkeys(point.group for point in every) if group]
     each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
@@ -371,15 +310,20 @@ def _find(study: Study, ended: Ended) -> Findings:
     return compare_points(study, ended)
 
 
-def _check_objective(study: Study, config: RunConfig) -> None:
-    if not study.objective.endswith("neg_elbo"):
-        return
+def check_likelihood(config: RunConfig, page: str) -> None:
+    """Refuse a configuration that has no neg_elbo to compare."""
     if not config.has_likelihood:
         raise UserError(
             f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and {study.name} compares neg_elbo; give "
+            f"entropy of grey pixels is no likelihood, and {page} compares neg_elbo; give "
             "--binarization stochastic or threshold"
         )
+
+
+def _check_objective(study: Study, config: RunConfig) -> None:
+    if not study.objective.endswith("neg_elbo"):
+        return
+    check_likelihood(config, study.name)
     if config.latent == "deterministic":
         raise UserError(
             f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "

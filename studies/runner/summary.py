@@ -69,11 +69,7 @@ class Ended:
     """All that a study has to answer from.
 
     Attributes:
-        plan: the plan.
-        data: its dataset.
-        store: where its runs are.
-        study: the Optuna study.
-        trials: its trials, and those of the confirmation.
+        trials: of the study and of its confirmation.
         runs: runs of trials that have a result, in the order of the plan.
     """
 
@@ -101,7 +97,6 @@ class Findings:
 
     Attributes:
         table: the main table, for the terminal and the summary run.
-        answer: returns the answer in sentences.
         frame: all runs, written to runs.csv.
         tables: file name -> (table, caption), for the report.
         figures: file name -> (returns the figure, caption).
@@ -135,13 +130,8 @@ class Outcome:
     """What a finished study found.
 
     Attributes:
-        plan: the study.
-        table: one row per point, columns of `frames.along_axis`.
-        answer: the answer in sentences.
         folder: where tables, figures and pictures were written.
-        experiment_id: MLflow experiment of the runs.
         failed: what could not be measured of the runs, "" if nothing.
-        sections: as in `Findings`.
     """
 
     plan: Plan
@@ -160,11 +150,7 @@ def ended(
     study: optuna.Study,
     trials: Sequence[FrozenTrial],
 ) -> Ended:
-    """Read the runs of a study back from MLflow, and check that none is missing.
-
-    Raises:
-        UserError: nothing finished, or the tracking store lacks runs of finished trials.
-    """
+    """Read the runs of a study back from MLflow, and check that none is missing."""
     log.info("reading the runs back from MLflow")
     known = {key for trial in trials if has_result(trial) for key in keys(trial)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
@@ -198,8 +184,7 @@ def _in_order(runs: Sequence[Run], plan: Plan, trials: Sequence[FrozenTrial]) ->
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
     """Write folder, report and summary run of a study; return the outcome and the run's id.
 
-    Raises:
-        SummaryError: as `write`; there is no summary run then.
+    Where `write` raises SummaryError there is no summary run.
     """
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
@@ -411,7 +396,6 @@ def _reference(study: Study, frame: pd.DataFrame, keys: list[str]) -> pd.DataFra
 
 
 def _diverged(runs: Sequence[Run]) -> str:
-    """Return a sentence that names every run that diverged, with epoch and reason."""
     named = "; ".join(f"{run.name} {run.tags['reason']}" for run in runs)
     count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
     return f"{count} values are not ranked: {named}."
@@ -445,11 +429,7 @@ def _first_seeds(study: Study, frame: pd.DataFrame) -> dict[str, str]:
 def write_pictures(
     folder: Path, findings: Findings, data: Dataset, store: Store
 ) -> list[dict[str, Any]]:
-    """Draw models side by side, and one of them closer.
-
-    Returns:
-        For each picture its file, its caption and the labels of its rows, for the report.
-    """
+    """Draw models side by side, and one of them closer; return what the report shows of each."""
     if not findings.models:
         return []
     log.info("drawing pictures of the models")
@@ -491,7 +471,6 @@ def write_pictures(
 
 
 def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> dict[str, Any]:
-    """Draw where test images lie in each model's latent space."""
     part = data.test.head(SCATTERED)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     planes_of = []

@@ -37,9 +37,6 @@ LOGGERS = ("harness", "studies")
 EVERY = 15.0
 """Seconds after which a log gets a line though nothing new began."""
 
-INDENT = " " * 7
-"""Of lines in a log, as wide as a percentage."""
-
 HIDDEN = (
     "neg_elbo",
     "val/mse",
@@ -78,11 +75,7 @@ class _Screen(rich.console.Console):
 
 
 class _Handler(logging.Handler):
-    """Shows messages; those with `extra={"progress": True}` report how far something is.
-
-    Args:
-        show: (message, whether it only reports how far something is) -> None.
-    """
+    """Shows messages; those with `extra={"progress": True}` only report how far something is."""
 
     def __init__(self, show: Callable[[str, bool], None]) -> None:
         super().__init__(logging.INFO)
@@ -98,8 +91,7 @@ class _Handler(logging.Handler):
 class Steps:
     """Progress of training in runs, an epoch being a part of one.
 
-    Args:
-        advance: (runs that are done, what is happening) -> None.
+    `advance` takes the number of runs that are done, and what is happening.
     """
 
     def __init__(self, advance: Callable[[float, str], None]) -> None:
@@ -122,10 +114,7 @@ class Steps:
 class Terminal:
     """A terminal with a moving line, or a log file with a line every 10 % or 15 s.
 
-    Args:
-        json: whether the outcome is printed as one JSON object on standard output, and all else
-            on standard error.
-        out: where lines go, unless it is one of these two.
+    With `json` the outcome is one JSON object on standard output, and all else on standard error.
     """
 
     def __init__(self, *, json: bool = False, out: rich.console.Console | None = None) -> None:
@@ -186,19 +175,14 @@ class Terminal:
             self._status.update(text)
             self._status.start()
         elif not further or self._is_due():
-            self.line(INDENT + text)
+            self.line(f"{'':7}{text}")  # as far to the right as after a percentage
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._last >= EVERY
 
     @contextmanager
     def progress(self, runs: int, left: int) -> Iterator[Steps]:
-        """Show the training of the runs that are left; yields the callback of every epoch.
-
-        Args:
-            runs: of the whole plan.
-            left: those that no process has finished.
-        """
+        """Show the training of what no process has finished; yields the callback of every epoch."""
         if left == 0:
             self.line("Every run is finished already; nothing is trained again.")
         elif left < runs:
@@ -233,10 +217,12 @@ class Terminal:
         from harness.tracking.page import LINK  # MLflow, which --help does not wait for
 
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        frame = outcome.table
+        finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
         self._note(
             study=outcome.plan.name,
             experiment_id=outcome.experiment_id,
-            table=_records(outcome.table),
+            table=frame.astype(object).where(finite, None).to_dict("records"),
             answer=outcome.answer,
             report=str(outcome.folder / "report.html"),
             tracking_uri=where,
@@ -247,7 +233,7 @@ class Terminal:
             for heading, rows in itertools.groupby(outcome.sections, key=lambda row: row.heading):
                 self.out.print(_claims(heading, rows))
         else:
-            self.out.print(self._fitting(outcome.table))
+            self.out.print(self._fitting(frame))
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {outcome.folder / 'report.html'}")
         self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
@@ -293,16 +279,12 @@ def _table(cells: pd.DataFrame) -> Table:
         header = "_\n".join(HYPHENATED.get(word, word) for word in words)
         table.add_column(header, justify="right", no_wrap=True)
     for row in cells.to_dict("records"):
-        table.add_row(*(_short(str(name), cell) for name, cell in row.items()))
+        short = (c.split(" ")[0] if n in BRIEF else c.replace(" ± ", "±") for n, c in row.items())
+        table.add_row(*short)
     return table
 
 
-def _short(name: str, cell: str) -> str:
-    return cell.split(" ")[0] if name in BRIEF else cell.replace(" ± ", "±")
-
-
 def _claims(heading: str, rows: Iterable[Row]) -> Table:
-    """Return a table of judged claims."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(heading)
     for name in ("reference", "obtained", "tolerance"):
@@ -340,9 +322,3 @@ def way(where: str) -> str:
     if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table as JSON has them: null for numbers that are not finite."""
-    rows = table.astype(object).where(table.notna() & ~table.isin([math.inf, -math.inf]), None)
-    return rows.to_dict("records")

@@ -58,10 +58,6 @@ def train(
         cache: folder in which the workers' logs are written, as `workers/STUDY/N.log`.
         counts: () -> (finished runs, runs left), from the database.
         show: (runs finished meanwhile, what is happening) -> None.
-
-    Raises:
-        UserError: a worker ended with code 2, or runs are left.
-        KeyboardInterrupt: as `stopping.check`, when all workers have stopped.
     """
     folder, (before, left) = cache / "workers" / study, counts()
     folder.mkdir(parents=True, exist_ok=True)
