@@ -332,8 +332,9 @@ def test_codes_that_may_pass_are_tried_again(code, proxy, store, experiment):
 def test_a_refusal_is_one_clear_error_and_keeps_the_records(
     code, hint, proxy, store, experiment, tmp_path
 ):
-    proxy.answer["runs/log-batch"] = code
+    proxy.answer["runs/log-batch"] = 500  # not refused while the run is written
     log = write_run(store.spool, experiment, new_key())
+    proxy.answer["runs/log-batch"] = code
     with pytest.raises(UserError, match=f"refuses to write run {log.key} .*{hint}"):
         store.deliver()
     with pytest.raises(UserError, match="refuses"):
