@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, focus, say_nothing, scale_axis, sns
+from analysis.plots import COLORS, GREY, LABELS, canvas, despine, focus, say_nothing, scale_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
         row[0].set_ylabel("\n".join(filter(None, [str(name), "kl (nats)"])))
     for panel in panels[-1]:
         panel.set_xlabel("latent, by its kl")
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -136,7 +136,7 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
         panel.set_xlabel(LABELS.get(axis, axis))
         if panel.get_lines():
             panel.legend(frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from analysis.plots import COLORS, GREY, canvas, sns
+from analysis.plots import COLORS, GREY, canvas, despine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,5 +38,5 @@ def batch_plane(
     panel.set_xlabel("KL term of the batch (pixel²)")
     panel.set_ylabel("loss of the batch (pixel²)")
     figure.legend(loc="outside right upper", frameon=False, markerscale=1)
-    sns.despine(figure)
+    despine(figure)
     return figure

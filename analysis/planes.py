@@ -5,17 +5,14 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-import lazy_loader
 import numpy as np
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, plain_text, said
+from analysis.plots import COLORS, GREY, LABELS, canvas, despine, plain_text, said
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-sns = lazy_loader.load("seaborn")
 
 DISTINCT = 10
 """Colours of seaborn's palette "colorblind"; more classes than these would share some."""
@@ -30,6 +27,8 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
     Args:
         places: columns model, x, y, class; one row per image and model.
     """
+    import seaborn as sns
+
     models = list(places["model"].unique())
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
@@ -61,6 +60,8 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
         axis: column along which means are joined.
         group: column of the lines; without it colours follow the axis.
     """
+    import seaborn as sns
+
     figure, panel = canvas(8, 6)
     frame = frame.dropna(subset=["rate"])
     shown = _bounded(frame, axis)
@@ -86,7 +87,7 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     panel.set_ylabel(LABELS["distortion"])
     title = f"{group}; numbers are {axis}" if group else LABELS.get(axis, axis)
     figure.legend(title=title, loc="outside right upper", frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -101,7 +102,7 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
     panel.set_xlabel(LABELS["rate"])
     panel.set_ylabel(LABELS["distortion"])
     figure.legend(title=group, loc="outside right upper", frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 

@@ -8,16 +8,12 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import lazy_loader
 import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# A study's page names its figures, and its --help must not wait for seaborn.
-sns = lazy_loader.load("seaborn")
 
 LABELS = {
     "neg_elbo": "neg_elbo (nats / image)",
@@ -50,11 +46,19 @@ def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any
 ) -> tuple[Figure, Any]:
     """Return an empty figure, size in inches, and its panel, or array of panels."""
+    import seaborn as sns  # not above: a study's page names its figures, and --help is not to wait
     from matplotlib.figure import Figure
 
     with sns.axes_style("ticks"):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, **shared)
+
+
+def despine(figure: Figure, *, left: bool = False) -> None:
+    """Remove the lines above and to the right of every panel, and those to the left if asked."""
+    import seaborn as sns
+
+    sns.despine(figure, left=left)
 
 
 def plain_text(text: str) -> str:
@@ -82,7 +86,7 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figur
     panels[1, 1].set_ylim(0, frame["latent_size"].max() * 1.05)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -231,7 +235,7 @@ def one_curve(frame: pd.DataFrame) -> Figure:
     handles, labels = panels[0, 1].get_legend_handles_labels()
     title = "kl_normalization, mean over seeds"
     figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title, frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -265,12 +269,14 @@ def conditions(frame: pd.DataFrame) -> Figure:
         panel.grid(axis="y", lw=0.3)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    sns.despine(figure, left=True)
+    despine(figure, left=True)
     return figure
 
 
 def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     """Plot the test mse of each class as a heat map, a row for each value of a column."""
+    import seaborn as sns
+
     from analysis import frames
 
     columns = [c for c in frame.columns if c.startswith("mse_class/")]

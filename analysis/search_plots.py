@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, sns
+from analysis.plots import COLORS, GREY, LABELS, canvas, despine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def history(trials: pd.DataFrame) -> Figure:
     panel.set_xlabel("trial")
     panel.set_ylabel(UNITS[OBJECTIVE])
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -110,7 +110,7 @@ def parameters(trials: pd.DataFrame) -> Figure:
     panels[0, 0].plot([], [], "o", color=GREY, label="finished")
     panels[0, 0].plot([], [], "x", color=GREY, label="pruned")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -155,7 +155,7 @@ def importances(shares: pd.DataFrame) -> Figure:
     panel.set_xlim(0, shares["share"].max() * 1.12 if len(shares) else 1)
     if len(objectives) > 1:
         panel.legend(frameon=False, loc="lower right")
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
@@ -186,7 +186,7 @@ def front(trials: pd.DataFrame) -> Figure:
     for text in lines:
         panel.plot([], [], " ", label=text or " ")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    sns.despine(figure)
+    despine(figure)
     return figure
 
 
