@@ -155,7 +155,8 @@ def execute(study: Study, options: Options[Any]) -> Outcome | None:
         seeds = plan.seeds
         console.estimate(plan.runs, data, options, lambda width: max(1, width // seeds) * seeds)
         return None
-    begin_pca(data.binarized(plan.runs[0].binarization))
+    if any(config.likelihood == "gaussian" for config in plan.runs):
+        begin_pca(data)
     outcome = run(plan, data, options, console)
     if outcome is None:
         return None

@@ -54,16 +54,20 @@ class PCA:
         """
         if split is None:
             return Moments(np.zeros_like(self.variances), self.variances)
-        if split.digest not in self._moments:
-            c = self.coordinates(split)
-            means, squares = c.mean(0), np.square(c).mean(0)
-            if others := len(self.mean) - len(squares):
-                rest = pixels(split) - self.mean - c @ self.components.T
-                share = np.square(rest).sum(1).mean() / others
-                means = np.append(means, np.zeros(others))
-                squares = np.append(squares, np.full(others, share))
-            self._moments[split.digest] = Moments(means, squares)
-        return self._moments[split.digest]
+        with _BUSY:
+            if split.digest not in self._moments:
+                self._moments[split.digest] = self._measured(split)
+            return self._moments[split.digest]
+
+    def _measured(self, split: Split) -> Moments:
+        c = self.coordinates(split)
+        means, squares = c.mean(0), np.square(c).mean(0)
+        if others := len(self.mean) - len(squares):
+            rest = pixels(split) - self.mean - c @ self.components.T
+            share = np.square(rest).sum(1).mean() / others
+            means = np.append(means, np.zeros(others))
+            squares = np.append(squares, np.full(others, share))
+        return Moments(means, squares)
 
     def floor(self, split: Split, latent_size: int) -> float:
         """Return the mse of projecting a split onto the first components: the PCA floor.
@@ -101,9 +105,14 @@ def pca(data: Dataset) -> PCA:
 
 
 def begin_pca(data: Dataset) -> None:
-    """Compute the principal components in a thread; `pca` waits for it."""
+    """Compute in a thread what training's linear losses need; `pca` and `moments` wait for it."""
+
+    def compute() -> None:
+        for split in (data.train.head(len(data.val)), data.val):
+            pca(data).moments(split)
+
     if is_small(data):
-        threading.Thread(target=pca, args=[data], daemon=True).start()
+        threading.Thread(target=compute, daemon=True).start()
 
 
 def _decompose(split: Split) -> PCA:
