@@ -9,41 +9,31 @@ line may `start` the server before it imports PyTorch itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
+import select
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable
+import weakref
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 
 PROGRAM = """
-import os, sys
-os.closerange(3, 1 << 16)
+import sys
 sys.path[:] = sys.argv[1:]
-from harness import forkserver
-forkserver.end_with_parent()
-from harness import processes
-import harness.training.engine
-forkserver.serve(processes.work)
+from harness.forkserver import serve
+serve()
 """
-"""Program of the server; its standard input is the connection to its parent."""
 
-WHEN_IDLE = (
-    "harness.metrics.quality",
-    "sklearn.neighbors",
-    "sklearn.pipeline",
-    "sklearn.linear_model",
-)
-"""Modules that the server imports while no worker is wanted, so that workers need not."""
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+FIRST = ["harness.processes", "harness.training.engine"]
+LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sklearn.linear_model"]
+"""Modules that workers need not import: for training, and for measuring once training has begun."""
 
 _lock = threading.Lock()
-_server: Connection | None = None
+_server: tuple[Connection, ...] = ()
+_ours = weakref.WeakSet[Connection]()
+"""Connections and lifelines that this process has made; its forked children close them."""
 
 
 def start() -> None:
@@ -53,90 +43,86 @@ def start() -> None:
         _server = _server or _started()
 
 
-def fork() -> tuple[Connection, int]:
-    """Start a worker and return the connection to it and its process id.
+def fork() -> tuple[Connection, Connection]:
+    """Start a worker, which calls the function that it is sent first with its connection.
 
-    Raises:
-        EOFError: the server or the worker was killed.
+    Returns:
+        The connection and a lifeline: the kernel kills the worker when it closes, in the middle of
+        a computation too, and so when this process ends in whatever way.
     """
     global _server
-    here, there = Pipe()
+    start()
+    here, there, lifeline = _linked()
     with there, _lock:
-        _server = _server or _started()
         try:
-            send_handle(_server, there.fileno(), 0)
+            send_handle(_server[0], there.fileno(), 0)
         except ConnectionError:  # the server was killed
             _server = _started()
-            send_handle(_server, there.fileno(), 0)
-    return here, here.recv()
+            send_handle(_server[0], there.fileno(), 0)
+    return here, lifeline
 
 
-def _started() -> Connection:
-    """Start the server, with SIGINT and SIGTERM blocked from the first moment."""
-    here, there = Pipe()
+def _started() -> tuple[Connection, Connection]:
+    here, there, lifeline = _linked()
     with there:
         os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", PROGRAM, *sys.path],
             os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else NumPy's threads run before a fork
             file_actions=[(os.POSIX_SPAWN_DUP2, there.fileno(), 0)],
-            setsigmask=[signal.SIGINT, signal.SIGTERM],
+            setsigmask=[signal.SIGINT, signal.SIGTERM],  # a scheduler sends them to all processes
         )
-    return here
+    return here, lifeline
 
 
-def _forget() -> None:
-    """Leave the server to the process which has started it: a forked child starts another."""
+def _linked() -> tuple[Connection, Connection, Connection]:
+    """Return both ends of a connection, and the lifeline of the process at the second one."""
+    (here, there), (alive, lifeline) = Pipe(), Pipe(duplex=False)
+    with alive:
+        send_handle(here, alive.fileno(), 0)
+    _ours.update((here, lifeline))
+    return here, there, lifeline
+
+
+def _live_with(connection: Connection) -> None:
+    """Let the kernel kill this process when the lifeline of its connection closes."""
+    alive = recv_handle(connection)
+    fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
+    if select.select([alive], [], [], 0)[0]:
+        os._exit(0)  # it has closed already
+
+
+def _leave() -> None:
+    """Leave server and workers to the process that started them; a forked child starts its own."""
     global _lock, _server
-    if _server is not None:
-        _server.close()
-    _lock, _server = threading.Lock(), None
+    for connection in _ours:
+        connection.close()
+    _lock, _server = threading.Lock(), ()
 
 
-if sys.platform == "linux":
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_leave)
 
 
-def end_with_parent() -> None:
-    """End the server as soon as its parent has ended, also while it imports a module."""
-    parent = socket.socket(fileno=os.dup(0))
-
-    def look(*_: object) -> None:
-        with contextlib.suppress(BlockingIOError):
-            if not parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                os._exit(0)
-
-    signal.signal(signal.SIGIO, look)
-    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(parent, fcntl.F_SETFL, fcntl.fcntl(parent, fcntl.F_GETFL) | os.O_ASYNC)
-    look()
-
-
-def serve(work: Callable[[Connection], None]) -> None:
-    """Fork a worker for every connection that the parent sends, until the parent has ended.
-
-    The server ends with the parent, and the kernel kills the workers when the server ends.
-    """
-    parent, libc = Connection(os.dup(0)), ctypes.CDLL(None)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
+def serve() -> None:
+    """Fork a worker for every connection that comes through standard input, until it closes."""
+    os.closerange(3, 1 << 16)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended vanish
-    server, modules = os.getpid(), list(WHEN_IDLE)
-    while True:
-        while modules and not parent.poll():
-            with contextlib.suppress(ImportError):
-                __import__(modules.pop(0))
-        try:
+    parent, later = Connection(0), iter(LATER)
+    with contextlib.suppress(EOFError):
+        _live_with(parent)
+        for name in FIRST:
+            __import__(name)
+        while True:
             worker = Connection(recv_handle(parent))
-        except EOFError:
-            os._exit(0)
-        if os.fork() == 0:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == server:
-                parent.close()
+            if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                with contextlib.suppress(EOFError, OSError):  # the connection has been closed
-                    worker.send(os.getpid())
-                    work(worker)
-            os._exit(0)
-        worker.close()
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                with contextlib.suppress(EOFError, OSError):  # the pool has been closed
+                    _live_with(worker)
+                    worker.recv()(worker)
+                os._exit(0)
+            worker.close()
+            while not parent.poll(0.5) and (name := next(later, "")):
+                __import__(name)

@@ -11,7 +11,6 @@ import functools
 import io
 import os
 import pickle
-import signal
 import sys
 import traceback
 import weakref
@@ -19,7 +18,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,20 +87,16 @@ class Pool:
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
         self._common = common
-        self._unsent: dict[Connection, dict[str, bytes]] = {}
-        self._workers: dict[Connection, int] = {}
+        self._workers: dict[Connection, Connection] = {}  # and their lifelines
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
-        self._owner = os.getpid()
         workers = min(workers, available())
         if workers > 1 and sys.platform == "linux":
+            task = functools.partial(_work, sys.path, os.getcwd(), _dumps(common))
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether there are worker processes."""
-        return bool(self._workers)
+                for worker in self._workers:
+                    worker.send(task)
 
     def __enter__(self) -> Pool:
         return self
@@ -119,8 +114,7 @@ class Pool:
             BaseException: what the function raised first.
             RuntimeError: a worker was killed.
         """
-        forked = self._workers and os.getpid() != self._owner
-        if self._closed or self._busy or forked:
+        if self._closed or self._busy:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
         left = enumerate(items)
         if not self._workers:
@@ -129,52 +123,32 @@ class Pool:
                     result = function(*self._common, item)
                 yield index, result
             return
-        self._busy = {}
-        busy = self._busy  # the pool's is another map's, once this one has yielded its last result
-        news = {"function": _dumps(function)}
-        if not self._unsent:
-            news["common"] = _dumps(self._common)
+        self._busy = busy = dict[Connection, tuple[int, Any]]()  # this map's own
+        idle, functions = list(self._workers), dict.fromkeys(self._workers, _dumps(function))
+        done: list[tuple[int, R]] = []
         try:
-            for worker in self._workers:
-                self._unsent.setdefault(worker, {}).update(news)
-                self._submit(worker, left)
-            while busy:
-                for ready in wait(list(busy)):
-                    worker = cast("Connection", ready)
+            while idle:
+                for worker, (index, item) in zip(idle, left, strict=False):
+                    message = functions.pop(worker, None), _dumps(item)
                     with _worker_lost():
-                        answer = worker.recv_bytes()
-                    result, error = pickle.loads(answer)
-                    if error is not None:
-                        raise error
-                    index, _ = busy.pop(worker)
-                    self._submit(worker, left)
-                    yield index, result
+                        worker.send(message)
+                    busy[worker] = index, item  # whose memory is kept meanwhile
+                yield from done
+                ready = wait(list(busy)) if busy else []
+                idle = [worker for worker in busy if worker in ready]
+                done = [(busy[worker][0], _received(worker)) for worker in idle]
+                for worker in idle:
+                    del busy[worker]
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()
             raise
 
-    def _submit(self, worker: Connection, left: Iterator[tuple[int, Any]]) -> None:
-        """Send the next item, if there is one; it stays referenced, and its memory, until done."""
-        for index, item in left:
-            message = (sys.path, os.getcwd(), self._unsent[worker], _dumps(item))
-            with _worker_lost():
-                worker.send(message)
-            self._unsent[worker] = {}
-            self._busy[worker] = index, item
-            return
-
     def close(self) -> None:
-        """End the workers, in the middle of a computation too; not in a forked child."""
+        """End the workers, in the middle of a computation too."""
         self._closed = True
-        if os.getpid() == self._owner:
-            for process in self._workers.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            for worker in self._workers:
-                with contextlib.suppress(EOFError, OSError), worker:
-                    while True:  # until the process has ended
-                        worker.recv_bytes()
+        for lifeline in self._workers.values():
+            lifeline.close()
         self._workers.clear()
         self._busy.clear()
 
@@ -184,58 +158,58 @@ def _worker_lost() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        # An OSError has no errno where the connection ends in the middle of a message.
-        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
-            raise
-        raise RuntimeError("a worker process was killed; was there too little memory?") from None
+        raise RuntimeError("a worker process was killed; was there too little memory?") from error
 
 
 def _dumps(value: object) -> bytes:
     """Return a pickle that holds what only this process defines, and refers to shared memory."""
+    from cloudpickle import CloudPickler  # a GPU's machine, where no worker starts, may lack it
+
+    class Pickler(CloudPickler):
+        dispatch_table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
+
     buffer = io.BytesIO()
-    _pickler()(buffer).dump(value)
+    Pickler(buffer).dump(value)
     return buffer.getvalue()
 
 
 def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
-    if (file := _files.get(id(tensor))) is not None:
-        return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
-    if tensor.is_contiguous():
-        with contextlib.suppress(TypeError, RuntimeError):  # of what NumPy has no arrays for
-            return torch.from_numpy, (tensor.numpy(),)  # six times as fast as PyTorch's way
-    return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    if (file := _files.get(id(tensor))) is None:
+        return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
 
 
-@functools.cache
-def _pickler() -> type[pickle.Pickler]:
-    from cloudpickle import (
-        CloudPickler,
-    )  # only where workers start: a GPU's machine need not have it
-
-    table = ChainMap({Tensor: _reduced}, CloudPickler.dispatch_table)
-    return type("Pickler", (CloudPickler,), {"dispatch_table": table})
+def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's result
+    with _worker_lost():
+        answer = worker.recv_bytes()
+    result, error = pickle.loads(answer)
+    if error is not None:
+        raise error
+    return result
 
 
 @one_thread()
-def work(parent: Connection) -> None:
+def _work(path: list[str], folder: str, pickled: bytes, pool: Connection) -> None:
     """Answer a pool, in a worker process, until it closes the connection."""
-    os.register_at_fork(after_in_child=parent.close)  # else `Pool.close` waits for its end, too
-    known: dict[str, Any] = {}
+    sys.path[:] = path
+    os.chdir(folder)
+    common: Any = None
+    function: Any = None
     while True:
-        sys.path[:], folder, news, item = parent.recv()
+        new, item = pool.recv()
         try:
-            os.chdir(folder)
-            known |= {name: pickle.loads(pickled) for name, pickled in news.items()}
-            answer = _dumps((known["function"](*known["common"], pickle.loads(item)), None))
+            common = common or pickle.loads(pickled)
+            function = pickle.loads(new) if new else function
+            answer = _dumps((function(*common, pickle.loads(item)), None))
         except BaseException as error:
-            answer = _failure(error)
+            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+            answer = _pickled_error(error)
         with contextlib.suppress(OSError):
             print(end="", flush=True)  # what the function has printed
-        parent.send_bytes(answer)
+        pool.send_bytes(answer)
 
 
-def _failure(error: BaseException) -> bytes:
-    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+def _pickled_error(error: BaseException) -> bytes:
     try:
         answer = _dumps((None, error))
         pickle.loads(answer)  # fails for an exception whose arguments are not its constructor's
