@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,12 @@ class Soak:
         forked: copy a process that has imported everything instead of starting the command, and
             take few images and draw no figures: more kills a minute, none of them in the imports.
         every: --checkpoint-every of every third study.
-        servers: whether there are servers.
     """
 
     kills: int = 300
     seed: int = 0
     forked: bool = False
     every: int = 1
-    servers: bool = True
 
 
 @dataclass
@@ -270,18 +268,18 @@ def judged(case: Case, member: Member, tally: Tally) -> bool:
 
 @contextlib.contextmanager
 def servers(soak: Soak, folder: Path) -> Iterator[Callable[[int, Path, Path], Case]]:
-    """Yield what makes the case of a number in a folder; its servers live meanwhile."""
+    """Yield what makes the case of a number in a folder; a server starts with its first case."""
     with contextlib.ExitStack() as stack:
-        postgres = stack.enter_context(_postgres()) if soak.servers else None
-        mlflow = stack.enter_context(_mlflow(folder)) if soak.servers else None
+        mlflow = cache(lambda: stack.enter_context(_mlflow(folder)))
+        postgres = cache(lambda: stack.enter_context(_postgres()))
 
         def case(number: int, folder: Path, home: Path) -> Case:
             every = soak.every * (number % 3 == 1)
             found = Case(f"soak-{number}", folder, home, every, forked=soak.forked)
-            if mlflow and number % 2:
-                found = replace(found, server=mlflow)
-            if postgres and number % 4 == 3:
-                storage = postgres.create(f"soak_{number}")
+            if number % 2:
+                found = replace(found, server=mlflow())
+            if number % 4 == 3 and postgres():
+                storage = postgres().create(f"soak_{number}")
                 found = replace(found, storage=storage, workers=WORKERS)
             return found
 

@@ -87,6 +87,7 @@ class Place:
     def start(self) -> pd.DataFrame | None:
         """Run what is left of the study, as its command does; return the table if it has one."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
+        os.environ.setdefault(database.BEAT, "1000")  # else slow ones have more steps
         processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
         addresses.project_root = lambda: self.folder
         with cli.clear_errors([]) as shown:
@@ -340,7 +341,6 @@ def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
     while not pair.second.ended():
         time.sleep(0.05)
     pair.finish(alone)
-    assert "was reassigned" in children.said_in(pair.first.folder)
     ends = in_child(place.notes, lambda: reasons(place, "summary")).value
     assert ends == {("FINISHED", None): 1, ("KILLED", REASSIGNED): 1}
 
