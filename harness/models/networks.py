@@ -66,8 +66,8 @@ def _linears(sizes: Sequence[int]) -> list[nn.Module]:
 def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
     """Set weights and biases to U(-1, 1) / sqrt(inputs) from a stream, layer by layer.
 
-    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; inputs of a
-    transposed one are its output channels times the kernel's size.
+    This is PyTorch's default, hence the blog's; inputs of a transposed convolution are its output
+    channels times the kernel's size.
     """
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
