@@ -13,6 +13,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from harness import registry
 from harness.errors import UserError as UserError
 
+Head = Literal["gaussian", "relu"]
+Latent = Literal["stochastic", "deterministic"]
+KLNormalization = Literal["pixels", "batch", "latent", "sum"]
+Sigma = Literal["fixed", "optimal", "learned"]
+Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
 Precision = Literal["float32", "tf32"]
 
@@ -75,15 +80,15 @@ class RunConfig:
     hidden: tuple[int, ...] = (256, 64)
     channels: tuple[int, ...] = (32, 64)
     latent_size: int = 10
-    head: Literal["gaussian", "relu"] = "gaussian"
-    latent: Literal["stochastic", "deterministic"] = "stochastic"
+    head: Head = "gaussian"
+    latent: Latent = "stochastic"
     kl_weight: float = 1.0
-    kl_normalization: Literal["pixels", "batch", "latent", "sum"] = "pixels"
+    kl_normalization: KLNormalization = "pixels"
     kl_warmup_epochs: int = 0
     kl_cycles: int = 1
     free_bits: float = 0.0
-    sigma: Literal["fixed", "optimal", "learned"] = "fixed"
-    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
+    sigma: Sigma = "fixed"
+    likelihood: Likelihood = "gaussian"
     binarization: Binarization = "none"
     learning_rate: float = 1e-3
     batch_size: int = 32
