@@ -49,20 +49,17 @@ class RunConfig:
         hidden: widths of the encoder's hidden layers, for "mlp"; the decoder mirrors them.
         channels: channels of the encoder's convolutions, for "conv"; the decoder mirrors them.
         latent_size: number of latents L.
-        head: "gaussian": mean and log-variance; "relu": the blog's mean and standard deviation
-            behind a ReLU.
+        head: "gaussian": mean, log-variance; "relu": ReLUs of mean, standard deviation (the blog).
         latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
         kl_weight: factor of the KL term as the user writes it; 0 trains on the error alone.
-        kl_normalization: divisor of the KL sum: batch x "pixels", "batch", batch x "latent", or 1
-            ("sum").
+        kl_normalization: divides the KL by batch x "pixels", "batch", batch x "latent" or 1, "sum".
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
         kl_cycles: equal parts of the training that each begin with that warm-up (Fu et al. 2019).
         free_bits: nats of each latent's batch-mean KL that cost nothing (Kingma et al. 2016).
         sigma: the Gaussian decoder's variance: "fixed": beta / 2; "optimal": the mse of each batch;
             "learned": one trained scalar (sigma-VAE, Rybkin et al. 2021). Unless fixed, the loss is
             an exact negative ELBO per pixel at beta = 1.
-        likelihood: "gaussian", or "bernoulli": cross-entropy, at beta = 1 an exact ELBO of binary
-            data.
+        likelihood: "gaussian"; "bernoulli": cross-entropy, exact ELBO of binary data at beta = 1.
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.

@@ -32,8 +32,7 @@ LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sk
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()
-_ours = weakref.WeakSet[Connection]()
-"""Connections and lifelines that this process has made; its forked children close them."""
+_ours = weakref.WeakSet[Connection]()  # made by this process; its forked children close them
 
 
 def start() -> None:

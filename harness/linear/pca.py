@@ -43,10 +43,7 @@ class PCA:
         return (pixels(split) - self.mean) @ self.components
 
     def moments(self, split: Split | None = None) -> Moments:
-        """Return the moments of a split's coordinates; computed once for the same images.
-
-        None is the training split: its means are 0 and its squares the eigenvalues.
-        """
+        """Return the moments of a split's coordinates, computed once; None: the training split."""
         if split is None:
             return Moments(np.zeros_like(self.variances), self.variances)
         with _BUSY:

@@ -78,7 +78,7 @@ def _whole_numbers(metadata: Mapping[str, str], name: str) -> tuple[int, ...]:
 
 
 def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str, Tensor]) -> None:
-    # Before the model takes memory; a user's network may need values for its initial weights.
+    # Here, before it takes memory; a user's network may need values for its initial weights.
     with torch.device("meta"):
         expected = sum(value.numel() for value in build(config, shape).state_dict().values())
     found = sum(tensor.numel() for tensor in weights.values())

@@ -22,7 +22,6 @@ class VAE(nn.Module):
         encoder: maps images (B, *data_shape) to the posterior's parameters (B, 2 L).
         decoder: maps latents (B, L) to (B, *data_shape), before the output's non-linearity.
         data_shape: shape of an image, e.g. (channels, height, width).
-        latent_size: number of latents L.
         head, latent: as in `RunConfig`; "deterministic" decodes the posterior mean.
         likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
@@ -132,7 +131,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 9) -> Tensor:
-        """Return decoder means (B, steps, *data_shape) from the first images' to the second's."""
+        """Return decoder means (B, steps, *data_shape) on lines between posterior means."""
         ends = self.encode(first).mean, self.encode(second).mean
         share = torch.linspace(0, 1, steps, dtype=self.dtype, device=self.device)
         z = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), share.view(1, -1, 1))

@@ -32,8 +32,7 @@ from harness.training.step import Measured, Step
 
 log = logging.getLogger(__name__)
 
-STACK_WIDTH = {"cpu": 16, "cuda": 64}
-"""Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
+STACK_WIDTH = {"cpu": 16, "cuda": 64}  # runs trained together (CPU: benchmarks/RESULTS.md)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ class Draw(NamedTuple):
     prior: Tensor | None  # N(0, I) for loss terms, shape (steps, B, L); None without terms
 
 
-Drawn = tuple[Tensor, Draw]
-"""Images of an epoch, uint8, and its draws."""
+Drawn = tuple[Tensor, Draw]  # images of an epoch, uint8, and its draws
 
 
 class Step:
