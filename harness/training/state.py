@@ -25,14 +25,12 @@ ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector regist
 
 
 class State:
-    """Weights, moments and layers' buffers of one run, or of a stack.
+    """Weights, moments and layers' buffers of one run, or of a stack of runs computed as one.
 
-    Args:
-        rows: positions of the runs in the list that `train` was given.
-        models: their models with initial weights, which move into the buffers.
-        stacked: whether the runs are computed as one; false for one run.
+    Numbers of the given models move into the buffers.
 
     Attributes:
+        rows: positions of the runs in the list that `train` was given.
         model: the architecture of each run; of one run the model itself, after `attach`.
         weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
         counts: steps taken, shape (S,).
