@@ -52,6 +52,9 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     The function is (data_shape, latent_size) -> (encoder, decoder): two plain modules
     (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape), before
     the non-linearity `output`: "sigmoid" for pixels in [0, 1], or "identity".
+
+    Raises:
+        UserError: the name is empty or that of a built-in network, or the output is not allowed.
     """
     if not name or name in BUILT_IN:
         raise UserError(

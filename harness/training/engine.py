@@ -185,8 +185,9 @@ def train(
             one that was never stopped.
 
     Raises:
-        UserError: when the first record is requested: runs that `check_runs` refuses, an unusable
-            device, or a GPU with too little memory for one run.
+        UserError: when the first record is requested: settings that cannot be trained together, an
+            unusable device, another dtype, a batch larger than the training split, or a loss term
+            that is not registered.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
