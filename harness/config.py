@@ -23,10 +23,7 @@ Precision = Literal["float32", "tf32"]
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
-    """Return the name of a study or dataset, if it can be part of names in MLflow and of folders.
-
-    Else a `UserError` names the option or argument, `what`.
-    """
+    """Return a name that can be part of names in MLflow and of folders, or raise a `UserError`."""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
         raise UserError(
             f"{what}={name!r}: use up to {longest} letters, digits, '.', '_' and '-', the first "
@@ -47,38 +44,32 @@ class RunConfig:
     """Settings of one run; together with a dataset they determine every number of it.
 
     Attributes:
-        model: "mlp"; "linear": no hidden layers and no output sigmoid (pPCA as a VAE); "conv":
-            convolutions 3 x 3 of stride 2 and a linear layer (`harness.models.networks`); or the
-            name of a registered network (`harness.network`).
-        hidden: widths of the encoder's hidden layers, of "mlp" alone; the decoder mirrors them.
-        channels: channels of the encoder's convolutions, of "conv" alone; the decoder mirrors them.
+        model: "mlp"; "linear": no hidden layers, no output sigmoid (pPCA as a VAE); "conv": 3 x 3
+            convolutions of stride 2 and a linear layer; or the name of a registered network.
+        hidden: widths of the encoder's hidden layers, for "mlp"; the decoder mirrors them.
+        channels: channels of the encoder's convolutions, for "conv"; the decoder mirrors them.
         latent_size: number of latents L.
-        head: "gaussian": mean and log-variance from a linear layer; "relu": the blog's mean and
-            standard deviation behind a ReLU.
+        head: "gaussian": mean, log-variance; "relu": ReLUs of mean, standard deviation (the blog).
         latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
         kl_weight: factor of the KL term as the user writes it; 0 trains on the error alone.
-        kl_normalization: what the KL sum is divided by: batch x "pixels", "batch",
-            batch x "latent", or 1 ("sum").
+        kl_normalization: divides the KL by batch x "pixels", "batch", batch x "latent" or 1, "sum".
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
         kl_cycles: equal parts of the training that each begin with that warm-up (Fu et al. 2019).
         free_bits: nats of each latent's batch-mean KL that cost nothing (Kingma et al. 2016).
-        sigma: what sets the Gaussian decoder's variance: "fixed": the KL weight, through the
-            squared error (beta / 2); "optimal": the mse of each batch; "learned": one trained
-            scalar (sigma-VAE, Rybkin et al. 2021). Not fixed, the loss is an exact negative ELBO
-            per pixel at beta = 1.
-        likelihood: "gaussian", or "bernoulli": cross-entropy, an exact ELBO at beta = 1 if the
-            data are binary.
+        sigma: the Gaussian decoder's variance: "fixed": beta / 2; "optimal": the mse of each batch;
+            "learned": one trained scalar (sigma-VAE, Rybkin et al. 2021). Unless fixed, the loss is
+            an exact negative ELBO per pixel at beta = 1.
+        likelihood: "gaussian"; "bernoulli": cross-entropy, exact ELBO of binary data at beta = 1.
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
-        terms: weight of each registered loss term (`harness.term`) by name, in the unit of beta:
-            per image the loss is proportional to error + beta * rate + weight * term. `kl_weight`,
-            normalisation and warm-up do not touch it.
+        terms: weight of each registered loss term by name, in the unit of beta: the loss is
+            proportional to error + beta * rate + weight * term, whatever the KL's settings.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
-        precision: of the matrix products of training steps: "float32", or "tf32", faster on a GPU
-            with 10 instead of 23 bits of their factors; evaluation is always exact.
+        precision: of training's matrix products: "float32", or "tf32" (10 instead of 23 bits of
+            their factors), faster on a GPU; evaluation is always exact.
         seed: key of the initial weights, the batch order and the noise.
     """
 
@@ -133,7 +124,6 @@ class RunConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Refuse settings that contradict each other."""
         if self.model == "conv" and not self.channels:
             raise UserError(
                 "channels=() with model='conv': give the channels of at least one convolution, "
@@ -190,10 +180,9 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Read a configuration written by `to_json`, also of an earlier version.
+        """Read a configuration that `to_json` wrote; fields that it lacks take their defaults.
 
-        Fields that the earlier version did not have take their defaults; a text that is no JSON
-        object, or has unknown fields, is a `UserError`.
+        A text that is no JSON object, or has unknown fields, is a `UserError`.
         """
         try:
             values = json.loads(text)
@@ -211,7 +200,6 @@ class RunConfig:
 
 @cache
 def _choices() -> dict[str, tuple[str, ...]]:
-    """Return the values of each field that is annotated as a Literal."""
     kinds = get_type_hints(RunConfig).items()
     return {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
 

@@ -32,8 +32,7 @@ LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sk
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()
-_ours = weakref.WeakSet[Connection]()
-"""Connections and lifelines that this process has made; its forked children close them."""
+_ours = weakref.WeakSet[Connection]()  # made by this process; its forked children close them
 
 
 def start() -> None:
@@ -44,11 +43,9 @@ def start() -> None:
 
 
 def fork() -> tuple[Connection, Connection]:
-    """Start a worker, which calls the function that it is sent first with its connection.
+    """Start a worker, which calls the function that it is sent first; return connection, lifeline.
 
-    Returns:
-        The connection and a lifeline: the kernel kills the worker when it closes, in the middle of
-        a computation too, and so when this process ends in whatever way.
+    The kernel kills the worker when the lifeline closes, and so when this process ends in any way.
     """
     global _server
     start()

@@ -27,8 +27,7 @@ from harness import forkserver
 
 R = TypeVar("R")
 
-_files: dict[int, int] = {}
-"""`id` of a tensor made by `shared` -> the descriptor of its memory."""
+_files: dict[int, int] = {}  # `id` of a tensor made by `shared` -> the descriptor of its memory
 
 
 def available() -> int:
@@ -53,9 +52,8 @@ def one_thread() -> Iterator[None]:
 def shared(tensor: Tensor) -> Tensor:
     """Return a contiguous copy of a tensor in memory that workers share with this process.
 
-    In `Pool`'s `common` and items it refers to the same memory in a worker, so that both see what
-    either writes in place; in a result, and as a view, it is copied. Elsewhere than on the CPU, and
-    on other systems than Linux, an ordinary copy is returned.
+    In `Pool`'s `common` and items both then see what either writes in place; in a result, and as a
+    view, it is copied. It is an ordinary copy on a GPU and on other systems than Linux.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor.clone()
@@ -76,13 +74,10 @@ class Pool:
     """Worker processes that call functions on items; use it as a context manager.
 
     A worker is a fork of a server without `__main__`, so scripts need no guard, and functions and
-    modules that a script or a notebook cell defines are sent whole. A worker keeps `common` for all
-    maps, with what functions change in it. With one core, in a worker and on other systems than
-    Linux, functions are called in this process, with the very objects.
-
-    Args:
-        workers: at most so many processes, and no more than `available`.
-        common: first arguments of every function.
+    modules that a script or a notebook cell defines are sent whole. A worker keeps `common`, the
+    first arguments of every function, for all maps, with what functions change in it. With one
+    core, in a worker and on other systems than Linux, functions are called in this process, with
+    the very objects.
     """
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
@@ -108,11 +103,8 @@ class Pool:
         """Yield the index of an item and ``function(*common, item)`` as results are ready.
 
         Items are taken and computed while the results are iterated over, one map at a time. After
-        an error, or where the iteration is left, workers are ended and the pool is closed.
-
-        Raises:
-            BaseException: what the function raised first.
-            RuntimeError: a worker was killed.
+        an error, the function's or a RuntimeError where a worker was killed, and where the
+        iteration is left, workers are ended and the pool is closed.
         """
         if self._closed or self._busy:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
@@ -190,7 +182,6 @@ def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's resul
 
 @one_thread()
 def _work(path: list[str], folder: str, pickled: bytes, pool: Connection) -> None:
-    """Answer a pool, in a worker process, until it closes the connection."""
     sys.path[:] = path
     os.chdir(folder)
     common: Any = None

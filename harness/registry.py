@@ -20,19 +20,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Network:
     """A registered network.
 
-    Attributes:
-        function: as `network` registers it, called with further options; or its address.
-        output: non-linearity behind the decoder's last layer.
-        initialize: "stream": weights are drawn from the run's stream "weights", layer by layer;
-            "torch": they are those of the function, called with PyTorch's generator seeded from
-            that stream.
-        settings: fields of `RunConfig` that the function takes as options.
+    Weights are drawn from the run's stream "weights", layer by layer ("stream"), or by the function
+    itself, called with PyTorch's generator seeded from that stream ("torch").
     """
 
-    function: Callable[..., Any] | str
-    output: Output
+    function: Callable[..., Any] | str  # as `network` registers it, or its address
+    output: Output  # non-linearity behind the decoder's last layer
     initialize: Literal["stream", "torch"] = "torch"
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()  # fields of `RunConfig` that the function takes as options
 
     def build(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - of any network
         """Call the function."""
@@ -42,17 +37,13 @@ class Network:
         return self.function(*args, **options)
 
 
-NETWORKS = {
+NETWORKS = {  # by the name that `RunConfig.model` takes
     "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden",)),
     "linear": Network("harness.models.networks:linear", "identity", "stream"),
     "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels",)),
 }
-"""Networks by the name that `RunConfig.model` takes."""
-
 BUILT_IN = tuple(NETWORKS)
-
-TERMS: dict[str, Callable[..., Any]] = {}
-"""Loss terms by the name that `RunConfig.terms` takes."""
+TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes
 
 
 def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Function]:

@@ -30,17 +30,12 @@ class Moments(NamedTuple):
 class PCA:
     """Principal components of the training pixels in [0, 1].
 
-    Attributes:
-        mean: shape (D,).
-        components: orthonormal columns by falling variance, shape (D, K); K = D, or where D is at
-            least twice the number of images the rank of the covariance.
-        variances: eigenvalues of the covariance (1/N), falling, pixel^2, shape (D,); exactly 0
-            where only rounding is left.
+    K = D; where D is at least twice the number of images, it is the rank of the covariance.
     """
 
-    mean: np.ndarray
-    components: np.ndarray
-    variances: np.ndarray
+    mean: np.ndarray  # shape (D,)
+    components: np.ndarray  # orthonormal columns by falling variance, shape (D, K)
+    variances: np.ndarray  # eigenvalues (1/N), pixel^2, shape (D,); 0 where rounding alone is left
     _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
     def coordinates(self, split: Split) -> np.ndarray:
@@ -48,10 +43,7 @@ class PCA:
         return (pixels(split) - self.mean) @ self.components
 
     def moments(self, split: Split | None = None) -> Moments:
-        """Return the moments of a split's coordinates; computed once for the same images.
-
-        None is the training split: its means are 0 and its squares the eigenvalues.
-        """
+        """Return the moments of a split's coordinates, computed once; None: the training split."""
         if split is None:
             return Moments(np.zeros_like(self.variances), self.variances)
         with _BUSY:

@@ -31,8 +31,7 @@ from harness.models.vae import VAE, build
 
 Loss = TypeVar("Loss", float, torch.Tensor)
 
-SMALLEST_VARIANCE = 1e-12
-"""Decoder variance, pixel^2, of a linear model without discarded components."""
+SMALLEST_VARIANCE = 1e-12  # of the decoder, pixel^2, where no component is discarded
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,13 @@ class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
     Metrics have the names and units of every run's; over the training split, where E[c_i^2] =
-    lambda_i, they are the textbook's (docs/science.md).
-
-    Attributes:
-        known: principal components of the training split.
-        latent_size: L; those beyond D collapse.
-        decoder_variance: s2 = beta / 2, pixel^2; 0 is the limit without KL, plain PCA, whose rate
-            is infinite.
-        split: images that the metrics are of; None is the training split.
+    lambda_i, they are the textbook's (docs/science.md). The limit s2 = 0 is without KL, plain PCA.
     """
 
-    known: PCA
-    latent_size: int
-    decoder_variance: float
-    split: Split | None = None
+    known: PCA  # of the training split
+    latent_size: int  # L; latents beyond D collapse
+    decoder_variance: float  # s2 = beta / 2, pixel^2
+    split: Split | None = None  # of the metrics; None is the training split
 
     @property
     def active(self) -> np.ndarray:
@@ -104,8 +96,7 @@ class LinearOptimum:
     def active_units(self) -> int:
         """Count latents whose posterior mean varies by more than 0.01, as for every run.
 
-        The variance is g Var[c_i] / lambda_i: a latent with lambda_i less than about 1 % above s2
-        is in `active` and not counted here.
+        The variance is g Var[c_i] / lambda_i, above 0.01 where lambda_i is about 1 % above s2.
         """
         variances = self._moments.squares - np.square(self._moments.means)
         means = self._over_variances(self._gain * variances)
@@ -159,9 +150,8 @@ def linear_losses(
 ) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    pixel^2, shape (S,); None is the training split. NaN where the run's loss has another optimum
-    or is a log-likelihood (sigma not fixed), which can be 0, so that a relative gap means nothing;
-    and for large images.
+    pixel^2, shape (S,); None is the training split. NaN for large images and where the run's loss
+    has another optimum or is a log-likelihood (sigma not fixed): a relative gap means nothing.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):
@@ -174,10 +164,9 @@ def linear_losses(
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
-    Names are prefixed `linear/`; `linear/collapse_variance` is the decoder variance lambda_1 from
-    which on no latent is active. As for a run, the decoder variance of `neg_elbo` is fitted on
-    validation data. With `sigma` not fixed the linear model's is `matched_variance`. Infinite
-    values are left out. A deterministic latent, a Bernoulli decoder and large images have none.
+    `linear/collapse_variance` is the decoder variance lambda_1 from which on no latent is active.
+    As for a run, the decoder variance of `neg_elbo` is fitted on validation data. Infinite values
+    are left out. A deterministic latent, a Bernoulli decoder and large images have none.
     """
     if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
         return {}

@@ -78,10 +78,7 @@ def _whole_numbers(metadata: Mapping[str, str], name: str) -> tuple[int, ...]:
 
 
 def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another number than the model has, before it takes memory.
-
-    Only for built-in networks: a user's may need values for its initial weights.
-    """
+    # Here, before it takes memory; a user's network may need values for its initial weights.
     with torch.device("meta"):
         expected = sum(value.numel() for value in build(config, shape).state_dict().values())
     found = sum(tensor.numel() for tensor in weights.values())
@@ -93,10 +90,7 @@ def _check_size(config: RunConfig, shape: tuple[int, ...], weights: Mapping[str,
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:
-    """Return weights under the model's names; the first edition numbered encoder layers otherwise.
-
-    It had no layer that flattens images, and one that gave them a shape before convolutions.
-    """
+    # The encoders of the first edition did not flatten images, and shaped them before convolutions.
     given, names = (
         [name for name in state if name.startswith("encoder.")]
         for state in (weights, model.state_dict())

@@ -20,7 +20,7 @@ Pair = tuple[nn.Module, nn.Module]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
 
 
-def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int] = (256, 64)) -> Pair:
+def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int]) -> Pair:
     """Return an encoder with hidden layers of these widths, and a decoder that mirrors it."""
     pixels = math.prod(data_shape)
     encoder = nn.Sequential(nn.Flatten(), *_linears((pixels, *hidden, 2 * latent_size)))
@@ -33,9 +33,7 @@ def linear(data_shape: Sequence[int], latent_size: int) -> Pair:
     return mlp(data_shape, latent_size, hidden=())
 
 
-def conv(
-    data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int] = (32, 64)
-) -> Pair:
+def conv(data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int]) -> Pair:
     """Return an encoder of convolutions and one linear layer, and a decoder that mirrors it."""
     shapes = [tuple(data_shape)]
     for outputs in channels:
@@ -66,8 +64,8 @@ def _linears(sizes: Sequence[int]) -> list[nn.Module]:
 def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
     """Set weights and biases to U(-1, 1) / sqrt(inputs) from a stream, layer by layer.
 
-    This is PyTorch's default for linear layers, hence the blog's, and for convolutions; inputs of a
-    transposed one are its output channels times the kernel's size.
+    This is PyTorch's default, hence the blog's; inputs of a transposed convolution are its output
+    channels times the kernel's size.
     """
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):

@@ -44,12 +44,9 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
 
     It takes weights and constants of the runs before the arguments: trained parameters by name, and
     all other parameters and buffers. All of them and the results have a leading axis S. Tensors may
-    be in tuples and dictionaries; other arguments must be None.
-
-    Args:
-        model: a model of the runs' architecture, whose numbers are not used; in `eval` mode.
-        function: returns tensors, or with `gradient` a loss.
-        gradient: return the loss's gradient by weight, of the model in `train` mode.
+    be in tuples and dictionaries; other arguments must be None. The numbers of `model` are not
+    used; it is in `eval` mode. With `gradient` the function returns a loss, and the result is the
+    loss's gradient by weight, of the model in `train` mode.
     """
     if has_hooks(model):
         raise ValueError(
@@ -74,10 +71,7 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
 
 
 def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
-    """Apply a function to the tensors in equal structures of tuples and dictionaries.
-
-    What is neither tuple, dictionary nor tensor becomes None.
-    """
+    """Apply a function to the tensors in equal tuples and dictionaries; all else becomes None."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)
@@ -104,10 +98,8 @@ def has_hooks(model: nn.Module) -> bool:
 
 @contextmanager
 def kernels(precision: Precision = "float32") -> Iterator[None]:
-    """Make a GPU multiply and convolve at this precision, always to the same bits.
-
-    PyTorch's default for convolutions is tf32, and kernels whose sums depend on chance.
-    """
+    """Make a GPU multiply and convolve at this precision, always to the same bits."""
+    # PyTorch's defaults are tf32 for convolutions, and kernels whose sums depend on chance.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     conv = cudnn.conv  # type: ignore[attr-defined] # not in PyTorch's stubs
     before = matmul.fp32_precision, cudnn.deterministic, conv.fp32_precision

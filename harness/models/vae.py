@@ -22,15 +22,11 @@ class VAE(nn.Module):
         encoder: maps images (B, *data_shape) to the posterior's parameters (B, 2 L).
         decoder: maps latents (B, L) to (B, *data_shape), before the output's non-linearity.
         data_shape: shape of an image, e.g. (channels, height, width).
-        latent_size: number of latents L.
-        head: "gaussian": the encoder returns mean and log-variance; "relu": the blog's mean and
-            standard deviation, behind a ReLU.
-        latent: "stochastic", or "deterministic": the decoder sees the posterior mean.
+        head, latent: as in `RunConfig`; "deterministic" decodes the posterior mean.
         likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
         learned_variance: whether the Gaussian decoder's variance is a trained parameter.
-        largest: grey value of uint8 images that stands for 1; None if it is not known, and only
-            floating-point pixels are accepted.
+        largest: grey value of uint8 images that stands for 1; None accepts floats alone.
 
     Examples:
         >>> encoder, decoder = nn.Linear(4, 2), nn.Linear(1, 4)
@@ -104,10 +100,7 @@ class VAE(nn.Module):
         training_size: int = 0,
         progress: Tensor | float = 1.0,
     ) -> Batch:
-        """Encode pixels (B, *data_shape), sample with standard normal noise eps (B, L), and decode.
-
-        `Batch` describes the other arguments.
-        """
+        """Encode pixels (B, *data_shape), sample with noise eps (B, L), and decode (`Batch`)."""
         posterior = self.posterior(x)
         z = posterior.mean if self.latent == "deterministic" else posterior.sample(eps)
         output = self.decoder(z)
@@ -115,17 +108,10 @@ class VAE(nn.Module):
         return Batch(x, posterior, z, output, means, self.scale, prior, training_size, progress)
 
     def encode(self, images: Tensor) -> Posterior:
-        """Return the posteriors of images.
+        """Return the posteriors (B, L) of images (B, *data_shape) or (B, D).
 
-        Args:
-            images: shape (B, *data_shape) or (B, D); uint8 with the grey levels of the training
-                data, or floating-point pixels in [0, 1].
-
-        Returns:
-            Mean and log-variance, each of shape (B, L), in the model's dtype.
-
-        Raises:
-            UserError: the images have another shape, type or range.
+        They are uint8 with the grey levels of the training data, or floating-point pixels in
+        [0, 1]; another shape, type or range is a `UserError`.
         """
         return self.posterior(self._pixels(images))
 
@@ -145,10 +131,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 9) -> Tensor:
-        """Return decoder means on straight lines between the posterior means of two sets of images.
-
-        Shape (B, steps, *data_shape) for B pairs of images as for `encode`; ends are among steps.
-        """
+        """Return decoder means (B, steps, *data_shape) on lines between posterior means."""
         ends = self.encode(first).mean, self.encode(second).mean
         share = torch.linspace(0, 1, steps, dtype=self.dtype, device=self.device)
         z = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), share.view(1, -1, 1))
@@ -184,8 +167,7 @@ class VAE(nn.Module):
 def lay_out(model: nn.Module) -> None:
     """Store the weights of linear layers as (in, out), seen through transposed views.
 
-    Matrix products then sum in the same order wherever a model was made or loaded, so that its
-    numbers have the same bits.
+    Matrix products then sum in one order, to the same bits, wherever a model was made or loaded.
     """
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -49,14 +49,10 @@ class Checkpoints:
     """Where unfinished runs are kept, and how often.
 
     The caller removes the files of runs that have ended, once their results are safe.
-
-    Attributes:
-        folder: of this study or experiment alone; created when it is needed.
-        every: epochs between two checkpoints, at least 1.
     """
 
-    folder: Path
-    every: int
+    folder: Path  # of this study or experiment alone; created when it is needed
+    every: int  # epochs between two checkpoints, at least 1
 
     def __post_init__(self) -> None:
         if self.every < 1:

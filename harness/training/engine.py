@@ -32,31 +32,27 @@ from harness.training.step import Measured, Step
 
 log = logging.getLogger(__name__)
 
-STACK_WIDTH = {"cpu": 16, "cuda": 64}
-"""Runs trained together by default; measured on the CPU (benchmarks/RESULTS.md)."""
+STACK_WIDTH = {"cpu": 16, "cuda": 64}  # runs trained together (CPU: benchmarks/RESULTS.md)
 
 
 @dataclass(frozen=True)
 class EpochRecord:
     """Metrics of one epoch of all S runs that are still trained; arrays are float64, shape (S,).
 
-    The caller can end the training of some runs before the others: `record.drop([0, 2])` ends the
-    runs in rows 0 and 2 of this record. The other runs go on unchanged, and the next record is over
-    them alone.
+    `record.drop([0, 2])` ends the training of the runs in rows 0 and 2 of this record. The others
+    go on unchanged, and the next record is over them alone.
 
     Attributes:
         epoch: epochs finished, counted from 1.
-        seconds: wall time of the epoch's training, evaluation excluded; where runs are computed
-            side by side, training's share of the epoch's wall time.
+        seconds: wall time of the epoch, less the share of evaluation.
         images: training images seen in the epoch by all runs together.
         train: metric name -> values on the first training images, as many as `val` has.
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         configs: settings of the runs.
         rows: positions of the runs in the list that `train` was given, ascending.
-        resumed: epoch after which each run was resumed from a checkpoint, 0 for one that began
-            here. Up to it a record repeats stored metrics, and the run's model is that of this
-            epoch.
+        resumed: epoch after which each run was resumed from a checkpoint, or 0. Up to it a record
+            repeats stored metrics, and the run's model is that of this epoch.
         dropped: rows of this record that are not trained further.
     """
 
@@ -110,9 +106,8 @@ class RunResult:
     @property
     def best_epoch(self) -> int:
         """Epoch with the lowest `val/neg_elbo`, or `val/loss` for a run without ELBO; from 1."""
-        return best_epoch(
-            [e.get("val/neg_elbo", e.get("val/loss", math.inf)) for e in self.history]
-        )
+        losses = [e.get("val/neg_elbo", e.get("val/loss", math.inf)) for e in self.history]
+        return best_epoch(losses)
 
 
 def best_epoch(values: Sequence[float]) -> int:
@@ -283,11 +278,7 @@ def _begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Work:
-    """Return all runs, untrained or as resumed: on a GPU those of equal shapes as a stack.
-
-    Where a GPU lacks memory they are halves that take turns and stay in it together. Runs with a
-    user's network or term that no stack can compute are trained one by one.
-    """
+    """Return all runs, untrained or as resumed: on a GPU those of equal shapes as a stack."""
     grey = data.to(device).shared()
     kinds = {config.binarization for config in configs} - {"none"}
     shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
@@ -330,6 +321,7 @@ def _begin(
             for row in rows:
                 begin([row], stacked=False)
         elif len(rows) > 1:
+            # Halves take turns and stay in the GPU's memory together.
             waiting[:0] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         else:
             raise UserError(
@@ -378,7 +370,6 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
 
 
 def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
-    """Return the record of the runs that are still trained."""
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
     configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
@@ -402,6 +393,5 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
 
 
 def _joined(each: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Join the metrics of runs; NaN where a run lacks one."""
     names = dict.fromkeys(name for metrics in each for name in metrics)
     return {name: np.array([metrics.get(name, np.nan) for metrics in each]) for name in names}

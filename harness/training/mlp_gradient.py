@@ -44,11 +44,9 @@ def _alternates(layers: list[nn.Module]) -> bool:
 
 
 class MLPGradient:
-    """Gradient of a run's loss, written to the `grad` of each parameter.
+    """Gradient of the loss of a run that `covers` accepts, written to each parameter's `grad`.
 
-    Args:
-        config: the run.
-        model: its model, which `covers` accepts; weights of linear layers lie as (in, out).
+    Weights of linear layers must lie as (in, out).
     """
 
     def __init__(self, config: RunConfig, model: VAE) -> None:
@@ -62,13 +60,7 @@ class MLPGradient:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, eps: Tensor, beta: Tensor) -> None:
-        """Write the gradient of the loss on a batch.
-
-        Args:
-            x: pixels in [0, 1], shape (B, D).
-            eps: standard normal noise, shape (B, L).
-            beta: weight of the rate, shape ().
-        """
+        """Write the gradient for pixels x (B, D), normal noise eps (B, L) and the rate's weight."""
         relu, stochastic = self.config.head == "relu", self.config.latent == "stochastic"
         head = self.encoder.forward(x)
         if relu:
@@ -94,7 +86,6 @@ class MLPGradient:
         self.encoder.backward(x, inputs=False)
 
     def _output_slope(self, output: Tensor, x: Tensor) -> None:
-        """Write the slope of the reconstruction term at the decoder's last layer."""
         config, slope = self.config, self.decoder.slopes[-1]
         if self.model.has_sigmoid:
             output.sigmoid_()
@@ -115,10 +106,7 @@ class MLPGradient:
             torch.ops.aten.sigmoid_backward.grad_input(slope, output, grad_input=slope)
 
     def _latent_slopes(self, slope: Tensor, eps: Tensor, weight: Tensor) -> None:
-        """Write the slopes of the whole loss at the posterior's mean and second parameter.
-
-        `slope` is that of the reconstruction term at z; `weight` = beta / (B D), the KL's factor.
-        """
+        # `slope` is that of the reconstruction term at z; `weight` = beta / (B D), the KL's factor.
         if self.config.free_bits > 0:  # of latents whose KL, a mean over the batch, is above
             variance = self.std.square()
             kl = (self.mean.square() + variance - variance.log() - 1) / 2
@@ -145,14 +133,12 @@ class _Layers:
         self.by_weight = [layer.weight.grad.t() for layer in layers]  # type: ignore[union-attr]
         self.by_bias = [layer.bias.grad for layer in layers]
         new = layers[0].weight.new_zeros
-        self.outputs, self.slopes = (
-            [new(batch, layer.out_features) for layer in layers] for _ in range(2)
-        )
+        self.outputs = [new(batch, layer.out_features) for layer in layers]
+        self.slopes = [new(batch, layer.out_features) for layer in layers]
         self.input_slope = new(batch, layers[0].in_features)
         self.outputs_t = [output.mT for output in self.outputs]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the last layer's output."""
         for i, output in enumerate(self.outputs):
             torch.addmm(self.biases[i], x, self.weights[i], out=output)
             if i < len(self.outputs) - 1:
@@ -161,7 +147,6 @@ class _Layers:
         return x
 
     def backward(self, x: Tensor, *, inputs: bool) -> Tensor:
-        """Write the gradients of weights and biases, and the slope at the input if it is wanted."""
         for i, slope in reversed([*enumerate(self.slopes)]):
             torch.mm(self.outputs_t[i - 1] if i else x.mT, slope, out=self.by_weight[i])
             torch.sum(slope, 0, out=self.by_bias[i])

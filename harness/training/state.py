@@ -21,21 +21,16 @@ from harness.models.stack import lift, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Terms
 
-ALIGNED = 16
-"""Numbers in 64 bytes of float32, a cache line and a vector register."""
+ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 
 
 class State:
-    """Weights, moments and layers' buffers of one run, or of a stack.
+    """Weights, moments and layers' buffers of one run, or of a stack of runs computed as one.
 
-    Args:
-        rows: positions of the runs in the list that `train` was given.
-        configs: their settings.
-        models: their models with initial weights, which move into the buffers.
-        terms: loss terms of each by name.
-        stacked: whether the runs are computed as one; false for one run.
+    Numbers of the given models move into the buffers.
 
     Attributes:
+        rows: positions of the runs in the list that `train` was given.
         model: the architecture of each run; of one run the model itself, after `attach`.
         weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
         counts: steps taken, shape (S,).
@@ -98,10 +93,7 @@ class State:
         return map_tensors(lambda *values: torch.stack(values, axis), *each)
 
     def lift(self, function: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
-        """Return a function (model, *arguments) of one run as one of the arguments, for all runs.
-
-        Those of a stack have a leading axis S (`harness.models.stack.lift`).
-        """
+        """Return a function (model, *arguments) as one of arguments, in a stack with an axis S."""
         if not self.stacked:
             return partial(function, self.model)
         lifted = lift(self.model, function, gradient=gradient)
@@ -123,10 +115,7 @@ class State:
         return kept
 
     def of_run(self, row: int) -> dict[str, Tensor]:
-        """Return all that a run goes on from, as views: weights, moments, buffers, steps.
-
-        As the plain run has it, so that it fits into any stack.
-        """
+        """Return views of all that a run goes on from, of plain shapes that fit into any stack."""
         found = {"steps": self.counts[row]}
         for kind in ("weights", "first", "second"):
             views = self.views(getattr(self, kind))

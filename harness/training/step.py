@@ -26,11 +26,8 @@ from harness.objective import Coefficients
 from harness.training.mlp_gradient import MLPGradient, covers
 from harness.training.state import State
 
-MARGIN = 0.05
-"""Share of a GPU's memory that is left free, for metrics of finished runs and other programs."""
-
-WARM_UP = 3
-"""Calls before one is captured, in which libraries choose their kernels."""
+MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
+WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
 
 Metrics = dict[str, Any]
 Measured = tuple[float, float, list[tuple[Metrics, Metrics]]]
@@ -40,25 +37,16 @@ Result = TypeVar("Result")
 
 
 class Draw(NamedTuple):
-    """The draws of an epoch; those of a stack have an axis S behind that of steps.
+    """The draws of an epoch; those of a stack have an axis S behind that of steps."""
 
-    Attributes:
-        order: rows of the images, int64, shape (steps, B).
-        noise: of the posterior samples, shape (steps, B, L).
-        betas: weight of the rate, shape (steps,).
-        progress: of training, in [0, 1], shape (steps,).
-        prior: latents from N(0, I) for loss terms, shape (steps, B, L); None without terms.
-    """
-
-    order: Tensor
-    noise: Tensor
-    betas: Tensor
-    progress: Tensor
-    prior: Tensor | None
+    order: Tensor  # rows of the images, int64, shape (steps, B)
+    noise: Tensor  # of the posterior samples, shape (steps, B, L)
+    betas: Tensor  # weight of the rate, shape (steps,)
+    progress: Tensor  # of training, in [0, 1], shape (steps,)
+    prior: Tensor | None  # N(0, I) for loss terms, shape (steps, B, L); None without terms
 
 
-Drawn = tuple[Tensor, Draw]
-"""Images of an epoch, uint8, and its draws."""
+Drawn = tuple[Tensor, Draw]  # images of an epoch, uint8, and its draws
 
 
 class Step:
@@ -67,8 +55,7 @@ class Step:
     Args:
         state: weights and moments of the runs, updated in place.
         data: the dataset for each `binarization`, as runs are measured on it.
-        linear: losses of the exact linear model by row of the run, on both splits that are
-            measured, (..., 2).
+        linear: the exact linear model's losses by row of the run, on train and val, (..., 2).
     """
 
     def __init__(self, state: State, data: Mapping[str, Dataset], linear: Tensor) -> None:
@@ -173,7 +160,6 @@ class Step:
                 self.state.model.eval()
 
     def _take(self, images: Tensor, now: Draw) -> None:
-        """Take one step, with its draws."""
         state = self.state
         grey = images.index_select(0, now.order.flatten())
         self._x.copy_(grey.view(self._x.shape)).div_(self.data.train.largest)
@@ -197,13 +183,10 @@ class Step:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Update the weights by Adam (Kingma & Ba 2014), with PyTorch's constants.
-
-        By PyTorch's fused kernel itself, as of versions 2.11 to 2.15: `torch.optim.adam.adam` needs
-        65 us more a step on a CPU, and the class imports torch.compile at its first use, for
-        seconds.
-        """
+        """Update the weights by Adam (Kingma & Ba 2014), with PyTorch's constants."""
         self.state.counts.add_(1)
+        # The kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more a
+        # step on a CPU, and the class imports torch.compile at its first use, for seconds.
         for rate, (weights, gradients, first, second, counts) in self._by_rate.items():
             torch._fused_adam_(
                 *(weights, gradients, first, second, [], counts),
@@ -249,7 +232,6 @@ class Step:
             raise torch.OutOfMemoryError(f"{free:.1%} of the memory is left")
 
     def _step(self) -> None:
-        """Take the step of a stack that the counter on the device is at."""
         images, draw = self._laid_out
         self._take(images, map_tensors(lambda every: every.index_select(0, self._now)[0], draw))
         self._now.add_(1)
@@ -260,11 +242,9 @@ def repeatable(
 ) -> Callable[[], Result]:
     """Return what repeats a function: on a GPU, a CUDA graph without the Python interpreter.
 
-    The function is tried, and undone in the tensors that it changes. A graph reads and writes
-    tensors where they are, those of the result too.
-
-    Raises:
-        RuntimeError: the function waits for the GPU, as copies from and to the host do.
+    The function is tried, and undone in the tensors that it changes; a RuntimeError if it waits for
+    the GPU, as copies from and to the host do. A graph reads and writes tensors where they are,
+    those of the result too.
     """
     before = [tensor.clone() for tensor in changed]
 
