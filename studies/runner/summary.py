@@ -373,7 +373,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         closer=min(models, key=lambda label: values[f"{label} seed=0"], default=""),
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
-        settings=found.plan.proposer.settings | _sizes(study, frame),
+        settings=_settings(study, found.plan, frame),
     )
 
 
@@ -381,9 +381,14 @@ def _coordinates(run: Run, axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(run.params[axis] for axis in axes)
 
 
-def _sizes(study: Study, frame: pd.DataFrame) -> dict[str, Any]:
+def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
+    """Return the dataset, the size of the study, and the settings in which its runs agree."""
+    first, *others = (json.loads(config.to_json()) for config in plan.configs)
+    shared = {k: v for k, v in first.items() if all(other[k] == v for other in others)}
+    shared.pop("seed", None)
     values = list(dict.fromkeys(frame[study.axis.name].tolist()))
-    return {"values": values, "seeds": int(frame["seed"].nunique())}
+    seeds = int(frame["seed"].nunique())
+    return {**plan.source.settings, "values": values, "seeds": seeds, **shared}
 
 
 def _reference(study: Study, frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
