@@ -342,7 +342,9 @@ def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
         time.sleep(0.05)
     pair.finish(alone)
     ends = in_child(place.notes, lambda: reasons(place, "summary")).value
-    assert ends == {("FINISHED", None): 1, ("KILLED", REASSIGNED): 1}
+    assert ends == {("FINISHED", None): 1, ("KILLED", REASSIGNED): 1}, " ".join(
+        begun(pair.first.folder)[-40:]
+    )
 
 
 @pytest.mark.slow

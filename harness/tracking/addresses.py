@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from harness.errors import UserError
@@ -124,6 +125,8 @@ def unusable(url: str, option: str, error: BaseException) -> UserError:
 
 def check_database(url: str, option: str) -> None:
     """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass."""
+    import sqlite3  # --help does not wait for it
+
     file = sqlite_file(url)
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
@@ -133,10 +136,12 @@ def check_database(url: str, option: str) -> None:
         elif file is not None:
             if not file.is_file():
                 raise OSError(f"{file} is not a file")
-            with file.open("rb") as opened:
-                if opened.read(16) not in (b"", b"SQLite format 3\0"):
-                    raise OSError("file is not a database")
-    except OSError as error:
+            # Through SQLite: closing the file otherwise takes this process's locks on it, and what
+            # it then writes to the log, which another process may delete, is lost.
+            address = f"{file.as_uri()}?mode=ro&immutable=1"
+            with closing(sqlite3.connect(address, uri=True)) as connection:
+                connection.execute("pragma schema_version")
+    except (OSError, sqlite3.Error) as error:
         raise unusable(url, option, error) from error
 
 

@@ -49,7 +49,7 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            store.ask(store.client.download_artifacts, run.run_id, "model", folder)
+            store.fetch(run.run_id, "model", folder)
         except (MlflowException, OSError) as error:
             where = without_password(store.uri)
             raise UserError(f"run {run_id} of {where} has no model ({reason(error)})") from error

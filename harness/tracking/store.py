@@ -192,6 +192,23 @@ class Store:
                 "shows the id, and --tracking-uri names another store"
             ) from error
 
+    def fetch(self, run_id: str, path: str, folder: str) -> None:
+        """Download a folder of a run's artifacts.
+
+        MLflow 3.17.2 calls it missing where the server goes away meanwhile, so that one which is
+        there is asked for again.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.ask(self.client.download_artifacts, run_id, path, folder)
+                return
+            except UserError:
+                there = self.spool and self.ask(self.client.list_artifacts, run_id, path)
+                if not there or time.monotonic() > end:
+                    raise
+            time.sleep(1)
+
     def text(self, run_id: str, file: str) -> str:
         """Return an artifact of a run as text."""
         with tempfile.TemporaryDirectory() as folder:

@@ -224,6 +224,19 @@ def test_a_home_that_cannot_be_written_is_one_clear_error(store, tmp_path):
         store.check_home()
 
 
+def test_what_is_written_after_another_process_has_left_is_kept(store, begin, tracking_uri):
+    log = begin("a")
+    connect(tracking_uri)  # as `load_run` does; a file that is read and closed loses its locks
+    for value in ("before", "after"):
+        log.tag("mine", value)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(_tag, (tracking_uri, log.run_id)) == value
+
+
+def _tag(uri: str, run_id: str) -> str:
+    return connect(uri).run(run_id).tags["mine"]
+
+
 def _connect_and_open(uri: str) -> str:
     return connect(uri).experiment("e", "Why?")
 

@@ -1,0 +1,34 @@
+"""A server that goes away while something is read from it."""
+
+import pytest
+
+from harness import RunConfig, load_run
+from harness.models.vae import build
+from harness.tracking import connect
+from tests.real_servers import MlflowServer, Proxy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def proxy(empty_database, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    server = MlflowServer(tmp_path, empty_database)
+    server.start()
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
+    server.kill()
+
+
+def test_a_model_is_loaded_once_its_server_is_back(proxy, data):
+    store = connect(proxy.uri)
+    log = store.start(store.experiment("e", "Why?"), "k" * 32, "a run", {"role": "run"}, {})
+    config = RunConfig(hidden=(8,), latent_size=2)
+    log.model(config, build(config, data.image_shape))
+    log.end()
+    store.deliver(["k" * 32])
+    proxy.lose = {"GET /api/2.0/mlflow-artifacts/artifacts": 3}
+    assert load_run("k" * 32, proxy.uri).config == config
+    assert set(proxy.lose.values()) == {0}
