@@ -20,7 +20,7 @@ Pair = tuple[nn.Module, nn.Module]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
 
 
-def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int]) -> Pair:
+def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int] = (256, 64)) -> Pair:
     """Return an encoder with hidden layers of these widths, and a decoder that mirrors it."""
     pixels = math.prod(data_shape)
     encoder = nn.Sequential(nn.Flatten(), *_linears((pixels, *hidden, 2 * latent_size)))
@@ -33,7 +33,9 @@ def linear(data_shape: Sequence[int], latent_size: int) -> Pair:
     return mlp(data_shape, latent_size, hidden=())
 
 
-def conv(data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int]) -> Pair:
+def conv(
+    data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int] = (32, 64)
+) -> Pair:
     """Return an encoder of convolutions and one linear layer, and a decoder that mirrors it."""
     shapes = [tuple(data_shape)]
     for outputs in channels:
