@@ -48,6 +48,10 @@ CALM, HELD = 30.0, 15.0
 """Seconds, at most, between two disturbances of a server, and for which it is held by one."""
 
 
+AWAY = "cannot be used (", "the same command"
+"""What an end with code 2 says, at the start and later, where a server is away."""
+
+
 @dataclass(frozen=True)
 class Soak:
     """What a user can set.
@@ -256,7 +260,7 @@ def judged(case: Case, member: Member, tally: Tally) -> bool:
         if not member.sent:
             tally.usual, tally.longest = seconds, max(tally.longest, seconds)
         return False
-    if case.server and ended.code == 2 and "the same command" in ended.said:
+    if case.server and ended.code == 2 and any(words in ended.said for words in AWAY):
         tally.away += 1
     elif not member.sent or (ended.signal, ended.code) not in {
         (number, 0),
