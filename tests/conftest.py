@@ -1,6 +1,7 @@
 """Fixtures that several test modules share, and the rule for tests that need a GPU."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +16,9 @@ import torch
 
 from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
+
+# A shell starts background jobs with Ctrl-C ignored, which tests send to themselves and to children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A GPU machine may have the core's libraries alone (`benchmarks.gpu`).
 pytest_plugins = ["real_stores", "real_postgres"] if find_spec("mlflow") else []
