@@ -123,5 +123,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Link the reference in place of files of the repository."""
-    return SOURCE.sub(lambda m: f"](reference/{m[1].replace('/', '.')}.md)", markdown)
+    """Link the reference in place of files of the repository, and pages from its root."""
+    linked = SOURCE.sub(lambda m: f"](reference/{m[1].replace('/', '.')}.md)", markdown)
+    return linked.replace("](docs/", "](")
