@@ -56,14 +56,15 @@ def modules() -> list[str]:
 
 
 def in_package(module: str) -> list[str]:
-    """Return the modules of a package, or the module itself."""
+    """Return a package and its modules, or the module itself."""
     folder = ROOT / module.replace(".", "/")
-    return [f"{module}.{path.stem}" for path in folder.glob("[a-z]*.py")] or [module]
+    return [module, *(f"{module}.{path.stem}" for path in sorted(folder.glob("[a-z]*.py")))]
 
 
 def about(module: str) -> str:
-    """Return the first line of a module's docstring."""
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    """Return the first line of the docstring of a module or package."""
+    path = ROOT / module.replace(".", "/")
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
 
 
