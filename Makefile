@@ -56,6 +56,7 @@ ui: $(READY)
 # Building needs no network; the first time, its tools are installed. Under --quiet mkdocs counts no
 # warnings, so its lines stay.
 docs: $(VENV)/.docs
+	$(BIN)/python docs/walk.py > $(VENV)/walk.svg && mv $(VENV)/walk.svg docs/how-a-study-runs.svg
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'Documentation: site/index.html; with its search: $(BIN)/python -m http.server -b 127.0.0.1 -d site'
 

@@ -1,4 +1,4 @@
-"""Pages of the documentation that are made of other files, so that they cannot fall behind them."""
+"""Pages of the documentation that are made from other files."""
 
 import ast
 import re
@@ -19,10 +19,10 @@ ELSEWHERE = {
 """Page -> file of the repository."""
 
 FURTHER = (
-    *("harness.objective", "analysis.frames", "analysis.plots", "analysis.planes"),
+    *("harness.objective", "analysis.frames", "analysis.plots"),
     *("studies.runner.study", "studies.runner.run", "studies.runner.cli"),
 )
-"""Modules of the reference beside those of `harness/__init__.pyi`."""
+"""Modules and packages of the reference beside those of `harness/__init__.pyi`."""
 
 FOLDERS = {
     "harness": "The core, torch and numpy; `tracking` above it holds the only imports of MLflow.",
@@ -30,11 +30,12 @@ FOLDERS = {
     "analysis": "MLflow to data frame to table, figure and report; no torch.",
     "benchmarks": "Measurements of the harness itself, with results in `RESULTS.md`.",
     "examples": "A study in your own file.",
-    "tests": "About one file a module: mathematics and behaviour.",
+    "tests": "The tree of the code: mathematics and behaviour.",
 }
 """Folder of the list of files -> what is in it."""
 
 STUB = re.compile(r"from (\.[\w.]*) import (\w+) as \w+")
+SOURCE = re.compile(r"\]\(\.\./([\w/]+)\.py\)")  # a link from a page to a file of the repository
 
 
 def names() -> dict[str, str]:
@@ -44,28 +45,32 @@ def names() -> dict[str, str]:
 
 
 def modules() -> list[str]:
-    """Return the modules of the reference: those that hold a public name of harness, and others."""
+    """Return the modules of the reference: with public names of harness, linked, and others."""
     places = [place for place in names().values() if place.count(".") == 1]
     places += [place.rpartition(".")[0] for place in names().values() if place.count(".") > 1]
     found = {module for place in places for module in in_package(place)}
-    return [*sorted(found), *FURTHER]
+    for page in (ROOT / "docs").glob("*.md"):
+        found |= {source.replace("/", ".") for source in SOURCE.findall(page.read_text())}
+    further = [module for place in FURTHER for module in in_package(place)]
+    return [*sorted(found.difference(further)), *further]
 
 
 def in_package(module: str) -> list[str]:
-    """Return the modules of a package, or the module itself."""
+    """Return a package and its modules, or the module itself."""
     folder = ROOT / module.replace(".", "/")
-    return [f"{module}.{path.stem}" for path in folder.glob("[a-z]*.py")] or [module]
+    return [module, *(f"{module}.{path.stem}" for path in sorted(folder.glob("[a-z]*.py")))]
 
 
 def about(module: str) -> str:
-    """Return the first line of a module's docstring."""
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    """Return the first line of the docstring of a module or package."""
+    path = ROOT / module.replace(".", "/")
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
 
 
 def list_of_files() -> str:
     """Write the page of all Python files, each with the first line of its docstring."""
-    parts = ["# All files\n\nEach with the first line of its own docstring.\n"]
+    parts = ["# All files\n\nEach with the first line of its docstring.\n"]
     for folder, what in FOLDERS.items():
         paths = sorted((ROOT / folder).rglob("[a-z]*.py"))
         names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
@@ -116,3 +121,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
         files.append(File.generated(config, f"reference/{module}.md", content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Link the reference in place of files of the repository, and pages from its root."""
+    linked = SOURCE.sub(lambda m: f"](reference/{m[1].replace('/', '.')}.md)", markdown)
+    return linked.replace("](docs/", "](")

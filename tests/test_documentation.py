@@ -57,6 +57,22 @@ def _python(package):
     return (ROOT / package).glob("**/*.py")
 
 
+def test_the_drawing_of_how_a_study_runs_is_that_of_the_code():
+    # If not: `make docs`, and the stations in the page.
+    command = [sys.executable, "docs/walk.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs" / "how-a-study-runs.svg").read_text()
+    assert 14 <= done.stdout.count("<rect") <= 18
+
+
+def test_links_of_pages_to_the_repository_lead_to_files():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text()):
+            made = page.parent.name == "docs" and link in ("benchmarks.md", "reference/index.md")
+            assert made or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_the_citation_names_this_version_and_licence():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -22,7 +22,8 @@ class VAE(nn.Module):
         encoder: maps images (B, *data_shape) to the posterior's parameters (B, 2 L).
         decoder: maps latents (B, L) to (B, *data_shape), before the output's non-linearity.
         data_shape: shape of an image, e.g. (channels, height, width).
-        head, latent: as in `RunConfig`; "deterministic" decodes the posterior mean.
+        head: as in `RunConfig`.
+        latent: as in `RunConfig`; "deterministic" decodes the posterior mean.
         likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
         learned_variance: whether the Gaussian decoder's variance is a trained parameter.
