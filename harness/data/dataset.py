@@ -22,24 +22,18 @@ from harness.streams import generator
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one part of a dataset.
+    """Images and labels of one part of a dataset."""
 
-    Attributes:
-        images: uint8, shape (N, D).
-        labels: class of each image, int64, shape (N,); 0 if the dataset has no classes.
-        largest: grey value that stands for 1.
-    """
-
-    images: Tensor
-    labels: Tensor
-    largest: int
+    images: Tensor  # uint8, shape (N, D)
+    labels: Tensor  # class of each image, int64, shape (N,); 0 if the dataset has no classes
+    largest: int  # grey value that stands for 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of these images; the digest of a dataset is that of its source, even when cut."""
+        """SHA-256 of these images; that of a dataset is of its source, even when it is cut."""
         return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
 
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -123,6 +117,9 @@ class Dataset:
                 "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
+
+        Raises:
+            UserError: a name, shape, type, value or row that cannot be used.
         """
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
@@ -137,7 +134,7 @@ class Dataset:
         whole = Split(pictures.flatten(1), classes, grey)
         train, val, test = map(whole.rows, split_rows(len(pictures), rows))
         if bool((train.images == train.images[0]).all()):
-            raise UserError("all training images are the same: there is nothing to learn of them")
+            raise UserError("all training images are the same: there is nothing to learn from them")
         channels, height, width = pictures.shape[1:]
         shape, parts = (channels, height, width), (train, val, test)
         known = [tensor for part in parts for tensor in (part.images, part.labels)]
@@ -195,8 +192,8 @@ class Dataset:
 def with_official_training(data: Dataset) -> Dataset:
     """Return a dataset of the MNIST family with its official 60,000 training images.
 
-    The validation split is put back behind the training split (and stays what it is), so published
-    numbers of the official parts can be compared with. Do not choose settings on it then.
+    The validation split is appended to the training split and stays as it is: no settings may be
+    chosen on it, and numbers can be compared with published ones.
     """
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])

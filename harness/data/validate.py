@@ -1,4 +1,4 @@
-"""Requirements on a user's images and labels as tensors, and how they are split."""
+"""Checks of a user's images and labels as tensors, and their split into parts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from harness.streams import generator
 if TYPE_CHECKING:
     import numpy as np
 
-SPLIT_SEED = 0
-"""Seed of the permutation that makes the splits; the same for runs of every seed."""
-
 PARTS = ("train", "val", "test")
-
-LEAST = 20
-"""The fewest images that can be split."""
-
-MOST_CLASSES = 10_000
-"""Labels number classes from 0 on; a larger one is a code and not a number."""
+SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
+LEAST = 20  # images that can be split
+MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 
 
 def digest(*parts: Tensor, about: str = "") -> str:
@@ -54,7 +48,7 @@ def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     allowed = 1 if images.is_floating_point() else largest
     if not 0 <= low <= high <= allowed:  # NaN too
         raise UserError(
-            f"images from {low:g} to {high:g}: {images.dtype} is to be from 0 to {allowed}; scale "
+            f"images from {low:g} to {high:g}: {images.dtype} must be from 0 to {allowed}; scale "
             "them, or give largest= for integers"
         )
     return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
@@ -80,20 +74,19 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
 
 def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
     """Return the rows of train, val and test in a random order that is always the same."""
-    if given is None:
-        given = {"train": range(images)}
+    given = {"train": range(images)} if given is None else given
     if "train" not in given or not set(given) <= set(PARTS):
         raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
-    rows = {part: _rows(part, own) for part, own in given.items()}
+    rows = {part: _rows(part, chosen) for part, chosen in given.items()}
     every = torch.cat(list(rows.values()))
     if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
         raise UserError(
             f"rows of {', '.join(rows)}: give each row of the {images} images once at most, "
             "counted from 0"
         )
-    for part, own in rows.items():
-        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(own))
-        rows[part] = own[torch.from_numpy(order)]
+    for part, chosen in rows.items():
+        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(chosen))
+        rows[part] = chosen[torch.from_numpy(order)]
     missing = [part for part in PARTS if part not in rows]
     count = len(rows["train"])
     if missing and count < LEAST:
