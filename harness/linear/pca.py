@@ -10,8 +10,8 @@ import numpy as np
 
 from harness.data.dataset import Dataset, Split
 
-# Of all channels, of the largest image that has a linear model: decomposing a covariance takes 7.5 s
-# of a core for 3,072 and grows with the third power (18 s here, 8 min for 12,288).
+# Of the largest image that has a linear model: decomposing a covariance takes 7.5 s of a core for
+# 3,072 pixels of all channels and grows with the third power (18 s here, 8 min for 12,288).
 MOST_PIXELS = 4_096
 
 

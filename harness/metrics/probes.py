@@ -10,8 +10,7 @@ from harness.data.dataset import Dataset, Split
 from harness.metrics.evaluate import posteriors
 from harness.models.vae import VAE
 
-PROBE_IMAGES = 5_000
-"""Training images that a probe is fitted on, at most."""
+PROBE_IMAGES = 5_000  # of the training split, on which a probe is fitted, at most
 
 
 def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from harness.config import Precision, RunConfig
 from harness.models.vae import VAE
 
+# Settings in which runs of one stack may differ; free bits and weights of terms may, too.
 MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "learning_rate", "seed"}
-"""Settings that runs of one stack may differ in; free bits and weights of terms may, too."""
 
 
 def stack_key(config: RunConfig) -> tuple[object, ...]:
