@@ -127,9 +127,7 @@ class Pool:
                 yield from done
                 ready = wait(list(busy)) if busy else []
                 idle = [worker for worker in busy if worker in ready]
-                done = [(busy[worker][0], _received(worker)) for worker in idle]
-                for worker in idle:
-                    del busy[worker]
+                done = [(busy.pop(worker)[0], _received(worker)) for worker in idle]
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()

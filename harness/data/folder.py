@@ -14,8 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harness.config import UserError
-from harness.data.dataset import Dataset
-from harness.data.validate import PARTS
+from harness.data.dataset import PARTS, Dataset
 
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from harness.config import UserError
-from harness.data.dataset import Dataset, Split
+from harness.data.dataset import SPLIT_SEED, Dataset, Split, digest
 from harness.data.mnist import DATASETS, TORCHVISION, read_official
-from harness.data.validate import SPLIT_SEED, digest
 from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family

@@ -196,24 +196,18 @@ def posteriors(model: VAE, split: Split) -> Posterior:
     return Posterior(*map(torch.cat, zip(*each, strict=True)))
 
 
-def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> Tensor:
-    """Return the posterior noise of a split's images, shape (N, L), the same at every epoch."""
-    drawn = streams.noise(config.seed, f"evaluate/{part}", images, config.latent_size)
-    return drawn.to(model.device, model.dtype)
-
-
 def conditions(
     config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor | None = None
 ) -> dict[str, Any]:
-    """Return the arguments of `measure` on a split that differ between runs of a stack."""
-    given = {
-        "coefficients": coefficients(config, model.pixels, model.device),
-        "linear_loss": linear_loss,
-        "noise": evaluation_noise(config, model, part, images),
-    }
-    if config.terms:
-        given["prior"] = evaluation_noise(config, model, f"prior/{part}", images)
-    return given
+    """Return the arguments of `measure` on a split that differ between runs, at every epoch."""
+
+    def noise(purpose: str) -> Tensor:
+        drawn = streams.noise(config.seed, f"evaluate/{purpose}", images, config.latent_size)
+        return drawn.to(model.device, model.dtype)
+
+    given = {"noise": noise(part), "linear_loss": linear_loss}
+    given["coefficients"] = coefficients(config, model.pixels, model.device)
+    return given | ({"prior": noise(f"prior/{part}")} if config.terms else {})
 
 
 @kernels()

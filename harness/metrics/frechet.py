@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from harness import streams
 from harness.config import RunConfig
-from harness.data.dataset import Dataset, Split
-from harness.data.validate import digest
+from harness.data.dataset import Dataset, Split, digest
 from harness.metrics.evaluate import chunks, pixels
 from harness.models import networks
 from harness.models.files import put

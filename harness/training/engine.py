@@ -394,8 +394,8 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
     configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
-    steps = [len(work.data["none"].train) // config.batch_size for config in configs]
-    warmups = [objective.kl_warmup(c, epoch, n)[-1] for c, n in zip(configs, steps, strict=True)]
+    images = len(work.data["none"].train)
+    warmups = [objective.kl_warmup(c, epoch, images // c.batch_size)[-1] for c in configs]
     each = [runs[row].epochs[epoch - 1] for row in rows]
     behind = tuple(resumed[row] for row in rows)
     newest = each[behind.index(min(behind))]
@@ -405,7 +405,7 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
         newest.images,
         _joined([one.train for one in each]),
         _joined([one.val for one in each]),
-        np.array([float(warmup) for warmup in warmups]),
+        np.array(list(map(float, warmups))),
         configs,
         rows,
         behind,

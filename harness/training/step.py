@@ -37,6 +37,8 @@ Measured = tuple[float, float, list[tuple[Metrics, Metrics]]]
 
 Result = TypeVar("Result")
 
+_capture_stream = cache(torch.cuda.Stream)  # one for all, since libraries keep a workspace for each
+
 
 class State:
     """Weights, moments and layers' buffers of one run, or of a stack of runs computed as one.
@@ -390,7 +392,3 @@ def free_memory(device: torch.device) -> float:
     free, total = torch.cuda.mem_get_info(device)
     return free / total
 
-
-@cache
-def _capture_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # one for all, since libraries keep a workspace for each
