@@ -205,7 +205,7 @@ def conditions(
         drawn = streams.noise(config.seed, f"evaluate/{purpose}", images, config.latent_size)
         return drawn.to(model.device, model.dtype)
 
-    given = {"noise": noise(part), "linear_loss": linear_loss}
+    given: dict[str, Any] = {"noise": noise(part), "linear_loss": linear_loss}
     given["coefficients"] = coefficients(config, model.pixels, model.device)
     return given | ({"prior": noise(f"prior/{part}")} if config.terms else {})
 

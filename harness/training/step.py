@@ -27,6 +27,8 @@ from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms
 from harness.training.mlp_gradient import MLPGradient, covers
 
+ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+ADAM |= {"amsgrad": False, "maximize": False}
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
 WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
@@ -209,7 +211,7 @@ class Step:
     def epoch(self, epoch: int) -> Measured:
         """Train an epoch, counted from 1, and measure the runs."""
         start = time.perf_counter()
-        self.train(self._ahead.pop(epoch, None) or self.draw(epoch), epoch)
+        self.train(self._ahead.pop(epoch) if epoch in self._ahead else self.draw(epoch), epoch)
         if self.state.stacked and epoch < self.state.configs[0].epochs:
             self._ahead = {epoch + 1: self.draw(epoch + 1)}  # while a GPU computes
         if self._x.is_cuda:
@@ -300,9 +302,8 @@ class Step:
         self.state.counts.add_(1)
         # The kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more a
         # step on a CPU, and the class imports torch.compile at its first use, for seconds.
-        numbers = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
         for rate, lists in self._by_rate.items():
-            torch._fused_adam_(*lists, lr=rate, **numbers, amsgrad=False, maximize=False)
+            torch._fused_adam_(*lists, lr=rate, **ADAM)
 
     def measure(self) -> list[tuple[Metrics, Metrics]]:
         """Return each run's metrics on the first training images and on validation images."""
