@@ -1,7 +1,5 @@
 """Errors that a user reads."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """An input that cannot be used; the message names it, what is allowed and what to do.

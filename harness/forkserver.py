@@ -6,8 +6,6 @@ killed in the middle of a computation. This module imports nothing heavy: a comm
 the server before it imports PyTorch itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

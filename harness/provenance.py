@@ -4,8 +4,6 @@ Outside a checkout, or without git, the commit is "unknown", and code is compare
 its sources alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import subprocess

@@ -3,8 +3,6 @@
 This module imports no PyTorch: a built-in network is the address of a function, "module:function".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name

@@ -5,8 +5,6 @@ in float32, and weights are rounded to it. So a run has the same weights, batche
 or in a stack, on CPU or GPU, in float32 or float64, and from any epoch on without generator state.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Image files in a folder, in the layout of torchvision's ImageFolder, as a dataset."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

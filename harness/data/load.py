@@ -1,7 +1,5 @@
 """Datasets by name: the built-in ones, and folders of images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Torchvision, whose imp
 downloads missing files.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Principal components of a dataset's training images, computed once."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -13,8 +13,6 @@ and a latent with lambda_i <= s2 collapses onto the prior. On other images than 
 only the second moments E[c_i^2] take the place of the lambda_i that stem from the data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ latents and images, and all that follows from them, in float64. Names and units 
 docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

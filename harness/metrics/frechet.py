@@ -7,8 +7,6 @@ the features of another network the distance is the FID (Heusel et al. 2017, 170
 its numbers nor those of another dataset can be compared with these.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

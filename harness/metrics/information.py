@@ -9,8 +9,6 @@ Neither part has a closed form; the functions here bound both. A deterministic l
 Posteriors are given by their means and log-variances, each of shape (N, L).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ z_j ~ q(z|x): the ELBO at k = 1, never lower in expectation with more samples, l
 (Burda et al. 2015, 1509.00519). All sums are streamed, so memory does not grow with k.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Pictures of a model's images, as arrays: uint8, (height, width) or (height, width, 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Classifiers fitted on posterior means (scikit-learn), and the plane of the latents."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Quality of finished runs' latents and images: all metrics that are computed once, at the end."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A trained model as two files, without pickle: weights (safetensors) and configuration (JSON)."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

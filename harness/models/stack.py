@@ -4,8 +4,6 @@ Every network, loss term and metric is written for one run. `lift` maps such fun
 with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields

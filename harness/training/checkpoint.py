@@ -5,8 +5,6 @@ and as "json" every epoch's metrics so far and what the run was made with. Rando
 state (`harness.streams`). A run can go on in any stack, since nothing of the other runs is kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

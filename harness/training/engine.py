@@ -4,8 +4,6 @@ On a GPU runs of equal shapes are computed as one stack. On a CPU each run is co
 process a core, and gives the same bits alone or beside others.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

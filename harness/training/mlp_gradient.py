@@ -5,8 +5,6 @@ that `covers` accepts) and is faster, since it records nothing and works in buff
 Whatever `covers` does not list is left to autograd.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -392,4 +392,3 @@ def free_memory(device: torch.device) -> float:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free / total
-
