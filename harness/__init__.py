@@ -8,7 +8,7 @@
 
 Results are returned, and nothing is written; `harness.tracking.train_and_evaluate` takes the name
 of an MLflow experiment as well, to which it writes every run. `network` and `term` register your
-own parts. Names load on first use: a command line can show its help without importing PyTorch.
+parts. Names load on first use: a command line can show its help without importing PyTorch.
 """
 
 import ast as _ast

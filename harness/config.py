@@ -33,7 +33,7 @@ def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str
 
 
 class Default(float):
-    """A default value, which can be told from an equal value that is given."""
+    """A default value, as distinct from an equal value that is given."""
 
 
 class Weights(dict[str, float]):
@@ -71,7 +71,7 @@ class RunConfig:
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
-            proportional to error + beta * rate + weight * term, whatever the KL's settings.
+            proportional to error + beta * rate + weight * term for all settings of the KL.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.

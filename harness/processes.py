@@ -1,7 +1,7 @@
 """A pool of clean worker processes, each on one thread.
 
 Products of 32 rows do not profit from a second thread, and a run on one thread gives the same bits
-whatever runs beside it. Threads of one process would wait for Python's lock at every operator.
+alone or beside others. Threads of one process would wait for Python's lock at every operator.
 """
 
 from __future__ import annotations
@@ -126,8 +126,14 @@ class Pool:
                     busy[worker] = index, item  # whose memory is kept meanwhile
                 yield from done
                 ready = wait(list(busy)) if busy else []
-                idle = [worker for worker in busy if worker in ready]
-                done = [(busy.pop(worker)[0], _received(worker)) for worker in idle]
+                idle, done = [worker for worker in busy if worker in ready], []
+                for worker in idle:
+                    with _worker_lost():
+                        answer = worker.recv_bytes()
+                    result, error = pickle.loads(answer)
+                    if error is not None:
+                        raise error
+                    done.append((busy.pop(worker)[0], result))
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()
@@ -166,15 +172,6 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     if (file := _files.get(id(tensor))) is None:
         return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
-
-
-def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's result
-    with _worker_lost():
-        answer = worker.recv_bytes()
-    result, error = pickle.loads(answer)
-    if error is not None:
-        raise error
-    return result
 
 
 @one_thread()

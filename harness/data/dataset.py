@@ -110,7 +110,7 @@ class Dataset:
         class_names: Sequence[str] = (),
         largest: int = 255,
     ) -> Dataset:
-        """Make a dataset of your own images.
+        """Make a dataset of your images.
 
         Args:
             name: its name in MLflow; letters, digits, ".", "_", "-".

@@ -30,7 +30,12 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
             images, labels = map(read_idx, files)
         else:
             images, labels = _download(name, root, train=train)
-        _check_shapes(images, labels, 60_000 if train else 10_000)
+        count = 60_000 if train else 10_000
+        if images.shape != (count, 28, 28) or labels.shape != (count,):
+            found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+            raise ValueError(
+                f"expected {count:,} images of 28 x 28 and their labels, found {found}"
+            )
     except Exception as error:  # torchvision has many for files that are absent or cut short
         names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
         reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
@@ -71,11 +76,3 @@ def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
             raise
         part = source(root, train=train, download=True)
     return part.data, part.targets
-
-
-def _check_shapes(images: Tensor, labels: Tensor, count: int) -> None:
-    if images.shape != (count, 28, 28) or labels.shape != (count,):
-        raise ValueError(
-            f"expected {count:,} images of 28 x 28 and as many labels, found images "
-            f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
-        )

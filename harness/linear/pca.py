@@ -33,10 +33,6 @@ class PCA:
     variances: np.ndarray  # eigenvalues (1/N), pixel^2, shape (D,); 0 where rounding alone is left
     _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
-    def coordinates(self, split: Split) -> np.ndarray:
-        """Return c = components^T (x - mean) of each image, shape (N, K)."""
-        return (pixels(split) - self.mean) @ self.components
-
     def moments(self, split: Split | None = None) -> Moments:
         """Return the moments of a split's coordinates, computed once; None: the training split."""
         if split is None:
@@ -47,7 +43,7 @@ class PCA:
             return self._moments[split.digest]
 
     def _measured(self, split: Split) -> Moments:
-        c = self.coordinates(split)
+        c = (pixels(split) - self.mean) @ self.components
         means, squares = c.mean(0), np.square(c).mean(0)
         if others := len(self.mean) - len(squares):
             rest = pixels(split) - self.mean - c @ self.components.T

@@ -1,7 +1,7 @@
 """Metrics of one run on a split, and the final metrics of finished runs.
 
 The forward pass and the sum over an image's pixels are computed in the model's dtype; sums over
-latents and images, and all that follows from them, in float64. Names and units are those of
+latents and images, and metrics of them, in float64. Names and units are those of
 docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 """
 

@@ -1,4 +1,4 @@
-"""Runs of equal shapes computed as one: the only place that knows a run axis S.
+"""Runs of equal shapes computed as one: the only module with a run axis S.
 
 Every network, loss term and metric is written for one run. `lift` maps such functions over S runs
 with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion).
@@ -69,7 +69,7 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
 
 
 def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
-    """Apply a function to the tensors in equal tuples and dictionaries; all else becomes None."""
+    """Apply a function to the tensors in equal tuples and dictionaries; others become None."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)

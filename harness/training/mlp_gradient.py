@@ -2,7 +2,7 @@
 
 It equals autograd's gradient of `harness.objective.objective` (a test compares every combination
 that `covers` accepts) and is faster, since it records nothing and works in buffers made once.
-Whatever `covers` does not list is left to autograd.
+Autograd computes the gradient of all other runs.
 """
 
 import torch

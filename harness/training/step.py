@@ -135,7 +135,7 @@ class State:
         return kept
 
     def of_run(self, row: int) -> dict[str, Tensor]:
-        """Return views of all tensors that a run goes on from, of shapes that fit any stack."""
+        """Return views of all tensors that a run continues from, of shapes that fit any stack."""
         found = {"steps": self.counts[row]}
         for kind in ("weights", "first", "second"):
             views = self.views(getattr(self, kind))
