@@ -302,7 +302,7 @@ FILES = {
     "labels with a wrong magic number": ({TRAIN_LABELS: idx((3,), 0x800)}, NO_LABELS),
     "no magic number": ({TRAIN_LABELS: idx((3,), 0)}, NO_LABELS),
     "a page in place of labels": ({TRAIN_LABELS: b"<!DOCTYPE html></html>"}, NO_LABELS),
-    "too few images": ({}, "expected 60,000 images of 28 x 28 and as many labels"),
+    "too few images": ({}, "expected 60,000 images of 28 x 28 and their labels"),
 }
 
 
