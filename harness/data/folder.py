@@ -57,14 +57,21 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
 
 
 def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
-    """Return the names of the classes, and the images of each part with their classes."""
+    # Names of the classes, and the images of each part with their classes.
     if not path.is_dir():
         raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
     inside = _folders(path)
     in_parts = "train" in inside and set(inside) <= set(PARTS)
     parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
-    names = _classes(parts)
-    return names, {part: _files(folder, names) for part, folder in parts.items()}
+    classes = {part: _folders(folder) for part, folder in parts.items()}
+    names = classes["train"]
+    for part, others in classes.items():
+        if not set(others) <= set(names) or bool(others) != bool(names):
+            raise UserError(
+                f"folder:{parts[part]}: its classes {others} are not those of training, {names}; "
+                "give every part folders of the same classes, or none"
+            )
+    return tuple(names), {part: _files(folder, names) for part, folder in parts.items()}
 
 
 def _folders(path: Path) -> list[str]:
@@ -82,19 +89,6 @@ def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
             f"{LARGEST_SIDE} pixels"
         )
     return sides[0], sides[-1]
-
-
-def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
-    """Return the names of the training classes; other parts may have no others."""
-    every = {part: _folders(folder) for part, folder in parts.items()}
-    known = every["train"]
-    for part, names in every.items():
-        if not set(names) <= set(known) or bool(names) != bool(known):
-            raise UserError(
-                f"folder:{parts[part]}: its classes {names} are not those of training, {known}; "
-                "give every part folders of the same classes, or none"
-            )
-    return tuple(known)
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
