@@ -12,23 +12,24 @@ parts. Names load on first use: a command line can show its help without importi
 """
 
 import ast as _ast
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
-from pkgutil import resolve_name as _resolve_name
 
 _stub = _ast.parse(_Path(__file__).with_suffix(".pyi").read_text())
-_addresses = {  # of a name in a module, or of a module
-    alias.name: f"{__name__}{f'.{node.module}:' if node.module else '.'}{alias.name}"
+_modules = {  # that names are in; "" for a module
+    alias.name: node.module or ""
     for node in _stub.body
     if isinstance(node, _ast.ImportFrom)
     for alias in node.names
 }
-__all__ = sorted(_addresses)
+__all__ = sorted(_modules)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _addresses:
+    if name not in _modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = _resolve_name(_addresses[name])
+    module = _import_module(f"{__name__}.{_modules[name] or name}")
+    globals()[name] = value = getattr(module, name) if _modules[name] else module
     return value
 
 

@@ -180,11 +180,6 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
 
     kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
     A `UserError` is raised where `decoder_variance` is NaN.
-
-    Examples:
-        >>> undivided = RunConfig(kl_normalization="sum")
-        >>> round(with_decoder_variance(undivided, 0.025, pixels=784).kl_weight, 9)
-        1.993e-06
     """
     unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
     if math.isnan(unit):
