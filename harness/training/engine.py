@@ -2,6 +2,10 @@
 
 On a GPU runs of equal shapes are computed as one stack. On a CPU each run is computed alone, one
 process a core, and gives the same bits alone or beside others.
+
+A `State` holds weights and Adam's moments of a run or a stack, and a `Step` trains it for an epoch
+and measures it: in a worker of the `Pool` on a CPU, in this process on a GPU. The epochs of a run
+so far and its tensors make a checkpoint (`Saved`).
 """
 
 import logging
