@@ -4,6 +4,7 @@ IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Torchvision, whose imp
 downloads missing files.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -24,6 +25,7 @@ KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing."""
     folder = root / TORCHVISION[name] / "raw"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     files = [folder / f"{PARTS[0 if train else 1]}-{kind}" for kind in KINDS]
     try:
         if all(file.is_file() for file in files):
@@ -37,6 +39,9 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
                 f"expected {count:,} images of 28 x 28 and their labels, found {found}"
             )
     except Exception as error:  # torchvision has many for files that are absent or cut short
+        for place in made:
+            with contextlib.suppress(OSError):  # never made, or not empty
+                place.rmdir()
         names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
         reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
         raise UserError(
