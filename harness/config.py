@@ -23,13 +23,17 @@ Precision = Literal["float32", "tf32"]
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
-    """Return a name that can be part of names in MLflow and of folders, or raise a `UserError`."""
+    """Return a name that is allowed for folders and in MLflow; another is a `UserError`."""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
         raise UserError(
             f"{what}={name!r}: use up to {longest} letters, digits, '.', '_' and '-', the first "
             "neither '.' nor '-'"
         )
     return name
+
+
+class Default(float):
+    """A default value, as distinct from an equal value that is given."""
 
 
 class Weights(dict[str, float]):
@@ -43,6 +47,8 @@ class Weights(dict[str, float]):
 class RunConfig:
     """Settings of one run; together with a dataset they determine every number of it.
 
+    A setting that cannot be used, alone or beside the others, is a `UserError`.
+
     Attributes:
         model: "mlp"; "linear": no hidden layers, no output sigmoid (pPCA as a VAE); "conv": 3 x 3
             convolutions of stride 2 and a linear layer; or the name of a registered network.
@@ -51,7 +57,8 @@ class RunConfig:
         latent_size: number of latents L.
         head: "gaussian": mean, log-variance; "relu": ReLUs of mean, standard deviation (the blog).
         latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
-        kl_weight: factor of the KL term as the user writes it; 0 trains on the error alone.
+        kl_weight: factor of the KL term; 0, also the default of a deterministic latent, trains on
+            the error alone.
         kl_normalization: divides the KL by batch x "pixels", "batch", batch x "latent" or 1, "sum".
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
         kl_cycles: equal parts of the training that each begin with that warm-up (Fu et al. 2019).
@@ -64,7 +71,7 @@ class RunConfig:
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
-            proportional to error + beta * rate + weight * term, whatever the KL's settings.
+            proportional to error + beta * rate + weight * term for all settings of the KL.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
@@ -79,7 +86,7 @@ class RunConfig:
     latent_size: int = 10
     head: Head = "gaussian"
     latent: Latent = "stochastic"
-    kl_weight: float = 1.0
+    kl_weight: float = Default(1.0)
     kl_normalization: KLNormalization = "pixels"
     kl_warmup_epochs: int = 0
     kl_cycles: int = 1
@@ -114,6 +121,8 @@ class RunConfig:
             _whole(name, getattr(self, name), at_least=1)
         for name in ("kl_warmup_epochs", "seed"):
             _whole(name, getattr(self, name), at_least=0)
+        if self.latent == "deterministic" and isinstance(self.kl_weight, Default):
+            object.__setattr__(self, "kl_weight", 0.0)
         for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
             number = _finite(name, getattr(self, name), sign)
             object.__setattr__(self, name, number)  # 1 and 1.0 are one run
@@ -163,9 +172,6 @@ class RunConfig:
         Examples:
             >>> RunConfig(seed=1).replace(kl_weight=0.05)  # doctest: +ELLIPSIS
             RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, terms={})
-            >>> RunConfig().replace(kl_weight=-1)
-            Traceback (most recent call last):
-            harness.errors.UserError: kl_weight=-1: give a finite number >= 0
         """
         return replace(self, **changes)
 

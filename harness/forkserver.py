@@ -1,12 +1,10 @@
 """The process that worker processes are forked from.
 
-It imports PyTorch once and never runs `__main__`. `multiprocessing` has such a server too, but one
-for all of a program, so that a user's own `Process` would ignore SIGTERM, and its workers outlive a
-parent that is killed in the middle of a computation. This module imports nothing heavy: a command
-line may `start` the server before it imports PyTorch itself.
+It imports PyTorch once and never runs `__main__`. The server of `multiprocessing` is one for all of
+a program: a user's `Process` would ignore SIGTERM, and its workers outlive a parent that is
+killed in the middle of a computation. This module imports nothing heavy: a command line may `start`
+the server before it imports PyTorch itself.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -26,9 +24,9 @@ from harness.forkserver import serve
 serve()
 """
 
+# Imported for all workers: first for training, and once training has begun for measuring.
 FIRST = ["harness.processes", "harness.training.engine"]
 LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sklearn.linear_model"]
-"""Modules that workers need not import: for training, and for measuring once training has begun."""
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()
@@ -82,7 +80,7 @@ def _linked() -> tuple[Connection, Connection, Connection]:
 
 
 def _live_with(connection: Connection) -> None:
-    """Let the kernel kill this process when the lifeline of its connection closes."""
+    # The kernel kills this process when the lifeline of its connection closes.
     alive = recv_handle(connection)
     fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
@@ -92,7 +90,7 @@ def _live_with(connection: Connection) -> None:
 
 
 def _leave() -> None:
-    """Leave server and workers to the process that started them; a forked child starts its own."""
+    # A forked child leaves server and workers to its parent, and starts others.
     global _lock, _server
     for connection in _ours:
         connection.close()

@@ -22,11 +22,8 @@ from torch.nn import functional
 from harness.config import RunConfig
 from harness.errors import UserError
 
-ACTIVE_VARIANCE = 0.01
-"""A latent is active if its posterior mean varies more than this over the data (Burda 2015)."""
-
-MIN_VARIANCE = 1e-8
-"""Floor of the posterior variance with `head="relu"`: the 1e-8 inside the blog's logarithm."""
+ACTIVE_VARIANCE = 0.01  # of a posterior mean over the data, above which a latent is active
+MIN_VARIANCE = 1e-8  # of a posterior with `head="relu"`, inside the logarithm as in the blog
 
 
 class Posterior(NamedTuple):
@@ -54,7 +51,7 @@ class Posterior(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch of a run and what the model makes of it: the argument of a loss term.
+    """One batch of a run and the model's output on it: the argument of a loss term.
 
     Attributes:
         x: pixels in [0, 1], shape (B, *data_shape).
@@ -80,17 +77,11 @@ class Batch(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The numbers of a loss: tensors of shape (), since runs of a stack may differ in them.
+    """The numbers of a loss: tensors of shape (), since runs of a stack may differ in them."""
 
-    Attributes:
-        beta: weight of the rate beside the summed squared error.
-        free_bits: nats of each latent that cost nothing; None if there are none.
-        weights: weight of each loss term, in the unit of beta.
-    """
-
-    beta: Tensor
-    free_bits: Tensor | None = None
-    weights: Mapping[str, Tensor] = {}
+    beta: Tensor  # weight of the rate beside the summed squared error
+    free_bits: Tensor | None = None  # nats of each latent that cost nothing
+    weights: Mapping[str, Tensor] = {}  # of each loss term, in the unit of beta
 
 
 Terms = Mapping[str, Callable[[Batch], Tensor]]
@@ -98,17 +89,11 @@ Terms = Mapping[str, Callable[[Batch], Tensor]]
 
 
 class Parts(NamedTuple):
-    """The parts of a loss: of each image, with a leading axis B, or averaged over images.
+    """The parts of a loss: of each image, with a leading axis B, or averaged over images."""
 
-    Attributes:
-        error: SSE, pixel^2, shape ().
-        cross_entropy: nats, shape (); None for a Gaussian decoder.
-        kl: nats of each latent, shape (L,); None if the latent is deterministic.
-    """
-
-    error: Tensor
-    cross_entropy: Tensor | None
-    kl: Tensor | None
+    error: Tensor  # SSE, pixel^2, shape ()
+    cross_entropy: Tensor | None  # nats, shape (); None for a Gaussian decoder
+    kl: Tensor | None  # nats of each latent, shape (L,); None if the latent is deterministic
 
     def mean(self) -> Parts:
         """Return the averages over the images."""
@@ -150,26 +135,23 @@ def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
     return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
 
 
-def kl_scale(config: RunConfig, pixels: int) -> float:
-    """Return c, the divisor of the KL summed over batch and latents in the loss."""
-    return {
-        "pixels": config.batch_size * pixels,
-        "batch": config.batch_size,
-        "latent": config.batch_size * config.latent_size,
-        "sum": 1,
-    }[config.kl_normalization]
-
-
 def beta(config: RunConfig, pixels: int) -> float:
-    """Return the weight that the KL really has beside the summed squared error.
+    """Return the weight of the rate beside the summed squared error.
 
-    beta = kl_weight * D * B / c, with c = `kl_scale` (Higgins et al. 2017, up to their 1/2).
+    beta = kl_weight * D * B / c (Higgins et al. 2017, up to their 1/2), where c divides the KL
+    summed over batch and latents in the loss.
 
     Examples:
         >>> beta(RunConfig(kl_weight=0.5, kl_normalization="batch"), pixels=784)
         392.0
     """
-    return config.kl_weight * pixels * config.batch_size / kl_scale(config, pixels)
+    c = {
+        "pixels": config.batch_size * pixels,
+        "batch": config.batch_size,
+        "latent": config.batch_size * config.latent_size,
+        "sum": 1,
+    }[config.kl_normalization]
+    return config.kl_weight * pixels * config.batch_size / c
 
 
 def decoder_variance(config: RunConfig, pixels: int) -> float:
@@ -198,11 +180,6 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
 
     kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
     A `UserError` is raised where `decoder_variance` is NaN.
-
-    Examples:
-        >>> undivided = RunConfig(kl_normalization="sum")
-        >>> round(with_decoder_variance(undivided, 0.025, pixels=784).kl_weight, 9)
-        1.993e-06
     """
     unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
     if math.isnan(unit):

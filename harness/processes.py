@@ -1,7 +1,7 @@
 """A pool of clean worker processes, each on one thread.
 
 Products of 32 rows do not profit from a second thread, and a run on one thread gives the same bits
-whatever runs beside it. Threads of one process would wait for Python's lock at every operator.
+alone or beside others. Threads of one process would wait for Python's lock at every operator.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def _map(path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 class Pool:
-    """Worker processes that call functions on items; use it as a context manager.
+    """Worker processes that call functions on items; a context manager.
 
     A worker is a fork of a server without `__main__`, so scripts need no guard, and functions and
     modules that a script or a notebook cell defines are sent whole. A worker keeps `common`, the
     first arguments of every function, for all maps, with what functions change in it. With one
-    core, in a worker and on other systems than Linux, functions are called in this process, with
-    the very objects.
+    core, in a worker and on other systems than Linux, functions are called in this process, on the
+    objects themselves.
     """
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
@@ -102,9 +102,9 @@ class Pool:
     def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
         """Yield the index of an item and ``function(*common, item)`` as results are ready.
 
-        Items are taken and computed while the results are iterated over, one map at a time. After
-        an error, the function's or a RuntimeError where a worker was killed, and where the
-        iteration is left, workers are ended and the pool is closed.
+        Items are taken and computed while the results are iterated over, one map at a time. An
+        error of the function, a RuntimeError where a worker was killed, and leaving the iteration
+        end the workers and close the pool.
         """
         if self._closed or self._busy:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")
@@ -115,22 +115,25 @@ class Pool:
                     result = function(*self._common, item)
                 yield index, result
             return
-        self._busy = busy = dict[Connection, tuple[int, Any]]()  # this map's own
-        idle, functions = list(self._workers), dict.fromkeys(self._workers, _dumps(function))
-        done: list[tuple[int, R]] = []
+        self._busy = busy = dict[Connection, tuple[int, Any]]()  # of this map
+        idle, done = list(self._workers), list[tuple[int, R]]()
         try:
             while idle:
                 for worker, (index, item) in zip(idle, left, strict=False):
-                    message = functions.pop(worker, None), _dumps(item)
+                    task = _dumps((function, item))
                     with _worker_lost():
-                        worker.send(message)
+                        worker.send_bytes(task)
                     busy[worker] = index, item  # whose memory is kept meanwhile
                 yield from done
                 ready = wait(list(busy)) if busy else []
-                idle = [worker for worker in busy if worker in ready]
-                done = [(busy[worker][0], _received(worker)) for worker in idle]
+                idle, done = [worker for worker in busy if worker in ready], []
                 for worker in idle:
-                    del busy[worker]
+                    with _worker_lost():
+                        answer = worker.recv_bytes()
+                    result, error = pickle.loads(answer)
+                    if error is not None:
+                        raise error
+                    done.append((busy.pop(worker)[0], result))
         except BaseException as error:
             if busy or not isinstance(error, GeneratorExit):
                 self.close()
@@ -171,27 +174,17 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
 
 
-def _received(worker: Connection) -> Any:  # noqa: ANN401 - the function's result
-    with _worker_lost():
-        answer = worker.recv_bytes()
-    result, error = pickle.loads(answer)
-    if error is not None:
-        raise error
-    return result
-
-
 @one_thread()
 def _work(path: list[str], folder: str, pickled: bytes, pool: Connection) -> None:
     sys.path[:] = path
     os.chdir(folder)
     common: Any = None
-    function: Any = None
     while True:
-        new, item = pool.recv()
+        task = pool.recv_bytes()
         try:
             common = common or pickle.loads(pickled)
-            function = pickle.loads(new) if new else function
-            answer = _dumps((function(*common, pickle.loads(item)), None))
+            function, item = pickle.loads(task)
+            answer = _dumps((function(*common, item), None))
         except BaseException as error:
             error.add_note(f"In a worker process:\n{traceback.format_exc()}")
             answer = _pickled_error(error)

@@ -1,10 +1,8 @@
-"""Code, versions, device and data that a run was made with; nothing private, no absolute path.
+"""Code, versions, device and data of a run, without anything private and any absolute path.
 
-Outside a checkout, or without git, the commit is "unknown"; code is still compared by the
-digest of its sources.
+Outside a checkout, or without git, the commit is "unknown", and code is compared by the digest of
+its sources alone.
 """
-
-from __future__ import annotations
 
 import hashlib
 import platform
@@ -21,31 +19,21 @@ import threadpoolctl
 import torch
 
 from harness.data.dataset import Dataset
-from harness.data.mnist import DATASETS, TORCHVISION
 
 UNKNOWN = "unknown"
 PACKAGES = ("torch", "numpy", "scikit-learn", "mlflow", "optuna")
-SOURCES = ("harness", "studies")
-"""Packages whose code determines a run's numbers."""
+SOURCES = ("harness", "studies")  # packages whose code determines a run's numbers
 
 
 @dataclass(frozen=True)
 class Code:
-    """The code of this process.
+    """The code of this process."""
 
-    Attributes:
-        commit: of the checkout, "unknown" where there is none.
-        dirty: whether there is a diff or an untracked file; None where there is no checkout.
-        untracked: Python files that are neither tracked nor ignored.
-        sources: SHA-256 of the packages in SOURCES.
-        diff: tracked files against the commit, as text.
-    """
-
-    commit: str
-    dirty: bool | None
-    untracked: tuple[str, ...]
-    sources: str
-    diff: str = field(repr=False)
+    commit: str  # of the checkout, "unknown" where there is none
+    dirty: bool | None  # whether there is a diff or an untracked file; None without a checkout
+    untracked: tuple[str, ...]  # Python files that are neither tracked nor ignored
+    sources: str  # SHA-256 of the packages in SOURCES
+    diff: str = field(repr=False)  # of tracked files from the commit
 
     def record(self) -> dict[str, Any]:
         """Return all but the diff, which is stored as a file, as plain values."""
@@ -54,15 +42,13 @@ class Code:
 
 
 def read_code(root: Path) -> Code:
-    """Return the code in a folder; the commit is that of a checkout which tracks the packages.
-
-    A project whose virtual environment holds them does not.
-    """
+    """Return the code in a folder; the commit is that of a checkout which tracks the packages."""
     whole = hashlib.sha256()
     for path in sorted(path for package in SOURCES for path in (root / package).rglob("*.py")):
         whole.update(f"{path.relative_to(root).as_posix()}\n".encode())
         whole.update(path.read_bytes())
     sources = whole.hexdigest()
+    # A project whose virtual environment holds the packages does not track them.
     tracked = _git(root, "ls-files", "--error-unmatch", "harness/__init__.py") is not None
     commit = _git(root, "rev-parse", "--verify", "HEAD") if tracked else None
     if commit is None:
@@ -85,15 +71,15 @@ def _git(root: Path, *words: str) -> str | None:
 
 @cache
 def code() -> Code:
-    """Return the code of this process; read once, since git answers slowly."""
+    """Return the code of this process; read once, since git is slow."""
     return read_code(Path(__file__).resolve().parents[1])
 
 
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on."""
-    ours = {"python": platform.python_version(), "harness": _version("vae-sweep-harness")}
-    return ours | {package: _version(package) for package in PACKAGES}
+    known = {"python": platform.python_version(), "harness": _version("vae-sweep-harness")}
+    return known | {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -105,7 +91,7 @@ def _version(package: str) -> str:
 
 @cache
 def device(kind: str) -> dict[str, str]:
-    """Return a device's kind ("cpu", "cuda") and name, and the CPU, of the exact linear model."""
+    """Return a device's kind ("cpu", "cuda") and name, and the CPU, for the linear model."""
     cpu = _cpu_name()
     name = torch.cuda.get_device_name() if kind == "cuda" else cpu
     instructions = torch.backends.cpu.get_cpu_capability()
@@ -122,10 +108,10 @@ def _cpu_name() -> str:
 
 
 def threads() -> dict[str, int]:
-    """Return the threads of PyTorch and of NumPy's linear algebra (BLAS).
+    """Return the threads of PyTorch, which change no number, and of NumPy's linear algebra (BLAS).
 
-    PyTorch's change no number. BLAS sums in another order with another number of them: some of the
-    exact linear model's metrics on MNIST then differ by 2e-14.
+    BLAS sums in another order with another number of threads: some metrics of the exact linear
+    model on MNIST then differ by 2e-14.
     """
     pools = threadpoolctl.threadpool_info()
     blas = [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
@@ -133,28 +119,18 @@ def threads() -> dict[str, int]:
 
 
 def blas_threads(count: int) -> AbstractContextManager[object]:
-    """Compute linear algebra with as many threads as `threads` returned elsewhere."""
+    """Return a context in which linear algebra has so many threads."""
     return threadpoolctl.threadpool_limits(count, user_api="blas")
 
 
 def dataset(data: Dataset) -> dict[str, Any]:
-    """Return the name, digest and sizes of a dataset, and the expression that loads it."""
+    """Return the name, digest and sizes of a dataset."""
     return {
         "name": data.name,
         "digest": data.digest,
         "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
         "image_shape": list(data.image_shape),
-        "load": _loading(data),
     }
-
-
-def _loading(data: Dataset) -> str:
-    if data.name in DATASETS:
-        root = ", root=DATA_DIR" if data.name in TORCHVISION else ""
-        return f"harness.load_dataset({data.name!r}{root})"
-    if data.name.startswith("folder-"):
-        return f"harness.load_dataset('folder:PATH', image_size={data.image_shape[1:]})"
-    return f"harness.Dataset.from_tensors({data.name!r}, ...)"
 
 
 def provenance(data: Dataset, device_kind: str) -> dict[str, Any]:
@@ -170,7 +146,7 @@ def provenance(data: Dataset, device_kind: str) -> dict[str, Any]:
 
 
 def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
-    """Return the short values of a `provenance`, for a run table; MLflow shows its own commit."""
+    """Return the short values of a `provenance`, as tags; MLflow shows one as the commit."""
     commit, dirty = made_with["code"]["commit"], made_with["code"]["dirty"]
     known = {} if commit == UNKNOWN else {"mlflow.source.git.commit": commit}
     return known | {
@@ -183,7 +159,7 @@ def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each difference of two `provenance`s; threads aside, which replays set."""
+    """Return a line for each difference of two `provenance`s but in threads, which replays set."""
     old, new = then["code"], now["code"]
     found = _changed("commit", old["commit"], new["commit"])
     for when, code in (("then", old), ("now", new)):
@@ -194,7 +170,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         files = "the same files" if old["sources"] == new["sources"] else "other files now"
         found.append(f"sources of {' and '.join(SOURCES)}: {files}")
     for part in ("versions", "device", "dataset"):
-        for name in dict.fromkeys([*then[part], *now[part]]):
+        for name in now[part]:
             found += _changed(f"{part} {name}", then[part].get(name), now[part].get(name))
     return found + _changed("platform", then["platform"], now["platform"])
 

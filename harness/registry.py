@@ -1,13 +1,11 @@
 """Names of networks and of loss terms, the built-in ones and a user's.
 
-This module imports no PyTorch: a built-in part is the address of a function, "module:function".
+This module imports no PyTorch: a built-in network is the address of a function, "module:function".
 """
 
-from __future__ import annotations
-
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Literal, TypeVar, get_args
 
 from harness.errors import UserError
@@ -30,11 +28,9 @@ class Network:
     settings: tuple[str, ...] = ()  # fields of `RunConfig` that the function takes as options
 
     def build(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - of any network
-        """Call the function."""
-        if isinstance(self.function, str):
-            module, _, name = self.function.partition(":")
-            return getattr(importlib.import_module(module), name)(*args, **options)
-        return self.function(*args, **options)
+        """Return the encoder and the decoder that the function makes."""
+        address = self.function
+        return (resolve_name(address) if isinstance(address, str) else address)(*args, **options)
 
 
 NETWORKS = {  # by the name that `RunConfig.model` takes
@@ -47,11 +43,14 @@ TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` 
 
 
 def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Function]:
-    """Register a function as the network `RunConfig(model=name)`; a second one replaces the first.
+    """Register the decorated function as the network `RunConfig(model=name)`.
 
     The function is (data_shape, latent_size) -> (encoder, decoder): two plain modules
-    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape), before
-    the non-linearity `output`: "sigmoid" for pixels in [0, 1], or "identity".
+    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape).
+
+    Args:
+        name: a second function of the same name replaces the first.
+        output: non-linearity that follows the decoder: "sigmoid" for pixels in [0, 1], "identity".
 
     Raises:
         UserError: the name is empty or that of a built-in network, or the output is not allowed.
@@ -71,10 +70,10 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
 
 
 def term(name: str) -> Callable[[Function], Function]:
-    """Register a function as the loss term `RunConfig(terms={name: weight})`.
+    """Register the decorated function as the loss term `RunConfig(terms={name: weight})`.
 
-    The function is (Batch) -> Tensor of shape () (`harness.objective.Batch`); a second one of that
-    name replaces the first.
+    The function is (`harness.objective.Batch`) -> Tensor of shape (). A second function of the same
+    name replaces the first; an empty name is a `UserError`.
     """
     if not name:
         raise UserError("a loss term needs a name that is not empty")

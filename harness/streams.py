@@ -1,11 +1,9 @@
 """Stateless random streams of one run: no draw depends on earlier draws.
 
 A stream is keyed by (seed, purpose, epoch, latent size) and always drawn on the CPU; noise is drawn
-in float32, and weights are rounded to it. So a run sees the same weights, batches and noise alone
+in float32, and weights are rounded to it. So a run has the same weights, batches and noise alone
 or in a stack, on CPU or GPU, in float32 or float64, and from any epoch on without generator state.
 """
-
-from __future__ import annotations
 
 import hashlib
 
@@ -17,16 +15,11 @@ from harness.config import RunConfig
 
 
 def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> np.random.Generator:
-    """Return the generator of one stream.
+    """Return the generator of the stream of a run's seed and a purpose, e.g. "weights" or "noise".
 
+    The epoch is 0 for draws that belong to none, and the latent size where no shape depends on it.
     The 128-bit key of NumPy's Philox (Salmon et al. 2011) is the head of SHA-256 of the stream's
     name; PyTorch's CPU generator would keep only 32 bits of it.
-
-    Args:
-        seed: the run's seed.
-        purpose: name of the draw, e.g. "weights", "batches", "noise".
-        epoch: epoch of the draw, 0 for draws that belong to none.
-        latent_size: number of latents where the draw's shape depends on it, else 0.
     """
     name = f"{seed}/{purpose}/{epoch}/{latent_size}".encode()
     key = int.from_bytes(hashlib.sha256(name).digest()[:16], "little")
@@ -34,7 +27,7 @@ def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> 
 
 
 def batches(config: RunConfig, images: int, epoch: int) -> Tensor:
-    """Return the order in which a run sees the training images in an epoch.
+    """Return the order of the training images in an epoch of a run.
 
     Images that do not fill a batch are left out: int64, shape (steps * batch_size,).
     """

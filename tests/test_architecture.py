@@ -60,8 +60,6 @@ def imports(path: Path, *, types: bool = True) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and _loads(node.func):
-            if path.stem == "registry":  # names of built-in networks
-                continue
             assert isinstance(node.args[0], ast.Constant), f"{path}: import of a computed name"
             yield node.args[0].value
 
@@ -178,7 +176,7 @@ def public(node: ast.AST) -> Iterator[ast.AST]:
         if is_named and not child.name.startswith("_"):
             if isinstance(child, ast.ClassDef):
                 yield from public(child)
-            else:
+            elif "overload" not in map(ast.unparse, child.decorator_list):
                 yield child
 
 

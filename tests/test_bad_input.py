@@ -302,7 +302,7 @@ FILES = {
     "labels with a wrong magic number": ({TRAIN_LABELS: idx((3,), 0x800)}, NO_LABELS),
     "no magic number": ({TRAIN_LABELS: idx((3,), 0)}, NO_LABELS),
     "a page in place of labels": ({TRAIN_LABELS: b"<!DOCTYPE html></html>"}, NO_LABELS),
-    "too few images": ({}, "expected 60,000 images of 28 x 28 and as many labels"),
+    "too few images": ({}, "expected 60,000 images of 28 x 28 and their labels"),
 }
 
 
@@ -389,20 +389,20 @@ MODELS = {
     "empty weights": (lambda f: cut(f, "weights.safetensors", 0), "no loadable model"),
     "weights of text": (lambda f: (f / "weights.safetensors").write_text("{}"), "no loadable"),
     "no tensors": (lambda f: save_file({}, f / "weights.safetensors", {"image_shape": "[1,8,8]"}),)
-    + ("has 0 numbers",),
+    + ("Missing key(s)",),
     "no image shape": (lambda f: weights(f, None), "image_shape=''"),
     "an image shape of words": (lambda f: weights(f, "large"), "image_shape='large'"),
     "negative sizes": (lambda f: weights(f, "[-1, -8, 8]"), "not whole numbers"),
-    "an absurd image shape": (lambda f: weights(f, [1, 10**6, 10**6]), "numbers; the config"),
+    "an absurd image shape": (lambda f: weights(f, [1, 10**6, 10**6]), "size mismatch"),
     "one beyond any memory": (lambda f: weights(f, [1, 10**9, 10**9]), "overflowed"),
     "sizes without end": (lambda f: weights(f, "[" * 10_000), "not whole numbers"),
-    "an absurd width": (lambda f: config(f, hidden=[10**12]), "numbers; the configuration"),
-    "another latent size": (lambda f: config(f, latent_size=5), "numbers; the configuration"),
+    "an absurd width": (lambda f: config(f, hidden=[10**12]), "size mismatch"),
+    "another latent size": (lambda f: config(f, latent_size=5), "size mismatch"),
     "a tensor of another shape": (
         lambda f: weights(f, **{"encoder.1.weight": torch.zeros(64, 7)}),
         "size mismatch",
     ),
-    "a tensor too many": (lambda f: weights(f, **{"../x": torch.zeros(1)}), "numbers; the config"),
+    "a tensor too many": (lambda f: weights(f, **{"../x": torch.zeros(1)}), "Unexpected key(s)"),
     "a tensor of another name": (
         lambda f: weights(f, **{"../x\nerror: y": torch.zeros(0)}),
         "Unexpected key(s)",
@@ -412,7 +412,7 @@ MODELS = {
         "no loadable model",
     ),
     "an unknown field": (lambda f: config(f, width=3), "unknown fields ['width']"),
-    "a missing field": (lambda f: config(f, hidden=None), "numbers; the configuration"),
+    "a missing field": (lambda f: config(f, hidden=None), "Missing key(s)"),
     "a field of another kind": (lambda f: config(f, batch_size="32"), "batch_size='32'"),
     "a number without end": (lambda f: config(f, kl_weight=10**400), "kl_weight=1000"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object (list)"),

@@ -71,9 +71,15 @@ def test_the_message_lists_the_choices(name, choices):
 
 
 def test_a_plain_autoencoder_has_no_kl_weight():
+    config = RunConfig(latent="deterministic")
+    assert config == RunConfig(latent="deterministic", kl_weight=0)
+    assert config == RunConfig.from_json(config.to_json())
+    for weight in (1.0, 1, 0.5):
+        with pytest.raises(UserError, match="set kl_weight=0"):
+            RunConfig(latent="deterministic", kl_weight=weight)
+    assert type(RunConfig().kl_weight) is float
     with pytest.raises(UserError, match="set kl_weight=0"):
-        RunConfig(latent="deterministic")
-    assert RunConfig(latent="deterministic", kl_weight=0).kl_weight == 0
+        RunConfig().replace(latent="deterministic")
 
 
 def test_replace_checks_again():

@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import inspect
+import pydoc
 import re
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
+import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_EXAMPLES = (
@@ -28,6 +32,13 @@ def test_examples_of_docstrings_give_what_they_say(name, tracking_uri, monkeypat
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried > 0
     assert failed == 0
+
+
+def test_help_lists_every_public_name():
+    text = pydoc.plain(pydoc.render_doc(harness))
+    for name in harness.__all__:
+        assert re.search(rf"^    (class )?{name}\b", text, re.MULTILINE)
+        assert inspect.getdoc(getattr(harness, name))
 
 
 def test_the_page_on_python_runs(registered):

@@ -314,7 +314,7 @@ def test_the_sampled_mse_is_the_closed_form_of_its_noise_and_right_in_the_mean(d
     weights = coefficients(config, data.pixels, model.device)
     best = LinearOptimum(known, 10, variance)
     used, values = int(best.active.sum()), known.variances
-    c = known.coordinates(data.train)
+    c = (pixels(data.train) - known.mean) @ known.components
     draws = []
     for _ in range(40):
         noise = torch.randn(len(data.train), 10, dtype=torch.float64)

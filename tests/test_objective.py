@@ -65,7 +65,7 @@ def test_loss_is_the_textbook_mean_error_plus_scaled_kl(mode):
     textbook = torch.nn.functional.mse_loss(batch["y"], batch["x"]) + 0.7 * kl / c
     loss = loss_of(config, 12, **batch)
     torch.testing.assert_close(loss, textbook, **EXACT)
-    assert objective.kl_scale(config, 12) == c
+    assert objective.beta(config, 12) == pytest.approx(0.7 * 12 * 5 / c, rel=1e-15)
 
 
 @all_modes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,30 +17,28 @@ from torch import Tensor
 from harness import processes
 from harness.config import Binarization, UserError, checked_name
 from harness.data.mnist import DATASETS
-from harness.data.validate import PARTS, SPLIT_SEED, as_images, as_labels, digest, split_rows
 from harness.streams import generator
+
+PARTS = ("train", "val", "test")
+SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
+LEAST = 20  # images that can be split
+MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one part of a dataset.
+    """Images and labels of one part of a dataset."""
 
-    Attributes:
-        images: uint8, shape (N, D).
-        labels: class of each image, int64, shape (N,); 0 if the dataset has no classes.
-        largest: grey value that stands for 1.
-    """
-
-    images: Tensor
-    labels: Tensor
-    largest: int
+    images: Tensor  # uint8, shape (N, D)
+    labels: Tensor  # class of each image, int64, shape (N,); 0 if the dataset has no classes
+    largest: int  # grey value that stands for 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of these images; the digest of a dataset is that of its source, even when cut."""
+        """SHA-256 of these images; that of a dataset is of its source, even when it is cut."""
         return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
 
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -111,7 +110,7 @@ class Dataset:
         class_names: Sequence[str] = (),
         largest: int = 255,
     ) -> Dataset:
-        """Make a dataset of your own images.
+        """Make a dataset of your images.
 
         Args:
             name: its name in MLflow; letters, digits, ".", "_", "-".
@@ -123,6 +122,9 @@ class Dataset:
                 "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
+
+        Raises:
+            UserError: a name, shape, type, value or row that cannot be used.
         """
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
             raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
@@ -137,7 +139,7 @@ class Dataset:
         whole = Split(pictures.flatten(1), classes, grey)
         train, val, test = map(whole.rows, split_rows(len(pictures), rows))
         if bool((train.images == train.images[0]).all()):
-            raise UserError("all training images are the same: there is nothing to learn of them")
+            raise UserError("all training images are the same: there is nothing to learn from them")
         channels, height, width = pictures.shape[1:]
         shape, parts = (channels, height, width), (train, val, test)
         known = [tensor for part in parts for tensor in (part.images, part.labels)]
@@ -195,9 +197,96 @@ class Dataset:
 def with_official_training(data: Dataset) -> Dataset:
     """Return a dataset of the MNIST family with its official 60,000 training images.
 
-    The validation split is put back behind the training split (and stays what it is), so published
-    numbers of the official parts can be compared with. Do not choose settings on it then.
+    The validation split is appended to the training split and stays as it is: no settings may be
+    chosen on it, and numbers can be compared with published ones.
     """
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])
     return replace(data, train=replace(data.train, images=images, labels=labels))
+
+
+def digest(*parts: Tensor, about: str = "") -> str:
+    """Return SHA-256, in hexadecimal, of a text and then the bytes of tensors."""
+    whole = hashlib.sha256(about.encode())
+    for part in parts:
+        whole.update(part.cpu().contiguous().numpy().data)
+    return whole.hexdigest()
+
+
+def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
+    """Return images, as `Dataset.from_tensors` takes them, as uint8 of shape (N, C, H, W)."""
+    if not 1 <= largest <= 255:
+        raise UserError(f"largest={largest}: give a whole number from 1 to 255")
+    images = torch.as_tensor(images).detach().cpu()
+    shape = tuple(images.shape)
+    images = images.unsqueeze(1) if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape:
+        swapped = images.ndim == 4 and images.shape[-1] in (1, 3)
+        hint = "; for (N, H, W, C) give images.permute(0, 3, 1, 2)" if swapped else ""
+        raise UserError(
+            f"images of shape {shape}: give (N, H, W) or (N, C, H, W) with 1 or 3 channels{hint}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"images of type {images.dtype}: give torch.uint8, or floats from 0 to 1")
+    low, high = float(images.min()), float(images.max())
+    allowed = 1 if images.is_floating_point() else largest
+    if not 0 <= low <= high <= allowed:  # NaN too
+        raise UserError(
+            f"images from {low:g} to {high:g}: {images.dtype} must be from 0 to {allowed}; scale "
+            "them, or give largest= for integers"
+        )
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
+def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tensor:
+    """Return the class of each image as int64, shape (N,)."""
+    labels = torch.as_tensor(labels).detach().cpu()
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if tuple(labels.shape) != (images,) or not whole:
+        raise UserError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: give one whole number "
+            f"for each of {images} images"
+        )
+    labels = labels.long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+        raise UserError(
+            f"labels from {int(labels.min())} to {int(labels.max())}: number classes from 0 on, "
+            f"below {MOST_CLASSES}"
+        )
+    return labels
+
+
+def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
+    """Return the rows of train, val and test in a random order that is always the same."""
+    given = {"train": range(images)} if given is None else given
+    if "train" not in given or not set(given) <= set(PARTS):
+        raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
+    rows = {part: _rows(part, chosen) for part, chosen in given.items()}
+    every = torch.cat(list(rows.values()))
+    if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
+        raise UserError(
+            f"rows of {', '.join(rows)}: give each row of the {images} images once at most, "
+            "counted from 0"
+        )
+    for part, chosen in rows.items():
+        order = generator(SPLIT_SEED, f"split/{part}").permutation(len(chosen))
+        rows[part] = chosen[torch.from_numpy(order)]
+    missing = [part for part in PARTS if part not in rows]
+    count = len(rows["train"])
+    if missing and count < LEAST:
+        raise UserError(
+            f"{count} images: {' and '.join(missing)} are taken from them, which needs "
+            f"{LEAST}; give more, or give every part"
+        )
+    for part in missing:
+        rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
+    return [rows[part] for part in PARTS]
+
+
+def _rows(part: str, given: Iterable[int]) -> Tensor:
+    rows = torch.as_tensor(list(given))
+    if len(rows) < 2:
+        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
+    if rows.is_floating_point() or rows.dtype == torch.bool:
+        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
+    return rows.long()

@@ -1,7 +1,5 @@
 """Image files in a folder, in the layout of torchvision's ImageFolder, as a dataset."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -14,30 +12,27 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harness.config import UserError
-from harness.data.dataset import Dataset
-from harness.data.validate import PARTS
+from harness.data.dataset import PARTS, Dataset
 
-LARGEST_SIDE = 512
-"""Pixels; larger images must be resized: the first layer alone would have 10^8 weights."""
+LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
 
+# Torchvision's, whose import takes seconds.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings of image files, those of torchvision (importing it takes seconds)."""
+GREY = ("1", "L", "LA", "La")  # Pillow's modes without colour, except 16-bit grey
 
-GREY = ("1", "L", "LA", "La")
-"""Pillow's modes without colour, except 16-bit grey."""
-
+# Pillow's errors for files that are cut short or are not images.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
-"""What Pillow raises for files that are cut short or are not images."""
 
 
 def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Dataset:
-    """Read the images below a folder; the dataset is called "folder-" and the folder's name.
+    """Read the images below a folder; the dataset's name is "folder-" and the folder's.
 
-    PATH/CLASS/... holds the images of a class; PATH/train/CLASS/..., and val and test if they are
-    there, hold those of a part. Without any folder of classes there are no labels. Files without
-    an image's ending are ignored. Images are grey if all files are, and resized by antialiased
+    PATH/CLASS/... holds the images of a class; PATH/train/CLASS/... those of a part, and so do val
+    and test where they exist. Without folders of classes there are no labels. Files without the
+    ending of an image are ignored. Images are grey if all files are, and resized by antialiased
     bilinear interpolation, which may change their proportions, to `image_size`: height and width,
-    or one number for both. Transparency is dropped, 16-bit grey is cut to 8 bits.
+    or one number for both. Transparency is dropped, and 16-bit grey is cut to 8 bits. Links to
+    folders are followed for classes, but not below them.
     """
     size = _size(image_size)
     path = path.expanduser()
@@ -62,14 +57,21 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
 
 
 def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
-    """Return the names of the classes, and the images of each part with their classes."""
+    # Names of the classes, and the images of each part with their classes.
     if not path.is_dir():
         raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
     inside = _folders(path)
     in_parts = "train" in inside and set(inside) <= set(PARTS)
     parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
-    names = _classes(parts)
-    return names, {part: _files(folder, names) for part, folder in parts.items()}
+    classes = {part: _folders(folder) for part, folder in parts.items()}
+    names = classes["train"]
+    for part, others in classes.items():
+        if not set(others) <= set(names) or bool(others) != bool(names):
+            raise UserError(
+                f"folder:{parts[part]}: its classes {others} are not those of training, {names}; "
+                "give every part folders of the same classes, or none"
+            )
+    return tuple(names), {part: _files(folder, names) for part, folder in parts.items()}
 
 
 def _folders(path: Path) -> list[str]:
@@ -89,19 +91,6 @@ def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
-    """Return the names of the training classes; other parts may have no others."""
-    every = {part: _folders(folder) for part, folder in parts.items()}
-    known = every["train"]
-    for part, names in every.items():
-        if not set(names) <= set(known) or bool(names) != bool(known):
-            raise UserError(
-                f"folder:{parts[part]}: its classes {names} are not those of training, {known}; "
-                "give every part folders of the same classes, or none"
-            )
-    return tuple(known)
-
-
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     if not classes:
         files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -111,26 +100,17 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         if (folder / name).is_dir():
             images = _below(folder / name)
             if not images:
-                raise UserError(f"folder:{folder / name}: no image in it; take it away, or fill it")
+                raise UserError(f"folder:{folder / name}: no image in it; remove or fill it")
             found += [(file, label) for file in images]
     return found
 
 
 def _below(folder: Path) -> list[Path]:
-    """Return the images below a folder in torchvision's order; follow links, but none twice."""
-
     def fail(error: OSError) -> None:
         raise error
 
-    seen, walked = set(), []
-    for at, inside, files in os.walk(folder, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(at)) in seen:
-            inside.clear()
-            continue
-        seen.add(real)
-        inside.sort()  # os.walk's order is arbitrary, and only one of two links is followed
-        walked.append((at, sorted(files)))
-    return [Path(at, file) for at, files in sorted(walked) for file in files if _is_image(file)]
+    walked = sorted(os.walk(folder, onerror=fail))  # torchvision's order
+    return [Path(at, file) for at, _, files in walked for file in sorted(files) if _is_image(file)]
 
 
 def _is_image(name: str) -> bool:
@@ -177,7 +157,7 @@ def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{file} cannot be read as an image ({reason}); mend it or take it away"
+            f"{file} cannot be read as an image ({reason}); repair or remove it"
         ) from None
 
 

@@ -1,7 +1,5 @@
 """Datasets by name: the built-in ones, and folders of images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +7,12 @@ import numpy as np
 import torch
 
 from harness.config import UserError
-from harness.data.dataset import Dataset, Split
+from harness.data.dataset import SPLIT_SEED, Dataset, Split, digest
 from harness.data.mnist import DATASETS, TORCHVISION, read_official
-from harness.data.validate import SPLIT_SEED, digest
 from harness.streams import generator
 
-VALIDATION_IMAGES = 5_000
-"""Taken from the 60,000 training images of the MNIST family, whose test split is kept."""
-
-FOLDER = "folder:"
-"""Prefix of a name that is the path of a folder of images."""
+VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
+FOLDER = "folder:"  # prefix of a name that is the path of a folder of images
 
 
 def load_dataset(
@@ -26,13 +20,15 @@ def load_dataset(
     root: str | Path = "data",
     image_size: int | Sequence[int] | None = None,
 ) -> Dataset:
-    """Load a dataset and split it.
+    """Load a dataset in its three parts.
 
-    digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, inside scikit-learn; no file needed.
-    mnist, fashion_mnist, kmnist: 28 x 28 pixels, read from IDX files under `root`, where
-    torchvision downloads them to if missing.
-    folder:PATH: your own images, grey or colour, in the layout of `harness.data.folder.read_folder`
-    and resized to `image_size` (height and width, or one number for both) where it is given.
+    Args:
+        name: "digits": 1,797 scans of 8 x 8 pixels with 17 grey levels, from scikit-learn's files;
+            "mnist", "fashion_mnist", "kmnist": 28 x 28 pixels; "folder:PATH": your images, grey or
+            colour, one folder a class (`harness.data.folder.read_folder`).
+        root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
+        image_size: height and width, or one number for both, that a folder's images are resized to;
+            None leaves them as they are.
 
     Raises:
         UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.

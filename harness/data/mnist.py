@@ -1,14 +1,11 @@
-"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from its IDX files.
+"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from IDX files.
 
-IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Missing files are downloaded by
-torchvision, which is imported for nothing else: that takes seconds.
+IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Torchvision, whose import takes seconds,
+downloads missing files.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +14,12 @@ from torch import Tensor
 
 from harness.config import UserError
 
+# Names of datasets -> classes in torchvision, which are also their folders.
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-"""Name of a dataset -> its class in torchvision, which is also its folder."""
-
-DATASETS = ("digits", *TORCHVISION)
-"""Names that a user's dataset cannot have."""
+DATASETS = ("digits", *TORCHVISION)  # names that a user's dataset cannot have
 
 PARTS = ("train", "t10k")
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-
-BROKEN = (
-    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError, OSError),
-    HTTPException,
-)
-"""What is raised for files that are absent, unreachable, cut short or not IDX."""
 
 
 def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
@@ -43,8 +32,13 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
             images, labels = map(read_idx, files)
         else:
             images, labels = _download(name, root, train=train)
-        _check_shapes(images, labels, 60_000 if train else 10_000)
-    except BROKEN as error:
+        count = 60_000 if train else 10_000
+        if images.shape != (count, 28, 28) or labels.shape != (count,):
+            found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+            raise ValueError(
+                f"expected {count:,} images of 28 x 28 and their labels, found {found}"
+            )
+    except Exception as error:  # torchvision has many for files that are absent or cut short
         for place in made:
             with contextlib.suppress(OSError):  # never made, or not empty
                 place.rmdir()
@@ -87,11 +81,3 @@ def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
             raise
         part = source(root, train=train, download=True)
     return part.data, part.targets
-
-
-def _check_shapes(images: Tensor, labels: Tensor, count: int) -> None:
-    if images.shape != (count, 28, 28) or labels.shape != (count,):
-        raise ValueError(
-            f"expected {count:,} images of 28 x 28 and as many labels, found images "
-            f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
-        )

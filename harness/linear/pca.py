@@ -1,7 +1,5 @@
 """Principal components of a dataset's training images, computed once."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,49 +8,42 @@ import numpy as np
 
 from harness.data.dataset import Dataset, Split
 
+# Of the largest image that has a linear model: decomposing a covariance takes 7.5 s of a core for
+# 3,072 pixels of all channels and grows with the third power (18 s here, 8 min for 12,288).
 MOST_PIXELS = 4_096
-"""The largest image, in pixels of all channels, that has a linear model: decomposing a covariance
-takes 7.5 s of a core for 3,072 and grows with the third power (18 s here, 8 min for 12,288)."""
 
 
 class Moments(NamedTuple):
-    """E[c_i] and E[c_i^2], pixel^2, shape (D,), of a split's coordinates c_i along components.
+    """Moments of a split's coordinates c_i along the principal components.
 
-    Directions for which `PCA` has no component have mean 0 here and share their mean square evenly;
-    only its sum has a meaning.
+    Directions for which `PCA` has no component have mean 0 and equal parts of their mean square, of
+    which only the sum has a meaning.
     """
 
-    means: np.ndarray
-    squares: np.ndarray
+    means: np.ndarray  # E[c_i], shape (D,)
+    squares: np.ndarray  # E[c_i^2], pixel^2, shape (D,)
 
 
 @dataclass(frozen=True)
 class PCA:
-    """Principal components of the training pixels in [0, 1].
-
-    K = D; where D is at least twice the number of images, it is the rank of the covariance.
-    """
+    """Principal components of the training pixels in [0, 1]."""
 
     mean: np.ndarray  # shape (D,)
-    components: np.ndarray  # orthonormal columns by falling variance, shape (D, K)
+    components: np.ndarray  # orthonormal columns by falling variance, (D, D) or (D, rank)
     variances: np.ndarray  # eigenvalues (1/N), pixel^2, shape (D,); 0 where rounding alone is left
     _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
-
-    def coordinates(self, split: Split) -> np.ndarray:
-        """Return c = components^T (x - mean) of each image, shape (N, K)."""
-        return (pixels(split) - self.mean) @ self.components
 
     def moments(self, split: Split | None = None) -> Moments:
         """Return the moments of a split's coordinates, computed once; None: the training split."""
         if split is None:
             return Moments(np.zeros_like(self.variances), self.variances)
-        with _BUSY:
+        with _busy:
             if split.digest not in self._moments:
                 self._moments[split.digest] = self._measured(split)
             return self._moments[split.digest]
 
     def _measured(self, split: Split) -> Moments:
-        c = self.coordinates(split)
+        c = (pixels(split) - self.mean) @ self.components
         means, squares = c.mean(0), np.square(c).mean(0)
         if others := len(self.mean) - len(squares):
             rest = pixels(split) - self.mean - c @ self.components.T
@@ -76,8 +67,8 @@ class PCA:
         return float(self.variances[latent_size:].mean())
 
 
-_KNOWN: dict[str, PCA] = {}  # by the digest of the training images: it takes seconds on MNIST
-_BUSY = threading.Lock()
+_known: dict[str, PCA] = {}  # by the digest of the training images: it takes seconds on MNIST
+_busy = threading.Lock()
 
 
 def is_small(data: Dataset) -> bool:
@@ -88,14 +79,14 @@ def is_small(data: Dataset) -> bool:
 def pca(data: Dataset) -> PCA:
     """Return the principal components of a dataset's training split; computed once."""
     key = data.train.digest
-    with _BUSY:
-        if key not in _KNOWN:
-            _KNOWN[key] = _decompose(data.train)
-        return _KNOWN[key]
+    with _busy:
+        if key not in _known:
+            _known[key] = _decompose(data.train)
+        return _known[key]
 
 
 def begin_pca(data: Dataset) -> None:
-    """Compute in a thread what training's linear losses need; `pca` and `moments` wait for it."""
+    """Compute components and moments in a thread; `pca` and `moments` wait for it."""
 
     def compute() -> None:
         for split in (data.train.head(len(data.val)), data.val):
@@ -122,12 +113,9 @@ def _cleared(variances: np.ndarray) -> np.ndarray:
 
 
 def _covariance(split: Split) -> np.ndarray:
-    """Return the covariance (1/N) of a split's pixels, pixel^2, shape (D, D), rounded only once.
-
-    Grey values are whole numbers. In float32, whose products take half the time, they are summed
-    over so few images that every partial sum is below 2^24 and exact; float64 has room for
-    N sum(x x^T) - sum(x) sum(x)^T, below 2^53 for up to 372,000 images.
-    """
+    # Grey values are whole numbers. In float32, whose products take half the time, they are summed
+    # over so few images that every partial sum is below 2^24 and exact; float64 has room for
+    # N sum(x x^T) - sum(x) sum(x)^T, below 2^53 for up to 372,000 images: one rounding in all.
     images = split.images.cpu().numpy()
     together = 2**24 // int(images.max(initial=1)) ** 2
     products = np.zeros((images.shape[1], images.shape[1]))

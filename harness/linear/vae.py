@@ -1,4 +1,4 @@
-"""The exact linear VAE in closed form: its metrics, its curve, its weights.
+"""The exact linear VAE in closed form: metrics, losses and weights.
 
 With a linear encoder and decoder and a Gaussian decoder of variance s2 the VAE's optimum is
 probabilistic PCA, whose every metric is a function of the eigenvalues lambda_1 >= lambda_2 >= ...
@@ -12,8 +12,6 @@ component i (lambda_i > s2) with coordinate c_i = u_i . (x - mean) it has
 and a latent with lambda_i <= s2 collapses onto the prior. On other images than those of training
 only the second moments E[c_i^2] take the place of the lambda_i that stem from the data.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -38,8 +36,8 @@ SMALLEST_VARIANCE = 1e-12  # of the decoder, pixel^2, where no component is disc
 class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
-    Metrics have the names and units of every run's; over the training split, where E[c_i^2] =
-    lambda_i, they are the textbook's (docs/science.md). The limit s2 = 0 is without KL, plain PCA.
+    Metrics have the names and units of a run's (docs/science.md). On the training split E[c_i^2] =
+    lambda_i. The limit s2 = 0 is without KL, plain PCA.
     """
 
     known: PCA  # of the training split
@@ -49,7 +47,7 @@ class LinearOptimum:
 
     @property
     def active(self) -> np.ndarray:
-        """Which components are in use: the first L with lambda_i > s2, bool, shape (D,)."""
+        """Whether a component is one of the first L with lambda_i > s2, bool, shape (D,)."""
         first = np.arange(self._pixels) < self.latent_size
         return first & (self.known.variances > self.decoder_variance)
 
@@ -141,7 +139,7 @@ class LinearOptimum:
 
 
 def gap_to_linear(linear_loss: Loss, loss: Loss) -> Loss:
-    """Return by how many percent a loss is below the exact linear model's."""
+    """Return how far a loss is below that of the exact linear model, in percent of the latter."""
     return 100 * (linear_loss - loss) / linear_loss
 
 
@@ -150,8 +148,8 @@ def linear_losses(
 ) -> np.ndarray:
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
-    pixel^2, shape (S,); None is the training split. NaN for large images and where the run's loss
-    has another optimum or is a log-likelihood (sigma not fixed): a relative gap means nothing.
+    pixel^2, shape (S,); None is the training split. NaN for large images, and where the run's loss
+    has another optimum or is a log-likelihood (sigma not fixed), whose relative gap has no meaning.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):
@@ -164,9 +162,9 @@ def linear_losses(
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
-    `linear/collapse_variance` is the decoder variance lambda_1 from which on no latent is active.
-    As for a run, the decoder variance of `neg_elbo` is fitted on validation data. Infinite values
-    are left out. A deterministic latent, a Bernoulli decoder and large images have none.
+    `linear/collapse_variance` is lambda_1: at larger decoder variances no latent is active. As for
+    a run, the decoder variance of `neg_elbo` is fitted on validation data. Infinite values are left
+    out; a deterministic latent, a Bernoulli decoder and large images have no metrics.
     """
     if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
         return {}
@@ -188,7 +186,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
 
 
 def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
-    """Return the decoder variance v at which the linear model leaves the error it assumes, pixel^2.
+    """Return the decoder variance of the linear optimum of a sigma-VAE, pixel^2.
 
     A sigma-VAE minimises D/2 ln s2 + SSE / (2 s2) + beta * rate over s2 as well, so s2 = mse, and
     its linear optimum has v = beta * s2: the solution of v = beta * mse(v) on the training split.

@@ -1,11 +1,9 @@
 """Metrics of one run on a split, and the final metrics of finished runs.
 
 The forward pass and the sum over an image's pixels are computed in the model's dtype; sums over
-latents and images, and all that follows from them, in float64. Names and units are those of
+latents and images, and metrics of them, in float64. Names and units are those of
 docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
 """
-
-from __future__ import annotations
 
 import copy
 import logging
@@ -30,16 +28,12 @@ from harness.processes import Pool
 
 log = logging.getLogger(__name__)
 
-CHUNK = 500
-"""Images evaluated at once, at most; fixed, so that the sums of a run are always the same."""
-
-CHUNK_PIXELS = 2**24
-"""Pixels evaluated at once, at most, so that large images take no more memory: 64 MiB a run."""
+CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
+CHUNK_PIXELS = 2**24  # most pixels evaluated at once: 64 MiB a run
 
 R = TypeVar("R")
 Run = tuple[RunConfig, VAE]
-Metrics = dict[str, Tensor]
-"""Metric name -> float64 value of shape (), on the model's device."""
+Metrics = dict[str, Tensor]  # name -> float64 value of shape (), on the model's device
 
 
 def active_units(mean: Tensor) -> Tensor:
@@ -86,13 +80,13 @@ def measure(
     prior: Tensor | None = None,
     training_size: int = 0,
 ) -> Metrics:
-    """Return every metric of a run on a split.
+    """Return every metric of a run on a split: those of docs/metrics.md that are defined for it.
 
-    Nothing here depends on values, so that `torch.vmap` can map the function over runs and a GPU
-    can capture it.
+    No branch depends on values, so that `torch.vmap` can map the function over runs and a GPU can
+    capture it.
 
     Args:
-        config: the run, of which only what all runs of a stack share is read.
+        config: the run, of which only settings that all runs of a stack share are read.
         model: its model, in `eval` mode.
         split: images and labels, on the model's device.
         classes: number of classes, 0 if there are none.
@@ -100,16 +94,11 @@ def measure(
         coefficients: float64.
         linear_loss: loss of the exact linear model on the split, at the same KL weight, float64,
             shape (); None leaves `gap_to_linear` out.
-        variance: decoder variance for `distortion`, fitted on validation data, shape ();
-            None fits it here: the maximum-likelihood variance is the `mse` itself.
+        variance: decoder variance for `distortion`, fitted on validation data, shape (); None fits
+            it to the split: the maximum-likelihood variance is the `mse` itself.
         terms: the run's loss terms, averaged over parts of the split of about a batch.
         prior: draws from N(0, I) for the terms, shape (N, L).
         training_size: number of training images, for the terms.
-
-    Returns:
-        Metrics of docs/metrics.md, `kl/i` of latent i and `mse_class/c` of class c, but for those
-        that are not defined: a deterministic latent has no `rate`, and the cross-entropy of grey
-        pixels is no `distortion`.
     """
     error, means, posterior_means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
@@ -131,7 +120,7 @@ def measure(
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
     if config.likelihood == "gaussian":
-        # Of the variance of the decoder for which the loss is an ELBO.
+        # The loss is an ELBO for the decoder variance beta * unit.
         unit = 1 / 2 if config.sigma == "fixed" else fitted if scale is None else scale
         metrics["calibration_ratio"] = coefficients.beta * unit / mse
     metrics["active_units"] = active_units(posterior_means)
@@ -179,7 +168,7 @@ def _forward(
 
 
 def _batches(config: RunConfig, split: Split) -> Iterator[slice]:
-    """Yield the rows of parts of nearly equal size, none larger than a batch of training."""
+    # Parts of nearly equal size, none larger than a batch of training.
     parts = math.ceil(len(split) / config.batch_size)
     for rows in np.array_split(np.arange(len(split)), parts):
         yield slice(int(rows[0]), int(rows[-1]) + 1)
@@ -205,39 +194,33 @@ def posteriors(model: VAE, split: Split) -> Posterior:
     return Posterior(*map(torch.cat, zip(*each, strict=True)))
 
 
-def evaluation_noise(config: RunConfig, model: VAE, part: str, images: int) -> Tensor:
-    """Return the posterior noise of a split's images, shape (N, L), the same at every epoch."""
-    drawn = streams.noise(config.seed, f"evaluate/{part}", images, config.latent_size)
-    return drawn.to(model.device, model.dtype)
-
-
 def conditions(
     config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor | None = None
 ) -> dict[str, Any]:
-    """Return the arguments of `measure` on a split that differ between runs of a stack."""
-    given = {
-        "coefficients": coefficients(config, model.pixels, model.device),
-        "linear_loss": linear_loss,
-        "noise": evaluation_noise(config, model, part, images),
-    }
-    if config.terms:
-        given["prior"] = evaluation_noise(config, model, f"prior/{part}", images)
-    return given
+    """Return the arguments of `measure` on a split that differ between runs, at every epoch."""
+
+    def noise(purpose: str) -> Tensor:
+        drawn = streams.noise(config.seed, f"evaluate/{purpose}", images, config.latent_size)
+        return drawn.to(model.device, model.dtype)
+
+    given: dict[str, Any] = {"noise": noise(part), "linear_loss": linear_loss}
+    given["coefficients"] = coefficients(config, model.pixels, model.device)
+    return given | ({"prior": noise(f"prior/{part}")} if config.terms else {})
 
 
 @kernels()
 def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
-    """Return the final metrics of each run, with the noise that its seed fixes.
+    """Return the final metrics of runs, with the noise that their seeds fix.
 
-    The decoder variance is fitted on the validation split; the test split is only read.
+    The decoder variance is fitted on the validation split; the test split is only measured.
 
     Args:
-        runs: configurations and models, all on one device.
+        runs: pairs of a configuration and a model, all on one device.
         data: their dataset.
 
     Returns:
-        One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics
-        that the run does not have are absent.
+        One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics that
+        are not defined for the run, or not finite, are absent.
     """
     if not runs:
         return []
@@ -291,7 +274,7 @@ def on_all_cores(
 ) -> list[R]:
     """Return `function(*common, item)` of each item; on a CPU each core computes one at a time.
 
-    `what` describes the work in progress messages; without it there are none.
+    `what` describes the work in progress messages; without it none are sent.
     """
     found: dict[int, R] = {}
     models = [part for item in items for part in item if isinstance(part, VAE)]
@@ -326,10 +309,10 @@ class BatchLosses(NamedTuple):
 @kernels()
 @torch.no_grad()
 def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
-    """Return what the blog prints for every batch: the losses of one more epoch, weights held.
+    """Return the losses of the batches of one more epoch, as the blog prints them, weights held.
 
-    The KL term is the loss less the loss at beta = 0 with the same noise. Pixels drawn anew every
-    epoch are those that the run is measured on. Loss terms of a user are left out.
+    The KL term is the loss less the loss at beta = 0 with the same noise. Stochastic pixels are
+    those that the run is measured on. Loss terms of a user are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
     split = data.to(model.device).binarized(config.binarization).train

@@ -1,13 +1,11 @@
 """Fréchet distances between the features of generated and of real images.
 
 Two sets of images are compared as Gaussians in the feature space of a small convolutional
-classifier, which separates classes better than pixels do. It is trained here, on the CPU by one
-thread, so that it depends on the training split and on the constants below alone, and kept in a
-cache. With the features of another network the distance is the FID (Heusel et al. 2017,
-1706.08500); its numbers cannot be compared with these, nor those of one dataset with another's.
+classifier, which separates classes better than pixels do. It is trained on the CPU by one thread,
+so that it depends on the training split and on the constants below alone, and kept in a cache. With
+the features of another network the distance is the FID (Heusel et al. 2017, 1706.08500); neither
+its numbers nor those of another dataset can be compared with these.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -27,8 +25,7 @@ from torch import Tensor, nn
 
 from harness import streams
 from harness.config import RunConfig
-from harness.data.dataset import Dataset, Split
-from harness.data.validate import digest
+from harness.data.dataset import Dataset, Split, digest
 from harness.metrics.evaluate import chunks, pixels
 from harness.models import networks
 from harness.models.files import put
@@ -38,23 +35,13 @@ from harness.processes import one_thread
 
 log = logging.getLogger(__name__)
 
-IMAGES = 10_000
-"""Images of a set, at most. Sets that are compared have equal size, for few images have a bias."""
+IMAGES = 10_000  # of a set, at most; compared sets have equal size, since few images have a bias
 
+VERSION = 1  # of the classifier: raise it with any change that the constants below do not show
 CHANNELS, FEATURES = (16, 32), 64
 STEPS, EPOCHS = 1_200, 40  # the training ends with the first of the two
 BATCH, LEARNING_RATE = 128, 5e-3  # Adam's step size falls linearly to 0
-
-RECIPE = {
-    "version": 1,  # of all that the constants do not show: raise it with any change
-    "channels": CHANNELS,
-    "features": FEATURES,
-    "steps": STEPS,
-    "epochs": EPOCHS,
-    "batch": BATCH,
-    "learning_rate": LEARNING_RATE,
-}
-"""All that a cached classifier depends on, beside the training split."""
+RECIPE = (VERSION, CHANNELS, FEATURES, STEPS, EPOCHS, BATCH, LEARNING_RATE)
 
 
 class Gaussian(NamedTuple):
@@ -121,12 +108,11 @@ class Classifier(nn.Module):
 def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     """Return the classifier of a dataset's training split, from the cache if it is there.
 
-    Without a folder for the cache it is trained. A file that cannot be read is written anew; a
-    folder that cannot be written to is left alone.
+    A file that cannot be read is written again; a folder that cannot be written to is no error.
     """
     if folder is None:
         return _trained(data)
-    # Not the dataset's digest: one that was cut has its source's.
+    # Not the dataset's digest, which is that of its source even when it was cut.
     train = data.train.to(torch.device("cpu"))
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
@@ -138,7 +124,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
         net = _trained(data)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            put(file, save(net.state_dict(), {"recipe": json.dumps(RECIPE)}))
+            put(file, save(net.state_dict()))
     return net
 
 
@@ -151,8 +137,7 @@ def _untrained(data: Dataset) -> Classifier:
 
 @torch.enable_grad()  # the caller may compute without
 def _trained(data: Dataset) -> Classifier:
-    """Train with cross-entropy, then scale the features to a mean variance of 1 over the images."""
-    log.info("training the classifier behind frechet on %s, once a dataset", data.name)
+    log.info("training the classifier of the Fréchet distances on %s, once a dataset", data.name)
     net, train = _untrained(data), data.train.to(torch.device("cpu"))
     batches = list(itertools.islice(_batches(len(train)), STEPS))
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
@@ -170,7 +155,7 @@ def _trained(data: Dataset) -> Classifier:
 
 @torch.no_grad()
 def _normalize(net: Classifier, images: Tensor) -> None:
-    """Divide the features by one number and multiply the next layer by it: no class changes."""
+    # To a mean variance of 1 over the images; the next layer takes the factor, so no class changes.
     scale = net.embed(images).var(0).mean().sqrt()
     for parameter in net.features[-1].parameters():
         parameter.div_(scale)
@@ -178,7 +163,6 @@ def _normalize(net: Classifier, images: Tensor) -> None:
 
 
 def _batches(images: int) -> Iterator[Tensor]:
-    """Yield the rows of each step: epoch after epoch, what does not fill a batch left out."""
     size = min(BATCH, images)
     for epoch in range(EPOCHS):
         order = streams.generator(0, "features/batches", epoch).permutation(images)
@@ -190,21 +174,13 @@ def _images(data: Dataset, split: Split, rows: Tensor | slice) -> Tensor:
 
 
 class Reference(NamedTuple):
-    """The real images of a dataset, which the images of its runs are compared with.
+    """The real images of a dataset, which the images of its runs are compared with."""
 
-    Attributes:
-        net: the classifier whose features are compared, on the data's device.
-        test: moments of the features of the first test images.
-        images: number of images of every set, at most 10,000.
-        floor: distance from as many training images.
-        accuracy: share of those test images that the classifier assigns to their class.
-    """
-
-    net: Classifier
-    test: Gaussian
-    images: int
-    floor: float
-    accuracy: float
+    net: Classifier  # on the data's device
+    test: Gaussian  # features of the first test images
+    images: int  # of every set
+    floor: float  # distance from as many training images
+    accuracy: float  # share of those test images that the classifier assigns to their class
 
 
 @kernels()

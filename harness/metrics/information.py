@@ -9,8 +9,6 @@ Neither part has a closed form; the functions here bound both. A deterministic l
 Posteriors are given by their means and log-variances, each of shape (N, L).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -23,8 +21,7 @@ from harness.metrics.evaluate import Metrics, posteriors
 from harness.models.vae import VAE
 from harness.objective import Posterior
 
-SAMPLED_IMAGES = 2_000
-"""Images of `mutual_information_lower`, at most: it compares all pairs, and is at most 7.6 nats."""
+SAMPLED_IMAGES = 2_000  # of `mutual_information_lower`, at most: it compares all pairs
 
 
 def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -49,8 +46,8 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
     """Return a sampled lower bound of the information that the latents carry of an image.
 
     I >= E[log q(z|x) - log (1/N) sum_n q(z|x_n)], z drawn from q(z|x), x among the N images. It is
-    the information between z and the number of the image among these N, so it saturates at ln N,
-    however much more the latents carry. (Poole et al. 2019, 1905.06922, equation 10.)
+    the information between z and the index of the image among these N, so it saturates at ln N,
+    7.6 nats of 2,000 images. (Poole et al. 2019, 1905.06922, equation 10.)
 
     `eps` is the standard normal noise of z, (N, L). In nats / image, float64, shape ().
     """

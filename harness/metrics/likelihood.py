@@ -5,8 +5,6 @@ z_j ~ q(z|x): the ELBO at k = 1, never lower in expectation with more samples, l
 (Burda et al. 2015, 1509.00519). All sums are streamed, so memory does not grow with k.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,30 +19,23 @@ from harness.metrics.evaluate import conditions, finite, measure, pixels, poster
 from harness.models.vae import VAE
 from harness.objective import Posterior
 
-SAMPLES = (1, 8, 64, 512)
-"""Numbers of samples whose bounds are reported; the largest gives `neg_log_likelihood`."""
+SAMPLES = (1, 8, 64, 512)  # whose bounds are reported; the last gives `neg_log_likelihood`
+LIKELIHOOD_IMAGES = 1000  # of the test split, at most: each costs a decoding a sample
 
-LIKELIHOOD_IMAGES = 1000
-"""Test images that are estimated, at most: each costs as many decodings as there are samples."""
-
+# Most bytes of decoder output at once. On a CPU a block stays in the cache: twice as fast as 2**27
+# on MNIST; on a GPU not measured.
 OUTPUT_BYTES = {"cpu": 2**22, "cuda": 2**27}
-"""Most bytes of decoder output at once; more images or samples go in turns.
-
-On a CPU a block stays in the cache: twice as fast as 2**27 on MNIST. On a GPU not measured.
-"""
 
 
 class ImportanceBounds(NamedTuple):
     """Lower bounds of log p(x), image by image: float64, shape (N,).
 
-    Attributes:
-        bounds: number of samples k -> log 1/k sum_{j <= k} w_j, nats.
-        effective_samples: (sum w)^2 / sum w^2 over all samples; their number if all weights are
-            equal (q is the exact posterior), near 1 if one has all the weight: a loose bound.
+    The effective samples are all of them if q is the exact posterior, and near 1 if one has all the
+    weight, which means a loose bound.
     """
 
-    bounds: dict[int, Tensor]
-    effective_samples: Tensor
+    bounds: dict[int, Tensor]  # number of samples k -> log 1/k sum_{j <= k} w_j, nats
+    effective_samples: Tensor  # (sum w)^2 / sum w^2 over all samples
 
 
 @torch.no_grad()
@@ -57,8 +48,8 @@ def importance_bounds(
 ) -> ImportanceBounds:
     """Bound log p(x) of each image with the first k of one set of posterior samples, for every k.
 
-    The noise of sample j of an image is fixed by the run's seed, whatever the split's length. The
-    variance is that of a Gaussian decoder, pixel^2, shape (); a Bernoulli decoder has none.
+    The run's seed fixes the noise of sample j of an image. The variance is that of a Gaussian
+    decoder, pixel^2, shape (); a Bernoulli decoder has none.
     """
     total = torch.full((len(split),), -torch.inf, dtype=torch.float64, device=model.device)
     squares = total
@@ -78,8 +69,8 @@ def likelihood_metrics(
     """Estimate the negative log-likelihood of the first 1,000 test images (docs/metrics.md).
 
     The variance of a Gaussian decoder is fitted on validation data, as for `distortion`. The data
-    are as the run is measured on them (`binarization`), on the model's device. Empty where there is
-    no likelihood: a deterministic latent, cross-entropy of grey pixels.
+    have the run's `binarization` and are on the model's device. No metrics are returned where there
+    is no likelihood: for a deterministic latent, and for cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
@@ -100,7 +91,6 @@ def likelihood_metrics(
 def _log_weights(
     config: RunConfig, model: VAE, split: Split, variance: Tensor, count: int
 ) -> Iterator[Tensor]:
-    """Yield log w_j of each image, float64, shape (N,), for j = 1 ... count."""
     posterior, each = posteriors(model, split), (config.seed, "likelihood", len(split))
     row = split.images.shape[1] * model.dtype.itemsize
     rows = max(1, OUTPUT_BYTES[model.device.type] // row)

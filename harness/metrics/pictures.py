@@ -1,6 +1,4 @@
-"""Pictures of what models do, as image arrays: uint8, (height, width) or (height, width, 3)."""
-
-from __future__ import annotations
+"""Pictures of a model's images, as arrays: uint8, (height, width) or (height, width, 3)."""
 
 from collections.abc import Sequence
 
@@ -14,8 +12,7 @@ from harness.metrics.evaluate import pixels, posteriors
 from harness.models.stack import kernels
 from harness.models.vae import VAE
 
-CELL = 56
-"""Least side of one image on a picture, in screen pixels; small images are enlarged."""
+CELL = 56  # least side of one image on a picture, in screen pixels; small images are enlarged
 
 
 @kernels()

@@ -1,7 +1,5 @@
 """Classifiers fitted on posterior means (scikit-learn), and the plane of the latents."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -10,8 +8,7 @@ from harness.data.dataset import Dataset, Split
 from harness.metrics.evaluate import posteriors
 from harness.models.vae import VAE
 
-PROBE_IMAGES = 5_000
-"""Training images that a probe is fitted on, at most."""
+PROBE_IMAGES = 5_000  # of the training split, on which a probe is fitted, at most
 
 
 def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """Quality of finished runs' latents and images: all metrics that are computed once, at the end."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +13,8 @@ from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
-Measured = dict[str, tuple[Dataset, frechet.Reference | None]]
-"""Binarization -> the dataset in that form, and the reference of its Fréchet distances."""
+# Binarization -> the dataset in that form, and the reference of its Fréchet distances.
+Known = dict[str, tuple[Dataset, frechet.Reference | None]]
 
 
 @kernels()
@@ -26,19 +24,19 @@ def measure_quality(
     """Return the quality of each run's latents and images on the test split.
 
     Args:
-        runs: configurations and models, all on one device.
+        runs: pairs of a configuration and a model, all on one device.
         data: their dataset.
-        folder: cache of the classifier behind `frechet`; without it the classifier is trained.
+        folder: where the classifier of the Fréchet distances is written to and read from; without
+            a folder it is trained.
 
     Returns:
-        One dict per run: metrics of `information.measure_information`,
-        `likelihood.likelihood_metrics`, `frechet.measure_images` and `probes.probe_metrics`.
-        Metrics that the run does not have are absent; so are all that need classes, if the
-        dataset has not two of them.
+        One dict per run: information in the latents, log-likelihood, Fréchet distances and accuracy
+        of probes (docs/metrics.md), but those that are not defined for the run or not finite, and
+        the last two if the dataset has fewer than two classes.
     """
     if not runs:
         return []
-    known: Measured = {
+    known: Known = {
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
@@ -47,7 +45,7 @@ def measure_quality(
     return on_all_cores(_measured, (known,), runs, runs[0][1].device, what)
 
 
-def _measured(known: Measured, run: tuple[RunConfig, VAE]) -> dict[str, float]:
+def _measured(known: Known, run: tuple[RunConfig, VAE]) -> dict[str, float]:
     config, model = run[0], frozen(run[1])
     data, reference = known[config.binarization]
     found = to_floats(information.measure_information(config, model, data.test))

@@ -4,8 +4,6 @@ A ReLU lies between layers and none after the last. Convolutions are 3 x 3 of st
 side of n pixels becomes n / 2, rounded up; images may have any size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

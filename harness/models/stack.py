@@ -1,10 +1,8 @@
-"""Runs of equal shapes computed as one: the only place that knows a run axis S.
+"""Runs of equal shapes computed as one: the only module with a run axis S.
 
 Every network, loss term and metric is written for one run. `lift` maps such functions over S runs
 with `torch.func` (Wang et al. 2021, 2102.02344, call the idea horizontal fusion).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 from harness.config import Precision, RunConfig
 from harness.models.vae import VAE
 
+# Settings in which runs of one stack may differ; free bits and weights of terms may, too.
 MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "learning_rate", "seed"}
-"""Settings that runs of one stack may differ in; free bits and weights of terms may, too."""
 
 
 def stack_key(config: RunConfig) -> tuple[object, ...]:
@@ -71,7 +69,7 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
 
 
 def map_tensors(function: Callable[..., Any], *values: Any) -> Any:  # noqa: ANN401
-    """Apply a function to the tensors in equal tuples and dictionaries; all else becomes None."""
+    """Apply a function to the tensors in equal tuples and dictionaries; others become None."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)

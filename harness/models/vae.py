@@ -1,7 +1,5 @@
 """The variational autoencoder of one run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

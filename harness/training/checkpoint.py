@@ -1,11 +1,9 @@
 """Checkpoints of unfinished runs.
 
-A file holds one run as safetensors, and then their SHA-256: weights, Adam's moments and buffers,
-and as "json" every epoch's metrics so far and what the run was made with. Random streams need no
-state (`harness.streams`). A run can go on in any stack, since nothing of the other runs is kept.
+A file holds one run as safetensors, followed by their SHA-256: weights, Adam's moments, buffers,
+and as "json" the metrics of all epochs and the run's provenance. Random streams need no state
+(`harness.streams`). A run can continue in any stack, since nothing of the other runs is stored.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -29,7 +27,7 @@ from harness.models.files import put
 
 
 class Epoch(NamedTuple):
-    """One epoch of a run: seconds and images as in `EpochRecord`, and the run's own metrics."""
+    """One epoch of a run: seconds and images as in `EpochRecord`, and the run's metrics."""
 
     seconds: float
     images: int
@@ -38,7 +36,7 @@ class Epoch(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A run as it is after some epochs: each of them, and its tensors by name."""
+    """A run after some epochs: each of them, and the run's tensors by name."""
 
     epochs: list[Epoch]
     state: dict[str, Tensor]
@@ -46,13 +44,18 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where unfinished runs are kept, and how often.
+    """Where unfinished runs are written to, and how often.
 
-    The caller removes the files of runs that have ended, once their results are safe.
+    A run is written after its last epoch and when the caller of `train` stops early, too. The
+    caller removes the files of runs that have ended, once their results are safe.
+
+    Args:
+        folder: of this study or experiment alone; created when it is needed.
+        every: epochs between two checkpoints, at least 1; else a `UserError`.
     """
 
-    folder: Path  # of this study or experiment alone; created when it is needed
-    every: int  # epochs between two checkpoints, at least 1
+    folder: Path
+    every: int
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -65,7 +68,7 @@ class Checkpoints:
 
     def save(self, config: RunConfig, made_with: Mapping[str, Any], saved: Saved) -> None:
         """Write a run's file, whole or not at all; an OSError leaves an older one as it was."""
-        text = json.dumps([config.to_json(), made_with, saved.epochs]).encode()
+        text = json.dumps([made_with, saved.epochs]).encode()
         plain = torch.contiguous_format
         state = {n: value.cpu().clone(memory_format=plain) for n, value in saved.state.items()}
         content = save(state | {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
@@ -73,17 +76,15 @@ class Checkpoints:
         put(self.file(config), content + hashlib.sha256(content).digest())
 
     def load(self, config: RunConfig, made_with: Mapping[str, Any]) -> Saved:
-        """Return what a run's file holds; no epochs, and a warning, if it cannot be used."""
+        """Return a run as its file holds it; if that cannot be used, no epochs and a warning."""
         file = self.file(config)
         try:
             content = file.read_bytes()
             written, digest = content[:-32], content[-32:]
             if hashlib.sha256(written).digest() != digest:
-                raise ValueError("its contents are not what was written")
+                raise ValueError("its contents have changed")
             state = load(written)
-            settings, then, epochs = json.loads(state.pop("json").numpy().tobytes())
-            if settings != config.to_json():
-                raise ValueError("it is of another run")
+            then, epochs = json.loads(state.pop("json").numpy().tobytes())
             if different := [name for name in made_with if made_with[name] != then.get(name)]:
                 raise ValueError(f"it was made with another {', '.join(different)}")
             return Saved([Epoch(*epoch) for epoch in epochs], state)
@@ -91,7 +92,7 @@ class Checkpoints:
             pass
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             log = logging.getLogger(__name__)
-            log.warning("Checkpoint %s is not used, the run begins anew: %s", file, error)
+            log.warning("Checkpoint %s is not used, the run starts again: %s", file, error)
         return Saved([], {})
 
     def remove(self, configs: Sequence[RunConfig]) -> None:
@@ -100,14 +101,14 @@ class Checkpoints:
             self.file(config).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the folder, whatever is in it: the study has ended."""
+        """Remove the folder of a study that has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def made_with(data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a checkpoint must have been made with to be resumed from, as plain values."""
+    """Return the provenance that a checkpoint must have to be resumed from, as plain values."""
     return {
-        "code": provenance.code().sources,  # the same ones, whatever git says of them
+        "code": provenance.code().sources,  # whether or not they are committed
         "versions": provenance.versions(),
         "device": provenance.device(device),
         "dataset": provenance.dataset(data),

@@ -2,16 +2,18 @@
 
 On a GPU runs of equal shapes are computed as one stack. On a CPU each run is computed alone, one
 process a core, and gives the same bits alone or beside others.
-"""
 
-from __future__ import annotations
+A `State` holds weights and Adam's moments of a run or a stack, and a `Step` trains it for an epoch
+and measures it: in a worker of the `Pool` on a CPU, in this process on a GPU. The epochs of a run
+so far and its tensors make a checkpoint (`Saved`).
+"""
 
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -27,8 +29,7 @@ from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE, build
 from harness.processes import Pool
 from harness.training.checkpoint import Checkpoints, Epoch, Saved, made_with
-from harness.training.state import State
-from harness.training.step import Measured, Step
+from harness.training.step import Measured, State, Step
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,10 @@ STACK_WIDTH = {"cpu": 16, "cuda": 64}  # runs trained together (CPU: benchmarks/
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Metrics of one epoch of all S runs that are still trained; arrays are float64, shape (S,).
+    """Metrics of one epoch of all S runs in training; arrays are float64, shape (S,).
 
     `record.drop([0, 2])` ends the training of the runs in rows 0 and 2 of this record. The others
-    go on unchanged, and the next record is over them alone.
+    continue unchanged, and the next record is over them alone.
 
     Attributes:
         epoch: epochs finished, counted from 1.
@@ -53,7 +54,7 @@ class EpochRecord:
         rows: positions of the runs in the list that `train` was given, ascending.
         resumed: epoch after which each run was resumed from a checkpoint, or 0. Up to it a record
             repeats stored metrics, and the run's model is that of this epoch.
-        dropped: rows of this record that are not trained further.
+        dropped: rows of this record whose training ends.
     """
 
     epoch: int
@@ -69,7 +70,7 @@ class EpochRecord:
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
-        """End the training of some rows of this record; dropping all of them ends it all."""
+        """End the training of some rows of this record; an unknown row is a `UserError`."""
         chosen = set(rows)
         if unknown := chosen.difference(range(len(self.rows))):
             last = len(self.rows) - 1
@@ -77,7 +78,7 @@ class EpochRecord:
         self.dropped.update(chosen)
 
     def model(self, row: int) -> VAE:
-        """Return a copy of the model of a row, until the next record is requested."""
+        """Return a copy of the model of a row; not after the next record is requested."""
         state, place = self._places[row]
         return state.model_of(place)
 
@@ -116,7 +117,7 @@ def best_epoch(values: Sequence[float]) -> int:
 
 
 def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
-    """Return the device of a name, checked; "auto" is CUDA where there is one."""
+    """Return the device of a name; "auto" is CUDA where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name!r}: choose one of auto, cpu, cuda")
     if name == "auto":
@@ -128,16 +129,40 @@ def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
     return torch.device(name)
 
 
+@overload
 def train_and_evaluate(
-    configs: Sequence[RunConfig],
+    configs: RunConfig, data: Dataset, device: str = ..., dtype: torch.dtype = ...
+) -> RunResult: ...
+
+
+@overload
+def train_and_evaluate(
+    configs: Sequence[RunConfig], data: Dataset, device: str = ..., dtype: torch.dtype = ...
+) -> list[RunResult]: ...
+
+
+def train_and_evaluate(
+    configs: RunConfig | Sequence[RunConfig],
     data: Dataset,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
-) -> list[RunResult]:
-    """Train and evaluate any list of runs, and return results in its order.
+) -> RunResult | list[RunResult]:
+    """Train and evaluate one run or any list of runs; nothing is written.
 
-    Device, dtype and errors are those of `train`.
+    Args:
+        configs: one run, or runs that may differ in every setting.
+        data: their dataset.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        The result of the run, or a list of results in the order of the runs.
+
+    Raises:
+        UserError: as in `train`.
     """
+    if isinstance(configs, RunConfig):
+        return train_and_evaluate([configs], data, device, dtype)[0]
     results: dict[int, RunResult] = {}
     for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
         histories: list[list[dict[str, float]]] = [[] for _ in rows]
@@ -178,16 +203,15 @@ def train(
     Args:
         configs: the runs; equal in `epochs` and `precision`.
         data: the dataset; it is moved to the device.
-        device: "auto", "cpu" or "cuda".
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
-        checkpoints: where unfinished runs are kept and resumed from: every so many epochs, after
-            the last, and when the caller stops early. On a CPU a resumed run gives the same bits as
-            one that was never stopped.
+        checkpoints: where unfinished runs are written to and resumed from; None writes nothing. On
+            a CPU a resumed run gives the same bits as one that was never stopped.
 
     Raises:
-        UserError: when the first record is requested: settings that cannot be trained together, an
-            unusable device, another dtype, a batch larger than the training split, or a loss term
-            that is not registered.
+        UserError: when the first record is requested: runs that differ in `epochs` or `precision`,
+            an unusable device, another dtype, a batch larger than the training split, or a loss
+            term that is not registered.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
@@ -263,10 +287,10 @@ def computes_stacks(device: torch.device) -> bool:
 
 
 class Work(NamedTuple):
-    """What a process needs to train runs; `data` and `linear` are as `Step` takes them."""
+    """The runs in training, and the other arguments of `Step`."""
 
     states: dict[int, State]  # of runs that are computed together, by the row of the first
-    steps: dict[int, Step]  # of those that this process has trained
+    steps: dict[int, Step]  # of those that this process trains
     data: dict[str, Dataset]
     linear: Tensor
 
@@ -278,11 +302,10 @@ def _begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Work:
-    """Return all runs, untrained or as resumed: on a GPU those of equal shapes as a stack."""
     grey = data.to(device).shared()
     kinds = {config.binarization for config in configs} - {"none"}
     shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
-    splits = (data.train.head(len(data.val)), data.val)  # grey, as all comparable losses are of
+    splits = (data.train.head(len(data.val)), data.val)  # grey, as for all comparable losses
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
     work = Work({}, {}, shown, linear)
@@ -321,7 +344,7 @@ def _begin(
             for row in rows:
                 begin([row], stacked=False)
         elif len(rows) > 1:
-            # Halves take turns and stay in the GPU's memory together.
+            # Halves are trained in turns and stay in the GPU's memory together.
             waiting[:0] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         else:
             raise UserError(
@@ -334,7 +357,7 @@ def _begin(
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
     model = build(config, data.image_shape, data.train.largest)
     model.to(data.train.images.device, dtype).eval()
-    if config.sigma == "learned":  # the mse of a decoder that knows the mean image alone
+    if config.sigma == "learned":  # the mse of a decoder that returns the mean image
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     return model
 
@@ -348,7 +371,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 def _train_epoch(
     work: Work, resumed: Sequence[int], pool: Pool, epoch: int
 ) -> Iterator[tuple[int, Epoch]]:
-    """Train an epoch of the runs that were not resumed from a later one; yield row and epoch."""
+    # Of the runs that were not resumed from a later epoch; by row of the run.
     start = time.perf_counter()
     items = [(i, epoch) for i, state in work.states.items() if epoch > resumed[state.rows[0]]]
     done = [(work.states[items[k][0]], *found) for k, found in pool.map(_compute, items)]
@@ -373,8 +396,8 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
     configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
-    steps = [len(work.data["none"].train) // config.batch_size for config in configs]
-    warmups = [objective.kl_warmup(c, epoch, n)[-1] for c, n in zip(configs, steps, strict=True)]
+    images = len(work.data["none"].train)
+    warmups = [objective.kl_warmup(c, epoch, images // c.batch_size)[-1] for c in configs]
     each = [runs[row].epochs[epoch - 1] for row in rows]
     behind = tuple(resumed[row] for row in rows)
     newest = each[behind.index(min(behind))]
@@ -384,7 +407,7 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
         newest.images,
         _joined([one.train for one in each]),
         _joined([one.val for one in each]),
-        np.array([float(warmup) for warmup in warmups]),
+        np.array(list(map(float, warmups))),
         configs,
         rows,
         behind,

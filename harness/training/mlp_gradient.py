@@ -2,10 +2,8 @@
 
 It equals autograd's gradient of `harness.objective.objective` (a test compares every combination
 that `covers` accepts) and is faster, since it records nothing and works in buffers made once.
-Whatever `covers` does not list is left to autograd.
+Autograd computes the gradient of all other runs.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn

@@ -1,39 +1,155 @@
 """What an epoch computes: draws, training steps and metrics of one run, or of a stack.
 
 A step gathers a batch, differentiates the objective and updates the weights with Adam. On a GPU all
-that steps and metrics of a stack read lies in buffers made once, so that both are captured as CUDA
-graphs and replayed.
+tensors that steps and metrics of a stack read lie in buffers made once, so that both are captured
+as CUDA graphs and replayed.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness import objective, streams
+from harness import objective, processes, streams
+from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics.evaluate import coefficients, conditions, measure
-from harness.models.stack import kernels, map_tensors
+from harness.models.stack import kernels, lift, map_tensors
 from harness.models.vae import VAE
-from harness.objective import Coefficients
+from harness.objective import Coefficients, Terms
 from harness.training.mlp_gradient import MLPGradient, covers
-from harness.training.state import State
 
+ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+ADAM |= {"amsgrad": False, "maximize": False}
+ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
 WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
 
 Metrics = dict[str, Any]
+# Of an epoch: seconds of training and of measuring, and each run's train and val metrics.
 Measured = tuple[float, float, list[tuple[Metrics, Metrics]]]
-"""One epoch: seconds of training and of measuring, and each run's train and val metrics."""
 
 Result = TypeVar("Result")
+
+_capture_stream = cache(torch.cuda.Stream)  # one for all, since libraries keep a workspace for each
+
+
+class State:
+    """Weights, moments and layers' buffers of one run, or of a stack of runs computed as one.
+
+    Numbers of the given models move into buffers, which decide bits: Adam rounds in their order,
+    and matrix products read weights of linear layers as (in, out). On a CPU they lie in memory that
+    worker processes share, so that any of them can train a run's next epoch.
+
+    Attributes:
+        rows: positions of the runs in the list that `train` was given.
+        model: the architecture of each run; of one run the model itself, after `attach`.
+        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
+        counts: steps taken, shape (S,).
+        constants: layers' buffers and frozen parameters by name, shape (S, ...).
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        configs: Sequence[RunConfig],
+        models: Sequence[VAE],
+        terms: Terms,
+        *,
+        stacked: bool,
+    ) -> None:
+        self.rows, self.configs, self.terms, self.stacked = rows, configs, terms, stacked
+        self.model = model = models[0]
+        given = [dict(_tensors(model)) for model in models]
+        self._places: dict[str, tuple[int, int, Sequence[int], bool]] = {}
+        size = 0
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                end = size + parameter.numel()
+                transposed = parameter.dim() == 2 and parameter.t().is_contiguous()
+                stored = parameter.shape[::-1] if transposed else parameter.shape
+                self._places[name] = size, end, stored, transposed
+                size = -(-end // ALIGNED) * ALIGNED  # where matrix products read fastest
+        zeros = torch.zeros(len(models), size, dtype=model.dtype, device=model.device)
+        self.weights, self.first, self.second = (processes.shared(zeros) for _ in range(3))
+        self.counts = processes.shared(torch.zeros(len(models), device=zeros.device))
+        self.constants = {
+            name: processes.shared(torch.stack([one[name].detach() for one in given]))
+            for name in given[0]
+            if name not in self._places
+        }
+        for name, view in self.views(self.weights).items():
+            for row, one in enumerate(given):
+                view[row].copy_(one[name].detach())
+        for tensor in given[0].values():  # a worker process is sent no numbers twice
+            tensor.data = tensor.new_empty(()).expand(tensor.shape)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the numbers of each trained parameter in a buffer (S, P), shape (S, ...)."""
+        found = {}
+        for name, (start, end, shape, transposed) in self._places.items():
+            stored = flat[:, start:end].view(len(flat), *shape)
+            found[name] = stored.mT if transposed else stored
+        return found
+
+    def attach(self) -> None:
+        """Make the numbers of one run's model those of this state, in the process that trains."""
+        numbers = self.views(self.weights) | self.constants
+        for name, tensor in _tensors(self.model):
+            tensor.data = numbers[name][0]
+
+    def join(self, each: Sequence[Any], axis: int = 0) -> Any:  # noqa: ANN401 - as `map_tensors`
+        """Return the value of the one run, or those of a stack joined along an axis S."""
+        if not self.stacked:
+            return each[0]
+        return map_tensors(lambda *values: torch.stack(values, axis), *each)
+
+    def lift(self, function: Callable[..., Any], *, gradient: bool = False) -> Callable[..., Any]:
+        """Return a function (model, *arguments) as one of arguments, in a stack with an axis S."""
+        if not self.stacked:
+            return partial(function, self.model)
+        lifted = lift(self.model, function, gradient=gradient)
+        return partial(lifted, self.views(self.weights), self.constants)
+
+    def model_of(self, row: int) -> VAE:
+        """Return a copy of a run's model as it is now."""
+        model, numbers = copy.deepcopy(self.model), self.views(self.weights) | self.constants
+        for name, tensor in _tensors(model):
+            tensor.data = numbers[name][row].clone()
+        return model.eval()
+
+    def keep(self, places: Sequence[int]) -> State:
+        """Return the state of some runs of a stack."""
+        rows, configs = [self.rows[s] for s in places], [self.configs[s] for s in places]
+        kept = State(rows, configs, [*map(self.model_of, places)], self.terms, stacked=True)
+        for new, s in enumerate(places):
+            kept.restore(new, self.of_run(s))
+        return kept
+
+    def of_run(self, row: int) -> dict[str, Tensor]:
+        """Return views of all tensors that a run continues from, of shapes that fit any stack."""
+        found = {"steps": self.counts[row]}
+        for kind in ("weights", "first", "second"):
+            views = self.views(getattr(self, kind))
+            found |= {f"{kind}.{name}": view[row] for name, view in views.items()}
+        return found | {f"constants.{name}": value[row] for name, value in self.constants.items()}
+
+    def restore(self, row: int, given: Mapping[str, Tensor]) -> None:
+        """Set a run to the tensors that `of_run` returned."""
+        for name, value in self.of_run(row).items():
+            value.copy_(given[name])
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 class Draw(NamedTuple):
@@ -69,11 +185,11 @@ class Step:
         )
         gradient = torch.zeros_like(state.weights)
         self._gradient, self._slopes = gradient, state.views(gradient)
-        buffers = (state.weights, gradient, state.first, state.second, state.counts)
+        buffers = (state.weights, gradient, state.first, state.second, (), state.counts)
         rates = [c.learning_rate for c in state.configs]  # one call of Adam has one of them
         self._by_rate = {
-            rate: [[b[s] for s, own in enumerate(rates) if own == rate] for b in buffers]
-            for rate in dict.fromkeys(rates)
+            rate: [[b[s] for s in range(len(b)) if rates[s] == rate] for b in buffers]
+            for rate in rates
         }
         self._written: MLPGradient | None = None
         if not state.stacked:
@@ -110,28 +226,27 @@ class Step:
         Random pixels are drawn anew every epoch; the images then hold a copy for each seed.
         """
         configs, steps, images = self.state.configs, self.steps, self.images.images
-        config, of_seed = configs[0], {c.seed: c for c in configs}
-        shape = steps, config.batch_size, config.latent_size
+        shape = steps, configs[0].batch_size, configs[0].latent_size
+        is_random = configs[0].binarization == "stochastic"
 
         def latents(seed: int, purpose: str) -> Tensor:
             return streams.noise(seed, purpose, steps * shape[1], shape[2], epoch).view(shape)
 
-        order = {
-            s: streams.batches(c, len(images), epoch).view(shape[:2]) for s, c in of_seed.items()
-        }
-        noise = {seed: latents(seed, "noise") for seed in of_seed}
-        prior = {seed: latents(seed, "prior") if config.terms else None for seed in of_seed}
-        if config.binarization == "stochastic":
-            order = {seed: rows + k * len(images) for k, (seed, rows) in enumerate(order.items())}
+        of_seed: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        draws = []
+        done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
+        for c in configs:
+            if c.seed not in of_seed:
+                order = streams.batches(c, len(images), epoch).view(shape[:2])
+                order += len(of_seed) * len(images) if is_random else 0
+                prior = latents(c.seed, "prior") if c.terms else None
+                of_seed[c.seed] = order, latents(c.seed, "noise"), prior
+            order, noise, prior = of_seed[c.seed]
+            betas = objective.kl_warmup(c, epoch, steps) * objective.beta(c, self.data.pixels)
+            draws.append(Draw(order, noise, betas, done / (c.epochs * steps), prior))
+        if is_random:
             drawn = (streams.generator(seed, "binarize", epoch) for seed in of_seed)
             images = torch.cat([self.images.binarized("stochastic", s).images for s in drawn])
-        done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
-        draws = []
-        for c in configs:
-            beta = objective.beta(c, self.state.model.pixels)
-            betas = objective.kl_warmup(c, epoch, steps) * beta
-            progress = done / (c.epochs * steps)
-            draws.append(Draw(order[c.seed], noise[c.seed], betas, progress, prior[c.seed]))
 
         def moved(part: Tensor) -> Tensor:
             return part.to(self._x if part.is_floating_point() else self._x.device)
@@ -183,21 +298,12 @@ class Step:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Update the weights by Adam (Kingma & Ba 2014), with PyTorch's constants."""
+        # Adam (Kingma & Ba 2014) with PyTorch's constants.
         self.state.counts.add_(1)
         # The kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more a
         # step on a CPU, and the class imports torch.compile at its first use, for seconds.
-        for rate, (weights, gradients, first, second, counts) in self._by_rate.items():
-            torch._fused_adam_(
-                *(weights, gradients, first, second, [], counts),
-                lr=rate,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=0.0,
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-            )
+        for rate, lists in self._by_rate.items():
+            torch._fused_adam_(*lists, lr=rate, **ADAM)
 
     def measure(self) -> list[tuple[Metrics, Metrics]]:
         """Return each run's metrics on the first training images and on validation images."""
@@ -240,11 +346,11 @@ class Step:
 def repeatable(
     function: Callable[[], Result], device: torch.device, changed: Sequence[Tensor] = ()
 ) -> Callable[[], Result]:
-    """Return what repeats a function: on a GPU, a CUDA graph without the Python interpreter.
+    """Return a function that repeats one: on a GPU a CUDA graph, without the Python interpreter.
 
     The function is tried, and undone in the tensors that it changes; a RuntimeError if it waits for
-    the GPU, as copies from and to the host do. A graph reads and writes tensors where they are,
-    those of the result too.
+    the GPU, as copies from and to the host do. A graph reads and writes tensors in place, the
+    result's too.
     """
     before = [tensor.clone() for tensor in changed]
 
@@ -286,8 +392,3 @@ def free_memory(device: torch.device) -> float:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free / total
-
-
-@cache
-def _capture_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # one for all, since libraries keep a workspace for each

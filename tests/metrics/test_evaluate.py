@@ -16,8 +16,8 @@ from harness.metrics.evaluate import (
     active_units,
     chunks,
     coefficients,
+    conditions,
     evaluate,
-    evaluation_noise,
     measure,
     mse_per_class,
 )
@@ -240,7 +240,7 @@ def test_evaluation_repeats_bitwise_and_leaves_the_model_alone(tiny):
 
 
 def measured(config: RunConfig, model: VAE, split: Split, **given) -> dict[str, torch.Tensor]:
-    eps = evaluation_noise(config, model, "val", len(split))
+    eps = conditions(config, model, "val", len(split))["noise"]
     known = coefficients(config, model.pixels, model.device)
     return measure(config, model, split, 10, eps, known, **given)
 
@@ -278,7 +278,7 @@ def test_a_stack_of_runs_has_the_metrics_of_its_runs(tiny, settings):
     each = []
     for config, model in zip(configs, models, strict=True):
         known = coefficients(config, 64, model.device)
-        eps = evaluation_noise(config, model, "val", len(tiny.val))
+        eps = conditions(config, model, "val", len(tiny.val))["noise"]
         linear, variance = torch.tensor([0.05, 0.1], dtype=torch.float64) * (1 + config.seed)
         each.append((eps, known, linear, variance, noise(config.seed, "prior", *eps.shape)))
 
@@ -377,7 +377,7 @@ def test_a_gpu_captures_the_metrics_and_has_those_of_the_cpu(tiny, settings):
     prior = noise(0, "prior", len(tiny.val), 10).double()
     expected = measured(config, model, tiny.val, terms=terms, prior=prior)
     model, device = model.cuda(), torch.device("cuda")
-    eps = evaluation_noise(config, model, "val", len(tiny.val))
+    eps = conditions(config, model, "val", len(tiny.val))["noise"]
     known, prior, val = coefficients(config, 64, device), prior.cuda(), tiny.val.to(device)
 
     def metrics():

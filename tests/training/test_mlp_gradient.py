@@ -15,7 +15,7 @@ from harness.data.dataset import Dataset
 from harness.metrics.evaluate import coefficients
 from harness.models.vae import VAE, build
 from harness.training.mlp_gradient import MLPGradient, covers
-from harness.training.state import State
+from harness.training.step import State
 
 SHAPE = (1, 4, 5)
 

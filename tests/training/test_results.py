@@ -62,6 +62,12 @@ def test_no_configs_give_no_results(tiny):
     assert train_and_evaluate([], tiny, device="cpu") == []
 
 
+def test_one_run_gives_one_result(tiny):
+    result = train_and_evaluate(SMALL, tiny, device="cpu")
+    (same,) = train_and_evaluate([SMALL], tiny, device="cpu")
+    assert (result.config, result.metrics) == (SMALL, same.metrics)
+
+
 def test_runs_are_trained_together_by_epochs_precision_and_width():
     longer = SMALL.replace(epochs=9)
     configs = [SMALL, longer, SMALL.replace(hidden=(3,)), SMALL, longer, SMALL.replace(seed=1)]
