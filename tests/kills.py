@@ -47,7 +47,7 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
         ),
     ),
     (spool, ("_append", "_synchronise")),
-    (spool.Spool, ("_begin", "_take_over_run", "_remove")),
+    (spool.Spool, ("_begin", "_remove")),
     (SPOOLED, ("copytree", "rmtree")),
     (summary, ("make_folder", "write_pictures", "log_best_model")),
     (report, ("build",)),

@@ -4,6 +4,7 @@ This package holds the only imports of mlflow. Names load on first use, so that 
 checked without importing MLflow or PyTorch.
 """
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lazy_loader
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from harness.tracking.record import train_and_evaluate as train_and_evaluate
     from harness.tracking.store import Store as Store
     from harness.tracking.store import connect as connect
+
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # A request is sent once, with a limit in seconds; the store and the spool repeat it.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+for name, value in SETTINGS.items():  # MLflow reads some of them as it is imported
+    os.environ.setdefault(name, value)
 
 
 class Planned(NamedTuple):

@@ -71,7 +71,7 @@ def without_password(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """Return one line without passwords: what is to be installed, or the error's first line."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             package = DRIVERS.get(cause.name, cause.name)
             return f"{cause.name} is not installed: pip install '{package}'"
@@ -80,7 +80,7 @@ def reason(error: BaseException) -> str:
 
 def shortage(error: BaseException) -> str | None:
     """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, MemoryError):
             return "memory"
         if isinstance(cause, OSError) and cause.errno in LACKING:
@@ -91,7 +91,8 @@ def shortage(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those behind it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -152,17 +153,6 @@ def try_folder(folder: Path) -> None:
         raise OSError(f"{above} is not a folder")
     with tempfile.TemporaryFile(dir=above):  # shows what permissions alone do not: a full disk
         pass
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder of results that cannot be written; nothing is."""
-    try:
-        try_folder(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({reason(error)}), where results go; make room or rights "
-            "there, or name a --tracking-uri in another folder"
-        ) from error
 
 
 def alive(process: int) -> bool:

@@ -7,17 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
 import torch
-from mlflow.exceptions import MlflowException
 
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig
 from harness.models.files import load_model
 from harness.models.vae import VAE
-from harness.tracking.addresses import reason, without_password
 from harness.tracking.runs import NOTE, RunLog
 from harness.tracking.store import Store, connect
 
@@ -48,12 +45,7 @@ def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
     store = connect(tracking_uri)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            store.fetch(run.run_id, "model", folder)
-        except (MlflowException, OSError) as error:
-            where = without_password(store.uri)
-            raise UserError(f"run {run_id} of {where} has no model ({reason(error)})") from error
-        config, model = load_model(Path(folder) / "model")
+        config, model = load_model(store.fetch(run.run_id, "model", folder))
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 
@@ -80,9 +72,10 @@ def log_best_model(
     run.flush()  # leaving the block below finishes the run
     store.deliver([run.key])
     mlflow.set_tracking_uri(store.uri)
+    run_id = store.run(run.key).run_id
 
     def write() -> None:
-        with mlflow.start_run(run_id=run.run_id):
+        with mlflow.start_run(run_id=run_id):
             logged = mlflow.pytorch.log_model(
                 model,
                 name="best_model",

@@ -29,7 +29,7 @@ from harness.tracking.addresses import without_password
 from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
 from harness.tracking.record import FAILED, MADE_WITH, interruption
-from harness.tracking.runs import Run
+from harness.tracking.runs import NOTE, Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
@@ -203,7 +203,7 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
         raise
     run.end()
     found.store.deliver([key])
-    return outcome, run.run_id
+    return outcome, found.store.run(key).run_id
 
 
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
@@ -297,7 +297,7 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     description = describe(outcome)
-    run.describe(description)
+    run.tag(NOTE, description)
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}

@@ -127,4 +127,4 @@ def test_models_load_without_pickle(tracking_uri, data, monkeypatch):
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
-    assert load_run(log.run_id, tracking_uri).config.hidden == (7,)
+    assert load_run(log.key, tracking_uri).config.hidden == (7,)
