@@ -19,9 +19,6 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 # Where MLflow takes the user and password of a server from.
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
-# Module of a database's driver -> package that pip installs, where the names differ.
-DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
 SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
     "disk": ("database or disk is full", "disk I/O error"),
@@ -70,11 +67,7 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return one line without passwords: what is to be installed, or the error's first line."""
-    for cause in causes(error):
-        if isinstance(cause, ModuleNotFoundError) and cause.name:
-            package = DRIVERS.get(cause.name, cause.name)
-            return f"{cause.name} is not installed: pip install '{package}'"
+    """Return an error's first line, without passwords."""
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 

@@ -26,7 +26,6 @@ from harness.metrics import pictures, probes
 from harness.models.vae import VAE
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
-from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
 from harness.tracking.record import FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run
@@ -303,8 +302,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
     named = {logged.get(name, name): value for name, value in findings.shown.items()}
     loaded = load_run(best["run_id"], store.uri)
-    examples = found.data.test.head(4)
-    log_best_model(store, run, loaded.config, loaded.model, examples, named, description)
+    run.metrics(named, loaded.config.epochs)
+    run.model(loaded.config, loaded.model)
 
 
 def describe(outcome: Outcome) -> str:

@@ -63,8 +63,6 @@ def test_a_reason_is_one_line_without_password():
     error = RuntimeError("cannot open http://u:secret@h/x\nmore of secret")
     assert reason(error) == "cannot open http://h/x"
     assert reason(KeyError()) == "KeyError"
-    missing = ModuleNotFoundError("no", name="psycopg")
-    assert reason(missing) == "psycopg is not installed: pip install 'psycopg[binary]'"
 
 
 def test_a_shortage_is_found_behind_other_errors():
