@@ -1,7 +1,7 @@
 """The view of an experiment in MLflow's page: its columns and their order.
 
 MLflow's page shows no metric by default. Its "Save as new view" writes a tag of the experiment, and
-so does this (format seen in MLflow 3.17.2; an older page ignores it).
+so does this (format of MLflow 3.17.2, which completes it by defaults; an older page ignores it).
 """
 
 from __future__ import annotations
@@ -34,18 +34,8 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in run.metrics}
     chosen = [known[name] for name in columns if name in known]
     metrics = [column for column in chosen if column.startswith("metrics.")]
-    state = {
-        **{"searchFilter": "", "orderByKey": next(iter(metrics), "attributes.start_time")},
-        **{"orderByAsc": True, "startTime": "ALL", "lifecycleFilter": "Active"},
-        **{"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": chosen},
-        **{"columnOrder": [], "columnWidths": {}, "runsHiddenMode": "FIRST_10_RUNS"},
-        **{"viewMaximized": False, "runListHidden": False, "isAccordionReordered": False},
-        **{"useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None},
-        "groupsExpanded": {},
-        "globalLineChartConfig": {
-            **{"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""}
-        },
-    }
+    order = next(iter(metrics), "attributes.start_time")
+    state = {"selectedColumns": chosen, "orderByKey": order, "orderByAsc": True}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     now = int(time.time() * 1000)
     view = {"name": "Study", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}

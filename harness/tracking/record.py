@@ -138,7 +138,10 @@ def record(
             for row, end in {**_diverged(current), **judge(current)}.items():
                 place, model = current.rows[row], current.model(row).cpu()
                 results[place] = RunResult(configs[place], {}, histories[place], model)
-                _end(logs, place, end)
+                if end.pruned:
+                    logs[place].tag("pruned", "true")
+                logs[place].end(end.status, end.reason)
+                del logs[place]
                 current.drop([row])
             on_epoch(current)
         rows = [row for row in range(len(current.rows)) if row not in current.dropped]
@@ -156,7 +159,8 @@ def record(
                 samples = pictures.prior_samples(done.model, done.config.seed)
                 logs[place].picture("prior_samples", samples, done.config.epochs)
             logs[place].model(*done)
-            _end(logs, place, End("FINISHED", ""))
+            logs[place].end()
+            del logs[place]
             metrics = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
             results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
     except BaseException as error:
@@ -195,24 +199,20 @@ def train_and_evaluate(
 ) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
-    Every run is logged as a study logs it: metrics of every epoch, final metrics, pictures, model
-    and provenance. `harness.load_run` reads one back, `python -m studies.replay` repeats one.
+    Every run is logged as a study logs it. `harness.load_run` reads one back, and
+    `python -m studies.replay` repeats one.
 
     Args:
         configs: one run, or runs in any order.
         data: their dataset.
         experiment: name of the MLflow experiment, created where it is missing.
-        tracking_uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the
-            repository. Records that a server cannot take now wait on disk for the next start.
+        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Records that
+            a server cannot take now wait on disk for the next start.
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        The result of one run, or results in the order of `configs`, with the metrics of
-        `harness.measure_quality` too. A run that diverges has no metrics, and the history and model
-        of its last epoch.
-
-    Raises:
-        UserError: settings, device or store cannot be used; nothing is trained.
+        One result, or results in the order of `configs`, with the metrics of
+        `harness.measure_quality` too. A run that diverges has none.
 
     Examples:
         >>> from harness import RunConfig, load_dataset
@@ -220,12 +220,8 @@ def train_and_evaluate(
         >>> data = load_dataset("digits")
         >>> configs = [RunConfig(kl_weight=w, epochs=2) for w in (0.01, 1.0)]
         >>> results = train_and_evaluate(configs, data, experiment="two-weights")
-        >>> [result.config.kl_weight for result in results]
-        [0.01, 1.0]
         >>> results[0].metrics["rate"] > results[1].metrics["rate"]
         True
-        >>> len(results[0].history)
-        2
     """
     if isinstance(configs, RunConfig):
         (result,) = train_and_evaluate(
@@ -371,10 +367,3 @@ def _log_pictures(
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.binarization].val
         log.picture("reconstructions", pictures.reconstructions([model], val), epoch)
-
-
-def _end(logs: dict[int, RunLog], run: int, end: End) -> None:
-    if end.pruned:
-        logs[run].tag("pruned", "true")
-    logs[run].end(end.status, end.reason)
-    del logs[run]

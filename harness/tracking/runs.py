@@ -99,14 +99,13 @@ class RunLog:
         self._put(self.key, {"kind": kind, **values})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log the metrics of a step; a file gets them once a batch is full, or by `flush`."""
+        """Log the metrics of a step; they are written once a batch is full."""
         now = _now()
         self._metrics += [(name, float(value), now, step) for name, value in values.items()]
         if len(self._metrics) >= self._batch:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        """Write the metrics that are waiting."""
+    def _flush(self) -> None:
         if self._metrics:
             self._write("metrics", values=self._metrics)
             self._metrics = []
@@ -159,7 +158,7 @@ class RunLog:
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
         """Write the metrics that are waiting and close the run: FINISHED, FAILED or KILLED."""
-        self.flush()
+        self._flush()
         self._write("end", status=status, reason=reason, time=_now())
 
 
@@ -206,9 +205,7 @@ def performing(client: MlflowClient) -> Callable[[str, Write], None]:
 
 def origin() -> dict[str, str]:
     """Return the tags of host and process, and those of MLflow's "Source" and "Created by"."""
-    script = Path(sys.argv[0])
-    page = script.parent.name == "studies"  # else the name alone: folders are private
-    name = f"studies/{script.name}" if page else script.name
+    name = Path(sys.argv[0]).name  # folders are private
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": name} if name else {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
         tags["mlflow.user"] = getpass.getuser()

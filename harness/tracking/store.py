@@ -20,7 +20,6 @@ from urllib.request import url2pathname
 
 import mlflow.artifacts
 import requests
-import sqlalchemy
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -291,9 +290,8 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     addresses.check_database(uri, "--tracking-uri")
     database = addresses.sqlite_file(uri)
     try:
-        if database is None:  # a database server, through SQLAlchemy
-            _reach(uri)
-            return Store(_client(uri), uri, addresses.project_root())
+        if database is None:
+            raise ValueError("it is neither an SQLite file nor a server")
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock"):  # creating the tables twice breaks them
             if not database.exists():
@@ -321,11 +319,3 @@ def _client(uri: str) -> MlflowClient:
     client = MlflowClient(uri)
     client.search_experiments(max_results=1)
     return client
-
-
-def _reach(uri: str) -> None:
-    """Connect to a database server once, where MLflow would try for minutes."""
-    url = sqlalchemy.make_url(uri)
-    hurry = {"connect_timeout": 4} if url.get_backend_name() == "postgresql" else {}
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=hurry)
-    engine.connect().close()
