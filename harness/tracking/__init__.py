@@ -14,19 +14,15 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     from harness.tracking.models import load_run as load_run
     from harness.tracking.record import train_and_evaluate as train_and_evaluate
-    from harness.tracking.store import Store as Store
     from harness.tracking.store import connect as connect
 
-SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A request is sent once, with a limit in seconds; the store and the spool repeat it.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-}
-for name, value in SETTINGS.items():  # MLflow reads some of them as it is imported
-    os.environ.setdefault(name, value)
+# MLflow reads some of its settings as it is imported. It sends a request once, with a limit in
+# seconds; the store and the spool repeat it.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
 
 class Planned(NamedTuple):
@@ -56,7 +52,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "models": ["load_run"],
         "record": ["train_and_evaluate"],
-        "store": ["Store", "connect"],
+        "store": ["connect"],
     },
 )
 __all__ += ["End", "Planned"]

@@ -1,7 +1,5 @@
 """Addresses of databases and servers: defaults, checks, and what can be printed of them."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Models of runs, read back from MLflow."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import dataclass, field
 

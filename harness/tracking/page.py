@@ -4,8 +4,6 @@ MLflow's page shows no metric by default. Its "Save as new view" writes a tag of
 so does this (format of MLflow 3.17.2, which completes it by defaults; an older page ignores it).
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import time
@@ -37,6 +35,6 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     order = next(iter(metrics), "attributes.start_time")
     state = {"selectedColumns": chosen, "orderByKey": order, "orderByAsc": True}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    now = int(time.time() * 1000)
+    now = time.time_ns() // 10**6
     view = {"name": "Study", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
     store.ask(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))

@@ -4,8 +4,6 @@ This is the one training loop of studies, searches, the ledger and replays. It m
 `train`, `measure` and the epoch record.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -13,7 +11,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import NamedTuple, overload
 from uuid import uuid4
 
 from harness import objective as objectives
@@ -28,10 +26,8 @@ from harness.tracking.addresses import default_tracking, project_root, without_p
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog
 from harness.tracking.store import Store, connect
 from harness.training import engine
+from harness.training.checkpoint import Checkpoints
 from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_record
-
-if TYPE_CHECKING:
-    from harness.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 

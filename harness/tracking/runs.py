@@ -81,9 +81,9 @@ class RunLog:
     """A run being written.
 
     Args:
-        put: performs or keeps the write of a run with a key; it reads files before it returns.
+        put: performs or keeps a write of the run with a key; it reads files before it returns.
         key: the run's key.
-        create: the first write, with the run's experiment, name, tags and params.
+        create: experiment, name, tags and params of the run.
         batch: number of metric values that are collected for a write.
     """
 
@@ -93,14 +93,14 @@ class RunLog:
         self.key = key
         self._put, self._batch = put, batch
         self._metrics: list[tuple[str, float, int, int]] = []
-        self._write("create", time=_now(), **create)
+        self._write("create", time=time.time_ns() // 10**6, **create)
 
     def _write(self, kind: str, **values: object) -> None:
         self._put(self.key, {"kind": kind, **values})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log the metrics of a step; they are written once a batch is full."""
-        now = _now()
+        now = time.time_ns() // 10**6
         self._metrics += [(name, float(value), now, step) for name, value in values.items()]
         if len(self._metrics) >= self._batch:
             self._flush()
@@ -122,7 +122,7 @@ class RunLog:
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
         """Log an image of a step; MLflow shows the steps of one key as a slider."""
         # As `MlflowClient.log_image` does, which would name it anew at each delivery.
-        name = f"{key}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
+        name = f"{key}+step+{step}+timestamp+{time.time_ns() // 10**6}+{uuid.uuid4()}"
         image = Image.fromarray(picture)
         scale = 256 / max(image.size)  # the size of MLflow's overview
         small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
@@ -159,7 +159,7 @@ class RunLog:
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
         """Write the metrics that are waiting and close the run: FINISHED, FAILED or KILLED."""
         self._flush()
-        self._write("end", status=status, reason=reason, time=_now())
+        self._write("end", status=status, reason=reason, time=time.time_ns() // 10**6)
 
 
 def create(client: MlflowClient, key: str, write: Write) -> str:
@@ -210,7 +210,3 @@ def origin() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
         tags["mlflow.user"] = getpass.getuser()
     return {"host": socket.gethostname(), "process": str(os.getpid()), **tags}
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

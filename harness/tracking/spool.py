@@ -9,10 +9,7 @@ it repeats the runs from the beginning, and ends those that have no end.
 Only the last line of a run is synchronised, with all before it: a run without it is trained again.
 """
 
-from __future__ import annotations
-
 import atexit
-import contextlib
 import errno
 import json
 import logging
@@ -22,6 +19,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +85,10 @@ class _Delivery:
         return self.folder / WRITES
 
     def waits(self) -> bool:
-        try:
+        with suppress(FileNotFoundError):  # all is delivered
             left = self.inherited or self.file.stat().st_size > self.offset
-        except FileNotFoundError:  # all is delivered
-            left = False
-        return left and self.refusal is None
+            return left and self.refusal is None
+        return False
 
     def unsent(self) -> list[tuple[Write, int]]:
         """Return the writes that the server lacks, with the offset after each; metrics joined."""
@@ -200,10 +197,8 @@ class Spool:
 
     def _take_over(self) -> None:
         """Deliver the runs of dead processes."""
-        for folder in self.folder.glob("*/"):
+        for folder in set(self.folder.glob("*/")) - self._locks.keys():
             lock = FileLock(f"{folder}.lock", timeout=0, thread_local=False)
-            if folder in self._locks:
-                continue
             try:
                 lock.acquire()
             except (Timeout, OSError):  # its process lives, or another one was first
@@ -217,7 +212,7 @@ class Spool:
 
     def _remove(self, folder: Path) -> None:
         """Remove the folder of a process and its lock, unless runs are left in it."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if folder.exists():
                 folder.rmdir()
             if lock := self._locks.pop(folder, None):  # the thread may have been first
@@ -299,11 +294,8 @@ class Spool:
     def _note(self, away: str) -> None:
         """Note whether the server answers, and log when that changes."""
         if away and not self._away:
-            logger.warning(
-                "The MLflow server at %s does not answer (%s); training goes on, and records are "
-                "kept in %s until it does.",
-                *(self.uri, away, self.folder),
-            )
+            what = f"does not answer ({away}); training goes on, and records wait in {self.folder}"
+            logger.warning("The MLflow server at %s %s.", self.uri, what)
         elif self._away and not away:
             logger.warning("The MLflow server at %s is back.", self.uri)
         self._away = away
@@ -312,12 +304,10 @@ class Spool:
 
 def _has_end(file: Path) -> bool:
     """Return whether the last whole line of a run is its end."""
-    try:
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 65_536))
-            return opened.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(END)
-    except OSError:
-        return False
+    with suppress(OSError), file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 65_536))
+        return opened.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(END)
+    return False
 
 
 def _append(file: Path, write: Write) -> None:

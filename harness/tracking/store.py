@@ -1,7 +1,5 @@
 """Tracking stores: a database file, or a server with a spool for what it cannot take now."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -41,11 +39,8 @@ START = ["attributes.start_time ASC"]
 class Store:
     """A tracking store.
 
-    Attributes:
-        client: MLflow's client of it.
-        uri: its address.
-        home: folder of the database, or the repository for a server: reports are written here.
-        spool: what its server does not have yet; None for a database.
+    Reports are written to `home`: the database's folder, or the repository for a server. `spool`
+    holds the runs that a server does not have yet; it is None for a database.
     """
 
     client: MlflowClient
