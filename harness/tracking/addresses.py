@@ -122,7 +122,7 @@ def check_database(url: str, option: str) -> None:
     file = sqlite_file(url)
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
-            raise OSError("a database in memory is gone with the process")
+            raise OSError("a database in memory ends with the process")
         if file is not None and not file.exists():
             try_folder(file.parent)
         elif file is not None:
@@ -138,7 +138,7 @@ def check_database(url: str, option: str) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Raise OSError unless a folder can be made, or written if it is there."""
+    """Raise OSError unless a folder exists and can be written, or can be made."""
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir():
         raise OSError(f"{above} is not a folder")

@@ -25,7 +25,7 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     Its columns are parameters and metrics that the given run has; "mse" also finds "test/mse". Runs
     are sorted by the first metric.
     """
-    if TAG in store.ask(store.client.get_experiment, experiment_id).tags:
+    if TAG in store.call(store.client.get_experiment, experiment_id).tags:
         return
     run = store.run(run_id)
     known = {name: f"params.`{name}`" for name in run.params}
@@ -37,4 +37,4 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     now = time.time_ns() // 10**6
     view = {"name": "Study", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
-    store.ask(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))
+    store.call(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))

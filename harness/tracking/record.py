@@ -127,7 +127,7 @@ def record(
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[place].metrics(metrics, current.epoch)
             if pictured and current.epoch in picture_epochs(configs[0].epochs):
-                # A resumed run repeats its metrics, but its model has gone on since.
+                # A resumed run repeats its metrics; its model is of a later epoch.
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
@@ -238,7 +238,7 @@ def train_and_evaluate(
         results |= dict(zip(rows, found, strict=True))
     try:
         store.deliver()
-    except UserError as error:  # the results are here, and the records on disk
+    except UserError as error:  # the results are returned, and the records are on disk
         log.warning("%s", error)
     return [results[row] for row in range(len(configs))]
 

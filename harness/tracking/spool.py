@@ -3,8 +3,8 @@
 A process has a folder `HOST-PROCESS-TOKEN` below its server's, locked while it lives, and in it a
 folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/NAME`,
 the files that a write uploads. The thread sends what has been appended, in order, and removes the
-folder of a run once its end is delivered. The next process takes over the folder of one that died:
-it repeats the runs from the beginning, and ends those that have no end.
+folder of a run once its end is delivered. The folder of an ended process is taken over by the next
+one, which repeats its runs from the beginning and ends those that have no end.
 
 Only the last line of a run is synchronised, with all before it: a run without it is trained again.
 """
@@ -59,7 +59,7 @@ def root_reason(error: BaseException) -> str:
 
 def refused(uri: str, what: str, error: BaseException, folder: Path | None = None) -> UserError:
     """Return the error of a request that a server refuses."""
-    hint = "look whether the run, its experiment and your rights are still there"
+    hint = "check the run, its experiment and your rights"
     if status(error) == 401:
         hint = f"set {LOGIN}"
     elif folder is not None:
@@ -70,7 +70,7 @@ def refused(uri: str, what: str, error: BaseException, folder: Path | None = Non
 
 @dataclass
 class _Delivery:
-    """A run on disk, and how much of it the server has; `inherited` from a dead process."""
+    """A run on disk, and how much of it the server has; `inherited` from an ended process."""
 
     folder: Path
     inherited: bool
@@ -116,7 +116,7 @@ class Spool:
 
     def __init__(self, folder: Path, uri: str, client: MlflowClient) -> None:
         self.folder, self.uri, self._client = folder, uri, client
-        self._own = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._home = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._locks: dict[Path, FileLock] = {}  # of this process's folder and inherited ones
         self._runs: dict[str, _Delivery] = {}
         self._complete: set[str] = set()  # inherited runs that had an end
@@ -127,7 +127,7 @@ class Spool:
 
     def put(self, key: str, write: Write) -> None:
         """Append a write with copies of its files; what the server has refused is an error."""
-        folder = self._own / key
+        folder = self._home / key
         try:
             if write["kind"] == "create":
                 self._begin(folder)
@@ -148,16 +148,16 @@ class Spool:
             raise refusal
 
     def _begin(self, folder: Path) -> None:
-        if self._own not in self._locks:
+        if self._home not in self._locks:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{self._own}.lock", thread_local=False)
-            lock.acquire()  # before the folder is there, where others would take it over
-            self._locks[self._own] = lock
-            atexit.register(self._remove, self._own)
+            lock = FileLock(f"{self._home}.lock", thread_local=False)
+            lock.acquire()  # before the folder exists, which others would take over
+            self._locks[self._home] = lock
+            atexit.register(self._remove, self._home)
         folder.mkdir(parents=True)
 
     def _start(self, folder: Path) -> None:
-        self._runs.setdefault(folder.name, _Delivery(folder, folder.parent != self._own))
+        self._runs.setdefault(folder.name, _Delivery(folder, folder.parent != self._home))
         self._appended.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
@@ -187,7 +187,7 @@ class Spool:
             pause = min(2 * pause, 1)
 
     def _waits(self, keys: set[str] | None) -> bool:
-        self._take_over()  # of processes that have died meanwhile
+        self._take_over()  # of processes that have ended meanwhile
         runs = {k: run for k, run in dict(self._runs).items() if keys is None or k in keys}
         for run in runs.values():
             if run.refusal is not None and (keys is not None or not run.inherited):
@@ -196,12 +196,14 @@ class Spool:
         return any(run.waits() for run in runs.values()) or bool(others & self.complete())
 
     def _take_over(self) -> None:
-        """Deliver the runs of dead processes."""
-        for folder in set(self.folder.glob("*/")) - self._locks.keys():
+        """Deliver the runs of ended processes."""
+        for folder in self.folder.glob("*/"):
+            if folder in self._locks:
+                continue
             lock = FileLock(f"{folder}.lock", timeout=0, thread_local=False)
             try:
                 lock.acquire()
-            except (Timeout, OSError):  # its process lives, or another one was first
+            except (Timeout, OSError):  # its process runs, or another one was first
                 continue
             self._locks[folder] = lock
             for run in folder.glob("*/"):
@@ -220,13 +222,13 @@ class Spool:
                 lock.release()
 
     def _work(self) -> None:
-        """Deliver what is appended, in the thread: all below runs there."""
+        """Deliver what is appended; the thread runs this method and those below."""
         pause = 1.0
         while True:
             self._appended.wait()
             self._appended.clear()
             try:
-                # Last what has failed, so that it does not hold up others.
+                # What has failed comes last, so that it does not hold up others.
                 for run in sorted(dict(self._runs).values(), key=lambda run: run.failures):
                     self._send(run)
                 pause = 1.0
@@ -264,7 +266,7 @@ class Spool:
             run.offset = offset
 
     def _refuse(self, run: _Delivery, refusal: UserError) -> None:
-        if run.inherited:  # nothing in this process waits for it
+        if run.inherited:  # no code of this process waits for it
             logger.warning("%s", refusal)
         run.refusal = refusal
 

@@ -66,10 +66,10 @@ class Store:
         location = None if addresses.is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
         # Of this kind, MLflow's page opens with runs and charts instead of its GenAI view.
         tags = {NOTE: description, "mlflow.experimentKind": "custom_model_development"}
-        find = partial(self.ask, self.client.get_experiment_by_name, name)
+        find = partial(self.call, self.client.get_experiment_by_name, name)
         if find() is None:
             try:
-                self.ask(self.client.create_experiment, name, location, tags)
+                self.call(self.client.create_experiment, name, location, tags)
             except UserError:  # another process was first, or the answer was lost
                 if find() is None:
                     raise
@@ -108,11 +108,11 @@ class Store:
         Runs without a place in the plan, and those with the same one, come in the order of start.
         """
         self.deliver()
-        among = self.ask(self.client.get_experiment_by_name, experiment)
+        among = self.call(self.client.get_experiment_by_name, experiment)
         terms = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
         if among is None:
             return []
-        search = partial(self.ask, self.client.search_runs, [among.experiment_id], terms)
+        search = partial(self.call, self.client.search_runs, [among.experiment_id], terms)
         page = search(order_by=START)
         found = [*map(_run, page)]
         while page.token:
@@ -131,11 +131,11 @@ class Store:
         for run in self.runs(experiment) if closing else ():
             if run.key in closing and run.status in ("RUNNING", "FINISHED"):
                 self.tag(run.run_id, "reason", reason)
-                self.ask(self.client.set_terminated, run.run_id, status)
+                self.call(self.client.set_terminated, run.run_id, status)
 
     def tag(self, run_id: str, name: str, value: str) -> None:
         """Set a tag of a run."""
-        self.ask(self.client.set_tag, run_id, name, value)
+        self.call(self.client.set_tag, run_id, name, value)
 
     def undelivered(self) -> set[str]:
         """Return the keys of runs on this disk that the server does not have whole."""
@@ -160,12 +160,12 @@ class Store:
     def run(self, run: str) -> Run:
         """Return a run by its id or key."""
         try:
-            return _run(self.ask(self.client.get_run, run))
+            return _run(self.call(self.client.get_run, run))
         except UserError as error:
             if status(error.__cause__) not in (400, 404):
                 raise
-            ids = [each.experiment_id for each in self.ask(self.client.search_experiments)]
-            if found := self.ask(self.client.search_runs, ids, f"tags.{KEY} = '{run}'"):
+            ids = [each.experiment_id for each in self.call(self.client.search_experiments)]
+            if found := self.call(self.client.search_runs, ids, f"tags.{KEY} = '{run}'"):
                 return _run(found[0])
             raise UserError(
                 f"run {run!r} is not in {addresses.without_password(self.uri)}; its page in MLflow "
@@ -173,10 +173,9 @@ class Store:
             ) from error
 
     def fetch(self, run_id: str, path: str, folder: str) -> Path:
-        """Download a file or folder of a run's artifacts, and return its place.
+        """Download a file or folder of a run's artifacts, and return where it is.
 
-        MLflow 3.17.2 calls it missing where the server goes away meanwhile, so that one which is
-        there is asked for again.
+        Repeated if the run lists it: MLflow 3.17.2 calls it missing if the server goes away.
         """
         end = time.monotonic() + PATIENCE
         above = path.rpartition("/")[0] or None
@@ -184,7 +183,7 @@ class Store:
             try:
                 return Path(self.client.download_artifacts(run_id, path, folder))
             except Exception as error:  # the file system's, a server's, MLflow's
-                names = self.ask(self.client.list_artifacts, run_id, above) if self.spool else []
+                names = self.call(self.client.list_artifacts, run_id, above) if self.spool else []
                 if path not in [file.path for file in names] or time.monotonic() > end:
                     raise UserError(
                         f"{path} of run {run_id} cannot be read ({addresses.reason(error)})"
@@ -193,11 +192,11 @@ class Store:
 
     def history(self, run_id: str) -> list[Logged]:
         """Return every logged value of a run, metric by metric."""
-        metrics = self.ask(self.client.get_run, run_id).data.metrics
+        metrics = self.call(self.client.get_run, run_id).data.metrics
         return [
             Logged(metric, entry.step, entry.value)
             for metric in sorted(metrics)
-            for entry in self.ask(self.client.get_metric_history, run_id, metric)
+            for entry in self.call(self.client.get_metric_history, run_id, metric)
         ]
 
     def record(self, run: str) -> Record:
@@ -219,12 +218,12 @@ class Store:
         config, values = RunConfig.from_json(saved), self.history(found.run_id)
         return Record(found.run_id, found.name, config, made_with, values)
 
-    def ask(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
-        """Call MLflow for what can be repeated; try a server that is away for PATIENCE seconds."""
-        return _ask(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
+    def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
+        """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
+        return _call(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
 
 
-def _ask(uri: str, patience: float, call: Callable[[], Any], name: str) -> Any:  # noqa: ANN401
+def _call(uri: str, patience: float, call: Callable[[], Any], name: str) -> Any:  # noqa: ANN401
     end = time.monotonic() + patience
     while True:
         try:
@@ -268,7 +267,7 @@ _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool
 
 
 def connect(uri: str | None = None, *, patience: float = 0) -> Store:
-    """Open a tracking store, creating the database if it is not there yet.
+    """Open a tracking store, creating a database that does not exist.
 
     No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. A server that does not answer
     is waited for as many seconds as `patience`.
@@ -277,7 +276,7 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     if addresses.is_server(uri):
         if (os.getpid(), uri) not in _servers:
             client, root = MlflowClient(uri), addresses.project_root()
-            _ask(uri, patience, client.search_experiments, "a request")
+            _call(uri, patience, client.search_experiments, "a request")
             folder = root / "cache" / "spool" / re.sub(r"[^\w.-]+", "_", uri)
             store = Store(client, uri, root, Spool(folder, uri, client))
             _servers.setdefault((os.getpid(), uri), store)

@@ -220,7 +220,7 @@ def test_runs_of_living_processes_are_left_alone(store, experiment, tmp_path, mo
         patch.setattr("harness.tracking.spool.PATIENCE", 0)
         with pytest.raises(UserError, match="records of 1 runs wait in"):
             two.deliver({ours.key})
-    one._locks[one._own].release()  # as the death of its process does
+    one._locks[one._home].release()  # as the death of its process does
     two.deliver({ours.key})
     assert kept(store, experiment).keys() == {ours.key, theirs.key}
 
@@ -364,9 +364,9 @@ def test_a_torn_last_line_is_no_write(cut, store, experiment, tmp_path):
     folder = tmp_path / "shared"
     dead = Spool(folder, "http://127.0.0.1:9", MlflowClient("http://127.0.0.1:9"))
     log = write_run(dead.put, experiment, new_key())
-    file = dead._own / log.key / WRITES
+    file = dead._home / log.key / WRITES
     os.truncate(file, file.stat().st_size - cut)
-    dead._locks[dead._own].release()
+    dead._locks[dead._home].release()
     alive = Spool(folder, store.uri, store.client)
     alive.deliver(None)
     run = kept(store, experiment)[log.key]
@@ -381,10 +381,10 @@ def test_a_folder_that_cannot_be_read_is_one_line_and_holds_nothing_up(
     folder = tmp_path / "shared"
     dead = Spool(folder, "http://127.0.0.1:9", MlflowClient("http://127.0.0.1:9"))
     logs = [write_run(dead.put, experiment, new_key()) for i in range(2)]
-    file = dead._own / logs[0].key / WRITES
+    file = dead._home / logs[0].key / WRITES
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:3], broken, *lines[3:]]))
-    dead._locks[dead._own].release()
+    dead._locks[dead._home].release()
     alive = Spool(folder, store.uri, store.client)
     alive.deliver(None)
     assert alive.undelivered() == {logs[0].key}
@@ -402,7 +402,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_whole_lines(store, experiment
         new_key(),
         {"experiment": experiment, "name": "a run", "tags": {}, "params": {}},
     )
-    file = spool._own / log.key / WRITES
+    file = spool._home / log.key / WRITES
     before = file.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
