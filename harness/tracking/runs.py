@@ -138,11 +138,7 @@ class RunLog:
 
     def text(self, text: str, file: str) -> None:
         """Log a text as an artifact."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            self.folder(Path(folder))
+        self._write("text", text=text, file=file)
 
     def model(self, config: RunConfig, model: VAE) -> None:
         """Log weights and configuration, from which `load_run` rebuilds the model."""
@@ -177,6 +173,8 @@ def perform(client: MlflowClient, run_id: str, write: Write) -> None:
         metrics = [Metric(*value) for value in write["values"]]
         for start in range(0, len(metrics), BATCH):
             client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+    elif kind == "text":
+        client.log_text(run_id, write["text"], write["file"])
     elif kind == "tag":
         client.set_tag(run_id, write["name"], write["value"])
     elif kind == "input":
