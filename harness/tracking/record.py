@@ -219,28 +219,25 @@ def train_and_evaluate(
         >>> results[0].metrics["rate"] > results[1].metrics["rate"]
         True
     """
-    if isinstance(configs, RunConfig):
-        (result,) = train_and_evaluate(
-            [configs], data, experiment=experiment, tracking_uri=tracking_uri, device=device
-        )
-        return result
+    listed = [configs] if isinstance(configs, RunConfig) else configs
     checked_name(experiment, "experiment")
-    for config in configs:
+    for config in listed:
         engine.check_runs([config], data)
         engine.resolve_device(device, config.precision)
     kind = engine.resolve_device(device).type
     store = connect(tracking_uri)
     start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
-    planned = [_planned(config, place, experiment) for place, config in enumerate(configs)]
+    planned = [_planned(config, place, experiment) for place, config in enumerate(listed)]
     results: dict[int, RunResult] = {}
-    for rows in engine.together(configs, engine.STACK_WIDTH[kind]):
-        found = record([planned[row] for row in rows], data, kind, start)
-        results |= dict(zip(rows, found, strict=True))
+    for rows in engine.together(listed, engine.STACK_WIDTH[kind]):
+        trained = record([planned[row] for row in rows], data, kind, start)
+        results |= dict(zip(rows, trained, strict=True))
     try:
         store.deliver()
     except UserError as error:  # the results are returned, and the records are on disk
         log.warning("%s", error)
-    return [results[row] for row in range(len(configs))]
+    found = [results[row] for row in range(len(listed))]
+    return found[0] if isinstance(configs, RunConfig) else found
 
 
 def _planned(config: RunConfig, place: int, study: str) -> Planned:

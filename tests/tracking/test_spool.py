@@ -267,6 +267,20 @@ def test_a_server_that_goes_and_returns(number, proxy, store, experiment, tmp_pa
     assert sum("is back" in text for text in said) == 1
 
 
+def test_epochs_that_waited_are_sent_in_few_requests(proxy, store, experiment):
+    log = start(store, experiment, new_key())
+    store.deliver()
+    proxy.down = True
+    for epoch in range(1, 601):
+        log.metrics({"a": epoch, "b": -epoch, "c": 0.5}, epoch)
+    proxy.down, before = False, len(proxy.seen)
+    store.deliver()
+    assert sum("log-batch" in line for line in proxy.seen[before:]) <= 4
+    found = history(store, store.run(log.key).run_id)
+    assert found["b"] == [(epoch, repr(-float(epoch))) for epoch in range(1, 601)]
+    assert len(found["a"]) == len(found["c"]) == 600
+
+
 def test_a_server_that_is_away_at_the_end_gets_all_at_the_next_start(
     proxy, store, experiment, tmp_path, monkeypatch
 ):
