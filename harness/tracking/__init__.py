@@ -49,10 +49,6 @@ class End(NamedTuple):
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={
-        "models": ["load_run"],
-        "record": ["train_and_evaluate"],
-        "store": ["connect"],
-    },
+    submod_attrs={"models": ["load_run"], "record": ["train_and_evaluate"], "store": ["connect"]},
 )
 __all__ += ["End", "Planned"]
