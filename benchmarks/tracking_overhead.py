@@ -39,8 +39,7 @@ WORK = {
         "studies.runner.run:connect",
         "studies.runner.summary:log_summary load_run",
         "harness.tracking.store.Store:experiment start runs close tag deliver undelivered",
-        "harness.tracking.runs.RunLog:__init__ metrics flush dataset picture folder text tag "
-        "describe model end",
+        "harness.tracking.runs.RunLog:__init__ metrics dataset picture folder text tag model end",
     ),
     "pictures": ("harness.metrics.pictures:reconstructions prior_samples",),
     "Optuna": (

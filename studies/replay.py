@@ -155,7 +155,7 @@ def retrain(
             stopping.check()
 
         def start(run: Planned) -> RunLog:
-            return RunLog(values, run.key, {})
+            return RunLog(values.put, run.key, {})
 
         recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)
     return values.logged

@@ -42,14 +42,12 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
         (
             *("create_experiment", "set_experiment_tag", "create_run", "log_batch", "log_inputs"),
             *("log_artifact", "log_artifacts", "set_tag", "set_terminated", "delete_run"),
-            *("_create_logged_model", "log_outputs", "log_model_artifacts"),
-            "finalize_logged_model",
         ),
     ),
     (spool, ("_append", "_synchronise")),
-    (spool.Spool, ("_begin", "_take_over_run", "_remove")),
+    (spool.Spool, ("_begin", "_remove")),
     (SPOOLED, ("copytree", "rmtree")),
-    (summary, ("make_folder", "write_pictures", "log_best_model")),
+    (summary, ("make_folder", "write_pictures", "log_summary")),
     (report, ("build",)),
     (Checkpoints, ("save", "remove", "clear")),
 ]

@@ -272,7 +272,9 @@ def test_the_same_with_an_mlflow_server(place, alone, server, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "nth"), [("set_trial_state_values", 2), ("log_outputs", 1)], ids=["tell", "summary"]
+    ("first", "nth"),
+    [("set_trial_state_values", 2), ("set_experiment_tag", 1)],
+    ids=["tell", "summary"],
 )
 def test_a_study_that_is_killed_while_it_clears_up_gets_done(
     place, alone, empty_database, first, nth
@@ -328,7 +330,7 @@ def two(place: Place, stopped_at: str) -> Two:
 
 @pytest.mark.slow
 def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(place, alone):
-    pair = two(place, "log_best_model")
+    pair = two(place, "log_summary")
     pair.printed("waiting for")
     pair.first.send(signal.SIGKILL)
     pair.finish(alone)
@@ -337,7 +339,7 @@ def test_a_summary_whose_process_dies_is_written_by_the_one_that_waits_for_it(pl
 @pytest.mark.slow
 def test_a_summary_that_is_late_is_discarded(place, alone, monkeypatch):
     monkeypatch.setenv(database.BEAT, "1")
-    pair = two(place, "log_best_model")
+    pair = two(place, "log_summary")
     while not pair.second.ended():
         time.sleep(0.05)
     pair.finish(alone)

@@ -13,7 +13,7 @@ from real_stores import copy_home
 
 from harness import RunConfig, UserError
 from harness.tracking import End, Planned, connect
-from harness.tracking.record import WALL_CLOCK, log_in, provenance_of, record
+from harness.tracking.record import WALL_CLOCK, log_in, record
 from harness.tracking.runs import Logged
 from studies import replay
 from studies.replay import Comparison, Gap, compare, verdict
@@ -77,8 +77,8 @@ def stack(empty_database, tmp_path_factory, data) -> Trained:
     def judge(current):
         return {len(current.rows) - 1: ENDS[current.epoch]} if current.epoch in ENDS else {}
 
-    study, made = replay.study_of(STUDY), provenance_of(data, "cpu", STUDY)
-    options = {"extras": study.extras, "objective": study.objective, "made_with": made}
+    study = replay.study_of(STUDY)
+    options = {"extras": study.extras, "objective": study.objective, "study": STUDY}
     record(planned, data, "cpu", start, judge=judge, **options)
     return trained
 
@@ -200,7 +200,7 @@ def test_a_summary_and_a_run_without_a_record_are_refused(tracking_uri, capsys):
     for role in ("summary", "run"):
         log = store.start(experiment, role * 8, role, {"role": role}, {})
         log.end()
-        printed = refused([log.run_id, "--tracking-uri", tracking_uri], capsys)
+        printed = refused([log.key, "--tracking-uri", tracking_uri], capsys)
         assert role in printed
 
 

@@ -26,9 +26,6 @@ from studies.runner.run import Site, work
 from studies.runner.terminal import Steps
 from studies.search import SearchOptions, make_plan
 
-# MLflow's own type hints, when the best model is logged
-pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
-
 NAME = "search-digits"
 FRONT = "search-digits-front"
 SMALL = ["--trials", "5", "--seeds", "2", "--epochs", "2"]

@@ -98,7 +98,7 @@ def contents(store, run) -> dict:
     history = {k: client.get_metric_history(run_id, k) for k in run.data.metrics}
     own = {"mlflow.note.content", "mlflow.user", "run_key", "host", "process", "trial"}
     inputs = [entry.dataset for entry in client.get_run(run_id).inputs.dataset_inputs]
-    note = run.data.tags["mlflow.note.content"].replace(run_id, "ID")
+    note = run.data.tags["mlflow.note.content"].replace(run.data.tags["run_key"], "KEY")
     return {
         "name": run.info.run_name,
         "status": run.info.status,

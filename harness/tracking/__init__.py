@@ -4,6 +4,7 @@ This package holds the only imports of mlflow. Names load on first use, so that 
 checked without importing MLflow or PyTorch.
 """
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lazy_loader
@@ -13,8 +14,15 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     from harness.tracking.models import load_run as load_run
     from harness.tracking.record import train_and_evaluate as train_and_evaluate
-    from harness.tracking.store import Store as Store
     from harness.tracking.store import connect as connect
+
+# MLflow reads some of its settings as it is imported. It sends a request once, with a limit in
+# seconds; the store and the spool repeat it.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
 
 class Planned(NamedTuple):
@@ -41,10 +49,6 @@ class End(NamedTuple):
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={
-        "models": ["load_run"],
-        "record": ["train_and_evaluate"],
-        "store": ["Store", "connect"],
-    },
+    submod_attrs={"models": ["load_run"], "record": ["train_and_evaluate"], "store": ["connect"]},
 )
 __all__ += ["End", "Planned"]

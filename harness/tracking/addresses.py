@@ -1,7 +1,5 @@
 """Addresses of databases and servers: defaults, checks, and what can be printed of them."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -18,9 +16,6 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 
 # Where MLflow takes the user and password of a server from.
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-
-# Module of a database's driver -> package that pip installs, where the names differ.
-DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
 SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
@@ -70,17 +65,13 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return one line without passwords: what is to be installed, or the error's first line."""
-    for cause in _causes(error):
-        if isinstance(cause, ModuleNotFoundError) and cause.name:
-            package = DRIVERS.get(cause.name, cause.name)
-            return f"{cause.name} is not installed: pip install '{package}'"
+    """Return an error's first line, without passwords."""
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def shortage(error: BaseException) -> str | None:
     """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, MemoryError):
             return "memory"
         if isinstance(cause, OSError) and cause.errno in LACKING:
@@ -91,7 +82,8 @@ def shortage(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those behind it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -130,7 +122,7 @@ def check_database(url: str, option: str) -> None:
     file = sqlite_file(url)
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
-            raise OSError("a database in memory is gone with the process")
+            raise OSError("a database in memory ends with the process")
         if file is not None and not file.exists():
             try_folder(file.parent)
         elif file is not None:
@@ -146,23 +138,12 @@ def check_database(url: str, option: str) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Raise OSError unless a folder can be made, or written if it is there."""
+    """Raise OSError unless a folder exists and can be written, or can be made."""
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir():
         raise OSError(f"{above} is not a folder")
     with tempfile.TemporaryFile(dir=above):  # shows what permissions alone do not: a full disk
         pass
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder of results that cannot be written; nothing is."""
-    try:
-        try_folder(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({reason(error)}), where results go; make room or rights "
-            "there, or name a --tracking-uri in another folder"
-        ) from error
 
 
 def alive(process: int) -> bool:

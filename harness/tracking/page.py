@@ -1,10 +1,8 @@
 """The view of an experiment in MLflow's page: its columns and their order.
 
 MLflow's page shows no metric by default. Its "Save as new view" writes a tag of the experiment, and
-so does this (format seen in MLflow 3.17.2; an older page ignores it).
+so does this (format of MLflow 3.17.2, which completes it by defaults; an older page ignores it).
 """
-
-from __future__ import annotations
 
 import base64
 import json
@@ -27,26 +25,16 @@ def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: 
     Its columns are parameters and metrics that the given run has; "mse" also finds "test/mse". Runs
     are sorted by the first metric.
     """
-    if TAG in store.ask(store.client.get_experiment, experiment_id).tags:
+    if TAG in store.call(store.client.get_experiment, experiment_id).tags:
         return
     run = store.run(run_id)
     known = {name: f"params.`{name}`" for name in run.params}
     known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in run.metrics}
     chosen = [known[name] for name in columns if name in known]
     metrics = [column for column in chosen if column.startswith("metrics.")]
-    state = {
-        **{"searchFilter": "", "orderByKey": next(iter(metrics), "attributes.start_time")},
-        **{"orderByAsc": True, "startTime": "ALL", "lifecycleFilter": "Active"},
-        **{"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": chosen},
-        **{"columnOrder": [], "columnWidths": {}, "runsHiddenMode": "FIRST_10_RUNS"},
-        **{"viewMaximized": False, "runListHidden": False, "isAccordionReordered": False},
-        **{"useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None},
-        "groupsExpanded": {},
-        "globalLineChartConfig": {
-            **{"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""}
-        },
-    }
+    order = next(iter(metrics), "attributes.start_time")
+    state = {"selectedColumns": chosen, "orderByKey": order, "orderByAsc": True}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    now = int(time.time() * 1000)
+    now = time.time_ns() // 10**6
     view = {"name": "Study", "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
-    store.ask(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))
+    store.call(store.client.set_experiment_tag, experiment_id, TAG, json.dumps(view))

@@ -4,17 +4,14 @@ This is the one training loop of studies, searches, the ledger and replays. It m
 `train`, `measure` and the epoch record.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, overload
 from uuid import uuid4
 
 from harness import objective as objectives
@@ -26,17 +23,14 @@ from harness.metrics import evaluate, pictures, quality
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
-from harness.tracking.runs import DIFF, PROVENANCE, RunLog
+from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog
 from harness.tracking.store import Store, connect
 from harness.training import engine
+from harness.training.checkpoint import Checkpoints
 from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_record
-
-if TYPE_CHECKING:
-    from harness.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
-OBJECTIVE = "val/neg_elbo"  # where a study has no other
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
 """Metrics that measure the machine, so that no two trainings share them."""
 
@@ -45,7 +39,7 @@ MADE_WITH = {
     "versions": ("tags", "versions"),
     "device": ("params", "device"),
 }
-"""What makes runs differ though their settings are equal, and where a run has it."""
+"""Where a run has the code, versions and device that it was made with."""
 
 FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
@@ -80,13 +74,13 @@ def record(
     judge: Callable[[EpochRecord], Mapping[int, End]] = lambda record: {},
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpoints: Checkpoints | None = None,
-    objective: str = OBJECTIVE,
+    objective: str = "val/neg_elbo",
     extras: Callable[[Trained, Dataset], Metrics] | None = None,
-    made_with: Mapping[str, Any] | None = None,
+    study: str | None = None,
     train: Callable[..., Iterator[EpochRecord]] = engine.train,
     measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
     pictured: bool = True,
-) -> list[Metrics | None]:
+) -> list[RunResult]:
     """Train one stack of runs and log each of them.
 
     The runs can be trained together (`harness.training.engine.together`), and `start` starts the
@@ -94,38 +88,56 @@ def record(
     stack at once; `on_epoch` is called after that. Whatever interrupts the training, every run that
     was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
 
-    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run.
-    Final metrics of the validation split are not logged: the epochs have them. `made_with` comes
-    from `provenance_of`, None for runs of no study. The caller removes the checkpoints' files.
+    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run,
+    and `study` names the study that has both. Final metrics of the validation split are not logged:
+    the epochs have them. The caller removes the checkpoints' files.
 
     Returns:
-        Final metrics of each run, those of the test split under their plain names too; None for a
-        run that was ended early.
+        A result for each run. Its metrics are all final ones, those of the test split under their
+        plain names too; a run that was ended early has none, and the model of its last epoch.
     """
     configs = [run.config for run in planned]
-    results: list[Metrics | None] = [None] * len(planned)
-    courses: list[list[float]] = [[] for _ in planned]
-    with _started(planned, data, device, start, made_with) as logs:
+    made_with = {"study": study, **provenance.provenance(data, device)}
+    tags, diff = provenance.tags(made_with), provenance.code().diff
+    results: dict[int, RunResult] = {}
+    histories: list[list[Metrics]] = [[] for _ in planned]
+    logs: dict[int, RunLog] = {}
+    try:
+        for row, run in enumerate(planned):
+            params = _params(run.config, data) | run.params
+            params |= {"device": device, "stack_width": len(planned)}
+            logs[row] = start(run._replace(params=params, tags=run.tags | tags))
+            logs[row].dataset(data)
+            logs[row].text(json.dumps(made_with, indent=2), PROVENANCE)
+            if diff:
+                logs[row].text(diff, DIFF)
         if pictured:
-            untrained = [build(c, data.image_shape, data.train.largest) for c in configs]
-            _log_pictures(logs.values(), list(map(Trained, configs, untrained)), data, epoch=0)
+            untrained = [
+                Trained(c, build(c, data.image_shape, data.train.largest)) for c in configs
+            ]
+            _log_pictures(logs.values(), untrained, data, epoch=0)
         for current in train(configs, data, device, checkpoints=checkpoints):
-            for row, run in enumerate(current.rows):
+            for row, place in enumerate(current.rows):
                 if current.epoch == 1 and current.resumed[row]:
-                    logs[run].tag("resumed_from_epoch", str(current.resumed[row]))
+                    logs[place].tag("resumed_from_epoch", str(current.resumed[row]))
                 metrics = flat_record(current, row)
+                histories[place].append(metrics)
                 times = (current.seconds, current.images_per_second)
-                metrics |= dict(zip(WALL_CLOCK, times, strict=True))
+                metrics = metrics | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
-                logs[run].metrics(metrics, current.epoch)
-                courses[run].append(metrics.get(objective, math.inf))
+                logs[place].metrics(metrics, current.epoch)
             if pictured and current.epoch in picture_epochs(configs[0].epochs):
-                # A resumed run repeats its metrics, but its model has gone on since.
+                # A resumed run repeats its metrics; its model is of a later epoch.
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
             for row, end in {**_diverged(current), **judge(current)}.items():
-                _end(logs, current.rows[row], end)
+                place, model = current.rows[row], current.model(row).cpu()
+                results[place] = RunResult(configs[place], {}, histories[place], model)
+                if end.pruned:
+                    logs[place].tag("pruned", "true")
+                logs[place].end(end.status, end.reason)
+                del logs[place]
                 current.drop([row])
             on_epoch(current)
         rows = [row for row in range(len(current.rows)) if row not in current.dropped]
@@ -133,21 +145,38 @@ def record(
         finals = measure(trained, data)
         for i, (row, done, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
-            run = current.rows[row]
-            more = _best(courses[run], objective)
+            place = current.rows[row]
+            more = _best(histories[place], objective)
             if extras is not None:
-                more |= _extra(extras, done, data, logs[run])
+                more |= _extra(extras, done, data, logs[place])
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
-            logs[run].metrics(once | more, done.config.epochs)
+            logs[place].metrics(once | more, done.config.epochs)
             if pictured:
                 samples = pictures.prior_samples(done.model, done.config.seed)
-                logs[run].picture("prior_samples", samples, done.config.epochs)
-            logs[run].model(*done)
-            _end(logs, run, End("FINISHED", ""))
-            results[run] = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
-    return results
+                logs[place].picture("prior_samples", samples, done.config.epochs)
+            logs[place].model(*done)
+            logs[place].end()
+            del logs[place]
+            metrics = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
+            results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
+    except BaseException as error:
+        for one in logs.values():
+            with suppress(Exception):  # what cannot be written now, the next start writes
+                one.end(*interruption(error))
+        raise
+    return [results[place] for place in range(len(planned))]
 
 
+@overload
+def train_and_evaluate(
+    configs: RunConfig,
+    data: Dataset,
+    *,
+    experiment: str,
+    tracking_uri: str | None = None,
+    device: str = "auto",
+) -> RunResult: ...
+@overload
 def train_and_evaluate(
     configs: Sequence[RunConfig],
     data: Dataset,
@@ -155,26 +184,31 @@ def train_and_evaluate(
     experiment: str,
     tracking_uri: str | None = None,
     device: str = "auto",
-) -> list[RunResult]:
+) -> list[RunResult]: ...
+def train_and_evaluate(
+    configs: RunConfig | Sequence[RunConfig],
+    data: Dataset,
+    *,
+    experiment: str,
+    tracking_uri: str | None = None,
+    device: str = "auto",
+) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
-    Every run is logged as a study logs it: metrics of every epoch, final metrics, pictures, model
-    and provenance. `harness.load_run` reads one back, `python -m studies.replay` repeats one.
+    Every run is logged as a study logs it. `harness.load_run` reads one back, and
+    `python -m studies.replay` repeats one.
 
     Args:
-        configs: the runs, in any order.
+        configs: one run, or runs in any order.
         data: their dataset.
         experiment: name of the MLflow experiment, created where it is missing.
-        tracking_uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI or `mlflow.db` in the
-            repository. Records that a server cannot take now wait on disk for the next start.
+        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Records that
+            a server cannot take now wait on disk for the next start.
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        Results in the order of `configs`, with the metrics of `harness.measure_quality` too. A run
-        that diverges has no metrics, and the history and model of its last epoch.
-
-    Raises:
-        UserError: settings, device or store cannot be used; nothing is trained.
+        One result, or results in the order of `configs`, with the metrics of
+        `harness.measure_quality` too. A run that diverges has none.
 
     Examples:
         >>> from harness import RunConfig, load_dataset
@@ -182,54 +216,37 @@ def train_and_evaluate(
         >>> data = load_dataset("digits")
         >>> configs = [RunConfig(kl_weight=w, epochs=2) for w in (0.01, 1.0)]
         >>> results = train_and_evaluate(configs, data, experiment="two-weights")
-        >>> [result.config.kl_weight for result in results]
-        [0.01, 1.0]
         >>> results[0].metrics["rate"] > results[1].metrics["rate"]
         True
-        >>> len(results[0].history)
-        2
     """
+    listed = [configs] if isinstance(configs, RunConfig) else configs
     checked_name(experiment, "experiment")
-    for config in configs:
+    for config in listed:
         engine.check_runs([config], data)
         engine.resolve_device(device, config.precision)
     kind = engine.resolve_device(device).type
     store = connect(tracking_uri)
     start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
-    planned, results = _listed(configs, experiment), {}
-    for rows in engine.together(configs, engine.STACK_WIDTH[kind]):
-        histories: list[list[Metrics]] = [[] for _ in rows]
-        models: dict[int, VAE] = {}
-        keep = partial(_keep, histories, models)
-        finals = record([planned[row] for row in rows], data, kind, start, on_epoch=keep)
-        for i, row in enumerate(rows):
-            results[row] = RunResult(configs[row], finals[i] or {}, histories[i], models[i])
+    planned = [_planned(config, place, experiment) for place, config in enumerate(listed)]
+    results: dict[int, RunResult] = {}
+    for rows in engine.together(listed, engine.STACK_WIDTH[kind]):
+        trained = record([planned[row] for row in rows], data, kind, start)
+        results |= dict(zip(rows, trained, strict=True))
     try:
         store.deliver()
-    except UserError as error:  # the results are here, and the records on disk
+    except UserError as error:  # the results are returned, and the records are on disk
         log.warning("%s", error)
-    return [results[row] for row in range(len(configs))]
+    found = [results[row] for row in range(len(listed))]
+    return found[0] if isinstance(configs, RunConfig) else found
 
 
-def _keep(histories: Sequence[list[Metrics]], models: dict[int, VAE], current: EpochRecord) -> None:
-    for row, run in enumerate(current.rows):
-        histories[run].append(flat_record(current, row))
-        if row in current.dropped or current.epoch == current.configs[row].epochs:
-            models[run] = current.model(row).cpu()
-
-
-def _listed(configs: Sequence[RunConfig], experiment: str) -> list[Planned]:
-    """Plan runs that are named by the settings in which they differ."""
-    settings = [asdict(config) for config in configs]
-    varied = [
-        k for k in asdict(RunConfig()) if k != "seed" and len({str(s[k]) for s in settings}) > 1
-    ]
-    planned = []
-    for place, (config, setting) in enumerate(zip(configs, settings, strict=True)):
-        label = ", ".join(f"{name}={setting[name]}" for name in varied) or config.model
-        tags = {"study": experiment, "role": "run", "configuration": label, "place": str(place)}
-        planned.append(Planned(config, uuid4().hex, f"{label} seed={config.seed}", {}, tags))
-    return planned
+def _planned(config: RunConfig, place: int, study: str) -> Planned:
+    """Plan a run that is named by the settings in which it differs from the defaults."""
+    defaults = asdict(RunConfig())
+    changed = {k: v for k, v in asdict(config).items() if k != "seed" and v != defaults[k]}
+    label = ", ".join(f"{name}={value}" for name, value in changed.items()) or "defaults"
+    tags = {"study": study, "role": "run", "configuration": label, "place": str(place)}
+    return Planned(config, uuid4().hex, f"{label} seed={config.seed}", {}, tags)
 
 
 def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], RunLog]:
@@ -237,9 +254,9 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
     experiment_id = store.experiment(experiment, question)
 
     def start(run: Planned) -> RunLog:
-        note = description(run.key, store.uri)
+        tags = run.tags | {NOTE: description(run.key, store.uri)}
         try:
-            return store.start(experiment_id, run.key, run.name, run.tags, run.params, note)
+            return store.start(experiment_id, run.key, run.name, tags, run.params)
         except BaseException as error:  # it may have been created
             status, reason = interruption(error)
             with suppress(Exception):
@@ -259,40 +276,6 @@ def description(key: str, tracking_uri: str) -> str:
     )
 
 
-def provenance_of(data: Dataset, device: str, study: str | None = None) -> dict[str, Any]:
-    """Return what runs are made with: the name of their study, if any, and their provenance."""
-    return {"study": study, **provenance.provenance(data, device)}
-
-
-@contextmanager
-def _started(
-    planned: Sequence[Planned],
-    data: Dataset,
-    device: str,
-    start: Callable[[Planned], RunLog],
-    made_with: Mapping[str, Any] | None,
-) -> Iterator[dict[int, RunLog]]:
-    """Start the runs and yield their logs by row; an exception ends those that are left there."""
-    made = provenance_of(data, device) if made_with is None else made_with
-    found, diff = provenance.tags(made), provenance.code().diff
-    logs: dict[int, RunLog] = {}
-    try:
-        for row, run in enumerate(planned):
-            params = _params(run.config, data) | run.params
-            params |= {"device": device, "stack_width": len(planned)}
-            logs[row] = start(run._replace(params=params, tags={**run.tags, **found}))
-            logs[row].dataset(data)
-            logs[row].text(json.dumps(made, indent=2), PROVENANCE)
-            if diff:
-                logs[row].text(diff, DIFF)
-        yield logs
-    except BaseException as error:
-        for log in logs.values():
-            with suppress(Exception):  # what cannot be written now, the next start writes
-                log.end(*interruption(error))
-        raise
-
-
 def interruption(error: BaseException) -> tuple[str, str]:
     """Return the status of a run that an exception ends, and the reason in words."""
     if isinstance(error, SystemExit):
@@ -303,20 +286,18 @@ def interruption(error: BaseException) -> tuple[str, str]:
 
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
-    variance = objectives.decoder_variance(config, data.pixels)
-    names = json.dumps(data.class_names)
-    return {
-        **asdict(config),
-        "beta": objectives.beta(config, data.pixels),
-        **({} if math.isnan(variance) else {"decoder_variance": variance}),
-        "dataset": data.name,
-        "dataset_digest": data.digest,
-        # Longer parameters MLflow refuses.
-        **({"class_names": names} if data.class_names and len(names) < 6_000 else {}),
-    }
+    params = asdict(config) | {"beta": objectives.beta(config, data.pixels)}
+    params |= {"dataset": data.name, "dataset_digest": data.digest}
+    variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)
+    if not math.isnan(variance):
+        params["decoder_variance"] = variance
+    if data.class_names and len(names) < 6_000:  # MLflow refuses longer parameters
+        params["class_names"] = names
+    return params
 
 
-def _best(course: Sequence[float], objective: str) -> Metrics:
+def _best(history: Sequence[Metrics], objective: str) -> Metrics:
+    course = [metrics.get(objective, math.inf) for metrics in history]
     epoch = best_epoch(course)
     best = course[epoch - 1]
     return {"best/epoch": float(epoch), f"best/{objective}": best} if math.isfinite(best) else {}
@@ -379,10 +360,3 @@ def _log_pictures(
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.binarization].val
         log.picture("reconstructions", pictures.reconstructions([model], val), epoch)
-
-
-def _end(logs: dict[int, RunLog], run: int, end: End) -> None:
-    if end.pruned:
-        logs[run].tag("pruned", "true")
-    logs[run].end(end.status, end.reason)
-    del logs[run]

@@ -2,7 +2,7 @@
 
 A write is a dictionary of plain values with the key "kind". Each can be performed twice without a
 trace: a run is found again by its key, MLflow keeps one of two equal metric values, parameters,
-tags and inputs, files have names of their own, and a run that ends twice has ended.
+tags and inputs, files have unique names, and a run that ends twice has ended.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as DatasetEntity
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from PIL import Image
 
 from harness.config import RunConfig
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
 NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
-BATCH = 1000  # metric values of one write: MLflow's largest batch
+BATCH = 1000  # metric values of one request: MLflow's largest batch
 
-# Artifacts of every run: what it was made with, and the changed files of a dirty tree.
+# Artifacts of every run: its provenance, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 
 Write = dict[str, Any]
@@ -77,69 +77,38 @@ class Record(NamedTuple):
     values: list[Logged]
 
 
-class Writer(Protocol):
-    """Performs writes, at once or later."""
-
-    batch: int
-
-    def put(self, key: str, write: Write) -> None:
-        """Perform or keep a write; a folder of files is read before this returns."""
-
-    def run_id(self, key: str) -> str:
-        """Return the id of a run, waiting for a server if need be."""
-
-
-class Direct:
-    """Performs the writes of a run at once, in a store that is always there."""
-
-    batch = BATCH
-
-    def __init__(self, client: MlflowClient) -> None:
-        self._client, self._run_id = client, ""
-
-    def put(self, key: str, write: Write) -> None:
-        """Perform a write."""
-        if write["kind"] == "create":
-            self._run_id = create(self._client, key, write)
-        perform(self._client, key, self._run_id, write)
-
-    def run_id(self, key: str) -> str:
-        """Return the id of the run."""
-        return self._run_id
-
-
 class RunLog:
-    """One run being written.
+    """A run being written.
 
-    The first write, `create`, has its experiment, name, tags, params and description.
+    Args:
+        put: performs or keeps a write of the run with a key; it reads files before it returns.
+        key: the run's key.
+        create: experiment, name, tags and params of the run.
+        batch: number of metric values that are collected for a write.
     """
 
-    def __init__(self, writer: Writer, key: str, create: Write) -> None:
+    def __init__(
+        self, put: Callable[[str, Write], None], key: str, create: Write, batch: int = 1
+    ) -> None:
         self.key = key
-        self._writer = writer
+        self._put, self._batch = put, batch
         self._metrics: list[tuple[str, float, int, int]] = []
-        self._put("create", time=_now(), **create)
+        self._write("create", time=time.time_ns() // 10**6, **create)
 
-    @property
-    def run_id(self) -> str:
-        """The run's id; a server that has not given one yet is waited for."""
-        return self._writer.run_id(self.key)
-
-    def _put(self, kind: str, **values: object) -> None:
-        self._writer.put(self.key, {"kind": kind, **values})
+    def _write(self, kind: str, **values: object) -> None:
+        self._put(self.key, {"kind": kind, **values})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log the metrics of a step; a file gets them once a batch is full, or by `flush`."""
-        now = _now()
+        """Log the metrics of a step; they are written once a batch is full."""
+        now = time.time_ns() // 10**6
         self._metrics += [(name, float(value), now, step) for name, value in values.items()]
-        if len(self._metrics) >= self._writer.batch:
-            self.flush()
+        if len(self._metrics) >= self._batch:
+            self._flush()
 
-    def flush(self) -> None:
-        """Write the metrics that are waiting."""
-        while self._metrics:
-            self._put("metrics", values=self._metrics[:BATCH])
-            del self._metrics[:BATCH]
+    def _flush(self) -> None:
+        if self._metrics:
+            self._write("metrics", values=self._metrics)
+            self._metrics = []
 
     def dataset(self, data: Dataset) -> None:
         """Log the dataset as the run's input."""
@@ -148,32 +117,28 @@ class RunLog:
         source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
         # For the run table; the whole digest is a parameter.
         named = {"name": data.name, "digest": data.digest[:12], "profile": profile}
-        self._put("input", dataset={**named, "source_type": "code", "source": source})
+        self._write("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
         """Log an image of a step; MLflow shows the steps of one key as a slider."""
-        # As `MlflowClient.log_image` does; named here, one that is delivered twice is there once.
-        name = f"{key}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
+        # As `MlflowClient.log_image` does, which would name it anew at each delivery.
+        name = f"{key}+step+{step}+timestamp+{time.time_ns() // 10**6}+{uuid.uuid4()}"
         image = Image.fromarray(picture)
         scale = 256 / max(image.size)  # the size of MLflow's overview
         small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         with tempfile.TemporaryDirectory() as folder:
             image.save(Path(folder) / f"{name}.png")
             small.save(Path(folder) / f"{name}+compressed.webp")
-            self._put("files", folder=folder, path="images")
+            self.folder(Path(folder), "images")
         self.tag("mlflow.loggedImages", "True")
 
-    def folder(self, folder: Path) -> None:
-        """Log every file of a folder as an artifact."""
-        self._put("files", folder=str(folder), path=None)
+    def folder(self, folder: Path, path: str | None = None) -> None:
+        """Log every file of a folder as an artifact, below a path."""
+        self._write("files", folder=str(folder), path=path)
 
     def text(self, text: str, file: str) -> None:
         """Log a text as an artifact."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            self.folder(Path(folder))
+        self._write("text", text=text, file=file)
 
     def model(self, config: RunConfig, model: VAE) -> None:
         """Log weights and configuration, from which `load_run` rebuilds the model."""
@@ -181,43 +146,41 @@ class RunLog:
 
         with tempfile.TemporaryDirectory() as folder:
             save_model(config, model, Path(folder))
-            self._put("files", folder=folder, path="model")
+            self.folder(Path(folder), "model")
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._put("tag", name=name, value=value)
-
-    def describe(self, markdown: str) -> None:
-        """Set the description that the run's page shows."""
-        self.tag(NOTE, markdown)
+        self._write("tag", name=name, value=value)
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
-        """Write what is waiting and close the run: FINISHED, FAILED or KILLED."""
-        self.flush()
-        self._put("end", status=status, reason=reason, time=_now())
+        """Write the metrics that are waiting and close the run: FINISHED, FAILED or KILLED."""
+        self._flush()
+        self._write("end", status=status, reason=reason, time=time.time_ns() // 10**6)
 
 
 def create(client: MlflowClient, key: str, write: Write) -> str:
-    """Create a run and return its id; its other values are logged by `perform`."""
+    """Create a run and return its id; `perform` logs its parameters."""
     tags = {**write["tags"], KEY: key}
     return client.create_run(write["experiment"], write["time"], tags, write["name"]).info.run_id
 
 
-def perform(client: MlflowClient, key: str, run_id: str, write: Write) -> None:
-    """Make the call of a write; in a description, the key becomes the id."""
+def perform(client: MlflowClient, run_id: str, write: Write) -> None:
+    """Make the requests of a write; the run exists."""
     kind = write["kind"]
     if kind == "create":
-        params = [Param(*param) for param in write["params"].items()]
-        note = write["description"].replace(key, run_id)
-        client.log_batch(run_id, params=params, tags=[RunTag(NOTE, note)] if note else [])
+        client.log_batch(run_id, params=[Param(*param) for param in write["params"].items()])
     elif kind == "metrics":
-        client.log_batch(run_id, metrics=[Metric(*value) for value in write["values"]])
+        metrics = [Metric(*value) for value in write["values"]]
+        for start in range(0, len(metrics), BATCH):
+            client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+    elif kind == "text":
+        client.log_text(run_id, write["text"], write["file"])
     elif kind == "tag":
-        client.set_tag(run_id, write["name"], write["value"].replace(key, run_id))
+        client.set_tag(run_id, write["name"], write["value"])
     elif kind == "input":
-        entity = DatasetEntity(**write["dataset"])
         context = InputTag("mlflow.data.context", "training")
-        client.log_inputs(run_id, datasets=[DatasetInput(entity, [context])])
+        dataset = DatasetInput(DatasetEntity(**write["dataset"]), [context])
+        client.log_inputs(run_id, datasets=[dataset])
     elif kind == "files":
         client.log_artifacts(run_id, write["folder"], write["path"])
     else:
@@ -226,16 +189,22 @@ def perform(client: MlflowClient, key: str, run_id: str, write: Write) -> None:
         client.set_terminated(run_id, write["status"], write["time"])
 
 
+def performing(client: MlflowClient) -> Callable[[str, Write], None]:
+    """Return a function that performs the writes of runs at once."""
+    run_ids: dict[str, str] = {}
+
+    def put(key: str, write: Write) -> None:
+        if write["kind"] == "create":
+            run_ids[key] = create(client, key, write)
+        perform(client, run_ids[key], write)
+
+    return put
+
+
 def origin() -> dict[str, str]:
     """Return the tags of host and process, and those of MLflow's "Source" and "Created by"."""
-    script = Path(sys.argv[0])
-    page = script.parent.name == "studies"  # else the name alone: folders are private
-    name = f"studies/{script.name}" if page else script.name
+    name = Path(sys.argv[0]).name  # folders are private
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": name} if name else {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user
         tags["mlflow.user"] = getpass.getuser()
     return {"host": socket.gethostname(), "process": str(os.getpid()), **tags}
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

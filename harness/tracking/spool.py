@@ -3,16 +3,13 @@
 A process has a folder `HOST-PROCESS-TOKEN` below its server's, locked while it lives, and in it a
 folder for each run, named by its key: `writes.jsonl`, a line for each write, and `files/NAME`,
 the files that a write uploads. The thread sends what has been appended, in order, and removes the
-folder of a run once its end is delivered. The folder of a dead process is taken over by the next
+folder of a run once its end is delivered. The folder of an ended process is taken over by the next
 one, which repeats its runs from the beginning and ends those that have no end.
 
 Only the last line of a run is synchronised, with all before it: a run without it is trained again.
 """
 
-from __future__ import annotations
-
 import atexit
-import contextlib
 import errno
 import json
 import logging
@@ -22,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +29,13 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
-from harness.tracking.addresses import LOGIN, is_server, reason, without_password
-from harness.tracking.runs import BATCH, KEY, Write, create, perform
+from harness.tracking.addresses import LOGIN, causes, is_server, reason, without_password
+from harness.tracking.runs import KEY, Write, create, perform
 
 WRITES = "writes.jsonl"
+END = b'{"kind": "end"'  # how the last line of a run begins
 REFUSALS = (400, 401, 403, 404)  # after any other HTTP code a write is sent again
-PATIENCE = 60.0  # seconds without an answer: a server is away for what cannot be done later
+PATIENCE = 60.0  # seconds without an answer after which a server counts as away
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +52,14 @@ def status(error: BaseException | None) -> int | None:
     return None
 
 
-def shortly(error: BaseException) -> str:
-    """Return in a few words why a server did not answer: what lies behind all wrappings."""
-    for inner in (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__):
-        if isinstance(inner, BaseException):
-            return shortly(inner)
-    text = error.strerror if isinstance(error, OSError) else None
-    return text.lower() if text else reason(error)
+def root_reason(error: BaseException) -> str:
+    """Return in a few words why a server did not answer: the error behind all others."""
+    return reason([*causes(error)][-1])
 
 
 def refused(uri: str, what: str, error: BaseException, folder: Path | None = None) -> UserError:
     """Return the error of a request that a server refuses."""
-    hint = "look whether the run, its experiment and your rights are still there"
+    hint = "check the run, its experiment and your rights"
     if status(error) == 401:
         hint = f"set {LOGIN}"
     elif folder is not None:
@@ -76,34 +70,56 @@ def refused(uri: str, what: str, error: BaseException, folder: Path | None = Non
 
 @dataclass
 class _Delivery:
-    """A run on disk: its folder, what the server has of it, and why it takes no more."""
+    """A run on disk, and how much of it the server has; `inherited` from an ended process."""
 
     folder: Path
+    inherited: bool
     run_id: str = ""
     experiment: str = ""
     offset: int = 0
     failures: int = 0
     refusal: UserError | None = None
 
+    @property
+    def file(self) -> Path:
+        return self.folder / WRITES
+
     def waits(self) -> bool:
-        try:
-            return self.refusal is None and (self.folder / WRITES).stat().st_size > self.offset
-        except FileNotFoundError:  # all is delivered
-            return False
+        with suppress(FileNotFoundError):  # all is delivered
+            left = self.inherited or self.file.stat().st_size > self.offset
+            return left and self.refusal is None
+        return False
+
+    def unsent(self) -> list[tuple[Write, int]]:
+        """Return the writes that the server lacks, with the offset after each; metrics joined."""
+        writes: list[tuple[Write, int]] = []
+        offset = self.offset
+        with self.file.open("rb") as lines:
+            lines.seek(offset)
+            for line in lines:
+                if not line.endswith(b"\n"):  # torn, or being written
+                    break
+                write, offset = json.loads(line), offset + len(line)
+                if write["kind"] == "metrics" and writes and writes[-1][0]["kind"] == "metrics":
+                    before, _ = writes.pop()
+                    before["values"] += write["values"]
+                    write = before
+                writes.append((write, offset))
+        if self.inherited and offset and not _has_end(self.file):
+            end = {"kind": "end", "status": "KILLED", "reason": "its process ended"}
+            writes.append(({**end, "time": int(self.file.stat().st_mtime * 1000)}, offset))
+        return writes
 
 
 class Spool:
     """The runs that this process writes to one server; its folder is shared by all processes."""
 
-    batch = 1  # appended epoch by epoch, so that curves are live
-
     def __init__(self, folder: Path, uri: str, client: MlflowClient) -> None:
         self.folder, self.uri, self._client = folder, uri, client
-        self._own = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._locks: dict[Path, FileLock] = {}  # of this process's folder and those taken over
+        self._home = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._locks: dict[Path, FileLock] = {}  # of this process's folder and inherited ones
         self._runs: dict[str, _Delivery] = {}
-        self._run_ids: dict[str, str] = {}
-        self._complete: set[str] = set()  # runs of dead processes that had an end
+        self._complete: set[str] = set()  # inherited runs that had an end
         self._appended, self._retry = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._away, self._answered = "", 0.0
@@ -111,7 +127,7 @@ class Spool:
 
     def put(self, key: str, write: Write) -> None:
         """Append a write with copies of its files; what the server has refused is an error."""
-        folder = self._own / key
+        folder = self._home / key
         try:
             if write["kind"] == "create":
                 self._begin(folder)
@@ -132,31 +148,20 @@ class Spool:
             raise refusal
 
     def _begin(self, folder: Path) -> None:
-        if self._own not in self._locks:
+        if self._home not in self._locks:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{self._own}.lock", thread_local=False)
-            lock.acquire()  # before the folder is there, where others would take it over
-            self._locks[self._own] = lock
-            atexit.register(self._remove, self._own)
+            lock = FileLock(f"{self._home}.lock", thread_local=False)
+            lock.acquire()  # before the folder exists, which others would take over
+            self._locks[self._home] = lock
+            atexit.register(self._remove, self._home)
         folder.mkdir(parents=True)
 
-    def _start(self, run: Path) -> None:
-        self._runs.setdefault(run.name, _Delivery(run))
+    def _start(self, folder: Path) -> None:
+        self._runs.setdefault(folder.name, _Delivery(folder, folder.parent != self._home))
         self._appended.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
             self._thread.start()
-
-    def run_id(self, key: str) -> str:
-        """Return the id that the server gave a run, waiting for it if need be."""
-        if key not in self._run_ids:
-            self.deliver({key}, PATIENCE)
-        return self._run_ids[key]
-
-    def keys(self) -> set[str]:
-        """Return the keys of the runs that this process delivers, of those that died too."""
-        self._take_over()
-        return set(self._runs)
 
     def undelivered(self) -> set[str]:
         """Return the keys of the runs on this disk that the server does not have whole."""
@@ -165,17 +170,13 @@ class Spool:
     def complete(self) -> set[str]:
         """Return the keys of runs whose end is on this disk, or was when this process started."""
         files = self.folder.glob(f"*/*/{WRITES}")
-        return self._complete | {file.parent.name for file in files if _has_ended(_last(file))}
+        return self._complete | {file.parent.name for file in files if _has_end(file)}
 
-    def deliver(
-        self, keys: set[str] | None, patience: float, *, wait_while_answering: bool = False
-    ) -> bool:
+    def deliver(self, keys: set[str] | None, *, wait_while_answering: bool = False) -> None:
         """Wait until the server has what was written of some runs; see `Store.deliver`."""
         start, pause = time.monotonic(), 0.01
-        while self._waits(keys):
-            if self._away and wait_while_answering:
-                return False
-            if time.monotonic() - max(start, self._answered) > patience:
+        while self._waits(keys) and not (self._away and wait_while_answering):
+            if time.monotonic() - max(start, self._answered) > PATIENCE:
                 raise UserError(
                     f"the MLflow server at {self.uri} does not answer ({self._away or 'busy'}); "
                     f"records of {len(self.undelivered())} runs wait in {self.folder}, and the "
@@ -184,55 +185,36 @@ class Spool:
             self._retry.set()
             time.sleep(pause)
             pause = min(2 * pause, 1)
-        return True
 
     def _waits(self, keys: set[str] | None) -> bool:
-        self._take_over()  # of processes that have died meanwhile
+        self._take_over()  # of processes that have ended meanwhile
         runs = {k: run for k, run in dict(self._runs).items() if keys is None or k in keys}
         for run in runs.values():
-            if run.refusal is not None and (keys is not None or run.folder.parent == self._own):
+            if run.refusal is not None and (keys is not None or not run.inherited):
                 raise run.refusal
         others = ((keys or set()) - runs.keys()) & self.undelivered()
         return any(run.waits() for run in runs.values()) or bool(others & self.complete())
 
     def _take_over(self) -> None:
-        """Deliver the runs of dead processes, and end those that have no end."""
+        """Deliver the runs of ended processes."""
         for folder in self.folder.glob("*/"):
-            lock = FileLock(f"{folder}.lock", timeout=0, thread_local=False)
             if folder in self._locks:
                 continue
+            lock = FileLock(f"{folder}.lock", timeout=0, thread_local=False)
             try:
                 lock.acquire()
-            except (Timeout, OSError):  # its process lives, or another one was first
+            except (Timeout, OSError):  # its process runs, or another one was first
                 continue
             self._locks[folder] = lock
             for run in folder.glob("*/"):
-                try:
-                    self._take_over_run(run)
-                except OSError as error:
-                    logger.warning("%s", _broken(run, error))
+                if _has_end(run / WRITES):
+                    self._complete.add(run.name)
+                self._start(run)
             self._remove(folder)
-
-    def _take_over_run(self, folder: Path) -> None:
-        file = folder / WRITES
-        text = file.read_bytes() if file.exists() else b""
-        whole = text.rfind(b"\n") + 1
-        if not whole:  # it was not begun, or is delivered
-            shutil.rmtree(folder)
-            return
-        written = int(file.stat().st_mtime * 1000)
-        os.truncate(file, whole)
-        last = _last(file)
-        if _has_ended(last):
-            self._complete.add(folder.name)
-        elif last.get("kind") != "end":
-            end = {"kind": "end", "status": "KILLED", "time": written}
-            _append(file, {**end, "reason": "its process ended", "of": "another process"})
-        self._start(folder)
 
     def _remove(self, folder: Path) -> None:
         """Remove the folder of a process and its lock, unless runs are left in it."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if folder.exists():
                 folder.rmdir()
             if lock := self._locks.pop(folder, None):  # the thread may have been first
@@ -240,32 +222,35 @@ class Spool:
                 lock.release()
 
     def _work(self) -> None:
-        """Deliver what is appended, in the thread: all below runs there."""
+        """Deliver what is appended; the thread runs this method and those below."""
         pause = 1.0
         while True:
             self._appended.wait()
             self._appended.clear()
-            run = None
             try:
-                # Last what has failed, so that it does not hold up others.
+                # What has failed comes last, so that it does not hold up others.
                 for run in sorted(dict(self._runs).values(), key=lambda run: run.failures):
                     self._send(run)
                 pause = 1.0
             except Exception as error:  # no answer, or one that may pass
-                assert run is not None
                 run.failures += 1
-                self._note(shortly(error))
+                self._note(root_reason(error))
                 self._appended.set()
                 self._retry.clear()
                 self._retry.wait(pause)
                 pause = min(2 * pause, 60.0)
 
     def _send(self, run: _Delivery) -> None:
-        try:
-            writes = list(_read(run)) if run.waits() else []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._refuse(run, _broken(run.folder, error))
+        if not run.waits():
             return
+        try:
+            writes = run.unsent() if run.file.exists() else []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"{run.folder}, with records for an MLflow server, cannot be read"
+            self._refuse(run, UserError(f"{problem} ({reason(error)}); delete it to give them up"))
+            return
+        if run.inherited and not writes:  # it was not begun, or its end is delivered
+            self._finish(run)
         for write, offset in writes:
             try:
                 self._perform(run, write)
@@ -281,95 +266,57 @@ class Spool:
             run.offset = offset
 
     def _refuse(self, run: _Delivery, refusal: UserError) -> None:
-        if run.folder.parent != self._own:  # nothing in this process waits for it
+        if run.inherited:  # no code of this process waits for it
             logger.warning("%s", refusal)
         run.refusal = refusal
 
     def _perform(self, run: _Delivery, write: Write) -> None:
-        key = run.folder.name
         if write["kind"] == "create":
             run.experiment = write["experiment"]
+            key = run.folder.name
             run.run_id = min(self._found(run), default="") or create(self._client, key, write)
-            self._run_ids[key] = run.run_id
         elif write["kind"] == "files":
             write = {**write, "folder": str(run.folder / "files" / write["folder"])}
-        perform(self._client, key, run.run_id, write)
+        perform(self._client, run.run_id, write)
         if write["kind"] == "end":
-            for twin in self._found(run) - {run.run_id}:  # of a request without an answer
-                self._client.delete_run(twin)
+            for duplicate in self._found(run) - {run.run_id}:  # of a request without an answer
+                self._client.delete_run(duplicate)
 
     def _found(self, run: _Delivery) -> set[str]:
         found = self._client.search_runs([run.experiment], f"tags.{KEY} = '{run.folder.name}'")
         return {one.info.run_id for one in found}
 
     def _finish(self, run: _Delivery) -> None:
-        (run.folder / WRITES).unlink()  # first: without it, the run counts as delivered
+        run.file.unlink(missing_ok=True)  # first: without it, the run counts as delivered
         shutil.rmtree(run.folder, ignore_errors=True)
         del self._runs[run.folder.name]
-        if run.folder.parent != self._own:
+        if run.inherited:
             self._remove(run.folder.parent)
 
     def _note(self, away: str) -> None:
         """Note whether the server answers, and log when that changes."""
         if away and not self._away:
-            logger.warning(
-                "The MLflow server at %s does not answer (%s); training goes on, and records are "
-                "kept in %s until it does.",
-                *(self.uri, away, self.folder),
-            )
+            what = f"does not answer ({away}); training goes on, and records wait in {self.folder}"
+            logger.warning("The MLflow server at %s %s.", self.uri, what)
         elif self._away and not away:
             logger.warning("The MLflow server at %s is back.", self.uri)
         self._away = away
         self._answered = self._answered if away else time.monotonic()
 
 
-def _read(run: _Delivery) -> Iterator[tuple[Write, int]]:
-    """Yield the writes that follow a run's offset and the offset after each, metrics in batches."""
-    with (run.folder / WRITES).open("rb") as file:
-        file.seek(run.offset)
-        text = file.read()
-    offset = run.offset
-    values: list[object] = []
-    for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
-        write = json.loads(line)
-        more = write["values"] if write["kind"] == "metrics" else []
-        if values and (not more or len(values) + len(more) > BATCH):
-            yield {"kind": "metrics", "values": values}, offset
-            values = []
-        values = values + more
-        offset += len(line)
-        if not more:
-            yield write, offset
-    if values:
-        yield {"kind": "metrics", "values": values}, offset
-
-
-def _last(file: Path) -> Write:
-    """Return the last write of a run, {} where it is torn or gone."""
-    try:
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 65_536))
-            return json.loads(opened.read().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return {}
-
-
-def _has_ended(write: Write) -> bool:
-    return write.get("kind") == "end" and "of" not in write
-
-
-def _broken(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{folder} cannot be read ({reason(error)}), with records for an MLflow server; delete it "
-        "to give them up"
-    )
+def _has_end(file: Path) -> bool:
+    """Return whether the last whole line of a run is its end."""
+    with suppress(OSError), file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 65_536))
+        return opened.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(END)
+    return False
 
 
 def _append(file: Path, write: Write) -> None:
-    """Append a line; what could not be written whole is taken back."""
+    """Append a line; one that could not be written whole is taken back."""
     line = json.dumps(write).encode() + b"\n"
     with file.open("ab", buffering=0) as opened:  # a buffer would be written again on closing
-        before = opened.seek(0, os.SEEK_END)
+        before = opened.tell()
         try:
             if opened.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -257,9 +257,9 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
             checkpoints=site.checkpoints,
             objective=plan.objective,
             extras=plan.extras,
-            made_with=recording.provenance_of(site.data, site.device, plan.study),
+            study=plan.study,
         )
-        finals |= dict(zip(rows, found, strict=True))
+        finals |= {row: one.metrics or None for row, one in zip(rows, found, strict=True)}
     recorded = []
     for trial in trials:
         rows = [row for row, (of, _) in enumerate(runs) if of is trial]

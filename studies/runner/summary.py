@@ -26,10 +26,9 @@ from harness.metrics import pictures, probes
 from harness.models.vae import VAE
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
-from harness.tracking.models import log_best_model
 from harness.tracking.page import save_view
 from harness.tracking.record import FAILED, MADE_WITH, interruption
-from harness.tracking.runs import Run
+from harness.tracking.runs import NOTE, Run
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
@@ -203,7 +202,7 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
         raise
     run.end()
     found.store.deliver([key])
-    return outcome, run.run_id
+    return outcome, found.store.run(key).run_id
 
 
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
@@ -297,14 +296,14 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     description = describe(outcome)
-    run.describe(description)
+    run.tag(NOTE, description)
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
     named = {logged.get(name, name): value for name, value in findings.shown.items()}
     loaded = load_run(best["run_id"], store.uri)
-    examples = found.data.test.head(4)
-    log_best_model(store, run, loaded.config, loaded.model, examples, named, description)
+    run.metrics(named, loaded.config.epochs)
+    run.model(loaded.config, loaded.model)
 
 
 def describe(outcome: Outcome) -> str:

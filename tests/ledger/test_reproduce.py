@@ -24,9 +24,6 @@ from studies.runner.run import run
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
 
-# MLflow's own type hints, when the best model is logged
-pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
-
 EXPERIMENT = "reproduce-digits"
 TINY = Form(full=False, blog_epochs=1, blog_seeds=2, seeds=1)
 RUNS = 3 + 2 + 1 + 6

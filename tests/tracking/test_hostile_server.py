@@ -79,7 +79,7 @@ def test_artifacts_cannot_leave_the_folder_of_a_load(path, server, monkeypatch, 
     monkeypatch.setattr(Server, "path_of_artifact", path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a" / "b"))
     (tmp_path / "a" / "b").mkdir(parents=True)
-    with pytest.raises(UserError, match="(download|list)_artifacts|cannot be loaded"):
+    with pytest.raises(UserError, match="list_artifacts|cannot be (read|loaded)"):
         load_run("a" * 32, server)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == []
     assert not Path("/tmp/evil").exists()

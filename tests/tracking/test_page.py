@@ -20,6 +20,7 @@ from real_servers import free_port
 
 from harness.tracking import connect
 from harness.tracking.page import LINK, TAG, save_view
+from harness.tracking.runs import NOTE
 from harness.tracking.store import Store
 
 CHROMIUM = shutil.which("chromium")
@@ -55,8 +56,8 @@ def written(empty_database, tmp_path_factory) -> Written:
             log.picture("reconstructions", np.full((8, 20), 9 * epoch, np.uint8), epoch)
         log.end()
     note = "The weight 0.02 has the lowest validation neg_elbo."
-    summary = store.start(experiment, uuid.uuid4().hex, "summary", {"role": "summary"}, {}, note)
-    summary.end()
+    tags = {"role": "summary", NOTE: note}
+    store.start(experiment, uuid.uuid4().hex, "summary", tags, {}).end()
     runs = {run.name: run.run_id for run in store.runs("kl_weight-digits")}
     save_view(store, experiment, COLUMNS, runs["kl_weight=1 seed=0"])
     return Written(store, experiment, runs)

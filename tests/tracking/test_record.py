@@ -1,6 +1,5 @@
 """The loop that trains and logs runs: what is logged, true ends, resumption, and a toy."""
 
-import json
 import math
 
 import pytest
@@ -31,10 +30,10 @@ def store(tracking_uri):
 
 
 def trained(store, data, *configs, **options):
-    """Train runs in the experiment "e" of a store; return the results and the logged runs."""
+    """Train runs in the experiment "e" of a store; return their metrics and the logged runs."""
     start = log_in(store, "e", "Why?")
-    finals = record.record(plan(*configs), data, "cpu", start, **options)
-    return finals, store.runs("e")
+    results = record.record(plan(*configs), data, "cpu", start, **options)
+    return [result.metrics for result in results], store.runs("e")
 
 
 def steps(store, run, metric):
@@ -60,9 +59,9 @@ def test_a_run_is_logged_whole(store, tiny):
     assert run.params["decoder_variance"] == "0.5"
     named = {"dataset": "digits", "dataset_digest": tiny.digest, "device": "cpu"}
     assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
-    made = harness.provenance.tags(record.provenance_of(tiny, "cpu"))
+    made = harness.provenance.tags(harness.provenance.provenance(tiny, "cpu"))
     assert {**made, "place": "0", "role": "run", "run_key": KEYS[0]}.items() <= run.tags.items()
-    assert json.loads(store.text(run.run_id, "provenance.json"))["study"] is None
+    assert store.record(run.key).made_with["study"] is None
     pictures = {name for name in files(store, run, "images") if name.endswith(".png")}
     shown = sorted(name.removeprefix("images/").split("+timestamp")[0] for name in pictures)
     drawn = [*(f"reconstructions+step+{epoch}" for epoch in (0, 1, 10, 2)), "prior_samples+step+10"]
@@ -85,7 +84,7 @@ def test_a_run_comes_back_by_id_and_by_key(store, tiny, tracking_uri):
 
 def test_the_page_of_a_run_has_the_command_that_repeats_it(store, tiny, tracking_uri):
     _, (run,) = trained(store, tiny, SMALL.replace(epochs=1))
-    command = f"python -m studies.replay {run.run_id} --tracking-uri {tracking_uri}"
+    command = f"python -m studies.replay {run.key} --tracking-uri {tracking_uri}"
     assert command in run.tags["mlflow.note.content"]
 
 
@@ -144,8 +143,8 @@ def test_a_run_that_diverges_fails_alone(store, tiny):
     assert (first.status, second.status) == ("FINISHED", "FAILED")
     assert second.tags["reason"].startswith("diverged in epoch 1: ")
     assert steps(store, second, "progress/kl_warmup") == [1]
-    assert finals[0] is not None
-    assert finals[1] is None
+    assert finals[0]
+    assert not finals[1]
 
 
 def test_the_judge_ends_runs_of_a_stack(store, tiny):
@@ -164,15 +163,15 @@ def test_the_judge_ends_runs_of_a_stack(store, tiny):
     assert [run.tags.get("reason") for run in runs] == [None, "tested", "pruned at epoch 2"]
     assert [run.tags.get("pruned") for run in runs] == [None, None, "true"]
     assert [len(steps(store, run, "val/mse")) for run in runs] == [5, 3, 2]
-    assert [final is None for final in finals] == [False, True, True]
+    assert [final == {} for final in finals] == [False, True, True]
     assert seen == [(3, 0), (3, 1), (2, 1), (1, 0), (1, 0)]
     (alone,) = record.record(plan(SMALL), tiny, "cpu", log_in(store, "alone", "Why?"))
-    assert finals[0] == alone
+    assert finals[0] == alone.metrics
 
 
 def test_when_all_runs_are_dropped_training_ends(store, tiny):
     finals, runs = trained(store, tiny, WILD, WILD.replace(seed=2))
-    assert finals == [None, None]
+    assert finals == [{}, {}]
     assert [run.status for run in runs] == ["FAILED", "FAILED"]
 
 
@@ -260,12 +259,13 @@ def test_a_resumed_run_repeats_its_metrics_and_names_the_epoch(store, tiny, tmp_
     with pytest.raises(KeyboardInterrupt):
         trained(store, tiny, SMALL, checkpoints=kept, on_epoch=on_epoch)
     again = [run._replace(key=KEYS[1]) for run in plan(SMALL)]
-    finals = record.record(again, tiny, "cpu", log_in(store, "e", "Why?"), checkpoints=kept)
+    (result,) = record.record(again, tiny, "cpu", log_in(store, "e", "Why?"), checkpoints=kept)
     stopped, run = store.runs("e")
     assert (stopped.status, run.status) == ("KILLED", "FINISHED")
     assert run.tags["resumed_from_epoch"] == "3"
     assert steps(store, run, "val/mse") == [1, 2, 3, 4, 5]
-    assert finals == record.record(plan(SMALL), tiny, "cpu", log_in(store, "whole", "Why?"))
+    (whole,) = record.record(plan(SMALL), tiny, "cpu", log_in(store, "whole", "Why?"))
+    assert (result.metrics, result.history) == (whole.metrics, whole.history)
     pictures = {name.split("+timestamp")[0] for name in files(store, run, "images")}
     # Not of epoch 1, whose model is gone.
     drawn = {"reconstructions+step+0", "reconstructions+step+5", "prior_samples+step+5"}
@@ -288,12 +288,22 @@ def test_results_are_those_without_tracking_and_every_run_is_logged(tiny, tracki
         assert all(map(torch.equal, *weights))
     runs = connect(tracking_uri).runs("mine", study="mine", role="run")
     assert [run.name for run in runs] == [
-        *("kl_weight=1.0, epochs=5 seed=0", "kl_weight=1.0, epochs=2 seed=1"),
-        "kl_weight=0.1, epochs=5 seed=0",
+        "hidden=(16,), latent_size=2, batch_size=16, epochs=5 seed=0",
+        "hidden=(16,), latent_size=2, batch_size=16, epochs=2 seed=1",
+        "hidden=(16,), latent_size=2, kl_weight=0.1, batch_size=16, epochs=5 seed=0",
     ]
     assert [run.status for run in runs] == ["FINISHED"] * 3
     assert len({run.key for run in runs}) == 3
     assert runs[1].metrics["test/frechet"] == found[1].metrics["frechet"]
+
+
+def test_one_configuration_gives_one_result(tiny, tracking_uri):
+    options = {"experiment": "one", "tracking_uri": tracking_uri, "device": "cpu"}
+    result = harness.tracking.train_and_evaluate(RunConfig(epochs=1), tiny, **options)
+    assert result.config == RunConfig(epochs=1)
+    (run,) = connect(tracking_uri).runs("one")
+    assert run.name == "epochs=1 seed=0"
+    assert run.metrics["test/frechet"] == result.metrics["frechet"]
 
 
 def test_a_diverged_run_has_a_result_without_metrics(tiny, tracking_uri):

@@ -16,17 +16,16 @@ import requests
 from mlflow import MlflowClient
 
 from harness.tracking import spool
-from harness.tracking.runs import RunLog
-from harness.tracking.store import ONCE
+from harness.tracking.runs import NOTE, RunLog
 
 EPOCHS = 3
 
 
-def write_run(writer, experiment: str, key: str, *, end: bool = True) -> RunLog:
-    """Write a run, of 11 writes in a spool."""
+def write_run(put, experiment: str, key: str, *, end: bool = True) -> RunLog:
+    """Write a run, of 10 writes in a spool."""
     tags, params = {"study": "s", "role": "run", "place": "1"}, {"seed": "0"}
     create = {"experiment": experiment, "name": "a run", "tags": tags, "params": params}
-    log = RunLog(writer, key, {**create, "description": f"replay {key}"})
+    log = RunLog(put, key, create)
     log.text('{"a": 1}', "provenance.json")
     for epoch in range(1, EPOCHS + 1):
         log.metrics({"mse": 1 / (epoch + 3), "nan": float("nan"), "big": float("inf")}, epoch)
@@ -35,7 +34,7 @@ def write_run(writer, experiment: str, key: str, *, end: bool = True) -> RunLog:
         (Path(folder) / "sub").mkdir()
         (Path(folder) / "sub" / "weights").write_bytes(b"\x00\xff" * 9)
         log.folder(Path(folder))
-    log.describe(f"replay it: {key}")
+    log.tag(NOTE, "replay it")
     if end:
         log.end()
     return log
@@ -70,15 +69,15 @@ def child(folder: Path, uri: str, experiment: str, among: str, number: int) -> N
         die_at(spool, "_append", number)
     else:
         die_at(requests.Session, "request", number, after=among == "answered")
-    log = write_run(spool.Spool(folder, uri, MlflowClient(uri)), experiment, key_of(number))
+    writing = spool.Spool(folder, uri, MlflowClient(uri))
+    log = write_run(writing.put, experiment, key_of(number))
     if among != "writes":
-        log._writer.deliver({log.key}, 30)
+        writing.deliver({log.key})
 
 
 def main() -> None:
     """Fork a child for each number, one after the other."""
     folder, uri, experiment, among, *numbers = sys.argv[1:]
-    os.environ.update(ONCE)
     for number in map(int, numbers):
         process = os.fork()
         if process == 0:
