@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
 
@@ -30,14 +30,10 @@ class Runs:
     gpu: bool = False
 
 
-class Spread(NamedTuple):
-    """An obtained range, where the reference is a single draw from one."""
+Obtained = float | tuple[float, float]
+"""A value, or a range where the reference is a single draw from one."""
 
-    low: float
-    high: float
-
-
-Measure = Callable[..., float | Spread]
+Measure = Callable[..., Obtained]
 """(`Evidence`, *the runs that the claim needs) -> the obtained value."""
 
 
@@ -65,14 +61,14 @@ class Claim:
     measure: Measure = field(repr=False)
     needs: tuple[Runs, ...] = ()
 
-    def verdict(self, obtained: float | Spread) -> str:
+    def verdict(self, obtained: Obtained) -> str:
         """Judge a number, which passes from `low` to `high`, or a spread, if it overlaps them."""
-        low, high = obtained if isinstance(obtained, Spread) else (obtained, obtained)
+        low, high = obtained if isinstance(obtained, tuple) else (obtained, obtained)
         return PASS if low <= self.high and high >= self.low else FAIL
 
-    def write(self, obtained: float | Spread) -> str:
+    def write(self, obtained: Obtained) -> str:
         """Format an obtained value."""
-        parts = obtained if isinstance(obtained, Spread) else (obtained,)
+        parts = obtained if isinstance(obtained, tuple) else (obtained,)
         return " to ".join(f"{part:.{self.digits}f}" for part in parts)
 
 

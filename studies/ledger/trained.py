@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
-from studies.ledger.claims import Claim, Ledger, Runs, Spread, about, between, inside
+from studies.ledger.claims import Claim, Ledger, Runs, about, between, inside
 from studies.ledger.exact import LINEAR, LINEAR_VAES, exact_claims
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def best_ratio(evidence: Evidence, *swept: Runs) -> float:
     return evidence.mean(best, "calibration_ratio")
 
 
-def batch_range(evidence: Evidence, runs: Runs, name: str) -> Spread:
+def batch_range(evidence: Evidence, runs: Runs, name: str) -> tuple[float, float]:
     """Return the central 95 % of `loss` or `kl_term` over all pairs of seed and batch."""
     ordered = sorted(getattr(evidence.batches(runs), name).ravel())
     low, high = (float(ordered[round(q * (len(ordered) - 1))]) for q in CENTRAL)
-    return Spread(low, high)
+    return low, high

@@ -159,6 +159,7 @@ class Terminal(logging.Handler):
             logging.getLogger().callHandlers(record)
         elif self.out.is_terminal:
             self._move(record.getMessage())
+            self._moving.refresh()
         elif not counts or self._is_due():
             self.line(f"{'':7}{record.getMessage()}")  # as far to the right as after a percentage
 

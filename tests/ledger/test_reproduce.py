@@ -96,7 +96,8 @@ def claim(name: str, *needs: Runs):
 def test_a_trial_is_a_configuration_and_a_seed(tiny, tmp_path):
     plan = make_plan({"x": [claim("a", SMALL)]}, TINY, tiny, "cpu", options(tmp_path))
     cells = plan.proposer.cells
-    assert [cell.config for cell in cells] == list(plan.configs) == SMALL.configs
+    assert [cell.config for cell in cells] == list(plan.configs)
+    assert plan.configs == [SMALL.config, SMALL.config.replace(seed=1)]
     assert [cell.identity["seed"] for cell in cells] == [0, 1]
     assert {cell.identity["label"] for cell in cells} == {"small"}
     assert plan.experiment == plan.name == EXPERIMENT
