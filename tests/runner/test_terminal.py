@@ -340,6 +340,15 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
     assert "It is so." not in printed.err
 
 
+def test_json_goes_to_standard_output_after_a_moving_line(capsys):
+    shown = Terminal(json=True, out=moving(StringIO()).out)
+    with shown.shown():
+        pages.info("drawing figures")
+        print("printed by a library")
+    shown.finish(0)
+    assert capsys.readouterr().out == '{"exit_code": 0}\n'
+
+
 def test_the_json_of_several_studies_is_one_object_too(capsys):
     shown = Terminal(json=True)
     for name in ("x", "y"):
