@@ -118,7 +118,7 @@ class Terminal(logging.Handler):
         self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
-        """Show what will be trained; later results belong to this study."""
+        """Show the runs of a plan; later results belong to this study."""
         of_plan = {"study": plan.name, "dataset": plan.source.name}
         self.results = [*filter(None, self.results), of_plan]
         where = f"on {plan.source.name} ({pixels} pixels), study {plan.name!r}"
@@ -142,7 +142,7 @@ class Terminal(logging.Handler):
                 logger.addHandler(self)
                 logger.setLevel(logging.INFO)
                 logger.propagate = False  # MLflow gives the root a handler when it makes a database
-            if self.json:  # what a library prints is no part of the document
+            if self.json:  # the output of libraries is no part of the document
                 after.enter_context(contextlib.redirect_stdout(sys.stderr))
             after.callback(self._moving.stop)
             yield
@@ -179,8 +179,10 @@ class Terminal(logging.Handler):
             nonlocal share
             before, share = share, min(1.0, round(share + steps / max(1, left), 9))
             if self.out.is_terminal:
-                rest = (time.monotonic() - start) * (1 / share - 1) if share else 0.0
-                self._head = f"{100 * share:3.0f} %, {duration(rest)} left  "
+                self._head = f"{100 * share:3.0f} %  "
+                if 0 < share < 1:
+                    rest = (time.monotonic() - start) * (1 / share - 1)
+                    self._head = f"{100 * share:3.0f} %, {duration(rest)} left  "
                 self._move(now)
             elif int(10 * share) > int(10 * before) or self._is_due():
                 self.line(f"{100 * share:3.0f} %  {now}")
@@ -190,7 +192,7 @@ class Terminal(logging.Handler):
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, or the claims of a ledger, the answer and where to look further."""
-        from harness.tracking.page import LINK  # MLflow, which --help does not wait for
+        from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
 
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
         frame, report = outcome.table, str(outcome.folder / "report.html")
@@ -243,8 +245,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], left: Container[
 
 
 def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
-    """Return a table of as many columns as there is room for."""
-    from analysis import tables  # pandas, which the plan does not wait for
+    """Return a table of as many columns as fit."""
+    from analysis import tables  # it loads pandas, which the plan does not need
 
     cells = tables.cells(frame).drop(columns=[*HIDDEN], errors="ignore")
     for name in cells:
@@ -270,15 +272,15 @@ def way(where: str) -> str:
     if addresses.is_server(where):
         return where.rstrip("/")
     command, root = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}", Path.cwd()
-    known = where == addresses.default_tracking() and root == addresses.project_root()
-    if known and (root / "Makefile").exists():
+    default = where == addresses.default_tracking() and root == addresses.project_root()
+    if default and (root / "Makefile").exists():
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
 
 
 def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
     """Estimate the duration of a plan from finished runs of its experiment on this machine."""
-    from harness.tracking import connect  # MLflow, which --help does not wait for
+    from harness.tracking import connect  # it loads MLflow, which --help does not need
 
     address, each = addresses.tracking_address(tracking_uri), list[float]()
     file = addresses.sqlite_file(address)

@@ -1,4 +1,4 @@
-"""The ledger from training to report, on cut digits: what is trained, judged, kept and repeated."""
+"""The ledger from training to report, on cut digits: plan, verdicts, records and repetition."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ from studies.runner.run import run
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
 
-# MLflow's own type hints, when the best model is logged
+# of MLflow's type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 
 EXPERIMENT = "reproduce-digits"
@@ -132,7 +132,7 @@ def test_the_command_of_a_report_repeats_the_form(tiny, tmp_path):
     assert plan.command == "python -m studies.reproduce --full --study-name mine"
 
 
-# --- what a check leaves behind -------------------------------------------------------------------
+# --- the records of a check -----------------------------------------------------------------------
 
 
 def test_every_configuration_and_seed_is_one_finished_run(checked):
