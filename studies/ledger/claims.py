@@ -42,34 +42,48 @@ class Claim:
     """A number that a source states, and the obtained values that agree with it.
 
     Attributes:
-        reference: the number as the source prints it.
-        low, high: least and largest value that passes.
-        tolerance: those two in words.
+        reference: the number, or words, as the source prints it.
+        within: a tolerance either way; limits, which may be infinite; or None where the number is
+            one draw, which the obtained range should hold.
         reason: why this tolerance.
-        digits: decimals of the obtained value.
         needs: runs that it is obtained from; none for linear algebra.
+        digits: decimals of the obtained value; None for one more than the reference has.
     """
 
     name: str
     source: str
     reference: str
-    low: float
-    high: float
-    tolerance: str
+    within: float | tuple[float, float] | None
     reason: str
-    digits: int
     measure: Measure = field(repr=False)
     needs: tuple[Runs, ...] = ()
+    digits: int | None = None
+
+    @property
+    def tolerance(self) -> str:
+        """The values that pass, in words."""
+        if self.within is None:
+            return "inside the range"
+        if isinstance(self.within, tuple):
+            low, high = self.within
+            return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+        return f"± {self.within:.2g}"
 
     def verdict(self, obtained: Obtained) -> str:
-        """Judge a number, which passes from `low` to `high`, or a spread, if it overlaps them."""
+        """Judge a number, which passes within the limits, or a range, if it overlaps them."""
+        if isinstance(self.within, tuple):
+            least, most = self.within
+        else:
+            value, half = float(self.reference), self.within or 0.0
+            least, most = value - half, value + half
         low, high = obtained if isinstance(obtained, tuple) else (obtained, obtained)
-        return PASS if low <= self.high and high >= self.low else FAIL
+        return PASS if low <= most and high >= least else FAIL
 
     def write(self, obtained: Obtained) -> str:
         """Format an obtained value."""
+        digits = decimals(self.reference) + 1 if self.digits is None else self.digits
         parts = obtained if isinstance(obtained, tuple) else (obtained,)
-        return " to ".join(f"{part:.{self.digits}f}" for part in parts)
+        return " to ".join(f"{part:.{digits}f}" for part in parts)
 
 
 Ledger = Mapping[str, Sequence[Claim]]
@@ -80,41 +94,7 @@ def printed(name: str, source: str, reference: str, measure: Measure) -> Claim:
     """Claim a number to its last printed digit, as linear algebra should give it."""
     half = 0.5 * 10 ** -decimals(reference)
     reason = "half a unit of the last printed digit: no chance is involved"
-    return about(name, source, reference, half, reason, measure)
-
-
-def about(
-    name: str, source: str, reference: str, half: float, reason: str, measure: Measure, *needs: Runs
-) -> Claim:
-    """Claim a number up to a tolerance, `half`, either way."""
-    value, digits = float(reference), decimals(reference) + 1
-    limits, words = (value - half, value + half), f"± {half:.2g}"
-    return Claim(name, source, reference, *limits, words, reason, digits, measure, needs)
-
-
-def between(
-    name: str,
-    source: str,
-    reference: str,
-    limits: tuple[float, float],
-    reason: str,
-    measure: Measure,
-    *needs: Runs,
-    digits: int = 1,
-) -> Claim:
-    """Claim that a number lies within limits, which may be infinite; the reference is words."""
-    low, high = limits
-    words = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
-    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
-
-
-def inside(
-    name: str, source: str, reference: str, reason: str, measure: Measure, *needs: Runs
-) -> Claim:
-    """Claim that a reference, itself one draw, lies in the obtained spread."""
-    value, digits = float(reference), min(decimals(reference), 5)
-    words = "inside the range"
-    return Claim(name, source, reference, value, value, words, reason, digits, measure, needs)
+    return Claim(name, source, reference, half, reason, measure)
 
 
 def decimals(number: str) -> int:

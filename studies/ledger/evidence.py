@@ -75,10 +75,6 @@ class Evidence:
         """Return the mean of a metric over seeds."""
         return float(self.frame(runs)[metric].mean())
 
-    def gain(self, runs: Runs, other: Runs) -> float:
-        """Return how much lower neg_elbo is than in other runs, mean of the differences by seed."""
-        return frames.paired_difference(self.frame(other), self.frame(runs), "neg_elbo").mean
-
     def relative_error(self, runs: Runs, label: int) -> float:
         """Return the test mse of a class over the mean of all classes, each the mean over seeds."""
         errors = frames.class_errors(self.frame(runs))

@@ -6,16 +6,7 @@ from dataclasses import replace
 import pytest
 
 from harness import RunConfig, load_dataset
-from studies.ledger.claims import (
-    Row,
-    Runs,
-    about,
-    between,
-    decimals,
-    inside,
-    printed,
-    required,
-)
+from studies.ledger.claims import Claim, Row, Runs, decimals, printed, required
 from studies.ledger.evidence import Evidence
 from studies.ledger.exact import exact_claims
 from studies.ledger.trained import FULL, SHORT, claims
@@ -27,10 +18,10 @@ def nothing(evidence: Evidence) -> float:
 
 
 PRINTED = printed("x", "y", "0.0387", nothing)
-ABOUT = about("x", "y", "8", 1.0, "z", nothing)
-RANGE = between("x", "y", "1 or 2", (0.5, 2.5), "z", nothing)
-MORE = between("x", "y", "over 100", (100, math.inf), "z", nothing)
-DRAW = inside("x", "y", "0.0477", "z", nothing)
+ABOUT = Claim("x", "y", "8", 1.0, "z", nothing)
+RANGE = Claim("x", "y", "1 or 2", (0.5, 2.5), "z", nothing)
+MORE = Claim("x", "y", "over 100", (100, math.inf), "z", nothing)
+DRAW = Claim("x", "y", "0.0477", None, "z", nothing, digits=4)
 
 VERDICTS = {
     "the printed number": (PRINTED, 0.0387, "pass"),
@@ -64,7 +55,7 @@ def test_a_verdict_is_right_at_its_boundary(claim, obtained, verdict):
 
 def test_a_tolerance_is_written_as_it_is_applied():
     assert PRINTED.tolerance == "± 5e-05"
-    assert PRINTED.high - PRINTED.low == pytest.approx(1e-4)
+    assert PRINTED.within == pytest.approx(0.5e-4)
     assert (ABOUT.tolerance, RANGE.tolerance, MORE.tolerance, DRAW.tolerance) == (
         "± 1", "0.5 to 2.5", "at least 100", "inside the range",
     )  # fmt: skip

@@ -10,9 +10,9 @@ from harness import RunConfig
 from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum
 from harness.tracking.store import Run
-from studies.ledger.claims import Runs, about, judge
+from studies.ledger.claims import Claim, Runs, judge
 from studies.ledger.evidence import Evidence
-from studies.ledger.trained import batch_range, best_ratio, loss
+from studies.ledger.trained import batch_range, best_ratio, gain, loss
 
 SMALL = RunConfig(hidden=(16,), epochs=2)
 WIDE = Runs("weight 0.1", SMALL.replace(kl_weight=0.1), 2)
@@ -69,10 +69,11 @@ def test_runs_are_missing_unless_every_seed_has_finished(evidence):
 
 
 def test_a_claim_without_runs_is_not_run_and_a_large_one_needs_a_gpu(evidence):
+    large = replace(ABSENT, gpu=True)
     claims = [
-        about("here", "x", "1", 1e9, "none", loss, WIDE),
-        about("nowhere", "x", "1", 1.0, "none", loss, ABSENT),
-        about("far", "x", "1", 1.0, "none", loss, WIDE, replace(ABSENT, gpu=True)),
+        Claim("here", "x", "1", 1e9, "none", loss, (WIDE,)),
+        Claim("nowhere", "x", "1", 1.0, "none", loss, (ABSENT,)),
+        Claim("far", "x", "1", 1.0, "none", gain, (WIDE, large)),
     ]
     here, nowhere, far = judge({"x": claims}, evidence)
     assert (here.verdict, here.note) == ("pass", "")
@@ -86,7 +87,7 @@ def test_means_and_gains_are_over_seeds(evidence):
         for runs in (WIDE, NARROW)
     )
     assert evidence.mean(WIDE, "neg_elbo") == pytest.approx(wide.mean(), rel=1e-12)
-    assert evidence.gain(NARROW, WIDE) == pytest.approx((wide - narrow).mean(), rel=1e-9)
+    assert gain(evidence, NARROW, WIDE) == pytest.approx((wide - narrow).mean(), rel=1e-9)
     better = min((WIDE, NARROW), key=lambda runs: evidence.mean(runs, "val/neg_elbo"))
     expected = evidence.mean(better, "calibration_ratio")
     assert best_ratio(evidence, WIDE, NARROW) == expected

@@ -17,7 +17,7 @@ from harness.data.dataset import Dataset
 from harness.tracking import page
 from harness.tracking.store import Run
 from studies import reproduce
-from studies.ledger.claims import Ledger, Row, Runs, about, count
+from studies.ledger.claims import Claim, Ledger, Row, Runs, count
 from studies.ledger.trained import Form, claims, loss, neg_log_likelihood
 from studies.reproduce import ReproduceOptions, make_plan
 from studies.runner.run import run
@@ -90,7 +90,7 @@ LARGE = replace(SMALL, label="large", config=RunConfig(hidden=(8,), epochs=1), g
 
 
 def claim(name: str, *needs: Runs):
-    return about(name, "nobody", "1", 1.0, "none", loss, *needs)
+    return Claim(name, "nobody", "1", 1.0, "none", loss, needs)
 
 
 def test_a_trial_is_a_configuration_and_a_seed(tiny, tmp_path):
@@ -121,7 +121,7 @@ def test_the_key_of_the_summary_changes_with_claims_and_form_alone(tiny, tmp_pat
 
     ledger = {"x": [claim("a", SMALL)]}
     assert key(ledger) == key({"x": [claim("a", SMALL)]}, dry_run=True, study_name="other")
-    wider = {"x": [replace(ledger["x"][0], high=3.0)]}
+    wider = {"x": [replace(ledger["x"][0], within=2.0)]}
     assert len({key(ledger), key(wider), key({"y": ledger["x"]}), key({"x": []})}) == 4
     assert key(claims(TINY)) != key(claims(replace(TINY, seeds=2)))
 
@@ -212,7 +212,7 @@ def test_a_check_again_trains_only_what_is_new(home, tiny):
     # The network of the paper, on digits and without a GPU.
     config = TINY.burda.config.replace(batch_size=32, epochs=1)
     binary = replace(TINY.burda, gpu=False, config=config)
-    published = about("published", "x", "44", 4.0, "z", neg_log_likelihood, binary)
+    published = Claim("published", "x", "44", 4.0, "z", neg_log_likelihood, (binary,))
     ledger = {"x": [claim("one", SMALL), claim("far", diverging), published]}
     first = check(home, tiny, ledger)
     before = first.runs()
