@@ -93,14 +93,10 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     """Judge every claim on the runs that ended."""
     # they load MLflow and PyTorch, which --help does not need
     from harness.tracking import load_run
-    from harness.tracking.record import Trained
     from studies.ledger.evidence import Evidence
     from studies.runner.summary import Findings
 
-    def load(run_id: str) -> Trained:
-        saved = load_run(run_id, ended.store.uri)
-        return Trained(saved.config, saved.model)
-
+    load = partial(load_run, tracking_uri=ended.store.uri)
     evidence = Evidence(ended.data, ended.runs, load)
     rows = judge(ledger, evidence)
     frame = frames.tidy(ended.finished)

@@ -19,7 +19,9 @@ from harness.metrics.likelihood import likelihood_metrics
 from studies.ledger.claims import Runs
 
 if TYPE_CHECKING:
-    from harness.tracking.record import Trained
+    from harness.config import RunConfig
+    from harness.models.vae import VAE
+    from harness.tracking.models import TrackedRun
     from harness.tracking.runs import Run
 
 
@@ -29,12 +31,12 @@ class Evidence:
 
     Attributes:
         runs: finished and diverged runs, identified by their configuration's label and seed.
-        load: run id -> the run's settings and model.
+        load: run id -> the run with its model.
     """
 
     data: Dataset
     runs: Sequence[Run] = field(repr=False)
-    load: Callable[[str], Trained] = field(repr=False)
+    load: Callable[[str], TrackedRun] = field(repr=False)
     _batches: dict[Runs, BatchLosses] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -80,9 +82,10 @@ class Evidence:
         errors = frames.class_errors(self.frame(runs))
         return float(errors[label] / errors.mean())
 
-    def trained(self, runs: Runs) -> list[Trained]:
+    def trained(self, runs: Runs) -> list[tuple[RunConfig, VAE]]:
         """Load the runs of a configuration, one per seed."""
-        return [self.load(run.run_id) for run in self.found(runs)]
+        loaded = [self.load(run.run_id) for run in self.found(runs)]
+        return [(run.config, run.model) for run in loaded]
 
     def batches(self, runs: Runs) -> BatchLosses:
         """Return loss and KL term of every training batch by the final weights, (seeds, steps)."""

@@ -33,7 +33,7 @@ def evidence(tiny) -> Evidence:
     labels = [runs.label for runs in (WIDE, NARROW, BINARY) for _ in range(runs.seeds)]
     configs = [config for runs in (WIDE, NARROW, BINARY) for config in seeds(runs)]
     results = harness.train_and_evaluate(configs, tiny, device="cpu")
-    trained = {f"id{i}": (result.config, result.model) for i, result in enumerate(results)}
+    trained = {f"id{i}": result for i, result in enumerate(results)}
     runs = [
         run(f"id{i}", label, result.config.seed, result)
         for i, (label, result) in enumerate(zip(labels, results, strict=True))
