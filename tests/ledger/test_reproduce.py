@@ -24,7 +24,7 @@ from studies.runner.run import run
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
 
-# of MLflow's type hints, when the best model is logged
+# MLflow's own type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 
 EXPERIMENT = "reproduce-digits"
