@@ -1,11 +1,11 @@
-"""Claims as data: a number that a source states, how it is measured here, and what passes."""
+"""Claims as data: a number that a source states, its measurement, and the values that pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
 
@@ -29,60 +29,61 @@ class Runs:
     seeds: int
     gpu: bool = False
 
-    @property
-    def configs(self) -> list[RunConfig]:
-        """One configuration per seed."""
-        return [self.config.replace(seed=seed) for seed in range(self.seeds)]
 
+Obtained = float | tuple[float, float]
+"""A value, or a range where the reference is a single draw from one."""
 
-class Spread(NamedTuple):
-    """An obtained range, where the reference is a single draw from one."""
-
-    low: float
-    high: float
-
-
-Measure = Callable[..., float | Spread]
-"""(`Evidence`, *the runs that the claim needs) -> what is obtained."""
+Measure = Callable[..., Obtained]
+"""(`Evidence`, *the runs that the claim needs) -> the obtained value."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that a source states, and which obtained values agree with it.
+    """A number that a source states, and the obtained values that agree with it.
 
     Attributes:
-        name: what is claimed.
-        source: where it is stated.
-        reference: the number as it is printed there.
-        low: least value that passes.
-        high: largest value that passes.
-        tolerance: those two in words.
+        reference: the number, or words, as the source prints it.
+        within: a tolerance either way; limits, which may be infinite; or None where the number is
+            one draw, which the obtained range should hold.
         reason: why this tolerance.
-        digits: decimals of the obtained value.
-        measure: how it is obtained.
         needs: runs that it is obtained from; none for linear algebra.
+        digits: decimals of the obtained value; None for one more than the reference has.
     """
 
     name: str
     source: str
     reference: str
-    low: float
-    high: float
-    tolerance: str
+    within: float | tuple[float, float] | None
     reason: str
-    digits: int
     measure: Measure = field(repr=False)
     needs: tuple[Runs, ...] = ()
+    digits: int | None = None
 
-    def verdict(self, obtained: float | Spread) -> str:
-        """Judge a number, which passes from `low` to `high`, or a spread, if it overlaps them."""
-        low, high = obtained if isinstance(obtained, Spread) else (obtained, obtained)
-        return PASS if low <= self.high and high >= self.low else FAIL
+    @property
+    def tolerance(self) -> str:
+        """The values that pass, in words."""
+        if self.within is None:
+            return "inside the range"
+        if isinstance(self.within, tuple):
+            low, high = self.within
+            return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+        return f"± {self.within:.2g}"
 
-    def write(self, obtained: float | Spread) -> str:
+    def verdict(self, obtained: Obtained) -> str:
+        """Judge a number, which passes within the limits, or a range, if it overlaps them."""
+        if isinstance(self.within, tuple):
+            least, most = self.within
+        else:
+            value, half = float(self.reference), self.within or 0.0
+            least, most = value - half, value + half
+        low, high = obtained if isinstance(obtained, tuple) else (obtained, obtained)
+        return PASS if low <= most and high >= least else FAIL
+
+    def write(self, obtained: Obtained) -> str:
         """Format an obtained value."""
-        parts = obtained if isinstance(obtained, Spread) else (obtained,)
-        return " to ".join(f"{part:.{self.digits}f}" for part in parts)
+        digits = decimals(self.reference) + 1 if self.digits is None else self.digits
+        parts = obtained if isinstance(obtained, tuple) else (obtained,)
+        return " to ".join(f"{part:.{digits}f}" for part in parts)
 
 
 Ledger = Mapping[str, Sequence[Claim]]
@@ -93,47 +94,7 @@ def printed(name: str, source: str, reference: str, measure: Measure) -> Claim:
     """Claim a number to its last printed digit, as linear algebra should give it."""
     half = 0.5 * 10 ** -decimals(reference)
     reason = "half a unit of the last printed digit: no chance is involved"
-    return about(name, source, reference, half, reason, measure)
-
-
-def about(
-    name: str,
-    source: str,
-    reference: str,
-    tolerance: float,
-    reason: str,
-    measure: Measure,
-    *needs: Runs,
-) -> Claim:
-    """Claim a number up to a tolerance either way."""
-    value, digits = float(reference), decimals(reference) + 1
-    low, high, words = value - tolerance, value + tolerance, f"± {tolerance:.2g}"
-    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
-
-
-def between(
-    name: str,
-    source: str,
-    reference: str,
-    limits: tuple[float, float],
-    reason: str,
-    measure: Measure,
-    *needs: Runs,
-    digits: int = 1,
-) -> Claim:
-    """Claim that a number lies within limits, which may be infinite; the reference is words."""
-    low, high = limits
-    words = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
-    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
-
-
-def inside(
-    name: str, source: str, reference: str, reason: str, measure: Measure, *needs: Runs
-) -> Claim:
-    """Claim that a reference, itself one draw, lies in the obtained spread."""
-    value, digits = float(reference), min(decimals(reference), 5)
-    words = "inside the range"
-    return Claim(name, source, reference, value, value, words, reason, digits, measure, needs)
+    return Claim(name, source, reference, half, reason, measure)
 
 
 def decimals(number: str) -> int:
@@ -157,19 +118,25 @@ class Row:
     verdict: str
     note: str = ""
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Claim, reference, obtained, tolerance and verdict as text."""
+        verdict = f"{self.verdict}: {self.note}" if self.note else self.verdict
+        claim = self.claim
+        return claim.name, claim.reference, self.obtained, claim.tolerance, verdict
+
 
 def judge(ledger: Ledger, evidence: Evidence) -> list[Row]:
     """Measure and judge every claim whose runs have finished."""
-    return [
-        _judged(heading, claim, evidence) for heading, claims in ledger.items() for claim in claims
-    ]
-
-
-def _judged(heading: str, claim: Claim, evidence: Evidence) -> Row:
-    if missing := evidence.missing(claim.needs):
-        return Row(heading, claim, "", NOT_RUN, missing)
-    obtained = claim.measure(evidence, *claim.needs)
-    return Row(heading, claim, claim.write(obtained), claim.verdict(obtained))
+    rows = []
+    for heading, claims in ledger.items():
+        for claim in claims:
+            obtained, verdict, missing = "", NOT_RUN, evidence.missing(claim.needs)
+            if not missing:
+                value = claim.measure(evidence, *claim.needs)
+                obtained, verdict = claim.write(value), claim.verdict(value)
+            rows.append(Row(heading, claim, obtained, verdict, missing))
+    return rows
 
 
 def count(rows: Iterable[Row], verdict: str) -> int:

@@ -1,4 +1,4 @@
-"""Claims that training settles: the linear VAE, the blog's recipe, and what two changes do to it.
+"""Claims about training: the linear VAE, the blog's recipe, and two changes of it.
 
 "brief" is SCIENCE.md, the reference numbers that this project began with; "blog" is De Jun
 Huang, "Learning Day 37: Implementing Variational Autoencoder in Pytorch" (2021), which prints the
@@ -8,45 +8,35 @@ loss and the KL term of the last batch of epoch 176.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from analysis.frames import paired_difference
 from harness.config import RunConfig
-from studies.ledger.claims import Claim, Ledger, Runs, Spread, about, between, inside
-from studies.ledger.exact import LINEAR, LINEAR_LOSSES, exact_claims
+from studies.ledger.claims import Claim, Ledger, Runs
+from studies.ledger.exact import LINEAR, LINEAR_VAES, exact_claims
 
 if TYPE_CHECKING:
     from studies.ledger.evidence import Evidence
 
-SEED = "brief 4"
-BLOG = "blog"
-BURDA = "Burda et al. 2015"
+SEED, BLOG, BURDA = "brief 4", "blog", "Burda et al. 2015"  # sources
 BLOG_LOSS, BLOG_KL_TERM = "0.047659844", "0.007469548"
+BLOG_EPOCHS = 176  # after which the blog prints these
 
-BLOG_EPOCHS = 176
-"""Epochs after which the blog prints its numbers."""
-
-TRAINED_SIZES = (2, 10, 20)
-"""Latents of the linear VAEs that are trained at weight 1."""
-
-WEIGHTS = (0.01, 0.02, 0.05, 0.1, 1.0)
-"""KL weights among which the calibrated one is looked for; 1 is the blog's."""
-
-SAMPLES = 5_000
-"""Importance samples of a published likelihood."""
-
-CENTRAL = (0.025, 0.975)
-"""Quantiles of the range over batches in which the blog's last batch should lie."""
+TRAINED_SIZES = (2, 10, 20)  # latents of the linear VAEs that are trained at weight 1
+WEIGHTS = (0.01, 0.02, 0.05, 0.1, 1.0)  # of which one should be calibrated; 1 is the blog's
+SAMPLES = 5_000  # importance samples of a published likelihood
+CENTRAL = (0.025, 0.975)  # quantiles of the batches' range, in which the blog's last one should lie
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is trained, and on which runs the claims are measured.
+    """The amount of training, and the runs that the claims are measured on.
 
     Attributes:
-        full: whether a GPU also trains what would take a CPU a day.
+        full: whether a GPU also trains the networks that would take a CPU a day.
         blog_epochs, blog_seeds: of the blog's recipe.
         seeds: of the configurations with a linear head.
     """
@@ -96,103 +86,88 @@ def claims(form: Form) -> Ledger:
     """Return the whole ledger in one of its forms."""
     return {
         "Exact, by linear algebra": exact_claims(),
-        "Linear VAE, trained": linear_claims(form),
+        "Linear VAE, trained": [
+            Claim(f"linear VAE, trained, {size} latents: loss", LINEAR,
+                  LINEAR_VAES[size, 1.0, "loss"], 0.001,
+                  "about 2 %; weight 1, 8 epochs: at a fixed learning rate Adam stays about 1 % "
+                  "above the optimum; that 5,000 of the 60,000 images are held out, and the "
+                  "sampling of z, is 0.1 %",
+                  loss, (form.linear(size),))
+            for size in TRAINED_SIZES
+        ],
         "The blog's recipe": blog_claims(form),
         "Linear head, smaller weight": head_claims(form),
-        "Published likelihoods": published_claims(form),
-    }
-
-
-def linear_claims(form: Form) -> list[Claim]:
-    """Claim the closed form of what training reaches."""
-    reason = (
-        "about 2 %; weight 1, 8 epochs: at a fixed learning rate Adam stays about 1 % above the "
-        "optimum; that 5,000 of the 60,000 images are held out, and the sampling of z, is 0.1 %"
-    )
-    return [
-        about(f"linear VAE, trained, {size} latents: loss", LINEAR, LINEAR_LOSSES[size, 1.0],
-              0.001, reason, loss, form.linear(size))
-        for size in TRAINED_SIZES
-    ]  # fmt: skip
+        "Published likelihoods": [
+            Claim(f"-log p(x) of binary MNIST, {name}", source, reference, 2.0,
+                  "5,000 samples, 1,000 test images; ReLU where the paper has tanh, 500 epochs at "
+                  "a fixed learning rate where it has 3,280 at a falling one, 55,000 training "
+                  "images",
+                  neg_log_likelihood, (form.burda,))
+            for name, source, reference in (
+                ("paper", BURDA, "86.76"), ("rerun", f"independent run of {BURDA}", "87.78"),
+            )
+        ],
+    }  # fmt: skip
 
 
 def blog_claims(form: Form) -> list[Claim]:
-    """Claim what the blog prints and states, and what the brief measured of its recipe."""
-    runs, last = form.blog, f"{BLOG}, epoch 176"
-    central = f"central 95 % of all training batches of {runs.seeds} seeds"
+    """Return the claims of the blog, and of the brief about the blog's recipe."""
+    runs, last = (form.blog,), f"{BLOG}, epoch 176"
+    central = f"central 95 % of all training batches of {form.blog_seeds} seeds"
     if form.blog_epochs < BLOG_EPOCHS:
         central += f", after {form.blog_epochs} epochs where the blog had {BLOG_EPOCHS}"
     return [
-        inside("last batch's total loss", last, BLOG_LOSS, central,
-               partial(batch_range, name="loss"), runs),
-        inside("last batch's KL term", last, BLOG_KL_TERM, central,
-               partial(batch_range, name="kl_term"), runs),
-        between("training loss after tens of epochs", SEED, "0.046 to 0.050", (0.046, 0.050),
-                "the range that the brief states; whole training split, mean over seeds",
-                loss, runs, digits=4),
-        between("loss below the exact linear model's, %", SEED, "about 0", (-10.0, 10.0),
-                "0.046, the lowest that the brief states, is 9 % below the linear 0.05064",
-                lambda e, runs: mean(e.gaps_to_linear(runs)), runs),
-        between("active latents of 10", SEED, "1 or 2", (0.5, 2.5),
-                "mean over seeds, rounded: which ReLU dies is chance, so single seeds differ",
-                active_units, runs),
-        between("digit 8: mse over the mean of all digits", BLOG, "over 1", (1.0, math.inf),
-                '"underperforms for complicated digits like 8"; test images, mean over seeds',
-                lambda e, runs: e.relative_error(runs, 8), runs, digits=2),
-        between("KL undivided: active latents", BLOG, "0", (0, 0),
-                '"it cannot learn properly": weight 1 is then decoder variance 12,544, the largest '
-                "eigenvalue being 5",
-                active_units, form.undivided, digits=0),
+        Claim("last batch's total loss", last, BLOG_LOSS, None, central,
+              partial(batch_range, name="loss"), runs, digits=5),
+        Claim("last batch's KL term", last, BLOG_KL_TERM, None, central,
+              partial(batch_range, name="kl_term"), runs, digits=5),
+        Claim("training loss after tens of epochs", SEED, "0.046 to 0.050", (0.046, 0.050),
+              "the range that the brief states; whole training split, mean over seeds",
+              loss, runs, digits=4),
+        Claim("loss below the exact linear model's, %", SEED, "about 0", (-10.0, 10.0),
+              "0.046, the lowest that the brief states, is 9 % below the linear 0.05064",
+              lambda e, runs: fmean(e.gaps_to_linear(runs)), runs, digits=1),
+        Claim("active latents of 10", SEED, "1 or 2", (0.5, 2.5),
+              "mean over seeds, rounded: which ReLU dies is chance, so single seeds differ",
+              active_units, runs, digits=1),
+        Claim("digit 8: mse over the mean of all digits", BLOG, "over 1", (1.0, math.inf),
+              '"underperforms for complicated digits like 8"; test images, mean over seeds',
+              lambda e, runs: e.relative_error(runs, 8), runs, digits=2),
+        Claim("KL undivided: active latents", BLOG, "0", (0, 0),
+              '"it cannot learn properly": weight 1 is then decoder variance 12,544, the largest '
+              "eigenvalue being 5",
+              active_units, (form.undivided,), digits=0),
     ]  # fmt: skip
 
 
 def head_claims(form: Form) -> list[Claim]:
-    """Claim what the brief measured of the same network with a linear head."""
+    """Return the claims of the brief about the same network with a linear head."""
     plain, calibrated = form.gaussian(1.0), form.gaussian(0.05)
     wide = form.gaussian(0.05, latent_size=20)
     return [
-        about("linear head, weight 1, 6 epochs: training loss", SEED, "0.0387", 0.001,
-              '"about"; whole training split, mean over seeds', loss, plain),
-        about("linear head, weight 1: active latents of 10", SEED, "8", 1.0,
-              "mean over seeds, which differ by one", active_units, plain),
-        between("weight 0.05 instead of 1: neg_elbo gained, nats", SEED, "well over 100",
-                (100.0, math.inf), "as stated; test images, 10 latents, paired by seed",
-                gain, calibrated, plain),
-        about("weight 0.05: active latents of 10", SEED, "10", 0.0,
-              "all of them with every seed", active_units, calibrated),
-        about("20 latents instead of 10: neg_elbo gained, nats", SEED, "100", 50.0,
+        Claim("linear head, weight 1, 6 epochs: training loss", SEED, "0.0387", 0.001,
+              '"about"; whole training split, mean over seeds', loss, (plain,)),
+        Claim("linear head, weight 1: active latents of 10", SEED, "8", 1.0,
+              "mean over seeds, which differ by one", active_units, (plain,)),
+        Claim("weight 0.05 instead of 1: neg_elbo gained, nats", SEED, "well over 100",
+              (100.0, math.inf), "as stated; test images, 10 latents, paired by seed",
+              gain, (calibrated, plain), digits=1),
+        Claim("weight 0.05: active latents of 10", SEED, "10", 0.0,
+              "all of them with every seed", active_units, (calibrated,)),
+        Claim("20 latents instead of 10: neg_elbo gained, nats", SEED, "100", 50.0,
               '"another 100" is a round number; weight 0.05, test images, paired by seed',
-              gain, wide, calibrated),
-        between("calibration_ratio of the best weight", "brief 2 (Rybkin et al. 2021)", "near 1",
-                (0.5, 2.0),
-                f"weights tried: {', '.join(f'{weight:g}' for weight in WEIGHTS)}, steps of 2 to "
-                "2.5 near the best, which has the lowest validation neg_elbo",
-                best_ratio, *map(form.gaussian, WEIGHTS), digits=2),
+              gain, (wide, calibrated)),
+        Claim("calibration_ratio of the best weight", "brief 2 (Rybkin et al. 2021)", "near 1",
+              (0.5, 2.0),
+              f"weights tried: {', '.join(f'{weight:g}' for weight in WEIGHTS)}, steps of 2 to "
+              "2.5 near the best, which has the lowest validation neg_elbo",
+              best_ratio, tuple(map(form.gaussian, WEIGHTS)), digits=2),
     ]  # fmt: skip
-
-
-def published_claims(form: Form) -> list[Claim]:
-    """Claim published likelihoods of binary MNIST."""
-    reason = (
-        "5,000 samples, 1,000 test images; ReLU where the paper has tanh, 500 epochs at a fixed "
-        "learning rate where it has 3,280 at a falling one, 55,000 training images"
-    )
-    stated = {"paper": (BURDA, "86.76"), "rerun": (f"independent run of {BURDA}", "87.78")}
-    return [
-        about(f"-log p(x) of binary MNIST, {name}", source, reference, 2.0, reason,
-              neg_log_likelihood, form.burda)
-        for name, (source, reference) in stated.items()
-    ]  # fmt: skip
-
-
-def mean(values: Sequence[float]) -> float:
-    """Average over seeds."""
-    return sum(values) / len(values)
 
 
 def loss(evidence: Evidence, runs: Runs) -> float:
     """Return the loss on the whole training split, mean over seeds."""
-    return mean(evidence.losses(runs))
+    return fmean(evidence.losses(runs))
 
 
 def active_units(evidence: Evidence, runs: Runs) -> float:
@@ -201,13 +176,13 @@ def active_units(evidence: Evidence, runs: Runs) -> float:
 
 
 def gain(evidence: Evidence, runs: Runs, other: Runs) -> float:
-    """Return by how much neg_elbo is lower than in other runs, nats, mean over seeds."""
-    return evidence.gain(runs, other)
+    """Return how much lower neg_elbo is than in other runs, mean of the differences by seed."""
+    return paired_difference(evidence.frame(other), evidence.frame(runs), "neg_elbo").mean
 
 
 def neg_log_likelihood(evidence: Evidence, runs: Runs) -> float:
     """Return -log p(x) of test images, nats / image, mean over seeds."""
-    return mean(evidence.neg_log_likelihoods(runs, SAMPLES))
+    return fmean(evidence.neg_log_likelihoods(runs, SAMPLES))
 
 
 def best_ratio(evidence: Evidence, *swept: Runs) -> float:
@@ -216,8 +191,8 @@ def best_ratio(evidence: Evidence, *swept: Runs) -> float:
     return evidence.mean(best, "calibration_ratio")
 
 
-def batch_range(evidence: Evidence, runs: Runs, name: str) -> Spread:
+def batch_range(evidence: Evidence, runs: Runs, name: str) -> tuple[float, float]:
     """Return the central 95 % of `loss` or `kl_term` over all pairs of seed and batch."""
     ordered = sorted(getattr(evidence.batches(runs), name).ravel())
     low, high = (float(ordered[round(q * (len(ordered) - 1))]) for q in CENTRAL)
-    return Spread(low, high)
+    return low, high

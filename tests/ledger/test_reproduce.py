@@ -1,4 +1,4 @@
-"""The ledger from training to report, on cut digits: what is trained, judged, kept and repeated."""
+"""The ledger from training to report, on cut digits: plan, verdicts, records and repetition."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from harness.data.dataset import Dataset
 from harness.tracking import page
 from harness.tracking.store import Run
 from studies import reproduce
-from studies.ledger.claims import Ledger, Row, Runs, about, count
+from studies.ledger.claims import Claim, Ledger, Row, Runs, count
 from studies.ledger.trained import Form, claims, loss, neg_log_likelihood
 from studies.reproduce import ReproduceOptions, make_plan
 from studies.runner.run import run
@@ -87,13 +87,14 @@ LARGE = replace(SMALL, label="large", config=RunConfig(hidden=(8,), epochs=1), g
 
 
 def claim(name: str, *needs: Runs):
-    return about(name, "nobody", "1", 1.0, "none", loss, *needs)
+    return Claim(name, "nobody", "1", 1.0, "none", loss, needs)
 
 
 def test_a_trial_is_a_configuration_and_a_seed(tiny, tmp_path):
     plan = make_plan({"x": [claim("a", SMALL)]}, TINY, tiny, "cpu", options(tmp_path))
     cells = plan.proposer.cells
-    assert [cell.config for cell in cells] == list(plan.configs) == SMALL.configs
+    assert [cell.config for cell in cells] == list(plan.configs)
+    assert plan.configs == [SMALL.config, SMALL.config.replace(seed=1)]
     assert [cell.identity["seed"] for cell in cells] == [0, 1]
     assert {cell.identity["label"] for cell in cells} == {"small"}
     assert plan.experiment == plan.name == EXPERIMENT
@@ -117,7 +118,7 @@ def test_the_key_of_the_summary_changes_with_claims_and_form_alone(tiny, tmp_pat
 
     ledger = {"x": [claim("a", SMALL)]}
     assert key(ledger) == key({"x": [claim("a", SMALL)]}, dry_run=True, study_name="other")
-    wider = {"x": [replace(ledger["x"][0], high=3.0)]}
+    wider = {"x": [replace(ledger["x"][0], within=2.0)]}
     assert len({key(ledger), key(wider), key({"y": ledger["x"]}), key({"x": []})}) == 4
     assert key(claims(TINY)) != key(claims(replace(TINY, seeds=2)))
 
@@ -128,7 +129,7 @@ def test_the_command_of_a_report_repeats_the_form(tiny, tmp_path):
     assert plan.command == "python -m studies.reproduce --full --study-name mine"
 
 
-# --- what a check leaves behind -------------------------------------------------------------------
+# --- the records of a check -----------------------------------------------------------------------
 
 
 def test_every_configuration_and_seed_is_one_finished_run(checked):
@@ -198,57 +199,35 @@ def test_the_view_of_the_runs_shows_the_ledgers_settings_and_metrics(checked):
 # --- repeating ------------------------------------------------------------------------------------
 
 
-def test_the_same_check_again_trains_nothing_and_finds_the_same(copied, tiny):
-    before = copied.runs()
-    again = check(copied.folder, tiny)
-    assert copied.runs() == before
-    assert len(copied.runs("summary")) == 1
-    assert [row.obtained for row in again.rows] == [row.obtained for row in copied.rows]
-
-
-def test_a_larger_form_trains_only_what_is_new(copied, tiny):
-    before = copied.runs()
-    check(copied.folder, tiny, form=replace(TINY, blog_seeds=3))
-    names = [run.name for run in copied.runs()]
-    last = [run.name for run in before].index(f"{TINY.blog.label} seed=1")
-    assert names[last + 1] == f"{TINY.blog.label} seed=2"  # in the order of the plan
-    assert {run.run_id for run in before} < {run.run_id for run in copied.runs()}
-    assert len(names) == RUNS + 1
-    assert len(copied.runs("summary")) == 2
-
-
 def test_other_images_are_refused_under_the_same_name(copied, tiny):
     with pytest.raises(UserError, match="dataset_digest"):
         check(copied.folder, replace(tiny, digest="other"))
 
 
-def test_a_run_that_diverged_is_not_trained_again(home, tiny):
-    wild = Runs("wild", SMALL.config.replace(learning_rate=1e30), 1)
-    ledger = {"x": [claim("tame", SMALL), claim("far", wild)]}
-    first = check(home, tiny, ledger)
-    assert [(row.verdict, row.note) for row in first.rows][1] == ("not run", "'wild' diverged")
-    before = first.runs()
-    assert check(home, tiny, ledger).runs() == before
-    assert [run.status for run in before] == ["FINISHED", "FINISHED", "FAILED"]
-
-
-def test_a_ledger_with_another_claim_is_recorded_anew_and_trains_nothing(home, tiny):
-    ledger = {"x": [claim("one", SMALL)]}
-    before = check(home, tiny, ledger).runs()
-    wider = {"x": [*ledger["x"], claim("two", SMALL)]}
-    for given, summaries in ((ledger, 1), (wider, 2), (wider, 2)):
-        found = check(home, tiny, given)
-        assert len(found.runs("summary")) == summaries
-        assert found.runs() == before
-
-
-def test_a_published_likelihood_is_measured_on_binary_pixels(home, tiny):
+def test_a_check_again_trains_only_what_is_new(home, tiny):
+    diverging = Runs("diverging", SMALL.config.replace(learning_rate=1e30), 1)
     # The network of the paper, on digits and without a GPU.
     config = TINY.burda.config.replace(batch_size=32, epochs=1)
-    small = replace(TINY.burda, gpu=False, config=config)
-    stated = about("x", "y", "44", 4.0, "z", neg_log_likelihood, small)
-    (row,) = check(home, tiny, {"x": [stated]}).rows
-    assert row.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
+    binary = replace(TINY.burda, gpu=False, config=config)
+    published = Claim("published", "x", "44", 4.0, "z", neg_log_likelihood, (binary,))
+    ledger = {"x": [claim("one", SMALL), claim("far", diverging), published]}
+    first = check(home, tiny, ledger)
+    before = first.runs()
+    assert [run.status for run in before] == ["FINISHED"] * 2 + ["FAILED", "FINISHED"]
+    _, lost, found = first.rows
+    assert (lost.verdict, lost.note) == ("not run", "'diverging' diverged")
+    assert found.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
+    wider = {"x": [*ledger["x"], claim("two", SMALL)]}
+    for given, summaries in ((ledger, 1), (wider, 2)):
+        again = check(home, tiny, given)
+        assert again.runs() == before
+        assert len(again.runs("summary")) == summaries
+        assert [row.obtained for row in again.rows][:3] == [row.obtained for row in first.rows]
+    larger = {"x": [claim("one", replace(SMALL, seeds=3)), *ledger["x"][1:]]}
+    names = [run.name for run in check(home, tiny, larger).runs()]
+    third = names.index("small seed=2")  # in the order of the plan
+    assert names[:third] + names[third + 1 :] == [run.name for run in before]
+    assert third == 2
 
 
 # --- the command line -----------------------------------------------------------------------------
