@@ -210,7 +210,7 @@ class Plan:
 
     def width(self, most: int) -> int:
         """Return how many runs are trained together on a device that takes so many."""
-        return self.proposer.at_once(most) * self.proposer.runs
+        return self.proposer.at_once(most) * self.proposer.seeds
 
     @property
     def command(self) -> str:
@@ -277,7 +277,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         name=name,
         source=data,
         configs=[cell.config for cell in cells],
-        proposer=Listed(cells, {**data.settings, **shared}, study.objective),
+        proposer=Listed(cells, {**data.settings, **shared}, (study.objective,)),
         find=partial(_find, study),
         words=command(study.name, data, effective),
         sentence=_sentence(study, every, seeds, texts),
