@@ -231,13 +231,8 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
 def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps) -> list[Recorded]:
     """Train and record the runs of trials, and note the trials' values."""
     proposer, plan = queue.proposer, site.plan
-    of, planned = list[FrozenTrial](), list[Planned]()
-    for trial in trials:
-        for run in proposer.planned(trial):
-            group = f"{plan.name}/{run.tags['configuration']}"
-            tags = {**run.tags, "study": plan.name, "role": "run", "seed_group": group}
-            of.append(trial)
-            planned.append(run._replace(tags=tags))
+    of = [trial for trial in trials for _ in range(proposer.seeds)]  # trial of each run
+    planned = [_tagged(run, plan.name) for trial in trials for run in proposer.planned(trial)]
     finals: dict[int, dict[str, float] | None] = {}
 
     def on_epoch(current: EpochRecord) -> None:
@@ -266,6 +261,11 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
         if value is not None:
             queue.note(trial, value)
     return recorded
+
+
+def _tagged(run: Planned, study: str) -> Planned:
+    group = f"{study}/{run.tags['configuration']}"
+    return run._replace(tags={**run.tags, "study": study, "role": "run", "seed_group": group})
 
 
 def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:
