@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import lazy_loader
+import optuna
 import sqlalchemy
 from filelock import FileLock
 
@@ -26,11 +26,6 @@ from harness.config import UserError
 from harness.tracking import addresses
 from harness.tracking.addresses import sqlite_file, unusable
 from studies.runner import stopping
-
-if TYPE_CHECKING:
-    import optuna
-else:
-    optuna = lazy_loader.load("optuna")
 
 Result = TypeVar("Result")
 

@@ -2,8 +2,8 @@
 
 A trial belongs to one process as long as it is RUNNING. A process that ends or misses its
 heartbeats loses its trials: they fail, their work is proposed again under new numbers, and a late
-result is refused. What reads and then writes happens in the study's lock and can be repeated, so
-that a database that goes away costs time and nothing else.
+result is refused. Functions that read and then write hold the study's lock and can be repeated, so
+that a database that goes away costs only time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import lazy_loader
+import optuna
 
 from harness.config import RunConfig, UserError
 from harness.tracking import End
@@ -27,12 +27,9 @@ from studies.runner import database, stopping
 from studies.runner.proposers import DIVERGED, Proposer, Value, keys
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.trial import FrozenTrial
 
     from harness.training.engine import EpochRecord
-else:
-    optuna = lazy_loader.load("optuna")
 
 Result = TypeVar("Result")
 

@@ -151,11 +151,12 @@ def check_study(plan: Plan, options: Places) -> None:
 
 
 def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
-    """Refuse a study of which MLflow has runs and the storage none: they would be trained again."""
+    """Refuse a study with runs in MLflow and none in the storage: they would be trained again."""
     if has_study(storage.url, plan.name):
         return
     runs = store.runs(plan.experiment, study=plan.name)
-    if runs and not has_study(storage.url, plan.name):  # created meanwhile by another process
+    # Another process may have created the study before it wrote these runs.
+    if runs and not has_study(storage.url, plan.name):
         raise UserError(
             f"{addresses.without_password(store.uri)} has {len(runs)} runs of study "
             f"{plan.name!r}, which --storage {addresses.without_password(storage.url)} does not "
