@@ -1,4 +1,4 @@
-"""The lock of a shared database, retries while it is away, heartbeats, and who is gone."""
+"""The lock of a shared database, retries while it is away, heartbeats, ended processes."""
 
 import multiprocessing
 import os
@@ -45,7 +45,7 @@ def holder(url):
 
 
 def waits_for(url, name):
-    """Begin to wait for a lock; the event is set once it was held."""
+    """Wait for a lock in a thread; return an event that is set once it was held."""
     had = threading.Event()
 
     def work():
@@ -75,7 +75,7 @@ def test_postgres_takes_its_lock_from_a_process_that_is_stopped(postgres, monkey
     assert is_away(left.value)
 
 
-def test_a_lock_whose_connection_is_lost_says_so_also_after_a_pulse(postgres, monkeypatch):
+def test_a_lock_whose_connection_is_lost_is_an_error_also_after_a_pulse(postgres, monkeypatch):
     monkeypatch.setattr(database, "SILENCE", 1)
     url = postgres.create("lost")
     engine = sqlalchemy.create_engine(url)
@@ -188,7 +188,7 @@ def test_a_process_that_was_killed_is_gone_and_this_one_is_not():
     assert not is_gone(name)
     assert not is_gone(process_name())
     os.kill(process.pid, signal.SIGKILL)
-    while not is_gone(name):  # though nobody has waited for it yet
+    while not is_gone(name):  # though its parent has not waited for it yet
         time.sleep(0.01)
     process.join()
     assert is_gone(name)
@@ -198,7 +198,7 @@ def test_a_later_process_of_the_same_id_is_another():
     assert is_gone(process_name().rpartition(":")[0] + ":1")
 
 
-def test_of_another_machine_nothing_is_known():
+def test_a_process_of_another_machine_is_never_gone():
     assert not is_gone("elsewhere:1:1")
 
 

@@ -76,7 +76,7 @@ def together(work, items):
 
 
 def assert_exact(queue):
-    """Assert that every cell has one result, its own, and that nothing else is open."""
+    """Assert that every cell has one result, the right one, and that no trial is open."""
     done = queue.trials("COMPLETE")
     wanted = sorted(cell.config.kl_weight for cell in queue.proposer.cells)
     assert sorted(trial.value for trial in done) == wanted
@@ -103,7 +103,7 @@ def fall_silent(url):
 
 def test_processes_take_trials_without_overlap_and_together_all(url):
     taken = together(finish, [joined(url, i) for i in range(4)])
-    numbers = [number for own in taken for number in own]
+    numbers = [number for part in taken for number in part]
     assert len(numbers) == len(set(numbers)) == len(VALUES)
     assert_exact(joined(url))
 
@@ -210,7 +210,7 @@ def left_behind(url, owner):
 
 
 @pytest.mark.parametrize("owner", [DEAD, ""], ids=["dead", "none"])
-def test_whole_runs_of_a_process_that_ended_are_adopted_where_its_disk_is(url, owner):
+def test_whole_runs_of_a_process_that_ended_are_adopted_on_the_same_disk(url, owner):
     trials = left_behind(url, owner)
     fall_silent(url)  # a while ago
     here, there = joined(url, "here", complete=lambda: set(keys(trials[0]))), joined(url, "there")
@@ -293,7 +293,7 @@ def test_other_settings_are_refused_with_the_differences(url):
     assert "\n" not in str(refusal.value)
 
 
-def test_settings_that_the_harness_had_not_yet_are_its_defaults(url):
+def test_settings_that_an_older_study_lacks_are_the_defaults(url):
     joined(url, 1)
     assert joined(url, 2, settings=SETTINGS | {"kl_cycles": 1}).left() == len(VALUES)
     with pytest.raises(UserError, match="kl_cycles: 1 there, 2 here"):
@@ -338,7 +338,7 @@ def test_waiting_names_the_processes_and_ends_with_their_trials(url, caplog):
     assert len(other.trials("FAIL")) == len(VALUES) - 1
 
 
-def test_nobody_is_waited_for_who_is_not_there(url):
+def test_a_process_without_others_does_not_wait(url):
     queue = joined(url, 1)
     queue.take(2)
     queue.wait()
@@ -351,7 +351,7 @@ PROCESSES.set_forkserver_preload(["studies.runner.queue", "optuna.storages", "al
 
 
 def drain(url, values, seed, notes):
-    """Complete trials as a study's process does, noting each on the disk before it is told."""
+    """Complete trials as a study's process does: first a trial's keys are written to the disk."""
     chance, disk = random.Random(seed), Path(notes)
 
     def complete():  # what "delivered" means where the disk is the server

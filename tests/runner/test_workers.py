@@ -19,9 +19,9 @@ from studies.runner.study import make_plan
 NAME = "kl_weight-digits"
 
 
-def part(arguments, said, start):
-    """Be a process that was started with the study's command."""
-    sys.stdout = sys.stderr = said.open("w", buffering=1)
+def part(arguments, file, start):
+    """Run the study's command, with its output in a file."""
+    sys.stdout = sys.stderr = file.open("w", buffering=1)
     start.wait()
     cli.main(kl_weight.STUDY, arguments)
 
@@ -36,15 +36,15 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
     )  # kept; a fork cannot use autograd if this process has done so
     storage = postgres.create("shared_study")
     arguments = [*finished.arguments, "--tracking-uri", tracking_uri, "--storage", storage]
-    said = [tmp_path / f"said-{i}" for i in range(2)]
-    context = multiprocessing.get_context("fork")  # imports are dear
+    files = [tmp_path / f"printed-{i}" for i in range(2)]
+    context = multiprocessing.get_context("fork")  # imports take long
     start = context.Barrier(2)
-    team = [context.Process(target=part, args=(arguments, file, start)) for file in said]
+    team = [context.Process(target=part, args=(arguments, file, start)) for file in files]
     for process in team:
         process.start()
     for process in team:
         process.join()
-    printed = [file.read_text() for file in said]
+    printed = [file.read_text() for file in files]
     assert [process.exitcode for process in team] == [0, 0], printed
     plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, arguments))
     assert audit.faults(plan, tracking_uri, storage) == []
@@ -174,7 +174,7 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, ["--values", "0.1", "--workers", "2", *places])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "worker 2 ended with code 9: so (" in said
-    assert "no worker is left alive (above; runs left: 3)" in said
+    printed = capsys.readouterr().err
+    assert "worker 2 ended with code 9: so (" in printed
+    assert "no worker is left alive (above; runs left: 3)" in printed
     assert tracking.connect(tracking_uri).runs(NAME) == []
