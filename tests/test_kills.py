@@ -275,8 +275,8 @@ def test_the_same_with_an_mlflow_server(place, alone, server, name):
 def test_a_study_that_is_killed_while_it_clears_up_gets_done(
     place, alone, empty_database, first, nth
 ):
-    # The first kill falls between the ends of two trials, or into the summary; the second at any step until
-    # the next run begins.
+    # The first kill falls between the ends of two trials, or into the summary; the second at any
+    # step until the next run begins.
     for step in count(1):
         place.empty(empty_database)
         assert killed_at(place, nth, among=first)
@@ -400,11 +400,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def error_in(said: str) -> str:
+def error_in(printed: str) -> str:
     """Return a command's error, its last line."""
-    assert "Traceback" not in said
-    assert said.count("error: ") == 1
-    return said.splitlines()[-1]
+    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1
+    return printed.splitlines()[-1]
 
 
 # In kilobytes: too few for a run, and for a summary.
