@@ -17,9 +17,15 @@ def _closed(monkeypatch):
         STORAGES.pop().engine.dispose()
 
 
+@pytest.fixture
+def sqlite_url(tmp_path):
+    """Return the address of an empty SQLite database."""
+    return f"sqlite:///{tmp_path}/optuna.db"
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path):
+def url(request, sqlite_url):
     """Return the address of an empty database of each kind."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/optuna.db"
+        return sqlite_url
     return request.getfixturevalue("postgres").create(f"db{time.monotonic_ns()}")

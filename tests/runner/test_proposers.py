@@ -29,11 +29,6 @@ SEARCH = TPE(
 )
 
 
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path}/optuna.db"
-
-
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -52,8 +47,8 @@ def listed(*values):
     )
 
 
-def test_a_list_is_proposed_in_its_order_and_recognised(url):
-    queue = queue_at(url, listed(3.0, 1.0, 2.0))
+def test_a_list_is_proposed_in_its_order_and_recognised(sqlite_url):
+    queue = queue_at(sqlite_url, listed(3.0, 1.0, 2.0))
     assert queue.proposer.settings == {"dataset": "digits"}
     trials = queue.take(3)
     assert [queue.proposer.place(trial) for trial in trials] == [0, 1, 2]
@@ -67,20 +62,20 @@ def test_a_list_is_proposed_in_its_order_and_recognised(url):
         assert run.tags == tags
 
 
-def test_a_longer_list_places_old_trials_anew_and_a_shorter_one_leaves_them(url):
-    queue = queue_at(url, listed(1, 3))
+def test_a_longer_list_places_old_trials_anew_and_a_shorter_one_leaves_them(sqlite_url):
+    queue = queue_at(sqlite_url, listed(1, 3))
     for trial in queue.take(2):
         queue.finish(trial, Value([0.0], {}))
-    longer = queue_at(url, listed(0.5, 1.0, 2.0, 3.0))  # 1 is 1.0
+    longer = queue_at(sqlite_url, listed(0.5, 1.0, 2.0, 3.0))  # 1 is 1.0
     assert [longer.proposer.place(trial) for trial in longer.trials()] == [1, 3]
     assert [cell.identity["value"] for cell in longer.proposer.missing(longer.trials())] == [0.5, 2]
-    shorter = queue_at(url, listed(3.0))
+    shorter = queue_at(sqlite_url, listed(3.0))
     assert [shorter.proposer.place(trial) for trial in shorter.trials()] == [None, 0]
     assert shorter.left() == 0
 
 
-def test_what_failed_is_proposed_again_unless_it_diverged(url):
-    queue = queue_at(url, listed(1.0, 2.0))
+def test_what_failed_is_proposed_again_unless_it_diverged(sqlite_url):
+    queue = queue_at(sqlite_url, listed(1.0, 2.0))
     first, second = queue.take(2)
     queue.finish(first, None)
     queue.give_back()
@@ -97,8 +92,8 @@ def test_the_value_of_a_listed_run_is_its_objective():
 # --- searches -------------------------------------------------------------------------------------
 
 
-def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
-    queue = queue_at(url, replace(SEARCH))
+def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(sqlite_url):
+    queue = queue_at(sqlite_url, replace(SEARCH))
     (trial, *_) = queue.take(9)
     runs = queue.proposer.planned(trial)
     assert [run.key for run in runs] == keys(trial)
@@ -109,14 +104,14 @@ def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
     assert trial.params.keys() == SPACE.keys()
 
 
-def test_a_search_has_rounds_and_grows(url):
-    queue = queue_at(url, replace(SEARCH))
+def test_a_search_has_rounds_and_grows(sqlite_url):
+    queue = queue_at(sqlite_url, replace(SEARCH))
     assert [queue.proposer.at_once(width) for width in (16, 3, 1)] == [2, 1, 1]
     assert [len(queue.take(4)) for _ in range(4)] == [4, 4, 1, 0]
     for trial in queue.trials("RUNNING"):
         queue.finish(trial, Value([float(trial.number)], {}))
     assert queue.left() == 0
-    assert queue_at(url, replace(SEARCH, trials=12)).left() == 3
+    assert queue_at(sqlite_url, replace(SEARCH, trials=12)).left() == 3
 
 
 def drawn(queue, trials):
@@ -129,9 +124,9 @@ def drawn(queue, trials):
     return points
 
 
-def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(url, tmp_path):
+def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(sqlite_url, tmp_path):
     search = replace(SEARCH, trials=12)  # the first 10 are random
-    whole = drawn(queue_at(url, replace(search)), 12)
+    whole = drawn(queue_at(sqlite_url, replace(search)), 12)
     assert drawn(queue_at(f"sqlite:///{tmp_path}/again.db", replace(search)), 12) == whole
     apart = f"sqlite:///{tmp_path}/apart.db"
     one, other = (queue_at(apart, replace(search)) for _ in range(2))
@@ -141,9 +136,9 @@ def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(url, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")  # elsewhere ignored there, but not among threads
-def test_processes_that_search_together_draw_no_trial_too_many(url):
+def test_processes_that_search_together_draw_no_trial_too_many(sqlite_url):
     def search_on(name):
-        queue = queue_at(url, replace(SEARCH, trials=12))
+        queue = queue_at(sqlite_url, replace(SEARCH, trials=12))
         queue.me = f"elsewhere:1:{name}"
         with queue.working():
             while queue.left():
@@ -182,9 +177,9 @@ def record(values, epoch=1, warmup=None, mse=0.1):
 
 
 @pytest.fixture
-def queue(url):
+def queue(sqlite_url):
     """Open a search among whose finished trials everything else looks bad."""
-    queue = queue_at(url, replace(SEARCH))
+    queue = queue_at(sqlite_url, replace(SEARCH))
     judged = queue.proposer.judged
     for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
         queue.study.add_trial(
@@ -243,9 +238,9 @@ def test_a_seed_that_diverges_ends_its_trial_before_it_is_pruned(queue, value):
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, url):
+def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, sqlite_url):
     search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=6), pruner=pruner)
-    queue = queue_at(url, search)
+    queue = queue_at(sqlite_url, search)
     for _ in range(2):
         trials = queue.take(6)
         assert len(trials) == 6

@@ -108,8 +108,8 @@ def test_processes_take_trials_without_overlap_and_together_all(url):
     assert_exact(joined(url))
 
 
-def test_a_process_takes_no_more_than_its_share(url):
-    first, second = joined(url, 1), joined(url, 2)
+def test_a_process_takes_no_more_than_its_share(sqlite_url):
+    first, second = joined(sqlite_url, 1), joined(sqlite_url, 2)
     assert [len(first.take(9, workers=4)), len(second.take(9))] == [2, 2]  # of 6, then of 4
     assert len(first.take(9)) == 1
     assert len(first.take(9)) == 1
@@ -117,8 +117,8 @@ def test_a_process_takes_no_more_than_its_share(url):
     assert first.left() == 6
 
 
-def test_keys_are_there_before_anything_is_trained(url):
-    first = joined(url, 1)
+def test_keys_are_there_before_anything_is_trained(sqlite_url):
+    first = joined(sqlite_url, 1)
     for trial in first.take(2):
         (run,) = first.proposer.planned(trial)
         assert [run.key] == keys(trial) == keys(first.trials("RUNNING")[trial.number])
@@ -138,8 +138,8 @@ def test_trials_without_a_living_process_are_handed_out_again_once(url, owner):
     assert heirs[0].failed_keys() == [key for trial in taken for key in keys(trial)]
 
 
-def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(url):
-    queue = joined(url, 1)
+def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(sqlite_url):
+    queue = joined(sqlite_url, 1)
     first = queue.take(2)
     queue._held.clear()  # known only after the lock was left in peace
     again = queue.take(2)
@@ -227,17 +227,17 @@ def test_whole_runs_of_a_process_that_ended_are_adopted_on_the_same_disk(url, ow
 
 
 @pytest.mark.parametrize("owner", [process_name(), "elsewhere:1:1"], ids=["here", "elsewhere"])
-def test_trials_of_a_process_that_may_live_are_not_adopted(url, owner):
-    queue = joined(url, owner)
+def test_trials_of_a_process_that_may_live_are_not_adopted(sqlite_url, owner):
+    queue = joined(sqlite_url, owner)
     (trial,) = queue.take(1)
     queue.note(trial, value_of(trial))
-    other = joined(url, "other", complete=lambda: set(keys(trial)))
+    other = joined(sqlite_url, "other", complete=lambda: set(keys(trial)))
     assert trial.number not in {t.number for t in other.take(9)}
     assert trial.number in {t.number for t in other.trials("RUNNING")}
 
 
-def test_trials_with_a_result_wait_for_delivery_after_an_error(url):
-    queue = joined(url, process_name())
+def test_trials_with_a_result_wait_for_delivery_after_an_error(sqlite_url):
+    queue = joined(sqlite_url, process_name())
     first, second = queue.take(2)
 
     def interrupted():
@@ -257,8 +257,8 @@ def test_trials_with_a_result_wait_for_delivery_after_an_error(url):
 # --- finishing ------------------------------------------------------------------------------------
 
 
-def test_a_trial_that_is_finished_twice_counts_once(url):
-    queue = joined(url, 1)
+def test_a_trial_that_is_finished_twice_counts_once(sqlite_url):
+    queue = joined(sqlite_url, 1)
     first, second, third = queue.take(3)
     queue.pruned.add(third.number)
     for _ in range(2):  # as after a reply that was lost
@@ -274,47 +274,47 @@ def test_a_trial_that_is_finished_twice_counts_once(url):
 # --- continuing -----------------------------------------------------------------------------------
 
 
-def test_a_study_grows_and_repeats_nothing(url):
-    finish(joined(url, 1, values=VALUES[:2]))
-    queue = joined(url, 2)
+def test_a_study_grows_and_repeats_nothing(sqlite_url):
+    finish(joined(sqlite_url, 1, values=VALUES[:2]))
+    queue = joined(sqlite_url, 2)
     assert queue.left() == len(VALUES) - 2
     assert len(finish(queue)) == len(VALUES) - 2
-    assert joined(url, 3, values=(VALUES[0], 1)).left() == 1
+    assert joined(sqlite_url, 3, values=(VALUES[0], 1)).left() == 1
     assert_exact(queue)
-    assert joined(url, 3, values=VALUES[::-1]).left() == 0
+    assert joined(sqlite_url, 3, values=VALUES[::-1]).left() == 0
 
 
-def test_other_settings_are_refused_with_the_differences(url):
-    joined(url, 1)
+def test_other_settings_are_refused_with_the_differences(sqlite_url):
+    joined(sqlite_url, 1)
     with pytest.raises(
         UserError, match="epochs: 2 there, 3 here; x: None there, 1 here"
     ) as refusal:
-        joined(url, 2, settings={"dataset": "digits", "epochs": 3, "x": 1})
+        joined(sqlite_url, 2, settings={"dataset": "digits", "epochs": 3, "x": 1})
     assert "\n" not in str(refusal.value)
 
 
-def test_settings_that_an_older_study_lacks_are_the_defaults(url):
-    joined(url, 1)
-    assert joined(url, 2, settings=SETTINGS | {"kl_cycles": 1}).left() == len(VALUES)
+def test_settings_that_an_older_study_lacks_are_the_defaults(sqlite_url):
+    joined(sqlite_url, 1)
+    assert joined(sqlite_url, 2, settings=SETTINGS | {"kl_cycles": 1}).left() == len(VALUES)
     with pytest.raises(UserError, match="kl_cycles: 1 there, 2 here"):
-        joined(url, 2, settings=SETTINGS | {"kl_cycles": 2})
+        joined(sqlite_url, 2, settings=SETTINGS | {"kl_cycles": 2})
 
 
-def test_settings_are_compared_without_writing(url):
-    storage = storage_at(url)
+def test_settings_are_compared_without_writing(sqlite_url):
+    storage = storage_at(sqlite_url)
     assert not check_settings(storage, "study", SETTINGS)
-    joined(url, 1)
+    joined(sqlite_url, 1)
     assert check_settings(storage, "study", SETTINGS)
 
 
 @pytest.mark.parametrize("settings", [{"values": [0.1], "seeds": 3}, None])
-def test_studies_of_the_first_edition_and_of_others_are_refused_in_one_line(url, settings):
-    study = optuna.create_study(storage=storage_at(url), study_name="study")
+def test_studies_of_the_first_edition_and_of_others_are_refused_in_one_line(sqlite_url, settings):
+    study = optuna.create_study(storage=storage_at(sqlite_url), study_name="study")
     study.enqueue_trial({})
     if settings:
         study.set_user_attr("settings", settings)
     with pytest.raises(UserError, match="first edition.*cannot be continued.*--study") as refusal:
-        joined(url)
+        joined(sqlite_url)
     assert "\n" not in str(refusal.value)
 
 
@@ -338,8 +338,8 @@ def test_waiting_names_the_processes_and_ends_with_their_trials(url, caplog):
     assert len(other.trials("FAIL")) == len(VALUES) - 1
 
 
-def test_a_process_without_others_does_not_wait(url):
-    queue = joined(url, 1)
+def test_a_process_without_others_does_not_wait(sqlite_url):
+    queue = joined(sqlite_url, 1)
     queue.take(2)
     queue.wait()
 

@@ -3,7 +3,6 @@
 import logging
 from functools import partial
 
-import pytest
 import toy
 from opened import queue_at
 
@@ -37,15 +36,10 @@ def site_of(plan, data, uri) -> run.Site:
     return run.Site(plan, data, "cpu", store, start, None)
 
 
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path}/optuna.db"
-
-
-def test_a_toy_is_trained_through_the_queue(tracking_uri, url, tiny, monkeypatch):
+def test_a_toy_is_trained_through_the_queue(tracking_uri, sqlite_url, tiny, monkeypatch):
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES), tiny, tracking_uri)
-    queue = queue_at(url, site.plan.proposer, "toy", site.store.complete)
+    queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
     with Terminal().progress(3, 3) as steps:
         run.work(queue, site, steps)
     runs = {item.key: item for item in site.store.runs("toy-digits", study="toy", role="run")}
@@ -59,11 +53,11 @@ def test_a_toy_is_trained_through_the_queue(tracking_uri, url, tiny, monkeypatch
 
 
 def test_runs_of_other_code_are_named_at_the_start_and_in_the_answer(
-    tracking_uri, url, tiny, monkeypatch, caplog
+    tracking_uri, sqlite_url, tiny, monkeypatch, caplog
 ):
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES[:1]), tiny, tracking_uri)
-    queue = queue_at(url, site.plan.proposer, "toy", site.store.complete)
+    queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
     with Terminal().progress(1, 1) as steps:
         run.work(queue, site, steps)
     with caplog.at_level(logging.WARNING):
