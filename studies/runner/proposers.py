@@ -52,9 +52,9 @@ class Value(NamedTuple):
     attrs: dict[str, Any]
 
 
-def keys(trial: FrozenTrial) -> list[str]:
-    """Return the keys of a trial's runs."""
-    return list(trial.user_attrs.get(KEYS, []))
+def keys(*trials: FrozenTrial) -> list[str]:
+    """Return the keys of the runs of trials."""
+    return [key for trial in trials for key in trial.user_attrs.get(KEYS, [])]
 
 
 def part_of(trial: FrozenTrial) -> str | None:

@@ -81,8 +81,7 @@ class Queue:
 
     def failed_keys(self) -> list[str]:
         """Return the keys of the runs of failed trials, without those that diverged."""
-        failed = [t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs]
-        return [key for trial in failed for key in keys(trial)]
+        return keys(*(t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs))
 
     def take(self, count: int, workers: int = 1) -> list[FrozenTrial]:
         """Take trials: those that can be adopted, else this process's share of the rest.

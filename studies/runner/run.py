@@ -217,10 +217,9 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
                 recorded += adopted
             elif trials:
                 recorded += train(queue, site, trials, steps)
-                names = [key for trial in trials for key in keys(trial)]
-                site.store.deliver(names, wait_while_answering=True)
+                site.store.deliver(keys(*trials), wait_while_answering=True)
             elif recorded:
-                site.store.deliver([key for one in recorded for key in keys(one.trial)])
+                site.store.deliver(keys(*(one.trial for one in recorded)))
             elif queue.left() and not leave:
                 queue.wait()
             else:
@@ -306,7 +305,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
             for trial in summaries.take(1):
                 close_failed(summaries, site)  # of a process that died while this one waited
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
-                store.close(plan.experiment, [key for t in older for key in keys(t)], SUPERSEDED)
+                store.close(plan.experiment, keys(*older), SUPERSEDED)
                 outcome, run_id = summary.summarize(find(), experiment_id, *keys(trial))
                 attrs = {"run_id": run_id, "answer": outcome.answer}
                 if summaries.finish(trial, Value([0.0], attrs)):
@@ -316,10 +315,10 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     if again:
         found = find()
         return summary.write(plan.find(found), found, experiment_id)
-    places = {summaries.proposer.place(trial): trial for trial in summaries.trials("COMPLETE")}
-    run_id, answer = (places[0].user_attrs[name] for name in ("run_id", "answer"))
-    page = f"/#/experiments/{experiment_id}/runs/{run_id}"
-    address = way(addresses.without_password(store.uri)) + page
+    written = [t for t in summaries.trials("COMPLETE") if summaries.proposer.place(t) == 0][-1]
+    run_id, answer = written.user_attrs["run_id"], written.user_attrs["answer"]
+    shown = way(addresses.without_password(store.uri))
+    address = f"{shown}/#/experiments/{experiment_id}/runs/{run_id}"
     terminal.summary_elsewhere(run_id, address, answer)
     return None
 

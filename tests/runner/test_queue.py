@@ -82,7 +82,7 @@ def assert_exact(queue):
     assert sorted(trial.value for trial in done) == wanted
     assert all([trial.value] == value_of(trial).values for trial in done)
     assert queue.trials("RUNNING", "WAITING") == []
-    every = [key for trial in queue.trials() for key in keys(trial)]
+    every = keys(*queue.trials())
     assert len(set(every)) == len(every) == len(queue.trials())
 
 
@@ -135,7 +135,7 @@ def test_trials_without_a_living_process_are_handed_out_again_once(url, owner):
     assert_exact(heirs[0])
     failed = heirs[0].trials("FAIL")
     assert [t.number for t in failed] == [t.number for t in taken]
-    assert heirs[0].failed_keys() == [key for trial in taken for key in keys(trial)]
+    assert heirs[0].failed_keys() == keys(*taken)
 
 
 def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(sqlite_url):
