@@ -46,7 +46,7 @@ Report = Callable[[float, int], bool]  # value and epoch -> whether the trial is
 
 
 class Value(NamedTuple):
-    """Objectives and further attributes of a trial, as JSON has them."""
+    """Objectives and further attributes of a trial, both JSON values."""
 
     values: list[float]
     attrs: dict[str, Any]
