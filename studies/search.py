@@ -151,6 +151,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
         f"{CONFIRMING} fresh seeds of the best",
         confirm=partial(confirm, proposer, baseline(base, data)),
+        growth="a longer search with more --trials, ",
     )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from harness.config import RunConfig, UserError, Weights, checked_name
-from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, program, text
+from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, is_page, program, text
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Axis:
                 return tuple(map(int, parts))
             return _hashable({k: float(w) for k, w in (part.split("=") for part in parts)})
         except ValueError:
-            form = text(first) if first else "512,256"
+            form = "512,256" if isinstance(first, tuple) else "name=0.5"
             raise UserError(f"--values {value}: write values as {form}, or none") from None
 
     def set(self, config: RunConfig, value: Any, data: Source) -> RunConfig:  # noqa: ANN401
@@ -251,9 +251,10 @@ class Plan:
         find: trials and runs at the end -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
         sentence: the planned runs in words.
-        study: name in `studies.all` of the study whose `extras` a replay computes.
+        study: name in `studies.all` of the study whose `extras` a replay computes; None without.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
+        growth: how the study grows, the beginning of the last line on the terminal.
     """
 
     page: str
@@ -270,6 +271,7 @@ class Plan:
     study: str | None = None
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
+    growth: str = ""
 
     @property
     def experiment(self) -> str:
@@ -327,6 +329,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     groups = [group for group in dict.fromkeys(group for group, _ in points) if group]
     each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
     epochs = list(dict.fromkeys(str(cell.config.epochs) for cell in cells))
+    replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
         page=study.name,
         question=study.question,
@@ -340,7 +343,8 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         f"{seeds} seeds = {len(cells)} runs of {' or '.join(epochs)} epochs",
         objective=study.objective,
         extras=study.extras,
-        study=study.name,
+        study=None if replayable else study.name,
+        growth="a closer look with other --values and more --seeds (and a --study-name), ",
     )
 
 

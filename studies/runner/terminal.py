@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import rich.console
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from harness.tracking import addresses
+from studies.runner.options import is_page, python
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,12 +60,6 @@ HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
 
 COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}
 """Of the verdicts of a ledger."""
-
-NEXT = (
-    "Next: a closer look with other --values and more --seeds (and a --study-name), one run again "
-    "with python -m studies.replay RUN_ID, or another study: python -m studies.all --dry-run."
-)
-"""What can be done after a study."""
 
 
 class _Screen(rich.console.Console):
@@ -237,7 +233,7 @@ class Terminal:
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {outcome.folder / 'report.html'}")
         self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
-        self.line(NEXT)
+        self.line(following(outcome.plan, tracking_uri))
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
@@ -318,7 +314,16 @@ def way(where: str) -> str:
     """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
-    if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
+    command = f"{python()} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
+    if where == addresses.default_tracking() and Path.cwd() == Path(__file__).resolve().parents[2]:
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
+
+
+def following(plan: Plan, tracking_uri: str | None) -> str:
+    """Return commands that can follow a study, as they are written in the current directory."""
+    uri = addresses.without_password(tracking_uri or "")
+    store = f" --tracking-uri {shlex.quote(uri)}" if uri else ""
+    again = f"one run again with {python()} -m studies.replay RUN_ID{store}, or "
+    again = again if plan.study is None or is_page(plan.study) else ""
+    return f"Next: {plan.growth}{again}another study: {python()} -m studies.all --dry-run."

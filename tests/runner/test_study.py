@@ -99,7 +99,7 @@ def test_every_setting_can_be_an_axis_and_an_option(name, registered):
 @pytest.mark.parametrize("values", ["x", "8,", "8,x", "8.5"])
 def test_a_text_that_is_no_tuple_is_refused_in_one_line(values):
     study = replace(kl_weight.STUDY, axis=Axis("hidden", ((16,), (8, 4))))
-    with pytest.raises(UserError, match=f"--values {values}: write values as 16, or none"):
+    with pytest.raises(UserError, match=f"--values {values}: write values as 512,256, or none"):
         make_plan(study, cli.parse(study, ["--values", values]))
     (config,) = make_plan(study, cli.parse(study, ["--values", "none", "--seeds", "1"])).configs
     assert config.hidden == ()
