@@ -14,19 +14,16 @@ from analysis import frames, latent_plots, plots
 from harness.config import RunConfig, UserError
 from studies.runner.answers import compare, judged
 from studies.runner.cli import main
-from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_weight
+from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
 
 if TYPE_CHECKING:
     import pandas as pd
 
 AXIS = "condition"
 
-CALIBRATED_ELBO = "ELBO, calibrated"
-BLOG_ELBO = "ELBO, weight 1"
-MSE_STOCHASTIC = "MSE only, stochastic"
-AUTOENCODER = "MSE only, autoencoder"
-BLOG = "blog's recipe"
-BLOG_WITHOUT_KL = "blog's recipe, no KL"
+CALIBRATED_ELBO, BLOG_ELBO = "ELBO, calibrated", "ELBO, weight 1"
+MSE_STOCHASTIC, AUTOENCODER = "MSE only, stochastic", "MSE only, autoencoder"
+BLOG, BLOG_WITHOUT_KL = "blog's recipe", "blog's recipe, no KL"
 
 CONDITIONS: Mapping[str, Mapping[str, Any]] = {
     CALIBRATED_ELBO: {},
@@ -44,7 +41,7 @@ def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
     if name not in CONDITIONS:
         raise UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
     changes = {"kl_weight": data.calibrated, **CONDITIONS[name]}
-    weight = with_weight(config, changes["kl_weight"], data).kl_weight
+    weight = with_variance(config, changes["kl_weight"] / 2, data).kl_weight
     return config.replace(**{**changes, "kl_weight": weight})
 
 

@@ -47,20 +47,11 @@ def best_weight(frame: pd.DataFrame) -> str:
         blog = means.loc[BLOG_WEIGHT]
         gap = compare(frame, AXIS, BLOG_WEIGHT, best, "neg_elbo")
         sentences.append(
-            f"{_weight_one(frame)} costs {gap} nats / image of test neg_elbo against it, at mse "
+            f"Weight 1 costs {gap} nats / image of test neg_elbo against it, at mse "
             f"{blog['mse']:.4f} against {row['mse']:.4f}, with {blog['active_units']:.1f} of "
             f"{size} latents active."
         )
     return " ".join([*sentences, worst_class(frame[frame[AXIS] == best])]).strip()
-
-
-def _weight_one(frame: pd.DataFrame) -> str:
-    """Name weight 1: the blog's in its normalisation, the exact ELBO of a likelihood."""
-    of_squares = (frame["sigma"] == "fixed") & (frame["likelihood"] == "gaussian")
-    pixels = frame["kl_normalization"] == "pixels"
-    if of_squares.all() and pixels.all():
-        return "The blog's weight 1"
-    return "Weight 1, the exact ELBO," if pixels.all() and not of_squares.any() else "Weight 1"
 
 
 def _linear_prediction(frame: pd.DataFrame, best: object) -> list[str]:

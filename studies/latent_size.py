@@ -20,9 +20,9 @@ from studies.runner.study import (
     Axis,
     Source,
     Study,
+    calibrated,
     sets_variance,
-    with_exact_elbo,
-    with_weight,
+    with_variance,
 )
 
 if TYPE_CHECKING:
@@ -44,13 +44,11 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
             "kl_normalization='latent' divides by the number of latents, so that one weight means "
             "another decoder variance at each; choose among pixels, batch, sum"
         )
+    weight = calibrated(base, data).kl_weight
     if not sets_variance(base):
-        return {"exact ELBO's weight": {"kl_weight": with_exact_elbo(base, data).kl_weight}}
-    named = {"blog's weight": BLOG_WEIGHT, "calibrated weight": data.calibrated}
-    return {
-        name: {"kl_weight": with_weight(base, weight, data).kl_weight}
-        for name, weight in named.items()
-    }
+        return {"exact ELBO's weight": {"kl_weight": weight}}
+    blog = with_variance(base, BLOG_WEIGHT / 2, data).kl_weight
+    return {"blog's weight": {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
 
 
 def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis import frames, search_frames, search_plots, tables
 from harness.config import RunConfig, UserError
@@ -20,16 +20,7 @@ from studies.runner.answers import calibration, plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, at_least, setting_options
 from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
-from studies.runner.study import (
-    Plan,
-    Source,
-    check_objective,
-    command,
-    sets_variance,
-    source,
-    with_exact_elbo,
-    with_weight,
-)
+from studies.runner.study import Plan, calibrated, check_objective, command, source
 
 if TYPE_CHECKING:
     import optuna
@@ -64,6 +55,17 @@ CONFIRMED_CAPTION = (
     "best, best/val/ its value."
 )
 
+CAPTIONS = {
+    "history": "Validation neg_elbo of each trial in the order asked, and the best so far. A "
+    "pruned trial stands at its value when it was stopped.",
+    "parameters": "Validation neg_elbo against each searched setting, and against the decoder "
+    "variance that weight, normalisation and latent size mean together.",
+    "importances": "Share of the variation of ranks that each setting explains, alone and together "
+    "with others (fANOVA), over finished trials only.",
+    "front": "Rate and mse of all trials on validation data; no trial beats those of the front in "
+    "both. Numbers are trials; points close to a numbered one have none.",
+}
+
 
 def space(epochs: int) -> Space:
     """Return the values that are tried.
@@ -82,15 +84,6 @@ def space(epochs: int) -> Space:
         "free_bits": Range(0.0, 0.5),
         "sigma": ("fixed", "optimal", "learned"),
     }
-
-
-def baseline(base: RunConfig, data: Source) -> RunConfig:
-    """Return the default configuration with its calibrated KL weight.
-
-    Where no weight sets the decoder's variance the loss is an exact ELBO at beta 1.
-    """
-    calibrated = sets_variance(base)
-    return with_weight(base, data.calibrated, data) if calibrated else with_exact_elbo(base, data)
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         sentence=f"{options.trials} configurations of {', '.join(searched)}, {seeds} each, "
         f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
         f"{CONFIRMING} fresh seeds of the best",
-        confirm=partial(confirm, proposer, baseline(base, data)),
+        confirm=partial(confirm, proposer, calibrated(base, data)),
         growth="a longer search with more --trials, ",
     )
 
@@ -224,52 +217,32 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     named = {f"best, trial {number}": again, "default, calibrated weight": default}
     every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
     table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
-    enough = len(_complete(study)) > 1
-    shares = search_frames.importances(
-        {name: importances(study, i) for i, name in enumerate(objectives)} if enough else {}
-    )
-    diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    figures: dict[str, tuple[Any, str]] = {
-        "history": (
-            lambda: search_plots.history(trials),
-            "Validation neg_elbo of each trial in the order asked, and the best so far. A pruned "
-            "trial stands at its value when it was stopped.",
-        ),
-        "parameters": (
-            lambda: search_plots.parameters(trials),
-            "Validation neg_elbo against each searched setting, and against the decoder variance "
-            "that weight, normalisation and latent size mean together.",
-        ),
+    ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
+    shares = search_frames.importances({name: importances(study, i) for i, name in ranked})
+    figures = {
+        "history": partial(search_plots.history, trials),
+        "parameters": partial(search_plots.parameters, trials),
+        **({} if shares.empty else {"importances": partial(search_plots.importances, shares)}),
+        **({"front": partial(search_plots.front, trials)} if len(objectives) > 1 else {}),
     }
-    if enough:
-        figures["importances"] = (
-            lambda: search_plots.importances(shares),
-            "Share of the variation of ranks that each setting explains, alone and together with "
-            "others (fANOVA), over finished trials only.",
-        )
-    if len(objectives) > 1:
-        figures["front"] = (
-            lambda: search_plots.front(trials),
-            "Rate and mse of all trials on validation data; no trial beats those of the front in "
-            "both. Numbers are trials; points close to a numbered one have none.",
-        )
+    diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     top = _top(searched, trials, list(proposer.space))
-
-    def answer() -> str:
-        best = _best(trials, again, number, list(proposer.space), diverged)
-        parts = [f"{best}{_confirmed(trials, again, default, table, number)}"]
-        parts += [_importances(shares, trials)] if enough else []
-        return "\n\n".join(parts + ([_front(trials)] if len(objectives) > 1 else []))
-
     return Findings(
         table=top,
-        answer=answer,
+        answer=lambda: "\n\n".join(
+            [
+                _best(trials, again, list(proposer.space), diverged),
+                _confirmed(trials, again, default, table),
+                *([] if shares.empty else [_shares(shares, trials)]),
+                *([_front(trials)] if len(objectives) > 1 else []),
+            ]
+        ),
         frame=runs,
         tables={
             "table": (top, f"The {TOP} best trials of the search."),
             "confirmed": (table, CONFIRMED_CAPTION),
         },
-        figures=figures,
+        figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
         models={
             name: part.sort_values("seed")["run_id"].iloc[0]
             for name, part in (("best", again), ("default", default))
@@ -291,47 +264,42 @@ def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.Da
     return table.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
 
 
-def _best(
-    trials: pd.DataFrame, again: pd.DataFrame, number: int, space: list[str], diverged: int
-) -> str:
-    """Return which trial is best, with its settings."""
+def _best(trials: pd.DataFrame, again: pd.DataFrame, space: list[str], diverged: int) -> str:
+    """Return which trial is best, its settings and its decoder variance."""
     best, finished = again.iloc[0], int((~trials["pruned"]).sum())
+    means = again[["calibration_ratio", "decoder_variance", "active_units"]].mean()
     settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in space)
     return (
-        f"Of {len(trials) + diverged} configurations ({finished} finished, "
-        f"{len(trials) - finished} pruned, {diverged} diverged) trial {number} is best: {settings}."
+        f"Of {len(trials) + diverged} configurations ({finished} finished, {len(trials) - finished}"
+        f" pruned, {diverged} diverged) trial {best['trial']} is best: {settings}. "
+        f"{calibration(means)}{means['active_units']:.1f} of {best['latent_size']} latents are "
+        "active."
     )
 
 
 def _confirmed(
-    trials: pd.DataFrame,
-    again: pd.DataFrame,
-    default: pd.DataFrame,
-    table: pd.DataFrame,
-    number: int,
+    trials: pd.DataFrame, again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame
 ) -> str:
     """Return how good the best trial is beyond the luck of the search, and beside the default."""
-    row, searched = table.iloc[0], trials.set_index("trial").loc[number]
-    sentences = (
-        f" {calibration(row)}{row['active_units']:.1f} of {again['latent_size'].iloc[0]} latents "
-        f"are active.\n\nTrained again with {len(again)} fresh seed{'s'[: len(again) > 1]} it has "
-        f"test neg_elbo {plus_minus(row, 'neg_elbo')} nats / image (validation "
-        f"{plus_minus(row, 'val/neg_elbo')}; mean and 95 % interval). The search's own validation "
-        f"number for it, {searched['val/neg_elbo']:.2f}, is the best of many and took part in the "
-        "choice. "
+    row, searched = table.iloc[0], trials.set_index("trial").loc[again["trial"].iloc[0]]
+    first = (
+        f"Trained again with {len(again)} fresh seed{'s'[: len(again) > 1]} it has test neg_elbo "
+        f"{plus_minus(row, 'neg_elbo')} nats / image (validation {plus_minus(row, 'val/neg_elbo')};"
+        " mean and 95 % interval). The search's own validation number for it, "
+        f"{searched['val/neg_elbo']:.2f}, is the best of many and took part in the choice."
     )
     if default.empty:
-        return f"{sentences}The default configuration diverged with every fresh seed."
+        return f"{first} The default configuration diverged with every fresh seed."
     gap, mse = (frames.paired_difference(again, default, m) for m in ("neg_elbo", "mse"))
     return (
-        f"{sentences}The default configuration at its calibrated weight "
+        f"{first} The default configuration at its calibrated weight "
         f"{default['kl_weight'].iloc[0]:.3g} has {plus_minus(table.iloc[1], 'neg_elbo')} with the "
         f"same seeds; paired, the search changes test neg_elbo by {gap} nats / image and mse by "
         f"{mse} pixel²."
     )
 
 
-def _importances(shares: pd.DataFrame, trials: pd.DataFrame) -> str:
+def _shares(shares: pd.DataFrame, trials: pd.DataFrame) -> str:
     sentences = []
     for objective, part in shares.groupby("objective", sort=False):
         ordered = part.sort_values("share", ascending=False)

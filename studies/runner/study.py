@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from harness.config import RunConfig, UserError, Weights, checked_name
 from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, is_page, program, text
@@ -27,35 +27,26 @@ BLOG_WEIGHT = 1.0
 """The blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """The properties of a dataset on which a plan depends, known before the data are loaded.
 
     Attributes:
         calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
         epochs: passes over the training split where the user gives no number.
-        digest: of the user's images, which a name does not identify; else "".
-        images: number of the user's images in train, val and test.
         words: options that name it on a command line, for the user's images without the folder.
+        settings: what identifies it; of the user's images, which a name does not, a digest too.
     """
 
     name: str
     pixels: int
     calibrated: float
     epochs: int
-    digest: str = ""
-    images: tuple[int, ...] = ()
-    words: str = ""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The part of a study's settings that identifies the dataset."""
-        given = {"dataset_digest": self.digest, "dataset_images": list(self.images)}
-        return {"dataset": self.name} | (given if self.digest else {})
+    words: str
+    settings: Mapping[str, Any]
 
 
 KNOWN = {
-    name: Source(name, pixels, calibrated, epochs, words=f"--dataset {name}")
+    name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name})
     for name, pixels, calibrated, epochs in (
         ("digits", 64, 0.02, 50),
         ("mnist", 784, 0.05, 20),
@@ -89,11 +80,12 @@ def source(name: str, own: Dataset | None) -> Source:
             raise UserError(f"dataset={name!r}: choose one of {', '.join(KNOWN)}, or folder:PATH")
         return KNOWN[name]
     _, height, width = own.image_shape
-    folder = own.name.removeprefix("folder-")
-    words = f"--dataset folder:{shlex.quote(folder)} --image-size {height} {width}"
+    folder = shlex.quote(own.name.removeprefix("folder-"))
+    words = f"--dataset folder:{folder} --image-size {height} {width}"
     epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
-    images = (len(own.train), len(own.val), len(own.test))
-    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)
+    images = [len(own.train), len(own.val), len(own.test)]
+    settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": images}
+    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, words, settings)
 
 
 def sets_variance(config: RunConfig) -> bool:
@@ -108,15 +100,12 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
     return with_decoder_variance(config, variance, data.pixels)
 
 
-def with_weight(config: RunConfig, weight: float, data: Source) -> RunConfig:
-    """Set a KL weight of mode "pixels", in other modes the one that means the same variance."""
-    return with_variance(config, weight / 2, data)
-
-
-def with_exact_elbo(config: RunConfig, data: Source) -> RunConfig:
-    """Set the KL weight at which beta is 1."""
+def calibrated(config: RunConfig, data: Source) -> RunConfig:
+    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1)."""
     from harness.objective import beta  # loads torch
 
+    if sets_variance(config):
+        return with_variance(config, data.calibrated / 2, data)
     return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
@@ -127,43 +116,38 @@ TABLE = (
 """Columns of a summary table: last and best validation neg_elbo, then test metrics."""
 
 
-@dataclass(frozen=True)
 class Axis:
     """The quantity that a study sweeps.
 
-    Attributes:
-        name: column of the frames and axis of the figures; a field of `RunConfig`, or any name
-            with `apply`.
-        values: at least one; numbers, names, tuples of whole numbers or weights by name.
-        apply: (config, value, source of the data) -> config; None sets the field.
+    Args:
+        name: column of the frames and axis of the figures.
+        values: at least one; numbers, names, tuples of whole numbers, or weights by name.
+        apply: (config, value, source of the data) -> config; by default `name` is a field that is
+            set.
     """
 
-    name: str
-    values: tuple[Any, ...]
-    apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None
-
-    def __post_init__(self) -> None:
-        if self.apply is None and self.name not in SETTINGS:
-            raise UserError(
-                f"axis {self.name!r} is no setting of RunConfig that can be swept ("
-                f"{', '.join(SETTINGS)}); give a function `apply` that sets it"
-            )
-        values = tuple(_hashable(value) for value in self.values)
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[Any],
+        apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None,
+    ) -> None:
+        self.name, self.values = name, tuple(map(_hashable, values))
         if not values or not all(
-            isinstance(v, str | int | float | tuple | Weights) for v in values
+            isinstance(v, str | int | float | tuple | Weights) for v in self.values
         ):
             raise UserError(
-                f"axis {self.name!r} has the values {list(values)}: give at least one, each a "
-                "number, a name, a tuple of whole numbers, or weights by name"
+                f"axis {name!r} has the values {list(values)}: give at least one, each a number, a "
+                "name, a tuple of whole numbers, or weights by name"
             )
-        object.__setattr__(self, "values", values)
-
-    @property
-    def kind(self) -> Any:  # noqa: ANN401 - a type or a Literal
-        """Type of a value on the command line."""
-        if isinstance(self.values[0], tuple | Weights):
-            return str
-        return type(self.values[0]) if self.apply else get_type_hints(RunConfig)[self.name]
+        if apply is None and name not in SETTINGS:
+            raise UserError(
+                f"axis {name!r} is no setting of RunConfig that can be swept; give a function "
+                f"`apply` that sets it, or choose among {', '.join(SETTINGS)}"
+            )
+        self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
+        kind = type(self.values[0]) if apply else get_type_hints(RunConfig)[name]
+        self.kind = str if isinstance(self.values[0], tuple | Weights) else kind
 
     def read(self, value: Any) -> Any:  # noqa: ANN401 - of any kind
         """Return a value given by the user; "512,256" becomes a tuple on an axis of tuples."""
@@ -179,14 +163,8 @@ class Axis:
             form = "512,256" if isinstance(first, tuple) else "name=0.5"
             raise UserError(f"--values {value}: write values as {form}, or none") from None
 
-    def set(self, config: RunConfig, value: Any, data: Source) -> RunConfig:  # noqa: ANN401
-        """Return a configuration with a value of the axis."""
-        if self.apply is not None:
-            return self.apply(config, value, data)
-        return config.replace(**{self.name: value})
 
-
-def _hashable(value: Any) -> Any:  # noqa: ANN401
+def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
     if isinstance(value, Mapping):
         return Weights(sorted(value.items()))
     return tuple(value) if isinstance(value, list) else value
@@ -305,7 +283,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
     points = {
-        (group, value): axis.set(base.replace(**changes), value, data)
+        (group, value): axis.apply(base.replace(**changes), value, data)
         for group, changes in study.groups(base, data).items()
         for value in values
     }

@@ -8,10 +8,10 @@ import pytest
 from harness import RunConfig, UserError, term
 from harness.objective import beta, decoder_variance
 from harness.tracking.record import description
-from studies import elbo_vs_mse, kl_weight, latent_size, search
+from studies import elbo_vs_mse, kl_weight, latent_size
 from studies.runner import cli
 from studies.runner.options import SETTINGS, Options, arguments, text
-from studies.runner.study import KNOWN, Axis, make_plan
+from studies.runner.study import KNOWN, Axis, calibrated, make_plan
 
 BINARY = ("likelihood", "binarization")  # a value of one needs another of the other
 
@@ -34,7 +34,7 @@ def test_a_calibrated_weight_is_calibrated_in_every_normalisation(mode):
     ).proposer.cells:
         wanted = named.get(cell.identity["value"], 0.0)
         assert decoder_variance(cell.config, 64) == pytest.approx(wanted, rel=1e-15)
-    baseline = search.baseline(RunConfig(kl_normalization=mode), KNOWN["digits"])
+    baseline = calibrated(RunConfig(kl_normalization=mode), KNOWN["digits"])
     assert decoder_variance(baseline, 64) == pytest.approx(0.01, rel=1e-15)
 
 
@@ -47,7 +47,7 @@ def test_no_weight_is_called_calibrated_where_weights_set_no_variance():
     assert {beta(config, 64) for config in plan.configs} == {1.0}
     with pytest.raises(UserError, match="divides by the number of latents"):
         make_plan(latent_size.STUDY, Options(settings={"kl_normalization": "latent"}))
-    sigma_vae = search.baseline(RunConfig(sigma="optimal"), KNOWN["mnist"])
+    sigma_vae = calibrated(RunConfig(sigma="optimal"), KNOWN["mnist"])
     assert beta(sigma_vae, 784) == 1
 
 
