@@ -266,7 +266,6 @@ def test_a_batch_is_as_wide_as_the_stack_but_a_search_has_rounds():
         for t, s in ((400, 1), (400, 3), (400, 20), (40, 1), (2, 1))
     ]
     assert [plan.proposer.at_once(16) for plan in plans] == [16, 5, 1, 10, 1]
-    assert [plan.width(16) for plan in plans] == [16, 15, 20, 10, 1]
 
 
 @dataclass

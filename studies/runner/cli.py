@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from harness.config import UserError
+import harness
+from harness.config import Precision, UserError
 from harness.errors import SummaryError
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import SETTINGS, Common, Options, Places, program, setting_options
 from studies.runner.study import Plan, Study, make_plan, read_own
-from studies.runner.terminal import CLOSED, Terminal
+from studies.runner.terminal import CLOSED, Terminal, expected
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -175,6 +176,22 @@ def start_pool(options: Places) -> None:
         forkserver.start()
 
 
+def start(
+    options: Places,
+    question: str,
+    dataset: str,
+    terminal: Terminal,
+    precision: Precision = "float32",
+) -> str:
+    """Start the pool, show the question, load PyTorch and return the kind of device, checked."""
+    start_pool(options)
+    terminal.question(question)
+    log.info("loading PyTorch and %s", dataset)
+    from harness.training.engine import resolve_device  # --help answers without it
+
+    return resolve_device(options.device, precision).type
+
+
 def execute(
     make_plan: Callable[[Dataset | None], Plan], options: Common, terminal: Terminal
 ) -> Outcome | None:
@@ -184,15 +201,7 @@ def execute(
     """
     own = read_own(options.dataset, options.image_size)
     plan = make_plan(own)
-    start_pool(options)
-
-    import harness  # after parsing, so that --help and misspelt options answer at once
-    from harness.training.engine import resolve_device
-
-    terminal.question(plan.question)
-    log.info("loading PyTorch and %s", plan.source.name)
-    for precision in {config.precision for config in plan.configs}:
-        resolve_device(options.device, precision)
+    start(options, plan.question, plan.source.name, terminal, plan.configs[0].precision)
     data = own or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 
@@ -201,7 +210,6 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
-    from studies.runner import estimate
     from studies.runner.run import check_study, run
 
     for config in plan.configs:
@@ -209,9 +217,9 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     terminal.plan(plan, data.pixels)
     if options.dry_run:
         check_study(plan, options)
-        where = options.device, options.tracking_uri
-        expected = estimate.sentence(plan.configs, data, *where, plan.width)
-        terminal.estimate(options.tracking_uri, options.storage, expected)
+        kind = engine.resolve_device(options.device).type
+        estimate = expected(plan, kind, options.tracking_uri)
+        terminal.dry_run(options.tracking_uri, options.storage, estimate)
         return None
     if any(config.likelihood == "gaussian" for config in plan.configs):
         begin_pca(data)

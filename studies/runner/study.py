@@ -256,10 +256,6 @@ class Plan:
         """Name of the MLflow experiment: one per study and dataset."""
         return f"{self.page}-{self.source.name}"
 
-    def width(self, most: int) -> int:
-        """Return how many runs are trained together on a device that takes so many."""
-        return self.proposer.at_once(most) * self.proposer.runs
-
     @property
     def command(self) -> str:
         """The command line that repeats the study."""
