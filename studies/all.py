@@ -11,7 +11,7 @@ from harness.config import RunConfig, UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, Options, setting_options
-from studies.runner.study import make_plan, read_own
+from studies.runner.study import make_plan, read_images
 from studies.search import SearchOptions
 
 log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
-        own = read_own(options.dataset, options.image_size)
+        images = read_images(options.dataset, options.image_size)
         log.info("planning every study")  # the first to need PyTorch waits for it
         given = search_options(options)
         plans: dict[str, tuple[Callable[[Any], Any], Common]] = {
@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
         }
         for name, (plan, _) in plans.items():  # before one trains, the others are checked
             try:
-                plan(own)
+                plan(images)
             except UserError as error:
                 raise UserError(f"studies.{name}: {error}") from None
         outcomes = [execute(plan, given, terminal) for plan, given in plans.values()]

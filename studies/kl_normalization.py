@@ -37,13 +37,13 @@ def one_curve(frame: pd.DataFrame) -> str:
     active = frame.groupby(AXIS)["active_units"].max()
     collapsed = active[active == 0].index
     verdict = "the modes are one curve" if between_modes < between_seeds else "the modes disagree"
-    luck = f"while seeds differ by {between_seeds:.2g} (median standard deviation): {verdict}"
-    luck = "with a single seed" if between_seeds != between_seeds else luck
+    seeds = f"while seeds differ by {between_seeds:.2g} (median standard deviation): {verdict}"
+    seeds = "with a single seed" if between_seeds != between_seeds else seeds
     gap = f"differs by at most {between_modes:.2g} nats / image"
     gap = gap if between_modes else "is equal to the last bit,"
     first = (
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"{gap} {luck}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
+        f"{gap} {seeds}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
     )
     if collapsed.empty:
         return first

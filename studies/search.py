@@ -47,7 +47,7 @@ REPORTED = [
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch", "neg_elbo", "mse", "rate"),
     *("decoder_variance", "calibration_ratio", "active_units"),
 ]
-"""Metrics of the configurations that are trained again; test data, unless the name says other."""
+"""Metrics of the configurations that are trained again."""
 
 CONFIRMED_CAPTION = (
     "The best configuration and the default one with fresh seeds: mean and 95 % t interval; val/ "
@@ -105,7 +105,7 @@ class SearchOptions(Common):
     multi_objective: bool = False
 
 
-def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
+def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
     """Return the plan of a search, on the user's images if given; all settings are checked."""
     at_least(1, trials=options.trials, seeds=options.seeds)
     if options.multi_objective and options.pruner not in (None, "none"):
@@ -114,7 +114,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
             "or give --pruner none with --multi-objective"
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
-    data = source(options.dataset, own)
+    data = source(options.dataset, images)
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base)
     fixed = {*options.settings, *(["sigma"] if base.likelihood == "bernoulli" else [])}
@@ -280,7 +280,7 @@ def _best(trials: pd.DataFrame, again: pd.DataFrame, space: list[str], diverged:
 def _confirmed(
     trials: pd.DataFrame, again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame
 ) -> str:
-    """Return how good the best trial is beyond the luck of the search, and beside the default."""
+    """Return how good the best trial is with fresh seeds, beside the default."""
     row, searched = table.iloc[0], trials.set_index("trial").loc[again["trial"].iloc[0]]
     first = (
         f"Trained again with {len(again)} fresh seed{'s'[: len(again) > 1]} it has test neg_elbo "

@@ -23,7 +23,7 @@ from harness.errors import SummaryError
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import SETTINGS, Common, Options, Places, program, setting_options
-from studies.runner.study import Plan, Study, make_plan, read_own
+from studies.runner.study import Plan, Study, make_plan, read_images
 from studies.runner.terminal import CLOSED, Terminal, expected
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def run(study: Study, **options: Any) -> Outcome | None:
 
 @contextlib.contextmanager
 def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> Iterator[Terminal]:
-    """Run a command; turn what ends it early into one line and an exit code.
+    """Run a command; turn an error or a signal into one line and an exit code.
 
-    0: done. 2: an input was refused, or a store, a server or the disk failed; all that was recorded
-    is kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
+    0: done. 2: an input was refused, or a store, a server or the disk failed; recorded runs are
+    kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
     130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
     where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
@@ -131,7 +131,7 @@ def read(
 ) -> Given:
     """Return a dataclass of options from the command line of the study NAME; else UserError.
 
-    With a dataclass of `setting_options`, `settings` holds what is given of them.
+    With a dataclass of `setting_options`, the field `settings` holds those that are given.
     """
     parsed: Any = options
     if settings is not None:
@@ -199,10 +199,10 @@ def execute(
 
     `make_plan` is called with the user's images, or None for a dataset of a name.
     """
-    own = read_own(options.dataset, options.image_size)
-    plan = make_plan(own)
+    images = read_images(options.dataset, options.image_size)
+    plan = make_plan(images)
     start(options, plan.question, plan.source.name, terminal, plan.configs[0].precision)
-    data = own or harness.load_dataset(options.dataset, options.data_dir)
+    data = images or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 
 

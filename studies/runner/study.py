@@ -58,7 +58,7 @@ KNOWN = {
 from their variance."""
 
 
-def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
+def read_images(name: str, image_size: Sequence[int] | None) -> Dataset | None:
     """Load the user's images, on which a plan depends; return None for any other dataset."""
     if not name.startswith("folder:"):
         if image_size is not None:
@@ -69,23 +69,23 @@ def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
     return harness.load_dataset(name, image_size=image_size)
 
 
-def source(name: str, own: Dataset | None) -> Source:
-    """Return the source of a dataset; `own` are the user's images, if it is made of them.
+def source(name: str, images: Dataset | None) -> Source:
+    """Return the source of a dataset; `images` are the user's, if it is made of them.
 
     The calibrated weight of a user's images is guessed: half the variance of a pixel. With 10
     latents the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
     """
-    if own is None:
+    if images is None:
         if name not in KNOWN:
             raise UserError(f"dataset={name!r}: choose one of {', '.join(KNOWN)}, or folder:PATH")
         return KNOWN[name]
-    _, height, width = own.image_shape
-    folder = shlex.quote(own.name.removeprefix("folder-"))
+    _, height, width = images.image_shape
+    folder = shlex.quote(images.name.removeprefix("folder-"))
     words = f"--dataset folder:{folder} --image-size {height} {width}"
-    epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
-    images = [len(own.train), len(own.val), len(own.test)]
-    settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": images}
-    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, words, settings)
+    epochs = KNOWN["digits" if len(images.train) < 10_000 else "mnist"].epochs
+    counts = [len(images.train), len(images.val), len(images.test)]
+    settings = {"dataset": images.name, "dataset_digest": images.digest, "dataset_images": counts}
+    return Source(images.name, images.pixels, images.pixel_variance / 2, epochs, words, settings)
 
 
 def sets_variance(config: RunConfig) -> bool:
@@ -225,7 +225,7 @@ class Plan:
     Attributes:
         page: name of the study's module or file, and first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
-        configs: the runs, as far as they are known; at least one.
+        configs: the runs; of a search, its base as often as it trains.
         find: trials and runs at the end -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
         sentence: the planned runs in words.
@@ -262,10 +262,10 @@ class Plan:
         return f"{self.words} --study-name {self.name}"
 
 
-def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
+def make_plan(study: Study, options: Options[Any], images: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
-    The user's own images, if given, take the place of `options.dataset`.
+    The user's images, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
@@ -275,7 +275,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         raise UserError("--values: give at least one, or leave it out")
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
-    data = source(options.dataset, own)
+    data = source(options.dataset, images)
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
     points = {
