@@ -25,7 +25,7 @@ DIFFERENT = ("values", "study_name", "kl_weight", "latent_size", "kl_normalizati
 def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its default name."""
     with clear_errors(args) as terminal:
-        settings = setting_options(RunConfig(), swept=DIFFERENT)
+        settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
         options = read(Options[str], "all", __doc__ or "", args, settings)
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:

@@ -325,7 +325,8 @@ def _front(trials: pd.DataFrame) -> str:
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:
     """Return the options of the search from its command line; else UserError."""
-    settings = setting_options(BASE, searched=space(BASE.epochs))
+    searched = dict.fromkeys(space(BASE.epochs), "searched, unless it is given")
+    settings = setting_options(BASE, searched)
     return read(SearchOptions, NAME, __doc__ or "", args, settings)
 
 

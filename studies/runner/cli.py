@@ -117,7 +117,8 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
 
 def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
     """Return the options of a study from its command line; else UserError."""
-    settings = setting_options(study.base, swept=(study.axis.name, study.group))
+    swept = dict.fromkeys((study.axis.name, study.group), "swept by this study")
+    settings = setting_options(study.base, swept)
     kind = Options[study.axis.kind]  # type: ignore[name-defined]
     return read(kind, study.name, study.question, args, settings)
 

@@ -108,27 +108,21 @@ class Options(Common, Generic[Value]):
 
 SETTINGS = [field.name for field in fields(RunConfig) if field.name != "seed"]
 
-EPOCHS = "(default: 50; 20 for 10,000 training images or more)"
+EPOCHS = "default: 50; 20 for 10,000 training images or more"
 
 
-def setting_options(
-    base: RunConfig, searched: Container[str] = (), swept: Container[str] = ()
-) -> type:
+def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """Return a dataclass with an option for every setting but the seed; None means not given.
 
-    Args:
-        base: the study's settings, shown as defaults.
-        searched: settings of which the help shows that they are searched.
-        swept: settings of which the help shows that they are swept.
+    The help shows the settings of `base` as defaults, or the note on a setting.
     """
     parsed = docstring_parser.parse(RunConfig.__doc__ or "").params
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in parsed}
     made = []
     for name, kind in get_type_hints(RunConfig).items():
         if name in SETTINGS:
-            default = " ".join(words(getattr(base, name))) or "none"
-            shown = EPOCHS if name == "epochs" else f"(default: {default})"
-            shown = "(searched)" if name in searched else "(swept)" if name in swept else shown
+            default = f"default: {' '.join(words(getattr(base, name))) or 'none'}"
+            shown = f"({notes.get(name, EPOCHS if name == 'epochs' else default)})"
             option: Any = Annotated[kind | None, arg(help=helps[name], help_behavior_hint=shown)]
             made.append((name, option, None))
     return make_dataclass("Settings", made, frozen=True)
