@@ -202,7 +202,8 @@ def execute(
     """
     images = read_images(options.dataset, options.image_size)
     plan = make_plan(images)
-    start(options, plan.question, plan.source.name, terminal, plan.configs[0].precision)
+    fast = any(config.precision == "tf32" for config in plan.configs)
+    start(options, plan.question, plan.source.name, terminal, "tf32" if fast else "float32")
     data = images or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 

@@ -289,10 +289,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         check_objective(study.name, config, study.objective)
         for setting in options.settings:
             if getattr(config, setting) != (chosen := getattr(base, setting)):
-                advice = (
-                    "choose its values with --values" if setting == axis.name else "leave it out"
-                )
-                raise UserError(f"{setting}={chosen}: {study.name} sweeps it; {advice}")
+                raise UserError(f"{setting}={chosen}: {study.name} sweeps it; leave it out")
         written = texts[value] if axis.name == "condition" else f"{axis.name}={texts[value]}"
         label = f"{group}, {written}" if group else written
         params = {study.group: group} if study.group else {}
@@ -323,7 +320,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
 
 
 def _distinct(values: Sequence[Any]) -> dict[Any, str]:
-    """Write values in as few digits, but at least three, as distinguish them."""
+    """Write values in as few digits as distinguish them, but at least three."""
     for digits in range(3, 18):
         texts = [f"{v:.{digits}g}" if isinstance(v, float) else text(v) for v in values]
         if len(set(texts)) == len(texts):
