@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.tracking import addresses
+from studies.runner.options import is_page, python
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +49,6 @@ BREAKS = {"best/": "best/\n", "_": "_\n", "libration": "lib-\nration", "lihood":
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
 COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}  # of a ledger's verdicts
-
-NEXT = (
-    "Next: a closer look with other --values and more --seeds (and a --study-name), one run again "
-    "with python -m studies.replay RUN_ID, or another study: python -m studies.all --dry-run."
-)
 
 
 class _Screen(rich.console.Console):
@@ -217,7 +213,8 @@ class Terminal(logging.Handler):
             self.out.print(_fitting(frame, self.out))
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
         self.line(f"\nReport: {report}")
-        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}\n{NEXT}")
+        self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
+        self.line(following(outcome.plan, tracking_uri))
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
@@ -271,11 +268,19 @@ def way(where: str) -> str:
     """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    command, root = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}", Path.cwd()
-    default = where == addresses.default_tracking() and root == addresses.project_root()
-    if default and (root / "Makefile").exists():
+    command = f"{python()} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
+    if where == addresses.default_tracking() and Path.cwd() == Path(__file__).resolve().parents[2]:
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
+
+
+def following(plan: Plan, tracking_uri: str | None) -> str:
+    """Return commands that can follow a study, as they are written in the current directory."""
+    uri = addresses.without_password(tracking_uri or "")
+    store = f" --tracking-uri {shlex.quote(uri)}" if uri else ""
+    again = f"one run again with {python()} -m studies.replay RUN_ID{store}, or "
+    again = again if plan.study is None or is_page(plan.study) else ""
+    return f"Next: {plan.growth}{again}another study: {python()} -m studies.all --dry-run."
 
 
 def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:

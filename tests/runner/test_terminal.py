@@ -19,8 +19,9 @@ from harness.metrics.evaluate import on_all_cores
 from harness.tracking import addresses, page
 from studies.ledger.claims import Row
 from studies.runner import terminal
+from studies.runner.options import python
 from studies.runner.summary import Outcome
-from studies.runner.terminal import NEXT, Terminal
+from studies.runner.terminal import Terminal
 
 library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.search")
 
@@ -199,7 +200,8 @@ def test_runs_that_other_processes_finish_count_once():
 
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
-    return SimpleNamespace(name=name, source=SimpleNamespace(name="digits"), sentence="3 runs")
+    source = SimpleNamespace(name="digits")
+    return SimpleNamespace(name=name, source=source, sentence="3 runs", study=None, growth="")
 
 
 def outcome() -> Outcome:
@@ -246,13 +248,34 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
     printed = screen(100, uri if named == "option" else None)
     assert f"mlflow ui --workers 1 --backend-store-uri {uri}, then http://127.0.0.1:5000" in printed
     assert f"/#/experiments/7{page.LINK}" in printed
-    assert NEXT in printed
+    again = f"one run again with {python()} -m studies.replay RUN_ID"
+    assert f"{again}{f' --tracking-uri {uri}' * (named == 'option')}, or" in printed
 
 
-def test_the_default_store_is_shown_by_make(monkeypatch):
+def test_the_default_store_is_shown_by_make_in_the_repository_alone(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert (addresses.project_root() / "Makefile").exists()
+    monkeypatch.chdir(addresses.project_root())
+    assert Path("Makefile").exists()
     assert "make ui, then http://127.0.0.1:5000/#/experiments/7" in screen(100)
+    monkeypatch.chdir(tmp_path)
+    Path("Makefile").touch()
+    assert f"{python()} -m mlflow ui --workers 1 --backend-store-uri sqlite:///" in screen(100)
+
+
+def test_the_command_of_python_is_that_of_the_current_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    assert python() == sys.executable
+    monkeypatch.chdir(Path(sys.executable).parents[1])
+    assert python() == "bin/python"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert python() == "python"
+
+
+def test_a_study_that_no_replay_can_find_is_shown_without_one():
+    plan = planned("mine")
+    assert "replay" in terminal.following(plan, None)
+    plan.study = "mine"
+    assert "replay" not in terminal.following(plan, None)
 
 
 def test_no_link_shows_a_password():
