@@ -178,7 +178,7 @@ def public(node: ast.AST) -> Iterator[ast.AST]:
         if is_named and not child.name.startswith("_"):
             if isinstance(child, ast.ClassDef):
                 yield from public(child)
-            else:
+            elif "overload" not in map(ast.unparse, child.decorator_list):
                 yield child
 
 
