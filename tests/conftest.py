@@ -17,7 +17,7 @@ import torch
 from harness.data.dataset import Dataset
 from harness.data.load import load_dataset
 
-# A shell starts background jobs with Ctrl-C ignored, which tests send to themselves and to children.
+# A shell may start background jobs with Ctrl-C ignored, which tests send to their processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A GPU machine may have the core's libraries alone (`benchmarks.gpu`).
