@@ -233,8 +233,8 @@ def _call(uri: str, patience: float, call: Callable[[], Any], name: str) -> Any:
                 raise refused(uri, name, error) from error
             if time.monotonic() >= end:
                 raise UserError(
-                    f"the MLflow server at {uri} does not answer ({root_reason(error)}); the "
-                    "same command goes on once it is back"
+                    f"--tracking-uri {uri} does not answer ({root_reason(error)}); the same "
+                    "command goes on once its MLflow server is back"
                 ) from error
         time.sleep(1)
 
