@@ -19,7 +19,7 @@ ELSEWHERE = {
 """Page -> file of the repository."""
 
 FURTHER = (
-    *("harness.objective", "analysis.frames", "analysis.plots", "analysis.planes"),
+    *("harness.objective", "analysis.frames", "analysis.plots"),
     *("studies.runner.study", "studies.runner.run", "studies.runner.cli"),
 )
 """Modules of the reference beside those of `harness/__init__.pyi`."""

@@ -6,7 +6,7 @@ alone (a stochastic latent without KL, and a plain autoencoder), and the blog's 
 
 from functools import partial
 
-from analysis import latent_plots, plots
+from analysis import plots
 from harness.config import RunConfig
 from studies import conditions
 from studies.runner import answers
@@ -29,8 +29,8 @@ STUDY = Study(
             "Test mse of the images of each class, mean over seeds.",
         ),
         "kl_per_latent": (
-            partial(latent_plots.kl_per_latent, axis="condition"),
-            latent_plots.KL_CAPTION,
+            partial(plots.kl_per_latent, axis="condition"),
+            plots.KL_CAPTION,
         ),
     },
     answer=answers.cost_and_gain,

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from analysis import latent_plots, planes, plots
+from analysis import plots
 from harness.config import RunConfig
 from studies.runner import answers
 from studies.runner.cli import main
@@ -23,16 +23,16 @@ STUDY = Study(
             "linear model; dash-dotted, the weight from which on it has no active latent.",
         ),
         "rate_distortion": (
-            partial(planes.rate_distortion, axis="kl_weight"),
+            partial(plots.rate_distortion, axis="kl_weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (
-            partial(latent_plots.kl_per_latent, axis="kl_weight"),
-            latent_plots.KL_CAPTION,
+            partial(plots.kl_per_latent, axis="kl_weight"),
+            plots.KL_CAPTION,
         ),
         "quality_along_axis": (
-            partial(latent_plots.quality_along_axis, axis="kl_weight"),
-            latent_plots.QUALITY_CAPTION,
+            partial(plots.quality_along_axis, axis="kl_weight"),
+            plots.QUALITY_CAPTION,
         ),
     },
     answer=partial(answers.best_weight, axis="kl_weight"),

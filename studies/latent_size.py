@@ -6,7 +6,7 @@ and more latents change nothing. Whether training gets there, and at which size,
 
 from functools import partial
 
-from analysis import latent_plots, planes, plots
+from analysis import plots
 from harness.config import RunConfig
 from studies import conditions
 from studies.runner import answers
@@ -28,12 +28,12 @@ STUDY = Study(
             "dimensions.",
         ),
         "rate_distortion": (
-            partial(planes.rate_distortion, axis="latent_size", group="weight"),
+            partial(plots.rate_distortion, axis="latent_size", group="weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (
-            partial(latent_plots.kl_per_latent, axis="latent_size", group="weight"),
-            latent_plots.KL_CAPTION,
+            partial(plots.kl_per_latent, axis="latent_size", group="weight"),
+            plots.KL_CAPTION,
         ),
     },
     answer=answers.useful_latents,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis import frames, search_frames, search_plots, tables
+from analysis import frames, plots, tables
 from harness.config import RunConfig, UserError
 from studies import conditions
 from studies.runner.answers import calibration, plus_minus
@@ -173,9 +173,9 @@ def find(proposer: TPE, ended: Ended) -> Findings:
 
     best = proposer.best(ended.study)
     front = [trial.number for trial in ended.study.best_trials]
-    runs = search_frames.tidy_search(ended.runs)
+    runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
-    trials = search_frames.by_trial(searched, list(proposer.space))
+    trials = frames.by_trial(searched, list(proposer.space))
     trials = trials.assign(front=trials["trial"].isin(front))
     confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
     again = confirmed[confirmed["trial"] == best.number]
@@ -188,7 +188,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     named = {f"best, trial {best.number}": again, "default, calibrated weight": default}
     every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
     table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
-    importances = search_frames.importances(proposer.importances(ended.study))
+    importances = frames.importances(proposer.importances(ended.study))
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     models = {
         name: part.sort_values("seed")["run_id"].iloc[0]
@@ -197,25 +197,25 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     }
     figures: dict[str, tuple[Any, str]] = {
         "history": (
-            lambda: search_plots.history(trials),
+            lambda: plots.search_history(trials),
             "Validation neg_elbo of each trial in the order asked, and the best so far. A pruned "
             "trial stands at its value when it was stopped.",
         ),
         "parameters": (
-            lambda: search_plots.parameters(trials),
+            lambda: plots.search_parameters(trials),
             "Validation neg_elbo against each searched setting, and against the decoder variance "
             "that weight, normalisation and latent size mean together.",
         ),
     }
     if not importances.empty:
         figures["importances"] = (
-            lambda: search_plots.importances(importances),
+            lambda: plots.search_importances(importances),
             "Share of the variation of ranks that each setting explains, alone and together with "
             "others (fANOVA), over finished trials only.",
         )
     if len(proposer.objectives) > 1:
         figures["front"] = (
-            lambda: search_plots.front(trials),
+            lambda: plots.search_front(trials),
             "Rate and mse of all trials on validation data; no trial beats those of the front in "
             "both. Numbers are trials; points close to a numbered one have none.",
         )

@@ -18,7 +18,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from analysis import frames, planes, report, tables
+from analysis import frames, plots, report, tables
 from harness import provenance
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError
@@ -482,7 +482,7 @@ def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> dict[str
     for label, model in models.items():
         x, y = probes.latent_plane(model, part).T
         planes_of.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
-    planes.latent_scatter(pd.concat(planes_of)).savefig(folder / "pictures/latents.png", dpi=130)
+    plots.latent_scatter(pd.concat(planes_of)).savefig(folder / "pictures/latents.png", dpi=130)
     coloured = ", coloured by class" if data.classes > 1 else ""
     caption = (
         f"Posterior means of {len(classes)} test images{coloured}: both latents of two, the first "

@@ -1,4 +1,4 @@
-"""Summary folders: what a study found, as files. Read from a folder, fetched from MLflow.
+"""Summary folders: the results of a study as files, read from disk or fetched from MLflow.
 
 A summary folder holds `summary.json` (the fields of `Summary`), the figures, pictures and tables
 that it names, and `runs.csv`, one row per run.
@@ -31,7 +31,7 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a study asked and found; blank lines separate the paragraphs of question and answer."""
+    """The question and the results of a study; blank lines separate paragraphs."""
 
     study: str
     name: str
@@ -55,18 +55,15 @@ def read(folder: Path) -> Summary:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {field.name: values[field.name] for field in fields(Summary)}
+        texts = [values[field.name] for field in fields(Summary) if field.type == "str"]
         for kind in ("figures", "pictures", "tables"):
             values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
-            _check_texts(*(text for shown in values[kind] for text in (shown.file, shown.caption)))
-        _check_texts(*(values[field.name] for field in fields(Summary) if field.type == "str"))
+            texts += [text for shown in values[kind] for text in (shown.file, shown.caption)]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is of another type")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the summary of a study ({error!r})") from error
     return Summary(**values)
-
-
-def _check_texts(*values: object) -> None:
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError("a text is of another kind")
 
 
 def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
@@ -87,36 +84,31 @@ def present(folder: Path, name: str) -> Path:
 
 
 def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) -> Path:
-    """Download a study's summary folder into the `reports` folder of its store.
-
-    Args:
-        study: such as "kl_weight".
-        dataset: the one it ran on.
-        name: the study's name, as tagged.
-        tracking_uri: MLflow tracking URI; None means the default store.
-    """
+    """Download the summary folder of a study into the `reports` folder of its store."""
     experiment, name = checked_name(f"{study}-{dataset}"), checked_name(name)
 
-    from harness import tracking  # loads mlflow, for which --help need not wait
+    from harness import tracking  # MLflow, which --help does not wait for
 
     store = tracking.connect(tracking_uri)
     runs = store.runs(experiment, study=name, role="summary")
-    mine = [run.run_id for run in runs if run.status == "FINISHED"]
+    finished = [run.run_id for run in runs if run.status == "FINISHED"]
     command = f"python -m studies.{study} --dataset {dataset}"
     command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
-    where = without_password(tracking_uri or "")
-    command += f" --tracking-uri {shlex.quote(where)}" if where else ""
-    if not mine:
+    if tracking_uri:
+        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    if not finished:
         where = without_password(store.uri)
         raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
     folder = store.home / "reports" / name
     with tempfile.TemporaryDirectory() as fresh:
         try:
-            store.client.download_artifacts(mine[-1], "", fresh)
-        except Exception as error:  # any store's: the file system's, a server's, MLflow's
-            said = f"summary run {mine[-1]} cannot be downloaded ({reason(error)})"
-            raise UserError(said) from error
+            store.client.download_artifacts(finished[-1], "", fresh)
+        except Exception as error:  # of any store: the file system's, a server's, MLflow's
+            message = f"summary run {finished[-1]} cannot be downloaded ({reason(error)})"
+            raise UserError(message) from error
         if not Path(fresh, "summary.json").is_file():
-            raise UserError(f"run {mine[-1]} holds no summary.json; run anew: {command} --fresh")
+            raise UserError(
+                f"run {finished[-1]} holds no summary.json; run anew: {command} --fresh"
+            )
         shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
