@@ -51,15 +51,17 @@ def load_study(
 
     name = checked_name(f"{name}-{dataset}" if dataset else name)
     store = connect(tracking_uri)
-    runs = store.runs(None, study=name, role="run")
+    every = [found.name for found in store.ask(store.client.search_experiments)]
+    runs = [run for each in every for run in store.runs(each, study=name, role="run")]
     frame = tidy_search(runs) if pruned else tidy([r for r in runs if r.status == "FINISHED"])
     if not frame.empty:
         return frame
-    others = {run.tags.get("study", "") for run in store.runs(None, role="run")} - {name, ""}
+    tags = [run.tags for each in every for run in store.runs(each, role="run")]
+    others = sorted({found["study"] for found in tags if "study" in found} - {name})
     page, _, dataset = name.partition("-")
     raise UserError(
         f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
-        f"{', '.join(sorted(others)) or 'no other study'}; make them with: "
+        f"{', '.join(others) or 'no other study'}; make them with: "
         f"python -m studies.{page} --dataset {dataset or 'DATASET'}"
     )
 
@@ -296,9 +298,5 @@ def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
 
 def importances(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Return the shares {objective: {setting: share}} as a frame: setting, objective, share."""
-    rows = [
-        {"setting": setting, "objective": objective, "share": share}
-        for objective, shares in found.items()
-        for setting, share in shares.items()
-    ]
-    return pd.DataFrame(rows, columns=["setting", "objective", "share"])
+    table = pd.DataFrame(found).rename_axis("setting").reset_index()
+    return table.melt("setting", var_name="objective", value_name="share").dropna()

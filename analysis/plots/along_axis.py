@@ -56,8 +56,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
         floor = frame.groupby("latent_size")["pca_floor"].mean()
         mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
     active.plot(sizes, sizes, "-", color=GREY, lw=0.6)  # dashed is the linear model
-    end = {"xytext": (-10, -2), "textcoords": "offset points", "ha": "right"}
-    active.annotate("all", (sizes[-1], sizes[-1]), color=GREY, **end)
+    active.text(sizes[-1], sizes[-1], "all   ", color=GREY, ha="right", va="top")
     for panel in figure.axes:
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
@@ -191,11 +190,10 @@ def _linear_model(
     column = f"linear/{metric}"
     if column not in frame or frame[column].isna().all():
         return
-    look = {"ls": "--", "lw": 1.2}
     for _, part, color in _parts(frame, group):
         means = part.groupby(axis, sort=frames.is_numeric(part[axis]))[column].mean()
-        panel.plot(means.index, means, color=color if group else GREY, alpha=0.9, **look)
-    panel.plot([], [], color=GREY, label="linear (exact)", **look)
+        panel.plot(means.index, means, color=color if group else GREY, ls="--", lw=1.2, alpha=0.9)
+    panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
 
 
 def _mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
@@ -250,10 +248,8 @@ def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
     if zero.mean() <= rest.max() + span:
         return
     panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
-    text = f"kl_weight = 0: {zero.mean():.3g}, above"
-    place = {"xycoords": "axes fraction", "va": "top"}
-    background = {"fc": "white", "ec": "none", "pad": 1}  # over lines
-    panel.annotate(text, (0.2, 0.97), color=GREY, bbox=background, **place)
+    text = panel.text(0.2, 0.97, f"kl_weight = 0: {zero.mean():.3g}, above", color=GREY, va="top")
+    text.set(transform=panel.transAxes, bbox={"fc": "white", "ec": "none", "pad": 1})  # over lines
 
 
 def _overlaid(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:

@@ -9,20 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNITS = {
-    "neg_elbo": "nats / image",
-    "neg_log_likelihood": "nats / image",
-    "distortion": "nats / image",
-    "rate": "nats / image",
-    "free_bits": "nats",
-    "mse": "pixel²",
-    "decoder_variance": "pixel²",
-    "active_units": "count",
-    "latent_size": "count",
-    "kl_warmup_epochs": "epochs",
-    "probe_accuracy": "share",
-    "knn_accuracy": "share",
+    **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
+    **dict.fromkeys(("mse", "decoder_variance"), "pixel²"),
+    **dict.fromkeys(("active_units", "latent_size"), "count"),
+    **dict.fromkeys(("probe_accuracy", "knn_accuracy"), "share"),
     "frechet": "variance of a feature",
+    "free_bits": "nats",
     "gap_to_linear": "%",
+    "kl_warmup_epochs": "epochs",
 }
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,7 +35,7 @@ def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any
 ) -> tuple[Figure, Any]:
     """Return an empty figure, size in inches, and its panel, or array of panels."""
-    import seaborn as sns  # here, so that --help does not wait for it
+    import seaborn as sns  # not at the top: --help would wait for it
     from matplotlib.figure import Figure
 
     open_above = {"axes.spines.top": False, "axes.spines.right": False}

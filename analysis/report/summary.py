@@ -26,7 +26,7 @@ class Exhibit:
 
     file: str
     caption: str
-    rows: Sequence[str] | None = None
+    rows: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ class Store:
         }
         return RunLog(self.spool or Direct(self.client), key, create)
 
-    def runs(self, experiment: str | None, **tags: str) -> list[Run]:
-        """Deliver what waits; return the runs with some tags, of all experiments if None is given."""
+    def runs(self, experiment: str, **tags: str) -> list[Run]:
+        """Deliver what waits, and return the runs with some tags, in the order of the plan."""
         self.deliver()
         terms = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
         found = self._search(experiment, " and ".join(terms))
