@@ -51,7 +51,7 @@ def load_study(
 
     name = checked_name(f"{name}-{dataset}" if dataset else name)
     store = connect(tracking_uri)
-    every = [found.name for found in store.ask(store.client.search_experiments)]
+    every = [found.name for found in store.client.search_experiments()]
     runs = [run for each in every for run in store.runs(each, study=name, role="run")]
     frame = tidy_search(runs) if pruned else tidy([r for r in runs if r.status == "FINISHED"])
     if not frame.empty:

@@ -1,4 +1,4 @@
-"""Summary folders: the results of a study as files, read from disk or fetched from MLflow.
+"""Summary folders: the results of a study as files, read from disk.
 
 A summary folder holds `summary.json` (the fields of `Summary`), the figures, pictures and tables
 that it names, and `runs.csv`, one row per run.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.config import UserError, checked_name
-from harness.tracking.addresses import reason, without_password
+from harness.config import UserError
 
 
 @dataclass(frozen=True)
@@ -81,34 +77,3 @@ def present(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing: a report cannot be made without it")
     return path
-
-
-def fetch(study: str, dataset: str, name: str, tracking_uri: str | None = None) -> Path:
-    """Download the summary folder of a study into the `reports` folder of its store."""
-    experiment, name = checked_name(f"{study}-{dataset}"), checked_name(name)
-
-    from harness import tracking  # MLflow, which --help does not wait for
-
-    store = tracking.connect(tracking_uri)
-    runs = store.runs(experiment, study=name, role="summary")
-    finished = [run.run_id for run in runs if run.status == "FINISHED"]
-    command = f"python -m studies.{study} --dataset {dataset}"
-    command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
-    if tracking_uri:
-        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
-    if not finished:
-        where = without_password(store.uri)
-        raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
-    folder = store.home / "reports" / name
-    with tempfile.TemporaryDirectory() as fresh:
-        try:
-            store.client.download_artifacts(finished[-1], "", fresh)
-        except Exception as error:  # of any store: the file system's, a server's, MLflow's
-            message = f"summary run {finished[-1]} cannot be downloaded ({reason(error)})"
-            raise UserError(message) from error
-        if not Path(fresh, "summary.json").is_file():
-            raise UserError(
-                f"run {finished[-1]} holds no summary.json; run anew: {command} --fresh"
-            )
-        shutil.copytree(fresh, folder, dirs_exist_ok=True)
-    return folder
