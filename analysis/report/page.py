@@ -15,7 +15,7 @@ import jinja2
 from PIL import Image
 
 from analysis import tables
-from analysis.report import summary as summaries
+from analysis.report.summary import Exhibit, present, read, read_cells
 from harness.config import UserError
 from harness.tracking.addresses import without_password
 
@@ -37,7 +37,7 @@ NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?
 
 def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
-    summary = summaries.read(folder)
+    summary = read(folder)
     store = without_password(summary.tracking_uri)
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
@@ -49,7 +49,7 @@ def build(folder: Path) -> Path:
         figures=[_image(folder, exhibit) for exhibit in summary.figures],
         pictures=[_image(folder, exhibit) for exhibit in summary.pictures],
         tables=[
-            (exhibit.caption, table(*summaries.read_cells(folder, exhibit.file)))
+            (exhibit.caption, table(*read_cells(folder, exhibit.file)))
             for exhibit in summary.tables
         ],
         runs=runs,
@@ -67,7 +67,7 @@ def index(reports: Iterable[Path], out: Path) -> Path:
     """
     entries = []
     for report in reports:
-        summary = summaries.read(summaries.present(report.parent, report.name).parent)
+        summary = read(present(report.parent, report.name).parent)
         entries.append((summary, quote(Path(os.path.relpath(report, out.parent)).as_posix())))
     return _write(out, title="Studies", reports=entries)
 
@@ -88,9 +88,9 @@ def _paragraphs(text: str) -> list[str]:
     return re.split(r"\n\s*\n", text.strip())
 
 
-def _image(folder: Path, exhibit: summaries.Exhibit) -> tuple[summaries.Exhibit, str, str]:
+def _image(folder: Path, exhibit: Exhibit) -> tuple[Exhibit, str, str]:
     """Return an exhibit with its image as an address, and its size in CSS."""
-    path = summaries.present(folder, exhibit.file)
+    path = present(folder, exhibit.file)
     try:
         with Image.open(path) as opened:
             kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
@@ -120,7 +120,7 @@ def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:
 
 def _runs(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the list of runs, and their ids."""
-    header, rows = summaries.read_cells(folder, "runs.csv")
+    header, rows = read_cells(folder, "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
     best = [name.removeprefix("best/") for name in header if name.startswith("best/")]
     pairs = [("epochs" if name == "epoch" else name, f"best/{name}") for name in best]

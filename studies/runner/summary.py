@@ -328,7 +328,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
     labels = first["name"].str.rpartition(" seed=")[0]
-    values = dict(zip(labels, first[study.objective], strict=True))
     best = ranked.loc[ranked[study.objective].idxmin()]
     return Findings(
         table=table,
@@ -339,7 +338,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
         models=dict(zip(labels, first["run_id"], strict=True)),
-        closer=min(values, key=values.__getitem__, default=""),
+        closer=labels[first[study.objective].idxmin()] if len(first) else "",
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings=_settings(study, found.plan, frame),
