@@ -222,11 +222,8 @@ def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
     """Return the value of a weight axis at and above which the exact linear model has collapsed.
 
-    There the decoder variance, proportional to the weight, is the data's largest eigenvalue.
-
-    Returns:
-        None if the axis is no weight, the weight sets no decoder variance, or the frame has no
-        eigenvalue.
+    There the decoder variance, proportional to the weight, is the data's largest eigenvalue. None
+    if the axis is no weight, the weight sets no variance, or the frame has no eigenvalue.
     """
     if "sigma" in frame and (frame["sigma"] != "fixed").any():
         return None
@@ -240,9 +237,7 @@ def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
 def ordered_kl(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the test KL of each run's latents, largest first.
 
-    Returns:
-        One row per run, columns 1, 2, ... L with L the largest latent size of the frame; NaN where
-        a run has no such latent.
+    Columns are 1, 2, ... L with L the largest latent size; NaN where a run has fewer latents.
     """
     columns = [c for c in frame.columns if c.startswith("kl/")]
     falling = -np.sort(-frame[columns].to_numpy(float), axis=1)  # NaN stays last
@@ -258,10 +253,7 @@ def class_names(frame: pd.DataFrame) -> dict[int, str]:
 
 
 def class_errors(frame: pd.DataFrame) -> pd.Series:
-    """Return the mean test `mse` of each class over the frame's runs, worst class first.
-
-    Empty for images without labels.
-    """
+    """Return the mean test `mse` of each class, worst class first; empty without labels."""
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     means = frame[columns].mean().rename(lambda c: int(c.removeprefix("mse_class/")))
     return means.sort_values(ascending=False)
@@ -283,13 +275,9 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
 def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     """Average the runs of each trial of a search over its seeds.
 
-    Args:
-        runs: frame of runs with a column `pruned`, those of the search alone.
-        settings: columns of the searched settings.
-
     Returns:
-        One row per trial, in order of their numbers: trial, the settings, decoder_variance, pruned
-        and the metrics of SEARCHED.
+        One row per trial, in order of their numbers: trial, the searched settings,
+        decoder_variance, pruned and the metrics of SEARCHED.
     """
     trials = runs.groupby("trial")
     fixed = trials[[*settings, "decoder_variance", "pruned"]].first()

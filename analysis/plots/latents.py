@@ -103,8 +103,7 @@ def _bars(panel: Axes, runs: pd.DataFrame) -> None:
 def latent_scatter(places: pd.DataFrame) -> Figure:
     """Plot where images lie in latent space, a panel a model, coloured by class.
 
-    Args:
-        places: columns model, x, y, class; one row per image and model.
+    The frame has the columns model, x, y and class, and one row per image and model.
     """
     import seaborn as sns
 

@@ -24,10 +24,8 @@ MARKS = "osD^vP*X"
 def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot test distortion against rate, one dot a run, with lines of equal `neg_elbo`.
 
-    Args:
-        frame: one row per run; runs without a rate are left out.
-        axis: column along which means are joined.
-        group: column of the lines; without it colours follow the axis.
+    Means are joined along the axis, a colour a group; without groups colours follow the axis. Runs
+    without a rate are left out.
     """
     import seaborn as sns
 
@@ -82,12 +80,8 @@ def batch_plane(
 ) -> Figure:
     """Plot the loss of batches against their KL term, a colour a seed, and one batch as a star.
 
-    Args:
-        kl_term: shape (S, batches), pixel^2.
-        loss: shape (S, batches), pixel^2.
-        labels: names of the seeds.
-        ranges: limits of KL term and of loss that are drawn, dotted.
-        star: KL term and loss of the batch to compare with.
+    Arrays have shape (S, batches), pixel^2. `labels` name the seeds; `ranges` are the limits of KL
+    term and loss that are drawn as a dotted frame.
     """
     figure, panel = canvas(8, 6)
     for x, y, name, color in zip(kl_term, loss, labels, cycle(COLORS), strict=False):
