@@ -98,7 +98,7 @@ def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
 
 def _plain(value: object) -> object:
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "none"
     return value if isinstance(value, int | float) else str(value)
 
 

@@ -151,7 +151,7 @@ class Case:
 
         def both() -> tuple[list[str], dict[Any, Any]]:
             live_in(self.home)
-            options = cli.parse("kl_weight", "Why?", float, self.words)
+            options = cli.parse(kl_weight.STUDY, self.words)
             plan = make_plan(kl_weight.STUDY, options)
             faults = audit.faults(plan, *self.stores, [self.home])
             return faults, audit.results(plan, self.stores[0])

@@ -170,7 +170,7 @@ def run_study(
             dataset="mnist",
             values=WEIGHTS,
             seeds=SEEDS,
-            epochs=args.epochs,
+            settings={"epochs": args.epochs},
             device=args.device,
             storage=f"sqlite:///{folder}/optuna.db",
             tracking_uri=f"sqlite:///{folder}/mlflow.db",

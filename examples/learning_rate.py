@@ -9,11 +9,11 @@ from harness import RunConfig
 from studies import Axis, Study, main
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""What is tried unless the command line says otherwise."""
+"""Default values; `--values` replaces them."""
 
 
 def best_rate(frame: pd.DataFrame) -> str:
-    """Say which rate is best on validation data, and what the others cost against it."""
+    """Return which rate is best on validation data, and the cost of the others."""
     from analysis import frames  # here, so that --help does not wait for MLflow
 
     best = frames.best_value(frame, "learning_rate")

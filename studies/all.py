@@ -1,35 +1,48 @@
 """Every study of a dataset, one after the other, and an index page of their reports."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from harness.config import UserError
+from harness.config import RunConfig, UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
-from studies.runner.cli import clear_errors, execute, parse
-from studies.runner.options import Common, Options
-from studies.runner.study import make_plan, read_own
+from studies.runner.cli import clear_errors, execute, read
+from studies.runner.options import Common, Options, setting_options
+from studies.runner.study import make_plan, read_images
 from studies.search import SearchOptions
 
 log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
+DIFFERENT = ("values", "study_name", "kl_weight", "latent_size", "kl_normalization")
+"""Options in which the studies differ."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run all studies with the same options, each under its own name."""
+    """Run all studies with the same options, each under its default name."""
     with clear_errors(args) as terminal:
-        options = parse("all", __doc__, str, args)
-        for name in ("values", "study_name", "latent_size", "kl_normalization"):
-            if getattr(options, name):
+        settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
+        options = read(Options[str], "all", __doc__ or "", args, settings)
+        for name in DIFFERENT:
+            if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
-        check_plans(options)
-        plans = [partial(make_plan, study, options) for study in STUDIES]
-        outcomes = [execute(plan, options, terminal) for plan in plans]
+        images = read_images(options.dataset, options.image_size)
+        log.info("planning every study")  # the first to need PyTorch waits for it
         given = search_options(options)
-        outcomes.append(execute(partial(search.make_plan, given), given, terminal))
+        plans: dict[str, tuple[Callable[[Any], Any], Common]] = {
+            **{study.name: (partial(make_plan, study, options), options) for study in STUDIES},
+            search.NAME: (partial(search.make_plan, given), given),
+        }
+        for name, (plan, _) in plans.items():  # before one trains, the others are checked
+            try:
+                plan(images)
+            except UserError as error:
+                raise UserError(f"studies.{name}: {error}") from None
+        outcomes = [execute(plan, given, terminal) for plan, given in plans.values()]
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report
@@ -38,24 +51,10 @@ def main(args: Sequence[str] | None = None) -> None:
             terminal.line(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
 
 
-def check_plans(options: Options[Any]) -> None:
-    """Plan everything, so that what one study refuses is said before another has trained."""
-    log.info("planning every study")  # the first to need PyTorch waits for it
-    own = read_own(options.dataset, options.image_size)
-    plans: dict[str, Callable[[], object]] = {
-        study.name: partial(make_plan, study, options, own) for study in STUDIES
-    }
-    plans["search"] = partial(search.make_plan, search_options(options), own)
-    for name, plan in plans.items():
-        try:
-            plan()
-        except UserError as error:
-            raise UserError(f"studies.{name}: {error}") from None
-
-
 def search_options(options: Options[Any]) -> SearchOptions:
-    """Return the search's options: what every command has, trials and seeds its own."""
-    return SearchOptions(**{f.name: getattr(options, f.name) for f in fields(Common)})
+    """Return the search's options: the given ones, but its default trials and seeds."""
+    given = {k: v for k, v in vars(options).items() if k not in ("values", "seeds")}
+    return SearchOptions(**given)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,98 @@ At the optimum a latent that costs more nats than it saves in distortion collaps
 and more latents change nothing. Whether training gets there, and at which size, is measured here.
 """
 
-from functools import partial
+from __future__ import annotations
 
-from analysis import plots
-from harness.config import RunConfig
-from studies import conditions
-from studies.runner import answers
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from analysis import frames, plots
+from harness.config import RunConfig, UserError
+from studies.runner.answers import is_worse
 from studies.runner.cli import main
-from studies.runner.study import TABLE, Axis, Study
+from studies.runner.study import (
+    BLOG_WEIGHT,
+    TABLE,
+    Axis,
+    Source,
+    Study,
+    calibrated,
+    sets_variance,
+    with_variance,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.data.dataset import Dataset
+    from harness.tracking.record import Trained
+
+AXIS = "latent_size"
+
+
+def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
+    """Return the blog's and a calibrated weight as groups of the study.
+
+    Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
+    """
+    if base.kl_normalization == "latent":
+        raise UserError(
+            "kl_normalization='latent' divides by the number of latents, so that one weight means "
+            "another decoder variance at each; choose among pixels, batch, sum"
+        )
+    weight = calibrated(base, data).kl_weight
+    if not sets_variance(base):
+        return {"exact ELBO's weight": {"kl_weight": weight}}
+    blog = with_variance(base, BLOG_WEIGHT / 2, data).kl_weight
+    return {"blog's weight": {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
+
+
+def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:
+    """Return the test mse of a principal component projection onto as many dimensions.
+
+    Empty for images that are too large for it.
+    """
+    from harness.linear.pca import is_small, pca  # loads torch
+
+    if not is_small(data):
+        return {}
+    return {"test/pca_floor": pca(data).floor(data.test, run.config.latent_size)}
+
+
+def useful_latents(frame: pd.DataFrame) -> str:
+    """Return, for each weight, the number of latents from which on more of them change nothing."""
+    sentences = []
+    for name, part in frame.groupby("weight", sort=False):
+        best = frames.best_value(part, AXIS)
+        sizes = sorted(part[AXIS].unique())
+        enough = next(size for size in sizes if not is_worse(part, AXIS, size, best))
+        active = part.groupby(AXIS)["active_units"].mean()
+        sentences.append(
+            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
+            f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
+            f"{sizes[-1]} latents {active.iloc[-1]:.1f} are active.{_below_floor(part)}"
+        )
+    return "\n\n".join(sentences)
+
+
+def _below_floor(frame: pd.DataFrame) -> str:
+    """Return at which sizes the mse is below that of principal components; "" if unknown."""
+    if "pca_floor" not in frame:
+        return ""
+    means = frame.groupby(AXIS)[["mse", "pca_floor"]].mean()
+    below = [f"{size}" for size in means.index if means["mse"][size] < means["pca_floor"][size]]
+    sizes = f"{', '.join(below)} latents" if below else "no size"
+    return f" Its test mse is below the floor of principal components at {sizes}."
+
 
 STUDY = Study(
     name="latent_size",
     question=__doc__,
     base=RunConfig(),
-    axis=Axis("latent_size", (1, 2, 4, 8, 10, 16, 32, 64)),
+    axis=Axis(AXIS, (1, 2, 4, 8, 10, 16, 32, 64)),
     group="weight",
-    groups=conditions.weights,
+    groups=weights,
     figures={
         "metrics_along_axis": (
             partial(plots.metrics_along_latent_size, group="weight"),
@@ -28,16 +104,16 @@ STUDY = Study(
             "dimensions.",
         ),
         "rate_distortion": (
-            partial(plots.rate_distortion, axis="latent_size", group="weight"),
+            partial(plots.rate_distortion, axis=AXIS, group="weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (
-            partial(plots.kl_per_latent, axis="latent_size", group="weight"),
+            partial(plots.kl_per_latent, axis=AXIS, group="weight"),
             plots.KL_CAPTION,
         ),
     },
-    answer=answers.useful_latents,
-    extras=conditions.pca_floor,
+    answer=useful_latents,
+    extras=pca_floor,
     table=("kl_weight", *TABLE, "pca_floor"),
 )
 

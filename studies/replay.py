@@ -1,8 +1,8 @@
 """Train a finished run again and compare every value that it logged.
 
 On the CPU of the record every value must be equal to the last bit: exit code 0 if all are, 1 if
-not. On a GPU or another CPU, where other rounding is amplified by training, the largest difference
-of each metric is reported. Nothing is written to the store.
+not. On a GPU or another CPU, where training amplifies other rounding, the largest difference of
+each metric is shown. Nothing is written to the store.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import rich.box
 import tyro
-from rich.table import Table
 
+import harness
 from harness.config import UserError
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
+from studies.runner.terminal import table
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -68,6 +68,7 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     from harness.tracking import addresses
     from harness.tracking.record import WALL_CLOCK
     from harness.tracking.store import connect
+    from harness.training.engine import resolve_device
 
     uri = addresses.tracking_address(options.tracking_uri)
     if addresses.is_new(uri):
@@ -76,19 +77,30 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     then = record.made_with
     try:
         study, data = study_of(then["study"]), load(record, options.data_dir)
-        device = device_for(then["device"]["kind"], options.device)
+        as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
+        device = resolve_device("cpu" if as_recorded else options.device).type
         now, threads = provenance.provenance(data, device), then["threads"]["blas"]
-        introduce(terminal, record, device, provenance.differences(then, now))
+        differences = provenance.differences(then, now)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
             "be repeated"
         ) from error
+    epochs = record.config.epochs
+    terminal.line(
+        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on {data.name}, "
+        f"on {device}."
+    )
+    for line in differences:
+        terminal.line(f"  {line}")
+    if not differences:
+        terminal.line("Code, versions, device and data are those of the record.")
     with provenance.blas_threads(threads):
         values = retrain(record, study, data, device, terminal)
     found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
     if found.gaps:
-        terminal.out.print(table(found.gaps))
+        header = ("metric", "values that differ", "largest", "epoch", "logged", "now")
+        terminal.out.print(table(header, largest(found.gaps), left=("metric",)))
     known = {value.metric for value in record.values}
     if new := sorted({metric for metric, _ in values} - known):
         terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
@@ -102,23 +114,23 @@ def study_of(name: str | None) -> Study | None:
     from studies.all import STUDIES
 
     known = {study.name: study for study in STUDIES}
-    if name is not None and name not in known:
+    if name and name not in known:
         raise UserError(
             f"the run is of study {name!r}, which is none of {', '.join(known)}; add it to STUDIES "
             "in studies/all.py"
         )
-    return known.get(name) if name else None
+    return known.get(name or "")
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
     """Load the dataset of a record."""
-    from harness import load_dataset, provenance
+    from harness import provenance
 
     then = record.made_with["dataset"]
     if then["name"].startswith("folder-"):
-        data = load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
+        data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
     else:
-        data = load_dataset(then["name"], data_dir)
+        data = harness.load_dataset(then["name"], data_dir)
     now = provenance.dataset(data)
     for part in ("digest", "images"):
         if then[part] != now[part]:
@@ -130,16 +142,26 @@ def load(record: Record, data_dir: Path) -> Dataset:
     return data
 
 
-def device_for(recorded: str, wanted: str) -> str:
-    """Return the kind of device to train on: as wanted, else as recorded if there is one here."""
-    from harness.training.engine import resolve_device
+@dataclass
+class Values:
+    """Takes the writes of a run and keeps its metrics in memory: (metric, epoch) -> value."""
 
-    return resolve_device("cpu" if (wanted, recorded) == ("auto", "cpu") else wanted).type
+    logged: dict[tuple[str, int], float] = field(default_factory=dict)
+    batch: int = 1
+
+    def put(self, key: str, write: Mapping[str, Any]) -> None:
+        """Keep the values of a write of metrics, and nothing of others."""
+        if write["kind"] == "metrics":
+            self.logged |= {(metric, step): value for metric, value, _, step in write["values"]}
+
+    def run_id(self, key: str) -> str:
+        """Return the key: there is no other id."""
+        return key
 
 
 def retrain(
     record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
-) -> Mapping[tuple[str, int], float]:
+) -> dict[tuple[str, int], float]:
     """Train a run again as a study does, and return what it would log: (metric, epoch) -> value."""
     from harness.tracking import Planned
     from harness.tracking import record as recording
@@ -161,24 +183,6 @@ def retrain(
     return values.logged
 
 
-class Values:
-    """Takes the writes of a run and keeps its metrics in memory."""
-
-    batch = 1
-
-    def __init__(self) -> None:
-        self.logged: dict[tuple[str, int], float] = {}
-
-    def put(self, key: str, write: Mapping[str, Any]) -> None:
-        """Keep the values of a write of metrics, and nothing of others."""
-        if write["kind"] == "metrics":
-            self.logged |= {(metric, step): value for metric, value, _, step in write["values"]}
-
-    def run_id(self, key: str) -> str:
-        """Return the key: there is no other id."""
-        return key
-
-
 class Gap(NamedTuple):
     """A logged value and another one that was computed now."""
 
@@ -193,20 +197,9 @@ class Gap(NamedTuple):
         size = abs(self.now - self.then) / max(abs(self.now), abs(self.then))
         return math.inf if math.isnan(size) else size
 
-    @property
-    def series(self) -> str:
-        """The metric, without the number of a latent, a class or a neighbour."""
-        return re.sub(r"/k?\d+$", "", self.metric)
-
 
 class Comparison(NamedTuple):
-    """Logged values compared with those of another training.
-
-    Attributes:
-        values: number of values that were compared.
-        gaps: those that differ, in the order of the record.
-        missing: metrics with values that were not computed now.
-    """
+    """The number of compared values, those that differ, and metrics that were not computed now."""
 
     values: int
     gaps: list[Gap]
@@ -220,33 +213,19 @@ def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> C
     return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
 
 
-def introduce(terminal: Terminal, record: Record, device: str, differences: Sequence[str]) -> None:
-    """Show what is trained, and what differs from the record."""
-    epochs, dataset = record.config.epochs, record.made_with["dataset"]["name"]
-    terminal.line(
-        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on {dataset}, on "
-        f"{device}."
-    )
-    for line in differences:
-        terminal.line(f"  {line}")
-    if not differences:
-        terminal.line("Code, versions, device and data are those of the record.")
-
-
-def table(gaps: Sequence[Gap]) -> Table:
-    """Lay out the largest difference of each metric, the largest of all first."""
-    shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metric")
-    for name in ("values that differ", "largest", "epoch", "logged", "now"):
-        shown.add_column(name, justify="right")
-    series: dict[str, list[Gap]] = {}
+def largest(gaps: Sequence[Gap]) -> list[tuple[str, ...]]:
+    """Return the largest difference of each metric as text, the largest of all first."""
+    metrics: dict[str, list[Gap]] = {}
     for gap in sorted(gaps, key=lambda gap: -gap.size):
-        series.setdefault(gap.series, []).append(gap)
-    for name, (worst, *others) in series.items():
-        numbers = (f"{worst.then:.6g}", f"{worst.now:.6g}")
-        count, share = f"{1 + len(others):,}", f"{100 * worst.size:.2g} %"
-        shown.add_row(name, count, share, str(worst.epoch), *numbers)
-    return shown
+        name = re.sub(r"/k?\d+$", "", gap.metric)  # of all latents, classes or neighbours
+        metrics.setdefault(name, []).append(gap)
+    return [
+        (
+            *(name, f"{1 + len(others):,}", f"{100 * worst.size:.2g} %", str(worst.epoch)),
+            *(f"{worst.then:.6g}", f"{worst.now:.6g}"),
+        )
+        for name, (worst, *others) in metrics.items()
+    ]
 
 
 def verdict(found: Comparison, *, exact: bool) -> str:

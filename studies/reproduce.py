@@ -8,14 +8,15 @@ weight change. Ends with exit code 1 if a claim fails.
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+import harness
 from analysis import frames, plots
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
 from studies.ledger.trained import (
@@ -27,10 +28,9 @@ from studies.ledger.trained import (
     batch_range,
     claims,
     loss,
-    mean,
 )
 from studies.runner.answers import judged, worst_class
-from studies.runner.cli import clear_errors, execute_plan, read, start_pool
+from studies.runner.cli import clear_errors, execute_plan, read, start
 from studies.runner.options import ELSEWHERE, Places, arguments, program
 from studies.runner.proposers import Listed, repeated
 from studies.runner.study import KNOWN, Plan
@@ -41,18 +41,9 @@ if TYPE_CHECKING:
 
     from harness.data.dataset import Dataset
     from studies.ledger.evidence import Evidence
-    from studies.runner.summary import Ended, Findings, Outcome
-    from studies.runner.terminal import Terminal
+    from studies.runner.summary import Ended, Findings
 
 NAME = "reproduce"
-
-COLUMNS = (
-    *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
-    "active_units",
-)
-"""Of the view of the runs in MLflow."""
-
-log = logging.getLogger("studies.reproduce")  # `__name__` is "__main__" on the command line
 
 
 @dataclass(frozen=True)
@@ -116,6 +107,12 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     pictured = (form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20))
     there = [runs for runs in pictured if not evidence.missing((runs,))]
     trained = dict.fromkeys(run.tags["configuration"] for run in ended.finished)
+    caption = (
+        "Loss and KL term of every training batch, weights as at the end of training, a colour a "
+        "seed of the blog's recipe; dotted, the central 95 % over all of them. The star is the "
+        f"last batch that the blog prints, {BLOG_LOSS} and {BLOG_KL_TERM}."
+    )
+    figures = {"batches": (partial(batch_figure, evidence, form), caption)}
     return Findings(
         table=ledger_table(rows).iloc[:, :5],
         answer=partial(answer, rows, evidence, form),
@@ -124,22 +121,16 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
             f"ledger-{i}": captioned(heading, list(part))
             for i, (heading, part) in enumerate(groupby(rows, key=lambda row: row.heading), 1)
         },
-        figures={
-            "batches": (
-                partial(batch_figure, evidence, form),
-                "Loss and KL term of every training batch, weights as at the end of training, a "
-                "colour a seed of the blog's recipe; dotted, the central 95 % over all of them. "
-                f"The star is the last batch that the blog prints, {BLOG_LOSS} and {BLOG_KL_TERM}.",
-            )
-        }
-        if form.blog in there
-        else {},
-        models={runs.label: evidence.finished(runs)[0].run_id for runs in there},
+        figures=figures if form.blog in there else {},
+        models={runs.label: evidence.found(runs)[0].run_id for runs in there},
         closer=there[-1].label if there else "",
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
         settings={"dataset": ended.data.name, "full": form.full, "configurations": list(trained)},
-        columns=COLUMNS,
+        columns=(
+            *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
+            "active_units",
+        ),
         sections=rows,
     )
 
@@ -148,18 +139,9 @@ def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
     """Return judged claims as text, a row each."""
     import pandas as pd
 
-    return pd.DataFrame(
-        {
-            "claim": row.claim.name,
-            "reference": row.claim.reference,
-            "obtained": row.obtained,
-            "tolerance": row.claim.tolerance,
-            "verdict": f"{row.verdict}: {row.note}" if row.note else row.verdict,
-            "source": row.claim.source,
-            "why this tolerance": row.claim.reason,
-        }
-        for row in rows
-    )
+    names = ["claim", "reference", "obtained", "tolerance", "verdict", "source"]
+    cells = [(*row.cells, row.claim.source, row.claim.reason) for row in rows]
+    return pd.DataFrame(cells, columns=[*names, "why this tolerance"])
 
 
 def captioned(heading: str, rows: Sequence[Row]) -> tuple[pd.DataFrame, str]:
@@ -202,14 +184,14 @@ def blogs_recipe(evidence: Evidence, form: Form) -> str:
     active = [int(count) for count in frame["active_units"]]
     low, high = min(active), max(active)
     gaps = evidence.gaps_to_linear(runs)
-    gap, half = mean(gaps), frames.half_width(gaps)
+    gap, half = fmean(gaps), frames.half_width(gaps)
     worse = sum(value < 0 for value in gaps)
     verdict = judged(gap, half)
     doubt = ", as far as these seeds can tell" if verdict == "no better" else ""
     return (
         f"The blog's recipe, {form.blog_epochs} epochs, keeps "
         f"{low if low == high else f'{low} to {high}'} of its {runs.config.latent_size} latents "
-        f"active, {mean(active):.1f} in the mean of {len(active)} seeds. Its training loss, "
+        f"active, {fmean(active):.1f} in the mean of {len(active)} seeds. Its training loss, "
         f"{loss(evidence, runs):.4f}, is {gap:.1f} ± {half:.1f} % below the exact linear model's "
         f"(95 % interval over seeds; {worse} of {len(gaps)} seeds are above it): it does "
         f"{verdict} than a linear model{doubt}. {worst_class(frame)}"
@@ -236,32 +218,20 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit code 1 if a claim fails, otherwise those of every study; 0 also where claims were not run.
     """
     with clear_errors(args) as terminal:
-        outcome = execute(read(ReproduceOptions, NAME, __doc__ or "", args), terminal)
+        options = read(ReproduceOptions, NAME, __doc__ or "", args)
+        options.named(NAME)  # raises for a name that cannot be used
+        options.check()
+        device = start(options, __doc__ or "", "mnist", terminal)
+        data = harness.load_dataset("mnist", options.data_dir)
+        form = FULL if options.full else SHORT
+        plan = make_plan(claims(form), form, data, device, options)
+        outcome = execute_plan(plan, data, options, terminal)
         sys.exit(0 if outcome is None else exit_code(outcome.sections))
 
 
 def exit_code(rows: Sequence[Row]) -> int:
     """Return 1 if a claim fails, else 0."""
     return int(count(rows, FAIL) > 0)
-
-
-def execute(options: ReproduceOptions, terminal: Terminal) -> Outcome | None:
-    """Check the ledger and show it; None for a dry run, or where another process shows it."""
-    options.named(NAME)  # a name that is refused is refused at once
-    options.check()
-    start_pool(options)
-
-    # After parsing, so that --help and misspelt options answer at once.
-    import harness
-    from harness.training.engine import resolve_device
-
-    terminal.question(__doc__ or "")
-    log.info("loading PyTorch and mnist")
-    device = resolve_device(options.device).type
-    data = harness.load_dataset("mnist", options.data_dir)
-    form = FULL if options.full else SHORT
-    plan = make_plan(claims(form), form, data, device, options)
-    return execute_plan(plan, data, options, terminal)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 KL weight, KL normalisation, latent size, learning rate, KL warm-up and its cycles, free bits and
 decoder variance together, by Optuna's TPE on validation neg_elbo, or on (rate, mse) with its Pareto
-front. The best configuration is trained
-again with fresh seeds, since the search's own number for it is the luckiest of many.
+front. The best configuration is trained again with fresh seeds, since the search's own number for
+it is the luckiest of many.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis import frames, plots, tables
 from harness.config import RunConfig, UserError
-from studies import conditions
 from studies.runner.answers import calibration, plus_minus
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, at_least
-from studies.runner.proposers import TPE, Cell, Listed, Pruner, Range, Space, repeated
-from studies.runner.study import Plan, Source, check_likelihood, command, source
+from studies.runner.options import Common, at_least, setting_options
+from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
+from studies.runner.study import Plan, calibrated, check_objective, command, source
 
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
+    from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
     from studies.runner.summary import Ended, Findings
 
-NAME = "search"
-
-BASE = RunConfig()
+NAME, BASE = "search", RunConfig()
 
 CONFIRMING = 3
 """Fresh seeds with which the best configuration is trained again."""
+
+DEFAULT = -1
+"""Parameter `trial` of the runs of the default configuration."""
 
 TOP = 10
 """Configurations in the table."""
@@ -46,7 +47,7 @@ REPORTED = [
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch", "neg_elbo", "mse", "rate"),
     *("decoder_variance", "calibration_ratio", "active_units"),
 ]
-"""Metrics of the configurations that are trained again; test data, unless the name says other."""
+"""Metrics of the configurations that are trained again."""
 
 CONFIRMED_CAPTION = (
     "The best configuration and the default one with fresh seeds: mean and 95 % t interval; val/ "
@@ -54,11 +55,22 @@ CONFIRMED_CAPTION = (
     "best, best/val/ its value."
 )
 
+CAPTIONS = {
+    "history": "Validation neg_elbo of each trial in the order asked, and the best so far. A "
+    "pruned trial stands at its value when it was stopped.",
+    "parameters": "Validation neg_elbo against each searched setting, and against the decoder "
+    "variance that weight, normalisation and latent size mean together.",
+    "importances": "Share of the variation of ranks that each setting explains, alone and together "
+    "with others (fANOVA), over finished trials only.",
+    "front": "Rate and mse of all trials on validation data; no trial beats those of the front in "
+    "both. Numbers are trials; points close to a numbered one have none.",
+}
+
 
 def space(epochs: int) -> Space:
-    """Return what is tried.
+    """Return the values that are tried.
 
-    The weights hold the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
+    The weights include the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
     1e-5 for "sum", 1e-6 for "sum" of 28 x 28 images; and 1, where the decoder variance is optimal
     or learned. A first warm-up ends before trials are judged.
     """
@@ -74,19 +86,9 @@ def space(epochs: int) -> Space:
     }
 
 
-def baseline(base: RunConfig, data: Source) -> RunConfig:
-    """Return the default configuration with its calibrated KL weight.
-
-    Where no weight sets the decoder's variance the loss is an exact ELBO at beta 1.
-    """
-    if conditions.sets_variance(base):
-        return conditions.weighted(base, data.calibrated, data)
-    return conditions.exact(base, data)
-
-
 @dataclass(frozen=True)
 class SearchOptions(Common):
-    """What a user can set on the search's command line; a remedy that is set is not searched.
+    """Options of the search's command line; a setting that is given is not searched.
 
     Attributes:
         trials: configurations in all; a finished search goes on if there are more.
@@ -103,8 +105,8 @@ class SearchOptions(Common):
     multi_objective: bool = False
 
 
-def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
-    """Return the plan of a search, on the user's own images if given; all settings are checked."""
+def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
+    """Return the plan of a search, on the user's images if given; all settings are checked."""
     at_least(1, trials=options.trials, seeds=options.seeds)
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
@@ -112,14 +114,14 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
             "or give --pruner none with --multi-objective"
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
-    data = source(options.dataset, own)
-    suffix = "-front" if options.multi_objective else ""
-    name = options.named(f"{NAME}-{data.name}{suffix}")
+    data = source(options.dataset, images)
     base = options.base(BASE, data.epochs)
-    check_likelihood(base, f"the {NAME}")
-    fixed = {*options.chosen(), *(["sigma"] if base.likelihood == "bernoulli" else [])}
+    check_objective(f"the {NAME}", base)
+    fixed = {*options.settings, *(["sigma"] if base.likelihood == "bernoulli" else [])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
-    objectives = ("val/rate", "val/mse") if options.multi_objective else ("val/neg_elbo",)
+    if not searched:
+        raise UserError("every setting that the search varies is given; leave at least one out")
+    objectives = ("val/rate", "val/mse") if options.multi_objective else (SELECTION,)
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in searched}
     del settings["seed"]
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
@@ -128,126 +130,128 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         base, searched, options.seeds, options.trials, pruner, objectives,
         {**data.settings, **settings},
     )  # fmt: skip
-    effective = replace(options, epochs=base.epochs, pruner=pruner)
     seeds = f"{options.seeds} seed{'s'[: options.seeds > 1]}"
     return Plan(
         page=NAME,
         question=__doc__ or "",
-        name=name,
+        name=options.named(f"{NAME}-{data.name}{'-front' * options.multi_objective}"),
         source=data,
         configs=[base] * (options.trials * options.seeds + 2 * CONFIRMING),
         proposer=proposer,
         find=partial(find, proposer),
-        words=command(NAME, data, effective),
+        words=command(NAME, data, replace(options, pruner=pruner), base),
         sentence=f"{options.trials} configurations of {', '.join(searched)}, {seeds} each, "
         f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
         f"{CONFIRMING} fresh seeds of the best",
-        confirm=partial(confirm, proposer, baseline(base, data)),
+        confirm=partial(confirm, proposer, calibrated(base, data)),
+        growth="a longer search with more --trials, ",
     )
 
 
 def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
-    """Return the best configuration and the default one with seeds that the search has not seen."""
-    best = proposer.best(study)
+    """Return runs of the best configuration and the default one with seeds not yet used."""
+    number, config = best_of(study).number, proposer.configs(best_of(study))[0]
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
-    wanted = {
-        f"best, trial {best.number}": (best.number, proposer.configs(best)[0]),
-        "default": (-1, default),
-    }
     cells = list[Cell]()
-    for label, (number, config) in wanted.items():
+    for label, trial, settings in (
+        (f"best, trial {number}", number, config),
+        ("default", DEFAULT, default),
+    ):
         identity = {"part": "confirmation", "label": label}
-        params = {"trial": number, "part": "confirmation"}
-        cells += repeated(label, identity, config, seeds, params)
+        params = {"trial": trial, "part": "confirmation"}
+        cells += repeated(label, identity, settings, seeds, params)
     return Listed(cells, {})
+
+
+def best_of(study: optuna.Study) -> FrozenTrial:
+    """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
+    if not _complete(study):
+        raise UserError(
+            f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
+        )
+    return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
+
+
+def importances(study: optuna.Study, objective: int) -> dict[str, float]:
+    """Return the share of an objective's variation that each parameter explains.
+
+    Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few hopeless
+    trials do not explain everything.
+    """
+    import optuna
+
+    order = sorted(_complete(study), key=lambda trial: trial.values[objective])
+    rank = {trial.number: float(place) for place, trial in enumerate(order)}
+    return optuna.importance.get_param_importances(
+        study,
+        evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+        target=lambda trial: rank[trial.number],
+    )
+
+
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
+    return [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
 
 
 # --- the answer ---------------------------------------------------------------------------------
 
 
 def find(proposer: TPE, ended: Ended) -> Findings:
-    """Return what a search found."""
+    """Return the findings of a search."""
     import pandas as pd
 
     from studies.runner.summary import Findings
 
-    best = proposer.best(ended.study)
-    front = [trial.number for trial in ended.study.best_trials]
+    study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
     runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, list(proposer.space))
-    trials = trials.assign(front=trials["trial"].isin(front))
+    trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
     confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
-    again = confirmed[confirmed["trial"] == best.number]
-    default = confirmed[confirmed["trial"] == -1]
+    again, default = (confirmed[confirmed["trial"] == trial] for trial in (number, DEFAULT))
     if again.empty:
         raise UserError(
-            f"trial {best.number} of {ended.plan.name!r}, the best, diverged with all of "
+            f"trial {number} of {ended.plan.name!r}, the best, diverged with all of "
             f"{CONFIRMING} fresh seeds; search again with more --seeds and another --study-name"
         )
-    named = {f"best, trial {best.number}": again, "default, calibrated weight": default}
+    named = {f"best, trial {number}": again, "default, calibrated weight": default}
     every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
     table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
-    importances = frames.importances(proposer.importances(ended.study))
+    ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
+    shares = frames.importances({name: importances(study, i) for i, name in ranked})
+    figures = {
+        "history": partial(plots.search_history, trials),
+        "parameters": partial(plots.search_parameters, trials),
+        **({} if shares.empty else {"importances": partial(plots.search_importances, shares)}),
+        **({"front": partial(plots.search_front, trials)} if len(objectives) > 1 else {}),
+    }
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    models = {
-        name: part.sort_values("seed")["run_id"].iloc[0]
-        for name, part in (("best", again), ("default", default))
-        if not part.empty
-    }
-    figures: dict[str, tuple[Any, str]] = {
-        "history": (
-            lambda: plots.search_history(trials),
-            "Validation neg_elbo of each trial in the order asked, and the best so far. A pruned "
-            "trial stands at its value when it was stopped.",
-        ),
-        "parameters": (
-            lambda: plots.search_parameters(trials),
-            "Validation neg_elbo against each searched setting, and against the decoder variance "
-            "that weight, normalisation and latent size mean together.",
-        ),
-    }
-    if not importances.empty:
-        figures["importances"] = (
-            lambda: plots.search_importances(importances),
-            "Share of the variation of ranks that each setting explains, alone and together with "
-            "others (fANOVA), over finished trials only.",
-        )
-    if len(proposer.objectives) > 1:
-        figures["front"] = (
-            lambda: plots.search_front(trials),
-            "Rate and mse of all trials on validation data; no trial beats those of the front in "
-            "both. Numbers are trials; points close to a numbered one have none.",
-        )
     top = _top(searched, trials, list(proposer.space))
-    chosen = again.loc[again["val/neg_elbo"].idxmin()]
     return Findings(
         table=top,
         answer=lambda: "\n\n".join(
-            filter(
-                None,
-                [
-                    _best(proposer, trials, again, default, table, best.number, diverged),
-                    _what_mattered(importances, trials),
-                    _front(trials) if len(proposer.objectives) > 1 else "",
-                ],
-            )
+            [
+                _best(trials, again, list(proposer.space), diverged),
+                _confirmed(trials, again, default, table),
+                *([] if shares.empty else [_shares(shares, trials)]),
+                *([_front(trials)] if len(objectives) > 1 else []),
+            ]
         ),
         frame=runs,
         tables={
             "table": (top, f"The {TOP} best trials of the search."),
             "confirmed": (table, CONFIRMED_CAPTION),
         },
-        figures=figures,
-        models=models,
-        closer="best",
-        best=chosen,
-        shown={name: float(again[name].mean()) for name in REPORTED if name in again},
-        settings={
-            **proposer.settings,
-            "trials": len(trials) + diverged,
-            "best_trial": best.number,
+        figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
+        models={
+            name: part.sort_values("seed")["run_id"].iloc[0]
+            for name, part in (("best", again), ("default", default))
+            if not part.empty
         },
+        closer="best",
+        best=again.loc[again["val/neg_elbo"].idxmin()],
+        shown={name: float(again[name].mean()) for name in REPORTED if name in again},
+        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
         seed=proposer.seeds,
     )
 
@@ -260,64 +264,54 @@ def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.Da
     return table.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
 
 
-def _best(
-    proposer: TPE,
-    trials: pd.DataFrame,
-    again: pd.DataFrame,
-    default: pd.DataFrame,
-    table: pd.DataFrame,
-    number: int,
-    diverged: int,
+def _best(trials: pd.DataFrame, again: pd.DataFrame, space: list[str], diverged: int) -> str:
+    """Return which trial is best, its settings and its decoder variance."""
+    best, finished = again.iloc[0], int((~trials["pruned"]).sum())
+    means = again[["calibration_ratio", "decoder_variance", "active_units"]].mean()
+    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in space)
+    return (
+        f"Of {len(trials) + diverged} configurations ({finished} finished, {len(trials) - finished}"
+        f" pruned, {diverged} diverged) trial {best['trial']} is best: {settings}. "
+        f"{calibration(means)}{means['active_units']:.1f} of {best['latent_size']} latents are "
+        "active."
+    )
+
+
+def _confirmed(
+    trials: pd.DataFrame, again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame
 ) -> str:
-    """Return which trial is best, and how good it is beyond the luck of the search."""
-    best, row, seeds = again.iloc[0], table.iloc[0], len(again)
-    searched = trials.set_index("trial").loc[number]
-    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in proposer.space)
-    finished = int((~trials["pruned"]).sum())
-    count = f"{len(trials) + diverged} configurations ({finished} finished"
-    count += f", {len(trials) - finished} pruned, {diverged} diverged)"
-    fresh = f"{seeds} fresh seeds" if seeds > 1 else "1 fresh seed"
-    return (
-        f"Of {count} trial {number} is best: {settings}. "
-        f"{calibration(row)}{row['active_units']:.1f} of {best['latent_size']} "
-        "latents are active.\n\n"
-        f"Trained again with {fresh} it has test neg_elbo {plus_minus(row, 'neg_elbo')} nats / "
-        f"image (validation {plus_minus(row, 'val/neg_elbo')}; mean and 95 % interval). The "
-        f"search's own validation number for it, {searched['val/neg_elbo']:.2f}, is the best of "
-        "many and took part in the choice. " + _against_default(again, default, table)
+    """Return how good the best trial is with fresh seeds, beside the default."""
+    row, searched = table.iloc[0], trials.set_index("trial").loc[again["trial"].iloc[0]]
+    first = (
+        f"Trained again with {len(again)} fresh seed{'s'[: len(again) > 1]} it has test neg_elbo "
+        f"{plus_minus(row, 'neg_elbo')} nats / image (validation {plus_minus(row, 'val/neg_elbo')};"
+        " mean and 95 % interval). The search's own validation number for it, "
+        f"{searched['val/neg_elbo']:.2f}, is the best of many and took part in the choice."
     )
-
-
-def _against_default(again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame) -> str:
     if default.empty:
-        return "The default configuration diverged with every fresh seed."
-    weight = default["kl_weight"].iloc[0]
-    gap = frames.paired_difference(again, default, "neg_elbo")
-    mse = frames.paired_difference(again, default, "mse")
+        return f"{first} The default configuration diverged with every fresh seed."
+    gap, mse = (frames.paired_difference(again, default, m) for m in ("neg_elbo", "mse"))
     return (
-        f"The default configuration at its calibrated weight {weight:.3g} has "
-        f"{plus_minus(table.iloc[1], 'neg_elbo')} with the same seeds; paired, the search changes "
-        f"test neg_elbo by {gap} nats / image and mse by {mse} pixel²."
+        f"{first} The default configuration at its calibrated weight "
+        f"{default['kl_weight'].iloc[0]:.3g} has {plus_minus(table.iloc[1], 'neg_elbo')} with the "
+        f"same seeds; paired, the search changes test neg_elbo by {gap} nats / image and mse by "
+        f"{mse} pixel²."
     )
 
 
-def _what_mattered(importances: pd.DataFrame, trials: pd.DataFrame) -> str:
+def _shares(shares: pd.DataFrame, trials: pd.DataFrame) -> str:
     sentences = []
-    for objective, part in importances.groupby("objective", sort=False):
+    for objective, part in shares.groupby("objective", sort=False):
         ordered = part.sort_values("share", ascending=False)
-        shares = zip(ordered["setting"], ordered["share"], strict=True)
-        listed = ", ".join(f"{setting} {share:.2f}" for setting, share in shares)
+        listed = ", ".join(f"{row.setting} {row.share:.2f}" for row in ordered.itertuples())
         sentences.append(
             f"What mattered for {objective}, by share of the variation of ranks: {listed}."
         )
-    if not sentences:
-        return ""
-    finished = int((~trials["pruned"]).sum())
-    sentences.append(
-        f"(From {finished} finished trials, which TPE does not spread evenly, so rough. A weight "
-        "means nothing without its normalisation: their shares belong together.)"
+    return " ".join(sentences) + (
+        f" (From {int((~trials['pruned']).sum())} finished trials, which TPE does not spread "
+        "evenly, so rough. A weight means nothing without its normalisation: their shares belong "
+        "together.)"
     )
-    return " ".join(sentences)
 
 
 def _front(trials: pd.DataFrame) -> str:
@@ -329,10 +323,17 @@ def _front(trials: pd.DataFrame) -> str:
     )
 
 
+def parse(args: Sequence[str] | None = None) -> SearchOptions:
+    """Return the options of the search from its command line; else UserError."""
+    searched = dict.fromkeys(space(BASE.epochs), "searched, unless it is given")
+    settings = setting_options(BASE, searched)
+    return read(SearchOptions, NAME, __doc__ or "", args, settings)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the search from the command line; bad input ends it with one line and exit code 2."""
     with clear_errors(args) as terminal:
-        options = read(SearchOptions, NAME, __doc__ or "", args)
+        options = parse(args)
         execute(partial(make_plan, options), options, terminal)
 
 

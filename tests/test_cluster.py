@@ -172,7 +172,7 @@ def hold(server):
 
 
 def plan_of(arguments):
-    return make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, arguments))
+    return make_plan(kl_weight.STUDY, cli.parse(kl_weight.STUDY, arguments))
 
 
 def results(arguments, uri):

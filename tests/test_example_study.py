@@ -4,10 +4,13 @@ import json
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import harness
-from harness import tracking
+from analysis import frames, plots
+from harness import RunConfig, tracking
+from studies import Axis, Study, run
 from studies.runner.options import Options
 from studies.runner.study import make_plan
 
@@ -42,3 +45,41 @@ def test_the_study_of_the_readme_can_be_planned():
     exec(compile(code, "README.md", "exec"), names)
     plan = make_plan(names["STUDY"], Options())
     assert [config.learning_rate for config in plan.configs[::3]] == [1e-4, 1e-3, 1e-2]
+
+
+def test_widths_are_an_axis_from_the_plan_to_the_report_and_the_study_grows(
+    tracking_uri, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(harness, "load_dataset", lambda name, root: tiny)
+    study = Study(
+        name="widths",
+        question="Which widths train best?",
+        base=RunConfig(kl_weight=0.02, latent_size=2),
+        axis=Axis("hidden", [[8], (6, 4)]),
+        figures={
+            "metrics": (partial(plots.metrics_along_axis, axis="hidden"), "Along the widths."),
+            "plane": (partial(plots.rate_distortion, axis="hidden"), "In the plane."),
+        },
+        answer=lambda runs: f"The best is {frames.best_value(runs, 'hidden')}.",
+    )
+    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
+    first = run(study, epochs=1, seeds=1, **places)
+    assert list(first.table["hidden"]) == ["8", "6,4"]
+    before = {r.run_id for r in tracking.connect(tracking_uri).runs("widths-digits", role="run")}
+    grown = run(study, epochs=1, seeds=2, values=((8,), (6, 4), ()), **places)
+    assert list(grown.table["hidden"]) == ["8", "6,4", "none"]
+    assert list(grown.table["seeds"]) == [2, 2, 2]
+    assert grown.answer.removeprefix("The best is ").strip(".") in ("8", "6,4", "none")
+    runs = tracking.connect(tracking_uri).runs("widths-digits", role="run")
+    assert before < {r.run_id for r in runs}
+    assert [(r.name, r.params["hidden"]) for r in runs][::2] == [
+        *(("hidden=8 seed=0", "8"), ("hidden=6,4 seed=0", "6,4")),
+        ("hidden=none seed=0", "none"),
+    ]
+    loaded = harness.load_run(runs[2].run_id, tracking_uri)
+    assert loaded.config.hidden == (6, 4)
+    frame = frames.load_study("widths-digits", tracking_uri=tracking_uri)
+    assert set(frame["hidden"]) == {"8", "6,4", "none"}
+    names = {path.name for path in (grown.folder / "figures").iterdir()}
+    assert names == {"metrics.png", "plane.png"}
+    assert "6,4" in (grown.folder / "report.html").read_text()

@@ -71,8 +71,7 @@ class Place:
         return Options(
             values=(0.02, 1.0),
             seeds=1,
-            epochs=2,
-            batch_size=16,
+            settings={"epochs": 2, "batch_size": 16},
             study_name=self.name,
             storage=self.storage or f"sqlite:///{self.folder}/optuna.db",
             tracking_uri=self.server or f"sqlite:///{self.folder}/mlflow.db",

@@ -292,14 +292,13 @@ def test_what_was_not_computed_again_is_missing_on_any_device():
         assert text == "Not reproduced: logged but not computed now: test/mse."
 
 
-def test_the_table_has_the_largest_difference_of_each_series_first():
+def test_the_largest_difference_of_each_metric_is_shown_the_largest_of_all_first():
     gaps = [
         Gap("val/mse", 1, 1.0, 1.1),
         Gap("val/kl/3", 2, 2.0, 1.0),
         Gap("val/kl/4", 3, 2.0, 1.5),
         Gap("test/neg_log_likelihood/k64", 3, 1.0, 1.01),
     ]
-    columns = [list(column.cells) for column in replay.table(gaps).columns]
-    rows = list(zip(*columns, strict=True))
+    rows = replay.largest(gaps)
     assert [row[0] for row in rows] == ["val/kl", "val/mse", "test/neg_log_likelihood"]
     assert rows[0] == ("val/kl", "2", "50 %", "2", "2", "1")

@@ -177,7 +177,7 @@ def test_a_study_grows_by_values_and_by_seeds(tracking_uri, tmp_path, capsys):
 def test_a_process_may_leave_what_others_train(tracking_uri, tmp_path, capsys):
     storage = f"sqlite:///{tmp_path}/optuna.db"
     arguments = ["--values", "0.02", "1", "--seeds", "1", "--epochs", "1", "--batch-size", "128"]
-    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "Why?", float, arguments))
+    plan = make_plan(kl_weight.STUDY, cli.parse(kl_weight.STUDY, arguments))
     other = open_queue(open_storage(storage), plan.name, plan.proposer, set)
     other.me = "elsewhere:1:1"
     other.take(1)
@@ -256,9 +256,7 @@ def test_the_default_grid_has_zero_thirteen_weights_a_log_grid_and_the_blogs_wei
 
 def test_options_reach_the_plan():
     options = cli.parse(
-        "kl_weight",
-        "Why?",
-        float,
+        kl_weight.STUDY,
         ["--values", "0.5", "2", "--seeds", "4", "--epochs", "7", "--batch-size", "8"]
         + ["--latent-size", "3", "--kl-normalization", "sum"],
     )

@@ -1,11 +1,11 @@
-"""Claims as data: a number that a source states, how it is measured here, and what passes."""
+"""Claims as data: a number that a source states, its measurement, and the values that pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
 
@@ -29,37 +29,24 @@ class Runs:
     seeds: int
     gpu: bool = False
 
-    @property
-    def configs(self) -> list[RunConfig]:
-        """One configuration per seed."""
-        return [self.config.replace(seed=seed) for seed in range(self.seeds)]
 
+Obtained = float | tuple[float, float]
+"""A value, or a range where the reference is a single draw from one."""
 
-class Spread(NamedTuple):
-    """An obtained range, where the reference is a single draw from one."""
-
-    low: float
-    high: float
-
-
-Measure = Callable[..., float | Spread]
-"""(`Evidence`, *the runs that the claim needs) -> what is obtained."""
+Measure = Callable[..., Obtained]
+"""(`Evidence`, *the runs that the claim needs) -> the obtained value."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that a source states, and which obtained values agree with it.
+    """A number that a source states, and the obtained values that agree with it.
 
     Attributes:
-        name: what is claimed.
-        source: where it is stated.
-        reference: the number as it is printed there.
-        low: least value that passes.
-        high: largest value that passes.
+        reference: the number as the source prints it.
+        low, high: least and largest value that passes.
         tolerance: those two in words.
         reason: why this tolerance.
         digits: decimals of the obtained value.
-        measure: how it is obtained.
         needs: runs that it is obtained from; none for linear algebra.
     """
 
@@ -74,14 +61,14 @@ class Claim:
     measure: Measure = field(repr=False)
     needs: tuple[Runs, ...] = ()
 
-    def verdict(self, obtained: float | Spread) -> str:
+    def verdict(self, obtained: Obtained) -> str:
         """Judge a number, which passes from `low` to `high`, or a spread, if it overlaps them."""
-        low, high = obtained if isinstance(obtained, Spread) else (obtained, obtained)
+        low, high = obtained if isinstance(obtained, tuple) else (obtained, obtained)
         return PASS if low <= self.high and high >= self.low else FAIL
 
-    def write(self, obtained: float | Spread) -> str:
+    def write(self, obtained: Obtained) -> str:
         """Format an obtained value."""
-        parts = obtained if isinstance(obtained, Spread) else (obtained,)
+        parts = obtained if isinstance(obtained, tuple) else (obtained,)
         return " to ".join(f"{part:.{self.digits}f}" for part in parts)
 
 
@@ -97,18 +84,12 @@ def printed(name: str, source: str, reference: str, measure: Measure) -> Claim:
 
 
 def about(
-    name: str,
-    source: str,
-    reference: str,
-    tolerance: float,
-    reason: str,
-    measure: Measure,
-    *needs: Runs,
+    name: str, source: str, reference: str, half: float, reason: str, measure: Measure, *needs: Runs
 ) -> Claim:
-    """Claim a number up to a tolerance either way."""
+    """Claim a number up to a tolerance, `half`, either way."""
     value, digits = float(reference), decimals(reference) + 1
-    low, high, words = value - tolerance, value + tolerance, f"± {tolerance:.2g}"
-    return Claim(name, source, reference, low, high, words, reason, digits, measure, needs)
+    limits, words = (value - half, value + half), f"± {half:.2g}"
+    return Claim(name, source, reference, *limits, words, reason, digits, measure, needs)
 
 
 def between(
@@ -157,19 +138,25 @@ class Row:
     verdict: str
     note: str = ""
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Claim, reference, obtained, tolerance and verdict as text."""
+        verdict = f"{self.verdict}: {self.note}" if self.note else self.verdict
+        claim = self.claim
+        return claim.name, claim.reference, self.obtained, claim.tolerance, verdict
+
 
 def judge(ledger: Ledger, evidence: Evidence) -> list[Row]:
     """Measure and judge every claim whose runs have finished."""
-    return [
-        _judged(heading, claim, evidence) for heading, claims in ledger.items() for claim in claims
-    ]
-
-
-def _judged(heading: str, claim: Claim, evidence: Evidence) -> Row:
-    if missing := evidence.missing(claim.needs):
-        return Row(heading, claim, "", NOT_RUN, missing)
-    obtained = claim.measure(evidence, *claim.needs)
-    return Row(heading, claim, claim.write(obtained), claim.verdict(obtained))
+    rows = []
+    for heading, claims in ledger.items():
+        for claim in claims:
+            obtained, verdict, missing = "", NOT_RUN, evidence.missing(claim.needs)
+            if not missing:
+                value = claim.measure(evidence, *claim.needs)
+                obtained, verdict = claim.write(value), claim.verdict(value)
+            rows.append(Row(heading, claim, obtained, verdict, missing))
+    return rows
 
 
 def count(rows: Iterable[Row], verdict: str) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from analysis import frames
-from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split, with_official_training
 from harness.linear.pca import PCA, pca
 from harness.linear.vae import LinearOptimum, gap_to_linear, linear_losses
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Finished runs on one dataset.
+    """Runs on one dataset.
 
     Attributes:
-        runs: finished and diverged runs, which are found by their settings.
+        runs: finished and diverged runs, identified by their configuration's label and seed.
         load: run id -> the run's settings and model.
     """
 
@@ -52,37 +51,28 @@ class Evidence:
         """
         return LinearOptimum(self.official, latent_size, decoder_variance, split)
 
-    @cached_property
-    def _by_settings(self) -> dict[tuple[str, ...], Run]:
-        """Settings and dataset -> the first run that finished, else one that diverged."""
-        found: dict[tuple[str, ...], Run] = {}
-        for run in sorted(self.runs, key=lambda run: run.status != "FINISHED"):
-            if run.status == "FINISHED" or run.tags.get("reason", "").startswith("diverged"):
-                found.setdefault(_settings(run.params), run)
-        return found
-
-    def find(self, config: RunConfig) -> Run | None:
-        """Return the run of a configuration on these very images; None without one."""
-        given = asdict(config) | {"dataset_digest": self.data.digest}
-        return self._by_settings.get(_settings(given))
-
     def missing(self, needs: Sequence[Runs]) -> str:
         """Return why a claim cannot be measured; "" if it can."""
         for runs in needs:
-            for run in map(self.find, runs.configs):
-                if run is None:
-                    return "needs --full on a GPU" if runs.gpu else f"{runs.label!r} did not finish"
-                if run.status != "FINISHED":
-                    return f"{runs.label!r} diverged"
+            found = self.found(runs)
+            if any(run.status != "FINISHED" for run in found):
+                return f"{runs.label!r} diverged"
+            if len(found) < runs.seeds:
+                return "needs --full on a GPU" if runs.gpu else f"{runs.label!r} did not finish"
         return ""
 
-    def finished(self, runs: Runs) -> list[Run]:
-        """Return the runs of some settings, one per seed."""
-        return [run for run in map(self.find, runs.configs) if run is not None]
+    def found(self, runs: Runs) -> list[Run]:
+        """Return the runs of a configuration, in the order of their seeds."""
+        by_seed = {
+            int(run.params["seed"]): run
+            for run in self.runs
+            if run.tags["configuration"] == runs.label
+        }
+        return [by_seed[seed] for seed in range(runs.seeds) if seed in by_seed]
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return runs as a tidy frame, a row a seed, test metrics under their plain names."""
-        return frames.tidy(self.finished(runs))
+        return frames.tidy(self.found(runs))
 
     def mean(self, runs: Runs, metric: str) -> float:
         """Return the mean of a metric over seeds."""
@@ -98,8 +88,8 @@ class Evidence:
         return float(errors[label] / errors.mean())
 
     def trained(self, runs: Runs) -> list[Trained]:
-        """Load the runs of some settings, one per seed."""
-        return [self.load(run.run_id) for run in self.finished(runs)]
+        """Load the runs of a configuration, one per seed."""
+        return [self.load(run.run_id) for run in self.found(runs)]
 
     def batches(self, runs: Runs) -> BatchLosses:
         """Return loss and KL term of every training batch, weights as at the end of training.
@@ -126,12 +116,3 @@ class Evidence:
         binary = self.data.binarized(runs.config.binarization)
         found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
         return [metrics["neg_log_likelihood"] for metrics in found]
-
-
-def _settings(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return settings and dataset as text; those that a stored run's version lacked are defaults.
-
-    Settings that no longer exist are ignored.
-    """
-    known = asdict(RunConfig()) | {"dataset_digest": ""}
-    return tuple(str(params.get(name, default)) for name, default in known.items())

@@ -10,19 +10,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from harness.config import UserError
+import harness
+from harness.config import Precision, UserError
 from harness.errors import SummaryError
 from harness.tracking import addresses
 from studies.runner import stopping
-from studies.runner.options import Common, Options, Places, program
-from studies.runner.study import Plan, Study, make_plan, read_own
-from studies.runner.terminal import CLOSED, Terminal
+from studies.runner.options import SETTINGS, Common, Options, Places, program, setting_options
+from studies.runner.study import Plan, Study, make_plan, read_images
+from studies.runner.terminal import CLOSED, Terminal, expected
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -44,16 +46,37 @@ LACKING = {
 def main(study: Study, args: Sequence[str] | None = None) -> None:
     """Run a study from the command line; the exit codes are those of `clear_errors`."""
     with clear_errors(args) as terminal:
-        options = parse(study.name, study.question, type(study.axis.values[0]), args)
+        options = parse(study, args)
         execute(partial(make_plan, study, options), options, terminal)
+
+
+def run(study: Study, **options: Any) -> Outcome | None:
+    """Run a study from Python, continue it, or let it grow.
+
+    Args:
+        study: the study.
+        **options: options of its command line by name, settings of `RunConfig` among them.
+
+    Returns:
+        Its table as a frame, its answer, and the folder of its report; None for a dry run, or where
+        another process writes the summary.
+
+    Examples:
+        >>> run(STUDY, values=(0.01, 0.1), seeds=2, epochs=5).table  # doctest: +SKIP
+    """
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    given = Options[Any](**options, settings=settings)
+    terminal = Terminal(json=given.json)
+    with terminal.shown():
+        return execute(partial(make_plan, study, given), given, terminal)
 
 
 @contextlib.contextmanager
 def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> Iterator[Terminal]:
-    """Run a command; turn what ends it early into one line and an exit code.
+    """Run a command; turn an error or a signal into one line and an exit code.
 
-    0: done. 2: an input was refused, or a store, a server or the disk failed; all that was recorded
-    is kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
+    0: done. 2: an input was refused, or a store, a server or the disk failed; recorded runs are
+    kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
     130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
     where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
@@ -92,27 +115,47 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         sys.exit(code)
 
 
-def parse(name: str, question: str, kind: type, args: Sequence[str] | None = None) -> Options[Any]:
-    """Return the options of a study whose `--values` are of the given kind; else UserError."""
-    return read(Options[kind], name, question, args)  # type: ignore[valid-type]
+def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
+    """Return the options of a study from its command line; else UserError."""
+    swept = dict.fromkeys((study.axis.name, study.group), "swept by this study")
+    settings = setting_options(study.base, swept)
+    kind = Options[study.axis.kind]  # type: ignore[name-defined]
+    return read(kind, study.name, study.question, args, settings)
 
 
-def read(options: type[Given], name: str, question: str, args: Sequence[str] | None) -> Given:
-    """Return a dataclass of options from the command line of the study NAME; else UserError."""
+def read(
+    options: type[Given],
+    name: str,
+    question: str,
+    args: Sequence[str] | None,
+    settings: type | None = None,
+) -> Given:
+    """Return a dataclass of options from the command line of the study NAME; else UserError.
+
+    With a dataclass of `setting_options`, the field `settings` holds those that are given.
+    """
+    parsed: Any = options
+    if settings is not None:
+        nested = ("settings", settings, field(default_factory=settings))
+        parsed = make_dataclass("Options", [nested], bases=(options,), frozen=True)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                options,
+            found = tyro.cli(
+                parsed,
                 prog=program(name),
                 description=question.strip(),
                 args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as error:
         if error.code != 2:
             raise
         raise UserError(_one_line(printed.getvalue())) from None
+    if settings is None:
+        return found
+    chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
+    return options(**{**vars(found), "settings": chosen})
 
 
 def _one_line(box: str) -> str:
@@ -134,6 +177,22 @@ def start_pool(options: Places) -> None:
         forkserver.start()
 
 
+def start(
+    options: Places,
+    question: str,
+    dataset: str,
+    terminal: Terminal,
+    precision: Precision = "float32",
+) -> str:
+    """Start the pool, show the question, load PyTorch and return the kind of device, checked."""
+    start_pool(options)
+    terminal.question(question)
+    log.info("loading PyTorch and %s", dataset)
+    from harness.training.engine import resolve_device  # --help answers without it
+
+    return resolve_device(options.device, precision).type
+
+
 def execute(
     make_plan: Callable[[Dataset | None], Plan], options: Common, terminal: Terminal
 ) -> Outcome | None:
@@ -141,17 +200,11 @@ def execute(
 
     `make_plan` is called with the user's images, or None for a dataset of a name.
     """
-    own = read_own(options.dataset, options.image_size)
-    plan = make_plan(own)
-    start_pool(options)
-
-    import harness  # after parsing, so that --help and misspelt options answer at once
-    from harness.training.engine import resolve_device
-
-    terminal.question(plan.question)
-    log.info("loading PyTorch and %s", plan.source.name)
-    resolve_device(options.device, options.precision or "float32")
-    data = own or harness.load_dataset(options.dataset, options.data_dir)
+    images = read_images(options.dataset, options.image_size)
+    plan = make_plan(images)
+    fast = any(config.precision == "tf32" for config in plan.configs)
+    start(options, plan.question, plan.source.name, terminal, "tf32" if fast else "float32")
+    data = images or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 
 
@@ -159,7 +212,6 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
-    from studies.runner import estimate
     from studies.runner.run import check_study, run
 
     for config in plan.configs:
@@ -167,9 +219,9 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     terminal.plan(plan, data.pixels)
     if options.dry_run:
         check_study(plan, options)
-        where = options.device, options.tracking_uri
-        expected = estimate.sentence(plan.configs, data, *where, plan.width)
-        terminal.estimate(options.tracking_uri, options.storage, expected)
+        kind = engine.resolve_device(options.device).type
+        estimate = expected(plan, kind, options.tracking_uri)
+        terminal.dry_run(options.tracking_uri, options.storage, estimate)
         return None
     if any(config.likelihood == "gaussian" for config in plan.configs):
         begin_pca(data)

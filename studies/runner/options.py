@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import shutil
 import sys
-from collections.abc import Container
-from dataclasses import dataclass, fields
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
-from harness.config import (
-    Binarization,
-    KLNormalization,
-    Likelihood,
-    Precision,
-    RunConfig,
-    Sigma,
-    UserError,
-    checked_name,
-)
+import docstring_parser
+from tyro.conf import arg
+
+from harness.config import RunConfig, UserError, checked_name
 
 Value = TypeVar("Value")
 
@@ -36,8 +31,8 @@ class Places:
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        checkpoint_every: epochs after which unfinished runs are kept, so that the same command goes
-            on from there and not from their first epoch; 0 keeps none.
+        checkpoint_every: epochs between checkpoints of unfinished runs, from which the same command
+            continues; 0 writes none.
         leave: end once other processes train all that is left, of which the last one answers; for
             the jobs of a cluster.
         fresh: start a new study beside one of the same name.
@@ -68,64 +63,33 @@ class Places:
 
 
 ELSEWHERE = tuple(field.name for field in fields(Places))
-"""Options that do not change what is found."""
+"""Options that do not change the results."""
 
 
 @dataclass(frozen=True)
 class Common(Places):
-    """Options of every command line that trains what the user chooses.
+    """Options of every command line that trains configurations of the user.
 
     Attributes:
-        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, own
+        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, your
             images in PATH/CLASS/ or in PATH.
-        image_size: height and width that own images are resized to, or one number for both.
-        epochs: passes over the training split (digits and fewer than 10,000 own images 50, others
-            20).
-        batch_size: images per step.
-        model: mlp, linear (a linear VAE), conv (convolutions in place of the MLP), or the name of
-            a registered network (mlp).
-        channels: channels of conv's convolutions, each of which halves the image (32 64).
-        kl_warmup_epochs: epochs over which the KL weight rises linearly from 0 (0).
-        kl_cycles: equal parts of the training that each begin with that warm-up (1).
-        free_bits: nats of each latent's KL that cost nothing (0).
-        sigma: what sets the Gaussian decoder's variance: fixed by the KL weight, optimal for each
-            batch, or learned (fixed).
-        likelihood: bernoulli trains on cross-entropy instead of squared error (gaussian).
-        binarization: how bernoulli's pixels are made 0 or 1 (none).
-        precision: tf32 trains faster on a GPU, less exactly (float32).
+        image_size: height and width to which images of a folder are resized, or one number for
+            both.
+        settings: settings of every run (`RunConfig`); those that a study sweeps are refused.
     """
 
     dataset: str = "digits"
     image_size: tuple[int, ...] | None = None
-    epochs: int | None = None
-    batch_size: int = 32
-    model: str | None = None
-    channels: tuple[int, ...] | None = None
-    kl_warmup_epochs: int | None = None
-    kl_cycles: int | None = None
-    free_bits: float | None = None
-    sigma: Sigma | None = None
-    likelihood: Likelihood | None = None
-    binarization: Binarization | None = None
-    precision: Precision | None = None
-
-    def chosen(self) -> dict[str, Any]:
-        """Return the fields of `RunConfig` that the user set, but `epochs` and `batch_size`."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: v for k, v in given.items() if k in SETTINGS and v is not None}
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
-        """Return a configuration with all that the user chose; `epochs` are the dataset's."""
+        """Return a configuration with the given settings; `epochs` are the dataset's."""
         self.check()
-        epochs = epochs if self.epochs is None else self.epochs
-        found = config.replace(epochs=epochs, batch_size=self.batch_size, **self.chosen())
-        if self.channels is not None and found.model != "conv":
-            raise UserError(f"--channels with model={found.model!r}: only conv has them")
+        found = config.replace(**{"epochs": epochs, **self.settings})
+        for name, model in (("hidden", "mlp"), ("channels", "conv")):
+            if name in self.settings and found.model != model:
+                raise UserError(f"--{name} with model={found.model!r}: only {model} has them")
         return found
-
-
-SETTINGS = {field.name for field in fields(RunConfig)} - {"epochs", "batch_size"}
-"""Fields of `RunConfig`: as options, None leaves a study its own value."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +97,35 @@ class Options(Common, Generic[Value]):
     """Options of every study's command line.
 
     Attributes:
-        values: values of the study's axis instead of its own.
-        seeds: repetitions of every value (the study's own number, at least 3).
-        latent_size: number of latents (10).
-        kl_normalization: what the KL sum is divided by (pixels).
+        values: values of the study's axis instead of its defaults; a value of several numbers has
+            commas (--values 256 512,256), an empty one is none.
+        seeds: repetitions of every value (3, unless the study has another number).
     """
 
     values: tuple[Value, ...] | None = None
     seeds: int | None = None
-    latent_size: int | None = None
-    kl_normalization: KLNormalization | None = None
+
+
+SETTINGS = [field.name for field in fields(RunConfig) if field.name != "seed"]
+
+EPOCHS = "default: 50; 20 for 10,000 training images or more"
+
+
+def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
+    """Return a dataclass with an option for every setting but the seed; None means not given.
+
+    The help shows the settings of `base` as defaults, or the note on a setting.
+    """
+    parsed = docstring_parser.parse(RunConfig.__doc__ or "").params
+    helps = {param.arg_name: " ".join((param.description or "").split()) for param in parsed}
+    made = []
+    for name, kind in get_type_hints(RunConfig).items():
+        if name in SETTINGS:
+            default = f"default: {' '.join(words(getattr(base, name))) or 'none'}"
+            shown = f"({notes.get(name, EPOCHS if name == 'epochs' else default)})"
+            option: Any = Annotated[kind | None, arg(help=helps[name], help_behavior_hint=shown)]
+            made.append((name, option, None))
+    return make_dataclass("Settings", made, frozen=True)
 
 
 def at_least(least: int, **numbers: int) -> None:
@@ -152,12 +135,15 @@ def at_least(least: int, **numbers: int) -> None:
             raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
+def is_page(name: str) -> bool:
+    """Return whether a study is a page of `studies`."""
+    page = Path(__file__).parents[1] / f"{name}.py"
+    return page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8")
+
+
 def start_words(name: str) -> list[str]:
     """Return how Python runs a study: as a page of `studies`, or as the user's script."""
-    page = Path(__file__).parents[1] / f"{name}.py"
-    if page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8"):
-        return ["-m", f"studies.{name}"]
-    return [sys.argv[0]]
+    return ["-m", f"studies.{name}"] if is_page(name) else [sys.argv[0]]
 
 
 def program(name: str) -> str:
@@ -165,17 +151,39 @@ def program(name: str) -> str:
     return shlex.join(["python", *start_words(name)])
 
 
+def python() -> str:
+    """Return the command of this Python in the current directory."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    executable, here = Path(sys.executable), Path.cwd()
+    inside = executable.is_relative_to(here)
+    return shlex.quote(str(executable.relative_to(here) if inside else executable))
+
+
+def text(value: object) -> str:
+    """Return a value of an axis as text: several numbers with commas, "none" if it is empty."""
+    if isinstance(value, Mapping):
+        value = tuple(f"{name}={weight}" for name, weight in value.items())
+    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
+def words(value: object) -> list[str]:
+    """Return the words after an option on a command line."""
+    if isinstance(value, Mapping):
+        return [str(word) for pair in value.items() for word in pair]
+    return [text(part) for part in value] if isinstance(value, tuple) else [str(value)]
+
+
 def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
     """Return the command line that gives options, but for those left out."""
-    words = []
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == field.default or field.name in left_out:
-            continue
-        words.append(f"--{field.name.replace('_', '-')}")
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else (value,))
-    return words
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    defaults = {f.name: f.default for f in fields(options)}
+    line = []
+    for name, value in {**given.pop("settings", {}), **given}.items():
+        if name not in left_out and value != defaults.get(name):
+            line.append(f"--{name.replace('_', '-')}")
+            line += [] if value is True else words(value)
+    return line
 
 
 def first_unused(name: str, taken: Container[str]) -> str:

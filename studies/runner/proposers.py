@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import lazy_loader
 
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig
 from harness.tracking import End, Planned
 
 if TYPE_CHECKING:
@@ -309,32 +309,6 @@ class TPE:
             return sum(final[name] for final in done) / len(done)
 
         return [mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)}
-
-    def best(self, study: optuna.Study) -> FrozenTrial:
-        """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
-        if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
-            raise UserError(
-                f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
-            )
-        return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
-
-    def importances(self, study: optuna.Study) -> dict[str, dict[str, float]]:
-        """Return the share of each objective's variation that each parameter explains.
-
-        Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few
-        hopeless trials do not explain everything. Empty for fewer than two finished trials.
-        """
-        done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        found = {}
-        for i, name in enumerate(self.objectives if len(done) > 1 else ()):
-            order = sorted(done, key=lambda trial, i=i: trial.values[i])  # type: ignore[misc]
-            rank = {trial.number: float(place) for place, trial in enumerate(order)}
-            found[name] = optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                target=lambda trial, rank=rank: rank[trial.number],  # type: ignore[misc]
-            )
-        return found
 
 
 def _divergence(record: EpochRecord, row: int) -> str | None:

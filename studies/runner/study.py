@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from harness.config import RunConfig, UserError, checked_name
-from studies.runner.options import ELSEWHERE, arguments, at_least, program
-from studies.runner.proposers import Cell, Listed, Proposer, repeated
+from harness.config import RunConfig, UserError, Weights, checked_name
+from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, is_page, program, text
+from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
     import optuna
@@ -23,36 +23,30 @@ if TYPE_CHECKING:
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
+BLOG_WEIGHT = 1.0
+"""The blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
 
-@dataclass(frozen=True)
-class Source:
-    """What a plan depends on of a dataset, known before the data are loaded.
+
+class Source(NamedTuple):
+    """The properties of a dataset on which a plan depends, known before the data are loaded.
 
     Attributes:
         calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
         epochs: passes over the training split where the user gives no number.
-        digest: of the user's images, which a name does not identify; else "".
-        images: their number in train, val and test.
-        words: options that name it on a command line; of the user's images without the folder.
+        words: options that name it on a command line, for the user's images without the folder.
+        settings: what identifies it; of the user's images, which a name does not, a digest too.
     """
 
     name: str
     pixels: int
     calibrated: float
     epochs: int
-    digest: str = ""
-    images: tuple[int, ...] = ()
-    words: str = ""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes two datasets the same, as a study's settings have it."""
-        given = {"dataset_digest": self.digest, "dataset_images": list(self.images)}
-        return {"dataset": self.name} | (given if self.digest else {})
+    words: str
+    settings: Mapping[str, Any]
 
 
 KNOWN = {
-    name: Source(name, pixels, calibrated, epochs, words=f"--dataset {name}")
+    name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name})
     for name, pixels, calibrated, epochs in (
         ("digits", 64, 0.02, 50),
         ("mnist", 784, 0.05, 20),
@@ -64,8 +58,8 @@ KNOWN = {
 from their variance."""
 
 
-def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
-    """Read the user's images, which a plan depends on; return None for any other dataset."""
+def read_images(name: str, image_size: Sequence[int] | None) -> Dataset | None:
+    """Load the user's images, on which a plan depends; return None for any other dataset."""
     if not name.startswith("folder:"):
         if image_size is not None:
             raise UserError("--image-size: only images of --dataset folder:PATH are resized")
@@ -75,29 +69,45 @@ def read_own(name: str, image_size: Sequence[int] | None) -> Dataset | None:
     return harness.load_dataset(name, image_size=image_size)
 
 
-def source(name: str, own: Dataset | None) -> Source:
-    """Return what a plan depends on of a dataset, whose images are given if they are the user's.
+def source(name: str, images: Dataset | None) -> Source:
+    """Return the source of a dataset; `images` are the user's, if it is made of them.
 
     The calibrated weight of a user's images is guessed: half the variance of a pixel. With 10
     latents the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
     """
-    if own is None:
+    if images is None:
         if name not in KNOWN:
             raise UserError(f"dataset={name!r}: choose one of {', '.join(KNOWN)}, or folder:PATH")
         return KNOWN[name]
-    _, height, width = own.image_shape
-    folder = own.name.removeprefix("folder-")
-    words = f"--dataset folder:{shlex.quote(folder)} --image-size {height} {width}"
-    epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
-    images = (len(own.train), len(own.val), len(own.test))
-    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, own.digest, images, words)
+    _, height, width = images.image_shape
+    folder = shlex.quote(images.name.removeprefix("folder-"))
+    words = f"--dataset folder:{folder} --image-size {height} {width}"
+    epochs = KNOWN["digits" if len(images.train) < 10_000 else "mnist"].epochs
+    counts = [len(images.train), len(images.val), len(images.test)]
+    settings = {"dataset": images.name, "dataset_digest": images.digest, "dataset_images": counts}
+    return Source(images.name, images.pixels, images.pixel_variance / 2, epochs, words, settings)
 
 
-Apply = Callable[[RunConfig, Any, Source], RunConfig]
-"""(config, value, source of the data) -> config with the value set."""
+def sets_variance(config: RunConfig) -> bool:
+    """Return whether the KL weight sets the decoder's variance."""
+    return config.sigma == "fixed" and config.likelihood == "gaussian"
 
-Groups = Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]]
-"""(base, source of the data) -> {group: changes to base}."""
+
+def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:
+    """Set the KL weight that means a decoder variance in the configuration's normalisation."""
+    from harness.objective import with_decoder_variance  # loads torch
+
+    return with_decoder_variance(config, variance, data.pixels)
+
+
+def calibrated(config: RunConfig, data: Source) -> RunConfig:
+    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1)."""
+    from harness.objective import beta  # loads torch
+
+    if sets_variance(config):
+        return with_variance(config, data.calibrated / 2, data)
+    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
+
 
 TABLE = (
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
@@ -111,24 +121,58 @@ class Axis:
 
     Args:
         name: column of the frames and axis of the figures.
-        values: at least one, each a number or a word.
-        apply: (config, value, source) -> config; by default `name` is a field that is set.
+        values: at least one; numbers, names, tuples of whole numbers, or weights by name.
+        apply: (config, value, source of the data) -> config; by default `name` is a field that is
+            set.
     """
 
-    def __init__(self, name: str, values: tuple[Any, ...], apply: Apply | None = None) -> None:
-        plain = all(isinstance(value, str | int | float) for value in values)
-        if not values or not plain:
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[Any],
+        apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None,
+    ) -> None:
+        self.name, self.values = name, tuple(map(_hashable, values))
+        if not values or not all(
+            isinstance(v, str | int | float | tuple | Weights) for v in self.values
+        ):
             raise UserError(
-                f"axis {name!r} has the values {list(values)}: give at least one, each a number or "
-                "a word"
+                f"axis {name!r} has the values {list(values)}: give at least one, each a number, a "
+                "name, a tuple of whole numbers, or weights by name"
             )
-        self.name, self.values = name, tuple(values)
+        if apply is None and name not in SETTINGS:
+            raise UserError(
+                f"axis {name!r} is no setting of RunConfig that can be swept; give a function "
+                f"`apply` that sets it, or choose among {', '.join(SETTINGS)}"
+            )
         self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
+        kind = type(self.values[0]) if apply else get_type_hints(RunConfig)[name]
+        self.kind = str if isinstance(self.values[0], tuple | Weights) else kind
+
+    def read(self, value: Any) -> Any:  # noqa: ANN401 - of any kind
+        """Return a value given by the user; "512,256" becomes a tuple on an axis of tuples."""
+        first = self.values[0]
+        if not isinstance(value, str) or not isinstance(first, tuple | Weights):
+            return _hashable(value)
+        parts = [] if value == "none" else value.split(",")
+        try:
+            if isinstance(first, tuple):
+                return tuple(map(int, parts))
+            return _hashable({k: float(w) for k, w in (part.split("=") for part in parts)})
+        except ValueError:
+            form = "512,256" if isinstance(first, tuple) else "name=0.5"
+            raise UserError(f"--values {value}: write values as {form}, or none") from None
+
+
+def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
+    if isinstance(value, Mapping):
+        return Weights(sorted(value.items()))
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question, and all that is needed to answer it by sweeping one axis.
+    """A question and the parts of its answer, found by sweeping one axis.
 
     Attributes:
         name: of its experiments, and of its page if it is one: `python -m studies.NAME`.
@@ -136,7 +180,7 @@ class Study:
         base: settings shared by all runs.
         axis: the quantity that is swept.
         figures: file name -> (frame -> figure, caption).
-        answer: frame of runs in, sentences out.
+        answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}; the axis is swept in every
             group.
@@ -154,9 +198,11 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Groups = lambda base, data: {"": {}}
+    groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda base, data: {
+        "": {}
+    }
     seeds: int = 3
-    objective: str = "val/neg_elbo"
+    objective: str = SELECTION
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
     reference: Any = None
@@ -174,18 +220,19 @@ class Study:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study before it starts: its runs, and what is made of them. The runner knows no other kind.
+    """A study before it starts; the only form of a study that the runner takes.
 
     Attributes:
         page: name of the study's module or file, and first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
-        configs: the runs, as far as they are known; at least one.
-        find: what ended -> table, answer, figures and pictures.
+        configs: the runs; of a search, its base as often as it trains.
+        find: trials and runs at the end -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
-        sentence: what will be trained.
-        study: name of the study in `studies.all` by which a replay finds `extras`.
-        confirm: Optuna study without trials left -> what is trained then.
-        summary_key: changes when a new summary is to be recorded of the same runs.
+        sentence: the planned runs in words.
+        study: name in `studies.all` of the study whose `extras` a replay computes; None without.
+        confirm: Optuna study without trials left -> the runs that confirm its best one.
+        summary_key: changes when a new summary of the same runs is to be recorded.
+        growth: how the study grows, the beginning of the last line on the terminal.
     """
 
     page: str
@@ -197,20 +244,17 @@ class Plan:
     find: Callable[[Ended], Findings] = field(repr=False)
     words: str
     sentence: str
-    objective: str = "val/neg_elbo"
+    objective: str = SELECTION
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     study: str | None = None
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
+    growth: str = ""
 
     @property
     def experiment(self) -> str:
         """Name of the MLflow experiment: one per study and dataset."""
         return f"{self.page}-{self.source.name}"
-
-    def width(self, most: int) -> int:
-        """Return how many runs are trained together on a device that takes so many."""
-        return self.proposer.at_once(most) * self.proposer.runs
 
     @property
     def command(self) -> str:
@@ -218,59 +262,45 @@ class Plan:
         return f"{self.words} --study-name {self.name}"
 
 
-class Point(NamedTuple):
-    """A value of the axis in one of the study's groups ("" without groups)."""
-
-    group: str
-    value: Any
-
-
-def written(values: Sequence[Any]) -> dict[Any, str]:
-    """Write values in as few digits, but at least three, as distinguish them."""
-    for digits in range(3, 18):
-        texts = [f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in values]
-        if len(set(texts)) == len(texts):
-            break
-    return dict(zip(values, texts, strict=True))
-
-
-def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
+def make_plan(study: Study, options: Options[Any], images: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
-    The user's own images, if given, take the place of `options.dataset`.
+    The user's images, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
-    values = study.axis.values if options.values is None else options.values
+    axis, given = study.axis, options.values
+    values = axis.values if given is None else tuple(map(axis.read, given))
     if not values:
         raise UserError("--values: give at least one, or leave it out")
     if len(set(values)) < len(values):
         raise UserError(f"values={list(values)}: give every value once")
-    for swept in options.chosen().keys() & {study.axis.name, study.group}:
-        advice = "leave it out" if swept == study.group else "choose its values with --values"
-        raise UserError(f"{swept}={options.chosen()[swept]}: {study.name} sweeps it; {advice}")
-    data = source(options.dataset, own)
+    data = source(options.dataset, images)
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
-    every = {
-        Point(group, value): study.axis.apply(base.replace(**changes), value, data)
+    points = {
+        (group, value): axis.apply(base.replace(**changes), value, data)
         for group, changes in study.groups(base, data).items()
         for value in values
     }
-    for config in every.values():
-        _check_objective(study, config)
-    texts = written(values)
+    texts = _distinct(values)
     cells = list[Cell]()
-    for point, config in every.items():
-        value, axis = texts[point.value], study.axis.name
-        named = value if axis == "condition" else f"{axis}={value}"
-        label = f"{point.group}, {named}" if point.group else named
-        params = {study.group: point.group} if study.group else {}
-        params[axis] = point.value
-        cells += repeated(label, point._asdict(), config, range(seeds), params)
-    varied = {"seed", study.axis.name, study.group}
+    for (group, value), config in points.items():
+        check_objective(study.name, config, study.objective)
+        for setting in options.settings:
+            if getattr(config, setting) != (chosen := getattr(base, setting)):
+                raise UserError(f"{setting}={chosen}: {study.name} sweeps it; leave it out")
+        written = texts[value] if axis.name == "condition" else f"{axis.name}={texts[value]}"
+        label = f"{group}, {written}" if group else written
+        params = {study.group: group} if study.group else {}
+        params[axis.name] = text(value)
+        cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
+    varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    effective = replace(options, epochs=base.epochs, seeds=seeds)
+    groups = [group for group in dict.fromkeys(group for group, _ in points) if group]
+    each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
+    epochs = list(dict.fromkeys(str(cell.config.epochs) for cell in cells))
+    replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
         page=study.name,
         question=study.question,
@@ -279,29 +309,31 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         configs=[cell.config for cell in cells],
         proposer=Listed(cells, {**data.settings, **shared}, study.objective),
         find=partial(_find, study),
-        words=command(study.name, data, effective),
-        sentence=_sentence(study, every, seeds, texts),
+        words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
+        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){each} x "
+        f"{seeds} seeds = {len(cells)} runs of {' or '.join(epochs)} epochs",
         objective=study.objective,
         extras=study.extras,
-        study=study.name,
+        study=None if replayable else study.name,
+        growth="a closer look with other --values and more --seeds (and a --study-name), ",
     )
 
 
-def command(page: str, data: Source, options: Common) -> str:
+def _distinct(values: Sequence[Any]) -> dict[Any, str]:
+    """Write values in as few digits as distinguish them, but at least three."""
+    for digits in range(3, 18):
+        texts = [f"{v:.{digits}g}" if isinstance(v, float) else text(v) for v in values]
+        if len(set(texts)) == len(texts):
+            break
+    return dict(zip(values, texts, strict=True))
+
+
+def command(page: str, data: Source, options: Common, base: RunConfig, axis: str = "") -> str:
     """Return the command line that repeats a study, but for its name, stores and device."""
-    left_out = ("dataset", "image_size", *ELSEWHERE)
-    words = [program(page), data.words, shlex.join(arguments(options, left_out))]
+    effective = replace(options, settings={"epochs": base.epochs, **options.settings})
+    left_out = ("dataset", "image_size", axis, *ELSEWHERE)
+    words = [program(page), data.words, shlex.join(arguments(effective, left_out))]
     return " ".join(word for word in words if word)
-
-
-def _sentence(study: Study, every: Mapping[Point, RunConfig], seeds: int, texts: Mapping) -> str:
-    groups = [group for group in dict.fromkeys(point.group for point in every) if group]
-    each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
-    epochs = next(iter(every.values())).epochs
-    return (
-        f"{len(texts)} values of {study.axis.name} ({', '.join(texts.values())}){each} x {seeds} "
-        f"seeds = {len(every) * seeds} runs of {epochs} epochs"
-    )
 
 
 def _find(study: Study, ended: Ended) -> Findings:
@@ -310,22 +342,18 @@ def _find(study: Study, ended: Ended) -> Findings:
     return compare_points(study, ended)
 
 
-def check_likelihood(config: RunConfig, page: str) -> None:
-    """Refuse a configuration that has no neg_elbo to compare."""
+def check_objective(page: str, config: RunConfig, objective: str = SELECTION) -> None:
+    """Refuse a configuration without the metric by which a study compares its runs."""
+    if not objective.endswith("neg_elbo"):
+        return
     if not config.has_likelihood:
         raise UserError(
             f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
             f"entropy of grey pixels is no likelihood, and {page} compares neg_elbo; give "
             "--binarization stochastic or threshold"
         )
-
-
-def _check_objective(study: Study, config: RunConfig) -> None:
-    if not study.objective.endswith("neg_elbo"):
-        return
-    check_likelihood(config, study.name)
     if config.latent == "deterministic":
         raise UserError(
-            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {study.name} "
-            "compares; give the study the objective 'val/mse'"
+            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {page} compares; "
+            "only a study with the objective 'val/mse' takes it"
         )

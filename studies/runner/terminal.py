@@ -1,107 +1,84 @@
-"""What a command shows: its plan, progress, table and answer, or one JSON object."""
+"""Output of a command: plan, progress, table and answer, or one JSON document."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import math
 import shlex
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import rich.box
 import rich.console
+import rich.live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from harness.tracking import addresses
+from studies.runner.options import is_page, python
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from harness.training.engine import EpochRecord
-    from studies.ledger.claims import Row
     from studies.runner.study import Plan
     from studies.runner.summary import Outcome
 
-CLOSED = 141
-"""Exit code of a command whose standard output was closed, as of a process that SIGPIPE ends."""
+CLOSED = 141  # exit code where standard output was closed, as of a process that SIGPIPE ends
+LOGGERS = ("harness", "studies")  # their messages are shown, from level INFO on
+EVERY = 15.0  # seconds after which a log gets a line though nothing new began
 
-LOGGERS = ("harness", "studies")
-"""Loggers whose messages are shown, from level INFO on."""
-
-EVERY = 15.0
-"""Seconds after which a log gets a line though nothing new began."""
-
+# Columns that only the report shows; those left out one by one where a table is still too wide;
+# those without their interval; and where the name of a column is broken.
 HIDDEN = (
-    "neg_elbo",
-    "val/mse",
-    "val/rate",
-    "val/active_units",
-    "best/val/neg_elbo",
-    "best/val/mse",
+    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
+    *("best/val/neg_elbo", "best/val/mse"),
 )
-"""Columns left to the report, so that the table fits 100 characters."""
-
-SPARE = ("best/epoch", "pca_floor", "calibration_ratio")
-"""Columns left to it one by one where the table is still too wide."""
-
+SPARE = ("best/epoch", "pca_floor", "calibration_ratio", "frechet", "neg_log_likelihood")
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
-"""Columns shown here without their interval."""
+BREAKS = {"best/": "best/\n", "_": "_\n", "libration": "lib-\nration", "lihood": "li-\nhood"}
 
-HYPHENATED = {"calibration": "calib-\nration", "likelihood": "likeli-\nhood"}
-"""Words that are wider than the numbers below them."""
-
-COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}
-"""Of the verdicts of a ledger."""
-
-NEXT = (
-    "Next: a closer look with other --values and more --seeds (and a --study-name), one run again "
-    "with python -m studies.replay RUN_ID, or another study: python -m studies.all --dry-run."
-)
-"""What can be done after a study."""
+ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
+COLORS = {"pass": "green", "fail": "bold red", "not run": "yellow"}  # of a ledger's verdicts
 
 
 class _Screen(rich.console.Console):
-    """A console that ends the process with code 141 once nobody reads it."""
+    """A console that ends the process with code 141 once standard output is closed."""
 
     def on_broken_pipe(self) -> NoReturn:
         self.quiet = True
         raise SystemExit(CLOSED)
 
 
-class _Handler(logging.Handler):
-    """Shows messages; those with `extra={"progress": True}` only report how far something is."""
-
-    def __init__(self, show: Callable[[str, bool], None]) -> None:
-        super().__init__(logging.INFO)
-        self.show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:  # goes where it would go without this handler
-            logging.getLogger().callHandlers(record)
-        else:
-            self.show(record.getMessage(), getattr(record, "progress", False))
-
-
 class Steps:
     """Progress of training in runs, an epoch being a part of one.
 
-    `advance` takes the number of runs that are done, and what is happening.
+    `advance` takes the number of runs that are done, and a text.
     """
 
     def __init__(self, advance: Callable[[float, str], None]) -> None:
         self._advance, self._others = advance, 0
 
     def __call__(self, record: EpochRecord) -> None:
-        """Count an epoch of a stack; what a dropped run does not train counts as done."""
-        epochs = record.configs[0].epochs
+        """Count an epoch of a stack; epochs that a dropped run is not trained count as done."""
+        runs, epochs = len(record.rows), record.configs[0].epochs
         saved = len(record.dropped) * (epochs - record.epoch)
-        self._advance((len(record.rows) + saved) / epochs, _line(record))
+        name = "neg_elbo" if "neg_elbo" in record.val else "mse"  # of a plain autoencoder
+        best = min(filter(math.isfinite, map(float, record.val[name])), default=math.nan)
+        self._advance(
+            (runs + saved) / epochs,
+            f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
+            f"{record.images_per_second:,.0f} images/s, best {name} {best:.4g}",
+        )
 
     def elsewhere(self, runs: int, text: str = "") -> None:
         """Count the runs that other processes have finished since the start."""
@@ -111,19 +88,21 @@ class Steps:
         self._others += more
 
 
-class Terminal:
-    """A terminal with a moving line, or a log file with a line every 10 % or 15 s.
+class Terminal(logging.Handler):
+    """A terminal with a moving line, or a log with a line every 10 % or 15 s.
 
-    With `json` the outcome is one JSON object on standard output, and all else on standard error.
+    With `json` the outcome is one JSON document on standard output, and all else is written to
+    standard error. As a handler it shows the messages of the library.
     """
 
     def __init__(self, *, json: bool = False, out: rich.console.Console | None = None) -> None:
+        super().__init__(logging.INFO)
         stream = sys.stderr if json else sys.stdout
         width = None if stream is not None and stream.isatty() else 100
         self.out = out or _Screen(highlight=False, width=width, stderr=json)
-        self.json, self.results = json, list[dict[str, Any]]()
-        self._status, self._last = self.out.status(""), time.monotonic()
-        self._bar: Progress | None = None
+        self.json, self.results = json, [dict[str, Any]()]
+        self._moving = rich.live.Live(console=self.out, transient=True)
+        self._head, self._last = "", time.monotonic()
 
     def line(self, text: str) -> None:
         """Show text as it is: a path may hold brackets, which rich would read as its markup."""
@@ -135,113 +114,115 @@ class Terminal:
         self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
-        """Show what will be trained; what follows belongs to this study."""
-        self.results.append({"study": plan.name, "dataset": plan.source.name})
+        """Show what will be trained; later results belong to this study."""
+        of_plan = {"study": plan.name, "dataset": plan.source.name}
+        self.results = [*filter(None, self.results), of_plan]
         where = f"on {plan.source.name} ({pixels} pixels), study {plan.name!r}"
         self.out.print(f"{plan.sentence} {where}", markup=False)
 
-    def estimate(self, tracking_uri: str | None, storage: str | None, sentence: str) -> None:
+    def dry_run(self, tracking_uri: str | None, storage: str | None, estimate: str) -> None:
         """Show the stores of a dry run and the estimated duration."""
-        stores = {
-            "tracking_uri": addresses.without_password(addresses.tracking_address(tracking_uri)),
-            "storage": addresses.without_password(addresses.storage_address(storage)),
-        }
-        self._note(**stores, estimate=sentence)
-        self.line(f"Tracking: {stores['tracking_uri']}\nStorage: {stores['storage']}")
-        self.out.print(sentence, markup=False)
+        tracking = addresses.without_password(addresses.tracking_address(tracking_uri))
+        storage = addresses.without_password(addresses.storage_address(storage))
+        self.results[-1] |= {"tracking_uri": tracking, "storage": storage, "estimate": estimate}
+        self.line(f"Tracking: {tracking}\nStorage: {storage}\n{estimate}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Show messages of the library meanwhile."""
         loggers = [logging.getLogger(name) for name in LOGGERS]
-        before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+        before = [(logger.level, logger.propagate) for logger in loggers]
         for logger in loggers:
-            others = [found for found in logger.handlers if not isinstance(found, _Handler)]
-            logger.handlers = [*others, _Handler(self._show)]
+            logger.addHandler(self)
             logger.propagate = False  # the root has a handler too, once MLflow has made a database
             logger.setLevel(logging.INFO)
+        # With --json, what a library prints is no part of the document.
+        printed = contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
         try:
-            yield
+            with printed:
+                yield
         finally:
-            self._status.stop()
-            for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-                logger.handlers, logger.propagate = handlers, propagate
+            self._moving.stop()
+            for logger, (level, propagate) in zip(loggers, before, strict=True):
+                logger.removeHandler(self)
                 logger.setLevel(level)
+                logger.propagate = propagate
 
-    def _show(self, text: str, further: bool) -> None:  # noqa: FBT001 - as `_Handler` calls it
-        if self.out.is_terminal and self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], now=text)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message; one with `extra={"progress": True}` only counts."""
+        counts = getattr(record, "progress", False)
+        if record.levelno >= logging.WARNING:  # as without this handler
+            logging.getLogger().callHandlers(record)
         elif self.out.is_terminal:
-            self._status.update(text)
-            self._status.start()
-        elif not further or self._is_due():
-            self.line(f"{'':7}{text}")  # as far to the right as after a percentage
+            self._move(record.getMessage())
+            self._moving.refresh()
+        elif not counts or self._is_due():
+            self.line(f"{'':7}{record.getMessage()}")  # as far to the right as after a percentage
+
+    def _move(self, text: str) -> None:
+        shown = Text(self._head + text)
+        shown.truncate(self.out.width, overflow="ellipsis")
+        self._moving.update(shown)
+        self._moving.start()
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._last >= EVERY
 
-    @contextmanager
+    @contextlib.contextmanager
     def progress(self, runs: int, left: int) -> Iterator[Steps]:
-        """Show the training of what no process has finished; yields the callback of every epoch."""
+        """Show the training of the runs that are left; yields the callback of every epoch."""
         if left == 0:
             self.line("Every run is finished already; nothing is trained again.")
         elif left < runs:
             self.line(f"{runs - left} runs are finished; {left} are left.")
-        bar = Progress(
-            TextColumn("{task.percentage:3.0f} %"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(),
-            console=self.out,
-            disable=not self.out.is_terminal or left == 0,
-        )
-        task = bar.add_task("training", total=left, now="starting")
+        start, share = time.monotonic(), 0.0
 
         def advance(steps: float, now: str) -> None:
-            before = round(bar.tasks[0].percentage, 6)
-            bar.update(task, advance=steps, now=now)
-            after = round(bar.tasks[0].percentage, 6)
-            if not self.out.is_terminal and (after // 10 > before // 10 or self._is_due()):
-                self.line(f"{after:3.0f} %  {now}")
+            nonlocal share
+            before, share = share, min(1.0, round(share + steps / max(1, left), 9))
+            if self.out.is_terminal:
+                rest = (time.monotonic() - start) * (1 / max(share, 1e-9) - 1)
+                self._head = f"{100 * share:3.0f} %, {duration(rest)} left  "
+                self._move(now)
+            elif int(10 * share) > int(10 * before) or self._is_due():
+                self.line(f"{100 * share:3.0f} %  {now}")
 
-        self._status.stop()
-        self._bar = bar
-        try:
-            with bar:
-                yield Steps(advance)
-        finally:
-            self._bar = None
+        yield Steps(advance)
+        self._head = ""
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, or the claims of a ledger, the answer and where to look further."""
         from harness.tracking.page import LINK  # MLflow, which --help does not wait for
 
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
-        frame = outcome.table
+        frame, report = outcome.table, str(outcome.folder / "report.html")
         finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
-        self._note(
-            study=outcome.plan.name,
-            experiment_id=outcome.experiment_id,
-            table=frame.astype(object).where(finite, None).to_dict("records"),
-            answer=outcome.answer,
-            report=str(outcome.folder / "report.html"),
-            tracking_uri=where,
-        )
+        self.results[-1] |= {
+            "study": outcome.plan.name,
+            "experiment_id": outcome.experiment_id,
+            "table": frame.astype(object).where(finite, None).to_dict("records"),
+            "answer": outcome.answer,
+            "report": report,
+            "tracking_uri": where,
+        }
         if self.json:
             return
-        if outcome.sections:
-            for heading, rows in itertools.groupby(outcome.sections, key=lambda row: row.heading):
-                self.out.print(_claims(heading, rows))
-        else:
-            self.out.print(self._fitting(frame))
+        for heading, rows in itertools.groupby(outcome.sections or (), lambda row: row.heading):
+            header = (heading, "reference", "obtained", "tolerance", "verdict")
+            cells = [
+                (*row.cells[:-1], f"[{COLORS[row.verdict]}]{row.cells[-1]}[/]") for row in rows
+            ]
+            self.out.print(table(header, cells, left=(heading, "verdict")))
+        if not outcome.sections:
+            self.out.print(_fitting(frame, self.out))
         self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal, markup=False)
-        self.line(f"\nReport: {outcome.folder / 'report.html'}")
+        self.line(f"\nReport: {report}")
         self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
-        self.line(NEXT)
+        self.line(following(outcome.plan, tracking_uri))
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
-        self._note(answer=answer, summary_run_id=run_id, summary=address)
+        self.results[-1] |= {"answer": answer, "summary_run_id": run_id, "summary": address}
         if not self.json:
             self.out.print(answer, soft_wrap=not self.out.is_terminal, markup=False)
             self.line(f"\nAnother process wrote the summary, run {run_id}: {address}")
@@ -249,76 +230,92 @@ class Terminal:
     def finish(self, code: int | str, error: str = "") -> None:
         """With `--json`, print the object: of one study, or a list of them under "studies"."""
         if self.json and code != CLOSED:
-            one = self.results[0] if self.results else {}
-            result = {"studies": self.results} if len(self.results) > 1 else one
+            result = self.results[0] if len(self.results) == 1 else {"studies": self.results}
             failed = {"error": error.removeprefix("error: ")} if error else {}
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
 
-    def _note(self, **fields: object) -> None:
-        if not self.results:
-            self.results.append({})
-        self.results[-1] |= fields
 
-    def _fitting(self, frame: pd.DataFrame) -> Table:
-        """Return a table of as many columns as the terminal has room for."""
-        from analysis import tables  # pandas, which the plan does not wait for
-
-        cells = tables.cells(frame)
-        for left_out in ((), *(SPARE[: n + 1] for n in range(len(SPARE)))):
-            table = _table(cells.drop(columns=[*HIDDEN, *left_out], errors="ignore"))
-            wanted = self.out.options.update(max_width=1000)
-            if self.out.measure(table, options=wanted).maximum <= self.out.width:
-                break
-        return table
-
-
-def _table(cells: pd.DataFrame) -> Table:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], left: Container[str] = ()) -> Table:
+    """Return a table of text, columns flush right but for those of names in `left`."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in cells.columns:
-        words = name.replace("best/", "best/\n").split("_")
-        header = "_\n".join(HYPHENATED.get(word, word) for word in words)
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in cells.to_dict("records"):
-        short = (c.split(" ")[0] if n in BRIEF else c.replace(" ± ", "±") for n, c in row.items())
-        table.add_row(*short)
-    return table
-
-
-def _claims(heading: str, rows: Iterable[Row]) -> Table:
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(heading)
-    for name in ("reference", "obtained", "tolerance"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    for name in header:
+        table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
-        claim = row.claim
-        verdict = f"[{COLORS[row.verdict]}]{row.verdict}[/]" + (f": {row.note}" if row.note else "")
-        table.add_row(claim.name, claim.reference, row.obtained, claim.tolerance, verdict)
+        table.add_row(*row)
     return table
 
 
-def _line(record: EpochRecord) -> str:
-    runs, epochs = len(record.rows), record.configs[0].epochs
-    return (
-        f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
-        f"{record.images_per_second:,.0f} images/s, best {_best(record)}"
-    )
+def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
+    """Return a table of as many columns as there is room for."""
+    from analysis import tables  # pandas, which the plan does not wait for
+
+    cells = tables.cells(frame).drop(columns=[*HIDDEN], errors="ignore")
+    for name in cells:
+        brief = name in BRIEF
+        cells[name] = [c.split(" ")[0] if brief else c.replace(" ± ", "±") for c in cells[name]]
+    wide = out.options.update(max_width=1000)
+    for spare in ((), *SPARE):
+        cells = cells.drop(columns=spare, errors="ignore")
+        shown = table(map(_broken, cells), cells.itertuples(index=False))
+        if out.measure(shown, options=wide).maximum <= out.width:
+            break
+    return shown
 
 
-def _best(record: EpochRecord) -> str:
-    """Return the lowest neg_elbo; of plain autoencoders, which have none, the lowest mse."""
-    for name, digits in (("neg_elbo", 2), ("mse", 4)):
-        found = [float(value) for value in record.val.get(name, ()) if math.isfinite(value)]
-        if found:
-            return f"{name} {min(found):.{digits}f}"
-    return "of none: all diverge"
+def _broken(name: str) -> str:
+    for word, broken in BREAKS.items():
+        name = name.replace(word, broken)
+    return name
 
 
 def way(where: str) -> str:
     """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    command = f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
-    if where == addresses.default_tracking() and (addresses.project_root() / "Makefile").exists():
+    command = f"{python()} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(where)}"
+    if where == addresses.default_tracking() and Path.cwd() == Path(__file__).resolve().parents[2]:
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000"
+
+
+def following(plan: Plan, tracking_uri: str | None) -> str:
+    """Return commands that can follow a study, as they are written in the current directory."""
+    uri = addresses.without_password(tracking_uri or "")
+    store = f" --tracking-uri {shlex.quote(uri)}" if uri else ""
+    again = f"one run again with {python()} -m studies.replay RUN_ID{store}, or "
+    again = again if plan.study is None or is_page(plan.study) else ""
+    return f"Next: {plan.growth}{again}another study: {python()} -m studies.all --dry-run."
+
+
+def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
+    """Estimate the duration of a plan from finished runs of its experiment on this machine."""
+    from harness.tracking import connect  # MLflow, which --help does not wait for
+
+    address, each = addresses.tracking_address(tracking_uri), list[float]()
+    file = addresses.sqlite_file(address)
+    if file is not None and file.exists():  # a dry run creates none
+        client = connect(address).client
+        experiment = client.get_experiment_by_name(plan.experiment)
+        ids = [experiment.experiment_id] if experiment else []
+        test = f"tags.host = '{socket.gethostname()}' and attributes.status = 'FINISHED'"
+        like = {name: str(getattr(plan.configs[0], name)) for name in ALIKE} | {"device": device}
+        for run in client.search_runs(ids, test, max_results=100):  # the latest first
+            params, info = run.data.params, run.info
+            if like.items() <= params.items():
+                epochs = int(params["epochs"]) * int(params["stack_width"])
+                each.append((info.end_time - info.start_time) / 1000 / epochs)
+    if not each:
+        return "duration: not known (no finished run like these here). Nothing was trained."
+    whole = median(each) * sum(config.epochs for config in plan.configs)
+    return (
+        f"duration: about {duration(whole)} with final metrics (from {len(each)} finished runs "
+        "like these here). Nothing was trained."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in round numbers: "40 s", "7 min", "2 h 10 min"."""
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    hours, minutes = divmod(round(seconds / 60, -1 if seconds > 5400 else 0), 60)
+    return " ".join(f"{n:.0f} {unit}" for n, unit in ((hours, "h"), (minutes, "min")) if n)

@@ -12,7 +12,7 @@ from harness.linear.vae import LinearOptimum
 from harness.tracking.store import Run
 from studies.ledger.claims import Runs, about, judge
 from studies.ledger.evidence import Evidence
-from studies.ledger.trained import batch_range, best_ratio, gain, loss, mean
+from studies.ledger.trained import batch_range, best_ratio, loss
 
 SMALL = RunConfig(hidden=(16,), epochs=2)
 WIDE = Runs("weight 0.1", SMALL.replace(kl_weight=0.1), 2)
@@ -23,63 +23,56 @@ BINARY = Runs(
 ABSENT = Runs("absent", SMALL.replace(learning_rate=0.5), 1)
 
 
+def seeds(runs: Runs) -> list[RunConfig]:
+    return [runs.config.replace(seed=seed) for seed in range(runs.seeds)]
+
+
 @pytest.fixture(scope="module")
 def evidence(tiny) -> Evidence:
     """Train runs of three configurations, and record them as text, as MLflow does."""
-    configs = [config for runs in (WIDE, NARROW, BINARY) for config in runs.configs]
+    labels = [runs.label for runs in (WIDE, NARROW, BINARY) for _ in range(runs.seeds)]
+    configs = [config for runs in (WIDE, NARROW, BINARY) for config in seeds(runs)]
     results = harness.train_and_evaluate(configs, tiny, device="cpu")
     trained = {f"id{i}": (result.config, result.model) for i, result in enumerate(results)}
-    runs = [run(f"id{i}", r.config, tiny, r) for i, r in enumerate(results)]
+    runs = [
+        run(f"id{i}", label, result.config.seed, result)
+        for i, (label, result) in enumerate(zip(labels, results, strict=True))
+    ]
     return Evidence(tiny, runs, trained.get)
 
 
-def run(run_id, config, data, result=None, status="FINISHED", reason="") -> Run:
-    settings = asdict(config) | {"dataset": data.name, "dataset_digest": data.digest}
-    params = {name: str(value) for name, value in settings.items()}
+def run(run_id, label, seed=0, result=None, status="FINISHED") -> Run:
     every = {} if result is None else result.metrics
     metrics = {k: v for k, v in every.items() if k.startswith(("val/", "test/"))}
-    tags = {"reason": reason} if reason else {}
-    return Run(run_id, f"run {run_id}", status, params, metrics, tags)
+    settings = {} if result is None else asdict(result.config)
+    params = {name: str(value) for name, value in (settings | {"seed": seed}).items()}
+    return Run(run_id, f"run {run_id}", status, params, metrics, {"configuration": label})
 
 
-def test_a_run_is_found_by_its_settings_on_these_very_images(evidence, tiny):
-    assert [run.run_id for run in evidence.finished(NARROW)] == ["id2", "id3"]
-    assert evidence.find(ABSENT.config) is None
-    elsewhere = replace(evidence, data=replace(tiny, digest="other"))
-    assert elsewhere.find(NARROW.config) is None
+def test_the_runs_of_a_configuration_are_found_by_its_label_in_the_order_of_their_seeds(evidence):
+    backwards = replace(evidence, runs=evidence.runs[::-1])
+    assert [run.run_id for run in backwards.found(NARROW)] == ["id2", "id3"]
+    assert [run.run_id for run in evidence.found(replace(NARROW, seeds=1))] == ["id2"]
+    assert evidence.found(ABSENT) == []
 
 
-def test_settings_that_a_stored_run_lacks_take_their_defaults(evidence):
-    def without(run: Run, *names: str) -> Run:
-        return run._replace(params={k: v for k, v in run.params.items() if k not in names})
-
-    old = [without(run, "terms", "precision", "kl_cycles") for run in evidence.runs]
-    old = [run._replace(params=run.params | {"padding": "none"}) for run in old]
-    assert not replace(evidence, runs=old).missing((WIDE, NARROW, BINARY))
-    other = [without(run, "hidden") for run in evidence.runs]  # the default is not 16
-    assert replace(evidence, runs=other).missing((WIDE,))
-
-
-def test_a_finished_run_counts_before_one_that_diverged_and_interrupted_ones_never(evidence, tiny):
-    config = ABSENT.config
-    lost = run("a", config, tiny, status="FAILED", reason="diverged in epoch 1")
-    stopped = run("b", config, tiny, status="KILLED", reason="process ended")
-    failed = run("c", config, tiny, status="FAILED", reason="RuntimeError()")
-    done = run("d", config, tiny)
+def test_runs_are_missing_unless_every_seed_has_finished(evidence):
+    pair = replace(ABSENT, seeds=2)
+    done, lost = run("a", "absent"), run("b", "absent", 1, status="FAILED")
     for runs, missing in [
-        ((stopped, failed), "'absent' did not finish"),
-        ((stopped, lost), "'absent' diverged"),
-        ((lost, done, run("e", config, tiny)), ""),
+        ((), "'absent' did not finish"),
+        ((done,), "'absent' did not finish"),
+        ((done, lost), "'absent' diverged"),
+        ((done, run("c", "absent", 1)), ""),
     ]:
-        assert replace(evidence, runs=runs).missing((ABSENT,)) == missing
-    assert replace(evidence, runs=(lost, done)).find(config) == done
+        assert replace(evidence, runs=runs).missing((pair,)) == missing
 
 
 def test_a_claim_without_runs_is_not_run_and_a_large_one_asks_for_a_gpu(evidence):
     claims = [
         about("here", "x", "1", 1e9, "none", loss, WIDE),
         about("nowhere", "x", "1", 1.0, "none", loss, ABSENT),
-        about("far", "x", "1", 1.0, "none", gain, WIDE, replace(ABSENT, gpu=True)),
+        about("far", "x", "1", 1.0, "none", loss, WIDE, replace(ABSENT, gpu=True)),
     ]
     here, nowhere, far = judge({"x": claims}, evidence)
     assert (here.verdict, here.note) == ("pass", "")
@@ -89,11 +82,11 @@ def test_a_claim_without_runs_is_not_run_and_a_large_one_asks_for_a_gpu(evidence
 
 def test_means_and_gains_are_over_seeds(evidence):
     wide, narrow = (
-        np.array([run.metrics["test/neg_elbo"] for run in evidence.finished(runs)])
+        np.array([run.metrics["test/neg_elbo"] for run in evidence.found(runs)])
         for runs in (WIDE, NARROW)
     )
     assert evidence.mean(WIDE, "neg_elbo") == pytest.approx(wide.mean(), rel=1e-12)
-    assert gain(evidence, NARROW, WIDE) == pytest.approx((wide - narrow).mean(), rel=1e-9)
+    assert evidence.gain(NARROW, WIDE) == pytest.approx((wide - narrow).mean(), rel=1e-9)
     better = min((WIDE, NARROW), key=lambda runs: evidence.mean(runs, "val/neg_elbo"))
     expected = evidence.mean(better, "calibration_ratio")
     assert best_ratio(evidence, WIDE, NARROW) == expected
@@ -108,7 +101,7 @@ def test_the_gap_is_that_of_the_mean_batch_loss_to_the_exact_linear_model(eviden
     assert gaps == pytest.approx(100 * (1 - batches.loss.mean(1) / linear), rel=1e-9)
     assert loss(evidence, WIDE) == pytest.approx(batches.loss.mean(), rel=1e-12)
     low, high = batch_range(evidence, WIDE, "loss")
-    assert batches.loss.min() <= low < mean(evidence.losses(WIDE)) < high <= batches.loss.max()
+    assert batches.loss.min() <= low < loss(evidence, WIDE) < high <= batches.loss.max()
 
 
 def test_a_likelihood_is_measured_on_binary_pixels(evidence):

@@ -96,7 +96,8 @@ def claim(name: str, *needs: Runs):
 def test_a_trial_is_a_configuration_and_a_seed(tiny, tmp_path):
     plan = make_plan({"x": [claim("a", SMALL)]}, TINY, tiny, "cpu", options(tmp_path))
     cells = plan.proposer.cells
-    assert [cell.config for cell in cells] == list(plan.configs) == SMALL.configs
+    assert [cell.config for cell in cells] == list(plan.configs)
+    assert plan.configs == [SMALL.config, SMALL.config.replace(seed=1)]
     assert [cell.identity["seed"] for cell in cells] == [0, 1]
     assert {cell.identity["label"] for cell in cells} == {"small"}
     assert plan.experiment == plan.name == EXPERIMENT
@@ -201,14 +202,6 @@ def test_the_view_of_the_runs_shows_the_ledgers_settings_and_metrics(checked):
 # --- repeating ------------------------------------------------------------------------------------
 
 
-def test_the_same_check_again_trains_nothing_and_finds_the_same(copied, tiny):
-    before = copied.runs()
-    again = check(copied.folder, tiny)
-    assert copied.runs() == before
-    assert len(copied.runs("summary")) == 1
-    assert [row.obtained for row in again.rows] == [row.obtained for row in copied.rows]
-
-
 def test_a_larger_form_trains_only_what_is_new(copied, tiny):
     before = copied.runs()
     check(copied.folder, tiny, form=replace(TINY, blog_seeds=3))
@@ -225,33 +218,27 @@ def test_other_images_are_refused_under_the_same_name(copied, tiny):
         check(copied.folder, replace(tiny, digest="other"))
 
 
-def test_a_run_that_diverged_is_not_trained_again(home, tiny):
-    wild = Runs("wild", SMALL.config.replace(learning_rate=1e30), 1)
-    ledger = {"x": [claim("tame", SMALL), claim("far", wild)]}
-    first = check(home, tiny, ledger)
-    assert [(row.verdict, row.note) for row in first.rows][1] == ("not run", "'wild' diverged")
-    before = first.runs()
-    assert check(home, tiny, ledger).runs() == before
-    assert [run.status for run in before] == ["FINISHED", "FINISHED", "FAILED"]
-
-
-def test_a_ledger_with_another_claim_is_recorded_anew_and_trains_nothing(home, tiny):
-    ledger = {"x": [claim("one", SMALL)]}
-    before = check(home, tiny, ledger).runs()
-    wider = {"x": [*ledger["x"], claim("two", SMALL)]}
-    for given, summaries in ((ledger, 1), (wider, 2), (wider, 2)):
-        found = check(home, tiny, given)
-        assert len(found.runs("summary")) == summaries
-        assert found.runs() == before
-
-
-def test_a_published_likelihood_is_measured_on_binary_pixels(home, tiny):
+def test_the_same_check_again_trains_nothing_and_another_claim_is_judged_on_the_same_runs(
+    home, tiny
+):
+    diverging = Runs("diverging", SMALL.config.replace(learning_rate=1e30), 1)
     # The network of the paper, on digits and without a GPU.
     config = TINY.burda.config.replace(batch_size=32, epochs=1)
-    small = replace(TINY.burda, gpu=False, config=config)
-    stated = about("x", "y", "44", 4.0, "z", neg_log_likelihood, small)
-    (row,) = check(home, tiny, {"x": [stated]}).rows
-    assert row.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
+    binary = replace(TINY.burda, gpu=False, config=config)
+    published = about("published", "x", "44", 4.0, "z", neg_log_likelihood, binary)
+    ledger = {"x": [claim("one", SMALL), claim("far", diverging), published]}
+    first = check(home, tiny, ledger)
+    assert [run.status for run in first.runs()] == ["FINISHED"] * 2 + ["FAILED", "FINISHED"]
+    _, lost, found = first.rows
+    assert (lost.verdict, lost.note) == ("not run", "'diverging' diverged")
+    assert found.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
+    before = first.runs()
+    wider = {"x": [*ledger["x"], claim("two", SMALL)]}
+    for given, summaries in ((ledger, 1), (wider, 2)):
+        again = check(home, tiny, given)
+        assert again.runs() == before
+        assert len(again.runs("summary")) == summaries
+        assert [row.obtained for row in again.rows][:3] == [row.obtained for row in first.rows]
 
 
 # --- the command line -----------------------------------------------------------------------------

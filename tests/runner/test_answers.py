@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from studies import conditions
+from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
 from studies.runner import answers
 
 LUCK = (0.0, 0.1, -0.1)
@@ -24,44 +24,44 @@ def frame_of(weights, errors):
 
 
 def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
-    said = answers.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)), "kl_weight")
+    said = kl_weight.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)))
     assert said.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
-    assert "weight 1 costs 13 ±" in said
+    assert "Weight 1 costs 13 ±" in said
     assert "Every other value is distinguishably worse" in said
     assert "Class 8 reconstructs worst (mse 0.0200), of which the blog says" in said
     undivided = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)).assign(kl_normalization="sum")
-    assert ". Weight 1 costs 13" in answers.best_weight(undivided, "kl_weight")
+    assert ". Weight 1 costs 13" in kl_weight.best_weight(undivided)
 
 
 def test_where_the_loss_is_a_likelihood_weight_one_is_the_exact_elbo():
     frame = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0))
     frame["linear/collapse_variance"] = 0.7
-    said = answers.best_weight(frame.assign(sigma="optimal"), "kl_weight")
-    assert "Weight 1, the exact ELBO, costs 13 ±" in said
+    said = kl_weight.best_weight(frame.assign(sigma="optimal"))
+    assert "Weight 1 costs 13 ±" in said
     assert "linear" not in said  # the weight is no multiple of the decoder variance
     bernoulli = frame.assign(likelihood="bernoulli", calibration_ratio=float("nan"))
     bernoulli = bernoulli.drop(columns="linear/collapse_variance")
-    assert "At it 5.0 of 10 latents are active" in answers.best_weight(bernoulli, "kl_weight")
+    assert "At it 5.0 of 10 latents are active" in kl_weight.best_weight(bernoulli)
 
 
 def test_the_linear_models_collapse_stands_beside_what_was_seen():
     frame = frame_of((0.01, 0.1, 1.0, 3.0), (-5.0, -9.0, 4.0, 5.0))
-    assert "linear" not in answers.best_weight(frame, "kl_weight")  # an older store
+    assert "linear" not in kl_weight.best_weight(frame)  # an older store
     frame["linear/collapse_variance"] = 0.7
     frame["linear/active_units"] = 9.0
-    said = answers.best_weight(frame, "kl_weight")
+    said = kl_weight.best_weight(frame)
     assert "loses its last latent at kl_weight = 1.4" in said
     assert "here every value tried keeps some" in said
     assert "keeps 9 latents active, the trained model 5.0" in said
     frame.loc[frame["kl_weight"] == 3.0, "active_units"] = 0
-    assert "here none is active from 3 on" in answers.best_weight(frame, "kl_weight")
+    assert "here none is active from 3 on" in kl_weight.best_weight(frame)
 
 
 def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
     frame = frame_of((0.01, 0.1, 1.0), (-9.0, -9.01, 4.0))
     near = (frame["kl_weight"] == 0.01) & (frame["seed"] == 0)
     frame.loc[near, "val/neg_elbo"] -= 0.02
-    said = answers.best_weight(frame, "kl_weight")
+    said = kl_weight.best_weight(frame)
     assert "Not distinguishable from it on validation data: 0.01." in said
 
 
@@ -90,7 +90,7 @@ def sizes_frame():
 
 
 def test_latents_beyond_the_useful_ones_are_named():
-    said = answers.useful_latents(sizes_frame())
+    said = latent_size.useful_latents(sizes_frame())
     assert "the smallest size not distinguishable from that is 4" in said
     assert "Of 16 latents 4.0 are active" in said
     assert "below the floor of principal components at 1, 2 latents" in said
@@ -109,19 +109,19 @@ def modes_frame(shift):
 
 
 def test_modes_that_agree_are_called_one_curve_with_each_modes_weight():
-    said = answers.one_curve(modes_frame(0.0))
+    said = kl_normalization.one_curve(modes_frame(0.0))
     assert "the modes are one curve" in said
     assert "pixels 0.02, sum 9.77e-06" in said
     assert "means decoder variance 1,024, and from 5 pixel² on no latent is active" in said
 
 
 def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
-    assert "the modes disagree" in answers.one_curve(modes_frame(5.0))
+    assert "the modes disagree" in kl_normalization.one_curve(modes_frame(5.0))
 
 
 def test_of_a_single_seed_no_verdict_on_the_modes_is_given():
     frame = modes_frame(5.0)
-    said = answers.one_curve(frame[frame["seed"] == 0])
+    said = kl_normalization.one_curve(frame[frame["seed"] == 0])
     assert "differs by at most 5 nats / image with a single seed. The best" in said
 
 
@@ -130,14 +130,14 @@ def test_cost_and_gain_are_paired_differences():
         {"condition": name, "seed": seed, "mse": mse + luck, "neg_elbo": elbo + luck}
         | {"probe_accuracy": 0.9, "active_units": 1.5, "latent_size": 10}
         for name, mse, elbo in (
-            (conditions.CALIBRATED_ELBO, 0.03, -10.0),
-            (conditions.MSE_STOCHASTIC, 0.01, 90.0),
-            (conditions.BLOG, 0.05, 0.0),
-            (conditions.BLOG_WITHOUT_KL, 0.04, 0.0),
+            (elbo_vs_mse.CALIBRATED_ELBO, 0.03, -10.0),
+            (elbo_vs_mse.MSE_STOCHASTIC, 0.01, 90.0),
+            (elbo_vs_mse.BLOG, 0.05, 0.0),
+            (elbo_vs_mse.BLOG_WITHOUT_KL, 0.04, 0.0),
         )
         for seed, luck in enumerate(LUCK)
     ]
-    said = answers.cost_and_gain(pd.DataFrame(rows))
+    said = elbo_vs_mse.cost_and_gain(pd.DataFrame(rows))
     assert "changes test mse by 0.02 ±" in said
     assert "It buys 100 ±" in said
     assert "costs 0.01 ±" in said
@@ -154,17 +154,17 @@ def test_cost_and_gain_are_paired_differences():
     ],
 )
 def test_the_blogs_recipe_is_set_against_a_linear_model(gaps, verdict):
-    said = answers.against_linear(pd.DataFrame({"gap_to_linear": gaps}))
+    said = elbo_vs_mse.against_linear(pd.DataFrame({"gap_to_linear": gaps}))
     assert f"its loss is {verdict} that of a linear model" in said
 
 
-@pytest.mark.parametrize("missing", list(conditions.CONDITIONS))
+@pytest.mark.parametrize("missing", list(elbo_vs_mse.CONDITIONS))
 def test_a_study_of_fewer_conditions_still_has_an_answer(missing):
     rows = [
         {"condition": name, "seed": seed, "mse": 0.1, "neg_elbo": 0.0, "probe_accuracy": 0.5}
         | {"active_units": 1, "latent_size": 10}
-        for name in conditions.CONDITIONS
+        for name in elbo_vs_mse.CONDITIONS
         if name != missing
         for seed in range(2)
     ]
-    assert "over 2 seeds" in answers.cost_and_gain(pd.DataFrame(rows))
+    assert "over 2 seeds" in elbo_vs_mse.cost_and_gain(pd.DataFrame(rows))

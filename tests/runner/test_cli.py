@@ -5,13 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from harness import RunConfig
 from harness.errors import SummaryError, UserError
-from studies import kl_weight
+from studies import all as all_studies
+from studies import kl_weight, search
 from studies.runner import cli, stopping
+from studies.runner.options import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,9 +182,28 @@ def test_help_loads_neither_torch_nor_mlflow_nor_optuna_nor_pandas():
         assert option in done.stdout
 
 
+OWN = replace(kl_weight.STUDY, base=RunConfig(hidden=(7, 5), learning_rate=0.5))
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (partial(cli.main, OWN), ("(default: 7 5)", "(default: 0.5)", "(swept by this study)")),
+        (search.main, ("(default: 256 64)", "(searched, unless it is given)")),
+        (all_studies.main, ("(default: 256 64)", "(default: 0.001)", "(swept by a study)")),
+    ],
+)
+def test_every_setting_is_an_option_and_the_help_shows_the_studys_value(command, shown, capsys):
+    command(["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{name.replace('_', '-')} " in said for name in SETTINGS)
+    assert "--seed " not in said
+    assert all(text in said for text in shown)
+
+
 def test_the_public_names_of_studies_load_nothing_heavy():
     code = (
-        "import sys\nfrom studies import Axis, Study, main\n"
+        "import sys\nfrom studies import Axis, Study, main, run\n"
         "assert not {'torch', 'mlflow', 'pandas'} & sys.modules.keys()\n"
     )
     assert python(code, subprocess.DEVNULL) == (0, "")

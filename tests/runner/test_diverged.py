@@ -78,7 +78,7 @@ def outcome(empty_database, tmp_path_factory, tiny):
     options = Options(
         values=(0.02, 0.5, 1.0),
         seeds=2,
-        epochs=1,
+        settings={"epochs": 1},
         storage=f"sqlite:///{folder}/optuna.db",
         tracking_uri=f"sqlite:///{folder}/mlflow.db",
     )
@@ -125,7 +125,7 @@ def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path
         groups=lambda base, data: {m: {"kl_normalization": m} for m in ("sum", "batch")},
     )
     places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
-    options = Options(values=(0.5,), seeds=1, epochs=1, **places)
+    options = Options(values=(0.5,), seeds=1, settings={"epochs": 1}, **places)
     plan = make_plan(study, options)
     plan = diverging(plan, {"batch, decoder_variance=0.5 seed=0"})
     found = run(plan, tiny, options, Terminal())

@@ -5,54 +5,110 @@ from dataclasses import replace
 
 import pytest
 
-from harness import RunConfig, UserError
+from harness import RunConfig, UserError, term
 from harness.objective import beta, decoder_variance
 from harness.tracking.record import description
-from studies import conditions, elbo_vs_mse, kl_weight, latent_size, search
+from studies import elbo_vs_mse, kl_weight, latent_size
 from studies.runner import cli
-from studies.runner.options import Options
-from studies.runner.study import KNOWN, Axis, make_plan
+from studies.runner.options import SETTINGS, Options, arguments, text
+from studies.runner.study import KNOWN, Axis, calibrated, make_plan
+
+BINARY = ("likelihood", "binarization")  # a value of one needs another of the other
 
 
 def settings(study, *words):
     """Return what a command must agree in with the study that it continues."""
-    kind = type(study.axis.values[0])
-    return make_plan(study, cli.parse(study.name, "Why?", kind, words)).proposer.settings
+    return make_plan(study, cli.parse(study, words)).proposer.settings
 
 
 @pytest.mark.parametrize("mode", ["pixels", "batch", "sum"])
 def test_a_calibrated_weight_is_calibrated_in_every_normalisation(mode):
-    sizes = make_plan(latent_size.STUDY, Options(kl_normalization=mode, seeds=1))
+    sizes = make_plan(latent_size.STUDY, Options(seeds=1, settings={"kl_normalization": mode}))
     named = {"blog's weight": 0.5, "calibrated weight": 0.01}
     for cell in sizes.proposer.cells:
         wanted = named[cell.identity["group"]]
         assert decoder_variance(cell.config, 64) == pytest.approx(wanted, rel=1e-15)
-    named = {conditions.BLOG_ELBO: 0.5, conditions.BLOG: 0.5, conditions.CALIBRATED_ELBO: 0.01}
+    named = {"ELBO, weight 1": 0.5, "blog's recipe": 0.5, "ELBO, calibrated": 0.01}
     for cell in make_plan(
-        elbo_vs_mse.STUDY, Options(kl_normalization=mode, seeds=1)
+        elbo_vs_mse.STUDY, Options(seeds=1, settings={"kl_normalization": mode})
     ).proposer.cells:
         wanted = named.get(cell.identity["value"], 0.0)
         assert decoder_variance(cell.config, 64) == pytest.approx(wanted, rel=1e-15)
-    baseline = search.baseline(RunConfig(kl_normalization=mode), KNOWN["digits"])
+    baseline = calibrated(RunConfig(kl_normalization=mode), KNOWN["digits"])
     assert decoder_variance(baseline, 64) == pytest.approx(0.01, rel=1e-15)
 
 
 def test_no_weight_is_called_calibrated_where_weights_set_no_variance():
     with pytest.raises(UserError, match="the KL weight sets the decoder variance only"):
-        make_plan(elbo_vs_mse.STUDY, Options(sigma="optimal"))
-    plan = make_plan(latent_size.STUDY, Options(sigma="optimal", kl_normalization="batch"))
+        make_plan(elbo_vs_mse.STUDY, Options(settings={"sigma": "optimal"}))
+    settings = {"sigma": "optimal", "kl_normalization": "batch"}
+    plan = make_plan(latent_size.STUDY, Options(settings=settings))
     assert {cell.identity["group"] for cell in plan.proposer.cells} == {"exact ELBO's weight"}
     assert {beta(config, 64) for config in plan.configs} == {1.0}
     with pytest.raises(UserError, match="divides by the number of latents"):
-        make_plan(latent_size.STUDY, Options(kl_normalization="latent"))
-    sigma_vae = search.baseline(RunConfig(sigma="optimal"), KNOWN["mnist"])
+        make_plan(latent_size.STUDY, Options(settings={"kl_normalization": "latent"}))
+    sigma_vae = calibrated(RunConfig(sigma="optimal"), KNOWN["mnist"])
     assert beta(sigma_vae, 784) == 1
 
 
-@pytest.mark.parametrize("values", [(), ((1, 2),), (None,)])
-def test_an_axis_has_values_that_are_numbers_or_words(values):
-    with pytest.raises(UserError, match="give at least one, each a number or a word"):
+@pytest.mark.parametrize("values", [(), (None,), (Axis,)])
+def test_an_axis_has_values_that_can_be_compared_and_written(values):
+    with pytest.raises(UserError, match="give at least one, each a number, a name, a tuple"):
         Axis("hidden", values)
+
+
+@pytest.mark.parametrize("name", ["width", "seed"])
+def test_an_axis_that_is_no_setting_needs_a_function(name):
+    with pytest.raises(UserError, match=f"axis '{name}' is no setting of RunConfig"):
+        Axis(name, (1, 2))
+    assert Axis(name, (1, 2), lambda config, value, data: config).kind is int
+
+
+OTHERS = {
+    "latent": "deterministic", "sigma": "optimal", "model": "linear", "precision": "tf32",
+    "head": "relu", "kl_normalization": "sum", "terms": {"squares": 0.5}, "hidden": (8, 4),
+    "channels": (4,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in BINARY])
+def test_every_setting_can_be_an_axis_and_an_option(name, registered):
+    """A value of the axis, the option and the field of `RunConfig` are one setting."""
+    term("squares")(lambda batch: batch.z.square().mean())
+    model = "conv" if name == "channels" else "mlp"
+    base = RunConfig(kl_weight=0.0, kl_warmup_epochs=2, model=model)
+    value = OTHERS[name] if name in OTHERS else getattr(base, name) + 1
+    axis = Axis(name, [getattr(base, name), value])
+    study = replace(kl_weight.STUDY, base=base, axis=axis, objective="val/mse")
+    written = [text(value) for value in axis.values]
+    plan = make_plan(study, cli.parse(study, ["--values", *written, "--seeds", "1"]))
+    first = base.replace(epochs=50)
+    assert plan.configs == [first.replace(**{name: v}) for v in axis.values]
+    assert [cell.params for cell in plan.proposer.cells] == [{name: w} for w in written]
+    words = shlex.split(plan.command.partition("studies.kl_weight ")[2])
+    assert make_plan(study, cli.parse(study, words)).proposer == plan.proposer
+    with pytest.raises(UserError, match=f"{name}=.*sweeps it; leave it out"):
+        make_plan(study, Options(settings={name: value}))
+    if name != "kl_weight":
+        option = [f"--{name.replace('_', '-')}", *arguments(Options(settings={name: value}))[1:]]
+        other = replace(study, axis=Axis("kl_weight", (0.0,)))
+        planned = make_plan(other, cli.parse(other, option))
+        assert {text(getattr(config, name)) for config in planned.configs} == {text(value)}
+
+
+@pytest.mark.parametrize("values", ["x", "8,", "8,x", "8.5"])
+def test_a_text_that_is_no_tuple_is_refused_in_one_line(values):
+    study = replace(kl_weight.STUDY, axis=Axis("hidden", ((16,), (8, 4))))
+    with pytest.raises(UserError, match=f"--values {values}: write values as 512,256, or none"):
+        make_plan(study, cli.parse(study, ["--values", values]))
+    (config,) = make_plan(study, cli.parse(study, ["--values", "none", "--seeds", "1"])).configs
+    assert config.hidden == ()
+
+
+def test_a_setting_that_a_study_sets_itself_is_refused():
+    for study, name in ((latent_size.STUDY, "kl_weight"), (elbo_vs_mse.STUDY, "kl_weight")):
+        with pytest.raises(UserError, match="kl_weight=0.5: .* sweeps it; leave it out"):
+            make_plan(study, Options(settings={name: 0.5}))
 
 
 @pytest.mark.parametrize(("name", "question"), [("mine", None), ("mine", " "), ("a/b", "Why?")])
@@ -76,10 +132,11 @@ def test_points_that_differ_have_different_names():
 
 
 def test_the_command_of_a_report_is_one_that_the_study_takes():
-    options = Options(values=(8,), seeds=1, kl_normalization="sum", study_name="mine")
+    settings = {"kl_normalization": "sum", "hidden": (32,)}
+    options = Options(values=(8,), seeds=1, settings=settings, study_name="mine")
     plan = make_plan(latent_size.STUDY, options)
     arguments = shlex.split(plan.command.partition("studies.latent_size ")[2])
-    again = make_plan(latent_size.STUDY, cli.parse("latent_size", "Why?", int, arguments))
+    again = make_plan(latent_size.STUDY, cli.parse(latent_size.STUDY, arguments))
     assert again.proposer == plan.proposer
     assert (again.name, again.configs) == ("mine", plan.configs)
 

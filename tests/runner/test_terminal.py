@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 from io import StringIO
@@ -13,12 +14,14 @@ import pytest
 import rich.console
 import torch
 
+from harness import RunConfig, tracking
 from harness.metrics.evaluate import on_all_cores
 from harness.tracking import addresses, page
 from studies.ledger.claims import Row
 from studies.runner import terminal
+from studies.runner.options import python
 from studies.runner.summary import Outcome
-from studies.runner.terminal import NEXT, Terminal
+from studies.runner.terminal import Terminal
 
 library, pages = logging.getLogger("harness.metrics.quality"), logging.getLogger("studies.search")
 
@@ -69,17 +72,31 @@ def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
     assert out.getvalue().splitlines() == ["  0 %  epoch 1", "       measuring: 1 of 2"]
 
 
-def test_a_terminal_shows_messages_in_its_moving_line():
+def test_a_terminal_shows_progress_and_messages_in_one_moving_line():
     out = StringIO()
     shown = moving(out)
     with shown.shown():
         pages.info("opening stores")
         with shown.progress(10, 10) as on_epoch:
-            on_epoch._advance(1, "epoch 1")
-            pages.info("measuring finished runs")
+            on_epoch._advance(5, "epoch [1]")
+            pages.info("measuring finished runs " + "x" * 100)
         pages.info("drawing figures")
-    for text in ("opening stores", "measuring finished runs", "drawing figures"):
-        assert text in out.getvalue()
+    printed = out.getvalue()
+    assert printed.count("\n") == 1  # the line fits, and is removed at the end
+    for text in ("opening stores", " 50 %, 10 s left  measuring finished runs x", "…"):
+        assert text in printed
+
+
+def test_a_log_has_no_control_characters():
+    out = StringIO()
+    shown = log(out)
+    with shown.shown():
+        shown.question("Why?")
+        with shown.progress(1, 1) as on_epoch:
+            on_epoch._advance(1, "epoch 1")
+        shown.outcome(outcome(), None)
+    assert "\x1b" not in out.getvalue()
+    assert "\r" not in out.getvalue()
 
 
 def test_showing_leaves_the_loggers_as_they_were():
@@ -90,13 +107,12 @@ def test_showing_leaves_the_loggers_as_they_were():
     assert before == [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
 
 
-def test_messages_are_shown_once_where_the_root_or_an_outer_command_has_a_handler(caplog):
+def test_messages_are_shown_once_where_the_root_has_a_handler(caplog):
     # MLflow gives the root one when it makes a database.
-    outer, inner = StringIO(), StringIO()
-    with caplog.at_level(logging.INFO), log(outer).shown(), log(inner).shown():
+    out = StringIO()
+    with caplog.at_level(logging.INFO), log(out).shown():
         pages.info("drawing figures")
-    assert (outer.getvalue(), caplog.messages) == ("", [])
-    assert inner.getvalue() == "       drawing figures\n"
+    assert (out.getvalue(), caplog.messages) == ("       drawing figures\n", [])
 
 
 def test_a_warning_goes_where_it_goes_otherwise(caplog):
@@ -184,22 +200,27 @@ def test_runs_that_other_processes_finish_count_once():
 
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
-    return SimpleNamespace(name=name, source=SimpleNamespace(name="digits"), sentence="3 runs")
+    source = SimpleNamespace(name="digits")
+    return SimpleNamespace(name=name, source=source, sentence="3 runs", study=None, growth="")
+
+
+def outcome() -> Outcome:
+    return Outcome(planned("x"), pd.DataFrame(WIDE), "It is so.", Path("reports/x"), "7")
 
 
 def screen(width: int, tracking_uri: str | None = None) -> str:
     out = StringIO()
-    outcome = Outcome(planned("x"), pd.DataFrame(WIDE), "It is so.", Path("reports/x"), "7")
-    log(out, width).outcome(outcome, tracking_uri)
+    log(out, width).outcome(outcome(), tracking_uri)
     return out.getvalue()
 
 
-@pytest.mark.parametrize("width", [100, 70])
+@pytest.mark.parametrize("width", [100, 80, 70])
 def test_a_table_that_is_too_wide_loses_columns_and_no_digits(width):
     printed = screen(width)
     assert "…" not in printed
     assert "calibrated weight" in printed
-    assert ("pca_" in printed) == (width == 100)
+    assert ("pca_" in printed) == (width > 70)
+    assert max(map(len, printed.split("It is so.")[0].splitlines())) <= width
 
 
 def test_a_ledger_is_shown_heading_by_heading():
@@ -210,8 +231,8 @@ def test_a_ledger_is_shown_heading_by_heading():
         Row("Trained", claims[2], "", "not run", "hours on a CPU"),
     ]
     out = StringIO()
-    outcome = Outcome(planned("x"), pd.DataFrame(), "So.", Path("reports/x"), "7", sections=rows)
-    log(out).outcome(outcome, None)
+    found = Outcome(planned("x"), pd.DataFrame(), "So.", Path("reports/x"), "7", sections=rows)
+    log(out).outcome(found, None)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     heads = [line for line in lines if line.endswith("reference obtained tolerance verdict")]
     assert [head.split()[0] for head in heads] == ["Exact", "Trained"]
@@ -227,13 +248,34 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
     printed = screen(100, uri if named == "option" else None)
     assert f"mlflow ui --workers 1 --backend-store-uri {uri}, then http://127.0.0.1:5000" in printed
     assert f"/#/experiments/7{page.LINK}" in printed
-    assert NEXT in printed
+    again = f"one run again with {python()} -m studies.replay RUN_ID"
+    assert f"{again}{f' --tracking-uri {uri}' * (named == 'option')}, or" in printed
 
 
-def test_the_default_store_is_shown_by_make(monkeypatch):
+def test_the_default_store_is_shown_by_make_in_the_repository_alone(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert (addresses.project_root() / "Makefile").exists()
+    monkeypatch.chdir(addresses.project_root())
+    assert Path("Makefile").exists()
     assert "make ui, then http://127.0.0.1:5000/#/experiments/7" in screen(100)
+    monkeypatch.chdir(tmp_path)
+    Path("Makefile").touch()
+    assert f"{python()} -m mlflow ui --workers 1 --backend-store-uri sqlite:///" in screen(100)
+
+
+def test_the_command_of_python_is_that_of_the_current_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    assert python() == sys.executable
+    monkeypatch.chdir(Path(sys.executable).parents[1])
+    assert python() == "bin/python"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert python() == "python"
+
+
+def test_a_study_that_no_replay_can_find_is_shown_without_one():
+    plan = planned("mine")
+    assert "replay" in terminal.following(plan, None)
+    plan.study = "mine"
+    assert "replay" not in terminal.following(plan, None)
 
 
 def test_no_link_shows_a_password():
@@ -245,10 +287,40 @@ def test_no_link_shows_a_password():
 
 def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
     stores = [f"postgresql+psycopg://me:secret@host/{name}" for name in ("m", "o")]
-    Terminal().estimate(*stores, "duration: not known")
+    Terminal().dry_run(*stores, "duration: not known")
     said = capsys.readouterr().out
     shown = [f"postgresql+psycopg://host/{name}" for name in ("m", "o")]
     assert said == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3, "10 s"), (42, "40 s"), (91, "2 min"), (3600, "1 h"), (7200, "2 h"), (9000, "2 h 30 min")],
+)
+def test_a_duration_is_written_in_round_numbers(seconds, text):
+    assert terminal.duration(seconds) == text
+
+
+def test_a_duration_is_estimated_from_finished_runs_of_the_experiment(tracking_uri, tmp_path):
+    config = RunConfig(epochs=20)
+    plan = SimpleNamespace(experiment="x-digits", configs=[config] * 4)
+    unknown = "duration: not known (no finished run like these here). Nothing was trained."
+    client = tracking.connect(tracking_uri).client
+    assert terminal.expected(plan, "cpu", tracking_uri) == unknown
+    experiment = client.create_experiment("x-digits")
+    params = {name: str(getattr(config, name)) for name in terminal.ALIKE}
+    for changed in ({}, {}, {"device": "cuda"}, {"hidden": "(9,)"}):
+        run = client.create_run(experiment, 1000, {"host": socket.gethostname()}).info.run_id
+        given = {**params, "device": "cpu", "epochs": "10", "stack_width": "3", **changed}
+        for name, value in given.items():
+            client.log_param(run, name, value)
+        client.set_terminated(run, end_time=181_000)  # 60 s of each of three runs
+    assert terminal.expected(plan, "cpu", tracking_uri).startswith(
+        "duration: about 8 min with final metrics (from 2 finished runs like these here)"
+    )
+    for uri in (f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:9"):
+        assert terminal.expected(plan, "cpu", uri) == unknown
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
@@ -261,15 +333,16 @@ def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
 
 def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(capsys):
     table = pd.DataFrame({"kl_weight": [0.1, 1 / 3], "mse": [float("nan"), 2.0], "seeds": [3, 3]})
-    outcome = Outcome(planned("x-2"), table, "It is so.", Path("/reports/x"), "7")
+    found = Outcome(planned("x-2"), table, "It is so.", Path("/reports/x"), "7")
     shown = Terminal(json=True)
     with shown.shown():
         shown.question("Why?")
         shown.plan(planned("x"), 64)
         pages.info("drawing figures")
+        print("printed by a library")
         with shown.progress(1, 1) as on_epoch:
             on_epoch.elsewhere(1)
-    shown.outcome(outcome, "postgresql://me:secret@host/db")
+    shown.outcome(found, "postgresql://me:secret@host/db")
     shown.finish(0)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -285,7 +358,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         "tracking_uri": "postgresql://host/db",
         "exit_code": 0,
     }
-    for text in ("Why?", "3 runs", "drawing figures", "100 %"):
+    for text in ("Why?", "3 runs", "drawing figures", "printed by a library", "100 %"):
         assert text in printed.err
     assert "It is so." not in printed.err
 

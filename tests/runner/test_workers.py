@@ -46,7 +46,7 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
         process.join()
     printed = [file.read_text() for file in said]
     assert [process.exitcode for process in team] == [0, 0], printed
-    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, arguments))
+    plan = make_plan(kl_weight.STUDY, cli.parse(kl_weight.STUDY, arguments))
     assert audit.faults(plan, tracking_uri, storage) == []
     assert audit.results(plan, tracking_uri) == audit.results(plan, finished.tracking_uri)
     runs = tracking.connect(tracking_uri).runs(NAME)
@@ -58,10 +58,10 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
 
 def test_arguments_give_what_options_give():
     words = ["--values", "0.1", "1e-7", "--epochs", "3", "--workers", "4", "--sigma", "learned"]
-    options = cli.parse("kl_weight", "", float, words)
+    options = cli.parse(kl_weight.STUDY, words)
     given = arguments(options, workers.OF_PARENT)
     assert "--workers" not in given
-    again = cli.parse("kl_weight", "", float, given)
+    again = cli.parse(kl_weight.STUDY, given)
     assert arguments(again) == given
     assert again == replace(options, workers=1)
     assert arguments(Options(fresh=True)) == ["--fresh"]
