@@ -313,12 +313,13 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return the results of a grid of points."""
-    frame, axes = frames.tidy(found.finished), study.columns
-    lost = {_point(run, axes) for run in found.diverged}
-    ranked = frame[[_point(run, axes) not in lost for run in found.finished]]
+    axes, runs = study.columns, [r for r in found.runs if r.status in ("FINISHED", "FAILED")]
+    every = frames.tidy(runs).assign(diverged=[float(run.status == "FAILED") for run in runs])
+    frame = every[every["diverged"] == 0].drop(columns="diverged")
+    ranked = frame[every.groupby(axes)["diverged"].transform("max")[frame.index] == 0]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
     if found.diverged:
-        table = _with_diverged(table, axes, found)
+        table = _with_diverged(table, axes, every)
     reference = _reference(study, ranked, axes)
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, axes, reference, compared)
@@ -343,10 +344,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings=_settings(study, found.plan, frame),
     )
-
-
-def _point(run: Run, axes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(run.params[axis] for axis in axes)
 
 
 def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
@@ -376,13 +373,12 @@ def _diverged(runs: Sequence[Run]) -> str:
     return f"{count} values are not ranked: {named}."
 
 
-def _with_diverged(table: pd.DataFrame, axes: list[str], found: Ended) -> pd.DataFrame:
+def _with_diverged(table: pd.DataFrame, axes: list[str], every: pd.DataFrame) -> pd.DataFrame:
     """Add to a table the diverged runs of each point, and points without a finished run."""
-    every = frames.tidy([*found.finished, *found.diverged])
-    every["diverged"] = [False] * len(found.finished) + [True] * len(found.diverged)
-    counts = every.groupby(axes, sort=False)["diverged"].agg(["sum", "size"]).reset_index()
-    texts = [f"{lost} of {runs}" for lost, runs in zip(counts["sum"], counts["size"], strict=True)]
-    return counts[axes].assign(diverged=texts).merge(table, on=axes, how="left")
+    points = frames.along_axis(every, axes, ["diverged"])
+    lost = points["diverged"] * points["seeds"]
+    texts = [f"{n:.0f} of {runs}" for n, runs in zip(lost, points["seeds"], strict=True)]
+    return points[axes].assign(diverged=texts).merge(table, on=axes, how="left")
 
 
 # --- pictures -----------------------------------------------------------------------------------
