@@ -22,6 +22,7 @@ from benchmarks import machine
 from studies import kl_weight
 from studies.runner.database import open_storage
 from studies.runner.options import Options
+from studies.runner.proposers import Value
 from studies.runner.queue import Queue, open_queue
 from studies.runner.study import make_plan
 
@@ -53,8 +54,8 @@ def work(url: str, names: list[str], asked: Asked, workers: int, start: Barrier)
                 taken = queue.take(asked.at_once, workers)
                 queue._beat()
                 for trial in taken:
-                    queue.result(trial, [0.0], {})
-                    queue.done(trial, [0.0], {})
+                    queue.note(trial, Value([0.0], {}))
+                    queue.finish(trial, Value([0.0], {}))
                 if not taken:
                     queue.wait()
         start.wait()

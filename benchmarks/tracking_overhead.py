@@ -45,7 +45,7 @@ WORK = {
     "pictures": ("harness.metrics.pictures:reconstructions prior_samples",),
     "Optuna": (
         "studies.runner.run:open_storage open_queue",
-        "studies.runner.queue.Queue:adopt take judge result done reassign give_back left trials "
+        "studies.runner.queue.Queue:take judge note finish reassign give_back left trials "
         "failed_keys",
     ),
     "final evaluation": ("harness.metrics.evaluate:evaluate",),

@@ -41,7 +41,7 @@ class ReplayOptions:
         run: the run's id in MLflow, as its page shows it, or its key.
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
         data_dir: folder of the MNIST family; of a run on your own images, the folder of these.
-        device: auto takes the kind of the record where there is one, otherwise the CPU.
+        device: auto takes the kind of the record if this machine has one, otherwise the CPU.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_ID")]
@@ -101,8 +101,8 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     if found.gaps:
         header = ("metric", "values that differ", "largest", "epoch", "logged", "now")
         terminal.out.print(table(header, largest(found.gaps), left=("metric",)))
-    known = {value.metric for value in record.values}
-    if new := sorted({metric for metric, _ in values} - known):
+    logged = {value.metric for value in record.values}
+    if new := sorted({metric for metric, _ in values} - logged):
         terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
     exact = device == "cpu" and then["device"] == now["device"]
     terminal.line(verdict(found, exact=exact))
@@ -155,14 +155,14 @@ class Values:
             self.logged |= {(metric, step): value for metric, value, _, step in write["values"]}
 
     def run_id(self, key: str) -> str:
-        """Return the key: there is no other id."""
+        """Return the key, which is the only id."""
         return key
 
 
 def retrain(
     record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
 ) -> dict[tuple[str, int], float]:
-    """Train a run again as a study does, and return what it would log: (metric, epoch) -> value."""
+    """Train a run again as a study does; return its metrics: (metric, epoch) -> value."""
     from harness.tracking import Planned
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog

@@ -1,8 +1,8 @@
 """Which reference numbers does the harness reproduce?
 
 A ledger of obtained against reference on MNIST: the exact linear models, the linear VAE trained,
-the blog's recipe and the two numbers that it prints, and what a linear head and a smaller KL
-weight change. Ends with exit code 1 if a claim fails.
+the blog's recipe and the two numbers that it prints, and the effect of a linear head and of a
+smaller KL weight. Ends with exit code 1 if a claim fails.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def make_plan(
 
 def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     """Judge every claim on the runs that ended."""
-    # MLflow and PyTorch, which --help does not wait for
+    # they load MLflow and PyTorch, which --help does not need
     from harness.tracking import load_run
     from harness.tracking.record import Trained
     from studies.ledger.evidence import Evidence
@@ -105,8 +105,8 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
     rows = judge(ledger, evidence)
     frame = frames.tidy(ended.finished)
     pictured = (form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20))
-    there = [runs for runs in pictured if not evidence.missing((runs,))]
-    trained = dict.fromkeys(run.tags["configuration"] for run in ended.finished)
+    trained = [runs for runs in pictured if not evidence.missing((runs,))]
+    labels = dict.fromkeys(run.tags["configuration"] for run in ended.finished)
     caption = (
         "Loss and KL term of every training batch, weights as at the end of training, a colour a "
         "seed of the blog's recipe; dotted, the central 95 % over all of them. The star is the "
@@ -121,12 +121,12 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
             f"ledger-{i}": captioned(heading, list(part))
             for i, (heading, part) in enumerate(groupby(rows, key=lambda row: row.heading), 1)
         },
-        figures=figures if form.blog in there else {},
-        models={runs.label: evidence.found(runs)[0].run_id for runs in there},
-        closer=there[-1].label if there else "",
+        figures=figures if form.blog in trained else {},
+        models={runs.label: evidence.found(runs)[0].run_id for runs in trained},
+        closer=trained[-1].label if trained else "",
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
-        settings={"dataset": ended.data.name, "full": form.full, "configurations": list(trained)},
+        settings={"dataset": ended.data.name, "full": form.full, "configurations": list(labels)},
         columns=(
             *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
             "active_units",
@@ -153,7 +153,7 @@ def captioned(heading: str, rows: Sequence[Row]) -> tuple[pd.DataFrame, str]:
 
 
 def batch_figure(evidence: Evidence, form: Form) -> Figure:
-    """Plot the batches of the blog's recipe with the blog's own last batch."""
+    """Plot the batches of the blog's recipe with the last batch that the blog prints."""
     batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
     labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
@@ -162,7 +162,7 @@ def batch_figure(evidence: Evidence, form: Form) -> Figure:
 
 
 def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
-    """Return which claims fail, and how good the blog's recipe is."""
+    """Return the claims that fail, and the quality of the blog's recipe."""
     counts = (
         f"Of {len(rows)} claims {count(rows, PASS)} pass, {count(rows, FAIL)} fail, "
         f"{count(rows, NOT_RUN)} were not run."
@@ -179,7 +179,7 @@ def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:
 
 
 def blogs_recipe(evidence: Evidence, form: Form) -> str:
-    """Return how many latents the blog's recipe uses, and how it compares with a linear model."""
+    """Return the active latents of the blog's recipe, and its gap to a linear model."""
     runs, frame = form.blog, evidence.frame(form.blog)
     active = [int(count) for count in frame["active_units"]]
     low, high = min(active), max(active)
@@ -187,7 +187,7 @@ def blogs_recipe(evidence: Evidence, form: Form) -> str:
     gap, half = fmean(gaps), frames.half_width(gaps)
     worse = sum(value < 0 for value in gaps)
     verdict = judged(gap, half)
-    doubt = ", as far as these seeds can tell" if verdict == "no better" else ""
+    doubt = " on the evidence of these seeds" if verdict == "no better" else ""
     return (
         f"The blog's recipe, {form.blog_epochs} epochs, keeps "
         f"{low if low == high else f'{low} to {high}'} of its {runs.config.latent_size} latents "
@@ -199,7 +199,7 @@ def blogs_recipe(evidence: Evidence, form: Form) -> str:
 
 
 def blogs_batch(evidence: Evidence, form: Form) -> str:
-    """Return where the blog's last batch lies among the batches here."""
+    """Return the position of the blog's last batch in the range of the obtained ones."""
     batches, parts = evidence.batches(form.blog), []
     for words, name, value in (("loss", "loss", BLOG_LOSS), ("KL term", "kl_term", BLOG_KL_TERM)):
         low, high = batch_range(evidence, form.blog, name)

@@ -26,7 +26,7 @@ from harness.training.checkpoint import Checkpoints
 from studies.runner import summary
 
 SPOOLED = SimpleNamespace(copytree=shutil.copytree, rmtree=shutil.rmtree)
-"""What the spool uses of `shutil`: by others, they are used for temporary folders."""
+"""The functions of `shutil` that the spool uses; elsewhere they serve temporary folders."""
 
 STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
@@ -66,11 +66,11 @@ def in_child(
     """Call a function in a forked child that sends itself a signal as its n-th step begins.
 
     Args:
-        folder: for what the child prints, returns and does (`begun`).
-        function: what is called.
+        folder: folder for the child's output, result and steps (`begun`).
+        function: called in the child.
         die_at: number of the step, from 1; 0 sends nothing.
         by: the signal.
-        among: count the steps of this name only.
+        among: name of the steps that are counted, "" for all.
     """
     steps = folder / "child.steps"
     steps.unlink(missing_ok=True)
@@ -92,19 +92,19 @@ def begun(folder: Path) -> list[str]:
 
 
 def count_steps(file: Path, die_at: int, by: int, among: str) -> None:
-    """Write down every durable step of this process as it begins, and get a signal at one."""
+    """Write every durable step of this process to a file as it begins; send a signal at one."""
     out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    own, count, lock = os.getpid(), 0, threading.Lock()
+    process, count, lock = os.getpid(), 0, threading.Lock()
 
     def note(name: str) -> None:
         nonlocal count
-        if os.getpid() != own:  # a worker of the engine
+        if os.getpid() != process:  # a worker of the engine
             return
         with lock:  # the spool's thread counts too
             count += among in ("", name)
             os.write(out, f"{name}\n".encode())
             if count == die_at and among in ("", name):
-                os.kill(own, by)
+                os.kill(process, by)
 
     def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Studies that processes share, on PostgreSQL and an MLflow server, and that lose some of them."""
+"""Studies shared by processes, some of which are killed, on PostgreSQL and an MLflow server."""
 
 import os
 import random
@@ -53,20 +53,20 @@ if __name__ == "__main__":
 """The study on few images and without its figures, which take most of the time."""
 
 BEAT = {database.BEAT: "3"}
-"""18 seconds of grace."""
+"""Environment in which a process may be silent for 18 seconds."""
 
 HELD = 30
 """Seconds for which a server does not answer."""
 
 PATIENCE = 1800
-"""Seconds within which everything happens, or the test fails."""
+"""Seconds after which `eventually` fails."""
 
 
 def eventually(condition):
-    """Wait until something is so."""
+    """Wait until a condition holds; return its value."""
     until = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert time.monotonic() < until, "it never was so"
+        assert time.monotonic() < until, "the condition never held"
         time.sleep(0.1)
     return found
 
@@ -75,8 +75,8 @@ class Team:
     """Processes that were started with the same command.
 
     Args:
-        arguments: of the command.
-        folder: for what they print.
+        arguments: arguments of the command.
+        folder: folder for their output.
         home: copy of the project that they are started in.
     """
 
@@ -98,21 +98,21 @@ class Team:
         return started
 
     def living(self):
-        """Return which have not ended."""
+        """Return the processes that have not ended."""
         return [process for process in self.all if process.poll() is None]
 
     def end(self):
-        """Leave none behind."""
+        """Kill those that have not ended."""
         for process in self.living():
             process.kill()
             process.wait()
 
     def printed(self):
-        """Return what all have printed."""
+        """Return the output of all."""
         return "\n".join(file.read_text() for file in sorted(self.folder.glob("process-*")))
 
     def finish(self):
-        """Wait until all have ended; assert that none advises what time mends."""
+        """Wait until all have ended; return codes and output, in which nothing is alarming."""
         eventually(lambda: not self.living())
         printed = self.printed()
         assert "--fresh" not in printed
@@ -124,7 +124,7 @@ class Team:
 
 @contextmanager
 def team_of(arguments, folder, home):
-    """Yield a team, and leave no process behind."""
+    """Yield a team, whose processes are killed at the end."""
     team = Team(arguments, folder, home)
     try:
         yield team
@@ -142,7 +142,7 @@ def server(empty_database, tmp_path):
 
 @pytest.fixture
 def home(tmp_path):
-    """Return a copy of the project, whose spool is its own."""
+    """Return a copy of the project, which has another spool."""
     return children.copy_project(tmp_path / "clone")
 
 
@@ -165,7 +165,7 @@ def alone(empty_database, tmp_path_factory):
 
 
 def hold(server):
-    """Let a server not answer for a while."""
+    """Stop a server for a while."""
     server.send(signal.SIGSTOP)
     time.sleep(HELD)
     server.send(signal.SIGCONT)
@@ -320,11 +320,11 @@ def test_a_process_that_is_stopped_past_its_grace_period(postgres, server, alone
 
 
 def run_page(arguments, folder):
-    """Start a study's own command; return the process."""
+    """Start a study's command; return the process."""
     command = [sys.executable, "-m", "studies.kl_weight", *arguments]
     out = (folder / "printed").open("w")
-    own = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(command, cwd=ROOT, env=own, stdout=out, stderr=out)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
 
 def test_workers_on_one_machine_share_a_study_and_one_answers(empty_database, finished, tmp_path):

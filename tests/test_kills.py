@@ -1,4 +1,4 @@
-"""A study that is killed, wherever it is, is finished by the same command, and nothing is lost."""
+"""A study that is killed at any step is finished by the same command, and nothing is lost."""
 
 import errno
 import os
@@ -46,14 +46,12 @@ class Place:
     """A folder with a study's databases, opened by children of this process only.
 
     Attributes:
-        folder: where the databases are.
-        notes: where the children write what they do.
-        data: what the study is about.
+        folder: folder of the databases.
+        notes: folder of the children's output.
         every: epochs between checkpoints.
         base: settings of the runs.
-        name: of the study.
-        storage: of Optuna, "" for a database in the folder.
-        server: of MLflow, "" for a database in the folder.
+        storage: URL of Optuna's database, "" for one in the folder.
+        server: address of the MLflow server, "" for a database in the folder.
     """
 
     folder: Path
@@ -67,7 +65,7 @@ class Place:
 
     @property
     def options(self) -> Options[Any]:
-        """What the study's user asks for."""
+        """Options of the command line."""
         return Options(
             values=(0.02, 1.0),
             seeds=1,
@@ -80,11 +78,11 @@ class Place:
 
     @property
     def plan(self) -> Plan:
-        """What that means."""
+        """Plan of the study."""
         return make_plan(replace(STUDY, base=self.base), self.options)
 
     def start(self) -> pd.DataFrame | None:
-        """Run what is left of the study, as its command does; return the table if it has one."""
+        """Run the rest of the study, as its command does; return the table if it has one."""
         torch.set_num_threads(1)  # threads that another test has started do not survive a fork
         os.environ.setdefault(database.BEAT, "1000")  # else slow ones have more steps
         processes.available = lambda: 1  # cheap children; `benchmarks.soak` kills workers
@@ -119,7 +117,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Alone:
-    """What a study that nobody kills gives."""
+    """Steps and results of a study that is not killed."""
 
     steps: list[str]
     table: pd.DataFrame
@@ -271,13 +269,13 @@ def test_the_same_with_an_mlflow_server(place, alone, server, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "nth"), [("set_trial_state_values", 2), ("log_outputs", 1)], ids=["tell", "summary"]
+    ("first", "nth"), [("set_trial_state_values", 2), ("log_outputs", 1)], ids=["finish", "summary"]
 )
 def test_a_study_that_is_killed_while_it_clears_up_gets_done(
     place, alone, empty_database, first, nth
 ):
-    # The first kill falls between two tells, or into the summary; the second at any step until
-    # the next run begins.
+    # The first kill falls between the ends of two trials, or into the summary; the second at any
+    # step until the next run begins.
     for step in count(1):
         place.empty(empty_database)
         assert killed_at(place, nth, among=first)
@@ -401,11 +399,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def error_in(said: str) -> str:
-    """Return the one line, and the last, that says why a command has ended."""
-    assert "Traceback" not in said
-    assert said.count("error: ") == 1
-    return said.splitlines()[-1]
+def error_in(printed: str) -> str:
+    """Return a command's error, its last line."""
+    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1
+    return printed.splitlines()[-1]
 
 
 # In kilobytes: too few for a run, and for a summary.
@@ -458,7 +456,7 @@ def test_too_little_memory_is_one_line(place):
     ],
     ids=str,
 )
-def test_a_shortage_is_told_from_other_errors_also_where_it_is_the_cause(error, lacking):
+def test_a_shortage_is_found_also_where_it_is_the_cause_of_an_error(error, lacking):
     wrapped = ValueError("while logging")
     wrapped.__cause__ = error
     assert addresses.shortage(error) == addresses.shortage(wrapped) == lacking

@@ -24,7 +24,7 @@ ENDS = {1: End("KILLED", "tested"), 2: End("FAILED", "tested")}
 """Epoch -> why the last run of the stack ends."""
 
 STUDY = "latent_size"
-"""A study whose runs have metrics of their own."""
+"""A study that logs further metrics."""
 
 
 def ran(arguments: list[str], capsys) -> tuple[int, str]:
@@ -40,7 +40,7 @@ def ran(arguments: list[str], capsys) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """Runs of one stack in a store of their own."""
+    """Runs of one stack, and their store."""
 
     folder: Path
 
@@ -84,16 +84,16 @@ def stack(empty_database, tmp_path_factory, data) -> Trained:
 
 
 @pytest.fixture
-def own_stack(stack, tmp_path) -> Trained:
+def copied_stack(stack, tmp_path) -> Trained:
     """Return a copy of that stack for one test, which may spoil it."""
-    copy_home(stack.folder, tmp_path / "own")
-    return replace(stack, folder=tmp_path / "own")
+    copy_home(stack.folder, tmp_path / "copy")
+    return replace(stack, folder=tmp_path / "copy")
 
 
-# --- what comes out again ------------------------------------------------------------------------
+# --- replays -------------------------------------------------------------------------------------
 
 
-def test_a_run_of_a_stack_comes_out_again_bit_for_bit(stack, capsys):
+def test_a_run_of_a_stack_is_reproduced_bit_for_bit(stack, capsys):
     store, run = connect(stack.uri), stack.run(0)
     values = [v for v in store.history(run.run_id) if v.metric not in WALL_CLOCK]
     assert {"test/pca_floor", "best/epoch", "test/frechet"} <= {value.metric for value in values}
@@ -103,7 +103,7 @@ def test_a_run_of_a_stack_comes_out_again_bit_for_bit(stack, capsys):
     assert "Computed now" not in printed
 
 
-def test_a_run_of_a_command_comes_out_again_bit_for_bit(finished, capsys):
+def test_a_run_of_a_command_is_reproduced_bit_for_bit(finished, capsys):
     run = connect(finished.tracking_uri).runs("kl_weight-digits", role="run")[0]
     code, printed = ran([run.run_id, "--tracking-uri", finished.tracking_uri], capsys)
     assert code == 0, printed
@@ -125,40 +125,40 @@ def test_a_run_is_named_by_its_key_too(stack, capsys):
     assert code == 0, printed
 
 
-def test_nothing_is_written_to_the_store(own_stack, capsys):
+def test_nothing_is_written_to_the_store(copied_stack, capsys):
     def contents() -> tuple[list[str], set[Path]]:
-        with sqlite3.connect(own_stack.folder / "mlflow.db") as connection:
+        with sqlite3.connect(copied_stack.folder / "mlflow.db") as connection:
             lines = list(connection.iterdump())
         connection.close()
-        return lines, set(own_stack.folder.rglob("*"))
+        return lines, set(copied_stack.folder.rglob("*"))
 
     lines, files = contents()
-    assert own_stack.replayed(0, capsys)[0] == 0
+    assert copied_stack.replayed(0, capsys)[0] == 0
     assert contents()[0] == lines
     new = {path.name for path in contents()[1] - files}
     assert new <= {"mlflow.db-wal", "mlflow.db-shm", "mlflow.db.lock"}
 
 
-def test_other_values_in_the_record_are_found_and_named(own_stack, capsys):
-    store, run_id = connect(own_stack.uri), own_stack.run(0).run_id
+def test_other_values_in_the_record_are_found_and_named(copied_stack, capsys):
+    store, run_id = connect(copied_stack.uri), copied_stack.run(0).run_id
     store.client.log_metric(run_id, "val/mse", 0.5, step=2)
     store.client.log_metric(run_id, "test/wishful", 0.5, step=CONFIG.epochs)
-    code, printed = own_stack.replayed(0, capsys)
+    code, printed = copied_stack.replayed(0, capsys)
     assert code == 1
     assert "Not reproduced: 1 of" in printed
     assert "most of all val/mse in epoch 2: 0.5 logged" in printed
     assert "logged but not computed now: test/wishful." in printed
 
 
-def test_on_another_device_differences_are_shown_without_a_verdict(own_stack, capsys):
-    file = own_stack.artifact(0, "provenance.json")
+def test_on_another_device_differences_are_shown_without_a_verdict(copied_stack, capsys):
+    file = copied_stack.artifact(0, "provenance.json")
     made = json.loads(file.read_text())
     made["device"]["name"], made["code"]["sources"] = "Z80", "0" * 64
     file.write_text(json.dumps(made))
-    store, run = connect(own_stack.uri), own_stack.run(0)
+    store, run = connect(copied_stack.uri), copied_stack.run(0)
     value = run.metrics["test/kl/3"] + 1
     store.client.log_metric(run.run_id, "test/kl/3", value, step=CONFIG.epochs)
-    code, printed = own_stack.replayed(0, capsys)
+    code, printed = copied_stack.replayed(0, capsys)
     assert code == 0
     assert "device name: Z80 then" in printed
     assert "other files now" in printed
@@ -177,7 +177,7 @@ def test_a_run_of_the_cpu_is_compared_on_the_gpu(stack, capsys):
     assert "Compared: " in printed
 
 
-# --- what stands in the way ----------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -209,18 +209,18 @@ def test_an_unknown_run_is_refused(stack, name, capsys):
     assert "is not in" in refused([name, "--tracking-uri", stack.uri], capsys)
 
 
-def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path, capsys):
+def test_a_missing_store_is_refused_and_not_made(tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/none.db"
     assert "does not exist" in refused(["0" * 32, "--tracking-uri", uri], capsys)
     assert not any(tmp_path.iterdir())
 
 
-def test_other_pixels_are_refused_before_training(own_stack, capsys):
-    file = own_stack.artifact(0, "provenance.json")
+def test_other_pixels_are_refused_before_training(copied_stack, capsys):
+    file = copied_stack.artifact(0, "provenance.json")
     made = json.loads(file.read_text())
     digest = made["dataset"]["digest"]
     file.write_text(json.dumps(made).replace(digest, "f" * 64))
-    printed = refused([own_stack.run(0).run_id, "--tracking-uri", own_stack.uri], capsys)
+    printed = refused([copied_stack.run(0).run_id, "--tracking-uri", copied_stack.uri], capsys)
     assert f"digest {'f' * 64} then, {digest} now" in printed
 
 
@@ -236,13 +236,13 @@ def test_another_split_is_refused(stack):
     ["{", "[" * 100_000, "[1]", "{}", '{"study": null, "device": {"kind": "cpu"}, "threads": [1]}'],
     ids=len,
 )
-def test_a_broken_record_is_refused(own_stack, text, capsys):
-    own_stack.artifact(0, "provenance.json").write_text(text)
-    arguments = [own_stack.run(0).run_id, "--tracking-uri", own_stack.uri]
+def test_a_broken_record_is_refused(copied_stack, text, capsys):
+    copied_stack.artifact(0, "provenance.json").write_text(text)
+    arguments = [copied_stack.run(0).run_id, "--tracking-uri", copied_stack.uri]
     assert "provenance.json" in refused(arguments, capsys)
 
 
-def test_a_study_that_is_not_known_here_is_refused():
+def test_an_unknown_study_is_refused():
     assert replay.study_of(None) is None
     with pytest.raises(UserError, match=r"add it to STUDIES in studies/all\.py"):
         replay.study_of("mine")
@@ -284,7 +284,7 @@ def test_a_number_and_none_differ_without_bound(values):
     assert Gap("val/mse", 1, *values).size == math.inf
 
 
-def test_what_was_not_computed_again_is_missing_on_any_device():
+def test_a_value_that_was_not_computed_again_is_missing_on_any_device():
     found = compare(LOGGED, {key: value for key, value in NOW.items() if key[0] != "test/mse"})
     assert found == Comparison(3, [], ["test/mse"])
     for exact in (True, False):

@@ -312,7 +312,7 @@ def site(plan, uri, data) -> Site:
     """Return where a plan is trained."""
     store = tracking.connect(uri)
     start = recording.log_in(store, plan.experiment, "Why?")
-    return Site(plan, data, "cpu", store, store.experiment(plan.experiment, ""), start, None)
+    return Site(plan, data, "cpu", store, start, None)
 
 
 def test_a_pruned_trial_ends_all_its_runs_and_the_reason_is_kept(train_uneven, tracking_uri):

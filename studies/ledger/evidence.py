@@ -45,10 +45,7 @@ class Evidence:
     def official_optimum(
         self, latent_size: int, decoder_variance: float, split: Split | None = None
     ) -> LinearOptimum:
-        """Return the exact linear VAE of the official training images, measured on them or a split.
-
-        See `harness.linear.vae.LinearOptimum`.
-        """
+        """Return the exact linear VAE of the official training images, measured on a split."""
         return LinearOptimum(self.official, latent_size, decoder_variance, split)
 
     def missing(self, needs: Sequence[Runs]) -> str:
@@ -79,7 +76,7 @@ class Evidence:
         return float(self.frame(runs)[metric].mean())
 
     def gain(self, runs: Runs, other: Runs) -> float:
-        """Return by how much neg_elbo is lower than in other runs, mean of differences by seed."""
+        """Return how much lower neg_elbo is than in other runs, mean of the differences by seed."""
         return frames.paired_difference(self.frame(other), self.frame(runs), "neg_elbo").mean
 
     def relative_error(self, runs: Runs, label: int) -> float:
@@ -92,10 +89,7 @@ class Evidence:
         return [self.load(run.run_id) for run in self.found(runs)]
 
     def batches(self, runs: Runs) -> BatchLosses:
-        """Return loss and KL term of every training batch, weights as at the end of training.
-
-        Both have the shape (seeds, steps).
-        """
+        """Return loss and KL term of every training batch by the final weights, (seeds, steps)."""
         if runs not in self._batches:
             each = [batch_losses(*run, self.data) for run in self.trained(runs)]
             loss, kl_term = map(np.stack, zip(*each, strict=True))
@@ -107,7 +101,7 @@ class Evidence:
         return [float(loss) for loss in self.batches(runs).loss.mean(1)]
 
     def gaps_to_linear(self, runs: Runs) -> list[float]:
-        """Return by how many percent each seed's loss is below the exact linear model's."""
+        """Return the percentage of each seed's loss below the exact linear model's."""
         (linear,) = linear_losses([runs.config], self.data)
         return [gap_to_linear(float(linear), loss) for loss in self.losses(runs)]
 

@@ -1,4 +1,4 @@
-"""Claims that linear algebra settles on MNIST: the exact linear VAE and its floors.
+"""Claims about MNIST that need no training: the exact linear VAE and its floors.
 
 "brief" is SCIENCE.md, the reference numbers that this project began with.
 """
@@ -83,7 +83,7 @@ CLAIMS = (
         (20, "log p(x), test"): "306.55",
     }),
 )  # fmt: skip
-"""Name, (*its values, evidence) -> what is measured, and values of the name -> reference."""
+"""Name, measure: (*values in the name, evidence) -> number, and references by these values."""
 
 
 def exact_claims() -> list[Claim]:

@@ -1,4 +1,4 @@
-"""Claims that training settles: the linear VAE, the blog's recipe, and what two changes do to it.
+"""Claims about training: the linear VAE, the blog's recipe, and two changes of it.
 
 "brief" is SCIENCE.md, the reference numbers that this project began with; "blog" is De Jun
 Huang, "Learning Day 37: Implementing Variational Autoencoder in Pytorch" (2021), which prints the
@@ -32,10 +32,10 @@ CENTRAL = (0.025, 0.975)  # quantiles of the batches' range, in which the blog's
 
 @dataclass(frozen=True)
 class Form:
-    """How much is trained, and on which runs the claims are measured.
+    """The amount of training, and the runs that the claims are measured on.
 
     Attributes:
-        full: whether a GPU also trains what would take a CPU a day.
+        full: whether a GPU also trains the networks that would take a CPU a day.
         blog_epochs, blog_seeds: of the blog's recipe.
         seeds: of the configurations with a linear head.
     """
@@ -110,7 +110,7 @@ def claims(form: Form) -> Ledger:
 
 
 def blog_claims(form: Form) -> list[Claim]:
-    """Claim what the blog prints and states, and what the brief measured of its recipe."""
+    """Return the claims of the blog, and of the brief about the blog's recipe."""
     runs, last = form.blog, f"{BLOG}, epoch 176"
     central = f"central 95 % of all training batches of {runs.seeds} seeds"
     if form.blog_epochs < BLOG_EPOCHS:
@@ -140,7 +140,7 @@ def blog_claims(form: Form) -> list[Claim]:
 
 
 def head_claims(form: Form) -> list[Claim]:
-    """Claim what the brief measured of the same network with a linear head."""
+    """Return the claims of the brief about the same network with a linear head."""
     plain, calibrated = form.gaussian(1.0), form.gaussian(0.05)
     wide = form.gaussian(0.05, latent_size=20)
     return [

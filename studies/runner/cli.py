@@ -51,7 +51,7 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 
 
 def run(study: Study, **options: Any) -> Outcome | None:
-    """Run a study from Python, continue it, or let it grow.
+    """Run, continue or extend a study from Python: `run(STUDY, seeds=2, epochs=5).table`.
 
     Args:
         study: the study.
@@ -60,9 +60,6 @@ def run(study: Study, **options: Any) -> Outcome | None:
     Returns:
         Its table as a frame, its answer, and the folder of its report; None for a dry run, or where
         another process writes the summary.
-
-    Examples:
-        >>> run(STUDY, values=(0.01, 0.1), seeds=2, epochs=5).table  # doctest: +SKIP
     """
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     given = Options[Any](**options, settings=settings)

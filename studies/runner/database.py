@@ -12,31 +12,20 @@ import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import lazy_loader
+import optuna
 import sqlalchemy
 from filelock import FileLock
 
 from harness.config import UserError
-from harness.tracking.addresses import (
-    alive,
-    check_database,
-    sqlite_file,
-    storage_address,
-    unusable,
-    without_password,
-)
+from harness.tracking import addresses
+from harness.tracking.addresses import sqlite_file, unusable
 from studies.runner import stopping
-
-if TYPE_CHECKING:
-    import optuna
-else:
-    optuna = lazy_loader.load("optuna")
 
 Result = TypeVar("Result")
 
@@ -60,44 +49,35 @@ BEAT = "VAE_SWEEP_BEAT"
 MISSED = 6
 """Heartbeats that a process may miss before its trials are reassigned."""
 
+POSTGRES = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+"""Kinds of URL that psycopg opens; other databases have no lock here."""
+
 _retrying = threading.local()
 
 
-def is_postgres(url: str) -> bool:
-    """Return whether a URL names a PostgreSQL database that psycopg opens."""
-    return url.partition("://")[0] in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-
-
-def check_kind(url: str) -> None:
-    """Refuse a database that is neither SQLite nor PostgreSQL, for which there is no lock."""
-    if sqlite_file(url) is None and not is_postgres(url):
+def checked_address(url: str | None) -> str:
+    """Return the URL of Optuna's database; refuse one that cannot be used. Write nothing."""
+    url = addresses.storage_address(url)
+    addresses.check_database(url, "--storage")
+    kind = url.partition("://")[0]
+    if sqlite_file(url) is None and kind not in POSTGRES:
         raise UserError(
-            f"--storage {without_password(url)}: studies are kept in SQLite or PostgreSQL; give "
-            "sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
+            f"--storage {addresses.without_password(url)}: studies are kept in SQLite or "
+            "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
         )
-
-
-def engine_options(url: str) -> dict[str, Any]:
-    """Return the arguments of SQLAlchemy's engine; a lost connection is made anew."""
-    if not is_postgres(url):
-        return {"connect_args": {"timeout": 60}}
-    given = sqlalchemy.make_url(url).query
-    options = {name: value for name, value in CONNECTING.items() if name not in given}
-    return {"pool_pre_ping": True, "connect_args": options}
+    return url
 
 
 def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     """Open Optuna's database, creating its tables where they are missing."""
-    url = storage_address(url)
+    url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    check_database(url, "--storage")
-    check_kind(url)
     seconds = heartbeat_seconds()
     try:
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
-                url, engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
+                url, _engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
@@ -108,52 +88,60 @@ def has_study(url: str, name: str) -> bool:
     query = sqlalchemy.text("select 1 from studies where study_name = :name")
     try:
         with _lock_engine(url).connect() as connection:
-            return connection.execute(query, {"name": name}).first() is not None
-    except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.OperationalError) as error:
-        if is_away(error):
-            raise unusable(url, "--storage", error) from error
-        return False  # there are no tables
+            tables = sqlalchemy.inspect(connection).has_table("studies")
+            return tables and connection.execute(query, {"name": name}).first() is not None
+    except Exception as error:  # any driver's error
+        raise unusable(url, "--storage", error) from error
 
 
-def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
-    """Return the names of all studies in a database."""
-    return retry(lambda: optuna.get_all_study_names(storage), storage.url)
+def alone(url: str, name: str, work: Callable[[], Result]) -> Result:
+    """Call an idempotent function in the lock of a name, again while the database is away."""
+
+    def locked() -> Result:
+        with exclusive(url, name):
+            return work()
+
+    return retry(locked, url)
 
 
-def exclusive(url: str, name: str) -> AbstractContextManager[object]:
-    """Return the lock of a name among all processes that share a database; not re-entrant.
+@contextmanager
+def exclusive(url: str, name: str) -> Iterator[None]:
+    """Hold the lock of a name among all processes that share a database; not re-entrant.
 
     The kernel, or the PostgreSQL server, takes it from a process that dies. PostgreSQL takes it
     also from one that is stopped for `SILENCE`; then leaving the lock is an error.
     """
-    check_kind(url)
     digest = hashlib.sha256(name.encode()).digest()
-    file = sqlite_file(url)
-    if file is not None:
-        return FileLock(f"{file}.{digest[:4].hex()}.lock")
-    return _advisory(url, int.from_bytes(digest[:8], signed=True))
+    if file := sqlite_file(url):
+        with FileLock(f"{file}.{digest[:4].hex()}.lock"):
+            yield
+        return
+    key = int.from_bytes(digest[:8], signed=True)
+    with _lock_engine(url).connect() as connection, connection.begin():
+        sql = connection.exec_driver_sql
+        sql(f"set local idle_in_transaction_session_timeout = '{SILENCE}s'")
+        sql(f"select pg_advisory_xact_lock({key})")  # of a transaction: works through pgbouncer
+        with pulse(lambda: sql("select 1"), SILENCE / 4):
+            yield
 
 
 @cache
 def _lock_engine(url: str) -> sqlalchemy.Engine:
-    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **engine_options(url))
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_engine_options(url))
 
 
-@contextmanager
-def _advisory(url: str, key: int) -> Iterator[None]:
-    """Hold a lock of a transaction, which works through pgbouncer too."""
-    text = sqlalchemy.text
-    with _lock_engine(url).connect() as connection, connection.begin():
-        timeout = f"set local idle_in_transaction_session_timeout = '{SILENCE}s'"
-        connection.execute(text(timeout))
-        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": key})
-        with pulse(lambda: connection.execute(text("select 1")), SILENCE / 4):
-            yield
+def _engine_options(url: str) -> dict[str, Any]:
+    """Return the arguments of SQLAlchemy's engine; a lost connection is replaced."""
+    if sqlite_file(url) is not None:
+        return {"connect_args": {"timeout": 60}}
+    given = sqlalchemy.make_url(url).query
+    options = {name: value for name, value in CONNECTING.items() if name not in given}
+    return {"pool_pre_ping": True, "connect_args": options}
 
 
 @contextmanager
 def pulse(beat: Callable[[], object], seconds: float) -> Iterator[None]:
-    """Call a function every so many seconds in a thread, whatever it raises."""
+    """Call a function every so many seconds in a thread, and ignore its exceptions."""
     done = threading.Event()
 
     def live() -> None:
@@ -170,20 +158,17 @@ def pulse(beat: Callable[[], object], seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def is_away(error: BaseException) -> bool:
+def is_away(error: BaseException | None) -> bool:
     """Return whether an error means that a database does not answer now, and later may."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, sqlalchemy.exc.PendingRollbackError):  # a pulse was first
-            return True
-        if isinstance(cause, sqlalchemy.exc.DBAPIError):
-            if isinstance(cause.orig, sqlite3.Error):
-                code = getattr(cause.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-                return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-            away = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
-            return cause.connection_invalidated or isinstance(cause, away)
-        cause = cause.__cause__ or cause.__context__
-    return False
+    if isinstance(error, sqlalchemy.exc.PendingRollbackError):  # a pulse was first
+        return True
+    if not isinstance(error, sqlalchemy.exc.DBAPIError):
+        return error is not None and is_away(error.__cause__ or error.__context__)
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    away = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
+    return error.connection_invalidated or isinstance(error, away)
 
 
 def retry(work: Callable[[], Result], url: str) -> Result:
@@ -207,9 +192,9 @@ def retry(work: Callable[[], Result], url: str) -> Result:
         pause = min(2 * pause, 10.0)
 
 
-def heartbeat_seconds(environment: Mapping[str, str] = os.environ) -> int:
+def heartbeat_seconds() -> int:
     """Return the seconds between heartbeats."""
-    given = environment.get(BEAT, "20")
+    given = os.environ.get(BEAT, "20")
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"{BEAT}={given!r}: give a whole number of seconds >= 1")
     return int(given)
@@ -225,17 +210,12 @@ def process_name(process: int | None = None) -> str:
     return f"{_host()}:{process}:{_start(process)}"
 
 
-def is_here(owner: str) -> bool:
-    """Return whether a process is of this machine and container."""
-    return owner.rsplit(":", 2)[0] == _host()
-
-
 def is_gone(owner: str) -> bool:
-    """Return whether a process is known to have ended; of another machine that is never known."""
-    if not is_here(owner):
+    """Return whether a process of this machine and container has ended; False for any other."""
+    host, process, start = owner.rsplit(":", 2)
+    if host != _host():
         return False
-    _, process, start = owner.rsplit(":", 2)
-    return _start(int(process)) != start if start else not alive(int(process))
+    return _start(int(process)) != start if start else not addresses.alive(int(process))
 
 
 def in_words(owner: str) -> str:

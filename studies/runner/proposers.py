@@ -1,7 +1,7 @@
 """Proposers: which trials a study makes next, and the runs that a trial consists of.
 
 `Listed` makes the trials of a list of cells, one run each: a grid, a ledger, a confirmation, a
-summary. `TPE` searches a space, several seeds a trial.
+summary. `TPE` searches a space; its trials have several seeds.
 """
 
 from __future__ import annotations
@@ -29,30 +29,36 @@ else:
     optuna = lazy_loader.load("optuna")
 
 SELECTION = "val/neg_elbo"
-"""Metric by which the best trial is chosen, with two objectives too: the lowest of all lies on the
-front, since neg_elbo rises with rate and with mse."""
+"""Metric that selects the best trial, with two objectives too: the lowest of all lies on the front,
+since neg_elbo rises with rate and with mse."""
 
 ROUNDS = 4
-"""Least number of batches: a search that asks for all its trials at once learns nothing."""
+"""Least number of rounds of a search: trials that are made together learn nothing of each other."""
 
 REPORTS = 5
-"""Times, about, that a trial is compared with the others; a report costs Optuna 13 ms."""
+"""Approximate number of times that a trial is compared with others; a report takes 13 ms."""
 
 CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
-"""User attributes of a trial: identity in a list, keys of its runs, reason of its failure."""
+"""User attributes of a trial: identity in a list, keys of its runs, that it failed for good."""
 
 Metrics = Mapping[str, float]
-Value = tuple[list[float], dict[str, Any]]  # objectives and attributes of a trial
 Report = Callable[[float, int], bool]  # value and epoch -> whether the trial is to be pruned
 
 
-def keys(trial: FrozenTrial) -> list[str]:
-    """Return the keys of a trial's runs."""
-    return list(trial.user_attrs.get(KEYS, []))
+class Value(NamedTuple):
+    """Objectives and further attributes of a trial, both JSON values."""
+
+    values: list[float]
+    attrs: dict[str, Any]
+
+
+def keys(*trials: FrozenTrial) -> list[str]:
+    """Return the keys of the runs of trials."""
+    return [key for trial in trials for key in trial.user_attrs.get(KEYS, [])]
 
 
 def part_of(trial: FrozenTrial) -> str | None:
-    """Return whether a trial of a companion study is a "confirmation" or a "summary"."""
+    """Return "confirmation" or "summary" for a trial of a companion study, else None."""
     return trial.user_attrs.get(CELL, {}).get("part")
 
 
@@ -66,26 +72,26 @@ def _open(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if has_result(trial) or trial.state.name == "RUNNING"]
 
 
-def _made(study: optuna.Study, made: set[str]) -> list[FrozenTrial]:
-    running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-    return [trial for trial in running if made.intersection(keys(trial))]
+def _planned(
+    trial: FrozenTrial, key: str, config: RunConfig, label: str, place: int, params: dict[str, Any]
+) -> Planned:
+    tags = {"trial": str(trial.number), "place": str(place), "configuration": label}
+    return Planned(config, key, f"{label} seed={config.seed}", params, tags)
 
 
 class Cell(NamedTuple):
     """One run of a list.
 
     Attributes:
-        identity: JSON values by which its trial is recognised.
-        name: in MLflow's run table.
+        identity: JSON values that identify its trial.
+        label: name of the configuration, the same for all seeds.
         params: parameters in MLflow, beside the settings.
-        tags: tags in MLflow; `trial` and `place` are added.
     """
 
     identity: dict[str, Any]
     config: RunConfig
-    name: str
+    label: str
     params: dict[str, Any]
-    tags: dict[str, str]
 
 
 def repeated(
@@ -95,11 +101,9 @@ def repeated(
     seeds: Sequence[int],
     params: dict[str, Any],
 ) -> list[Cell]:
-    """Return the runs of a configuration, one a seed."""
-    tags = {"configuration": label}
+    """Return the runs of a configuration, one per seed."""
     return [
-        Cell({**identity, "seed": s}, config.replace(seed=s), f"{label} seed={s}", params, tags)
-        for s in seeds
+        Cell({**identity, "seed": seed}, config.replace(seed=seed), label, params) for seed in seeds
     ]
 
 
@@ -114,9 +118,8 @@ class Listed:
 
     cells: Sequence[Cell]
     settings: dict[str, Any]
-    objective: str = SELECTION
-    directions: tuple[Literal["minimize"], ...] = ("minimize",)
-    runs: int = 1
+    objectives: tuple[str, ...] = (SELECTION,)
+    seeds: int = 1
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -139,24 +142,21 @@ class Listed:
         """Return how many trials are still to be made."""
         return len(self.missing(trials))
 
-    def propose(
-        self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int
-    ) -> list[FrozenTrial]:
-        """Make trials of the first cells that are missing."""
+    def propose(self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int) -> set[str]:
+        """Make trials of the first cells that are missing; return the keys of their runs."""
         made = {uuid4().hex: cell for cell in self.missing(trials)[:count]}
         for key, cell in made.items():
             state = optuna.trial.TrialState.RUNNING
             attrs = {CELL: cell.identity, KEYS: [key]}
             study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attrs))
-        return _made(study, set(made)) if made else []
+        return set(made)
 
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's run."""
         place = self.place(trial)
         assert place is not None
         cell, (key,) = self.cells[place], keys(trial)
-        tags = {**cell.tags, "trial": str(trial.number), "place": str(place)}
-        return [Planned(cell.config, key, cell.name, cell.params, tags)]
+        return [_planned(trial, key, cell.config, cell.label, place, cell.params)]
 
     def judge(self, record: EpochRecord, rows: Sequence[int], report: Report) -> dict[int, End]:
         """Return {}: nothing is pruned."""
@@ -165,7 +165,7 @@ class Listed:
     def value(self, finals: Sequence[Metrics | None]) -> Value | None:
         """Return the objective, None for a run that diverged."""
         (final,) = finals
-        return None if final is None else ([final[self.objective]], {})
+        return None if final is None else Value([final[name] for name in self.objectives], {})
 
 
 class Range(NamedTuple):
@@ -177,7 +177,7 @@ class Range(NamedTuple):
 
 
 Space = Mapping[str, Range | tuple[str, ...]]
-"""Field of `RunConfig` -> what is tried: a range of numbers, or names."""
+"""Field of `RunConfig` -> a range of numbers, or names."""
 
 Pruner = Literal["median", "hyperband", "none"]
 
@@ -203,16 +203,6 @@ class TPE:
     settings: dict[str, Any]
     _expected: int = field(default=-1, repr=False)
 
-    @property
-    def directions(self) -> tuple[Literal["minimize"], ...]:
-        """Directions of the objectives."""
-        return tuple("minimize" for _ in self.objectives)
-
-    @property
-    def runs(self) -> int:
-        """Runs of each trial."""
-        return self.seeds
-
     def at_once(self, width: int) -> int:
         """Return how many trials are proposed together for a device's stack of a width."""
         return max(1, min(width // self.seeds, self.trials // ROUNDS))
@@ -227,19 +217,19 @@ class TPE:
         """Return how many trials are still to be made."""
         return max(0, self.trials - len(_open(trials)))
 
-    def propose(
-        self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int
-    ) -> list[FrozenTrial]:
-        """Ask Optuna for trials, with a new sampler where other processes have asked since.
+    def propose(self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int) -> set[str]:
+        """Sample trials; return the keys of their runs.
 
-        The sampler's seed is the number of trials: a search that is continued does not draw its
-        first points again, and no two processes draw the same.
+        The sampler is a new one where other processes have made trials since. Its seed is the
+        number of trials: a search that is continued does not draw its first points again, and no
+        two processes draw the same.
         """
         study.pruner = self._pruner()
         if self._expected != len(trials):
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
+        self._expected = len(trials) + count
         space = {name: _distribution(values) for name, values in self.space.items()}
-        made = set()
+        made = set[str]()
         for _ in range(count):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that heartbeats are not Optuna's
@@ -247,9 +237,7 @@ class TPE:
             new = [uuid4().hex for _ in range(self.seeds)]
             trial.set_user_attr(KEYS, new)
             made.update(new)
-        found = _made(study, made) if made else []
-        self._expected = len(trials) + len(found)
-        return found
+        return made
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         if self.pruner == "hyperband":
@@ -258,7 +246,7 @@ class TPE:
         return optuna.pruners.MedianPruner() if median else optuna.pruners.NopPruner()
 
     def configs(self, trial: FrozenTrial) -> list[RunConfig]:
-        """Return the settings of a trial's runs, one a seed."""
+        """Return the settings of a trial's runs, one per seed."""
         return [self.base.replace(**trial.params, seed=seed) for seed in range(self.seeds)]
 
     def place(self, trial: FrozenTrial) -> int | None:
@@ -267,22 +255,15 @@ class TPE:
 
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's runs."""
-        label = f"trial {trial.number}"
-        tags = {"trial": str(trial.number), "configuration": label}
+        label, first = f"trial {trial.number}", trial.number * self.seeds
         params = {"trial": trial.number, "part": "search"}
         return [
-            Planned(
-                config,
-                key,
-                f"{label} seed={config.seed}",
-                params,
-                {**tags, "place": str(trial.number * self.seeds + config.seed)},
-            )
+            _planned(trial, key, config, label, first + config.seed, params)
             for key, config in zip(keys(trial), self.configs(trial), strict=True)
         ]
 
     def judge(self, record: EpochRecord, rows: Sequence[int], report: Report) -> dict[int, End]:
-        """Return how a trial's rows are ended: all together, for divergence before pruning."""
+        """Return the ends of a trial's rows, all or none: divergence goes before pruning."""
         diverged = {row: why for row in rows if (why := _divergence(record, row))}
         if diverged:
             during = f"diverged in epoch {record.epoch}"
@@ -308,11 +289,11 @@ class TPE:
         def mean(name: str) -> float:
             return sum(final[name] for final in done) / len(done)
 
-        return [mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)}
+        return Value([mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)})
 
 
 def _divergence(record: EpochRecord, row: int) -> str | None:
-    """Return why a run has diverged; a neg_elbo that is no number cannot be compared."""
+    """Return why a run has diverged, if it has; neg_elbo must be finite to be compared."""
     from harness.tracking.record import divergence  # loads torch
 
     value = float(record.val["neg_elbo"][row])

@@ -1,9 +1,9 @@
 """The trials of a study, shared by the processes that run it.
 
-A trial has one process as long as it is RUNNING. A process that ends or misses its heartbeats loses
-its trials: they fail, their work is proposed again under new numbers, and a late result is refused.
-What reads and then writes happens in the study's lock and can be repeated, so a database that goes
-away costs time and nothing else.
+A trial belongs to one process as long as it is RUNNING. A process that ends or misses its
+heartbeats loses its trials: they fail, their work is proposed again under new numbers, and a late
+result is refused. Functions that read and then write hold the study's lock and can be repeated, so
+that a database that goes away costs only time.
 """
 
 from __future__ import annotations
@@ -19,51 +19,35 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import lazy_loader
+import optuna
 
 from harness.config import RunConfig, UserError
 from harness.tracking import End
-from studies.runner import stopping
-from studies.runner.database import (
-    exclusive,
-    heartbeat_seconds,
-    in_words,
-    is_gone,
-    process_name,
-    pulse,
-    retry,
-)
-from studies.runner.proposers import DIVERGED, Proposer, keys
+from studies.runner import database, stopping
+from studies.runner.proposers import DIVERGED, Proposer, Value, keys
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.trial import FrozenTrial
 
     from harness.training.engine import EpochRecord
-else:
-    optuna = lazy_loader.load("optuna")
 
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 OWNER, RESULT = "process", "result"
-"""User attributes of a trial: the process that runs it ("": none), and what is to be told of it."""
+"""User attributes of a trial: the process that runs it ("": none), and its `Value` once trained."""
 
 FORMAT = 2
-"""Edition of studies: trials with keys, in a grid one a run."""
+"""Edition of studies: trials with keys, in a grid one trial per run."""
 
 LONGEST_WAIT = 15.0
-"""Seconds, at most, between two looks of a process that waits, and at least between messages."""
+"""Seconds, at most, between two queries of a process that waits, and at least between messages."""
 
 DEFAULTS = json.loads(RunConfig().to_json())
 """Settings of a study that was begun before the harness had them."""
 
 REASSIGNED = "trial reassigned: its process missed its heartbeats"
-
-
-class LostError(Exception):
-    """The trial was reassigned; its result is discarded."""
 
 
 @dataclass
@@ -73,7 +57,6 @@ class Queue:
     Attributes:
         store_complete: returns the keys of whole runs that ended processes left on this disk.
         me: name of this process.
-        lost: numbers of the trials that were reassigned, as far as is known.
         pruned: numbers of the trials that `judge` pruned.
     """
 
@@ -81,121 +64,101 @@ class Queue:
     storage: optuna.storages.RDBStorage = field(repr=False)
     proposer: Proposer = field(repr=False)
     store_complete: Callable[[], set[str]] = field(repr=False)
-    me: str = field(default_factory=process_name)
-    lost: set[int] = field(default_factory=set)
+    me: str = field(default_factory=database.process_name)
     pruned: set[int] = field(default_factory=set)
     _held: dict[int, int] = field(default_factory=dict, repr=False)  # number -> id in the storage
 
     def trials(self, *states: str) -> list[FrozenTrial]:
-        """Return the trials in the named states, of none the trials in any."""
+        """Return the trials in the named states, by default in any."""
         wanted = tuple(optuna.trial.TrialState[state] for state in states) or None
-        return retry(lambda: self.study.get_trials(deepcopy=False, states=wanted), self.storage.url)
+        get = partial(self.study.get_trials, deepcopy=False, states=wanted)
+        return database.retry(get, self.storage.url)
 
     def left(self) -> int:
-        """Return how many trials have no result yet, those that are running among them."""
+        """Return how many trials have no result yet, running trials included."""
         trials = self.trials()
         return self.proposer.left(trials) + sum(t.state.name == "RUNNING" for t in trials)
 
     def failed_keys(self) -> list[str]:
         """Return the keys of the runs of failed trials, without those that diverged."""
-        failed = [t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs]
-        return [key for trial in failed for key in keys(trial)]
+        return keys(*(t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs))
 
     def take(self, count: int, workers: int = 1) -> list[FrozenTrial]:
-        """Take this process's share of the trials that are left, and at most `count`.
+        """Take trials: those that can be adopted, else this process's share of the rest.
 
-        Trials of processes that ended or missed their heartbeats fail first, except for those that
-        `adopt` returns: call it before. `workers` processes were started together.
+        A trial is adopted if its process has ended and left all its runs on this disk; its value
+        is `noted`. Otherwise at most `count` new trials are made, by one of `workers` processes
+        that were started together. Trials of other processes that ended or missed their heartbeats
+        fail first.
         """
 
-        def find() -> list[FrozenTrial]:
-            self._reassign()
-            sharing = max(workers, len(set(self._others().values())) + 1)
-            trials = self.trials()
-            share = min(count, math.ceil(self.proposer.left(trials) / sharing))
-            return self.proposer.propose(self.study, trials, share) if share else []
-
-        return self._sign(find)
-
-    def adopt(self) -> list[FrozenTrial]:
-        """Take the trials whose runs an ended process of this machine left whole on this disk.
-
-        The caller delivers the runs, then tells what was `noted`.
-        """
-        found = [t for t in self.trials("RUNNING") if RESULT in t.user_attrs]
-        return self._sign(self._adoptable) if {t.number for t in found} - self._held.keys() else []
-
-    def _sign(self, find: Callable[[], list[FrozenTrial]]) -> list[FrozenTrial]:
-        """Sign the found trials, after their first heartbeat: without one they would never fail."""
-
-        def sign() -> tuple[list[FrozenTrial], dict[int, int]]:
-            found = find()
+        def take() -> tuple[list[FrozenTrial], dict[int, int]]:
+            found = self._reassign()
+            if not found:
+                sharing = max(workers, len(set(self._others().values())) + 1)
+                trials = self.trials()
+                share = min(count, math.ceil(self.proposer.left(trials) / sharing))
+                made = self.proposer.propose(self.study, trials, share)
+                found = [t for t in self.trials("RUNNING") if made.intersection(keys(t))]
             held = {trial.number: self._id(trial) for trial in found}
             for trial in held.values():
-                self.storage.record_heartbeat(trial)
+                self.storage.record_heartbeat(trial)  # first: without one it would never fail
                 self.storage.set_trial_user_attr(trial, OWNER, self.me)
             return found, held
 
         try:
-            found, held = self._section(sign)
+            found, held = self._alone(take)
         except optuna.exceptions.UpdateFinishedTrialError:
             return []  # this process lost the lock, and another reassigned the trials meanwhile
         self._held |= held
         return found
 
-    def reassign(self) -> None:
-        """Fail the trials of processes that ended, except for those that `adopt` returns."""
-        self._section(self._reassign)
+    def reassign(self) -> list[FrozenTrial]:
+        """Fail the trials of processes that ended; return those that `take` would adopt."""
+        return self._alone(self._reassign)
 
-    def _reassign(self) -> bool:
+    def _reassign(self) -> list[FrozenTrial]:
         self._beat()  # if this process was stopped, its trials are kept unless others have them
-        adoptable = {trial.number: self._id(trial) for trial in self._adoptable()}
-        for trial_id in adoptable.values():
-            self.storage.record_heartbeat(trial_id)
-        failing = [t for t in self._abandoned() if t.number not in adoptable]
-        for trial in failing:
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        running = [trial for trial in self.trials("RUNNING") if trial.number not in self._held]
+        # Of ended processes, of none, and of an attempt of this one to take trials that failed.
+        ended = [t for t in running if _owner(t) in ("", self.me) or database.is_gone(_owner(t))]
+        complete = self.store_complete() if ended else set()
+        adoptable = []
+        for trial in ended:
+            if noted(trial) and complete.issuperset(keys(trial)):
+                self.storage.record_heartbeat(self._id(trial))
+                adoptable.append(trial)
+            else:
+                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if self._others():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 optuna.storages.fail_stale_trials(self.study)
-        return bool(adoptable or failing)
-
-    def _adoptable(self) -> list[FrozenTrial]:
-        found = [trial for trial in self._abandoned() if RESULT in trial.user_attrs]
-        complete = self.store_complete() if found else set()
-        return [trial for trial in found if complete.issuperset(keys(trial))]
-
-    def _abandoned(self) -> list[FrozenTrial]:
-        """Return the running trials of ended processes, of none, and of a repeated `_sign`."""
-        running = [t for t in self.trials("RUNNING") if t.number not in self._held]
-        return [t for t in running if _owner(t) in ("", self.me) or is_gone(_owner(t))]
+        return adoptable
 
     def _others(self) -> dict[int, str]:
         return {t.number: _owner(t) for t in self.trials("RUNNING") if _owner(t) != self.me}
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Keep the trials of this process alive; in the end, give back those that are not told."""
+        """Send heartbeats for the trials of this process; give back those left at the end."""
         try:
-            with pulse(self._beat, heartbeat_seconds()):
+            with database.pulse(self._beat, database.heartbeat_seconds()):
                 yield
         except BaseException:
             with suppress(Exception):  # the interruption is what counts
                 self.give_back()
             raise
-        self._section(self.give_back)
+        self._alone(self.give_back)
 
     def _beat(self) -> None:
-        for number, trial in list(self._held.items()):
+        for trial in list(self._held.values()):
             self.storage.record_heartbeat(trial)
-            if self.storage.get_trial(trial).state.is_finished() and number in self._held:
-                self.lost.add(number)
 
     def give_back(self) -> None:
-        """Fail the trials of this process; those with a result are left for `adopt`."""
+        """Fail the trials of this process; those with a noted value can be adopted."""
         for trial in self.trials("RUNNING"):
-            if _owner(trial) == self.me and RESULT in trial.user_attrs:
+            if _owner(trial) == self.me and noted(trial):
                 self.storage.set_trial_user_attr(self._id(trial), OWNER, "")
             elif _owner(trial) == self.me:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -209,9 +172,6 @@ class Queue:
         ends: dict[int, End] = {}
         for number, trial in {trials[run].number: trials[run] for run in record.rows}.items():
             rows = [row for row, run in enumerate(record.rows) if trials[run].number == number]
-            if number in self.lost:
-                ends |= dict.fromkeys(rows, End("KILLED", REASSIGNED))
-                continue
             found = self.proposer.judge(record, rows, partial(self._report, trial))
             if any(end.pruned for end in found.values()):
                 self.pruned.add(number)
@@ -225,80 +185,67 @@ class Queue:
             return self.study.pruner.prune(self.study, self.storage.get_trial(found))
 
         try:
-            return retry(report, self.storage.url)
+            return database.retry(report, self.storage.url)
         except optuna.exceptions.UpdateFinishedTrialError:
-            self.lost.add(trial.number)
-            return False
+            return False  # reassigned: its result will be refused
 
-    def result(self, trial: FrozenTrial, values: Sequence[float], attrs: Mapping[str, Any]) -> None:
-        """Note what will be told of a trial once its runs are delivered, so that it can be adopted.
+    def note(self, trial: FrozenTrial, value: Value) -> None:
+        """Note the value of a trial before its runs are delivered, so that it can be adopted."""
 
-        Raises:
-            LostError: it was reassigned; `done`, `prune` and `diverged` raise it too.
+        def note() -> None:
+            self.storage.set_trial_user_attr(self._id(trial), RESULT, value._asdict())
+
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # reassigned, as `finish` warns
+            self._alone(note)
+
+    def finish(self, trial: FrozenTrial, value: Value | None) -> bool:
+        """Complete a trial; without a value it was pruned, or diverged and fails for good.
+
+        Return False if the trial was reassigned, so that its result is discarded.
         """
-        noted = {"values": list(values), "attrs": dict(attrs)}
-        self._write(trial, lambda found: self.storage.set_trial_user_attr(found, RESULT, noted))
+        values, attrs = value or (None, {})
+        state = optuna.trial.TrialState.COMPLETE
+        if value is None and trial.number in self.pruned:
+            state = optuna.trial.TrialState.PRUNED
+        elif value is None:
+            state, attrs = optuna.trial.TrialState.FAIL, {DIVERGED: True}
 
-    def done(self, trial: FrozenTrial, values: Sequence[float], attrs: Mapping[str, Any]) -> None:
-        """Complete a trial; like `prune` and `diverged`, this can be repeated."""
-        self._tell(trial, "COMPLETE", values, attrs)
-
-    def prune(self, trial: FrozenTrial) -> None:
-        """End a trial that was pruned."""
-        self._tell(trial, "PRUNED", None, {})
-
-    def diverged(self, trial: FrozenTrial, attrs: Mapping[str, Any]) -> None:
-        """Fail a trial for good."""
-        self._tell(trial, "FAIL", None, {DIVERGED: True, **attrs})
-
-    def _tell(
-        self, trial: FrozenTrial, name: str, values: Sequence[float] | None, attrs: Mapping
-    ) -> None:
-        state = optuna.trial.TrialState[name]
-
-        def tell(found: int) -> None:
+        def tell() -> None:
+            found = self._id(trial)
             now = self.storage.get_trial(found)
             if now.state == state and attrs.keys() <= now.user_attrs.keys():
                 return  # an attempt whose reply was lost
-            for name, value in attrs.items():
-                self.storage.set_trial_user_attr(found, name, value)
+            for name, attr in attrs.items():
+                self.storage.set_trial_user_attr(found, name, attr)
             self.storage.check_trial_is_updatable(found, now.state)
             self.study.tell(trial.number, values, state)
 
-        self._write(trial, tell)
-        self._held.pop(trial.number, None)
-
-    def _write(self, trial: FrozenTrial, write: Callable[[int], None]) -> None:
         try:
-            self._section(lambda: write(self._id(trial)))
-        except optuna.exceptions.UpdateFinishedTrialError as error:
+            self._alone(tell)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            log.warning(
+                "trial %d was reassigned, for this process missed its heartbeats; its result is "
+                "discarded",
+                trial.number,
+            )
+            return False
+        finally:
             self._held.pop(trial.number, None)
-            raise LostError(
-                f"trial {trial.number} was reassigned, for this process missed its heartbeats; its "
-                "result is discarded"
-            ) from error
+        return True
 
     def wait(self) -> None:
-        """Wait until a trial of another process ends, or something can be taken or adopted."""
+        """Wait until a trial of another process ends or can be adopted."""
         before, pause, shown = self._others(), 0.5, -math.inf
-        while before and self._others() == before:
-            if self._section(self._reassign):
-                return
+        while before and not self.reassign() and self._others() == before:
             if time.monotonic() - shown >= LONGEST_WAIT:
                 shown, owners = time.monotonic(), dict.fromkeys(before.values())
-                log.info("waiting for %s", "; ".join(map(in_words, owners)))
+                log.info("waiting for %s", "; ".join(map(database.in_words, owners)))
             stopping.check()
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_WAIT)
 
-    def _section(self, work: Callable[[], Result]) -> Result:
-        """Call an idempotent function alone among all processes of the study."""
-
-        def alone() -> Result:
-            with exclusive(self.storage.url, self.study.study_name):
-                return work()
-
-        return retry(alone, self.storage.url)
+    def _alone(self, work: Callable[[], Result]) -> Result:
+        return database.alone(self.storage.url, self.study.study_name, work)
 
     def _id(self, trial: FrozenTrial) -> int:
         if trial.number in self._held:
@@ -311,33 +258,29 @@ def _owner(trial: FrozenTrial) -> str:
     return trial.user_attrs.get(OWNER, "")
 
 
-def noted(trial: FrozenTrial) -> tuple[list[float], dict[str, Any]]:
-    """Return the result that was noted of a trial before it could be told."""
-    result = trial.user_attrs[RESULT]
-    return result["values"], result["attrs"]
+def noted(trial: FrozenTrial) -> Value | None:
+    """Return the value that was noted of a trial before it could be finished, if any."""
+    return Value(**trial.user_attrs[RESULT]) if RESULT in trial.user_attrs else None
 
 
 def check_settings(
     storage: optuna.storages.RDBStorage, name: str, settings: Mapping[str, Any]
 ) -> bool:
-    """Return whether a study exists; UserError if with other settings. Nothing is written."""
+    """Return whether a study exists; raise UserError if it has other settings. Write nothing."""
     if name not in optuna.get_all_study_names(storage):
         return False
     study = optuna.load_study(study_name=name, storage=storage)
-    there = study.user_attrs.get("settings")
-    if there is None and not study.get_trials(deepcopy=False):
+    stored, given = study.user_attrs.get("settings"), {**settings, "format": FORMAT}
+    if stored is None and not study.get_trials(deepcopy=False):
         return False
-    if there is None or there.get("format") != FORMAT:
-        by = "another program" if there is None else "the first edition of this harness"
+    if stored is None or stored.get("format") != FORMAT:
         raise UserError(
-            f"study {name!r} in --storage was made by {by} and cannot be continued; start another "
-            "with --study-name"
+            f"study {name!r} in --storage was made by the first edition of this harness or by "
+            "another program and cannot be continued; start another with --study-name"
         )
-    here = {**settings, "format": FORMAT}
-    there = {key: value for key, value in DEFAULTS.items() if key in here} | there
-    if there != here:
-        changed = sorted(key for key in there | here if there.get(key) != here.get(key))
-        listed = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed)
+    stored = {key: value for key, value in DEFAULTS.items() if key in given} | stored
+    if changed := sorted(key for key in stored | given if stored.get(key) != given.get(key)):
+        listed = "; ".join(f"{k}: {stored.get(k)} there, {given.get(k)} here" for k in changed)
         raise UserError(
             f"study {name!r} exists with other settings ({listed}); repeat its settings to "
             "continue it, or start another with --fresh or --study-name"
@@ -354,16 +297,14 @@ def open_queue(
     """Create or continue a study."""
 
     def open_study() -> optuna.Study:
-        with exclusive(storage.url, name):
-            if check_settings(storage, name, proposer.settings):
-                return optuna.load_study(study_name=name, storage=storage)
-            study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                directions=list(proposer.directions),
-                load_if_exists=True,
-            )
-            study.set_user_attr("settings", {**proposer.settings, "format": FORMAT})
-            return study
+        if check_settings(storage, name, proposer.settings):
+            return optuna.load_study(study_name=name, storage=storage)
+        directions = [optuna.study.StudyDirection.MINIMIZE] * len(proposer.objectives)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=directions, load_if_exists=True
+        )
+        study.set_user_attr("settings", {**proposer.settings, "format": FORMAT})
+        return study
 
-    return Queue(retry(open_study, storage.url), storage, proposer, store_complete)
+    study = database.alone(storage.url, name, open_study)
+    return Queue(study, storage, proposer, store_complete)

@@ -1,15 +1,14 @@
-"""How every study runs: take trials, train and record their runs, answer once all are there."""
+"""The runner of every study: take trials, train and record their runs, write the summary."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness import provenance
 from harness.config import RunConfig
@@ -21,10 +20,10 @@ from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
-from studies.runner.database import check_kind, has_study, is_postgres, open_storage, study_names
+from studies.runner.database import checked_address, has_study, open_storage
 from studies.runner.options import Places, first_unused
-from studies.runner.proposers import Cell, Listed, Proposer, has_result, keys, part_of
-from studies.runner.queue import REASSIGNED, LostError, Queue, check_settings, noted, open_queue
+from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
+from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
 from studies.runner.terminal import way
 
 if TYPE_CHECKING:
@@ -56,47 +55,43 @@ class Site:
     data: Dataset
     device: str
     store: Store
-    experiment_id: str
     start: Callable[[Planned], RunLog]
     checkpoints: Checkpoints | None
 
 
 def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
-    """Run what is left of a plan, alone or with other processes, then answer its question.
+    """Run the rest of a plan, alone or with other processes, then write its summary.
 
     Returns:
-        What was found; None if another process answers.
+        The outcome; None if another process writes the summary.
     """
     log.info("opening MLflow and Optuna")
     store, storage = open_stores(options, plan.name)
     if options.fresh:
-        tracked = {run.tags.get("study", "") for run in store.runs(plan.experiment)}
-        plan = replace(plan, name=first_unused(plan.name, {*study_names(storage), *tracked}))
+        taken = {run.tags.get("study", "") for run in store.runs(plan.experiment)}
+        taken |= {study.study_name for study in storage.get_all_studies()}
+        plan = replace(plan, name=first_unused(plan.name, taken))
     _check_storage(storage, store, plan)
-    experiment_id = store.experiment(plan.experiment, plan.question)
+    start = recording.log_in(store, plan.experiment, plan.question)
     queue = open_queue(storage, plan.name, plan.proposer, store.complete)
     folder = store.home / "cache" / "checkpoints" / plan.name
     kept = Checkpoints(folder, options.checkpoint_every or 1)
-    device = resolve_device(options.device).type
     checkpoints = kept if options.checkpoint_every else None
-    start = recording.log_in(store, plan.experiment, plan.question)
-    site = Site(plan, data, device, store, experiment_id, start, checkpoints)
-    queue.reassign()
+    device = resolve_device(options.device).type
+    site = Site(plan, data, device, store, start, checkpoints)
     close_failed(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
     with terminal.progress(done + left, left) as steps:
         if options.workers > 1:
-            logs = store.home / "cache"
-            counts = partial(_counts, queue)
-            workers.train(options, plan.page, plan.name, logs, counts, steps.elsewhere)
+            cache, counts = store.home / "cache", partial(_counts, queue)
+            workers.train(options, plan.page, plan.name, cache, counts, steps.elsewhere)
         else:
             work(queue, site, steps, leave=options.leave)
-    if workers.rank() is not None or _is_left(queue):
+    if workers.started() or _is_left(queue):
         return None
     if plan.confirm is not None:
         confirming = _after(queue, plan.confirm(queue.study))
-        confirming.reassign()
         close_failed(confirming, site)
         if fresh := confirming.left():
             log.info("training the best configuration and the default with fresh seeds")
@@ -112,40 +107,37 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
 def _is_left(queue: Queue) -> bool:
     """Return whether other processes train the last runs, which this one does not wait for."""
     if left := queue.left():
-        log.info("other processes train the last %d runs", left * queue.proposer.runs)
+        log.info("other processes train the last %d runs", left * queue.proposer.seeds)
     return left > 0
 
 
 def _counts(queue: Queue) -> tuple[int, int]:
-    runs = queue.proposer.runs
-    return sum(map(has_result, queue.trials())) * runs, queue.left() * runs
+    """Return how many runs have a result, and how many have none yet."""
+    seeds = queue.proposer.seeds
+    return sum(map(has_result, queue.trials())) * seeds, queue.left() * seeds
 
 
 def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
     """Open tracking store and storage, so that one that cannot be used leaves no other behind."""
     tracking, url = _addresses(options)
-    if addresses.is_new(url) or addresses.is_server(tracking):  # opening a server writes nothing
-        try:
-            store = connect(tracking)
-        except UserError as error:
-            if not (is_postgres(url) and has_study(url, name)):
-                raise
-            log.warning("%s; this process waits up to 10 minutes for it", error)
-            store = connect(tracking, patience=SERVER_PATIENCE)
-        storage = open_storage(url)
-    else:
-        storage = open_storage(url)
+    late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
+    storage = None if late else open_storage(url)
+    try:
         store = connect(tracking)
+    except UserError as error:
+        shared = addresses.is_server(tracking) and addresses.sqlite_file(url) is None
+        if not (shared and has_study(url, name)):
+            raise
+        log.warning("%s; this process waits up to 10 minutes for it", error)
+        store = connect(tracking, patience=SERVER_PATIENCE)
     store.check_home()
-    return store, storage
+    return store, storage or open_storage(url)
 
 
 def _addresses(options: Places) -> tuple[str, str]:
     tracking = addresses.tracking_address(options.tracking_uri)
-    url = addresses.storage_address(options.storage)
     addresses.check_database(tracking, "--tracking-uri")
-    addresses.check_database(url, "--storage")
-    check_kind(url)
+    url = checked_address(options.storage)
     if addresses.sqlite_file(tracking) == addresses.sqlite_file(url) is not None:
         raise UserError(f"--storage {url} is the tracking database too; give each its own file")
     return tracking, url
@@ -159,12 +151,12 @@ def check_study(plan: Plan, options: Places) -> None:
 
 
 def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
-    """Refuse a study of which MLflow has runs and the storage none: they would be trained again."""
-    if plan.name in study_names(storage):
+    """Refuse a study with runs in MLflow and none in the storage: they would be trained again."""
+    if has_study(storage.url, plan.name):
         return
     runs = store.runs(plan.experiment, study=plan.name)
-    # Read again: who writes runs created the study before, maybe just now.
-    if runs and plan.name not in study_names(storage):
+    # Another process may have created the study before it wrote these runs.
+    if runs and not has_study(storage.url, plan.name):
         raise UserError(
             f"{addresses.without_password(store.uri)} has {len(runs)} runs of study "
             f"{plan.name!r}, which --storage {addresses.without_password(storage.url)} does not "
@@ -175,30 +167,34 @@ def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
 
 def _compare_making(site: Site) -> None:
     """Warn if finished runs were made with other code, versions or kind of device than here."""
-    tags = provenance.tags(provenance.provenance(site.data, site.device))
-    here = {"tags": tags, "params": {"device": site.device}}
-    finished = site.store.runs(site.plan.experiment, study=site.plan.name, role="run")
+    here = provenance.tags(provenance.provenance(site.data, site.device))
+    here["device"] = site.device
+    runs = site.store.runs(site.plan.experiment, study=site.plan.name, role="run")
     for part, (kind, name) in recording.MADE_WITH.items():
-        others = {getattr(run, kind).get(name) for run in finished if run.status == "FINISHED"}
-        if different := others - {here[kind].get(name), None}:
+        others = {getattr(run, kind).get(name) for run in runs if run.status == "FINISHED"}
+        if different := ", ".join(sorted(others - {here[name], None})):
             log.warning(
-                "Finished runs of this study were made with other %s (%s; here %s); they will be "
-                "compared with the runs of this process.",
-                part, ", ".join(sorted(different)), here[kind].get(name),
-            )  # fmt: skip
+                f"Finished runs of this study were made with other {part} ({different}; here "
+                f"{here[name]}); they will be compared with the runs of this process."
+            )
 
 
-def close_failed(queue: Queue, site: Site) -> None:
-    """Close the runs of failed trials, finished ones too: a kill falls between run and trial."""
-    site.store.close(site.plan.experiment, queue.failed_keys(), ENDED)
+def close_failed(queue: Queue, site: Site) -> int:
+    """Fail trials of ended processes and close the runs of all failed trials; return their number.
+
+    Finished runs are closed too, for a process can be killed between the ends of run and trial.
+    """
+    queue.reassign()
+    failed = queue.failed_keys()
+    site.store.close(site.plan.experiment, failed, ENDED)
+    return len(failed)
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """A trial whose runs are recorded; its value is None if it diverged or was pruned."""
 
     trial: FrozenTrial
-    value: tuple[list[float], dict[str, Any]] | None
+    value: Value | None
     configs: Sequence[RunConfig] = ()
 
 
@@ -208,38 +204,35 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
     A trial is finished once MLflow has its runs; while a server is away, others are trained. With
     `leave` this returns, too, where other processes have all that is left.
     """
-    left, told, failed = queue.left(), 0, len(queue.failed_keys())
+    left, finished, failed = queue.left(), 0, len(queue.failed_keys())
     recorded: list[Recorded] = []
-    ranked = workers.rank()
     with queue.working():
         while True:
-            recorded += [Recorded(trial, noted(trial)) for trial in queue.adopt()]
-            told += _finish(queue, site, recorded)
             count = queue.proposer.at_once(STACK_WIDTH[site.device])
-            trials = queue.take(count, ranked.workers if ranked else 1)
+            trials = queue.take(count, workers.started() or 1)
             if len(queue.failed_keys()) > failed:
-                close_failed(queue, site)
-                failed = len(queue.failed_keys())
-            steps.elsewhere((left - queue.left() - told) * queue.proposer.runs)
-            if trials:
+                failed = close_failed(queue, site)
+            steps.elsewhere((left - queue.left() - finished) * queue.proposer.seeds)
+            if adopted := [Recorded(t, value) for t in trials if (value := noted(t))]:
+                recorded += adopted
+            elif trials:
                 recorded += train(queue, site, trials, steps)
-                names = [key for trial in trials for key in keys(trial)]
-                site.store.deliver(names, wait_while_answering=True)
-                told += _finish(queue, site, recorded)  # before a signal is looked at: they ended
+                site.store.deliver(keys(*trials), wait_while_answering=True)
             elif recorded:
-                site.store.deliver([key for one in recorded for key in keys(one.trial)])
+                site.store.deliver(keys(*(one.trial for one in recorded)))
             elif queue.left() and not leave:
                 queue.wait()
             else:
                 return
-            stopping.check()
+            finished += _finish(queue, site, recorded)
+            stopping.check()  # after the runs that have ended are finished
 
 
 def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps) -> list[Recorded]:
-    """Train and record the runs of trials, and note the trials' results."""
+    """Train and record the runs of trials, and note the trials' values."""
     proposer, plan = queue.proposer, site.plan
-    runs = [(trial, run) for trial in trials for run in proposer.planned(trial)]
-    planned = [_tagged(run, plan.name) for _, run in runs]
+    of = [trial for trial in trials for _ in range(proposer.seeds)]  # trial of each run
+    planned = [_tagged(run, plan.name) for trial in trials for run in proposer.planned(trial)]
     finals: dict[int, dict[str, float] | None] = {}
 
     def on_epoch(current: EpochRecord) -> None:
@@ -252,7 +245,7 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
             site.data,
             site.device,
             site.start,
-            judge=partial(queue.judge, [runs[row][0] for row in rows]),
+            judge=partial(queue.judge, [of[row] for row in rows]),
             on_epoch=on_epoch,
             checkpoints=site.checkpoints,
             objective=plan.objective,
@@ -262,12 +255,11 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
         finals |= dict(zip(rows, found, strict=True))
     recorded = []
     for trial in trials:
-        rows = [row for row, (of, _) in enumerate(runs) if of is trial]
+        rows = [row for row, one in enumerate(of) if one is trial]
         value = proposer.value([finals[row] for row in rows])
         recorded.append(Recorded(trial, value, [planned[row].config for row in rows]))
         if value is not None:
-            with _if_held(site, trial):
-                queue.result(trial, *value)
+            queue.note(trial, value)
     return recorded
 
 
@@ -282,69 +274,52 @@ def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:
     ready = [one for one in recorded if waiting.isdisjoint(keys(one.trial))]
     for one in ready:
         recorded.remove(one)
-        with _if_held(site, one.trial):
-            if one.value is not None:
-                queue.done(one.trial, *one.value)
-            elif one.trial.number in queue.pruned:
-                queue.prune(one.trial)
-            else:
-                queue.diverged(one.trial, {})
+        if not queue.finish(one.trial, one.value):
+            site.store.close(site.plan.experiment, keys(one.trial), REASSIGNED)
         if site.checkpoints is not None:
             site.checkpoints.remove(one.configs)
     return len(ready)
 
 
-@contextmanager
-def _if_held(site: Site, trial: FrozenTrial) -> Iterator[None]:
-    """Discard the result of a trial that was reassigned, and close its runs."""
-    try:
-        yield
-    except LostError as error:
-        log.warning("%s", error)
-        site.store.close(site.plan.experiment, keys(trial), REASSIGNED)
-
-
 def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Outcome | None:
-    """Write the summary, which is a trial; show where it is if another process wrote it.
+    """Write the summary, which is a trial; show its address if another process wrote it.
 
-    With `again` a summary that is there is written to its folder once more.
+    With `again` the folder of a summary that exists is written once more.
     """
     from studies.runner import summary  # seaborn, which training does not wait for
 
     plan, store = site.plan, site.store
-    trials = queue.trials()
-    confirmed = _after(queue, Listed([], {})).trials()
+    experiment_id = store.experiment(plan.experiment, plan.question)
+    summaries = _after(queue, Listed([], {}))
+    trials, confirmed = queue.trials(), summaries.trials()
     confirmed = [trial for trial in confirmed if part_of(trial) == "confirmation"]
     ended = [[trial.number for trial in part if has_result(trial)] for part in (trials, confirmed)]
     of = hashlib.sha256(json.dumps([ended, plan.summary_key]).encode()).hexdigest()[:16]
-    cell = Cell({"part": "summary", "of": of}, plan.configs[0], "summary", {}, {})
-    listed = Listed([cell], {})
-    summaries = _after(queue, listed)
+    cell = Cell({"part": "summary", "of": of}, plan.configs[0], "summary", {})
+    summaries.proposer = Listed([cell], {})
+    find = partial(summary.ended, plan, site.data, store, queue.study, [*trials, *confirmed])
     for one in (queue, summaries):
-        one.reassign()
         close_failed(one, site)
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):
                 close_failed(summaries, site)  # of a process that died while this one waited
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
-                store.close(plan.experiment, [key for t in older for key in keys(t)], SUPERSEDED)
-                found = summary.ended(plan, site.data, store, queue.study, [*trials, *confirmed])
-                (key,) = keys(trial)
-                outcome, run_id = summary.summarize(found, site.experiment_id, key)
+                store.close(plan.experiment, keys(*older), SUPERSEDED)
+                outcome, run_id = summary.summarize(find(), experiment_id, *keys(trial))
                 attrs = {"run_id": run_id, "answer": outcome.answer}
-                with _if_held(site, trial):
-                    summaries.done(trial, [0.0], attrs)
+                if summaries.finish(trial, Value([0.0], attrs)):
                     return outcome
+                store.close(plan.experiment, keys(trial), REASSIGNED)
             summaries.wait()
     if again:
-        found = summary.ended(plan, site.data, store, queue.study, [*trials, *confirmed])
-        return summary.write(plan.find(found), found, site.experiment_id)
-    written = [t for t in summaries.trials("COMPLETE") if listed.place(t) == 0][-1]
-    run_id = written.user_attrs["run_id"]
-    page = f"/#/experiments/{site.experiment_id}/runs/{run_id}"
-    address = way(addresses.without_password(store.uri)) + page
-    terminal.summary_elsewhere(run_id, address, written.user_attrs["answer"])
+        found = find()
+        return summary.write(plan.find(found), found, experiment_id)
+    written = [t for t in summaries.trials("COMPLETE") if summaries.proposer.place(t) == 0][-1]
+    run_id, answer = written.user_attrs["run_id"], written.user_attrs["answer"]
+    shown = way(addresses.without_password(store.uri))
+    address = f"{shown}/#/experiments/{experiment_id}/runs/{run_id}"
+    terminal.summary_elsewhere(run_id, address, answer)
     return None
 
 

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the first one stops training after the current epoch.
 
-An exception raised wherever a signal arrives could be swallowed inside a library or fall between
-two halves of a write, so that the handler sets a flag, which is read after every epoch.
+The handler sets a flag, which is read after every epoch: an exception at any moment could be lost
+in a library or interrupt a write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _received: list[int] = []
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM meanwhile; afterwards they do what they did before."""
+    """Handle Ctrl-C and SIGTERM, and restore the former handlers at the end."""
     _received.clear()
     before = {number: signal.signal(number, _note) for number in CODES}
     try:
@@ -31,7 +31,7 @@ def handled() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt, which names the signal, if one has arrived."""
+    """Raise KeyboardInterrupt with the signal's name if one has arrived."""
     if _received:
         raise KeyboardInterrupt(f"stopped by {signal.Signals(_received[0]).name}")
 

@@ -307,7 +307,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         name=name,
         source=data,
         configs=[cell.config for cell in cells],
-        proposer=Listed(cells, {**data.settings, **shared}, study.objective),
+        proposer=Listed(cells, {**data.settings, **shared}, (study.objective,)),
         find=partial(_find, study),
         words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){each} x "

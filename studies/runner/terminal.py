@@ -37,8 +37,8 @@ CLOSED = 141  # exit code where standard output was closed, as of a process that
 LOGGERS = ("harness", "studies")  # their messages are shown, from level INFO on
 EVERY = 15.0  # seconds after which a log gets a line though nothing new began
 
-# Columns that only the report shows; those left out one by one where a table is still too wide;
-# those without their interval; and where the name of a column is broken.
+# Columns of a table: shown in the report alone; left out one by one where the table is too wide;
+# without their interval. And where names of columns are broken.
 HIDDEN = (
     *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
     *("best/val/neg_elbo", "best/val/mse"),
@@ -73,7 +73,7 @@ class Steps:
         runs, epochs = len(record.rows), record.configs[0].epochs
         saved = len(record.dropped) * (epochs - record.epoch)
         name = "neg_elbo" if "neg_elbo" in record.val else "mse"  # of a plain autoencoder
-        best = min(filter(math.isfinite, map(float, record.val[name])), default=math.nan)
+        best = min(filter(math.isfinite, map(float, record.val.get(name, ()))), default=math.nan)
         self._advance(
             (runs + saved) / epochs,
             f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}, "
@@ -114,7 +114,7 @@ class Terminal(logging.Handler):
         self.out.print(f"[bold]{escape(question.strip().splitlines()[0])}[/bold]")
 
     def plan(self, plan: Plan, pixels: int) -> None:
-        """Show what will be trained; later results belong to this study."""
+        """Show the runs of a plan; later results belong to this study."""
         of_plan = {"study": plan.name, "dataset": plan.source.name}
         self.results = [*filter(None, self.results), of_plan]
         where = f"on {plan.source.name} ({pixels} pixels), study {plan.name!r}"
@@ -130,33 +130,27 @@ class Terminal(logging.Handler):
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Show messages of the library meanwhile."""
-        loggers = [logging.getLogger(name) for name in LOGGERS]
-        before = [(logger.level, logger.propagate) for logger in loggers]
-        for logger in loggers:
-            logger.addHandler(self)
-            logger.propagate = False  # the root has a handler too, once MLflow has made a database
-            logger.setLevel(logging.INFO)
-        # With --json, what a library prints is no part of the document.
-        printed = contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
-        try:
-            with printed:
-                yield
-        finally:
-            self._moving.stop()
-            for logger, (level, propagate) in zip(loggers, before, strict=True):
-                logger.removeHandler(self)
-                logger.setLevel(level)
-                logger.propagate = propagate
+        with contextlib.ExitStack() as after:
+            for logger in map(logging.getLogger, LOGGERS):
+                after.callback(logger.removeHandler, self)
+                after.callback(logger.setLevel, logger.level)
+                after.callback(setattr, logger, "propagate", logger.propagate)
+                logger.addHandler(self)
+                logger.setLevel(logging.INFO)
+                logger.propagate = False  # MLflow gives the root a handler when it makes a database
+            if self.json:  # the output of libraries is no part of the document
+                after.enter_context(contextlib.redirect_stdout(sys.stderr))
+            after.callback(self._moving.stop)
+            yield
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message; one with `extra={"progress": True}` only counts."""
-        counts = getattr(record, "progress", False)
         if record.levelno >= logging.WARNING:  # as without this handler
             logging.getLogger().callHandlers(record)
         elif self.out.is_terminal:
             self._move(record.getMessage())
             self._moving.refresh()
-        elif not counts or self._is_due():
+        elif not getattr(record, "progress", False) or self._is_due():
             self.line(f"{'':7}{record.getMessage()}")  # as far to the right as after a percentage
 
     def _move(self, text: str) -> None:
@@ -181,8 +175,10 @@ class Terminal(logging.Handler):
             nonlocal share
             before, share = share, min(1.0, round(share + steps / max(1, left), 9))
             if self.out.is_terminal:
-                rest = (time.monotonic() - start) * (1 / max(share, 1e-9) - 1)
-                self._head = f"{100 * share:3.0f} %, {duration(rest)} left  "
+                self._head = f"{100 * share:3.0f} %  "
+                if 0 < share < 1:
+                    rest = (time.monotonic() - start) * (1 / share - 1)
+                    self._head = f"{100 * share:3.0f} %, {duration(rest)} left  "
                 self._move(now)
             elif int(10 * share) > int(10 * before) or self._is_due():
                 self.line(f"{100 * share:3.0f} %  {now}")
@@ -192,7 +188,7 @@ class Terminal(logging.Handler):
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, or the claims of a ledger, the answer and where to look further."""
-        from harness.tracking.page import LINK  # MLflow, which --help does not wait for
+        from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
 
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
         frame, report = outcome.table, str(outcome.folder / "report.html")
@@ -246,8 +242,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], left: Container[
 
 
 def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
-    """Return a table of as many columns as there is room for."""
-    from analysis import tables  # pandas, which the plan does not wait for
+    """Return a table of as many columns as fit."""
+    from analysis import tables  # it loads pandas, which the plan does not need
 
     cells = tables.cells(frame).drop(columns=[*HIDDEN], errors="ignore")
     for name in cells:
@@ -289,7 +285,7 @@ def following(plan: Plan, tracking_uri: str | None) -> str:
 
 def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
     """Estimate the duration of a plan from finished runs of its experiment on this machine."""
-    from harness.tracking import connect  # MLflow, which --help does not wait for
+    from harness.tracking import connect  # it loads MLflow, which --help does not need
 
     address, each = addresses.tracking_address(tracking_uri), list[float]()
     file = addresses.sqlite_file(address)
@@ -302,7 +298,7 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
         for run in client.search_runs(ids, test, max_results=100):  # the latest first
             params, info = run.data.params, run.info
             if like.items() <= params.items():
-                epochs = int(params["epochs"]) * int(params["stack_width"])
+                epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
                 each.append((info.end_time - info.start_time) / 1000 / epochs)
     if not each:
         return "duration: not known (no finished run like these here). Nothing was trained."

@@ -34,9 +34,9 @@ DRAW = inside("x", "y", "0.0477", "z", nothing)
 
 VERDICTS = {
     "the printed number": (PRINTED, 0.0387, "pass"),
-    "what rounds to it": (PRINTED, 0.03874999, "pass"),
-    "what rounds to the next": (PRINTED, 0.03875001, "fail"),
-    "what rounds to the one before": (PRINTED, 0.03864999, "fail"),
+    "a number that rounds to it": (PRINTED, 0.03874999, "pass"),
+    "one that rounds to the next": (PRINTED, 0.03875001, "fail"),
+    "one that rounds to the one before": (PRINTED, 0.03864999, "fail"),
     "the tolerance itself": (ABOUT, 9.0, "pass"),
     "just more than it": (ABOUT, 9.0001, "fail"),
     "just less than it": (ABOUT, 6.9999, "fail"),

@@ -1,4 +1,4 @@
-"""Evidence on runs that are trained here: which runs it finds, and what it measures on them."""
+"""Evidence: the runs that it finds, and their measures."""
 
 from dataclasses import asdict, replace
 
@@ -68,7 +68,7 @@ def test_runs_are_missing_unless_every_seed_has_finished(evidence):
         assert replace(evidence, runs=runs).missing((pair,)) == missing
 
 
-def test_a_claim_without_runs_is_not_run_and_a_large_one_asks_for_a_gpu(evidence):
+def test_a_claim_without_runs_is_not_run_and_a_large_one_needs_a_gpu(evidence):
     claims = [
         about("here", "x", "1", 1e9, "none", loss, WIDE),
         about("nowhere", "x", "1", 1.0, "none", loss, ABSENT),

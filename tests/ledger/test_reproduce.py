@@ -1,4 +1,4 @@
-"""The ledger from training to report, on cut digits: what is trained, judged, kept and repeated."""
+"""The ledger from training to report, on cut digits: plan, verdicts, records and repetition."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ from studies.runner.run import run
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
 
-# MLflow's own type hints, when the best model is logged
+# of MLflow's type hints, when the best model is logged
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 
 EXPERIMENT = "reproduce-digits"
@@ -132,7 +132,7 @@ def test_the_command_of_a_report_repeats_the_form(tiny, tmp_path):
     assert plan.command == "python -m studies.reproduce --full --study-name mine"
 
 
-# --- what a check leaves behind -------------------------------------------------------------------
+# --- the records of a check -----------------------------------------------------------------------
 
 
 def test_every_configuration_and_seed_is_one_finished_run(checked):
@@ -202,25 +202,12 @@ def test_the_view_of_the_runs_shows_the_ledgers_settings_and_metrics(checked):
 # --- repeating ------------------------------------------------------------------------------------
 
 
-def test_a_larger_form_trains_only_what_is_new(copied, tiny):
-    before = copied.runs()
-    check(copied.folder, tiny, form=replace(TINY, blog_seeds=3))
-    names = [run.name for run in copied.runs()]
-    last = [run.name for run in before].index(f"{TINY.blog.label} seed=1")
-    assert names[last + 1] == f"{TINY.blog.label} seed=2"  # in the order of the plan
-    assert {run.run_id for run in before} < {run.run_id for run in copied.runs()}
-    assert len(names) == RUNS + 1
-    assert len(copied.runs("summary")) == 2
-
-
 def test_other_images_are_refused_under_the_same_name(copied, tiny):
     with pytest.raises(UserError, match="dataset_digest"):
         check(copied.folder, replace(tiny, digest="other"))
 
 
-def test_the_same_check_again_trains_nothing_and_another_claim_is_judged_on_the_same_runs(
-    home, tiny
-):
+def test_a_check_again_trains_only_what_is_new(home, tiny):
     diverging = Runs("diverging", SMALL.config.replace(learning_rate=1e30), 1)
     # The network of the paper, on digits and without a GPU.
     config = TINY.burda.config.replace(batch_size=32, epochs=1)
@@ -228,17 +215,22 @@ def test_the_same_check_again_trains_nothing_and_another_claim_is_judged_on_the_
     published = about("published", "x", "44", 4.0, "z", neg_log_likelihood, binary)
     ledger = {"x": [claim("one", SMALL), claim("far", diverging), published]}
     first = check(home, tiny, ledger)
-    assert [run.status for run in first.runs()] == ["FINISHED"] * 2 + ["FAILED", "FINISHED"]
+    before = first.runs()
+    assert [run.status for run in before] == ["FINISHED"] * 2 + ["FAILED", "FINISHED"]
     _, lost, found = first.rows
     assert (lost.verdict, lost.note) == ("not run", "'diverging' diverged")
     assert found.verdict == "pass"  # untrained: 64 ln 2 = 44.4 nats
-    before = first.runs()
     wider = {"x": [*ledger["x"], claim("two", SMALL)]}
     for given, summaries in ((ledger, 1), (wider, 2)):
         again = check(home, tiny, given)
         assert again.runs() == before
         assert len(again.runs("summary")) == summaries
         assert [row.obtained for row in again.rows][:3] == [row.obtained for row in first.rows]
+    larger = {"x": [claim("one", replace(SMALL, seeds=3)), *ledger["x"][1:]]}
+    names = [run.name for run in check(home, tiny, larger).runs()]
+    third = names.index("small seed=2")  # in the order of the plan
+    assert names[:third] + names[third + 1 :] == [run.name for run in before]
+    assert third == 2
 
 
 # --- the command line -----------------------------------------------------------------------------

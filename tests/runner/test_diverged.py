@@ -62,7 +62,9 @@ def diverging(plan, names):
     """Return a plan of which some cells have a learning rate with which they diverge."""
     cells = [
         cell._replace(
-            config=cell.config.replace(learning_rate=1e30 if cell.name in names else 1e-3)
+            config=cell.config.replace(
+                learning_rate=1e30 if f"{cell.label} seed={cell.config.seed}" in names else 1e-3
+            )
         )
         for cell in plan.proposer.cells
     ]

@@ -6,13 +6,11 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
+from opened import queue_at
 
 from harness import RunConfig
 from harness.training.engine import EpochRecord
-from studies.runner import stopping
-from studies.runner.database import open_storage
-from studies.runner.proposers import TPE, Cell, Listed, Range, keys
-from studies.runner.queue import open_queue
+from studies.runner.proposers import TPE, Cell, Listed, Range, Value, keys
 
 BASE = RunConfig(epochs=3)
 SPACE = {
@@ -31,27 +29,6 @@ SEARCH = TPE(
 )
 
 
-OPENED: list[optuna.storages.RDBStorage] = []
-
-
-@pytest.fixture(autouse=True)
-def _closed(monkeypatch):
-    monkeypatch.setattr(stopping, "_received", [])
-    yield
-    while OPENED:
-        OPENED.pop().engine.dispose()
-
-
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path}/optuna.db"
-
-
-def opened(url, proposer, name="search"):
-    OPENED.append(open_storage(url))
-    return open_queue(OPENED[-1], name, proposer, set)
-
-
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -63,7 +40,6 @@ def listed(*values):
                 RunConfig(kl_weight=value),
                 f"kl_weight={value}",
                 {"part": "x"},
-                {"study": "grid", "role": "run"},
             )
             for value in values
         ],
@@ -71,42 +47,44 @@ def listed(*values):
     )
 
 
-def test_a_list_is_proposed_in_its_order_and_recognised(url):
-    queue = opened(url, listed(3.0, 1.0, 2.0))
+def test_a_list_is_proposed_in_its_order_and_recognised(sqlite_url):
+    queue = queue_at(sqlite_url, listed(3.0, 1.0, 2.0))
     assert queue.proposer.settings == {"dataset": "digits"}
     trials = queue.take(3)
     assert [queue.proposer.place(trial) for trial in trials] == [0, 1, 2]
     for place, trial in enumerate(trials):
         (run,) = queue.proposer.planned(trial)
         cell = queue.proposer.cells[place]
-        assert run[0] == cell.config
-        assert (run.key, run.name, run.params) == (keys(trial)[0], cell.name, {"part": "x"})
-        assert run.tags == {**cell.tags, "trial": str(trial.number), "place": str(place)}
+        assert run.config == cell.config
+        assert (run.key, run.params) == (keys(trial)[0], {"part": "x"})
+        assert run.name == f"{cell.label} seed=0"
+        tags = {"trial": str(trial.number), "place": str(place), "configuration": cell.label}
+        assert run.tags == tags
 
 
-def test_a_longer_list_places_old_trials_anew_and_a_shorter_one_leaves_them(url):
-    queue = opened(url, listed(1, 3))
+def test_a_longer_list_places_old_trials_anew_and_a_shorter_one_leaves_them(sqlite_url):
+    queue = queue_at(sqlite_url, listed(1, 3))
     for trial in queue.take(2):
-        queue.done(trial, [0.0], {})
-    longer = opened(url, listed(0.5, 1.0, 2.0, 3.0))  # 1 is 1.0
+        queue.finish(trial, Value([0.0], {}))
+    longer = queue_at(sqlite_url, listed(0.5, 1.0, 2.0, 3.0))  # 1 is 1.0
     assert [longer.proposer.place(trial) for trial in longer.trials()] == [1, 3]
     assert [cell.identity["value"] for cell in longer.proposer.missing(longer.trials())] == [0.5, 2]
-    shorter = opened(url, listed(3.0))
+    shorter = queue_at(sqlite_url, listed(3.0))
     assert [shorter.proposer.place(trial) for trial in shorter.trials()] == [None, 0]
     assert shorter.left() == 0
 
 
-def test_what_failed_is_proposed_again_unless_it_diverged(url):
-    queue = opened(url, listed(1.0, 2.0))
+def test_what_failed_is_proposed_again_unless_it_diverged(sqlite_url):
+    queue = queue_at(sqlite_url, listed(1.0, 2.0))
     first, second = queue.take(2)
-    queue.diverged(first, {"reason": "mse"})
+    queue.finish(first, None)
     queue.give_back()
     assert [queue.proposer.place(trial) for trial in queue.take(2)] == [1]
     assert queue.failed_keys() == keys(second)
 
 
 def test_the_value_of_a_listed_run_is_its_objective():
-    proposer = replace(listed(1.0), objective="val/mse")
+    proposer = replace(listed(1.0), objectives=("val/mse",))
     assert proposer.value([{"val/mse": 2.0, "val/neg_elbo": 1.0}]) == ([2.0], {})
     assert proposer.value([None]) is None
 
@@ -114,8 +92,8 @@ def test_the_value_of_a_listed_run_is_its_objective():
 # --- searches -------------------------------------------------------------------------------------
 
 
-def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
-    queue = opened(url, replace(SEARCH))
+def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(sqlite_url):
+    queue = queue_at(sqlite_url, replace(SEARCH))
     (trial, *_) = queue.take(9)
     runs = queue.proposer.planned(trial)
     assert [run.key for run in runs] == keys(trial)
@@ -126,14 +104,14 @@ def test_a_searchs_trial_is_a_configuration_with_all_its_seeds(url):
     assert trial.params.keys() == SPACE.keys()
 
 
-def test_a_search_has_rounds_and_grows(url):
-    queue = opened(url, replace(SEARCH))
+def test_a_search_has_rounds_and_grows(sqlite_url):
+    queue = queue_at(sqlite_url, replace(SEARCH))
     assert [queue.proposer.at_once(width) for width in (16, 3, 1)] == [2, 1, 1]
     assert [len(queue.take(4)) for _ in range(4)] == [4, 4, 1, 0]
     for trial in queue.trials("RUNNING"):
-        queue.done(trial, [float(trial.number)], {})
+        queue.finish(trial, Value([float(trial.number)], {}))
     assert queue.left() == 0
-    assert opened(url, replace(SEARCH, trials=12)).left() == 3
+    assert queue_at(sqlite_url, replace(SEARCH, trials=12)).left() == 3
 
 
 def drawn(queue, trials):
@@ -141,30 +119,31 @@ def drawn(queue, trials):
     points = []
     while len(points) < trials:
         for trial in queue.take(1):
-            queue.done(trial, [trial.params["kl_weight"]], {})
+            queue.finish(trial, Value([trial.params["kl_weight"]], {}))
             points.append(tuple(trial.params.values()))
     return points
 
 
-def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(url, tmp_path):
-    whole = drawn(opened(url, replace(SEARCH, trials=16)), 16)
-    assert drawn(opened(f"sqlite:///{tmp_path}/again.db", replace(SEARCH, trials=16)), 16) == whole
+def test_a_search_is_repeatable_and_no_process_repeats_anothers_points(sqlite_url, tmp_path):
+    search = replace(SEARCH, trials=12)  # the first 10 are random
+    whole = drawn(queue_at(sqlite_url, replace(search)), 12)
+    assert drawn(queue_at(f"sqlite:///{tmp_path}/again.db", replace(search)), 12) == whole
     apart = f"sqlite:///{tmp_path}/apart.db"
-    one, other = (opened(apart, replace(SEARCH, trials=16)) for _ in range(2))
-    points = [point for _ in range(8) for queue in (one, other) for point in drawn(queue, 1)]
-    assert len(set(points)) == 16
+    one, other = (queue_at(apart, replace(search)) for _ in range(2))
+    points = [point for _ in range(4) for queue in (one, other) for point in drawn(queue, 1)]
+    assert len(set(points)) == 8
     assert points[0] == whole[0]
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")  # elsewhere ignored there, but not among threads
-def test_processes_that_search_together_draw_no_trial_too_many(url):
+def test_processes_that_search_together_draw_no_trial_too_many(sqlite_url):
     def search_on(name):
-        queue = opened(url, replace(SEARCH, trials=12))
+        queue = queue_at(sqlite_url, replace(SEARCH, trials=12))
         queue.me = f"elsewhere:1:{name}"
         with queue.working():
             while queue.left():
                 for trial in (taken := queue.take(2)):
-                    queue.done(trial, [trial.params["kl_weight"]], {})
+                    queue.finish(trial, Value([trial.params["kl_weight"]], {}))
                 if not taken:
                     queue.wait()
         return queue
@@ -180,7 +159,6 @@ def test_with_two_objectives_neg_elbo_is_an_attribute():
     finals = [{"val/rate": 1.0, "val/mse": 3.0, "val/neg_elbo": 5.0}] * 2
     assert front.value(finals) == ([1.0, 3.0], {"val/neg_elbo": 5.0})
     assert front.value([finals[0], None]) is None
-    assert front.directions == ("minimize", "minimize")
 
 
 # --- pruning --------------------------------------------------------------------------------------
@@ -199,9 +177,9 @@ def record(values, epoch=1, warmup=None, mse=0.1):
 
 
 @pytest.fixture
-def queue(url):
+def queue(sqlite_url):
     """Open a search among whose finished trials everything else looks bad."""
-    queue = opened(url, replace(SEARCH))
+    queue = queue_at(sqlite_url, replace(SEARCH))
     judged = queue.proposer.judged
     for value in (-1000.0, -999.0, -998.0, -997.0, -996.0):
         queue.study.add_trial(
@@ -260,18 +238,16 @@ def test_a_seed_that_diverges_ends_its_trial_before_it_is_pruned(queue, value):
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, url):
-    search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=27), pruner=pruner)
-    queue = opened(url, search)
+def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, sqlite_url):
+    search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=6), pruner=pruner)
+    queue = queue_at(sqlite_url, search)
     for _ in range(2):
-        trials = queue.take(9)
-        assert len(trials) == 9
+        trials = queue.take(6)
+        assert len(trials) == 6
         for epoch in search.judged:
-            queue.judge(trials, record(range(9), epoch))
+            queue.judge(trials, record(range(6), epoch))
         for value, trial in enumerate(trials):
-            if trial.number in queue.pruned:
-                queue.prune(trial)
-            else:
-                queue.done(trial, [float(value)], {})
+            pruned = trial.number in queue.pruned
+            queue.finish(trial, None if pruned else Value([float(value)], {}))
     assert queue.pruned
-    assert not {0, 9} & queue.pruned
+    assert not {0, 6} & queue.pruned

@@ -1,4 +1,4 @@
-"""Trials: one process each, again after its death, and no result counted twice."""
+"""Trials: one process each, repeated after its death, and no result counted twice."""
 
 import logging
 import multiprocessing
@@ -8,17 +8,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import optuna
 import pytest
 import sqlalchemy
+from opened import queue_at, storage_at
 
 from harness import RunConfig, UserError
-from harness.training.engine import EpochRecord
 from studies.runner import stopping
 from studies.runner.database import is_gone, open_storage, process_name
-from studies.runner.proposers import Cell, Listed, keys
-from studies.runner.queue import LostError, check_settings, noted, open_queue
+from studies.runner.proposers import Cell, Listed, Value, keys
+from studies.runner.queue import check_settings, noted, open_queue
 
 VALUES = tuple(i / 10 for i in range(1, 7))
 SETTINGS = {"dataset": "digits", "epochs": 2}
@@ -27,40 +26,21 @@ DEAD = f"{process_name(2**22 + 1).rpartition(':')[0]}:1"  # an id above the larg
 
 def cells(values=VALUES):
     return [
-        Cell({"value": value, "seed": 0}, RunConfig(kl_weight=value), f"kl_weight={value}", {}, {})
+        Cell({"value": value, "seed": 0}, RunConfig(kl_weight=value), f"kl_weight={value}", {})
         for value in values
     ]
 
 
-OPENED: list[optuna.storages.RDBStorage] = []
-
-
-@pytest.fixture(autouse=True)
-def _closed(monkeypatch):
-    monkeypatch.setattr(stopping, "_received", [])
-    yield
-    while OPENED:
-        OPENED.pop().engine.dispose()
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path):
-    """Return the address of a new database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/optuna.db"
-    return request.getfixturevalue("postgres").create(f"db{time.monotonic_ns()}")
-
-
 def joined(url, owner=None, values=VALUES, complete=set, settings=SETTINGS):
     """Open the study as another process does, by default one of another machine."""
-    OPENED.append(open_storage(url))
-    queue = open_queue(OPENED[-1], "study", Listed(cells(values), settings), complete)
+    queue = queue_at(url, Listed(cells(values), settings), complete=complete)
     queue.me = owner if owner == "" or ":" in str(owner) else f"elsewhere:1:{owner}"
     return queue
 
 
-def value_of(trial):
-    return trial.user_attrs["cell"]["value"]
+def value_of(trial, **attrs):
+    """Return the value that a trial is completed with."""
+    return Value([trial.user_attrs["cell"]["value"]], attrs)
 
 
 def finish(queue):
@@ -69,7 +49,7 @@ def finish(queue):
     with queue.working():
         while queue.left():
             for trial in (taken := queue.take(3)):
-                queue.done(trial, [value_of(trial)], {})
+                queue.finish(trial, value_of(trial))
                 numbers.append(trial.number)
             if not taken:
                 queue.wait()
@@ -96,13 +76,13 @@ def together(work, items):
 
 
 def assert_exact(queue):
-    """Assert that every cell has one result, its own, and that nothing else is open."""
+    """Assert that every cell has one result, the right one, and that no trial is open."""
     done = queue.trials("COMPLETE")
     wanted = sorted(cell.config.kl_weight for cell in queue.proposer.cells)
-    assert sorted(map(value_of, done)) == wanted
-    assert all(trial.value == value_of(trial) for trial in done)
+    assert sorted(trial.value for trial in done) == wanted
+    assert all([trial.value] == value_of(trial).values for trial in done)
     assert queue.trials("RUNNING", "WAITING") == []
-    every = [key for trial in queue.trials() for key in keys(trial)]
+    every = keys(*queue.trials())
     assert len(set(every)) == len(every) == len(queue.trials())
 
 
@@ -123,13 +103,13 @@ def fall_silent(url):
 
 def test_processes_take_trials_without_overlap_and_together_all(url):
     taken = together(finish, [joined(url, i) for i in range(4)])
-    numbers = [number for own in taken for number in own]
+    numbers = [number for part in taken for number in part]
     assert len(numbers) == len(set(numbers)) == len(VALUES)
     assert_exact(joined(url))
 
 
-def test_a_process_takes_no_more_than_its_share(url):
-    first, second = joined(url, 1), joined(url, 2)
+def test_a_process_takes_no_more_than_its_share(sqlite_url):
+    first, second = joined(sqlite_url, 1), joined(sqlite_url, 2)
     assert [len(first.take(9, workers=4)), len(second.take(9))] == [2, 2]  # of 6, then of 4
     assert len(first.take(9)) == 1
     assert len(first.take(9)) == 1
@@ -137,8 +117,8 @@ def test_a_process_takes_no_more_than_its_share(url):
     assert first.left() == 6
 
 
-def test_keys_are_there_before_anything_is_trained(url):
-    first = joined(url, 1)
+def test_keys_are_there_before_anything_is_trained(sqlite_url):
+    first = joined(sqlite_url, 1)
     for trial in first.take(2):
         (run,) = first.proposer.planned(trial)
         assert [run.key] == keys(trial) == keys(first.trials("RUNNING")[trial.number])
@@ -148,16 +128,18 @@ def test_keys_are_there_before_anything_is_trained(url):
 def test_trials_without_a_living_process_are_handed_out_again_once(url, owner):
     dead, heirs = joined(url, DEAD), [joined(url, i) for i in range(2)]
     dead.me = owner
-    taken = dead.proposer.propose(dead.study, [], 2) if owner is None else dead.take(2)
+    if owner is None:
+        dead.proposer.propose(dead.study, [], 2)
+    taken = dead.trials() if owner is None else dead.take(2)
     together(finish, heirs)
     assert_exact(heirs[0])
     failed = heirs[0].trials("FAIL")
     assert [t.number for t in failed] == [t.number for t in taken]
-    assert heirs[0].failed_keys() == [key for trial in taken for key in keys(trial)]
+    assert heirs[0].failed_keys() == keys(*taken)
 
 
-def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(url):
-    queue = joined(url, 1)
+def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(sqlite_url):
+    queue = joined(sqlite_url, 1)
     first = queue.take(2)
     queue._held.clear()  # known only after the lock was left in peace
     again = queue.take(2)
@@ -169,46 +151,23 @@ def test_what_an_attempt_took_whose_lock_was_lost_is_taken_anew(url):
 # --- silence --------------------------------------------------------------------------------------
 
 
-def test_the_late_result_of_a_silent_process_is_refused(url):
+def test_the_late_result_of_a_silent_process_is_refused(url, caplog):
     late, heir = joined(url, "late"), joined(url, "heir")
     trials = late.take(3)
     fall_silent(url)
     finish(heir)
-    with pytest.raises(LostError, match="trial 0 was reassigned"):
-        late.result(trials[0], [-1.0], {})
-    with pytest.raises(LostError):
-        late.done(trials[0], [-1.0], {})
-    with pytest.raises(LostError):
-        late.diverged(trials[1], {})
-    with pytest.raises(LostError):
-        late.prune(trials[2])
+    late.note(trials[0], Value([-1.0], {}))
+    late.pruned.add(trials[2].number)
+    assert not late.finish(trials[0], Value([-1.0], {}))
+    assert not late.finish(trials[1], None)
+    assert not late.finish(trials[2], None)
+    assert "trial 0 was reassigned" in caplog.text
     assert_exact(heir)
     assert {t.number for t in trials} == {t.number for t in heir.trials("FAIL")}
     assert len(heir.failed_keys()) == 3  # none counts as diverged
 
 
-def epoch(rows):
-    ones = np.ones(len(rows))
-    configs = (RunConfig(),) * len(rows)
-    return EpochRecord(1, 1.0, 1, {}, {"neg_elbo": ones}, ones, configs, tuple(rows), (), ())
-
-
-def test_a_heartbeat_notices_lost_trials_and_their_runs_alone_end(url):
-    late, heir = joined(url, "late"), joined(url, "heir")
-    trials = late.take(2)
-    late._beat()
-    assert late.judge(trials, epoch([0, 1])) == {}
-    fall_silent(url)
-    late.storage.record_heartbeat(late._id(trials[1]))
-    heir.take(1)
-    late._beat()
-    assert late.lost == {trials[0].number}
-    ends = late.judge(trials, epoch([0, 1]))
-    assert [(row, end.status) for row, end in ends.items()] == [(0, "KILLED")]
-    assert "reassigned" in ends[0].reason
-
-
-def test_heartbeats_keep_trials_and_what_is_not_told_is_given_back(url):
+def test_heartbeats_keep_trials_and_those_without_a_result_are_given_back(url):
     busy, other = joined(url, "busy"), joined(url, "other")
     trials = busy.take(3)
     fall_silent(url)
@@ -218,14 +177,14 @@ def test_heartbeats_keep_trials_and_what_is_not_told_is_given_back(url):
             busy._beat()
             other.take(1)
             assert other.trials("FAIL") == []
-            busy.done(trials[0], [value_of(trials[0])], {})
+            busy.finish(trials[0], value_of(trials[0]))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert {t.number for t in other.trials("FAIL")} == {t.number for t in trials[1:]}
     (held,) = other.trials("RUNNING")
-    other.done(held, [value_of(held)], {})
+    other.finish(held, value_of(held))
     finish(other)
     assert_exact(other)
 
@@ -246,78 +205,66 @@ def left_behind(url, owner):
     dead = joined(url, owner)
     trials = dead.take(3)
     for trial in trials[:2]:
-        dead.result(trial, [value_of(trial)], {"note": 1})
+        dead.note(trial, value_of(trial, note=1))
     return trials
 
 
 @pytest.mark.parametrize("owner", [DEAD, ""], ids=["dead", "none"])
-def test_whole_runs_of_a_process_that_ended_are_adopted_where_its_disk_is(url, owner):
+def test_whole_runs_of_a_process_that_ended_are_adopted_on_the_same_disk(url, owner):
     trials = left_behind(url, owner)
     fall_silent(url)  # a while ago
     here, there = joined(url, "here", complete=lambda: set(keys(trials[0]))), joined(url, "there")
-    assert there.adopt() == []
-    here.reassign()
-    (adopted,) = here.adopt()
-    assert adopted.number == trials[0].number
-    assert here.adopt() == []  # it has it
-    assert {t.number for t in there.trials("FAIL")} == {t.number for t in trials[1:]}
-    with here.working():
-        here.done(adopted, *noted(adopted))
-    (done,) = there.trials("COMPLETE")
-    assert (done.number, done.value, done.user_attrs["note"]) == (adopted.number, value_of(done), 1)
-
-
-def test_whole_runs_are_not_failed_by_who_can_adopt_them(url):
-    trials = left_behind(url, DEAD)
-    here = joined(url, "here", complete=lambda: set(keys(trials[0])))
-    while taken := here.take(9):
-        for trial in taken:
-            here.done(trial, [value_of(trial)], {})
+    assert [trial.number for trial in here.reassign()] == [trials[0].number]
     assert {t.number for t in here.trials("FAIL")} == {t.number for t in trials[1:]}
     here.wait()  # not for a process that ended
-    (adopted,) = here.adopt()
-    here.done(adopted, [value_of(adopted)], {})
-    assert_exact(here)
+    (adopted,) = here.take(9)
+    assert noted(adopted) == value_of(trials[0], note=1)
+    for other in (here, there):  # one has it, and its owner lives
+        assert adopted.number not in {t.number for t in other.take(9)}
+    here.finish(adopted, noted(adopted))
+    (done,) = there.trials("COMPLETE")
+    assert (done.number, done.user_attrs["note"]) == (trials[0].number, 1)
 
 
 @pytest.mark.parametrize("owner", [process_name(), "elsewhere:1:1"], ids=["here", "elsewhere"])
-def test_trials_of_a_process_that_may_live_are_not_adopted(url, owner):
-    queue = joined(url, owner)
+def test_trials_of_a_process_that_may_live_are_not_adopted(sqlite_url, owner):
+    queue = joined(sqlite_url, owner)
     (trial,) = queue.take(1)
-    queue.result(trial, [1.0], {})
-    other = joined(url, "other", complete=lambda: set(keys(trial)))
-    assert other.adopt() == []
+    queue.note(trial, value_of(trial))
+    other = joined(sqlite_url, "other", complete=lambda: set(keys(trial)))
+    assert trial.number not in {t.number for t in other.take(9)}
     assert trial.number in {t.number for t in other.trials("RUNNING")}
 
 
-def test_trials_with_a_result_wait_for_delivery_after_an_error(url):
-    queue = joined(url, process_name())
+def test_trials_with_a_result_wait_for_delivery_after_an_error(sqlite_url):
+    queue = joined(sqlite_url, process_name())
     first, second = queue.take(2)
 
     def interrupted():
         with queue.working():
-            queue.result(first, [value_of(first)], {})
+            queue.note(first, value_of(first))
             raise UserError("the server is away")
 
     with pytest.raises(UserError):
         interrupted()
     assert [t.number for t in queue.trials("FAIL")] == [second.number]
     queue.store_complete = lambda: set(keys(first))
-    (adopted,) = queue.adopt()
+    (adopted,) = queue.take(9)
     assert adopted.number == first.number
-    assert noted(adopted) == ([value_of(first)], {})
+    assert noted(adopted) == value_of(first)
 
 
-# --- telling --------------------------------------------------------------------------------------
+# --- finishing ------------------------------------------------------------------------------------
 
 
-def test_a_telling_that_is_repeated_counts_once(url):
-    queue = joined(url, 1)
+def test_a_trial_that_is_finished_twice_counts_once(sqlite_url):
+    queue = joined(sqlite_url, 1)
     first, second, third = queue.take(3)
+    queue.pruned.add(third.number)
     for _ in range(2):  # as after a reply that was lost
-        queue.done(first, [1.0], {"note": "x"})
-        queue.diverged(second, {"seeds": 1})
-        queue.prune(third)
+        assert queue.finish(first, Value([1.0], {"note": "x"}))
+        assert queue.finish(second, None)
+        assert queue.finish(third, None)
     assert [t.number for t in queue.trials("COMPLETE")] == [first.number]
     assert [t.number for t in queue.trials("PRUNED")] == [third.number]
     assert queue.failed_keys() == []
@@ -327,51 +274,47 @@ def test_a_telling_that_is_repeated_counts_once(url):
 # --- continuing -----------------------------------------------------------------------------------
 
 
-def test_a_study_grows_and_repeats_nothing(url):
-    finish(joined(url, 1, values=VALUES[:2]))
-    queue = joined(url, 2)
+def test_a_study_grows_and_repeats_nothing(sqlite_url):
+    finish(joined(sqlite_url, 1, values=VALUES[:2]))
+    queue = joined(sqlite_url, 2)
     assert queue.left() == len(VALUES) - 2
     assert len(finish(queue)) == len(VALUES) - 2
-    assert joined(url, 3, values=(VALUES[0], 1)).left() == 1
+    assert joined(sqlite_url, 3, values=(VALUES[0], 1)).left() == 1
     assert_exact(queue)
-    assert joined(url, 3, values=VALUES[::-1]).left() == 0
+    assert joined(sqlite_url, 3, values=VALUES[::-1]).left() == 0
 
 
-def test_other_settings_are_refused_with_the_differences(url):
-    joined(url, 1)
+def test_other_settings_are_refused_with_the_differences(sqlite_url):
+    joined(sqlite_url, 1)
     with pytest.raises(
         UserError, match="epochs: 2 there, 3 here; x: None there, 1 here"
     ) as refusal:
-        joined(url, 2, settings={"dataset": "digits", "epochs": 3, "x": 1})
+        joined(sqlite_url, 2, settings={"dataset": "digits", "epochs": 3, "x": 1})
     assert "\n" not in str(refusal.value)
 
 
-def test_settings_that_the_harness_had_not_yet_are_its_defaults(url):
-    joined(url, 1)
-    assert joined(url, 2, settings=SETTINGS | {"kl_cycles": 1}).left() == len(VALUES)
+def test_settings_that_an_older_study_lacks_are_the_defaults(sqlite_url):
+    joined(sqlite_url, 1)
+    assert joined(sqlite_url, 2, settings=SETTINGS | {"kl_cycles": 1}).left() == len(VALUES)
     with pytest.raises(UserError, match="kl_cycles: 1 there, 2 here"):
-        joined(url, 2, settings=SETTINGS | {"kl_cycles": 2})
+        joined(sqlite_url, 2, settings=SETTINGS | {"kl_cycles": 2})
 
 
-def test_settings_are_compared_without_writing(url):
-    storage = open_storage(url)
+def test_settings_are_compared_without_writing(sqlite_url):
+    storage = storage_at(sqlite_url)
     assert not check_settings(storage, "study", SETTINGS)
-    joined(url, 1)
+    joined(sqlite_url, 1)
     assert check_settings(storage, "study", SETTINGS)
-    storage.engine.dispose()
 
 
 @pytest.mark.parametrize("settings", [{"values": [0.1], "seeds": 3}, None])
-def test_studies_of_the_first_edition_and_of_others_are_refused_in_one_line(url, settings):
-    storage = open_storage(url)
-    study = optuna.create_study(storage=storage, study_name="study")
+def test_studies_of_the_first_edition_and_of_others_are_refused_in_one_line(sqlite_url, settings):
+    study = optuna.create_study(storage=storage_at(sqlite_url), study_name="study")
     study.enqueue_trial({})
     if settings:
         study.set_user_attr("settings", settings)
-    storage.engine.dispose()
-    by = "first edition" if settings else "another program"
-    with pytest.raises(UserError, match=f"{by}.*cannot be continued.*--study-name") as refusal:
-        joined(url)
+    with pytest.raises(UserError, match="first edition.*cannot be continued.*--study") as refusal:
+        joined(sqlite_url)
     assert "\n" not in str(refusal.value)
 
 
@@ -387,7 +330,7 @@ def test_waiting_names_the_processes_and_ends_with_their_trials(url, caplog):
         while "waiting for process 4711 on node7" not in caplog.text:
             time.sleep(0.05)
         assert not waiting.done()
-        busy.done(trials[0], [value_of(trials[0])], {})
+        busy.finish(trials[0], value_of(trials[0]))
         waiting.result()
     assert "--fresh" not in caplog.text
     fall_silent(url)
@@ -395,8 +338,8 @@ def test_waiting_names_the_processes_and_ends_with_their_trials(url, caplog):
     assert len(other.trials("FAIL")) == len(VALUES) - 1
 
 
-def test_nobody_is_waited_for_who_is_not_there(url):
-    queue = joined(url, 1)
+def test_a_process_without_others_does_not_wait(sqlite_url):
+    queue = joined(sqlite_url, 1)
     queue.take(2)
     queue.wait()
 
@@ -408,7 +351,7 @@ PROCESSES.set_forkserver_preload(["studies.runner.queue", "optuna.storages", "al
 
 
 def drain(url, values, seed, notes):
-    """Complete trials as a study's process does, noting each on the disk before it is told."""
+    """Complete trials as a study's process does: first a trial's keys are written to the disk."""
     chance, disk = random.Random(seed), Path(notes)
 
     def complete():  # what "delivered" means where the disk is the server
@@ -417,14 +360,15 @@ def drain(url, values, seed, notes):
     queue = open_queue(open_storage(url), "study", Listed(cells(values), SETTINGS), complete)
     with queue.working():
         while queue.left():
-            taken = [*queue.adopt(), *queue.take(3)]
+            taken = queue.take(3)
             for trial in taken:
                 time.sleep(0.05 * chance.random())
-                if "result" not in trial.user_attrs:
+                value = value_of(trial, by=queue.me)
+                if not noted(trial):
                     for key in keys(trial):
                         (disk / key).touch()
-                    queue.result(trial, [value_of(trial)], {"by": queue.me})
-                queue.done(trial, [value_of(trial)], {"by": queue.me})
+                    queue.note(trial, value)
+                queue.finish(trial, value)
             if not taken:
                 queue.wait()
 
@@ -467,8 +411,7 @@ def assert_nothing_twice(queue):
 
 def test_processes_that_are_killed_lose_no_cell_and_repeat_none(url, tmp_path):
     (tmp_path / "disk").mkdir()
-    values = tuple(i / 100 for i in range(1, 13))
-    queue = drained_under_kills(url, values, tmp_path / "disk", seed=0, kills=2)
+    queue = drained_under_kills(url, VALUES, tmp_path / "disk", seed=0, kills=1)
     assert_nothing_twice(queue)
 
 

@@ -3,18 +3,17 @@
 import logging
 from functools import partial
 
-import pytest
 import toy
+from opened import queue_at
 
 from harness import RunConfig
 from harness.tracking import connect, record
 from harness.tracking.record import log_in
 from harness.tracking.runs import Run
-from studies.runner import run
-from studies.runner.database import open_storage
+from studies import kl_weight
+from studies.runner import cli, run
 from studies.runner.proposers import Cell, Listed
-from studies.runner.queue import open_queue
-from studies.runner.study import KNOWN, Plan
+from studies.runner.study import KNOWN, Plan, make_plan
 from studies.runner.summary import differing
 from studies.runner.terminal import Terminal
 
@@ -24,28 +23,23 @@ RATES = (0.1, 0.5, 0.9)
 def plan_of(rates) -> Plan:
     configs = [RunConfig(learning_rate=rate, epochs=3) for rate in rates]
     cells = [
-        Cell({"rate": c.learning_rate}, c, f"rate={c.learning_rate}", {}, {"configuration": "toy"})
-        for c in configs
+        Cell({"rate": config.learning_rate}, config, f"rate={config.learning_rate}", {})
+        for config in configs
     ]
-    proposer = Listed(cells, {"toy": True}, "val/mse")
+    proposer = Listed(cells, {"toy": True}, ("val/mse",))
     return Plan("toy", "Which rate?", "toy", KNOWN["digits"], configs, proposer, print, "", "")
 
 
 def site_of(plan, data, uri) -> run.Site:
     store = connect(uri)
     start = log_in(store, plan.experiment, plan.question)
-    return run.Site(plan, data, "cpu", store, store.experiment("toy-digits", ""), start, None)
+    return run.Site(plan, data, "cpu", store, start, None)
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return open_storage(f"sqlite:///{tmp_path}/optuna.db")
-
-
-def test_a_toy_is_trained_through_the_queue(tracking_uri, storage, tiny, monkeypatch):
+def test_a_toy_is_trained_through_the_queue(tracking_uri, sqlite_url, tiny, monkeypatch):
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES), tiny, tracking_uri)
-    queue = open_queue(storage, "toy", site.plan.proposer, site.store.complete)
+    queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
     with Terminal().progress(3, 3) as steps:
         run.work(queue, site, steps)
     runs = {item.key: item for item in site.store.runs("toy-digits", study="toy", role="run")}
@@ -59,11 +53,11 @@ def test_a_toy_is_trained_through_the_queue(tracking_uri, storage, tiny, monkeyp
 
 
 def test_runs_of_other_code_are_named_at_the_start_and_in_the_answer(
-    tracking_uri, storage, tiny, monkeypatch, caplog
+    tracking_uri, sqlite_url, tiny, monkeypatch, caplog
 ):
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES[:1]), tiny, tracking_uri)
-    queue = open_queue(storage, "toy", site.plan.proposer, site.store.complete)
+    queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
     with Terminal().progress(1, 1) as steps:
         run.work(queue, site, steps)
     with caplog.at_level(logging.WARNING):
@@ -81,3 +75,15 @@ def test_runs_of_other_code_are_named_at_the_start_and_in_the_answer(
     (sentence,) = differing([known, known, changed])
     assert f"(2 with {known.tags['sources']}; 1 with 0123456789ab)" in sentence
     assert differing([known, other._replace(tags={})]) == []  # the first edition has no digest
+
+
+def test_a_process_that_did_not_write_the_summary_prints_its_answer_and_address(
+    finished, data, capsys
+):
+    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, finished.arguments))
+    site = site_of(plan, data, finished.tracking_uri)
+    queue = queue_at(finished.storage, plan.proposer, plan.name, site.store.complete)
+    assert run.conclude(queue, site, Terminal(), again=False) is None
+    printed = capsys.readouterr().out
+    assert "Another process wrote the summary" in printed
+    assert "lowest validation neg_elbo" in printed

@@ -126,7 +126,7 @@ def test_every_configuration_has_what_the_study_compares():
 
 def test_points_that_differ_have_different_names():
     plan = make_plan(kl_weight.STUDY, Options(values=(0.1001, 0.1002, 1 / 3), seeds=1))
-    assert [cell.name for cell in plan.proposer.cells] == [
+    assert [f"{cell.label} seed={cell.config.seed}" for cell in plan.proposer.cells] == [
         *("kl_weight=0.1001 seed=0", "kl_weight=0.1002 seed=0", "kl_weight=0.3333 seed=0")
     ]
 

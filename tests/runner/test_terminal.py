@@ -1,4 +1,4 @@
-"""What a command shows: messages, progress, a table that fits, the way to the store; or JSON."""
+"""Output of a command: messages, progress, a table that fits, addresses; or JSON."""
 
 import json
 import logging
@@ -141,7 +141,7 @@ def test_a_program_that_sets_up_no_logging_sees_warnings_alone():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_all_cores_compute_is_counted(workers, monkeypatch):
+def test_the_items_of_all_cores_are_counted(workers, monkeypatch):
     monkeypatch.setattr(terminal, "EVERY", 0.0)
     out, cpu = StringIO(), torch.device("cpu")
     torch.set_num_threads(workers)
@@ -156,7 +156,7 @@ def test_what_all_cores_compute_is_counted(workers, monkeypatch):
 # --- progress -----------------------------------------------------------------------------------
 
 
-def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
+def test_a_log_has_a_line_for_every_message_and_every_tenth():
     out = StringIO()
     shown = log(out)
     with shown.shown(), shown.progress(20, 20) as on_epoch:
@@ -178,7 +178,7 @@ def test_a_log_has_a_line_for_what_begins_and_for_every_tenth():
         (0, "Every run is finished already; nothing is trained again.\n"),
     ],
 )
-def test_what_is_finished_is_said_before_training(left, line):
+def test_finished_runs_are_counted_before_training(left, line):
     out = StringIO()
     with log(out).progress(6, left):
         pass
@@ -288,9 +288,9 @@ def test_no_link_shows_a_password():
 def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
     stores = [f"postgresql+psycopg://me:secret@host/{name}" for name in ("m", "o")]
     Terminal().dry_run(*stores, "duration: not known")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     shown = [f"postgresql+psycopg://host/{name}" for name in ("m", "o")]
-    assert said == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
+    assert printed == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
 
 
 @pytest.mark.parametrize(
@@ -326,9 +326,9 @@ def test_a_duration_is_estimated_from_finished_runs_of_the_experiment(tracking_u
 def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
     shown = Terminal()
     shown.summary_elsewhere("0f", "http://host/#/experiments/7/runs/0f", "It [is] so.")
-    said = capsys.readouterr().out
-    assert said.startswith("It [is] so.\n")
-    assert said.endswith("run 0f: http://host/#/experiments/7/runs/0f\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith("It [is] so.\n")
+    assert printed.endswith("run 0f: http://host/#/experiments/7/runs/0f\n")
 
 
 def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(capsys):
@@ -361,6 +361,15 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
     for text in ("Why?", "3 runs", "drawing figures", "printed by a library", "100 %"):
         assert text in printed.err
     assert "It is so." not in printed.err
+
+
+def test_json_goes_to_standard_output_after_a_moving_line(capsys):
+    shown = Terminal(json=True, out=moving(StringIO()).out)
+    with shown.shown():
+        pages.info("drawing figures")
+        print("printed by a library")
+    shown.finish(0)
+    assert capsys.readouterr().out == '{"exit_code": 0}\n'
 
 
 def test_the_json_of_several_studies_is_one_object_too(capsys):
