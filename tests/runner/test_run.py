@@ -80,7 +80,7 @@ def test_runs_of_other_code_are_named_at_the_start_and_in_the_answer(
 def test_a_process_that_did_not_write_the_summary_prints_its_answer_and_address(
     finished, data, capsys
 ):
-    plan = make_plan(kl_weight.STUDY, cli.parse("kl_weight", "", float, finished.arguments))
+    plan = make_plan(kl_weight.STUDY, cli.parse(kl_weight.STUDY, finished.arguments))
     site = site_of(plan, data, finished.tracking_uri)
     queue = queue_at(finished.storage, plan.proposer, plan.name, site.store.complete)
     assert run.conclude(queue, site, Terminal(), again=False) is None
