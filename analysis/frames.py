@@ -1,4 +1,4 @@
-"""From MLflow to tidy data frames, and from frames to means, intervals and paired differences.
+"""Tidy data frames of runs; means, intervals and paired differences computed from them.
 
 A frame of runs has one row per configuration and seed; its columns are the settings, the derived
 `beta` and `decoder_variance`, and the last value of every metric. Seeds are the repetitions.
@@ -7,81 +7,111 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import lazy_loader
 import numpy as np
 
-from harness.errors import UserError
+from harness.config import UserError, checked_name
+from harness.tracking.addresses import without_password
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from harness.tracking.runs import Run
+    from harness.training.engine import RunResult
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 
-
-def load_runs(experiment: str, study: str, tracking_uri: str | None = None) -> pd.DataFrame:
-    """Load the finished runs of a study, one row each, numbers as numbers.
-
-    Args:
-        experiment: MLflow experiment, "STUDY-DATASET".
-        study: name of the study, as tagged.
-        tracking_uri: MLflow tracking URI; None means the default store.
-
-    Returns:
-        Columns run_id, name, every parameter and every metric, those of the test split under
-        their plain names; empty if nothing has finished.
-    """
-    from harness.tracking import connect  # loads MLflow
-
-    runs = connect(tracking_uri).runs(experiment, study=study, role="run")
-    return tidy([run for run in runs if run.status == "FINISHED"])
+SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
+"""Metrics of a search's trials: means over seeds; of a pruned trial, those of its last epoch."""
 
 
 def load_study(
-    study: str, dataset: str = "digits", tracking_uri: str | None = None
+    name: str, dataset: str = "", tracking_uri: str | None = None, *, pruned: bool = False
 ) -> pd.DataFrame:
-    """Load the finished runs of a study under its own name, as `load_runs` does.
+    """Load the finished runs of a study, one row each, numbers as numbers.
+
+    Args:
+        name: the study's name: "STUDY-DATASET", or the one given with `--study-name`.
+        dataset: if given, `name` is "STUDY" alone.
+        tracking_uri: MLflow tracking URI; None means the default store.
+        pruned: load the pruned runs of a search too, and add a column `pruned`.
+
+    Returns:
+        Columns run_id, name, every parameter and every metric, those of the test split under
+        their plain names.
 
     Raises:
-        UserError: there are none; the message says which command makes them.
+        UserError: the store has no such run of the study; the message lists its studies.
     """
-    name = f"{study}-{dataset}"
-    return some(load_runs(name, name, tracking_uri), study, dataset)
+    from harness.tracking import connect  # MLflow
 
-
-def some(frame: pd.DataFrame, study: str, dataset: str) -> pd.DataFrame:
-    """Return the frame unless it is empty."""
-    if frame.empty:
-        raise UserError(
-            f"no finished runs of {study}-{dataset} here; make them with: "
-            f"python -m studies.{study} --dataset {dataset}"
-        )
-    return frame
+    name = checked_name(f"{name}-{dataset}" if dataset else name)
+    store = connect(tracking_uri)
+    every = [found.name for found in store.call(store.client.search_experiments)]
+    runs = [run for each in every for run in store.runs(each, study=name, role="run")]
+    frame = tidy_search(runs) if pruned else tidy([r for r in runs if r.status == "FINISHED"])
+    if not frame.empty:
+        return frame
+    tags = [run.tags for each in every for run in store.runs(each, role="run")]
+    others = sorted({found["study"] for found in tags if "study" in found} - {name})
+    page, _, dataset = name.partition("-")
+    raise UserError(
+        f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
+        f"{', '.join(others) or 'no other study'}; make them with: "
+        f"python -m studies.{page} --dataset {dataset or 'DATASET'}"
+    )
 
 
 def tidy(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return runs as a frame, with parameters cast from text."""
-    rows = [{"run_id": run.run_id, "name": run.name, **run.params, **run.metrics} for run in runs]
-    frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/"))
-    return _with_own_variances(frame.apply(_numbers)) if rows else frame
+    """Return runs of MLflow as a frame, with parameters cast from text."""
+    return _frame([{"run_id": r.run_id, "name": r.name, **r.params, **r.metrics} for r in runs])
 
 
-def _with_own_variances(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fill in the decoder variance of runs whose KL weight does not set it: ratio * mse.
+def tidy_search(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the finished and the pruned ones of some runs, with a column `pruned`."""
+    done = [run for run in runs if run.status == "FINISHED" or run.tags.get("pruned") == "true"]
+    return tidy(done).assign(pruned=[run.status != "FINISHED" for run in done])
 
-    A Bernoulli decoder has neither variance nor ratio: NaN, in columns that are always there.
+
+def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
+    """Return results of `train_and_evaluate` as a frame of runs; diverged ones are left out.
+
+    The columns are those of `load_study` but run_id, name, `beta` and the dataset's; a setting that
+    is a tuple is text, such as "256,64".
     """
+    rows = []
+    for result in results:
+        if not result.metrics:
+            continue
+        settings = {name: _plain(value) for name, value in asdict(result.config).items()}
+        best = result.history[result.best_epoch - 1].get("val/neg_elbo")
+        at_best = {"best/epoch": float(result.best_epoch)}
+        at_best |= {} if best is None else {"best/val/neg_elbo": best}
+        final = {k: v for k, v in result.metrics.items() if not k.startswith("test/")}
+        rows.append(settings | final | result.history[-1] | at_best)
+    return _frame(rows)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return value if isinstance(value, int | float) else str(value)
+
+
+def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/")).apply(_numbers)
     nothing = pd.Series(np.nan, frame.index)
-    own = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
-    return frame.assign(
-        decoder_variance=frame.get("decoder_variance", nothing).fillna(own),
-        calibration_ratio=frame.get("calibration_ratio", nothing),
-    )
+    ratio = frame.get("calibration_ratio", nothing)
+    # The variance of runs whose KL weight does not set it. A Bernoulli decoder has none.
+    fitted = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
+    variance = frame.get("decoder_variance", nothing).fillna(fitted)
+    return frame.assign(decoder_variance=variance, calibration_ratio=ratio)
 
 
 def _numbers(column: pd.Series) -> pd.Series:
@@ -91,8 +121,13 @@ def _numbers(column: pd.Series) -> pd.Series:
         return column
 
 
+def is_numeric(values: pd.Series) -> bool:
+    """Return whether a column holds numbers; the values of other axes are categories."""
+    return values.dtype.kind in "iuf"
+
+
 def half_width(values: pd.Series | np.ndarray) -> float:
-    """Half width of the 95 % Student t interval of a mean: t_{n-1} s / sqrt(n); NaN for n = 1.
+    """Return the half width of the 95 % t interval of a mean: t_{n-1} s / sqrt(n); NaN for n = 1.
 
     Examples:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
@@ -108,29 +143,27 @@ def half_width(values: pd.Series | np.ndarray) -> float:
 
 
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
-    """Average over seeds at each value of an axis, or of an axis within groups.
+    """Average metrics over seeds at each value of an axis, or of an axis within groups.
 
     Returns:
         One row per point, numbers in order and names as they come; for each metric its mean under
-        its own name and the half width of its interval under "NAME±"; `seeds` counts the runs.
+        its name and the half width of its interval under "NAME±"; `seeds` counts the runs.
     """
     keys = [keys] if isinstance(keys, str) else keys
-    numeric = [key for key in keys if pd.api.types.is_numeric_dtype(frame[key])]
-    ordered = frame.sort_values(numeric, kind="stable") if numeric else frame
-    for key in reversed([key for key in keys if key not in numeric]):
-        rank = {name: i for i, name in enumerate(frame[key].unique())}
-        ordered = ordered.sort_values(key, key=lambda c, r=rank: c.map(r), kind="stable")
-    grouped = ordered.groupby(keys, sort=False)
+    named = [key for key in keys if not is_numeric(frame[key])]
+    ordered = {key: pd.Categorical(frame[key], frame[key].dropna().unique()) for key in named}
+    grouped = frame.assign(**ordered).groupby(keys, observed=True)
     columns = {"seeds": grouped.size()}
     for metric in metrics:
         columns[metric] = grouped[metric].mean()
         columns[f"{metric}±"] = grouped[metric].apply(half_width)
-    return pd.DataFrame(columns).reset_index()
+    means = pd.DataFrame(columns).reset_index()
+    return means.astype({key: frame[key].dtype for key in named})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of means with its interval; `half_width` NaN with a single seed."""
+    """A paired difference of means with its interval; `half_width` is NaN for a single seed."""
 
     mean: float
     half_width: float
@@ -150,7 +183,7 @@ class Difference:
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> Difference:
     """Compare two sets of runs seed by seed: the metric of the first minus that of the second.
 
-    The streams give equal seeds equal batches and noise, which the pairing takes out.
+    Equal seeds have equal batches and noise, whose effect the pairing removes.
 
     Examples:
         >>> first = pd.DataFrame({"seed": [0, 1, 2], "neg_elbo": [10.0, 20.0, 30.0]})
@@ -165,19 +198,19 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
-    """Compare every point with reference runs, paired by seed, in words.
+    """Compare every point with reference runs, paired by seed.
 
     Returns:
         One row per point, in the frame's order; columns keys and metrics, cells "difference ± half
-        width", with "(not distinguishable)" where the interval holds 0, "-" without a value.
+        width", with "(not distinguishable)" where the interval contains 0, "-" without a value.
     """
     rows = []
     for point, part in frame.groupby(keys, sort=False):
         gaps = {m: paired_difference(part, reference, m) for m in metrics}
-        said = {m: str(gap) if gap.seeds else "-" for m, gap in gaps.items()}
+        texts = {m: str(gap) if gap.seeds else "-" for m, gap in gaps.items()}
         if set(part.index) <= set(reference.index):
-            said = dict.fromkeys(metrics, "reference")
-        rows.append(dict(zip(keys, point, strict=True)) | said)
+            texts = dict.fromkeys(metrics, "reference")
+        rows.append(dict(zip(keys, point, strict=True)) | texts)
     return pd.DataFrame(rows)
 
 
@@ -187,13 +220,10 @@ def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> 
 
 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
-    """Return the value of a weight axis from which on the exact linear model has collapsed.
+    """Return the value of a weight axis at and above which the exact linear model has collapsed.
 
-    There the decoder variance, proportional to the weight, is the data's largest eigenvalue.
-
-    Returns:
-        None for another axis than a weight's, for weights that set no decoder variance, and for
-        stores that lack the eigenvalue.
+    There the decoder variance, proportional to the weight, is the data's largest eigenvalue. None
+    if the axis is no weight, the weight sets no variance, or the frame has no eigenvalue.
     """
     if "sigma" in frame and (frame["sigma"] != "fixed").any():
         return None
@@ -207,9 +237,7 @@ def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
 def ordered_kl(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the test KL of each run's latents, largest first.
 
-    Returns:
-        One row per run, columns 1, 2, ... L with L the largest latent size of the frame; NaN where
-        a run has no such latent.
+    Columns are 1, 2, ... L with L the largest latent size; NaN where a run has fewer latents.
     """
     columns = [c for c in frame.columns if c.startswith("kl/")]
     falling = -np.sort(-frame[columns].to_numpy(float), axis=1)  # NaN stays last
@@ -225,10 +253,7 @@ def class_names(frame: pd.DataFrame) -> dict[int, str]:
 
 
 def class_errors(frame: pd.DataFrame) -> pd.Series:
-    """Return the mean test `mse` of each class over the frame's runs, worst class first.
-
-    Empty for images without labels.
-    """
+    """Return the mean test `mse` of each class, worst class first; empty without labels."""
     columns = [c for c in frame.columns if c.startswith("mse_class/")]
     means = frame[columns].mean().rename(lambda c: int(c.removeprefix("mse_class/")))
     return means.sort_values(ascending=False)
@@ -245,3 +270,21 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     ordered = frame.dropna(subset=["rate"]).sort_values(["rate", "distortion"])
     best_before = ordered["distortion"].cummin().shift(fill_value=np.inf)
     return ordered[ordered["distortion"] < best_before]
+
+
+def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
+    """Average the runs of each trial of a search over its seeds.
+
+    Returns:
+        One row per trial, in order of their numbers: trial, the searched settings,
+        decoder_variance, pruned and the metrics of SEARCHED.
+    """
+    trials = runs.groupby("trial")
+    fixed = trials[[*settings, "decoder_variance", "pruned"]].first()
+    return fixed.join(trials[SEARCHED].mean()).reset_index()
+
+
+def importances(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Return the shares {objective: {setting: share}} as a frame: setting, objective, share."""
+    table = pd.DataFrame(found).rename_axis("setting").reset_index()
+    return table.melt("setting", var_name="objective", value_name="share").dropna()

@@ -1,4 +1,4 @@
-"""Tables as text: a frame of means and half widths in, formatted cells out."""
+"""Tables and values as text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 else:
     pd = lazy_loader.load("pandas")
 
-DIGITS = {"mse": 4, "rate": 2, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
+DIGITS = {"mse": 4, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
 """Decimals of a metric; others have 2."""
-
 
 SETTINGS = ("kl_weight", "beta", "decoder_variance", "pca_floor")
 """Columns that are the same for every seed, shown without an interval."""
@@ -30,16 +29,25 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
         if half is None or name in SETTINGS:
             out[name] = [plain(v) for v in means[name]]
         else:
-            digits = DIGITS.get(name.removeprefix("best/").removeprefix("val/"), 2)
-            out[name] = [pair(m, h, digits) for m, h in zip(means[name], half, strict=True)]
+            places = decimals(name)
+            out[name] = [pair(m, h, places) for m, h in zip(means[name], half, strict=True)]
     return pd.DataFrame(out)
 
 
+def decimals(metric: str) -> int:
+    """Return the decimals of a metric, whatever its prefix."""
+    return DIGITS.get(metric.rpartition("/")[2], 2)
+
+
 def plain(value: object, digits: int = 3) -> str:
-    """Format a setting: a number in so many digits, "-" for NaN."""
-    if isinstance(value, float) and math.isnan(value):
+    """Format a setting: a fraction in so many digits, whole numbers in all theirs, "-" for NaN."""
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item, digits) for item in value)
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
         return "-"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if value.is_integer() else f"{value:.{digits}g}"
 
 
 def pair(mean: float, half: float, digits: int) -> str:

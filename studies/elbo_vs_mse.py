@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis import frames, latent_plots, plots
+from analysis import frames, plots
 from harness.config import RunConfig, UserError
 from studies.runner.answers import compare, judged
 from studies.runner.cli import main
@@ -103,7 +103,7 @@ STUDY = Study(
             partial(plots.class_errors, key=AXIS),
             "Test mse of the images of each class, mean over seeds.",
         ),
-        "kl_per_latent": (partial(latent_plots.kl_per_latent, axis=AXIS), latent_plots.KL_CAPTION),
+        "kl_per_latent": (partial(plots.kl_per_latent, axis=AXIS), plots.KL_CAPTION),
     },
     answer=cost_and_gain,
     seeds=5,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from analysis import frames, latent_plots, planes, plots
+from analysis import frames, plots
 from harness.config import RunConfig
 from studies.runner.answers import calibration, compare, is_worse, plus_minus, worst_class
 from studies.runner.cli import main
@@ -84,13 +84,13 @@ STUDY = Study(
             "linear model; dash-dotted, the weight from which on it has no active latent.",
         ),
         "rate_distortion": (
-            partial(planes.rate_distortion, axis=AXIS),
+            partial(plots.rate_distortion, axis=AXIS),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
-        "kl_per_latent": (partial(latent_plots.kl_per_latent, axis=AXIS), latent_plots.KL_CAPTION),
+        "kl_per_latent": (partial(plots.kl_per_latent, axis=AXIS), plots.KL_CAPTION),
         "quality_along_axis": (
-            partial(latent_plots.quality_along_axis, axis=AXIS),
-            latent_plots.QUALITY_CAPTION,
+            partial(plots.quality_along_axis, axis=AXIS),
+            plots.QUALITY_CAPTION,
         ),
     },
     answer=best_weight,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis import frames, latent_plots, planes, plots
+from analysis import frames, plots
 from harness.config import RunConfig, UserError
 from studies.runner.answers import is_worse
 from studies.runner.cli import main
@@ -104,12 +104,12 @@ STUDY = Study(
             "dimensions.",
         ),
         "rate_distortion": (
-            partial(planes.rate_distortion, axis=AXIS, group="weight"),
+            partial(plots.rate_distortion, axis=AXIS, group="weight"),
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (
-            partial(latent_plots.kl_per_latent, axis=AXIS, group="weight"),
-            latent_plots.KL_CAPTION,
+            partial(plots.kl_per_latent, axis=AXIS, group="weight"),
+            plots.KL_CAPTION,
         ),
     },
     answer=useful_latents,

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import harness
-from analysis import frames, ledger_plots
+from analysis import frames, plots
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, judge, required
 from studies.ledger.trained import (
     BLOG_KL_TERM,
@@ -154,7 +154,7 @@ def batch_figure(evidence: Evidence, form: Form) -> Figure:
     labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
     ranges = [batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
     star = float(BLOG_KL_TERM), float(BLOG_LOSS)
-    return ledger_plots.batch_plane(batches.kl_term, batches.loss, labels, ranges, star)
+    return plots.batch_plane(batches.kl_term, batches.loss, labels, ranges, star)
 
 
 def answer(rows: Sequence[Row], evidence: Evidence, form: Form) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from analysis import frames, search_frames, search_plots, tables
+from analysis import frames, plots, tables
 from harness.config import RunConfig, UserError
 from studies.runner.answers import calibration, plus_minus
 from studies.runner.cli import clear_errors, execute, read
@@ -203,9 +203,9 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     from studies.runner.summary import Findings
 
     study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
-    runs = search_frames.tidy_search(ended.runs)
+    runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
-    trials = search_frames.by_trial(searched, list(proposer.space))
+    trials = frames.by_trial(searched, list(proposer.space))
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
     confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
     again, default = (confirmed[confirmed["trial"] == trial] for trial in (number, DEFAULT))
@@ -218,12 +218,12 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
     table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
     ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = search_frames.importances({name: importances(study, i) for i, name in ranked})
+    shares = frames.importances({name: importances(study, i) for i, name in ranked})
     figures = {
-        "history": partial(search_plots.history, trials),
-        "parameters": partial(search_plots.parameters, trials),
-        **({} if shares.empty else {"importances": partial(search_plots.importances, shares)}),
-        **({"front": partial(search_plots.front, trials)} if len(objectives) > 1 else {}),
+        "history": partial(plots.search_history, trials),
+        "parameters": partial(plots.search_parameters, trials),
+        **({} if shares.empty else {"importances": partial(plots.search_importances, shares)}),
+        **({"front": partial(plots.search_front, trials)} if len(objectives) > 1 else {}),
     }
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     top = _top(searched, trials, list(proposer.space))

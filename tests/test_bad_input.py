@@ -15,6 +15,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from analysis import report
+from analysis.report.__main__ import main as report_main
 from harness import RunConfig
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
@@ -43,7 +44,7 @@ MAINS = {
     "all": all_studies.main,
     "reproduce": reproduce.main,
     "replay": replay.main,
-    "report": report.main,
+    "report": report_main,
 }
 """Every command line."""
 
@@ -206,7 +207,7 @@ def test_a_bad_name(name, refused, tmp_path):
     for command in ("kl_weight", "search", "reproduce"):
         assert "study_name=" in refused(lambda c=command: MAINS[c]([f"--study-name={name}"]))
     arguments = ["kl_weight", f"--study-name={name}", f"--tracking-uri=sqlite:///{tmp_path}/m.db"]
-    assert "study_name=" in refused(lambda: report.main(arguments))
+    assert "study_name=" in refused(lambda: report_main(arguments))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -263,7 +264,7 @@ def test_a_run_that_is_not_there(refused, databases, tmp_path):
     shutil.copy(databases / "good.db", tmp_path)
     words = [f"--tracking-uri=sqlite:///{tmp_path}/good.db"]
     assert "is not in" in refused(lambda: replay.main([RUN, *words]))
-    assert "no finished summary" in refused(lambda: report.main(["kl_weight", *words]))
+    assert "no finished summary" in refused(lambda: report_main(["kl_weight", *words]))
 
 
 # --- image files --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import harness
-from analysis import frames, planes, plots
+from analysis import frames, plots
 from harness import RunConfig, tracking
 from studies import Axis, Study, run
 from studies.runner.options import Options
@@ -58,7 +58,7 @@ def test_widths_are_an_axis_from_the_plan_to_the_report_and_the_study_grows(
         axis=Axis("hidden", [[8], (6, 4)]),
         figures={
             "metrics": (partial(plots.metrics_along_axis, axis="hidden"), "Along the widths."),
-            "plane": (partial(planes.rate_distortion, axis="hidden"), "In the plane."),
+            "plane": (partial(plots.rate_distortion, axis="hidden"), "In the plane."),
         },
         answer=lambda runs: f"The best is {frames.best_value(runs, 'hidden')}.",
     )
@@ -78,7 +78,7 @@ def test_widths_are_an_axis_from_the_plan_to_the_report_and_the_study_grows(
     ]
     loaded = harness.load_run(runs[2].run_id, tracking_uri)
     assert loaded.config.hidden == (6, 4)
-    frame = frames.load_runs("widths-digits", "widths-digits", tracking_uri)
+    frame = frames.load_study("widths-digits", tracking_uri=tracking_uri)
     assert set(frame["hidden"]) == {"8", "6,4", "none"}
     names = {path.name for path in (grown.folder / "figures").iterdir()}
     assert names == {"metrics.png", "plane.png"}

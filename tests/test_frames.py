@@ -1,6 +1,8 @@
 """Tidy frames: from a real store, and the statistics on known numbers."""
 
 import math
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import pytest
 from scipy import stats
 
 from analysis import frames, tables
-from harness import load_run
+from harness import RunConfig, UserError, load_run, tracking, train_and_evaluate
 
 
 def table(**columns):
@@ -16,7 +18,7 @@ def table(**columns):
 
 
 def test_a_study_loads_as_one_row_per_weight_and_seed(finished):
-    frame = frames.load_runs("kl_weight-digits", "kl_weight-digits", finished.tracking_uri)
+    frame = frames.load_study("kl_weight", "digits", finished.tracking_uri)
     cells = set(zip(frame["kl_weight"], frame["seed"], strict=True))
     assert cells == {(w, s) for w in (0.0, 0.02, 1.0) for s in (0, 1)}
     assert len(frame) == 6
@@ -28,16 +30,48 @@ def test_a_study_loads_as_one_row_per_weight_and_seed(finished):
 
 
 def test_frame_rows_hold_the_metrics_that_their_run_logged(finished):
-    frame = frames.load_runs("kl_weight-digits", "kl_weight-digits", finished.tracking_uri)
+    frame = frames.load_study("kl_weight", "digits", finished.tracking_uri)
     row = frame.iloc[3]
     run = load_run(row["run_id"], finished.tracking_uri)
     assert row["kl_weight"] == run.config.kl_weight
     assert row["mse"] == run.metrics["test/mse"]
 
 
-def test_what_is_not_there_is_an_empty_frame(finished):
-    assert frames.load_runs("kl_weight-digits", "other", finished.tracking_uri).empty
-    assert frames.load_runs("no-experiment", "other", finished.tracking_uri).empty
+def test_a_study_is_loaded_by_its_name(finished):
+    uri = finished.tracking_uri
+    by_name = frames.load_study("kl_weight-digits", tracking_uri=uri)
+    pd.testing.assert_frame_equal(by_name, frames.load_study("kl_weight", "digits", uri))
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "other", "search-digits"])
+def test_for_an_unknown_study_the_stored_ones_are_listed(name, finished):
+    with pytest.raises(UserError, match=f"'{name}' in .*, which has kl_weight-digits; make"):
+        frames.load_study(name, tracking_uri=finished.tracking_uri)
+    with pytest.raises(UserError, match="use up to 100 letters"):
+        frames.load_study("it's", tracking_uri=finished.tracking_uri)
+
+
+def test_results_and_stored_runs_make_the_same_frame(tiny, tracking_uri):
+    base = RunConfig(hidden=(16, 8), latent_size=3, epochs=2, kl_weight=0.02)
+    configs = [base.replace(seed=seed, sigma=s) for seed in (0, 1) for s in ("fixed", "optimal")]
+    where = {"experiment": "both", "tracking_uri": tracking_uri, "device": "cpu"}
+    made = frames.to_frame(tracking.train_and_evaluate(configs, tiny, **where))
+    stored = frames.load_study("both", tracking_uri=tracking_uri)
+    assert set(made) <= set(stored)
+    metrics = [name for name in made if "/" in name] + ["neg_elbo", "mse", "rate", "active_units"]
+    np.testing.assert_allclose(made[metrics], stored[metrics], rtol=1e-12)
+    np.testing.assert_allclose(made["decoder_variance"], stored["decoder_variance"], rtol=1e-12)
+    settings = [field.name for field in fields(RunConfig)]
+    different = [name for name in settings if made[name].tolist() != stored[name].tolist()]
+    assert different == ["hidden", "channels"]  # MLflow has Python's form of a tuple
+    assert set(made["hidden"]) == {"16,8"}
+
+
+def test_results_without_metrics_are_left_out(tiny):
+    diverged = SimpleNamespace(config=RunConfig(), metrics={}, history=[], best_epoch=1)
+    assert frames.to_frame([diverged]).empty
+    (result,) = train_and_evaluate([RunConfig(epochs=1)], tiny, device="cpu")
+    assert len(frames.to_frame([result, diverged])) == 1
 
 
 def test_half_width_is_the_t_interval_of_scipy():
@@ -99,14 +133,14 @@ def test_a_difference_within_its_interval_or_of_one_seed_is_not_distinguishable(
     assert "not distinguishable" in str(frames.paired_difference(first, second, "mse"))
 
 
-def test_differences_are_said_for_every_point_and_those_within_their_interval_are_marked():
+def test_differences_within_their_interval_are_marked():
     frame = table(w=[1, 1, 2, 2, 3, 3], seed=[0, 1] * 3, mse=[0.0, 1.0, 5.0, 6.01, 0.1, 0.9])
-    said = frames.differences(frame, ["w"], frame[frame["w"] == 1], ["mse"])
-    assert said["w"].tolist() == [1, 2, 3]
-    assert said["mse"][0] == "reference"
-    assert said["mse"][1].startswith("5 ±")
-    assert "not distinguishable" in said["mse"][2]
-    assert "not distinguishable" not in said["mse"][1]
+    found = frames.differences(frame, ["w"], frame[frame["w"] == 1], ["mse"])
+    assert found["w"].tolist() == [1, 2, 3]
+    assert found["mse"][0] == "reference"
+    assert found["mse"][1].startswith("5 ±")
+    assert "not distinguishable" in found["mse"][2]
+    assert "not distinguishable" not in found["mse"][1]
 
 
 def test_the_best_value_has_the_lowest_mean_on_validation():

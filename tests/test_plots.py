@@ -4,12 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import frames, latent_plots, planes, plots
+from analysis import frames, plots
+from analysis.plots.along_axis import FOUR
+from analysis.plots.style import label
+from analysis.tables import plain
+from harness.tracking.runs import Run
 
 
 @pytest.fixture(scope="module")
 def frame(finished):
-    return frames.load_runs("kl_weight-digits", "kl_weight-digits", finished.tracking_uri)
+    return frames.load_study("kl_weight", "digits", finished.tracking_uri)
 
 
 def test_the_panels_hold_mean_and_single_runs_of_each_metric(frame):
@@ -20,7 +24,7 @@ def test_the_panels_hold_mean_and_single_runs_of_each_metric(frame):
         assert np.allclose(mean.get_xdata(), expected.index)
         assert np.allclose(mean.get_ydata(), expected)
         assert sorted(dots.get_ydata()) == sorted(frame[metric])
-        assert panel.get_ylabel() == plots.LABELS[metric]
+        assert panel.get_ylabel() == label(metric)
 
 
 def test_weight_zero_has_a_place_on_the_logarithmic_axis(frame):
@@ -30,7 +34,7 @@ def test_weight_zero_has_a_place_on_the_logarithmic_axis(frame):
 
 
 def test_the_plane_holds_every_run_and_its_lines_have_constant_neg_elbo(frame):
-    panel = planes.rate_distortion(frame, "kl_weight").axes[0]
+    panel = plots.rate_distortion(frame, "kl_weight").axes[0]
     points = {(x, y) for line in panel.get_lines() for x, y in zip(*line.get_data(), strict=True)}
     assert set(zip(frame["rate"], frame["distortion"], strict=True)) <= points
     thin = [
@@ -49,9 +53,9 @@ def test_the_calibrated_weight_is_marked_where_the_ratio_crosses_one(frame):
     assert marks[0].get_xdata()[0] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("metric", plots.FOUR)
+@pytest.mark.parametrize("metric", FOUR)
 def test_the_linear_model_is_a_dashed_line_with_its_values(frame, metric):
-    panel = plots.metrics_along_axis(frame, "kl_weight").axes[plots.FOUR.index(metric)]
+    panel = plots.metrics_along_axis(frame, "kl_weight").axes[FOUR.index(metric)]
     dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"][0]
     expected = frame.groupby("kl_weight")[f"linear/{metric}"].mean()
     np.testing.assert_array_equal(dashed.get_xdata(), expected.index)
@@ -77,7 +81,7 @@ def test_one_seed_and_one_value_are_drawn_as_one_point(frame):
     for panel, metric in zip(panels, ("neg_elbo", "mse", "rate", "active_units"), strict=True):
         first = panel.get_lines()[0]
         assert first.get_xydata().tolist() == [[one["kl_weight"].item(), one[metric].item()]]
-    lines = planes.rate_distortion(one, "kl_weight").axes[0].get_lines()
+    lines = plots.rate_distortion(one, "kl_weight").axes[0].get_lines()
     assert [one["rate"].item(), one["distortion"].item()] in [
         point for line in lines for point in line.get_xydata().tolist()
     ]
@@ -96,9 +100,29 @@ def test_an_axis_of_names_is_drawn_in_its_order(frame):
     )
     for line in (mean, dashed):
         assert list(line.get_xdata()) == ["mlp", "conv", "linear"]
-    latent_plots.quality_along_axis(made, "model")
-    (legend,) = planes.rate_distortion(made, "model").legends
-    assert {text.get_text() for text in legend.get_texts()} >= set(NAMES)
+    plots.quality_along_axis(made, "model")
+    (legend,) = plots.rate_distortion(made, "model").legends
+    assert [text.get_text() for text in legend.get_texts()][1:] == ["mlp", "conv", "linear"]
+
+
+@pytest.mark.parametrize("widths", [("256", "512,256", "64,32"), ("512,256", "64", "128,64,32")])
+def test_an_axis_of_tuples_is_drawn_as_categories(widths, frame):
+    axis = frames.tidy(
+        [
+            Run(row["run_id"], row["name"], "FINISHED", {"hidden": width}, {}, {})
+            for width, (_, row) in zip(np.repeat(widths, 2), frame.iterrows(), strict=True)
+        ]
+    )
+    made = frame.assign(hidden=axis["hidden"])
+    panel = plots.metrics_along_axis(made, "hidden").axes[3]
+    assert list(panel.get_lines()[0].get_xdata()) == list(widths)
+    assert [text.get_text() for text in panel.get_xticklabels()] == list(widths)
+    (legend,) = plots.rate_distortion(made, "hidden").legends
+    assert [text.get_text() for text in legend.get_texts()][1:] == list(widths)
+    shown = plots.kl_per_latent(made.assign(rate=1.0), "hidden").axes
+    titles = [panel.get_title().split("\n")[0].removesuffix(" (best)") for panel in shown]
+    assert titles == [f"hidden = {width}" for width in widths]
+    assert frames.along_axis(made, "hidden", ["mse"])["hidden"].tolist() == list(widths)
 
 
 def test_calibration_is_marked_on_the_axis_of_a_weight_alone(frame):
@@ -112,15 +136,15 @@ def test_no_group_is_left_out_and_none_looks_like_another(frame):
     made = pd.concat([frame.assign(part=part) for part in TWELVE])
     panel = plots.metrics_along_axis(made, "kl_weight", "part").axes[0]
     assert [n for n in panel.get_legend_handles_labels()[1] if n.startswith("group")] == TWELVE
-    planes.rate_distortion(made, "kl_weight", "part")
-    lines = planes.frontier(made, "part").axes[0].get_lines()
+    plots.rate_distortion(made, "kl_weight", "part")
+    lines = plots.frontier(made, "part").axes[0].get_lines()
     looks = {(x.get_color(), x.get_marker()) for x in lines if x.get_label() in TWELVE}
     assert len(looks) == len(TWELVE)
 
 
 def test_many_classes_have_a_colour_each():
     rows = {"model": "one", "x": range(12), "y": range(12), "class": range(12)}
-    panel = planes.latent_scatter(pd.DataFrame(rows)).axes[0]
+    panel = plots.latent_scatter(pd.DataFrame(rows)).axes[0]
     assert len({line.get_color() for line in panel.get_lines()}) == 12
 
 
@@ -134,7 +158,8 @@ def test_the_diagonal_of_all_latents_does_not_look_like_the_linear_model(frame):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0021544, "0.00215"), (1024.0, "1024"), (10, "10"), ("conv", "conv"), (0.0, "0")],
+    [(0.0021544, "0.00215"), (1024.0, "1024"), (10, "10"), ("conv", "conv"), (0.0, "0")]
+    + [(float("nan"), "-"), ((256, 64), "256, 64")],
 )
-def test_values_of_an_axis_are_said_shortly(value, text):
-    assert plots.said(value) == text
+def test_values_are_written_shortly(value, text):
+    assert plain(value) == text

@@ -10,7 +10,9 @@ from uuid import uuid4
 import pytest
 from PIL import Image
 
-from analysis import markup, report
+from analysis import report
+from analysis.report.__main__ import main
+from analysis.report.page import table
 from harness import UserError, tracking
 from harness.tracking.addresses import without_password
 
@@ -148,7 +150,7 @@ def test_columns_of_numbers_and_no_others_stand_right(page):
     + [("7f403d31", False), ("pixels", False), ("2 of 3", False), ("(256, 64)", False)],
 )
 def test_what_a_number_is(cell, is_number):
-    assert (markup.Column("name", [cell]).kind != "") == is_number
+    assert (table(["name"], [[cell]])["columns"][0]["kind"] == "number") == is_number
 
 
 def test_images_have_captions_their_own_size_and_names_of_rows(page):
@@ -274,7 +276,7 @@ def record(tracking_uri: str, folder: Path, name: str, status: str = "FINISHED")
 def refused(arguments: list[str], capsys) -> str:
     """Run a command line that ends with one line and exit code 2, and return the line."""
     with pytest.raises(SystemExit) as stop:
-        report.main(arguments)
+        main(arguments)
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert printed.out == ""
@@ -294,12 +296,12 @@ def test_the_command_line_reports_on_the_newest_finished_summary(
     record(tracking_uri, failed, "kl_weight-digits", "FAILED")
     record(tracking_uri, other, "closer")
 
-    report.main(["kl_weight", "--tracking-uri", tracking_uri])
+    main(["kl_weight", "--tracking-uri", tracking_uri])
     written = tmp_path / "reports/kl_weight-digits/report.html"
     assert capsys.readouterr().out == f"{written}\n"
     assert written.read_text() == report.build(folder).read_text()
 
-    report.main(["kl_weight", "--study-name", "closer", "--tracking-uri", tracking_uri])
+    main(["kl_weight", "--study-name", "closer", "--tracking-uri", tracking_uri])
     assert "Of another study." in (tmp_path / "reports/closer/report.html").read_text()
 
 

@@ -13,7 +13,9 @@ import pytest
 from real_stores import copy_home
 
 import harness
-from analysis import search_frames, search_plots
+from analysis import frames, plots
+from analysis.frames import is_numeric
+from analysis.plots.search import NAMES, PANELS
 from harness import RunConfig, tracking
 from harness.tracking import record as recording
 from harness.tracking.runs import Run
@@ -321,9 +323,9 @@ def test_a_pruned_trial_ends_all_its_runs_and_the_reason_is_kept(train_uneven, t
         assert [m.step for m in history] == [1]
         assert not any(name.startswith("test/") for name in run.metrics)
     assert [t.state.name for t in queue.trials()[5:]] == ["PRUNED", "PRUNED"]
-    frame = search_frames.load_search(NAME, NAME, tracking_uri)
+    frame = frames.load_study(NAME, tracking_uri=tracking_uri, pruned=True)
     assert frame["pruned"].all()
-    assert len(search_frames.by_trial(frame, list(queue.proposer.space))) == 2
+    assert len(frames.by_trial(frame, list(queue.proposer.space))) == 2
     assert queue.left() == 0
 
 
@@ -371,14 +373,14 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tin
 
 @pytest.fixture(scope="module")
 def trials(searched):
-    frame = search_frames.load_search(NAME, NAME, searched.uri)
+    frame = frames.load_study(NAME, tracking_uri=searched.uri, pruned=True)
     space = make_plan(SearchOptions()).proposer.space
-    table = search_frames.by_trial(frame[frame["part"] == "search"], list(space))
+    table = frames.by_trial(frame[frame["part"] == "search"], list(space))
     return table.assign(front=table["trial"] < 3)
 
 
 def test_the_history_holds_every_trial_and_the_best_so_far(trials):
-    panel = search_plots.history(trials).axes[0]
+    panel = plots.search_history(trials).axes[0]
     done, cut, best = panel.get_lines()[:3]
     assert sorted([*done.get_xdata(), *cut.get_xdata()]) == list(trials["trial"])
     finished = trials[~trials["pruned"]]["val/neg_elbo"]
@@ -386,24 +388,24 @@ def test_the_history_holds_every_trial_and_the_best_so_far(trials):
 
 
 def test_each_setting_has_a_panel_with_every_trial(trials):
-    figure = search_plots.parameters(trials)
-    for panel, setting in zip(figure.axes, search_plots.PANELS, strict=False):
+    figure = plots.search_parameters(trials)
+    for panel, setting in zip(figure.axes, PANELS, strict=False):
         dots = np.concatenate([c.get_offsets() for c in panel.collections])
         assert sorted(dots[:, 1]) == pytest.approx(sorted(trials["val/neg_elbo"]))
-        if setting not in search_plots.CATEGORIES:
+        if is_numeric(trials[setting]):
             assert sorted(dots[:, 0]) == pytest.approx(sorted(trials[setting]))
 
 
 def test_the_front_is_drawn_through_its_trials_alone(trials):
-    panel = search_plots.front(trials).axes[0]
+    panel = plots.search_front(trials).axes[0]
     line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
     assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/mse"])
 
 
 @pytest.mark.parametrize("left_out", [[], ["kl_warmup_epochs"], ["kl_weight", "latent_size"]])
 def test_the_front_says_the_settings_that_were_searched(trials, left_out):
-    searched = {c: n for c, n in search_plots.NAMES.items() if c not in left_out}
-    (legend,) = search_plots.front(trials.drop(columns=left_out)).legends
+    searched = {c: n for c, n in NAMES.items() if c not in left_out}
+    (legend,) = plots.search_front(trials.drop(columns=left_out)).legends
     said = [text.get_text() for text in legend.get_texts()]
     heading = next(i for i, text in enumerate(said) if text.startswith("trial: "))
     assert said[heading] == f"trial: {', '.join(searched.values())}"
@@ -417,17 +419,17 @@ def test_the_front_says_the_settings_that_were_searched(trials, left_out):
 def test_one_trial_is_drawn_as_one_point(trials):
     one = trials[~trials["pruned"]][:1].assign(front=True)
     number, value = one["trial"].item(), one["val/neg_elbo"].item()
-    done, cut, best = search_plots.history(one).axes[0].get_lines()[:3]
+    done, cut, best = plots.search_history(one).axes[0].get_lines()[:3]
     assert done.get_xydata().tolist() == best.get_xydata().tolist() == [[number, value]]
     assert len(cut.get_xdata()) == 0
     dots = [
-        dot for c in search_plots.parameters(one).axes[0].collections for dot in c.get_offsets()
+        dot for c in plots.search_parameters(one).axes[0].collections for dot in c.get_offsets()
     ]
     assert [dot[1] for dot in dots] == [value]
     (front,) = [
         line
-        for line in search_plots.front(one).axes[0].get_lines()
+        for line in plots.search_front(one).axes[0].get_lines()
         if line.get_label() == "Pareto front"
     ]
     assert front.get_ydata().tolist() == [one["val/mse"].item()]
-    search_plots.importances(search_frames.importances({"val/neg_elbo": {"kl_weight": 1.0}}))
+    plots.search_importances(frames.importances({"val/neg_elbo": {"kl_weight": 1.0}}))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis import frames, report
+from analysis.report import page as report_page
 from harness.tracking import connect
 from harness.tracking.addresses import without_password
 from studies import kl_weight
@@ -96,7 +97,7 @@ def test_names_and_tags_of_real_runs_are_escaped_in_the_report(tracking_uri, tmp
     log.metrics(metrics, step=1)
     log.end()
     folder = write_folder(tmp_path / "s", settings={"tags": tags}, question=ATTACK)
-    frames.load_runs("e-digits", "e", tracking_uri).to_csv(folder / "runs.csv", index=False)
+    frames.load_study("e", tracking_uri=tracking_uri).to_csv(folder / "runs.csv", index=False)
     page = Page(report.build(folder))
     assert "script" not in page.texts
     assert ATTACK in page.texts["td"]
@@ -111,4 +112,4 @@ def test_make_ui_listens_on_this_machine_alone():
     started = [line for line in makefile.splitlines() if "mlflow ui" in line]
     assert len(started) == 1
     assert "--host 127.0.0.1" in started[0]
-    assert "127.0.0.1" in report.UI
+    assert "127.0.0.1" in report_page.UI

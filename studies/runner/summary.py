@@ -8,7 +8,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from analysis import frames, planes, report, tables
+from analysis import frames, plots, report, tables
+from analysis.report.summary import Exhibit, Summary
 from harness import provenance
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError
@@ -33,6 +34,7 @@ from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
@@ -50,22 +52,19 @@ LONGEST_WAIT = 60.0
 SCATTERED = 1000
 """Test images of a latent scatter."""
 
-COMPARED = (
-    *("val/neg_elbo", "neg_elbo", "neg_log_likelihood"),
-    *("mse", "probe_accuracy", "frechet"),
-)
+COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
 """Metrics of the table of paired differences."""
 
 TABLE_CAPTION = (
-    "Mean and 95 % t interval over seeds; val/ on validation data, all else on test data, both "
-    "after the last epoch. best/epoch is the epoch in which validation was best, best/val/ its "
+    "Mean and 95 % t interval over seeds; val/ on validation data, all others on test data, both "
+    "after the last epoch. best/epoch is the epoch with the best validation value, best/val/ that "
     "value."
 )
 
 
 @dataclass(frozen=True)
 class Ended:
-    """All that a study has to answer from.
+    """The trials and runs that a study is answered from.
 
     Attributes:
         trials: of the study and of its confirmation.
@@ -92,21 +91,21 @@ class Ended:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found, ready to be written.
+    """The results of a study, ready to be written.
 
     Attributes:
         table: the main table, for the terminal and the summary run.
         frame: all runs, written to runs.csv.
         tables: file name -> (table, caption), for the report.
-        figures: file name -> (returns the figure, caption).
+        figures: file name -> (function that draws the figure, caption).
         models: label -> run id of the models that are pictured side by side.
-        closer: label of the one that is pictured in detail, "" without models.
+        closer: label of the model that is pictured in detail, "" without models.
         best: the run whose model the summary run holds, a row of a frame of runs.
         shown: metrics of the summary run.
         settings: parameters of the summary run.
         columns: of MLflow's view of the runs; empty for seed and the table's.
         seed: of the pictured runs.
-        sections: further parts of the outcome, for a page's own display.
+        sections: further parts of the outcome, for a page that displays it itself.
     """
 
     table: pd.DataFrame
@@ -126,11 +125,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished study found.
+    """A finished study, as it is shown.
 
     Attributes:
         folder: where tables, figures and pictures were written.
-        failed: what could not be measured of the runs, "" if nothing.
+        failed: which metrics of the runs could not be computed, "" if none.
     """
 
     plan: Plan
@@ -143,41 +142,26 @@ class Outcome:
 
 
 def ended(
-    plan: Plan,
-    data: Dataset,
-    store: Store,
-    study: optuna.Study,
-    trials: Sequence[FrozenTrial],
+    plan: Plan, data: Dataset, store: Store, study: optuna.Study, trials: Sequence[FrozenTrial]
 ) -> Ended:
-    """Read the runs of a study back from MLflow, and check that none is missing."""
+    """Read the runs of a study from MLflow, and check that none is missing."""
     log.info("reading the runs back from MLflow")
-    known = {key for trial in trials if has_result(trial) for key in keys(trial)}
+    # The plan's order, which changes when a study grows; trials that it lacks come last.
+    places = {key: plan.proposer.place(t) for t in trials if has_result(t) for key in keys(t)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
-    runs = _in_order([run for run in every if run.key in known], plan, trials)
+    runs = [run for run in every if run.key in places]
+    runs.sort(key=lambda run: (places[run.key] is None, places[run.key] or 0))
     found = Ended(plan, data, store, study, trials, runs)
-    finished = {run.key for run in found.finished}
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    complete = {key for t in trials if t.state.name == "COMPLETE" for key in keys(t)}
     if not complete:
         raise UserError(f"study {plan.name!r} has no finished run: every one diverged")
-    wanted = {key for trial in complete for key in keys(trial)}
-    if missing := wanted - finished:
+    if missing := complete - {run.key for run in found.finished}:
         raise UserError(
-            f"study {plan.name!r} has {len(wanted)} finished runs in Optuna, of which "
+            f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
             f"{len(missing)} are not in {without_password(store.uri)}; give the store that it was "
             "tracked in with --tracking-uri, or begin a new study with --study-name"
         )
     return found
-
-
-def _in_order(runs: Sequence[Run], plan: Plan, trials: Sequence[FrozenTrial]) -> list[Run]:
-    """Return runs in the order of the plan, which changes when a study grows; others come last."""
-    places = {key: plan.proposer.place(trial) for trial in trials for key in keys(trial)}
-
-    def order(run: Run) -> tuple[bool, int]:
-        place = places[run.key]
-        return place is None, place or 0
-
-    return sorted(runs, key=order)
 
 
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
@@ -187,20 +171,20 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
     """
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
-    for place, known in enumerate(found.runs):
-        if known.tags.get("place") != str(place):
-            found.store.tag(known.run_id, "place", str(place))
+    for place, run in enumerate(found.runs):
+        if run.tags.get("place") != str(place):
+            found.store.tag(run.run_id, "place", str(place))
     tags = provenance.tags(provenance.provenance(found.data, "cpu"))
     del tags["device_name"]  # of the runs, if they were trained on a GPU
     tags |= {"study": found.plan.name, "role": "summary"}
     tags |= {"configuration": f"best: {findings.best['name']}"}
-    run = found.store.start(experiment_id, key, "summary", tags, dict(findings.settings))
+    started = found.store.start(experiment_id, key, "summary", tags, dict(findings.settings))
     try:
-        log_summary(outcome, findings, found, run)
+        log_summary(outcome, findings, found, started)
     except BaseException as error:
-        run.end(*interruption(error))
+        started.end(*interruption(error))
         raise
-    run.end()
+    started.end()
     found.store.deliver([key])
     return outcome, found.store.run(key).run_id
 
@@ -222,19 +206,18 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
-    plan, store, data, failures = found.plan, found.store, found.data, list[str]()
+    plan, failures = found.plan, list[str]()
 
-    def tried(what: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
+    def attempt(part: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
         try:
             return function()
-        except UserError:
-            raise
         except Exception as error:
-            log.warning("%s failed", what, exc_info=True)
-            failures.append(f"{what}: {error!r}")
-            return None
+            if isinstance(error, UserError):
+                raise
+            log.warning("%s failed", part, exc_info=True)
+            failures.append(f"{part}: {error!r}")
 
-    answer = tried("the answer", findings.answer) or "The answer failed."
+    answer = attempt("the answer", findings.answer) or "The answer failed."
     failed = _failed_metrics(found.finished)
     answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
     findings.frame.to_csv(folder / "runs.csv", index=False)
@@ -243,41 +226,35 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     log.info("drawing figures")
     figures = []
     for name, (draw, caption) in findings.figures.items():
-        figure = tried(f"figure {name!r}", draw)
-        if figure is not None:
-            figure.savefig(folder / f"figures/{name}.png", dpi=150)
-            figures.append({"file": f"figures/{name}.png", "caption": caption})
-    drawn = tried("the pictures", lambda: write_pictures(folder, findings, data, store)) or []
-    outcome = Outcome(
-        plan, findings.table, answer, folder, experiment_id, failed, findings.sections
+        if (figure := attempt(f"figure {name!r}", draw)) is not None:
+            figures.append(Exhibit(f"figures/{name}.png", caption))
+            figure.savefig(folder / figures[-1].file, dpi=150)
+    drawn = attempt("the pictures", lambda: write_pictures(folder, findings, found)) or []
+    summary = Summary(
+        study=plan.page,
+        name=plan.name,
+        question=plan.question.strip(),
+        command=plan.command,
+        settings=dict(findings.settings),
+        figures=figures,
+        pictures=drawn,
+        tables=[Exhibit(f"{name}.csv", text) for name, (_, text) in findings.tables.items()],
+        dataset=found.data.name,
+        answer=answer,
+        versions={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        dataset_digest=found.data.digest,
+        experiment_id=experiment_id,
+        tracking_uri=without_password(found.store.uri),
     )
-    summary = {
-        "study": plan.page,
-        "name": plan.name,
-        "question": plan.question.strip(),
-        "command": plan.command,
-        "settings": dict(findings.settings),
-        "figures": figures,
-        "pictures": drawn,
-        "tables": [
-            {"file": f"{name}.csv", "caption": caption}
-            for name, (_, caption) in findings.tables.items()
-        ],
-        "dataset": data.name,
-        "answer": answer,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "dataset_digest": data.digest,
-        "experiment_id": experiment_id,
-        "tracking_uri": without_password(store.uri),
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2))
     report.build(folder)
     if failures:
         raise SummaryError(
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest of the "
             f"report is in {folder}, and the same command tries again"
         )
-    return outcome
+    sections = findings.sections
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, sections)
 
 
 def make_folder(folder: Path) -> Path:
@@ -290,13 +267,14 @@ def make_folder(folder: Path) -> Path:
 def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog) -> None:
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
-    # First: a study whose summary is complete does not come by again.
+    # First: a study whose summary is complete is not summarized again.
     columns = findings.columns or ["seed", *outcome.table.columns]
     save_view(store, outcome.experiment_id, columns, best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
-    description = describe(outcome)
-    run.tag(NOTE, description)
+    table = tables.markdown(tables.cells(outcome.table))
+    question = outcome.plan.question.strip()
+    run.tag(NOTE, f"**{question}**\n\n{outcome.answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -304,12 +282,6 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     loaded = load_run(best["run_id"], store.uri)
     run.metrics(named, loaded.config.epochs)
     run.model(loaded.config, loaded.model)
-
-
-def describe(outcome: Outcome) -> str:
-    """Return the summary as Markdown: question, answer, table."""
-    table = tables.markdown(tables.cells(outcome.table))
-    return f"**{outcome.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n"
 
 
 def _failed_metrics(runs: Sequence[Run]) -> str:
@@ -321,11 +293,11 @@ def _failed_metrics(runs: Sequence[Run]) -> str:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Return a sentence for each part of their making in which compared runs differ."""
+    """Return a sentence for each of code, versions and device in which compared runs differ."""
     sentences = []
     for part, (kind, name) in MADE_WITH.items():
         counts = Counter(getattr(run, kind).get(name) for run in runs)
-        counts.pop(None, None)  # a run of an earlier version has none
+        counts.pop(None, None)  # of an earlier version
         if len(counts) > 1:
             each = "; ".join(f"{count} with {made}" for made, count in counts.most_common())
             sentences.append(
@@ -339,45 +311,38 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def compare_points(study: Study, found: Ended) -> Findings:
-    """Return what the runs of a grid of points found."""
-    frame = frames.tidy(found.finished)
-    axes = study.columns
-    lost = {_coordinates(run, axes) for run in found.diverged}
-    ranked = frame[[_coordinates(run, axes) not in lost for run in found.finished]]
+    """Return the results of a grid of points."""
+    axes, runs = study.columns, [r for r in found.runs if r.status in ("FINISHED", "FAILED")]
+    every = frames.tidy(runs).assign(diverged=[float(run.status == "FAILED") for run in runs])
+    frame = every[every["diverged"] == 0].drop(columns="diverged")
+    ranked = frame[every.groupby(axes)["diverged"].transform("max")[frame.index] == 0]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
     if found.diverged:
-        table = _with_diverged(table, study, found)
+        table = _with_diverged(table, axes, every)
     reference = _reference(study, ranked, axes)
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, axes, reference, compared)
     compared_with = reference["name"].iloc[0].rpartition(" seed=")[0]
     caption = f"Difference from {compared_with}, paired by seed, with its 95 % t interval."
-    models = _first_seeds(study, frame)
-    values = frame.set_index("name")[study.objective]
+    first = frame[frame["seed"] == 0]
+    if study.group and len(first):
+        first = first[first[study.group] == first[study.group].iloc[-1]]
+    labels = first["name"].str.rpartition(" seed=")[0]
     best = ranked.loc[ranked[study.objective].idxmin()]
-
-    def answer() -> str:
-        sentences = [study.answer(ranked)]
-        return "\n\n".join(sentences + ([_diverged(found.diverged)] if found.diverged else []))
-
     return Findings(
         table=table,
-        answer=answer,
+        answer=lambda: "\n\n".join(filter(None, [study.answer(ranked), _diverged(found.diverged)])),
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": (differences, caption)},
         figures={
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
-        models=models,
-        closer=min(models, key=lambda label: values[f"{label} seed=0"], default=""),
+        models=dict(zip(labels, first["run_id"], strict=True)),
+        closer=labels[first[study.objective].idxmin()] if len(first) else "",
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings=_settings(study, found.plan, frame),
     )
-
-
-def _coordinates(run: Run, axes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(run.params[axis] for axis in axes)
 
 
 def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
@@ -390,101 +355,85 @@ def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
     return {**plan.source.settings, "values": values, "seeds": seeds, **shared}
 
 
-def _reference(study: Study, frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _reference(study: Study, frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
     """Return the runs that all points are compared with: the study's reference, or the best."""
-    if study.reference in set(frame[keys[-1]]):
-        return frame[frame[keys[-1]] == study.reference]
-    best = frame.groupby(keys)[study.objective].mean().idxmin()
+    if study.reference in set(frame[axes[-1]]):
+        return frame[frame[axes[-1]] == study.reference]
+    best = frame.groupby(axes)[study.objective].mean().idxmin()
     best = best if isinstance(best, tuple) else (best,)
-    return frame[(frame[keys] == list(best)).all(axis=1)]
+    return frame[(frame[axes] == list(best)).all(axis=1)]
 
 
 def _diverged(runs: Sequence[Run]) -> str:
+    if not runs:
+        return ""
     named = "; ".join(f"{run.name} {run.tags['reason']}" for run in runs)
     count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
     return f"{count} values are not ranked: {named}."
 
 
-def _with_diverged(table: pd.DataFrame, study: Study, found: Ended) -> pd.DataFrame:
-    """Add to a table of points how many runs of each diverged, and the points without another."""
-    axes = study.columns
-    every = frames.tidy([*found.finished, *found.diverged])
-    lost = frames.tidy(found.diverged).groupby(axes, sort=False).size()
-    counts = every.groupby(axes, sort=False).size().rename("runs").reset_index()
-    texts = [
-        f"{lost.get(point[0] if len(axes) == 1 else tuple(point), 0)} of {runs}"
-        for *point, runs in counts.itertuples(index=False)
-    ]
-    return counts[axes].assign(diverged=texts).merge(table, on=axes, how="left")
-
-
-def _first_seeds(study: Study, frame: pd.DataFrame) -> dict[str, str]:
-    """Return the runs of seed 0 in the study's last group: label -> run id."""
-    first = frame[frame["seed"] == 0]
-    if study.group and len(first):
-        first = first[first[study.group] == first[study.group].iloc[-1]]
-    labels = first["name"].str.rpartition(" seed=")[0]
-    return dict(zip(labels, first["run_id"], strict=True))
+def _with_diverged(table: pd.DataFrame, axes: list[str], every: pd.DataFrame) -> pd.DataFrame:
+    """Add to a table the diverged runs of each point, and points without a finished run."""
+    points = frames.along_axis(every, axes, ["diverged"])
+    lost = points["diverged"] * points["seeds"]
+    texts = [f"{n:.0f} of {runs}" for n, runs in zip(lost, points["seeds"], strict=True)]
+    return points[axes].assign(diverged=texts).merge(table, on=axes, how="left")
 
 
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def write_pictures(
-    folder: Path, findings: Findings, data: Dataset, store: Store
-) -> list[dict[str, Any]]:
-    """Draw models side by side, and one of them closer; return what the report shows of each."""
+def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhibit]:
+    """Draw models side by side, and one of them in detail."""
     if not findings.models:
         return []
     log.info("drawing pictures of the models")
-    models = {label: load_run(run, store.uri).model for label, run in findings.models.items()}
-    labels, stack, seed = list(models), list(models.values()), findings.seed
-    closer = findings.closer
-    drawn = [
-        (
+    data, seed, closer = found.data, findings.seed, findings.closer
+    models = {label: load_run(run, found.store.uri).model for label, run in findings.models.items()}
+    labels, stack, detailed = list(models), list(models.values()), models[closer]
+
+    def save(name: str, picture: np.ndarray, caption: str, rows: Sequence[str] = ()) -> Exhibit:
+        Image.fromarray(picture).save(folder / f"pictures/{name}.png")
+        return Exhibit(f"pictures/{name}.png", caption, rows)
+
+    return [
+        save(
             "reconstructions",
             pictures.reconstructions(stack, data.test),
-            "Test images (top row) and their reconstructions from the posterior mean, "
-            f"seed {seed}.",
+            f"Test images (top row) and reconstructions from the posterior mean, seed {seed}.",
             ["test images", *labels],
         ),
-        (
+        save(
             "prior_samples",
             pictures.sample_rows(stack, seed),
             f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
             labels,
         ),
-        (
+        save(
             "traversals",
-            pictures.traversals(models[closer], data),
+            pictures.traversals(detailed, data),
             f"{closer}: one latent a row from -3 to 3, largest KL first, the others 0.",
-            None,
         ),
-        (
+        save(
             "interpolations",
-            pictures.interpolations(models[closer], data.test),
+            pictures.interpolations(detailed, data.test),
             f"{closer}: straight lines between the posterior means of pairs of test images.",
-            None,
         ),
+        _scatter(folder, models, data),
     ]
-    listed = []
-    for name, picture, caption, rows in drawn:
-        Image.fromarray(picture).save(folder / f"pictures/{name}.png")
-        listed.append({"file": f"pictures/{name}.png", "caption": caption, "rows": rows})
-    return [*listed, _scatter(folder, models, data)]
 
 
-def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> dict[str, Any]:
+def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> Exhibit:
     part = data.test.head(SCATTERED)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
-    planes_of = []
+    planes = []
     for label, model in models.items():
         x, y = probes.latent_plane(model, part).T
-        planes_of.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
-    planes.latent_scatter(pd.concat(planes_of)).savefig(folder / "pictures/latents.png", dpi=130)
+        planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
+    plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
     coloured = ", coloured by class" if data.classes > 1 else ""
     caption = (
         f"Posterior means of {len(classes)} test images{coloured}: both latents of two, the first "
         "two principal components of more. Each panel has its own scale."
     )
-    return {"file": "pictures/latents.png", "caption": caption, "rows": None}
+    return Exhibit("pictures/latents.png", caption)

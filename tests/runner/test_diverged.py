@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from analysis import frames
 from harness import RunConfig, train
 from harness.tracking import connect
 from harness.tracking.record import divergence
 from studies import kl_normalization, kl_weight
 from studies.runner.options import Options
 from studies.runner.run import run
-from studies.runner.study import make_plan
+from studies.runner.study import Axis, make_plan
 from studies.runner.terminal import Terminal
 
 SMALL = RunConfig(hidden=(16,), latent_size=2, batch_size=16, epochs=1)
@@ -133,3 +134,20 @@ def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path
     found = run(plan, tiny, options, Terminal())
     assert (found.folder / "pictures" / "latents.png").exists()
     assert "1 run diverged, and its values are not ranked: batch, " in found.answer
+
+
+def test_a_lost_point_keeps_the_text_of_an_axis_of_tuples(tracking_uri, tmp_path, tiny):
+    study = replace(
+        kl_weight.STUDY,
+        base=SMALL,
+        axis=Axis("hidden", ((6, 4), (8,))),
+        figures={},
+        answer=lambda frame: f"The best is {frames.best_value(frame, 'hidden')}.",
+    )
+    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
+    options = Options(seeds=1, settings={"epochs": 1}, **places)
+    plan = diverging(make_plan(study, options), {"hidden=6,4 seed=0"})
+    found = run(plan, tiny, options, Terminal())
+    assert list(found.table["hidden"]) == ["6,4", "8"]
+    assert list(found.table["diverged"]) == ["1 of 1", "0 of 1"]
+    assert found.answer.startswith("The best is 8.")

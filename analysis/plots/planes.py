@@ -1,109 +1,96 @@
-"""Figures of two metrics, or of two latent coordinates, against each other."""
+"""Figures of distortion against rate, and of loss against its KL term."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.plots import COLORS, GREY, LABELS, canvas, despine, plain_text, said
+from analysis import frames
+from analysis.plots.style import COLORS, GREY, canvas, label
+from analysis.tables import plain
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DISTINCT = 10
-"""Colours of seaborn's palette "colorblind"; more classes than these would share some."""
-
 MARKS = "osD^vP*X"
 """One more than colours, so that groups with the same colour have other marks."""
-
-
-def latent_scatter(places: pd.DataFrame) -> Figure:
-    """Plot where images lie in latent space, a panel a model, coloured by class.
-
-    Args:
-        places: columns model, x, y, class; one row per image and model.
-    """
-    import seaborn as sns
-
-    models = list(places["model"].unique())
-    columns = min(4, len(models))
-    rows = -(-len(models) // columns)
-    figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
-    classes = places["class"].nunique()
-    palette = sns.color_palette("colorblind" if classes <= DISTINCT else "husl", classes)
-    for panel, model in zip(panels.flat, models, strict=False):
-        part = places[places["model"] == model]
-        for digit, color in zip(sorted(places["class"].unique()), palette, strict=True):
-            here = part[part["class"] == digit]
-            name = plain_text(str(digit))
-            panel.plot(here["x"], here["y"], ".", ms=3, color=color, label=name)
-        panel.set_title(model, fontsize=9)
-        panel.set_xticks([])
-        panel.set_yticks([])
-    for panel in panels.flat[len(models) :]:
-        panel.set_axis_off()
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    if classes > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
-    return figure
 
 
 def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot test distortion against rate, one dot a run, with lines of equal `neg_elbo`.
 
-    Args:
-        frame: one row per run; runs without a rate are left out.
-        axis: column along which means are joined.
-        group: column of the lines; without it colours follow the axis.
+    Means are joined along the axis, a colour a group; without groups colours follow the axis. Runs
+    without a rate are left out.
     """
     import seaborn as sns
 
     figure, panel = canvas(8, 6)
     frame = frame.dropna(subset=["rate"])
     shown = _bounded(frame, axis)
-    iso_lines(panel, shown)
+    _iso_lines(panel, shown)
     keys = [group, axis] if group else [axis]
-    means = frame.groupby(keys, sort=False)[["rate", "distortion"]].mean().reset_index()
+    means = frames.along_axis(frame, keys, ["rate", "distortion"])
     lines = means.groupby(group, sort=False) if group else [("", means)]
     colors = cycle(COLORS if group else sns.color_palette("viridis", len(means)))
     for name, part in lines:
         line_color = next(colors) if group else GREY
-        part = part.sort_values(axis)
         panel.plot(part["rate"], part["distortion"], color=line_color, lw=1, label=name or None)
         for _, point in part.iterrows():
             color = line_color if group else next(colors)
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]
             panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
-            off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
-            label = None if group else f"{said(point[axis])}{off}"
-            place = (point["rate"], point["distortion"])
-            panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4, label=label)
+            place, text = (point["rate"], point["distortion"]), plain(point[axis])
+            dot = {"color": color, "ms": 9, "mec": "white", "zorder": 4}
             if group:
-                panel.annotate(said(point[axis]), place, xytext=(5, 4), textcoords="offset points")
-    panel.set_xlabel(LABELS["rate"])
-    panel.set_ylabel(LABELS["distortion"])
-    title = f"{group}; numbers are {axis}" if group else LABELS.get(axis, axis)
+                panel.plot(*place, "o", **dot)
+                panel.annotate(text, place, xytext=(5, 4), textcoords="offset points")
+            else:
+                off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
+                panel.plot(*place, "o", label=text + off, **dot)
+    panel.set(xlabel=label("rate"), ylabel=label("distortion"))
+    title = f"{group}; numbers are {axis}" if group else label(axis)
     figure.legend(title=title, loc="outside right upper", frameon=False)
-    despine(figure)
     return figure
 
 
 def frontier(frame: pd.DataFrame, group: str) -> Figure:
     """Plot every run of several studies on one rate-distortion plane, coloured by a column."""
     figure, panel = canvas(9, 6)
-    iso_lines(panel, frame)
+    _iso_lines(panel, frame)
     for (name, part), color, mark in zip(
         frame.groupby(group, sort=False), cycle(COLORS), cycle(MARKS), strict=False
     ):
         panel.plot(part["rate"], part["distortion"], mark, color=color, ms=5, alpha=0.6, label=name)
-    panel.set_xlabel(LABELS["rate"])
-    panel.set_ylabel(LABELS["distortion"])
+    panel.set(xlabel=label("rate"), ylabel=label("distortion"))
     figure.legend(title=group, loc="outside right upper", frameon=False)
-    despine(figure)
+    return figure
+
+
+def batch_plane(
+    kl_term: np.ndarray,
+    loss: np.ndarray,
+    labels: Sequence[str],
+    ranges: Sequence[tuple[float, float]],
+    star: tuple[float, float],
+) -> Figure:
+    """Plot the loss of batches against their KL term, a colour a seed, and one batch as a star.
+
+    Arrays have shape (S, batches), pixel^2. `labels` name the seeds; `ranges` are the limits of KL
+    term and loss that are drawn as a dotted frame.
+    """
+    figure, panel = canvas(8, 6)
+    for x, y, name, color in zip(kl_term, loss, labels, cycle(COLORS), strict=False):
+        panel.plot(x, y, ".", ms=3, alpha=0.4, color=color, label=name)
+    (left, right), (low, high) = ranges
+    panel.plot([left, right, right, left, left], [low, low, high, high, low], ":", color=GREY)
+    panel.plot(*star, "*", ms=18, color="#000000", mec="white", label="the blog's last batch")
+    panel.set(xlabel="KL term of the batch (pixel²)", ylabel="loss of the batch (pixel²)")
+    figure.legend(loc="outside right upper", frameon=False, markerscale=1)
     return figure
 
 
@@ -115,8 +102,8 @@ def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:
     return rest if frame["rate"].max() > 2 * rest["rate"].max() else frame
 
 
-def iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
-    """Draw lines of equal `neg_elbo` = distortion + rate behind a rate-distortion plane."""
+def _iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
+    """Draw lines of equal `neg_elbo` = distortion + rate behind the points."""
     rates = np.array([0.0, frame["rate"].max() * 1.05])
     low, high = frame["distortion"].min(), frame["distortion"].max()
     margin = 0.06 * (high - low) + 1e-9

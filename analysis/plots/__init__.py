@@ -1,0 +1,19 @@
+"""Figures: a frame of runs in, a matplotlib figure out."""
+
+from analysis.plots.along_axis import QUALITY_CAPTION as QUALITY_CAPTION
+from analysis.plots.along_axis import class_errors as class_errors
+from analysis.plots.along_axis import conditions as conditions
+from analysis.plots.along_axis import metrics_along_axis as metrics_along_axis
+from analysis.plots.along_axis import metrics_along_latent_size as metrics_along_latent_size
+from analysis.plots.along_axis import one_curve as one_curve
+from analysis.plots.along_axis import quality_along_axis as quality_along_axis
+from analysis.plots.latents import KL_CAPTION as KL_CAPTION
+from analysis.plots.latents import kl_per_latent as kl_per_latent
+from analysis.plots.latents import latent_scatter as latent_scatter
+from analysis.plots.planes import batch_plane as batch_plane
+from analysis.plots.planes import frontier as frontier
+from analysis.plots.planes import rate_distortion as rate_distortion
+from analysis.plots.search import search_front as search_front
+from analysis.plots.search import search_history as search_history
+from analysis.plots.search import search_importances as search_importances
+from analysis.plots.search import search_parameters as search_parameters

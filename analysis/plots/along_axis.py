@@ -1,0 +1,263 @@
+"""Figures of metrics along a swept axis.
+
+Lines are means over seeds with the interval of `frames.half_width`; dots are single runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis import frames
+from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, plain_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FOUR = ("neg_elbo", "mse", "rate", "active_units")
+"""Metrics of the figures along an axis."""
+
+QUALITY_CAPTION = (
+    "Left: the rate, and bounds of the mutual information of image and latents; the sampled lower "
+    "one cannot exceed the logarithm of the number of images. Right: Frechet distance from the "
+    "test images of prior samples and of reconstructions; dotted, of as many training images."
+)
+
+
+def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
+    """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity."""
+    figure, panels = canvas(10, 7, rows=2, columns=2, sharex=True)
+    for panel, metric in zip(panels.flat, FOUR, strict=True):
+        _runs_and_means(panel, frame, axis, metric, group)
+        _linear_model(panel, frame, axis, metric, group)
+        if not group:
+            _mark_calibration(panel, frame, axis)
+            _mark_collapse(panel, frame, axis)
+        _focus(panel, frame, axis, metric)
+    for panel in panels[0]:
+        panel.set_xlabel("")
+    panels[1, 1].set_ylim(0, frame["latent_size"].max() * 1.05)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    return figure
+
+
+def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
+    """Plot the four metrics against the number of latents, with the PCA floor beside the mse."""
+    figure = metrics_along_axis(frame, "latent_size", group)
+    sizes = sorted(frame["latent_size"].unique())
+    _, mse, _, active = figure.axes
+    if "pca_floor" in frame:  # absent for large images
+        floor = frame.groupby("latent_size")["pca_floor"].mean()
+        mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
+    active.plot(sizes, sizes, "-", color=GREY, lw=0.6)  # dashed is the linear model
+    active.text(sizes[-1], sizes[-1], "all   ", color=GREY, ha="right", va="top")
+    for panel in figure.axes:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+    mse.legend(handles=[mse.get_lines()[-1]], frameon=False)
+    return figure
+
+
+def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
+    """Plot the information in the latents, and the distance of samples from test images.
+
+    Left the rate and both bounds of the mutual information, right Frechet distances of prior
+    samples and of reconstructions, and of as many training images.
+    """
+    figure, (left, right) = canvas(10, 4, columns=2)
+    information = ("rate", "mutual_information", "mutual_information_lower")
+    for panel, metrics in ((left, information), (right, ("frechet", "frechet_reconstructions"))):
+        stored = [metric for metric in metrics if metric in frame]  # an older store lacks some
+        for metric, color in zip(stored, COLORS, strict=False):
+            _mean(panel, frame, axis, metric, color, ".-", metric)
+        _scale(panel, frame[axis])
+        panel.set_xlabel(label(axis))
+        if stored:
+            _focus(panel, frame, axis, stored[0])
+    if "frechet_floor" in frame:
+        floor = frame["frechet_floor"].mean()
+        right.axhline(floor, color=GREY, ls=":", lw=1.2, label="frechet_floor")
+        right.set_yscale("log")
+    left.set_ylabel("nats / image")
+    right.set_ylabel(label("frechet"))
+    if "frechet" not in frame:
+        empty_panel(right, "fewer than two classes: no features\nto compare images by")
+    for panel in (left, right):
+        if panel.get_lines():
+            panel.legend(frameon=False)
+    return figure
+
+
+def one_curve(frame: pd.DataFrame) -> Figure:
+    """Plot metrics of four KL normalisations: against the weight, and the decoder variance."""
+    figure, panels = canvas(10, 13, rows=4, columns=2, sharex="col", sharey="row")
+    axes = ("kl_weight", "decoder_variance")
+    for row, metric in zip(panels, FOUR, strict=True):
+        for panel, axis in zip(row, axes, strict=True):
+            _overlaid(panel, frame, axis, metric)
+            panel.set_xscale("log")
+        _linear_model(row[1], frame, "decoder_variance", metric)
+        row[0].set_ylabel(label(metric))
+    panels[0, 0].set_title("against the weight the user sets")
+    panels[0, 1].set_title("against what the weight means")
+    for panel, axis in zip(panels[-1], axes, strict=True):
+        panel.set_xlabel(label(axis))
+    handles, labels = panels[0, 1].get_legend_handles_labels()
+    title = "kl_normalization, mean over seeds"
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title, frameon=False)
+    return figure
+
+
+def conditions(frame: pd.DataFrame) -> Figure:
+    """Plot metrics of named conditions, one a row: mean, interval over seeds, single runs."""
+    shown = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy", "frechet")
+    metrics = [metric for metric in shown if metric in frame]
+    names = list(frame["condition"].unique())
+    figure, panels = canvas(3 * len(metrics), 4, columns=len(metrics), sharey=True)
+    means = frames.along_axis(frame, "condition", metrics)
+    for panel, metric in zip(panels, metrics, strict=True):
+        half = means[f"{metric}±"].fillna(0)
+        panel.errorbar(means[metric], means.index, xerr=half, fmt="o", color=COLORS[0], capsize=3)
+        dots = frame["condition"].map(names.index) + 0.22
+        panel.plot(frame[metric], dots, ".", color=COLORS[1], ms=4)
+        panel.set_xlabel(label(metric))
+        panel.grid(axis="y", lw=0.3)
+        panel.spines["left"].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def class_errors(frame: pd.DataFrame, key: str) -> Figure:
+    """Plot the test mse of each class as a heat map, a row for each value of a column."""
+    import seaborn as sns
+
+    columns = [c for c in frame.columns if c.startswith("mse_class/")]
+    table = frame.groupby(key, sort=False)[columns].mean()
+    names = frames.class_names(frame)
+    numbers = [int(c.removeprefix("mse_class/")) for c in columns]
+    table.columns = [plain_text(names.get(number, str(number))) for number in numbers]
+    figure, panel = canvas(10, 0.5 * len(table) + 1.6)
+    if not columns:
+        empty_panel(panel, "images without labels")
+        return figure
+    bar = {"label": label("mse")}
+    sns.heatmap(table, ax=panel, cmap="cividis_r", annot=True, fmt=".3f", cbar_kws=bar)
+    panel.set(xlabel="class", ylabel="")
+    panel.tick_params(axis="y", rotation=0)
+    return figure
+
+
+# --- parts of a panel ---------------------------------------------------------------------------
+
+
+def _mean(
+    panel: Axes, frame: pd.DataFrame, axis: str, metric: str, color: str, style: str, name: str
+) -> None:
+    means = frames.along_axis(frame, axis, [metric])
+    x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
+    panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
+    panel.plot(x, y, style, color=color, label=name)
+
+
+def _parts(frame: pd.DataFrame, group: str) -> Iterator[tuple[str, pd.DataFrame, str]]:
+    """Yield name, runs and colour of each group; without groups, of all runs."""
+    parts = frame.groupby(group, sort=False) if group else [("", frame)]
+    for (name, part), color in zip(parts, cycle(COLORS), strict=False):
+        yield name, part, color
+
+
+def _runs_and_means(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str) -> None:
+    for name, part, color in _parts(frame, group):
+        seeds = part.groupby(axis).size().max()
+        mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds, 95 %"
+        _mean(panel, part, axis, metric, color, "-", name or mean)
+        panel.plot(part[axis], part[metric], ".", color=color, ms=4, alpha=0.7)
+    panel.set(xlabel=label(axis), ylabel=label(metric))
+    _scale(panel, frame[axis])
+
+
+def _linear_model(
+    panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = ""
+) -> None:
+    """Draw the metric of the exact linear model, which some stores lack, as a dashed line."""
+    column = f"linear/{metric}"
+    if column not in frame or frame[column].isna().all():
+        return
+    for _, part, color in _parts(frame, group):
+        means = part.groupby(axis, sort=frames.is_numeric(part[axis]))[column].mean()
+        panel.plot(means.index, means, color=color if group else GREY, ls="--", lw=1.2, alpha=0.9)
+    panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
+
+
+def _mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
+    weight = frames.collapse_value(frame, axis)
+    if weight is not None and weight < frame[axis].max():
+        panel.axvline(weight, color=GREY, ls="-.", lw=1.2, label="linear model collapses")
+
+
+def _mark_calibration(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
+    """Mark where the mean `calibration_ratio` crosses 1.
+
+    It does so once along the axis of a weight. Along others it need not be monotonic.
+    """
+    if axis not in ("kl_weight", "decoder_variance"):
+        return
+    ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
+    ratio = ratio[ratio > 0]
+    if len(ratio) < 2 or not ratio.min() < 1 < ratio.max():
+        return
+    crossing = np.exp(np.interp(0, np.log(ratio), np.log(ratio.index.to_numpy(float))))
+    panel.axvline(crossing, color=GREY, ls=":", lw=1.2, label="calibration_ratio = 1")
+
+
+def _scale(panel: Axes, values: pd.Series) -> None:
+    """Use a logarithmic axis for positive numbers of more than a decade, with room for 0."""
+    if not frames.is_numeric(values):
+        return
+    positive = values[values > 0]
+    if positive.empty or positive.max() / positive.min() <= 10:
+        return
+    if (values == 0).any():
+        panel.set_xscale("symlog", linthresh=positive.min(), linscale=0.4)
+        panel.set_xlim(left=-positive.min() * 0.2)
+        decades = 10.0 ** np.arange(np.floor(np.log10(positive.min())), np.log10(positive.max()))
+        panel.set_xticks([0, *decades, positive.max()])
+        panel.minorticks_off()
+    else:
+        panel.set_xscale("log")
+
+
+def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
+    """Leave weight 0 outside the limits if it would flatten the rest, and annotate its value.
+
+    Nothing bounds the rate at this weight.
+    """
+    if axis != "kl_weight":
+        return
+    rest, zero = frame.loc[frame[axis] != 0, metric], frame.loc[frame[axis] == 0, metric]
+    if zero.empty or rest.empty:
+        return
+    span = rest.max() - rest.min()
+    if zero.mean() <= rest.max() + span:
+        return
+    panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
+    text = panel.text(0.2, 0.97, f"kl_weight = 0: {zero.mean():.3g}, above", color=GREY, va="top")
+    text.set(transform=panel.transAxes, bbox={"fc": "white", "ec": "none", "pad": 1})  # over lines
+
+
+def _overlaid(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
+    """Draw a line a mode, each thinner and with another mark, so that equal lines all show."""
+    looks = zip(COLORS, (9, 6, 3.5, 1.5), "osD^", (11, 8, 5.5, 3.5), strict=False)
+    for (mode, part), (color, width, mark, size) in zip(
+        frame.groupby("kl_normalization", sort=False), looks, strict=False
+    ):
+        means = part.groupby(axis)[metric].mean()
+        panel.plot(means.index, means, color=color, lw=width, alpha=0.5, zorder=2)
+        panel.plot(means.index, means, mark, color=color, ms=size, label=mode, zorder=3)

@@ -1,0 +1,130 @@
+"""Figures of single latents and of the latent space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from analysis import frames
+from analysis.plots.style import COLORS, canvas, plain_text
+from analysis.tables import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KL_CAPTION = (
+    "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval. "
+    "As many bars are dark as latents are active, that is, have a posterior mean whose variance is "
+    "over 0.01; others carry no information about the image, whatever their KL. Each panel has its "
+    "own scale; a value whose rate is below 0.01 nats, where all latents have collapsed, has none."
+)
+
+PANELS = 5
+"""Values of an axis that have a panel of bars, at most."""
+
+COLLAPSED = 0.01
+"""Rate below which a value has no panel, nats / image."""
+
+FEW = 20
+"""Bars that have an error bar each; the intervals of more are a band."""
+
+DISTINCT = 10
+"""Colours of seaborn's palette "colorblind"; more classes than these would share some."""
+
+
+def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
+    """Plot the test KL of each latent as bars, largest first, for some values of an axis.
+
+    Bars are means over seeds of each run's largest KL, second largest and so on, with their
+    intervals; as many are dark as latents are active on average.
+    """
+    frame = frame.dropna(subset=["rate"])
+    parts = list(frame.groupby(group, sort=False)) if group else [("", frame)]
+    shown = [(name, part, shown_values(part, axis)) for name, part in parts]
+    columns = max(len(values) for *_, values in shown)
+    size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
+    figure, panels = canvas(*size, rows=len(shown), columns=columns, squeeze=False)
+    for row, (name, part, values) in zip(panels, shown, strict=True):
+        best = frames.best_value(part, axis)
+        for panel, value in zip(row, values, strict=False):
+            runs = part[part[axis] == value]
+            _bars(panel, runs)
+            title = plain(value) if axis == "condition" else f"{axis} = {plain(value)}"
+            active, rate = runs["active_units"].mean(), runs["rate"].mean()
+            note = f"{active:.1f} active, rate {rate:.3g}"
+            panel.set_title(f"{title}{' (best)' if value == best else ''}\n{note}", fontsize=9)
+        for panel in row[len(values) :]:
+            panel.set_axis_off()
+        row[0].set_ylabel(f"{name}\nkl (nats)".lstrip())
+    for panel in panels[-1]:
+        panel.set_xlabel("latent, by its kl")
+    return figure
+
+
+def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
+    """Choose up to five values of an axis, in its order.
+
+    They are the best by validation `neg_elbo`, weight 1 (the blog's) if swept, and others as far
+    from these as possible. Collapsed values, and weight 0, whose KL nothing bounds, are left out
+    unless there are no others.
+    """
+    unbounded = (axis == "kl_weight") & (frame[axis] == 0)
+    rate = frame.groupby(axis, sort=False)["rate"].transform("mean")
+    informative = frame[(rate > COLLAPSED) & ~unbounded]
+    frame = frame if informative.empty else informative
+    values = list(frame[axis].drop_duplicates())
+    values = sorted(values) if frames.is_numeric(frame[axis]) else values
+    named = [frames.best_value(frame, axis)] + [1.0] * (axis == "kl_weight")
+    chosen = {values.index(value) for value in named if value in values}
+    while len(chosen) < min(PANELS, len(values)):
+        left = set(range(len(values))) - chosen
+        chosen.add(max(left, key=lambda place: min(abs(place - other) for other in chosen)))
+    return [values[place] for place in sorted(chosen)]
+
+
+def _bars(panel: Axes, runs: pd.DataFrame) -> None:
+    ranked = frames.ordered_kl(runs)
+    means, halves = ranked.mean(), ranked.apply(frames.half_width).fillna(0)
+    active = round(runs["active_units"].mean())
+    colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
+    panel.bar(means.index, means, color=colors, width=0.8)
+    if len(means) <= FEW:
+        panel.errorbar(means.index, means, yerr=halves, fmt="none", color="black", elinewidth=1)
+    else:
+        low, high = means - halves, means + halves
+        panel.fill_between(means.index, low, high, step="mid", color="black", alpha=0.25, lw=0)
+    panel.set_ylim(0, max(float((means + halves).max()) * 1.05, 1e-3))
+    panel.set_xlim(0.3, len(means) + 0.7)
+    if len(means) <= 10:
+        panel.set_xticks(means.index)
+
+
+def latent_scatter(places: pd.DataFrame) -> Figure:
+    """Plot where images lie in latent space, a panel a model, coloured by class.
+
+    The frame has the columns model, x, y and class, and one row per image and model.
+    """
+    import seaborn as sns
+
+    models = list(places["model"].unique())
+    columns = min(4, len(models))
+    rows = -(-len(models) // columns)
+    figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
+    classes = sorted(places["class"].unique())
+    palette = sns.color_palette("colorblind" if len(classes) <= DISTINCT else "husl", len(classes))
+    for panel, model in zip(panels.flat, models, strict=False):
+        part = places[places["model"] == model]
+        for name, color in zip(classes, palette, strict=True):
+            images = part[part["class"] == name]
+            text = plain_text(str(name))
+            panel.plot(images["x"], images["y"], ".", ms=3, color=color, label=text)
+        panel.set_title(model, fontsize=9)
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(True)
+    for panel in panels.flat[len(models) :]:
+        panel.set_axis_off()
+    if len(classes) > 1:
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
+    return figure

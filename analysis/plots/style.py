@@ -1,0 +1,55 @@
+"""Labels, colours and empty figures that all figures share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+UNITS = {
+    **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
+    **dict.fromkeys(("mse", "decoder_variance"), "pixel²"),
+    **dict.fromkeys(("active_units", "latent_size"), "count"),
+    **dict.fromkeys(("probe_accuracy", "knn_accuracy"), "share"),
+    "frechet": "variance of a feature",
+    "free_bits": "nats",
+    "gap_to_linear": "%",
+    "kl_warmup_epochs": "epochs",
+}
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The colour-blind-safe palette of Okabe and Ito (2008), without its yellow."""
+
+GREY = "#666666"
+
+
+def label(name: str) -> str:
+    """Return the label of a setting or metric: its name, and its unit if it has one."""
+    unit = UNITS.get(name.rpartition("/")[2])
+    return f"{name} ({unit})" if unit else name
+
+
+def canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any
+) -> tuple[Figure, Any]:
+    """Return an empty figure, size in inches, and its panel, or array of panels."""
+    import seaborn as sns  # not at the top: --help would wait for it
+    from matplotlib.figure import Figure
+
+    open_above = {"axes.spines.top": False, "axes.spines.right": False}
+    with sns.axes_style("ticks", open_above):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, **shared)
+
+
+def plain_text(text: str) -> str:
+    """Return a text that matplotlib shows unchanged: "$" would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def empty_panel(panel: Axes, reason: str) -> None:
+    """Show a reason in place of a panel's axes."""
+    panel.set_axis_off()
+    panel.text(0.5, 0.5, reason, ha="center", va="center", color=GREY, transform=panel.transAxes)

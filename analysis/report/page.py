@@ -1,0 +1,137 @@
+"""A self-contained HTML page per study, made from its summary folder alone."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from PIL import Image
+
+from analysis import tables
+from analysis.report.summary import Exhibit, present, read, read_cells
+from harness.config import UserError
+from harness.tracking.addresses import without_password
+
+UI = "http://127.0.0.1:5000"
+"""Address of `mlflow ui`."""
+
+RUN_METRICS = ("neg_elbo", "mse", "rate")
+"""Test metrics in the list of runs."""
+
+SCREEN = 96
+"""Pixels of an inch on a page."""
+
+WIDE, SENTENCE = 112, 48
+"""Characters of a row too wide for paper, and of a cell that is broken into lines."""
+
+NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
+"""A cell of a column of numbers: a number, one with its interval, a dash, or nothing."""
+
+
+def build(folder: Path) -> Path:
+    """Write `report.html` into a summary folder and return its path."""
+    summary = read(folder)
+    store = without_password(summary.tracking_uri)
+    server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
+    runs, ids = _runs(folder)
+    pages = f"{server or UI}/#/experiments/{quote(summary.experiment_id)}/runs"
+    return _write(
+        folder / "report.html",
+        title=f"{summary.name}: {_paragraphs(summary.question)[0]}",
+        summary=summary,
+        figures=[_image(folder, exhibit) for exhibit in summary.figures],
+        pictures=[_image(folder, exhibit) for exhibit in summary.pictures],
+        tables=[
+            (exhibit.caption, table(*read_cells(folder, exhibit.file)))
+            for exhibit in summary.tables
+        ],
+        runs=runs,
+        links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
+        store=store,
+        server=server,
+        server_command=f"mlflow ui --workers 1 --backend-store-uri {shlex.quote(store)}",
+    )
+
+
+def index(reports: Iterable[Path], out: Path) -> Path:
+    """Write a page with the question and the answer of several reports, and links to them.
+
+    The reports are files that `build` returned, `summary.json` beside each.
+    """
+    entries = []
+    for report in reports:
+        summary = read(present(report.parent, report.name).parent)
+        entries.append((summary, quote(Path(os.path.relpath(report, out.parent)).as_posix())))
+    return _write(out, title="Studies", reports=entries)
+
+
+def _write(path: Path, **values: Any) -> Path:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis.report", ""),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+    )
+    environment.filters |= {"paragraphs": _paragraphs, "plain": tables.plain}
+    page = environment.get_template("page.html.j2").render(values)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n\s*\n", text.strip())
+
+
+def _image(folder: Path, exhibit: Exhibit) -> tuple[Exhibit, str, str]:
+    """Return an exhibit with its image as an address, and its size in CSS."""
+    path = present(folder, exhibit.file)
+    try:
+        with Image.open(path) as opened:
+            kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
+            width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image") from error
+    source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper."""
+    columns = [_column(name, [row[i] for row in rows]) for i, name in enumerate(header)]
+    wide = sum(column["width"] for column in columns) > WIDE
+    return {"columns": columns, "rows": rows, "wide": wide}
+
+
+def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:
+    """Return a column's class in CSS, its width, and that of its half widths, in characters."""
+    longest = max(map(len, cells), default=0)
+    widest = max(longest, *map(len, re.split(r"[_/]", name)))
+    kind = "words" if longest > SENTENCE else None
+    kind = "number" if all(map(NUMBER.fullmatch, cells)) else kind
+    digits = max((len(cell.partition(" ± ")[2]) for cell in cells), default=0)
+    return {"name": name, "kind": kind, "width": 2 + min(widest, SENTENCE), "digits": digits}
+
+
+def _runs(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the list of runs, and their ids."""
+    header, rows = read_cells(folder, "runs.csv")
+    runs = [dict(zip(header, row, strict=True)) for row in rows]
+    best = [name.removeprefix("best/") for name in header if name.startswith("best/")]
+    pairs = [("epochs" if name == "epoch" else name, f"best/{name}") for name in best]
+    metrics = [*RUN_METRICS, *(name for pair in pairs for name in pair)]
+    cells = [
+        [run["name"], run["seed"], *(_metric(run.get(m), m) for m in metrics), run["run_id"]]
+        for run in runs
+    ]
+    return table(["name", "seed", *metrics, "run id"], cells), [run["run_id"] for run in runs]
+
+
+def _metric(value: str | None, name: str) -> str:
+    decimals = 0 if "epoch" in name else tables.decimals(name)
+    return f"{float(value):.{decimals}f}" if value else "–"
