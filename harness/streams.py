@@ -17,7 +17,6 @@ from harness.config import RunConfig
 def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> np.random.Generator:
     """Return the generator of the stream of a run's seed and a purpose, e.g. "weights" or "noise".
 
-    The epoch is 0 for draws that belong to none, and the latent size where no shape depends on it.
     The 128-bit key of NumPy's Philox (Salmon et al. 2011) is the head of SHA-256 of the stream's
     name; PyTorch's CPU generator would keep only 32 bits of it.
     """

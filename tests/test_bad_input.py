@@ -391,12 +391,12 @@ MODELS = {
     "weights of text": (lambda f: (f / "weights.safetensors").write_text("{}"), "no loadable"),
     "no tensors": (lambda f: save_file({}, f / "weights.safetensors", {"image_shape": "[1,8,8]"}),)
     + ("Missing key(s)",),
-    "no image shape": (lambda f: weights(f, None), "image_shape=''"),
-    "an image shape of words": (lambda f: weights(f, "large"), "image_shape='large'"),
+    "no image shape": (lambda f: weights(f, None), "image_shape=None"),
+    "an image shape of words": (lambda f: weights(f, "large"), "Expecting value"),
     "negative sizes": (lambda f: weights(f, "[-1, -8, 8]"), "not whole numbers"),
     "an absurd image shape": (lambda f: weights(f, [1, 10**6, 10**6]), "size mismatch"),
     "one beyond any memory": (lambda f: weights(f, [1, 10**9, 10**9]), "overflowed"),
-    "sizes without end": (lambda f: weights(f, "[" * 10_000), "not whole numbers"),
+    "sizes without end": (lambda f: weights(f, "[" * 10_000), "no loadable model"),
     "an absurd width": (lambda f: config(f, hidden=[10**12]), "size mismatch"),
     "another latent size": (lambda f: config(f, latent_size=5), "size mismatch"),
     "a tensor of another shape": (

@@ -21,18 +21,11 @@ Known = dict[str, tuple[Dataset, frechet.Reference | None]]
 def measure_quality(
     runs: Sequence[Run], data: Dataset, folder: Path | None = None
 ) -> list[dict[str, float]]:
-    """Return the quality of each run's latents and images on the test split.
+    """Return information, log-likelihood, Fréchet distances and accuracy of probes of each run.
 
-    Args:
-        runs: pairs of a configuration and a model, all on one device.
-        data: their dataset.
-        folder: where the classifier of the Fréchet distances is written to and read from; without
-            a folder it is trained.
-
-    Returns:
-        One dict per run: information in the latents, log-likelihood, Fréchet distances and accuracy
-        of probes (docs/metrics.md), but those that are not defined for the run or not finite, and
-        the last two if the dataset has fewer than two classes.
+    They are of the test split (docs/metrics.md). Those that are not defined for the run or not
+    finite are left out, and the last two if the dataset has fewer than two classes. `folder` is
+    where the classifier of the distances is kept; without one it is trained.
     """
     if not runs:
         return []
@@ -40,9 +33,8 @@ def measure_quality(
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
-    what = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
-    log.info(what)
-    return on_all_cores(_measured, (known,), runs, runs[0][1].device, what)
+    log.info("measuring finished runs (log-likelihood, Fréchet distances, probes)")
+    return on_all_cores(_measured, (known,), runs, runs[0][1].device)
 
 
 def _measured(known: Known, run: tuple[RunConfig, VAE]) -> dict[str, float]:

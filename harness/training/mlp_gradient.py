@@ -1,8 +1,7 @@
 """The gradient of one run's loss written out for linear layers: an accelerator on a CPU.
 
 It equals autograd's gradient of `harness.objective.objective` (a test compares every combination
-that `covers` accepts) and is faster, since it records nothing and works in buffers made once.
-Autograd computes the gradient of all other runs.
+that `covers` accepts) and is faster. Autograd computes the gradient of all other runs.
 """
 
 import torch
