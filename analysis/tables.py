@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 else:
     pd = lazy_loader.load("pandas")
 
+# Decimals of metrics, others have 2; and columns without an interval, since equal for every seed.
 DIGITS = {"mse": 4, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
-"""Decimals of a metric; others have 2."""
-
 SETTINGS = ("kl_weight", "beta", "decoder_variance", "pca_floor")
-"""Columns that are the same for every seed, shown without an interval."""
 
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:

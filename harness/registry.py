@@ -66,8 +66,7 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
 def term(name: str) -> Callable[[Function], Function]:
     """Register the decorated function as the loss term `RunConfig(terms={name: weight})`.
 
-    The function is (`harness.objective.Batch`) -> Tensor of shape (). A second function of the same
-    name replaces the first.
+    The function is (`harness.objective.Batch`) -> Tensor of shape (); a second one replaces it.
     """
     if not name:
         raise UserError("a loss term needs a name that is not empty")

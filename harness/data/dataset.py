@@ -85,8 +85,7 @@ class Dataset:
         image_shape: (channels, height, width).
         classes: number of classes; 0 for images without labels.
         train, val, test: images for training, for choosing settings, and for measuring once.
-        digest: SHA-256 of the pixels of all images, in the source's order; of a user's images, of
-            parts and labels too, which their name does not determine.
+        digest: SHA-256 of all images, in the source's order; of a user's, of parts and labels too.
         class_names: names of the classes of a user's images; () where classes are numbers.
     """
 
@@ -189,10 +188,7 @@ class Dataset:
 
 
 def with_official_training(data: Dataset) -> Dataset:
-    """Return a dataset of the MNIST family with its official 60,000 training images.
-
-    They include the validation split: no settings may be chosen on it.
-    """
+    """Return an MNIST dataset with its official 60,000 training images, those of validation too."""
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])
     return replace(data, train=replace(data.train, images=images, labels=labels))
@@ -266,8 +262,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
 
 def _rows(part: str, given: Iterable[int]) -> Tensor:
     rows = torch.as_tensor(list(given))
-    if len(rows) < 2:
-        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
-    if rows.is_floating_point() or rows.dtype == torch.bool:
-        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
+    if len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:
+        found = f"part {part!r} has {len(rows)} images, rows of type {rows.dtype}"
+        raise UserError(f"{found}: give at least 2 whole numbers")
     return rows.long()

@@ -1,8 +1,4 @@
-"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from IDX files.
-
-IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Torchvision, whose import takes seconds,
-downloads missing files.
-"""
+"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from LeCun's IDX files."""
 
 import contextlib
 import math
@@ -66,7 +62,7 @@ def read_idx(file: Path) -> Tensor:
 
 
 def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    import torchvision
+    import torchvision  # takes seconds
 
     source = getattr(torchvision.datasets, TORCHVISION[name])
     try:

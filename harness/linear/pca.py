@@ -50,17 +50,11 @@ class PCA:
         return Moments(means, squares)
 
     def floor(self, split: Split, latent_size: int) -> float:
-        """Return the mse of projecting a split onto the first components: the PCA floor.
-
-        mse = sum_{i > L} E[c_i^2] / D, pixel^2   (Tipping & Bishop 1999)
-        """
+        """Return the mse of projecting a split onto L components: sum_{i > L} E[c_i^2] / D."""
         return float(self.moments(split).squares[latent_size:].sum() / len(self.mean))
 
     def likeliest_variance(self, latent_size: int) -> float:
-        """Return the maximum-likelihood decoder variance of pPCA, pixel^2.
-
-        s2 = sum_{i > L} lambda_i / (D - L)   (Tipping & Bishop 1999, equation 8)
-        """
+        """Return the decoder variance of pPCA (Tipping & Bishop 1999, equation 8), pixel^2."""
         return float(self.variances[latent_size:].mean())
 
 

@@ -41,10 +41,7 @@ def active_units(mean: Tensor) -> Tensor:
 
 
 def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Average the squared error per pixel (N,) over the images of each class.
-
-    pixel^2, shape (C,); NaN for a class without images.
-    """
+    """Average the mse (N,) over the images of each class (C,); NaN for a class without images."""
     member = functional.one_hot(labels, classes).to(mse)
     # A product of matrices: that of a vector and a matrix may sum in another order.
     return (mse.unsqueeze(0) @ member).squeeze(0) / member.sum(0)

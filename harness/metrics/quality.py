@@ -3,18 +3,14 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics import frechet, information, likelihood, probes
 from harness.metrics.evaluate import Run, as_measured, finite, frozen, on_all_cores, to_floats
 from harness.models.stack import kernels
-from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
-
-# Binarization -> the dataset in that form, and the reference of its Fréchet distances.
-Known = dict[str, tuple[Dataset, frechet.Reference | None]]
 
 
 @kernels()
@@ -29,7 +25,7 @@ def measure_quality(
     """
     if not runs:
         return []
-    known: Known = {
+    known = {  # the dataset by binarization, and the reference of its Fréchet distances
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
@@ -37,7 +33,7 @@ def measure_quality(
     return on_all_cores(_measured, (known,), runs, runs[0][1].device)
 
 
-def _measured(known: Known, run: tuple[RunConfig, VAE]) -> dict[str, float]:
+def _measured(known: dict[str, Any], run: Run) -> dict[str, float]:
     config, model = run[0], frozen(run[1])
     data, reference = known[config.binarization]
     found = to_floats(information.measure_information(config, model, data.test))

@@ -50,17 +50,13 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.data_shape, self.latent_size = tuple(data_shape), latent_size
+        self.pixels = math.prod(data_shape)  # D: values of an image, all channels
         self.head, self.latent, self.likelihood = head, latent, likelihood
         self.has_sigmoid = output == "sigmoid" or likelihood == "bernoulli"
         self.largest = largest
         if learned_variance:
             self.log_decoder_variance = nn.Parameter(torch.zeros(()))
         lay_out(self)
-
-    @property
-    def pixels(self) -> int:
-        """D: values of an image, all channels."""
-        return math.prod(self.data_shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -135,16 +135,13 @@ def train_and_evaluate(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> RunResult | list[RunResult]:
-    """Train and evaluate one run or any list of runs; nothing is written.
+    """Train and evaluate one run or a list of runs, in whose order results are returned.
 
     Args:
         configs: one run, or runs that may differ in every setting.
         data: their dataset.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
-
-    Returns:
-        The result of the run, or a list of results in the order of the runs.
     """
     if isinstance(configs, RunConfig):
         return train_and_evaluate([configs], data, device, dtype)[0]

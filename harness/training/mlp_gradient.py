@@ -41,10 +41,7 @@ def _alternates(layers: list[nn.Module]) -> bool:
 
 
 class MLPGradient:
-    """Gradient of the loss of a run that `covers` accepts, written to each parameter's `grad`.
-
-    Weights of linear layers must lie as (in, out).
-    """
+    """Gradient of the loss of a run that `covers` accepts, written to each parameter's `grad`."""
 
     def __init__(self, config: RunConfig, model: VAE) -> None:
         self.config, self.model = config, model
@@ -123,7 +120,7 @@ class _Layers:
 
     def __init__(self, part: nn.Module, batch: int) -> None:
         layers = [layer for layer in part.children() if type(layer) is nn.Linear]
-        # Views are made once: on a CPU each costs as much as a small product.
+        # Views (in, out) are made once: on a CPU each costs as much as a small product.
         self.weights_t = [layer.weight.detach() for layer in layers]
         self.weights = [weight.t() for weight in self.weights_t]
         self.biases = [layer.bias.detach() for layer in layers]
