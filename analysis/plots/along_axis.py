@@ -117,8 +117,6 @@ def conditions(frame: pd.DataFrame) -> Figure:
         dots = frame["condition"].map(names.index) + 0.22
         panel.plot(frame[metric], dots, ".", color=COLORS[1], ms=4)
         panel.set_xlabel(label(metric))
-        panel.grid(axis="y", lw=0.3)
-        panel.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure

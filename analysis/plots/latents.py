@@ -104,7 +104,6 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
             panel.plot(images["x"], images["y"], ".", ms=3, color=color, label=text)
         panel.set_title(model, fontsize=9)
         panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(True)
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()
     if len(classes) > 1:

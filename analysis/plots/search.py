@@ -80,8 +80,6 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> None:
         x = x.map(modes.index) + 0.5 * (number / last - 0.5)  # side by side, in order
     elif setting == "latent_size":
         panel.set_xscale("log", base=2)
-        sizes = [2**i for i in range(11) if x.min() <= 2**i <= x.max()]
-        panel.set_xticks(sizes, [str(size) for size in sizes])
     elif setting in LOGARITHMIC:
         panel.set_xscale("log")
     elif x.dtype.kind in "iu":

@@ -309,10 +309,8 @@ def _begin(
             # Halves are trained in turns and stay in the GPU's memory together.
             waiting[:0] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         else:
-            raise UserError(
-                "one run needs more memory than is free on the GPU; give a smaller network or "
-                "batch, or --device cpu"
-            )
+            problem = "one run needs more memory than is free on the GPU"
+            raise UserError(f"{problem}; give a smaller network or batch, or --device cpu")
     return work
 
 
