@@ -51,8 +51,12 @@ def read(folder: Path) -> Summary:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {field.name: values[field.name] for field in fields(Summary)}
+        texts = [values[field.name] for field in fields(Summary) if field.type == "str"]
         for kind in ("figures", "pictures", "tables"):
             values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
+            texts += [text for shown in values[kind] for text in (shown.file, shown.caption)]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is of another type")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the summary of a study ({error!r})") from error
     return Summary(**values)
