@@ -51,7 +51,8 @@ def load_study(
     others = sorted({found["study"] for found in tags if "study" in found} - {name})
     raise UserError(
         f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
-        f"{', '.join(others) or 'no other study'}; make them with: python -m studies.STUDY"
+        f"{', '.join(others) or 'no other study'}; make them with: "
+        f"python -m studies.{name.partition('-')[0]}"
     )
 
 
