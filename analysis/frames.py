@@ -1,7 +1,7 @@
 """Tidy data frames of runs; means, intervals and paired differences computed from them.
 
 A frame of runs has one row per configuration and seed; its columns are the settings, the derived
-`beta` and `decoder_variance`, and the last value of every metric. Seeds are the repetitions.
+`beta` and `decoder_variance`, and the last value of every metric.
 """
 
 from __future__ import annotations
@@ -26,26 +26,17 @@ else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 
 SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
-"""Metrics of a search's trials: means over seeds; of a pruned trial, those of its last epoch."""
 
 
 def load_study(
     name: str, dataset: str = "", tracking_uri: str | None = None, *, pruned: bool = False
 ) -> pd.DataFrame:
-    """Load the finished runs of a study, one row each, numbers as numbers.
+    """Load the finished runs of a study, one row each, from a store of MLflow.
 
-    Args:
-        name: the study's name: "STUDY-DATASET", or the one given with `--study-name`.
-        dataset: if given, `name` is "STUDY" alone.
-        tracking_uri: MLflow tracking URI; None means the default store.
-        pruned: load the pruned runs of a search too, and add a column `pruned`.
-
-    Returns:
-        Columns run_id, name, every parameter and every metric, those of the test split under
-        their plain names.
-
-    Raises:
-        UserError: the store has no such run of the study; the message lists its studies.
+    The name is "STUDY-DATASET", or "STUDY" beside a dataset, or the one given with `--study-name`.
+    With `pruned` the pruned runs of a search are loaded too, and there is a column `pruned`.
+    Columns are run_id, name, every parameter and every metric, those of the test split under their
+    plain names.
     """
     from harness.tracking import connect  # MLflow
 
@@ -58,11 +49,10 @@ def load_study(
         return frame
     tags = [run.tags for each in every for run in store.runs(each, role="run")]
     others = sorted({found["study"] for found in tags if "study" in found} - {name})
-    page, _, dataset = name.partition("-")
     raise UserError(
         f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
         f"{', '.join(others) or 'no other study'}; make them with: "
-        f"python -m studies.{page} --dataset {dataset or 'DATASET'}"
+        f"python -m studies.{name.partition('-')[0]}"
     )
 
 
@@ -80,8 +70,7 @@ def tidy_search(runs: Sequence[Run]) -> pd.DataFrame:
 def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
     """Return results of `train_and_evaluate` as a frame of runs; diverged ones are left out.
 
-    The columns are those of `load_study` but run_id, name, `beta` and the dataset's; a setting that
-    is a tuple is text, such as "256,64".
+    The columns are those of `load_study` but run_id, name, `beta` and the dataset's.
     """
     rows = []
     for result in results:
@@ -145,9 +134,8 @@ def half_width(values: pd.Series | np.ndarray) -> float:
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
     """Average metrics over seeds at each value of an axis, or of an axis within groups.
 
-    Returns:
-        One row per point, numbers in order and names as they come; for each metric its mean under
-        its name and the half width of its interval under "NAME±"; `seeds` counts the runs.
+    One row per point, numbers in order and names as they come; for each metric its mean under its
+    name and the half width of its interval under "NAME±"; `seeds` counts the runs.
     """
     keys = [keys] if isinstance(keys, str) else keys
     named = [key for key in keys if not is_numeric(frame[key])]
@@ -184,12 +172,6 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     """Compare two sets of runs seed by seed: the metric of the first minus that of the second.
 
     Equal seeds have equal batches and noise, whose effect the pairing removes.
-
-    Examples:
-        >>> first = pd.DataFrame({"seed": [0, 1, 2], "neg_elbo": [10.0, 20.0, 30.0]})
-        >>> second = pd.DataFrame({"seed": [0, 1, 2], "neg_elbo": [8.9, 19.0, 29.1]})
-        >>> print(paired_difference(first, second, "neg_elbo"))
-        1 ± 0.248
     """
     gap = (first.set_index("seed")[metric] - second.set_index("seed")[metric]).dropna()
     return Difference(float(gap.mean()), half_width(gap), len(gap))
@@ -198,12 +180,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
-    """Compare every point with reference runs, paired by seed.
-
-    Returns:
-        One row per point, in the frame's order; columns keys and metrics, cells "difference ± half
-        width", with "(not distinguishable)" where the interval contains 0, "-" without a value.
-    """
+    """Compare every point with reference runs, paired by seed: a `Difference` as text, or "-"."""
     rows = []
     for point, part in frame.groupby(keys, sort=False):
         gaps = {m: paired_difference(part, reference, m) for m in metrics}
@@ -222,8 +199,8 @@ def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
     """Return the value of a weight axis at and above which the exact linear model has collapsed.
 
-    There the decoder variance, proportional to the weight, is the data's largest eigenvalue. None
-    if the axis is no weight, the weight sets no variance, or the frame has no eigenvalue.
+    There the decoder variance is the data's largest eigenvalue. None if the axis is no weight, the
+    weight sets no variance, or the frame has no eigenvalue.
     """
     if "sigma" in frame and (frame["sigma"] != "fixed").any():
         return None
@@ -235,10 +212,7 @@ def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:
 
 
 def ordered_kl(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test KL of each run's latents, largest first.
-
-    Columns are 1, 2, ... L with L the largest latent size; NaN where a run has fewer latents.
-    """
+    """Return the test KL of each run's latents, largest first, in columns 1, 2, ... L."""
     columns = [c for c in frame.columns if c.startswith("kl/")]
     falling = -np.sort(-frame[columns].to_numpy(float), axis=1)  # NaN stays last
     ranked = pd.DataFrame(falling, frame.index, range(1, len(columns) + 1))
@@ -273,11 +247,10 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    """Average the runs of each trial of a search over its seeds.
+    """Average the runs of each trial of a search over its seeds, one row per trial in order.
 
-    Returns:
-        One row per trial, in order of their numbers: trial, the searched settings,
-        decoder_variance, pruned and the metrics of SEARCHED.
+    Columns are trial, the searched settings, decoder_variance, pruned and the metrics of SEARCHED;
+    those of a pruned trial are of its last epoch.
     """
     trials = runs.groupby("trial")
     fixed = trials[[*settings, "decoder_variance", "pruned"]].first()

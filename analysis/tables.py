@@ -5,18 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import lazy_loader
-
 if TYPE_CHECKING:
     import pandas as pd
-else:
-    pd = lazy_loader.load("pandas")
 
+# Decimals of metrics, others have 2; and columns without an interval, since equal for every seed.
 DIGITS = {"mse": 4, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
-"""Decimals of a metric; others have 2."""
-
 SETTINGS = ("kl_weight", "beta", "decoder_variance", "pca_floor")
-"""Columns that are the same for every seed, shown without an interval."""
 
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:
@@ -31,7 +25,7 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
         else:
             places = decimals(name)
             out[name] = [pair(m, h, places) for m, h in zip(means[name], half, strict=True)]
-    return pd.DataFrame(out)
+    return means[[*out]].assign(**out)
 
 
 def decimals(metric: str) -> int:

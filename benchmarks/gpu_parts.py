@@ -109,7 +109,7 @@ def waiter(device: str) -> Callable[[], None]:
 def stacked(configs: Sequence[RunConfig], data: Dataset, device: str) -> list[Step]:
     """Return untrained runs as `harness.train` begins with them; on a CPU as one stack, too."""
     begun = [Saved([], {}) for _ in configs]
-    with patch.object(engine, "computes_stacks", lambda device: True):
+    with patch.object(engine, "STACKED", {"cpu", "cuda"}):
         work = engine._begin(configs, begun, data, torch.device(device), torch.float32)
     return list(work.steps.values())
 

@@ -25,10 +25,8 @@ Precision = Literal["float32", "tf32"]
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
     """Return a name that is allowed for folders and in MLflow; another is a `UserError`."""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
-        raise UserError(
-            f"{what}={name!r}: use up to {longest} letters, digits, '.', '_' and '-', the first "
-            "neither '.' nor '-'"
-        )
+        allowed = f"up to {longest} letters, digits, '.', '_' and '-', the first no '.' or '-'"
+        raise UserError(f"{what}={name!r}: use {allowed}")
     return name
 
 
@@ -110,10 +108,8 @@ class RunConfig:
             for width in widths:
                 _whole(name, width, at_least=1)
         if self.model not in list(registry.NETWORKS):  # a list, for what has no hash
-            known = ", ".join(registry.NETWORKS)
-            raise UserError(
-                f"model={self.model!r}: choose one of {known}, or register a network of that name"
-            )
+            known = f"one of {', '.join(registry.NETWORKS)}, or register a network of that name"
+            raise UserError(f"model={self.model!r}: choose {known}")
         for name, choices in _choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
@@ -134,32 +130,21 @@ class RunConfig:
 
     def _check_together(self) -> None:
         if self.model == "conv" and not self.channels:
-            raise UserError(
-                "channels=() with model='conv': give the channels of at least one convolution, "
-                "or model='linear'"
-            )
+            raise UserError("channels=() with model='conv': give at least one convolution")
         if self.latent == "deterministic":
             for name, off in (("kl_weight", 0), ("free_bits", 0), ("sigma", "fixed")):
-                if getattr(self, name) != off:
-                    raise UserError(
-                        f"{name}={getattr(self, name)!r} with latent='deterministic': a plain "
-                        f"autoencoder has no KL term and no likelihood; set {name}={off!r}"
-                    )
+                if (value := getattr(self, name)) != off:
+                    given = f"{name}={value!r} with latent='deterministic', which has no KL"
+                    raise UserError(f"{given} and no likelihood: set {name}={off!r}")
         if self.likelihood == "bernoulli" and self.sigma != "fixed":
-            raise UserError(
-                f"sigma={self.sigma!r} with likelihood='bernoulli': only a Gaussian decoder has a "
-                "variance; set sigma='fixed'"
-            )
+            given = f"sigma={self.sigma!r} with likelihood='bernoulli'"
+            raise UserError(f"{given}: only a Gaussian decoder has a variance; set sigma='fixed'")
         if self.likelihood == "gaussian" and self.binarization != "none":
-            raise UserError(
-                f"binarization={self.binarization!r} with likelihood='gaussian': binary pixels "
-                "need likelihood='bernoulli'; or set binarization='none'"
-            )
+            given = f"binarization={self.binarization!r} with likelihood='gaussian'"
+            raise UserError(f"{given}: binary pixels need likelihood='bernoulli'")
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
-            raise UserError(
-                f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}: the "
-                f"warm-up of every cycle must end within epochs={self.epochs}; give fewer"
-            )
+            given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
+            raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
 
     @classmethod
     def seed_recipe(cls, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
@@ -186,10 +171,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Read a configuration that `to_json` wrote; fields that it lacks take their defaults.
-
-        A text that is no JSON object, or has unknown fields, is a `UserError`.
-        """
+        """Read a configuration that `to_json` wrote; fields that it lacks take their defaults."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:  # also digits and brackets without end
@@ -197,10 +179,7 @@ class RunConfig:
         if not isinstance(values, dict):
             raise UserError(f"configuration is not a JSON object ({type(values).__name__})")
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise UserError(
-                f"configuration has unknown fields {unknown}; it was written by another version of "
-                "the harness"
-            )
+            raise UserError(f"configuration has unknown fields {unknown}, of another version")
         return cls(**values)
 
 

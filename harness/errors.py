@@ -2,10 +2,7 @@
 
 
 class UserError(ValueError):
-    """An input that cannot be used; the message names it and gives allowed values or a remedy.
-
-    Command lines print the message alone and exit with code 2.
-    """
+    """An input that cannot be used; command lines print the message alone, with exit code 2."""
 
     def _render_traceback_(self) -> list[str]:  # IPython's hook: the message alone in a notebook
         return [f"error: {self}"]

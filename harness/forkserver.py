@@ -1,9 +1,8 @@
 """The process that worker processes are forked from.
 
-It imports PyTorch once and never runs `__main__`. The server of `multiprocessing` is one for all of
-a program: a user's `Process` would ignore SIGTERM, and its workers outlive a parent that is
-killed in the middle of a computation. This module imports nothing heavy: a command line may `start`
-the server before it imports PyTorch itself.
+It imports PyTorch once and never runs `__main__`. The server of `multiprocessing` would be shared
+with a user's `Process`, and its workers outlive a killed parent. This module imports nothing heavy:
+a command line may `start` the server before it imports PyTorch itself.
 """
 
 import contextlib

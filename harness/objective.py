@@ -5,8 +5,8 @@ SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c se
 `kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
 to scale and a constant, for a Gaussian decoder of variance beta / 2.
 
-`objective` is what training differentiates. Its parts are means over images, exact for any set of
-images, so that validation applies the same `loss` to a whole split.
+Training differentiates `objective`. Its parts are means over images, exact for any set of images,
+so that validation applies the same `loss` to a whole split.
 """
 
 from __future__ import annotations
@@ -53,27 +53,18 @@ class Posterior(NamedTuple):
 class Batch(NamedTuple):
     """One batch of a run and the model's output on it: the argument of a loss term.
 
-    Attributes:
-        x: pixels in [0, 1], shape (B, *data_shape).
-        posterior: of each image, shape (B, L).
-        z: latents that the decoder sees: a sample, or the mean if the latent is deterministic.
-        output: decoder output before the non-linearity, shape (B, *data_shape).
-        reconstruction: decoder means, shape (B, *data_shape).
-        scale: learned decoder variance, pixel^2, shape (); None if none is learned.
-        prior: draws from N(0, I), shape (B, L); None for a run without terms.
-        training_size: number of training images N.
-        progress: of training, in [0, 1], shape ().
+    `z` are the latents that are decoded: a sample, or the mean if the latent is deterministic.
     """
 
-    x: Tensor
-    posterior: Posterior
-    z: Tensor
-    output: Tensor
-    reconstruction: Tensor
-    scale: Tensor | None = None
-    prior: Tensor | None = None
-    training_size: int = 0
-    progress: Tensor | float = 1.0
+    x: Tensor  # pixels in [0, 1], shape (B, *data_shape)
+    posterior: Posterior  # of each image, shape (B, L)
+    z: Tensor  # shape (B, L)
+    output: Tensor  # of the decoder, before the non-linearity, shape (B, *data_shape)
+    reconstruction: Tensor  # decoder means, shape (B, *data_shape)
+    scale: Tensor | None = None  # learned decoder variance, pixel^2, shape ()
+    prior: Tensor | None = None  # draws from N(0, I), shape (B, L), for a run with terms
+    training_size: int = 0  # number of training images N
+    progress: Tensor | float = 1.0  # of training, in [0, 1], shape ()
 
 
 class Coefficients(NamedTuple):
@@ -108,8 +99,6 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
     Nats, shape (B, L) as the arguments, never negative beyond rounding.
 
     Examples:
-        A latent at the prior costs nothing; one moved by 2 standard deviations costs 2 nats.
-
         >>> kl_per_latent(torch.tensor([0.0, 2.0]), torch.zeros(2))
         tensor([0., 2.])
     """
@@ -129,8 +118,8 @@ def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
 
     CE = sum_d ln(1 + exp(a_d)) - x_d a_d   (Kingma & Welling 2013, appendix C.1)
 
-    Nats, shape (B,), of pixels x and logits a of shape (B, ...). For pixels that are 0 or 1 it is
-    -ln p(x|z); for grey ones it is a loss, and no likelihood.
+    Nats, shape (B,), of pixels x and logits a of shape (B, ...). It is -ln p(x|z) for pixels that
+    are 0 or 1, and no likelihood for grey ones.
     """
     return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
 
@@ -161,14 +150,8 @@ def decoder_variance(config: RunConfig, pixels: int) -> float:
     (Lucas et al. 2019; Rybkin et al. 2021.)
 
     Examples:
-        The same weight 1 on MNIST, under four names:
-
-        >>> for name in ("pixels", "latent", "batch", "sum"):
-        ...     print(name, decoder_variance(RunConfig(kl_normalization=name), pixels=784))
-        pixels 0.5
-        latent 39.2
-        batch 392.0
-        sum 12544.0
+        >>> decoder_variance(RunConfig(kl_normalization="batch"), pixels=784)
+        392.0
     """
     if config.sigma != "fixed" or config.likelihood != "gaussian":
         return math.nan
@@ -179,14 +162,12 @@ def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> Ru
     """Return the configuration with the KL weight whose decoder variance is the given one.
 
     kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
-    A `UserError` is raised where `decoder_variance` is NaN.
     """
     unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
     if math.isnan(unit):
-        raise UserError(
-            f"sigma={config.sigma!r}, likelihood={config.likelihood!r}: the KL weight sets the "
-            "decoder variance only with sigma='fixed' and likelihood='gaussian'"
-        )
+        given = f"sigma={config.sigma!r}, likelihood={config.likelihood!r}"
+        needed = "sets the decoder variance only with sigma='fixed' and likelihood='gaussian'"
+        raise UserError(f"{given}: the KL weight {needed}")
     return config.replace(kl_weight=variance / unit)
 
 
@@ -194,9 +175,8 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
     """Return the factor of beta at each step of an epoch: min(1, t / T), linear warm-up.
 
     t counts steps from the start of the cycle, from 0, and T is the number of steps in the warm-up
-    epochs; without warm-up the factor is 1. A training has `kl_cycles` cycles of equal length, one
-    being the usual warm-up (Bowman et al. 2016) and more the cyclical one (Fu et al. 2019).
-    Epochs are counted from 1; float64, shape (steps,).
+    epochs. A training has `kl_cycles` cycles of equal length: one (Bowman et al. 2016) or more (Fu
+    et al. 2019). Epochs are counted from 1; float64, shape (steps,).
     """
     length = config.kl_warmup_epochs * steps
     if not length:
@@ -216,10 +196,9 @@ def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
 def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
     """Return the negative log-likelihood of an image under a Gaussian decoder.
 
-    -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance)
+    -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance), mse per pixel with z from q(z|x)
 
-    mse is the squared error per pixel with z drawn from q(z|x), variance the decoder's, pixel^2.
-    Nats per image, in the shape of both.
+    Nats per image, in the shape of mse and variance, pixel^2.
     """
     return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
 

@@ -1,8 +1,4 @@
-"""A pool of clean worker processes, each on one thread.
-
-Products of 32 rows do not profit from a second thread, and a run on one thread gives the same bits
-alone or beside others. Threads of one process would wait for Python's lock at every operator.
-"""
+"""A pool of clean worker processes, each on one thread, in any of which a run has the same bits."""
 
 from __future__ import annotations
 
@@ -52,8 +48,8 @@ def one_thread() -> Iterator[None]:
 def shared(tensor: Tensor) -> Tensor:
     """Return a contiguous copy of a tensor in memory that workers share with this process.
 
-    In `Pool`'s `common` and items both then see what either writes in place; in a result, and as a
-    view, it is copied. It is an ordinary copy on a GPU and on other systems than Linux.
+    In a result, and as a view, it is copied again. It is an ordinary copy on a GPU and on other
+    systems than Linux.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor.clone()
@@ -76,8 +72,7 @@ class Pool:
     A worker is a fork of a server without `__main__`, so scripts need no guard, and functions and
     modules that a script or a notebook cell defines are sent whole. A worker keeps `common`, the
     first arguments of every function, for all maps, with what functions change in it. With one
-    core, in a worker and on other systems than Linux, functions are called in this process, on the
-    objects themselves.
+    core, and on other systems than Linux, functions are called in this process.
     """
 
     def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
@@ -102,9 +97,8 @@ class Pool:
     def map(self, function: Callable[..., R], items: Iterable[Any]) -> Iterator[tuple[int, R]]:
         """Yield the index of an item and ``function(*common, item)`` as results are ready.
 
-        Items are taken and computed while the results are iterated over, one map at a time. An
-        error of the function, a RuntimeError where a worker was killed, and leaving the iteration
-        end the workers and close the pool.
+        An error of the function, a RuntimeError where a worker was killed, and leaving the
+        iteration end the workers and close the pool.
         """
         if self._closed or self._busy:
             raise RuntimeError(f"the pool is {'in another map' if self._busy else 'closed'}")

@@ -1,8 +1,4 @@
-"""Code, versions, device and data of a run, without anything private and any absolute path.
-
-Outside a checkout, or without git, the commit is "unknown", and code is compared by the digest of
-its sources alone.
-"""
+"""Code, versions, device and data of a run, without anything private and any absolute path."""
 
 import hashlib
 import platform
@@ -108,11 +104,7 @@ def _cpu_name() -> str:
 
 
 def threads() -> dict[str, int]:
-    """Return the threads of PyTorch, which change no number, and of NumPy's linear algebra (BLAS).
-
-    BLAS sums in another order with another number of threads: some metrics of the exact linear
-    model on MNIST then differ by 2e-14.
-    """
+    """Return the threads of PyTorch, which change no number, and of BLAS, which do."""
     pools = threadpoolctl.threadpool_info()
     blas = [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
     return {"torch": torch.get_num_threads(), "blas": max(blas, default=1)}
@@ -160,20 +152,7 @@ def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each difference of two `provenance`s but in threads, which replays set."""
-    old, new = then["code"], now["code"]
-    found = _changed("commit", old["commit"], new["commit"])
-    for when, code in (("then", old), ("now", new)):
-        if code["dirty"]:
-            others = f", untracked {', '.join(code['untracked'])}" if code["untracked"] else ""
-            found.append(f"working tree: changed since its commit {when}{others}")
-    if found or old["sources"] != new["sources"]:
-        files = "the same files" if old["sources"] == new["sources"] else "other files now"
-        found.append(f"sources of {' and '.join(SOURCES)}: {files}")
-    for part in ("versions", "device", "dataset"):
-        for name in now[part]:
-            found += _changed(f"{part} {name}", then[part].get(name), now[part].get(name))
-    return found + _changed("platform", then["platform"], now["platform"])
-
-
-def _changed(what: str, then: object, now: object) -> list[str]:
-    return [] if then == now else [f"{what}: {then} then, {now} now"]
+    parts = ("code", "versions", "device", "dataset")
+    pairs = [(f"{p} {name}", then[p].get(name), now[p][name]) for p in parts for name in now[p]]
+    pairs.append(("platform", then["platform"], now["platform"]))
+    return [f"{what}: {old} then, {new} now" for what, old, new in pairs if old != new]

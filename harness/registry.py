@@ -16,14 +16,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Network:
-    """A registered network.
-
-    Weights are drawn from the run's stream "weights", layer by layer ("stream"), or by the function
-    itself, called with PyTorch's generator seeded from that stream ("torch").
-    """
+    """A registered network."""
 
     function: Callable[..., Any] | str  # as `network` registers it, or its address
     output: Output  # non-linearity behind the decoder's last layer
+    # Weights are drawn from the run's stream "weights", or by the function itself from PyTorch's
+    # generator, seeded from that stream.
     initialize: Literal["stream", "torch"] = "torch"
     settings: tuple[str, ...] = ()  # fields of `RunConfig` that the function takes as options
 
@@ -49,16 +47,12 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape).
 
     Args:
-        name: a second function of the same name replaces the first.
+        name: not that of a built-in network; a second function of the same name replaces the first.
         output: non-linearity that follows the decoder: "sigmoid" for pixels in [0, 1], "identity".
-
-    Raises:
-        UserError: the name is empty or that of a built-in network, or the output is not allowed.
     """
     if not name or name in BUILT_IN:
-        raise UserError(
-            f"network {name!r}: choose a name that is not empty and none of {', '.join(BUILT_IN)}"
-        )
+        others = ", ".join(BUILT_IN)
+        raise UserError(f"network {name!r}: choose a name that is not empty and none of {others}")
     if output not in get_args(Output):
         raise UserError(f"output={output!r} of network {name!r}: choose sigmoid or identity")
 
@@ -72,8 +66,7 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
 def term(name: str) -> Callable[[Function], Function]:
     """Register the decorated function as the loss term `RunConfig(terms={name: weight})`.
 
-    The function is (`harness.objective.Batch`) -> Tensor of shape (). A second function of the same
-    name replaces the first; an empty name is a `UserError`.
+    The function is (`harness.objective.Batch`) -> Tensor of shape (); a second one replaces it.
     """
     if not name:
         raise UserError("a loss term needs a name that is not empty")

@@ -17,9 +17,7 @@ from harness.config import RunConfig
 def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> np.random.Generator:
     """Return the generator of the stream of a run's seed and a purpose, e.g. "weights" or "noise".
 
-    The epoch is 0 for draws that belong to none, and the latent size where no shape depends on it.
-    The 128-bit key of NumPy's Philox (Salmon et al. 2011) is the head of SHA-256 of the stream's
-    name; PyTorch's CPU generator would keep only 32 bits of it.
+    The 128-bit key of NumPy's Philox (Salmon et al. 2011) is the head of SHA-256 of its name.
     """
     name = f"{seed}/{purpose}/{epoch}/{latent_size}".encode()
     key = int.from_bytes(hashlib.sha256(name).digest()[:16], "little")
@@ -27,10 +25,7 @@ def generator(seed: int, purpose: str, epoch: int = 0, latent_size: int = 0) -> 
 
 
 def batches(config: RunConfig, images: int, epoch: int) -> Tensor:
-    """Return the order of the training images in an epoch of a run.
-
-    Images that do not fill a batch are left out: int64, shape (steps * batch_size,).
-    """
+    """Return the order of training images in the whole batches of an epoch: int64, (steps B,)."""
     order = generator(config.seed, "batches", epoch).permutation(images)
     return torch.from_numpy(order[: images - images % config.batch_size])
 

@@ -63,7 +63,7 @@ CAPTIONS = {
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
     "with others (fANOVA), over finished trials only.",
     "front": "Rate and mse of all trials on validation data; no trial beats those of the front in "
-    "both. Numbers are trials; points close to a numbered one have none.",
+    "both. Numbers are trials; on a long front some points have none.",
 }
 
 

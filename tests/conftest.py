@@ -93,7 +93,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute runs of equal shapes as one stack where their networks allow it, as a GPU does."""
     from harness.training import engine
 
-    monkeypatch.setattr(engine, "computes_stacks", lambda device: True)
+    monkeypatch.setattr(engine, "STACKED", {"cpu", "cuda"})
 
 
 @pytest.fixture

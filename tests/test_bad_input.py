@@ -303,7 +303,7 @@ FILES = {
     "labels with a wrong magic number": ({TRAIN_LABELS: idx((3,), 0x800)}, NO_LABELS),
     "no magic number": ({TRAIN_LABELS: idx((3,), 0)}, NO_LABELS),
     "a page in place of labels": ({TRAIN_LABELS: b"<!DOCTYPE html></html>"}, NO_LABELS),
-    "too few images": ({}, "expected 60,000 images of 28 x 28 and their labels"),
+    "too few images": ({}, "expected 60,000 images of 28 x 28 and labels"),
 }
 
 
@@ -326,7 +326,7 @@ def test_bad_image_files(files, says, refused, offline, tmp_path):
     said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
     assert f"no usable data in {raw} (" in said
     assert says in said
-    assert "Offline, put the files" in said
+    assert "Put the files" in said
 
 
 def test_a_server_that_does_not_speak_http(refused, monkeypatch):
@@ -344,13 +344,13 @@ def test_a_server_that_does_not_speak_http(refused, monkeypatch):
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
         said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
         thread.join()
-    assert "Offline, put the files" in said
+    assert "Put the files" in said
 
 
 @pytest.mark.parametrize("command", ["search", "all", "reproduce"])
 def test_no_data_on_other_command_lines(command, refused, offline):
     dataset = [] if command == "reproduce" else ["--dataset=mnist"]
-    assert "Offline" in refused(lambda: MAINS[command]([*dataset, "--data-dir=none"]))
+    assert "no usable data" in refused(lambda: MAINS[command]([*dataset, "--data-dir=none"]))
 
 
 def test_data_that_cannot_be_stored(refused, offline, tmp_path):
@@ -391,12 +391,12 @@ MODELS = {
     "weights of text": (lambda f: (f / "weights.safetensors").write_text("{}"), "no loadable"),
     "no tensors": (lambda f: save_file({}, f / "weights.safetensors", {"image_shape": "[1,8,8]"}),)
     + ("Missing key(s)",),
-    "no image shape": (lambda f: weights(f, None), "image_shape=''"),
-    "an image shape of words": (lambda f: weights(f, "large"), "image_shape='large'"),
+    "no image shape": (lambda f: weights(f, None), "image_shape=None"),
+    "an image shape of words": (lambda f: weights(f, "large"), "Expecting value"),
     "negative sizes": (lambda f: weights(f, "[-1, -8, 8]"), "not whole numbers"),
     "an absurd image shape": (lambda f: weights(f, [1, 10**6, 10**6]), "size mismatch"),
     "one beyond any memory": (lambda f: weights(f, [1, 10**9, 10**9]), "overflowed"),
-    "sizes without end": (lambda f: weights(f, "[" * 10_000), "not whole numbers"),
+    "sizes without end": (lambda f: weights(f, "[" * 10_000), "no loadable model"),
     "an absurd width": (lambda f: config(f, hidden=[10**12]), "size mismatch"),
     "another latent size": (lambda f: config(f, latent_size=5), "size mismatch"),
     "a tensor of another shape": (

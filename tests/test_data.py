@@ -178,7 +178,7 @@ def refusal(root: Path, name: str = "mnist") -> str:
         load_dataset(name, root)
     message = str(caught.value)
     assert str((root / FOLDERS[name] / "raw").resolve()) in message
-    assert "Offline, put the files" in message
+    assert "Put the files" in message
     assert "--data-dir" in message
     return message
 

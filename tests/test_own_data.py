@@ -262,12 +262,12 @@ def floats(folder: Path) -> str:
 
 def two_sizes(folder: Path) -> str:
     draw(folder / "dogs" / "wide.png", (6, 10))
-    return "00.png|01.png has 6 x 9 pixels and .*wide.png 6 x 10: give --image-size"
+    return "wide.png has 6 x 10 pixels, .*png 6 x 9: give --image-size"
 
 
 def huge(folder: Path) -> str:
     draw(folder / "cats" / "00.png", (513, 2), "L")
-    return "513 x 2 pixels: give --image-size"
+    return "513 x 2: give --image-size"
 
 
 def an_empty_class(folder: Path) -> str:

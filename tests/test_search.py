@@ -15,7 +15,7 @@ from real_stores import copy_home
 import harness
 from analysis import frames, plots
 from analysis.frames import is_numeric
-from analysis.plots.search import NAMES, PANELS
+from analysis.plots.search import PANELS
 from harness import RunConfig, tracking
 from harness.tracking import record as recording
 from harness.tracking.runs import Run
@@ -400,20 +400,6 @@ def test_the_front_is_drawn_through_its_trials_alone(trials):
     panel = plots.search_front(trials).axes[0]
     line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
     assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/mse"])
-
-
-@pytest.mark.parametrize("left_out", [[], ["kl_warmup_epochs"], ["kl_weight", "latent_size"]])
-def test_the_front_says_the_settings_that_were_searched(trials, left_out):
-    searched = {c: n for c, n in NAMES.items() if c not in left_out}
-    (legend,) = plots.search_front(trials.drop(columns=left_out)).legends
-    said = [text.get_text() for text in legend.get_texts()]
-    heading = next(i for i, text in enumerate(said) if text.startswith("trial: "))
-    assert said[heading] == f"trial: {', '.join(searched.values())}"
-    for line in said[heading + 1 :]:
-        number, values = line.split(": ")
-        trial = trials.set_index("trial").loc[int(number)]
-        for value, column in zip(values.split(", "), searched, strict=True):
-            assert value == str(trial[column]) or float(value) == pytest.approx(trial[column], 0.05)
 
 
 def test_one_trial_is_drawn_as_one_point(trials):

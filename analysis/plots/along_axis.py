@@ -1,7 +1,4 @@
-"""Figures of metrics along a swept axis.
-
-Lines are means over seeds with the interval of `frames.half_width`; dots are single runs.
-"""
+"""Figures of metrics along an axis: lines are means with intervals, dots are single runs."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis import frames
-from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, plain_text
+from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOUR = ("neg_elbo", "mse", "rate", "active_units")
-"""Metrics of the figures along an axis."""
 
 QUALITY_CAPTION = (
     "Left: the rate, and bounds of the mutual information of image and latents; the sampled lower "
@@ -35,9 +31,8 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figur
     for panel, metric in zip(panels.flat, FOUR, strict=True):
         _runs_and_means(panel, frame, axis, metric, group)
         _linear_model(panel, frame, axis, metric, group)
-        if not group:
-            _mark_calibration(panel, frame, axis)
-            _mark_collapse(panel, frame, axis)
+        if not group and axis in ("kl_weight", "decoder_variance"):
+            _mark_weights(panel, frame, axis)
         _focus(panel, frame, axis, metric)
     for panel in panels[0]:
         panel.set_xlabel("")
@@ -55,8 +50,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     if "pca_floor" in frame:  # absent for large images
         floor = frame.groupby("latent_size")["pca_floor"].mean()
         mse.plot(floor.index, floor, ":", color=GREY, label="PCA floor")
-    active.plot(sizes, sizes, "-", color=GREY, lw=0.6)  # dashed is the linear model
-    active.text(sizes[-1], sizes[-1], "all   ", color=GREY, ha="right", va="top")
+    active.plot(sizes, sizes, "-", color=GREY, lw=0.6)  # all; dashed is the linear model
     for panel in figure.axes:
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
@@ -65,11 +59,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
 
 
 def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
-    """Plot the information in the latents, and the distance of samples from test images.
-
-    Left the rate and both bounds of the mutual information, right Frechet distances of prior
-    samples and of reconstructions, and of as many training images.
-    """
+    """Plot the information in the latents, and the distance of samples from test images."""
     figure, (left, right) = canvas(10, 4, columns=2)
     information = ("rate", "mutual_information", "mutual_information_lower")
     for panel, metrics in ((left, information), (right, ("frechet", "frechet_reconstructions"))):
@@ -127,8 +117,6 @@ def conditions(frame: pd.DataFrame) -> Figure:
         dots = frame["condition"].map(names.index) + 0.22
         panel.plot(frame[metric], dots, ".", color=COLORS[1], ms=4)
         panel.set_xlabel(label(metric))
-        panel.grid(axis="y", lw=0.3)
-        panel.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure
@@ -152,9 +140,6 @@ def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     panel.set(xlabel="class", ylabel="")
     panel.tick_params(axis="y", rotation=0)
     return figure
-
-
-# --- parts of a panel ---------------------------------------------------------------------------
 
 
 def _mean(
@@ -196,60 +181,38 @@ def _linear_model(
     panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
 
 
-def _mark_collapse(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
+def _mark_weights(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
+    """Mark where the mean `calibration_ratio` crosses 1, and where the linear model collapses."""
+    ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
+    ratio = ratio[ratio > 0]
+    if ratio.min() < 1 < ratio.max():  # not of an empty one
+        crossing = np.exp(np.interp(0, np.log(ratio), np.log(ratio.index.to_numpy(float))))
+        panel.axvline(crossing, color=GREY, ls=":", lw=1.2, label="calibration_ratio = 1")
     weight = frames.collapse_value(frame, axis)
     if weight is not None and weight < frame[axis].max():
         panel.axvline(weight, color=GREY, ls="-.", lw=1.2, label="linear model collapses")
 
 
-def _mark_calibration(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
-    """Mark where the mean `calibration_ratio` crosses 1.
-
-    It does so once along the axis of a weight. Along others it need not be monotonic.
-    """
-    if axis not in ("kl_weight", "decoder_variance"):
-        return
-    ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
-    ratio = ratio[ratio > 0]
-    if len(ratio) < 2 or not ratio.min() < 1 < ratio.max():
-        return
-    crossing = np.exp(np.interp(0, np.log(ratio), np.log(ratio.index.to_numpy(float))))
-    panel.axvline(crossing, color=GREY, ls=":", lw=1.2, label="calibration_ratio = 1")
-
-
 def _scale(panel: Axes, values: pd.Series) -> None:
     """Use a logarithmic axis for positive numbers of more than a decade, with room for 0."""
-    if not frames.is_numeric(values):
-        return
-    positive = values[values > 0]
+    positive = values[values > 0] if frames.is_numeric(values) else values[:0]
     if positive.empty or positive.max() / positive.min() <= 10:
         return
+    panel.set_xscale("log")
     if (values == 0).any():
         panel.set_xscale("symlog", linthresh=positive.min(), linscale=0.4)
         panel.set_xlim(left=-positive.min() * 0.2)
-        decades = 10.0 ** np.arange(np.floor(np.log10(positive.min())), np.log10(positive.max()))
-        panel.set_xticks([0, *decades, positive.max()])
-        panel.minorticks_off()
-    else:
-        panel.set_xscale("log")
 
 
 def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
-    """Leave weight 0 outside the limits if it would flatten the rest, and annotate its value.
-
-    Nothing bounds the rate at this weight.
-    """
-    if axis != "kl_weight":
-        return
+    """Leave weight 0, whose rate nothing bounds, outside limits if it would flatten the rest."""
     rest, zero = frame.loc[frame[axis] != 0, metric], frame.loc[frame[axis] == 0, metric]
-    if zero.empty or rest.empty:
+    if axis != "kl_weight" or zero.empty or rest.empty:
         return
     span = rest.max() - rest.min()
-    if zero.mean() <= rest.max() + span:
-        return
-    panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
-    text = panel.text(0.2, 0.97, f"kl_weight = 0: {zero.mean():.3g}, above", color=GREY, va="top")
-    text.set(transform=panel.transAxes, bbox={"fc": "white", "ec": "none", "pad": 1})  # over lines
+    if zero.mean() > rest.max() + span:
+        panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
+        note(panel, f"kl_weight = 0: {zero.mean():.3g}, above")
 
 
 def _overlaid(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:

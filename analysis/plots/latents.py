@@ -16,29 +16,15 @@ if TYPE_CHECKING:
 KL_CAPTION = (
     "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval. "
     "As many bars are dark as latents are active, that is, have a posterior mean whose variance is "
-    "over 0.01; others carry no information about the image, whatever their KL. Each panel has its "
-    "own scale; a value whose rate is below 0.01 nats, where all latents have collapsed, has none."
+    "over 0.01. Each panel has its own scale; a value at which all latents have collapsed has none."
 )
 
-PANELS = 5
-"""Values of an axis that have a panel of bars, at most."""
-
-COLLAPSED = 0.01
-"""Rate below which a value has no panel, nats / image."""
-
-FEW = 20
-"""Bars that have an error bar each; the intervals of more are a band."""
-
-DISTINCT = 10
-"""Colours of seaborn's palette "colorblind"; more classes than these would share some."""
+PANELS = 5  # values of an axis that have a panel of bars, at most
+COLLAPSED = 0.01  # rate below which a value has no panel, nats / image
 
 
 def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
-    """Plot the test KL of each latent as bars, largest first, for some values of an axis.
-
-    Bars are means over seeds of each run's largest KL, second largest and so on, with their
-    intervals; as many are dark as latents are active on average.
-    """
+    """Plot the test KL of each latent as bars, largest first, for some values of an axis."""
     frame = frame.dropna(subset=["rate"])
     parts = list(frame.groupby(group, sort=False)) if group else [("", frame)]
     shown = [(name, part, shown_values(part, axis)) for name, part in parts]
@@ -65,9 +51,9 @@ def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
 def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     """Choose up to five values of an axis, in its order.
 
-    They are the best by validation `neg_elbo`, weight 1 (the blog's) if swept, and others as far
-    from these as possible. Collapsed values, and weight 0, whose KL nothing bounds, are left out
-    unless there are no others.
+    They are the best by validation `neg_elbo`, weight 1 if swept, and others far from these.
+    Collapsed values, and weight 0, whose KL nothing bounds, are left out unless there are no
+    others.
     """
     unbounded = (axis == "kl_weight") & (frame[axis] == 0)
     rate = frame.groupby(axis, sort=False)["rate"].transform("mean")
@@ -89,11 +75,7 @@ def _bars(panel: Axes, runs: pd.DataFrame) -> None:
     active = round(runs["active_units"].mean())
     colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
     panel.bar(means.index, means, color=colors, width=0.8)
-    if len(means) <= FEW:
-        panel.errorbar(means.index, means, yerr=halves, fmt="none", color="black", elinewidth=1)
-    else:
-        low, high = means - halves, means + halves
-        panel.fill_between(means.index, low, high, step="mid", color="black", alpha=0.25, lw=0)
+    panel.errorbar(means.index, means, yerr=halves, fmt="none", color="black", elinewidth=1)
     panel.set_ylim(0, max(float((means + halves).max()) * 1.05, 1e-3))
     panel.set_xlim(0.3, len(means) + 0.7)
     if len(means) <= 10:
@@ -103,7 +85,7 @@ def _bars(panel: Axes, runs: pd.DataFrame) -> None:
 def latent_scatter(places: pd.DataFrame) -> Figure:
     """Plot where images lie in latent space, a panel a model, coloured by class.
 
-    The frame has the columns model, x, y and class, and one row per image and model.
+    The frame has the columns model, x, y and class.
     """
     import seaborn as sns
 
@@ -112,7 +94,8 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
     rows = -(-len(models) // columns)
     figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
     classes = sorted(places["class"].unique())
-    palette = sns.color_palette("colorblind" if len(classes) <= DISTINCT else "husl", len(classes))
+    # Seaborn's palette "colorblind" has ten colours.
+    palette = sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes))
     for panel, model in zip(panels.flat, models, strict=False):
         part = places[places["model"] == model]
         for name, color in zip(classes, palette, strict=True):
@@ -121,7 +104,6 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
             panel.plot(images["x"], images["y"], ".", ms=3, color=color, label=text)
         panel.set_title(model, fontsize=9)
         panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(True)
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()
     if len(classes) > 1:

@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = "osD^vP*X"
-"""One more than colours, so that groups with the same colour have other marks."""
+MARKS = "osD^vP*X"  # one more than colours, so that groups with the same colour have other marks
 
 
 def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot test distortion against rate, one dot a run, with lines of equal `neg_elbo`.
 
-    Means are joined along the axis, a colour a group; without groups colours follow the axis. Runs
-    without a rate are left out.
+    Means are joined along the axis, a colour a group; without groups colours follow the axis.
     """
     import seaborn as sns
 
@@ -45,13 +43,12 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]
             panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
             place, text = (point["rate"], point["distortion"]), plain(point[axis])
-            dot = {"color": color, "ms": 9, "mec": "white", "zorder": 4}
+            (dot,) = panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4)
             if group:
-                panel.plot(*place, "o", **dot)
                 panel.annotate(text, place, xytext=(5, 4), textcoords="offset points")
             else:
                 off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
-                panel.plot(*place, "o", label=text + off, **dot)
+                dot.set_label(text + off)
     panel.set(xlabel=label("rate"), ylabel=label("distortion"))
     title = f"{group}; numbers are {axis}" if group else label(axis)
     figure.legend(title=title, loc="outside right upper", frameon=False)
@@ -78,10 +75,9 @@ def batch_plane(
     ranges: Sequence[tuple[float, float]],
     star: tuple[float, float],
 ) -> Figure:
-    """Plot the loss of batches against their KL term, a colour a seed, and one batch as a star.
+    """Plot the loss of batches (S, batches) against their KL term, and one batch as a star.
 
-    Arrays have shape (S, batches), pixel^2. `labels` name the seeds; `ranges` are the limits of KL
-    term and loss that are drawn as a dotted frame.
+    `labels` name the seeds; `ranges` of KL term and loss are drawn as a dotted frame.
     """
     figure, panel = canvas(8, 6)
     for x, y, name, color in zip(kl_term, loss, labels, cycle(COLORS), strict=False):

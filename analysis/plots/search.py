@@ -1,7 +1,4 @@
-"""Figures of a search.
-
-The frame is that of `frames.by_trial`, with a column `front` for the Pareto front.
-"""
+"""Figures of a search, of the frame of `frames.by_trial`; `front` marks the Pareto front."""
 
 from __future__ import annotations
 
@@ -10,36 +7,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.frames import is_numeric
-from analysis.plots.style import COLORS, GREY, canvas, label
-from analysis.tables import plain
+from analysis.plots.style import COLORS, GREY, canvas, label, note
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 OBJECTIVE = "val/neg_elbo"
 
+# Settings that a search may vary, in the order of the figure's panels.
 PANELS = (
     *("kl_weight", "kl_normalization", "decoder_variance", "latent_size", "learning_rate"),
     *("kl_warmup_epochs", "kl_cycles", "free_bits", "sigma"),
 )
-"""Settings that a search may vary, in the order of the figure's panels."""
 
 LOGARITHMIC = ("kl_weight", "decoder_variance", "learning_rate")
-
-NAMES = {
-    "kl_weight": "weight",
-    "kl_normalization": "normalisation",
-    "latent_size": "latents",
-    "learning_rate": "learning rate",
-    "kl_warmup_epochs": "warm-up",
-}
-"""Settings that are listed beside a front, if they were searched."""
-
-NAMED = 14
-"""Points of a front that are numbered, at most."""
+NUMBERED = 14  # points of a front, at most
 
 
 def search_history(trials: pd.DataFrame) -> Figure:
@@ -65,8 +49,7 @@ def _bound(panel: Axes, trials: pd.DataFrame) -> None:
     if values.max() <= top + 0.2 * span:
         return
     panel.set_ylim(low - 0.05 * span, top)
-    text = f"{(values > top).sum()} above, up to {values.max():,.0f}"
-    panel.annotate(text, (0.99, 0.99), xycoords="axes fraction", ha="right", va="top", color=GREY)
+    note(panel, f"{(values > top).sum()} above, up to {values.max():,.0f}")
 
 
 def search_parameters(trials: pd.DataFrame) -> Figure:
@@ -75,21 +58,21 @@ def search_parameters(trials: pd.DataFrame) -> Figure:
     rows = -(-len(settings) // 3)
     figure, panels = canvas(13, 3.75 * rows, rows=rows, columns=3, sharey=True)
     for panel, setting in zip(panels.flat, settings, strict=False):
-        dots = _against(panel, trials, setting)
+        _against(panel, trials, setting)
         panel.set_xlabel(label(setting))
     for panel in panels.flat[len(settings) :]:
         panel.set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel(label(OBJECTIVE))
     _bound(panels[0, -1], trials)
-    figure.colorbar(dots, ax=panels, label="trial", shrink=0.7)
+    figure.colorbar(panels[0, 0].collections[-1], ax=panels, label="trial", shrink=0.7)
     panels[0, 0].plot([], [], "o", color=GREY, label="finished")
     panels[0, 0].plot([], [], "x", color=GREY, label="pruned")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
+def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> None:
     x, number, last = trials[setting], trials["trial"], max(1, trials["trial"].max())
     if not is_numeric(x):
         modes = sorted(x.unique())
@@ -97,8 +80,6 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
         x = x.map(modes.index) + 0.5 * (number / last - 0.5)  # side by side, in order
     elif setting == "latent_size":
         panel.set_xscale("log", base=2)
-        sizes = [2**i for i in range(11) if x.min() <= 2**i <= x.max()]
-        panel.set_xticks(sizes, [str(size) for size in sizes])
     elif setting in LOGARITHMIC:
         panel.set_xscale("log")
     elif x.dtype.kind in "iu":
@@ -106,67 +87,40 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> ScalarMappable:
     for pruned, mark in ((True, "x"), (False, "o")):
         rows = trials["pruned"] == pruned
         look = {"marker": mark, "cmap": "cividis_r", "vmin": 0, "vmax": last}
-        dots = panel.scatter(x[rows], trials.loc[rows, OBJECTIVE], c=number[rows], **look)
-    return dots
+        panel.scatter(x[rows], trials.loc[rows, OBJECTIVE], c=number[rows], **look)
 
 
 def search_importances(shares: pd.DataFrame) -> Figure:
     """Plot each setting's share, a bar an objective; most important on top."""
-    order = list(shares.groupby("setting")["share"].max().sort_values().index)
-    objectives = list(shares["objective"].unique())
-    figure, panel = canvas(7, 0.6 * len(order) + 1.2)
-    height = 0.8 / max(1, len(objectives))
-    for i, objective in enumerate(objectives):
-        part = shares[shares["objective"] == objective].set_index("setting").loc[order]
-        places = np.arange(len(order)) - (i - (len(objectives) - 1) / 2) * height
-        bars = panel.barh(places, part["share"], height, color=COLORS[i], label=objective)
+    table = shares.pivot(index="setting", columns="objective", values="share")
+    table = table.loc[table.max(axis=1).sort_values().index]
+    figure, panel = canvas(7, 0.6 * len(table) + 1.2)
+    table.plot.barh(ax=panel, color=COLORS, width=0.8, ylabel="")
+    for bars in panel.containers:
         panel.bar_label(bars, fmt="%.2f", padding=3)
-    panel.set_yticks(range(len(order)), order)
     panel.set_xlabel("importance (share of the variation of ranks)")
-    panel.set_xlim(0, shares["share"].max() * 1.12 if len(shares) else 1)
-    if len(objectives) > 1:
-        panel.legend(frameon=False, loc="lower right")
+    panel.legend(frameon=False, loc="lower right")
     return figure
 
 
 def search_front(trials: pd.DataFrame) -> Figure:
-    """Plot trials on (rate, mse) with the Pareto front, whose configurations are listed beside."""
-    figure, panel = canvas(12, 6)
-    best = trials[trials["front"]].sort_values("val/rate")
-    rest = trials[~trials["front"]]
+    """Plot trials on (rate, mse) with the Pareto front, along which trials are numbered."""
+    figure, panel = canvas(9, 6)
+    best, rest = trials[trials["front"]].sort_values("val/rate"), trials[~trials["front"]]
     panel.plot(rest["val/rate"], rest["val/mse"], "o", color=GREY, ms=5, alpha=0.5, label="trial")
     look = {"color": COLORS[0], "ms": 7, "label": "Pareto front", "drawstyle": "steps-post"}
     panel.plot(best["val/rate"], best["val/mse"], "o-", **look)
     lowest = best.loc[best[OBJECTIVE].idxmin()]
-    text = f"lowest {OBJECTIVE} of it, {lowest[OBJECTIVE]:.2f}"
+    text = f"trial {lowest['trial']}: lowest {OBJECTIVE}, {lowest[OBJECTIVE]:.2f}"
     mark = {"color": COLORS[1], "ms": 15, "mfc": "none", "mew": 1.5, "label": text}
     panel.plot(lowest["val/rate"], lowest["val/mse"], "o", **mark)
     panel.set_xscale("symlog", linthresh=1)
     panel.set_xlim(left=-0.05)
     panel.set_yscale("log")
     panel.set(xlabel=label("val/rate"), ylabel=label("val/mse"))
-    named = {column: name for column, name in NAMES.items() if column in trials}
-    lines = [" ", f"trial: {', '.join(named.values())}"]
-    for _, trial in _spread(best, lowest).iterrows():
+    some = np.linspace(0, len(best) - 1, min(NUMBERED, len(best))).round().astype(int)
+    for _, trial in best.iloc[some].iterrows():
         place = (trial["val/rate"], trial["val/mse"])
         panel.annotate(f"{trial['trial']}", place, xytext=(7, 7), textcoords="offset points")
-        settings = ", ".join(plain(trial[column], 2) for column in named)
-        lines.append(f"{trial['trial']}: {settings}")
-    for line in lines:
-        panel.plot([], [], " ", label=line)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def _spread(best: pd.DataFrame, lowest: pd.Series) -> pd.DataFrame:
-    """Choose the points of a front that are numbered: the lowest neg_elbo, and others far apart."""
-    x = np.log1p(best["val/rate"].to_numpy(float))
-    y = np.log(best["val/mse"].to_numpy(float))
-    places = np.stack([x / max(np.ptp(x), 1e-9), y / max(np.ptp(y), 1e-9)], axis=1)
-    first = int(np.flatnonzero(best["trial"] == lowest["trial"])[0])
-    kept: list[int] = []
-    for i in [first, *range(len(best))]:
-        far = all(np.linalg.norm(places[i] - places[j]) > 1 / NAMED for j in kept)
-        if far and len(kept) < NAMED:
-            kept.append(i)
-    return best.iloc[sorted(kept)]

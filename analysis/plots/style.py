@@ -19,9 +19,8 @@ UNITS = {
     "kl_warmup_epochs": "epochs",
 }
 
+# The colour-blind-safe palette of Okabe and Ito (2008), without its yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""The colour-blind-safe palette of Okabe and Ito (2008), without its yellow."""
-
 GREY = "#666666"
 
 
@@ -47,6 +46,11 @@ def canvas(
 def plain_text(text: str) -> str:
     """Return a text that matplotlib shows unchanged: "$" would begin a formula."""
     return text.replace("$", r"\$")
+
+
+def note(panel: Axes, text: str) -> None:
+    """Write a text into the upper right corner of a panel."""
+    panel.annotate(text, (0.99, 0.99), xycoords="axes fraction", ha="right", va="top", color=GREY)
 
 
 def empty_panel(panel: Axes, reason: str) -> None:

@@ -1,7 +1,6 @@
 """Write the report of a study again, from its summary in MLflow."""
 
 import argparse
-import shlex
 import shutil
 import sys
 import tempfile
@@ -43,13 +42,9 @@ def _fetch(study: str, dataset: str, study_name: str | None, tracking_uri: str |
     store = connect(tracking_uri)
     runs = store.runs(experiment, study=name, role="summary")
     finished = [run.run_id for run in runs if run.status == "FINISHED"]
-    command = f"python -m studies.{study} --dataset {dataset}"
-    command += "" if name == experiment else f" --study-name {shlex.quote(name)}"
-    if tracking_uri:
-        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
     if not finished:
-        where = without_password(store.uri)
-        raise UserError(f"{where} has no finished summary of {name!r}; first run: {command}")
+        missing = f"{without_password(store.uri)} has no finished summary of {name!r}"
+        raise UserError(f"{missing}; first run python -m studies.{study} with these options")
     folder, run = store.home / "reports" / name, finished[-1]
     with tempfile.TemporaryDirectory() as fresh:
         try:
@@ -57,7 +52,7 @@ def _fetch(study: str, dataset: str, study_name: str | None, tracking_uri: str |
         except Exception as error:  # of any store: the file system's, a server's, MLflow's
             raise UserError(f"summary run {run} cannot be downloaded ({reason(error)})") from error
         if not Path(fresh, "summary.json").is_file():
-            raise UserError(f"run {run} holds no summary.json; run anew: {command} --fresh")
+            raise UserError(f"run {run} holds no summary.json; run the study with --fresh")
         shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
 

@@ -19,20 +19,12 @@ from analysis.report.summary import Exhibit, present, read, read_cells
 from harness.config import UserError
 from harness.tracking.addresses import without_password
 
-UI = "http://127.0.0.1:5000"
-"""Address of `mlflow ui`."""
-
-RUN_METRICS = ("neg_elbo", "mse", "rate")
-"""Test metrics in the list of runs."""
-
-SCREEN = 96
-"""Pixels of an inch on a page."""
-
-WIDE, SENTENCE = 112, 48
-"""Characters of a row too wide for paper, and of a cell that is broken into lines."""
-
+UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
+RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of runs
+SCREEN = 96  # pixels of an inch on a page
+WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell broken into lines
+# A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
-"""A cell of a column of numbers: a number, one with its interval, a dash, or nothing."""
 
 
 def build(folder: Path) -> Path:
@@ -49,8 +41,7 @@ def build(folder: Path) -> Path:
         figures=[_image(folder, exhibit) for exhibit in summary.figures],
         pictures=[_image(folder, exhibit) for exhibit in summary.pictures],
         tables=[
-            (exhibit.caption, table(*read_cells(folder, exhibit.file)))
-            for exhibit in summary.tables
+            (shown.caption, table(*read_cells(folder, shown.file))) for shown in summary.tables
         ],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
@@ -61,14 +52,11 @@ def build(folder: Path) -> Path:
 
 
 def index(reports: Iterable[Path], out: Path) -> Path:
-    """Write a page with the question and the answer of several reports, and links to them.
-
-    The reports are files that `build` returned, `summary.json` beside each.
-    """
+    """Write a page with the question and the answer of reports that `build` returned, and links."""
     entries = []
     for report in reports:
-        summary = read(present(report.parent, report.name).parent)
-        entries.append((summary, quote(Path(os.path.relpath(report, out.parent)).as_posix())))
+        address = quote(Path(os.path.relpath(report, out.parent)).as_posix())
+        entries.append((read(present(report.parent, report.name).parent), address))
     return _write(out, title="Studies", reports=entries)
 
 
@@ -109,13 +97,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any
 
 
 def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:
-    """Return a column's class in CSS, its width, and that of its half widths, in characters."""
+    """Return a column's class in CSS and its width in characters."""
     longest = max(map(len, cells), default=0)
     widest = max(longest, *map(len, re.split(r"[_/]", name)))
     kind = "words" if longest > SENTENCE else None
     kind = "number" if all(map(NUMBER.fullmatch, cells)) else kind
-    digits = max((len(cell.partition(" ± ")[2]) for cell in cells), default=0)
-    return {"name": name, "kind": kind, "width": 2 + min(widest, SENTENCE), "digits": digits}
+    return {"name": name, "kind": kind, "width": 2 + min(widest, SENTENCE)}
 
 
 def _runs(folder: Path) -> tuple[dict[str, Any], list[str]]:

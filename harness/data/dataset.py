@@ -57,7 +57,7 @@ class Split:
         """Return the split with pixels 0 or 1.
 
         "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
-        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "none": unchanged.
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008).
         """
         if kind == "none":
             return self
@@ -85,8 +85,7 @@ class Dataset:
         image_shape: (channels, height, width).
         classes: number of classes; 0 for images without labels.
         train, val, test: images for training, for choosing settings, and for measuring once.
-        digest: SHA-256 of the pixels of all images, in the source's order; of a user's images, of
-            parts and labels too, which their name does not determine.
+        digest: SHA-256 of all images, in the source's order; of a user's, of parts and labels too.
         class_names: names of the classes of a user's images; () where classes are numbers.
     """
 
@@ -122,12 +121,9 @@ class Dataset:
                 "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
-
-        Raises:
-            UserError: a name, shape, type, value or row that cannot be used.
         """
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
-            raise UserError(f"dataset name {name!r} is taken by another dataset; choose another")
+            raise UserError(f"dataset name {name!r} is taken; choose another")
         pictures = as_images(images, largest)
         classes, count = torch.zeros(len(pictures), dtype=torch.int64), 0
         if labels is not None:
@@ -171,10 +167,7 @@ class Dataset:
         return self.class_names[label] if self.class_names else str(label)
 
     def binarized(self, kind: Binarization) -> Dataset:
-        """Return the dataset as runs with this `binarization` are measured on it.
-
-        The drawn pixels are the same for every run and seed; binary images stay as they are.
-        """
+        """Return the dataset as runs of every seed with this `binarization` are measured on it."""
         if kind == "none":
             return self
         streams = {part: generator(SPLIT_SEED, f"binarize/{part}") for part in PARTS}
@@ -195,11 +188,7 @@ class Dataset:
 
 
 def with_official_training(data: Dataset) -> Dataset:
-    """Return a dataset of the MNIST family with its official 60,000 training images.
-
-    The validation split is appended to the training split and stays as it is: no settings may be
-    chosen on it, and numbers can be compared with published ones.
-    """
+    """Return an MNIST dataset with its official 60,000 training images, those of validation too."""
     images = torch.cat([data.train.images, data.val.images])
     labels = torch.cat([data.train.labels, data.val.labels])
     return replace(data, train=replace(data.train, images=images, labels=labels))
@@ -221,20 +210,15 @@ def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     shape = tuple(images.shape)
     images = images.unsqueeze(1) if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape:
-        swapped = images.ndim == 4 and images.shape[-1] in (1, 3)
-        hint = "; for (N, H, W, C) give images.permute(0, 3, 1, 2)" if swapped else ""
-        raise UserError(
-            f"images of shape {shape}: give (N, H, W) or (N, C, H, W) with 1 or 3 channels{hint}"
-        )
+        wanted = "(N, H, W) or (N, C, H, W) with 1 or 3 channels, as images.permute(0, 3, 1, 2)"
+        raise UserError(f"images of shape {shape}: give {wanted} of (N, H, W, C)")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise UserError(f"images of type {images.dtype}: give torch.uint8, or floats from 0 to 1")
     low, high = float(images.min()), float(images.max())
     allowed = 1 if images.is_floating_point() else largest
     if not 0 <= low <= high <= allowed:  # NaN too
-        raise UserError(
-            f"images from {low:g} to {high:g}: {images.dtype} must be from 0 to {allowed}; scale "
-            "them, or give largest= for integers"
-        )
+        given = f"images from {low:g} to {high:g}: {images.dtype}"
+        raise UserError(f"{given} must be from 0 to {allowed}; scale them, or give largest=")
     return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
 
 
@@ -243,15 +227,13 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
     labels = torch.as_tensor(labels).detach().cpu()
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if tuple(labels.shape) != (images,) or not whole:
-        raise UserError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: give one whole number "
-            f"for each of {images} images"
-        )
+        given = f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
+        raise UserError(f"{given}: give one whole number for each of {images} images")
     labels = labels.long()
-    if not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < MOST_CLASSES:
         raise UserError(
-            f"labels from {int(labels.min())} to {int(labels.max())}: number classes from 0 on, "
-            f"below {MOST_CLASSES}"
+            f"labels from {low} to {high}: give numbers from 0 on, below {MOST_CLASSES}"
         )
     return labels
 
@@ -264,20 +246,15 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     rows = {part: _rows(part, chosen) for part, chosen in given.items()}
     every = torch.cat(list(rows.values()))
     if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
-        raise UserError(
-            f"rows of {', '.join(rows)}: give each row of the {images} images once at most, "
-            "counted from 0"
-        )
+        names = ", ".join(rows)
+        raise UserError(f"rows of {names}: give each from 0 to {images - 1} once at most")
     for part, chosen in rows.items():
         order = generator(SPLIT_SEED, f"split/{part}").permutation(len(chosen))
         rows[part] = chosen[torch.from_numpy(order)]
     missing = [part for part in PARTS if part not in rows]
     count = len(rows["train"])
     if missing and count < LEAST:
-        raise UserError(
-            f"{count} images: {' and '.join(missing)} are taken from them, which needs "
-            f"{LEAST}; give more, or give every part"
-        )
+        raise UserError(f"{count} images: give {LEAST} to split, or give every part")
     for part in missing:
         rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
     return [rows[part] for part in PARTS]
@@ -285,8 +262,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
 
 def _rows(part: str, given: Iterable[int]) -> Tensor:
     rows = torch.as_tensor(list(given))
-    if len(rows) < 2:
-        raise UserError(f"part {part!r} has {len(rows)} images: give at least 2")
-    if rows.is_floating_point() or rows.dtype == torch.bool:
-        raise UserError(f"rows of {part!r} of type {rows.dtype}: give whole numbers, from 0 on")
+    if len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:
+        found = f"part {part!r} has {len(rows)} images, rows of type {rows.dtype}"
+        raise UserError(f"{found}: give at least 2 whole numbers")
     return rows.long()

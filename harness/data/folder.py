@@ -30,9 +30,8 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/... those of a part, and so do val
     and test where they exist. Without folders of classes there are no labels. Files without the
     ending of an image are ignored. Images are grey if all files are, and resized by antialiased
-    bilinear interpolation, which may change their proportions, to `image_size`: height and width,
-    or one number for both. Transparency is dropped, and 16-bit grey is cut to 8 bits. Links to
-    folders are followed for classes, but not below them.
+    bilinear interpolation, which may change their proportions, to `image_size`. Transparency is
+    dropped, and 16-bit grey is cut to 8 bits.
     """
     size = _size(image_size)
     path = path.expanduser()
@@ -42,9 +41,7 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
         raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
     pairs = [pair for part in found.values() for pair in part]
     if not pairs:
-        raise UserError(
-            f"folder:{path}: no image in it; give .png, .jpg, .bmp, .tif or .webp files"
-        )
+        raise UserError(f"folder:{path}: no image in it; endings are {' '.join(ENDINGS)}")
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
     return Dataset.from_tensors(
@@ -67,10 +64,8 @@ def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int
     names = classes["train"]
     for part, others in classes.items():
         if not set(others) <= set(names) or bool(others) != bool(names):
-            raise UserError(
-                f"folder:{parts[part]}: its classes {others} are not those of training, {names}; "
-                "give every part folders of the same classes, or none"
-            )
+            given = f"folder:{parts[part]}: its classes {others}"
+            raise UserError(f"{given} are not those of training, {names}; give every part the same")
     return tuple(names), {part: _files(folder, names) for part, folder in parts.items()}
 
 
@@ -84,10 +79,8 @@ def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
     sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
     whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
     if len(sides) not in (1, 2) or not whole:
-        raise UserError(
-            f"image_size={given!r}: give height and width, or one number for both, from 1 to "
-            f"{LARGEST_SIDE} pixels"
-        )
+        allowed = f"height and width, or one number for both, from 1 to {LARGEST_SIDE} pixels"
+        raise UserError(f"image_size={given!r}: give {allowed}")
     return sides[0], sides[-1]
 
 
@@ -119,31 +112,22 @@ def _is_image(name: str) -> bool:
 
 def _read(files: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
     """Return all images as one tensor (N, C, H, W), C = 3 if any has colours."""
-    first = _picture(files[0], size)
-    if max(first.shape[:2]) > LARGEST_SIDE:
-        raise UserError(
-            f"{files[0]} has {_sides(first)} pixels: give --image-size (image_size=), at most "
-            f"{LARGEST_SIDE}"
-        )
+    height, width, _ = _picture(files[0], size).shape
 
     def picture(file: Path) -> np.ndarray:
         read = _picture(file, size)
-        if read.shape[:2] != first.shape[:2]:
-            raise UserError(
-                f"{files[0]} has {_sides(first)} pixels and {file} {_sides(read)}: give "
-                "--image-size (image_size=), to which all are resized"
-            )
+        if read.shape[:2] != (height, width) or max(height, width) > LARGEST_SIDE:
+            found = f"{file} has {read.shape[0]} x {read.shape[1]} pixels"
+            first = f"{files[0]} {height} x {width}"
+            raise UserError(f"{found}, {first}: give --image-size (at most {LARGEST_SIDE})")
         return read
 
+    picture(files[0])  # may be too large, and others many
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         every = list(pool.map(picture, files))
-    shape = (*first.shape[:2], max(one.shape[2] for one in every))
+    shape = (height, width, max(one.shape[2] for one in every))
     together = np.stack([np.broadcast_to(one, shape) for one in every])
     return torch.from_numpy(together).permute(0, 3, 1, 2).contiguous()
-
-
-def _sides(picture: np.ndarray) -> str:
-    return f"{picture.shape[0]} x {picture.shape[1]}"
 
 
 def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
@@ -156,9 +140,7 @@ def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
             return np.atleast_3d(np.array(picture))
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{file} cannot be read as an image ({reason}); repair or remove it"
-        ) from None
+        raise UserError(f"{file} cannot be read as an image ({reason})") from None
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -27,11 +27,7 @@ def load_dataset(
             "mnist", "fashion_mnist", "kmnist": 28 x 28 pixels; "folder:PATH": your images, grey or
             colour, one folder a class (`harness.data.folder.read_folder`).
         root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
-        image_size: height and width, or one number for both, that a folder's images are resized to;
-            None leaves them as they are.
-
-    Raises:
-        UserError: the name is unknown, or files are missing and cannot be downloaded, or broken.
+        image_size: height and width, or one number for both, that a folder's images are resized to.
     """
     if name.startswith(FOLDER):
         from harness.data.folder import read_folder

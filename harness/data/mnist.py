@@ -1,8 +1,4 @@
-"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from IDX files.
-
-IDX is LeCun's format (http://yann.lecun.com/exdb/mnist). Torchvision, whose import takes seconds,
-downloads missing files.
-"""
+"""The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from LeCun's IDX files."""
 
 import contextlib
 import math
@@ -35,9 +31,7 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
         count = 60_000 if train else 10_000
         if images.shape != (count, 28, 28) or labels.shape != (count,):
             found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
-            raise ValueError(
-                f"expected {count:,} images of 28 x 28 and their labels, found {found}"
-            )
+            raise ValueError(f"expected {count:,} images of 28 x 28 and labels, found {found}")
     except Exception as error:  # torchvision has many for files that are absent or cut short
         for place in made:
             with contextlib.suppress(OSError):  # never made, or not empty
@@ -45,18 +39,15 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
         names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
         reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
         raise UserError(
-            f"{name}: no usable data in {folder.resolve()} ({reason}). Offline, put the files "
-            f"{names} there (as they are or as .gz), or name the folder that holds "
-            f"{TORCHVISION[name]}/raw with --data-dir; a broken file: delete it first."
+            f"{name}: no usable data in {folder.resolve()} ({reason}). Put the files {names} there "
+            "(a broken file: delete it first), or name the folder that holds "
+            f"{TORCHVISION[name]}/raw with --data-dir."
         ) from error
     return images, labels
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file: bytes 0, 0, 8, the number of axes, their sizes (big-endian), uint8 values.
-
-    Another file, or one whose length does not fit its sizes, is a ValueError.
-    """
+    """Read an IDX file: bytes 0, 0, 8, the number of axes, big-endian sizes, uint8 values."""
     content = bytearray(file.read_bytes())
     axes = content[3] if content.startswith(b"\0\0\x08") and len(content) > 3 else 0
     start = 4 + 4 * axes
@@ -71,7 +62,7 @@ def read_idx(file: Path) -> Tensor:
 
 
 def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    import torchvision
+    import torchvision  # takes seconds
 
     source = getattr(torchvision.datasets, TORCHVISION[name])
     try:

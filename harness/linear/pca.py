@@ -8,16 +8,13 @@ import numpy as np
 
 from harness.data.dataset import Dataset, Split
 
-# Of the largest image that has a linear model: decomposing a covariance takes 7.5 s of a core for
-# 3,072 pixels of all channels and grows with the third power (18 s here, 8 min for 12,288).
-MOST_PIXELS = 4_096
+MOST_PIXELS = 4_096  # of an image that has a linear model, which takes 18 s; 8 min for 12,288
 
 
 class Moments(NamedTuple):
     """Moments of a split's coordinates c_i along the principal components.
 
-    Directions for which `PCA` has no component have mean 0 and equal parts of their mean square, of
-    which only the sum has a meaning.
+    Directions for which `PCA` has no component share the sum of their mean squares equally.
     """
 
     means: np.ndarray  # E[c_i], shape (D,)
@@ -53,17 +50,11 @@ class PCA:
         return Moments(means, squares)
 
     def floor(self, split: Split, latent_size: int) -> float:
-        """Return the mse of projecting a split onto the first components: the PCA floor.
-
-        mse = sum_{i > L} E[c_i^2] / D, pixel^2   (Tipping & Bishop 1999)
-        """
+        """Return the mse of projecting a split onto L components: sum_{i > L} E[c_i^2] / D."""
         return float(self.moments(split).squares[latent_size:].sum() / len(self.mean))
 
     def likeliest_variance(self, latent_size: int) -> float:
-        """Return the maximum-likelihood decoder variance of pPCA, pixel^2.
-
-        s2 = sum_{i > L} lambda_i / (D - L)   (Tipping & Bishop 1999, equation 8)
-        """
+        """Return the decoder variance of pPCA (Tipping & Bishop 1999, equation 8), pixel^2."""
         return float(self.variances[latent_size:].mean())
 
 
@@ -113,9 +104,8 @@ def _cleared(variances: np.ndarray) -> np.ndarray:
 
 
 def _covariance(split: Split) -> np.ndarray:
-    # Grey values are whole numbers. In float32, whose products take half the time, they are summed
-    # over so few images that every partial sum is below 2^24 and exact; float64 has room for
-    # N sum(x x^T) - sum(x) sum(x)^T, below 2^53 for up to 372,000 images: one rounding in all.
+    # Sums of whole numbers are exact: in float32, twice as fast, over so few images that they are
+    # below 2^24; N sum(x x^T) - sum(x) sum(x)^T in float64, below 2^53 for up to 372,000 images.
     images = split.images.cpu().numpy()
     together = 2**24 // int(images.max(initial=1)) ** 2
     products = np.zeros((images.shape[1], images.shape[1]))

@@ -1,9 +1,8 @@
 """The exact linear VAE in closed form: metrics, losses and weights.
 
 With a linear encoder and decoder and a Gaussian decoder of variance s2 the VAE's optimum is
-probabilistic PCA, whose every metric is a function of the eigenvalues lambda_1 >= lambda_2 >= ...
-of the training covariance (Tipping & Bishop 1999; Lucas et al. 2019, 1911.02469). Along an active
-component i (lambda_i > s2) with coordinate c_i = u_i . (x - mean) it has
+probabilistic PCA (Tipping & Bishop 1999; Lucas et al. 2019, 1911.02469). Along a component i of the
+training covariance that is active (lambda_i > s2), with coordinate c_i = u_i . (x - mean), it has
 
     posterior mean       sqrt(lambda_i - s2) / lambda_i * c_i
     posterior variance   s2 / lambda_i
@@ -36,8 +35,7 @@ SMALLEST_VARIANCE = 1e-12  # of the decoder, pixel^2, where no component is disc
 class LinearOptimum:
     """The exact optimum of a linear VAE on the training split, measured on any split.
 
-    Metrics have the names and units of a run's (docs/science.md). On the training split E[c_i^2] =
-    lambda_i. The limit s2 = 0 is without KL, plain PCA.
+    Metrics have the names and units of a run's. The limit s2 = 0 is without KL, plain PCA.
     """
 
     known: PCA  # of the training split
@@ -77,7 +75,7 @@ class LinearOptimum:
         """E[SSE] / D over posterior samples, pixel^2.
 
         An active component leaves (s2 / lambda_i)^2 E[c_i^2] of bias and (lambda_i - s2) s2 /
-        lambda_i of noise, together s2 on the training split; any other leaves E[c_i^2].
+        lambda_i of noise; any other leaves E[c_i^2].
         """
         bias = np.square(1 - self._gain) * self._moments.squares
         noise = self._gain * np.where(self.active, self.decoder_variance, 0.0)
@@ -92,10 +90,7 @@ class LinearOptimum:
 
     @property
     def active_units(self) -> int:
-        """Count latents whose posterior mean varies by more than 0.01, as for every run.
-
-        The variance is g Var[c_i] / lambda_i, above 0.01 where lambda_i is about 1 % above s2.
-        """
+        """Count latents whose posterior mean varies, by g Var[c_i] / lambda_i > 0.01."""
         variances = self._moments.squares - np.square(self._moments.means)
         means = self._over_variances(self._gain * variances)
         return int((means > objective.ACTIVE_VARIANCE).sum())
@@ -114,8 +109,7 @@ class LinearOptimum:
         """Exact log p(x) of the generative model, mean over the split, nats / image.
 
         x ~ N(mean, C) with eigenvalues C_i = lambda_i if active, else s2:
-        -sum_i (ln(2 pi C_i) + E[c_i^2] / C_i) / 2. The ELBO with decoder variance s2 equals it,
-        on every split, since the encoder is the exact posterior. (Tipping & Bishop 1999.)
+        -sum_i (ln(2 pi C_i) + E[c_i^2] / C_i) / 2. The ELBO with decoder variance s2 equals it.
         """
         c = np.where(self.active, self.known.variances, self.decoder_variance)
         return float(-(np.log(2 * math.pi * c) + self._moments.squares / c).sum() / 2)
@@ -149,7 +143,7 @@ def linear_losses(
     """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
 
     pixel^2, shape (S,); None is the training split. NaN for large images, and where the run's loss
-    has another optimum or is a log-likelihood (sigma not fixed), whose relative gap has no meaning.
+    has another optimum or unit.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):
@@ -162,9 +156,8 @@ def linear_losses(
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
-    `linear/collapse_variance` is lambda_1: at larger decoder variances no latent is active. As for
-    a run, the decoder variance of `neg_elbo` is fitted on validation data. Infinite values are left
-    out; a deterministic latent, a Bernoulli decoder and large images have no metrics.
+    The decoder variance of `neg_elbo` is fitted on validation data. Infinite values are left out; a
+    deterministic latent, a Bernoulli decoder and large images have no metrics.
     """
     if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
         return {}
@@ -180,7 +173,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "rate": test.rate,
         "neg_elbo": test.neg_elbo(val.mse) if val.mse > 0 else math.nan,
         "active_units": float(test.active_units),
-        "collapse_variance": float(known.variances[0]),
+        "collapse_variance": float(known.variances[0]),  # no latent is active at larger ones
     }
     return {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
 
@@ -190,7 +183,6 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
     A sigma-VAE minimises D/2 ln s2 + SSE / (2 s2) + beta * rate over s2 as well, so s2 = mse, and
     its linear optimum has v = beta * s2: the solution of v = beta * mse(v) on the training split.
-    At beta = 1 it is the maximum-likelihood variance of pPCA (Tipping & Bishop 1999).
     """
     from scipy.optimize import brentq  # half a second that few runs need
 
@@ -215,16 +207,14 @@ def _comparable(config: RunConfig) -> bool:
 def linear_vae(config: RunConfig, data: Dataset) -> VAE:
     """Return the linear VAE that minimises a run's loss on the training split, in float64.
 
-    Latent i lies along principal component i; a collapsed latent has weights 0. The optimum is
-    unique up to signs, and where eigenvalues coincide up to rotations. (Lucas et al. 2019.)
+    Latent i lies along principal component i; a collapsed latent has weights 0.
     """
     variance = objective.decoder_variance(config, data.pixels)
     linear = config.model == "linear" and config.head == "gaussian" and config.free_bits == 0
     if not linear or not variance > 0 or config.latent_size > data.pixels:  # NaN too
         raise UserError(
             "the exact optimum needs model='linear', head='gaussian', likelihood='gaussian', "
-            "sigma='fixed', free_bits=0, kl_weight > 0 and at most "
-            f"{data.pixels} latents; given {config}"
+            f"sigma='fixed', free_bits=0, kl_weight > 0 and at most {data.pixels} latents"
         )
     known, size = pca(data), config.latent_size
     best = LinearOptimum(known, size, variance)

@@ -1,12 +1,10 @@
 """Metrics of one run on a split, and the final metrics of finished runs.
 
 The forward pass and the sum over an image's pixels are computed in the model's dtype; sums over
-latents and images, and metrics of them, in float64. Names and units are those of
-docs/metrics.md: `mse` pixel^2 per pixel, `rate` nats per image, and so on.
+latents and images, and metrics of them, in float64. Names and units are those of docs/metrics.md.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,8 +24,6 @@ from harness.models.vae import VAE, lay_out
 from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
-log = logging.getLogger(__name__)
-
 CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
 CHUNK_PIXELS = 2**24  # most pixels evaluated at once: 64 MiB a run
 
@@ -45,10 +41,7 @@ def active_units(mean: Tensor) -> Tensor:
 
 
 def mse_per_class(mse: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Average the squared error per pixel (N,) over the images of each class.
-
-    pixel^2, shape (C,); NaN for a class without images.
-    """
+    """Average the mse (N,) over the images of each class (C,); NaN for a class without images."""
     member = functional.one_hot(labels, classes).to(mse)
     # A product of matrices: that of a vector and a matrix may sum in another order.
     return (mse.unsqueeze(0) @ member).squeeze(0) / member.sum(0)
@@ -85,20 +78,11 @@ def measure(
     No branch depends on values, so that `torch.vmap` can map the function over runs and a GPU can
     capture it.
 
-    Args:
-        config: the run, of which only settings that all runs of a stack share are read.
-        model: its model, in `eval` mode.
-        split: images and labels, on the model's device.
-        classes: number of classes, 0 if there are none.
-        noise: standard normal noise of the posterior samples, in the model's dtype, shape (N, L).
-        coefficients: float64.
-        linear_loss: loss of the exact linear model on the split, at the same KL weight, float64,
-            shape (); None leaves `gap_to_linear` out.
-        variance: decoder variance for `distortion`, fitted on validation data, shape (); None fits
-            it to the split: the maximum-likelihood variance is the `mse` itself.
-        terms: the run's loss terms, averaged over parts of the split of about a batch.
-        prior: draws from N(0, I) for the terms, shape (N, L).
-        training_size: number of training images, for the terms.
+    Of the configuration only settings that all runs of a stack share are read. The model is in
+    `eval` mode; noise (N, L) and draws from the prior (N, L), for loss terms, are of its dtype, and
+    all other numbers float64. `linear_loss` is that of the exact linear model on the split;
+    `variance` is the decoder's, for `distortion`, and by default fitted to the split: its mse.
+    Terms are averaged over parts of the split of about a batch.
     """
     error, means, posterior_means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
@@ -146,7 +130,7 @@ def _forward(
     prior: Tensor | None,
     training_size: int,
 ) -> tuple[Tensor, Parts, Tensor, Metrics]:
-    """Return the error of each image (N,), means over images, posterior means, and mean terms."""
+    # The error of each image (N,), means over images, posterior means, and mean terms.
     parts, posterior_means, values = [], [], []
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
@@ -210,17 +194,11 @@ def conditions(
 
 @kernels()
 def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
-    """Return the final metrics of runs, with the noise that their seeds fix.
+    """Return the final metrics of runs, pairs of a configuration and a model on one device.
 
-    The decoder variance is fitted on the validation split; the test split is only measured.
-
-    Args:
-        runs: pairs of a configuration and a model, all on one device.
-        data: their dataset.
-
-    Returns:
-        One dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics that
-        are not defined for the run, or not finite, are absent.
+    The noise is fixed by their seeds, and the decoder variance fitted on the validation split. One
+    dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics that are not
+    defined for the run, or not finite, are absent.
     """
     if not runs:
         return []
@@ -266,25 +244,14 @@ def frozen(model: VAE) -> VAE:
 
 
 def on_all_cores(
-    function: Callable[..., R],
-    common: tuple[Any, ...],
-    items: Sequence[Any],
-    device: torch.device,
-    what: str = "",
+    function: Callable[..., R], common: tuple[Any, ...], items: Sequence[Any], device: torch.device
 ) -> list[R]:
-    """Return `function(*common, item)` of each item; on a CPU each core computes one at a time.
-
-    `what` describes the work in progress messages; without it none are sent.
-    """
-    found: dict[int, R] = {}
+    """Return `function(*common, item)` of each item; on a CPU each core computes one at a time."""
     models = [part for item in items for part in item if isinstance(part, VAE)]
     # Models with hooks cannot always be sent to another process.
     here = device.type != "cpu" or any(map(has_hooks, models))
     with Pool(1 if here else len(items), common) as pool:
-        for index, result in pool.map(function, items):
-            found[index] = result
-            if what:
-                log.info("%s: %d of %d", what, len(found), len(items), extra={"progress": True})
+        found = dict(pool.map(function, items))
     return [found[index] for index in range(len(items))]
 
 
@@ -311,8 +278,7 @@ class BatchLosses(NamedTuple):
 def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
     """Return the losses of the batches of one more epoch, as the blog prints them, weights held.
 
-    The KL term is the loss less the loss at beta = 0 with the same noise. Stochastic pixels are
-    those that the run is measured on. Loss terms of a user are left out.
+    The KL term is the loss less the loss at beta = 0 with the same noise. Loss terms are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
     split = data.to(model.device).binarized(config.binarization).train

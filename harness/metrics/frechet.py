@@ -1,10 +1,9 @@
 """Fréchet distances between the features of generated and of real images.
 
 Two sets of images are compared as Gaussians in the feature space of a small convolutional
-classifier, which separates classes better than pixels do. It is trained on the CPU by one thread,
-so that it depends on the training split and on the constants below alone, and kept in a cache. With
-the features of another network the distance is the FID (Heusel et al. 2017, 1706.08500); neither
-its numbers nor those of another dataset can be compared with these.
+classifier, trained on the CPU by one thread, so that it depends on the training split and on the
+constants below alone. With the features of another network the distance is the FID (Heusel et al.
+2017, 1706.08500), whose numbers, as those of another dataset, cannot be compared with these.
 """
 
 import contextlib
@@ -62,8 +61,8 @@ def moments(embedded: Tensor) -> Gaussian:
 def distance(first: Gaussian, second: Gaussian) -> float:
     """Return the Fréchet distance of two Gaussians: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    It is the squared 2-Wasserstein distance; NaN if a moment is not finite. The trace of the root
-    is the sum of the singular values of C1^(1/2) C2^(1/2). (Dowson & Landau 1982.)
+    NaN if a moment is not finite. The trace of the root is the sum of the singular values of
+    C1^(1/2) C2^(1/2). (Dowson & Landau 1982.)
     """
     if not all(np.isfinite(part).all() for part in (*first, *second)):
         return math.nan
@@ -106,10 +105,7 @@ class Classifier(nn.Module):
 
 
 def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
-    """Return the classifier of a dataset's training split, from the cache if it is there.
-
-    A file that cannot be read is written again; a folder that cannot be written to is no error.
-    """
+    """Return the classifier of a dataset's training split, from the folder if it is there."""
     if folder is None:
         return _trained(data)
     # Not the dataset's digest, which is that of its source even when it was cut.
@@ -122,7 +118,7 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
         net = _trained(data)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the folder is a cache
             folder.mkdir(parents=True, exist_ok=True)
             put(file, save(net.state_dict()))
     return net
@@ -186,7 +182,7 @@ class Reference(NamedTuple):
 @kernels()
 @torch.no_grad()
 def reference(data: Dataset, folder: Path | None = None) -> Reference:
-    """Return the reference of a dataset; `folder` is the cache of its `classifier`."""
+    """Return the reference of a dataset; `folder` is that of its `classifier`."""
     net = classifier(data, folder).to(data.test.images.device)
     images = min(len(data.test), len(data.train), IMAGES)
     known, seen = data.test.head(images), data.train.head(images)
@@ -207,15 +203,14 @@ def measure_images(
     split = data.test.head(known.images)
     eps = streams.noise(config.seed, "frechet", known.images, config.latent_size)
     z = eps.to(model.device, model.dtype)
-    drawn: dict[str, Callable[[slice], Tensor]] = {
-        "frechet": lambda rows: model.decode(z[rows]),
-        "frechet_reconstructions": lambda rows: model(pixels(model, split, rows)),
+    drawn = _embed(known.net, split, lambda rows: model.decode(z[rows]))
+    again = _embed(known.net, split, lambda rows: model(pixels(model, split, rows)))
+    return {
+        "frechet": distance(moments(drawn), known.test),
+        "frechet_reconstructions": distance(moments(again), known.test),
+        "frechet_floor": known.floor,
+        "feature_accuracy": known.accuracy,
     }
-    found = {
-        name: distance(moments(_embed(known.net, split, draw)), known.test)
-        for name, draw in drawn.items()
-    }
-    return found | {"frechet_floor": known.floor, "feature_accuracy": known.accuracy}
 
 
 def _embed(net: Classifier, split: Split, draw: Callable[[slice], Tensor]) -> Tensor:

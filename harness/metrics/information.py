@@ -5,8 +5,7 @@ distribution over all images, the aggregate posterior q(z) = mean_x q(z|x), from
 
     rate = I(x; z) + KL(q(z) || p(z))     (Hoffman & Johnson 2016, "ELBO surgery")
 
-Neither part has a closed form; the functions here bound both. A deterministic latent has neither.
-Posteriors are given by their means and log-variances, each of shape (N, L).
+Neither part has a closed form; the functions here bound both, from means and log-variances (N, L).
 """
 
 import math
@@ -28,9 +27,8 @@ def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the KL from N(0, I) of the Gaussian with the moments of the aggregate posterior q(z).
 
     gap = (tr C + m'm - L - ln det C) / 2, where m is the mean of the posterior means and C their
-    covariance plus the mean posterior variance. KL(q(z) || p(z)) is this plus the KL of q(z) from
-    that Gaussian, because ln p is quadratic in z: the gap is a lower bound, equal to it if q(z) is
-    Gaussian. In nats, float64, shape (), never negative beyond rounding.
+    covariance plus the mean posterior variance. It is a lower bound of KL(q(z) || p(z)), equal to
+    it if q(z) is Gaussian. Nats, float64, shape (), never negative beyond rounding.
     """
     mean, variance = mean.double(), log_variance.double().exp().mean(0)
     centre = mean.mean(0)
@@ -45,11 +43,9 @@ def aggregate_gap(mean: Tensor, log_variance: Tensor) -> Tensor:
 def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
     """Return a sampled lower bound of the information that the latents carry of an image.
 
-    I >= E[log q(z|x) - log (1/N) sum_n q(z|x_n)], z drawn from q(z|x), x among the N images. It is
-    the information between z and the index of the image among these N, so it saturates at ln N,
-    7.6 nats of 2,000 images. (Poole et al. 2019, 1905.06922, equation 10.)
-
-    `eps` is the standard normal noise of z, (N, L). In nats / image, float64, shape ().
+    I >= E[log q(z|x) - log (1/N) sum_n q(z|x_n)], z drawn with noise eps (N, L) from q(z|x), x
+    among the N images. It saturates at ln N, 7.6 nats of 2,000 images. Nats, float64, shape ().
+    (Poole et al. 2019, 1905.06922, equation 10.)
     """
     mean, log_variance, eps = mean.double(), log_variance.double(), eps.double()
     z = Posterior(mean, log_variance).sample(eps)
@@ -67,12 +63,7 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
 
 @torch.no_grad()
 def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
-    """Return the information that the latents carry of the images of a split, in nats.
-
-    `aggregate_gap`; `mutual_information` = rate - gap, an upper bound, since the gap is at most
-    KL(q(z) || p(z)); over the first 2,000 images `mutual_information_lower`. {} for a deterministic
-    latent.
-    """
+    """Return bounds of the information that the latents carry of a split, if they are random."""
     if config.latent == "deterministic":
         return {}
     mean, log_variance = posteriors(model, split)
@@ -81,8 +72,5 @@ def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
     first = min(len(split), SAMPLED_IMAGES)
     eps = streams.noise(config.seed, "information", first, config.latent_size).to(mean.device)
     lower = mutual_information_lower(mean[:first], log_variance[:first], eps)
-    return {
-        "aggregate_gap": gap,
-        "mutual_information": rate - gap,
-        "mutual_information_lower": lower,
-    }
+    bounds = {"mutual_information": rate - gap, "mutual_information_lower": lower}
+    return {"aggregate_gap": gap} | bounds

@@ -1,8 +1,8 @@
 """Log-likelihood of held-out images by importance sampling from the posterior.
 
 The bound of k samples is log p(x) >= log 1/k sum_j w_j with w_j = p(x|z_j) p(z_j) / q(z_j|x) and
-z_j ~ q(z|x): the ELBO at k = 1, never lower in expectation with more samples, log p(x) in the limit
-(Burda et al. 2015, 1509.00519). All sums are streamed, so memory does not grow with k.
+z_j ~ q(z|x): the ELBO at k = 1, log p(x) in the limit (Burda et al. 2015, 1509.00519). Sums are
+streamed, so memory does not grow with k.
 """
 
 import math
@@ -28,14 +28,10 @@ OUTPUT_BYTES = {"cpu": 2**22, "cuda": 2**27}
 
 
 class ImportanceBounds(NamedTuple):
-    """Lower bounds of log p(x), image by image: float64, shape (N,).
-
-    The effective samples are all of them if q is the exact posterior, and near 1 if one has all the
-    weight, which means a loose bound.
-    """
+    """Lower bounds of log p(x), image by image: float64, shape (N,)."""
 
     bounds: dict[int, Tensor]  # number of samples k -> log 1/k sum_{j <= k} w_j, nats
-    effective_samples: Tensor  # (sum w)^2 / sum w^2 over all samples
+    effective_samples: Tensor  # (sum w)^2 / sum w^2: near 1 the bound is loose
 
 
 @torch.no_grad()
@@ -68,9 +64,8 @@ def likelihood_metrics(
 ) -> dict[str, float]:
     """Estimate the negative log-likelihood of the first 1,000 test images (docs/metrics.md).
 
-    The variance of a Gaussian decoder is fitted on validation data, as for `distortion`. The data
-    have the run's `binarization` and are on the model's device. No metrics are returned where there
-    is no likelihood: for a deterministic latent, and for cross-entropy of grey pixels.
+    The variance of a Gaussian decoder is fitted on validation data. No metrics are returned where
+    there is no likelihood: for a deterministic latent, and for cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
@@ -80,11 +75,9 @@ def likelihood_metrics(
     found = importance_bounds(config, model, split, variance, samples)
     tightest = -found.bounds[max(found.bounds)]
     metrics = {f"neg_log_likelihood/k{k}": -bound.mean() for k, bound in found.bounds.items()}
-    metrics |= {
-        "neg_log_likelihood": tightest.mean(),
-        "neg_log_likelihood_se": tightest.std() / math.sqrt(len(tightest)),
-        "effective_samples": found.effective_samples.mean(),
-    }
+    metrics["neg_log_likelihood"] = tightest.mean()
+    metrics["neg_log_likelihood_se"] = tightest.std() / math.sqrt(len(tightest))
+    metrics["effective_samples"] = found.effective_samples.mean()
     return finite(to_floats(metrics))
 
 

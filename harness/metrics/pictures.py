@@ -38,8 +38,7 @@ def prior_samples(model: VAE, seed: int, rows: int = 4, columns: int = 10) -> np
 def traversals(model: VAE, data: Dataset, span: float = 3.0, columns: int = 9) -> np.ndarray:
     """Draw one row per latent: that latent from -span to span, the others at 0.
 
-    Rows are ordered by the latent's KL over the validation images, largest first; without KL, of a
-    deterministic latent, by the variance of its mean.
+    Rows are ordered by the latent's KL, largest first; without KL by the variance of its mean.
     """
     mean, log_variance = posteriors(model, data.val)
     if model.latent == "deterministic":
@@ -54,19 +53,13 @@ def traversals(model: VAE, data: Dataset, span: float = 3.0, columns: int = 9) -
 
 @kernels()
 def interpolations(model: VAE, split: Split, rows: int = 5, columns: int = 9) -> np.ndarray:
-    """Draw straight lines between the posterior means of pairs of images, a pair a row.
-
-    Fewer rows if the split has fewer pairs.
-    """
+    """Draw straight lines between the posterior means of pairs of images, a pair a row."""
     first, second = pixels(model, split, slice(2 * min(rows, len(split) // 2))).chunk(2)
     return grid(model.interpolate(first, second, columns))
 
 
 def grid(images: Tensor) -> np.ndarray:
-    """Lay images (rows, columns, channels, height, width) out with a white line between them.
-
-    Pixels are clipped to [0, 1]; one channel gives a grey picture.
-    """
+    """Lay images (rows, columns, channels, height, width) out with a white line between them."""
     rows, columns = images.shape[:2]
     zoom = max(1, CELL // min(images.shape[3:]))
     cells = images.detach().cpu().float().clamp(0, 1)

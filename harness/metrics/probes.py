@@ -14,9 +14,9 @@ PROBE_IMAGES = 5_000  # of the training split, on which a probe is fitted, at mo
 def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
     """Return the share of test images whose class probes find from the posterior mean.
 
-    They are fitted on the first 5,000 training images. 1 / classes is chance. NaN where a mean is
-    not finite, or those images are of one class. Means are standardised for the logistic regression
-    (ridge penalty C = 1) and not for the neighbours: it would turn a collapsed latent into noise.
+    They are fitted on the first 5,000 training images; NaN where a mean is not finite, or those are
+    of one class. Means are standardised for the logistic regression (ridge penalty C = 1) and not
+    for the neighbours: it would turn a collapsed latent into noise.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -38,11 +38,7 @@ def probe_metrics(model: VAE, data: Dataset) -> dict[str, float]:
 
 
 def latent_plane(model: VAE, split: Split) -> np.ndarray:
-    """Return each image's place on a plane, shape (N, 2).
-
-    Two latents are the coordinates, one lies on the first axis; of more, the first two principal
-    components of the means.
-    """
+    """Return each image's place (N, 2): its one or two means, or of more their first two PCs."""
     means = posteriors(model, split).mean.cpu().numpy().astype(np.float64)
     if means.shape[1] <= 2:
         return np.pad(means, ((0, 0), (0, 2 - means.shape[1])))

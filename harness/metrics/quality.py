@@ -3,49 +3,37 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics import frechet, information, likelihood, probes
 from harness.metrics.evaluate import Run, as_measured, finite, frozen, on_all_cores, to_floats
 from harness.models.stack import kernels
-from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
-
-# Binarization -> the dataset in that form, and the reference of its Fréchet distances.
-Known = dict[str, tuple[Dataset, frechet.Reference | None]]
 
 
 @kernels()
 def measure_quality(
     runs: Sequence[Run], data: Dataset, folder: Path | None = None
 ) -> list[dict[str, float]]:
-    """Return the quality of each run's latents and images on the test split.
+    """Return information, log-likelihood, Fréchet distances and accuracy of probes of each run.
 
-    Args:
-        runs: pairs of a configuration and a model, all on one device.
-        data: their dataset.
-        folder: where the classifier of the Fréchet distances is written to and read from; without
-            a folder it is trained.
-
-    Returns:
-        One dict per run: information in the latents, log-likelihood, Fréchet distances and accuracy
-        of probes (docs/metrics.md), but those that are not defined for the run or not finite, and
-        the last two if the dataset has fewer than two classes.
+    They are of the test split (docs/metrics.md). Those that are not defined for the run or not
+    finite are left out, and the last two if the dataset has fewer than two classes. `folder` is
+    where the classifier of the distances is kept; without one it is trained.
     """
     if not runs:
         return []
-    known: Known = {
+    known = {  # the dataset by binarization, and the reference of its Fréchet distances
         kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
         for kind, binarized in as_measured(runs, data).items()
     }
-    what = "measuring finished runs (log-likelihood, Fréchet distances, probes)"
-    log.info(what)
-    return on_all_cores(_measured, (known,), runs, runs[0][1].device, what)
+    log.info("measuring finished runs (log-likelihood, Fréchet distances, probes)")
+    return on_all_cores(_measured, (known,), runs, runs[0][1].device)
 
 
-def _measured(known: Known, run: tuple[RunConfig, VAE]) -> dict[str, float]:
+def _measured(known: dict[str, Any], run: Run) -> dict[str, float]:
     config, model = run[0], frozen(run[1])
     data, reference = known[config.binarization]
     found = to_floats(information.measure_information(config, model, data.test))

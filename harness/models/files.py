@@ -1,6 +1,5 @@
 """A trained model as two files, without pickle: weights (safetensors) and configuration (JSON)."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,9 +48,11 @@ def load_model(folder: Path) -> tuple[RunConfig, VAE]:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shape = _whole_numbers(metadata, "image_shape")
+        shape = json.loads(metadata.get("image_shape", "null"))
+        if not isinstance(shape, list) or any(type(n) is not int or n < 1 for n in shape):
+            raise ValueError(f"image_shape={shape} in {WEIGHTS}: not whole numbers >= 1")
         # A model of the first edition does not have its grey range.
-        largest = _whole_numbers(metadata, "largest")[0] if "largest" in metadata else None
+        largest = json.loads(metadata.get("largest", "null"))
         if config.model in registry.BUILT_IN:
             with torch.device("meta"):  # sizes that do not fit the weights must take no memory
                 model = build(config, shape, largest)
@@ -65,16 +66,6 @@ def load_model(folder: Path) -> tuple[RunConfig, VAE]:
         why = " ".join(str(error).split())
         raise UserError(f"{folder} holds no loadable model ({why})") from error
     return config, model.eval()
-
-
-def _whole_numbers(metadata: Mapping[str, str], name: str) -> tuple[int, ...]:
-    text = metadata.get(name, "")
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-        numbers = found if isinstance(found, list) else [found]
-        if numbers and all(type(number) is int and number > 0 for number in numbers):
-            return tuple(numbers)
-    raise ValueError(f"{name}={text[:40]!r} in {WEIGHTS}: not whole numbers >= 1")
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:

@@ -62,11 +62,7 @@ def _linears(sizes: Sequence[int]) -> list[nn.Module]:
 
 @torch.no_grad()
 def draw(layers: Iterable[nn.Module], stream: np.random.Generator) -> None:
-    """Set weights and biases to U(-1, 1) / sqrt(inputs) from a stream, layer by layer.
-
-    This is PyTorch's default, hence the blog's; inputs of a transposed convolution are its output
-    channels times the kernel's size.
-    """
+    """Set weights and biases to U(-1, 1) / sqrt(inputs), PyTorch's default, layer by layer."""
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             bound = 1 / math.sqrt(layer.weight[0].numel())

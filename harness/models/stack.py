@@ -27,7 +27,7 @@ def stack_key(config: RunConfig) -> tuple[object, ...]:
 
 
 class _Call(nn.Module):
-    """A function of a model as a module, whose weights `functional_call` can replace."""
+    # A function of a model as a module, whose weights `functional_call` can replace.
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
@@ -42,14 +42,11 @@ def lift(model: VAE, function: Callable[..., Any], *, gradient: bool = False) ->
 
     It takes weights and constants of the runs before the arguments: trained parameters by name, and
     all other parameters and buffers. All of them and the results have a leading axis S. Tensors may
-    be in tuples and dictionaries; other arguments must be None. The numbers of `model` are not
-    used; it is in `eval` mode. With `gradient` the function returns a loss, and the result is the
-    loss's gradient by weight, of the model in `train` mode.
+    be in tuples and dictionaries; other arguments must be None. With `gradient` the function
+    returns a loss, and the result is its gradient by weight, of the model in `train` mode.
     """
     if has_hooks(model):
-        raise ValueError(
-            "a module or a parameter has a hook, a parametrization or a replaced forward"
-        )
+        raise ValueError("a module or a parameter has a hook or the like")
     named = [m for _, m in model.named_modules(remove_duplicate=False) if m.state_dict()]
     if len(named) > len(set(named)):  # functional_call does not give its weights back
         raise ValueError("a module is used twice")

@@ -20,9 +20,8 @@ class VAE(nn.Module):
         encoder: maps images (B, *data_shape) to the posterior's parameters (B, 2 L).
         decoder: maps latents (B, L) to (B, *data_shape), before the output's non-linearity.
         data_shape: shape of an image, e.g. (channels, height, width).
-        head: as in `RunConfig`.
-        latent: as in `RunConfig`; "deterministic" decodes the posterior mean.
-        likelihood: "gaussian", or "bernoulli", whose decoder returns logits.
+        latent_size: L.
+        head, latent, likelihood: as in `RunConfig`; a "bernoulli" decoder returns logits.
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
         learned_variance: whether the Gaussian decoder's variance is a trained parameter.
         largest: grey value of uint8 images that stands for 1; None accepts floats alone.
@@ -51,17 +50,13 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.data_shape, self.latent_size = tuple(data_shape), latent_size
+        self.pixels = math.prod(data_shape)  # D: values of an image, all channels
         self.head, self.latent, self.likelihood = head, latent, likelihood
         self.has_sigmoid = output == "sigmoid" or likelihood == "bernoulli"
         self.largest = largest
         if learned_variance:
             self.log_decoder_variance = nn.Parameter(torch.zeros(()))
         lay_out(self)
-
-    @property
-    def pixels(self) -> int:
-        """D: values of an image, all channels."""
-        return math.prod(self.data_shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,8 +104,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor) -> Posterior:
         """Return the posteriors (B, L) of images (B, *data_shape) or (B, D).
 
-        They are uint8 with the grey levels of the training data, or floating-point pixels in
-        [0, 1]; another shape, type or range is a `UserError`.
+        They are uint8 with the grey levels of the training data, or floats in [0, 1].
         """
         return self.posterior(self._pixels(images))
 
@@ -121,10 +115,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, *, seed: int = 0) -> Tensor:
-        """Return decoder means (count, *data_shape) of latents drawn from N(0, I).
-
-        One seed and count give the same latents for all models with equally many latents.
-        """
+        """Return decoder means (count, *data_shape) of latents drawn from N(0, I) by a seed."""
         drawn = streams.noise(seed, "prior", count, self.latent_size)
         return self.decode(drawn.to(self.device, self.dtype))
 
@@ -140,26 +131,20 @@ class VAE(nn.Module):
         return output.sigmoid() if self.has_sigmoid else output
 
     def _pixels(self, images: Tensor) -> Tensor:
-        shape = tuple(images.shape)
+        shape, kind = tuple(images.shape), images.dtype
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
             wanted = ", ".join(map(str, self.data_shape))
             raise UserError(f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise UserError(
-                f"images of type {images.dtype}: give torch.uint8 from 0 to {self.largest}, or "
-                "floats from 0 to 1"
-            )
-        one = self.largest if images.dtype == torch.uint8 else 1
+        if kind != torch.uint8 and not images.is_floating_point():
+            allowed = f"torch.uint8 from 0 to {self.largest}, or floats from 0 to 1"
+            raise UserError(f"images of type {kind}: give {allowed}")
+        one = self.largest if kind == torch.uint8 else 1
         if one is None:
-            raise UserError(
-                "images of type torch.uint8: the grey value that stands for 1 was not stored with "
-                "this model; give floats from 0 to 1"
-            )
+            why = "the grey value that stands for 1 was not stored with this model"
+            raise UserError(f"images of type {kind}: {why}; give floats from 0 to 1")
         if images.numel() and not 0 <= images.min() <= images.max() <= one:  # NaN too
-            raise UserError(
-                f"images from {float(images.min()):g} to {float(images.max()):g}: {images.dtype} "
-                f"must be from 0 to {one}"
-            )
+            given = f"from {float(images.min()):g} to {float(images.max()):g}"
+            raise UserError(f"images {given}: {kind} must be from 0 to {one}")
         return images.to(self.device, self.dtype).reshape(-1, *self.data_shape) / one
 
 

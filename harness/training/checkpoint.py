@@ -1,8 +1,7 @@
 """Checkpoints of unfinished runs.
 
 A file holds one run as safetensors, followed by their SHA-256: weights, Adam's moments, buffers,
-and as "json" the metrics of all epochs and the run's provenance. Random streams need no state
-(`harness.streams`). A run can continue in any stack, since nothing of the other runs is stored.
+and as "json" the metrics of all epochs and the run's provenance. Random streams need no state.
 """
 
 import hashlib
@@ -48,14 +47,10 @@ class Checkpoints:
 
     A run is written after its last epoch and when the caller of `train` stops early, too. The
     caller removes the files of runs that have ended, once their results are safe.
-
-    Args:
-        folder: of this study or experiment alone; created when it is needed.
-        every: epochs between two checkpoints, at least 1; else a `UserError`.
     """
 
-    folder: Path
-    every: int
+    folder: Path  # of this study or experiment alone; created when it is needed
+    every: int  # epochs between two checkpoints, at least 1
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -1,11 +1,9 @@
 """Training: a generator of one record an epoch, for one run or many.
 
-On a GPU runs of equal shapes are computed as one stack. On a CPU each run is computed alone, one
-process a core, and gives the same bits alone or beside others.
-
-A `State` holds weights and Adam's moments of a run or a stack, and a `Step` trains it for an epoch
-and measures it: in a worker of the `Pool` on a CPU, in this process on a GPU. The epochs of a run
-so far and its tensors make a checkpoint (`Saved`).
+On a GPU runs of equal shapes are computed as one stack, in this process. On a CPU each run is
+computed alone, in a worker of the `Pool`, and gives the same bits alone or beside others. A `State`
+holds weights and Adam's moments of a run or a stack; a `Step` trains it for an epoch and measures
+it. The epochs of a run so far and its tensors make a checkpoint (`Saved`).
 """
 
 import logging
@@ -34,14 +32,12 @@ from harness.training.step import Measured, State, Step
 log = logging.getLogger(__name__)
 
 STACK_WIDTH = {"cpu": 16, "cuda": 64}  # runs trained together (CPU: benchmarks/RESULTS.md)
+STACKED = {"cuda"}  # devices on which runs of equal shapes are computed as one
 
 
 @dataclass(frozen=True)
 class EpochRecord:
     """Metrics of one epoch of all S runs in training; arrays are float64, shape (S,).
-
-    `record.drop([0, 2])` ends the training of the runs in rows 0 and 2 of this record. The others
-    continue unchanged, and the next record is over them alone.
 
     Attributes:
         epoch: epochs finished, counted from 1.
@@ -50,7 +46,6 @@ class EpochRecord:
         train: metric name -> values on the first training images, as many as `val` has.
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
-        configs: settings of the runs.
         rows: positions of the runs in the list that `train` was given, ascending.
         resumed: epoch after which each run was resumed from a checkpoint, or 0. Up to it a record
             repeats stored metrics, and the run's model is that of this epoch.
@@ -70,7 +65,7 @@ class EpochRecord:
     dropped: set[int] = field(default_factory=set)
 
     def drop(self, rows: Iterable[int]) -> None:
-        """End the training of some rows of this record; an unknown row is a `UserError`."""
+        """End the training of some rows of this record; the next one is over the others alone."""
         chosen = set(rows)
         if unknown := chosen.difference(range(len(self.rows))):
             last = len(self.rows) - 1
@@ -90,18 +85,11 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run.
-
-    Attributes:
-        config: its settings.
-        metrics: final metrics, names prefixed `val/` and `test/`, and plain names for test.
-        history: one dict per epoch, names prefixed `train/` and `val/`.
-        model: the trained model, a plain module on the CPU.
-    """
+    """A finished run; its model is a plain module on the CPU."""
 
     config: RunConfig
-    metrics: dict[str, float]
-    history: list[dict[str, float]] = field(repr=False)
+    metrics: dict[str, float]  # final ones; names prefixed `val/` and `test/`, and plain for test
+    history: list[dict[str, float]] = field(repr=False)  # by epoch; prefixed `train/` and `val/`
     model: VAE = field(repr=False)
 
     @property
@@ -147,19 +135,13 @@ def train_and_evaluate(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> RunResult | list[RunResult]:
-    """Train and evaluate one run or any list of runs; nothing is written.
+    """Train and evaluate one run or a list of runs, in whose order results are returned.
 
     Args:
         configs: one run, or runs that may differ in every setting.
         data: their dataset.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
-
-    Returns:
-        The result of the run, or a list of results in the order of the runs.
-
-    Raises:
-        UserError: as in `train`.
     """
     if isinstance(configs, RunConfig):
         return train_and_evaluate([configs], data, device, dtype)[0]
@@ -200,18 +182,9 @@ def train(
 ) -> Iterator[EpochRecord]:
     """Train runs with Adam and yield one record an epoch; the caller can drop runs.
 
-    Args:
-        configs: the runs; equal in `epochs` and `precision`.
-        data: the dataset; it is moved to the device.
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        dtype: torch.float32 or torch.float64.
-        checkpoints: where unfinished runs are written to and resumed from; None writes nothing. On
-            a CPU a resumed run gives the same bits as one that was never stopped.
-
-    Raises:
-        UserError: when the first record is requested: runs that differ in `epochs` or `precision`,
-            an unusable device, another dtype, a batch larger than the training split, or a loss
-            term that is not registered.
+    The runs are equal in `epochs` and `precision`; other arguments are those of
+    `train_and_evaluate`. With `checkpoints` unfinished runs are written and resumed, on a CPU to
+    the same bits as if they had never been stopped.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
@@ -266,24 +239,13 @@ def check_runs(
             given = ", ".join(map(str, sorted(values)))
             raise UserError(f"{name}: runs that are trained together must agree; given {given}")
     for config in configs:
-        if config.batch_size > len(data.train):
-            raise UserError(
-                f"batch_size={config.batch_size}: {data.name} has {len(data.train)} training "
-                "images; give a smaller batch"
-            )
+        if (size := config.batch_size) > (images := len(data.train)):
+            raise UserError(f"batch_size={size}: {data.name} has {images} training images")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
-            raise UserError(
-                f"terms: {unknown[0]!r} is not registered (registered: {known}); register it with "
-                "@harness.term"
-            )
+            raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
-
-
-def computes_stacks(device: torch.device) -> bool:
-    """Return whether runs of equal shapes are computed as one on a device."""
-    return device.type == "cuda"
 
 
 class Work(NamedTuple):
@@ -322,7 +284,7 @@ def _begin(
             if saved[row].epochs:
                 state.restore(s, saved[row].state)
 
-    stacked, alike = computes_stacks(device), dict[object, list[int]]()
+    stacked, alike = device.type in STACKED, dict[object, list[int]]()
     for row, config in enumerate(configs):
         key = (stack_key(config), len(saved[row].epochs)) if stacked else row
         alike.setdefault(key, []).append(row)
@@ -347,10 +309,8 @@ def _begin(
             # Halves are trained in turns and stay in the GPU's memory together.
             waiting[:0] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         else:
-            raise UserError(
-                f"model={first.model!r}, batch_size={first.batch_size}: one run needs more memory "
-                "than is free on the GPU; give a smaller network or batch, or --device cpu"
-            )
+            problem = "one run needs more memory than is free on the GPU"
+            raise UserError(f"{problem}; give a smaller network or batch, or --device cpu")
     return work
 
 
@@ -395,23 +355,17 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
 def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
-    configs = tuple(state.configs[s] for state, s in (places[row] for row in rows))
+    found = [places[row] for row in rows]
+    configs = tuple(state.configs[s] for state, s in found)
     images = len(work.data["none"].train)
-    warmups = [objective.kl_warmup(c, epoch, images // c.batch_size)[-1] for c in configs]
+    factors = [objective.kl_warmup(c, epoch, images // c.batch_size)[-1] for c in configs]
+    warmup = np.array(list(map(float, factors)))
     each = [runs[row].epochs[epoch - 1] for row in rows]
     behind = tuple(resumed[row] for row in rows)
     newest = each[behind.index(min(behind))]
+    train, val = (_joined([getattr(e, part) for e in each]) for part in ("train", "val"))
     return EpochRecord(
-        epoch,
-        newest.seconds,
-        newest.images,
-        _joined([one.train for one in each]),
-        _joined([one.val for one in each]),
-        np.array(list(map(float, warmups))),
-        configs,
-        rows,
-        behind,
-        [places[row] for row in rows],
+        epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found
     )
 
 

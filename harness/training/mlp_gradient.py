@@ -1,8 +1,7 @@
 """The gradient of one run's loss written out for linear layers: an accelerator on a CPU.
 
 It equals autograd's gradient of `harness.objective.objective` (a test compares every combination
-that `covers` accepts) and is faster, since it records nothing and works in buffers made once.
-Autograd computes the gradient of all other runs.
+that `covers` accepts) and is faster. Autograd computes the gradient of all other runs.
 """
 
 import torch
@@ -42,10 +41,7 @@ def _alternates(layers: list[nn.Module]) -> bool:
 
 
 class MLPGradient:
-    """Gradient of the loss of a run that `covers` accepts, written to each parameter's `grad`.
-
-    Weights of linear layers must lie as (in, out).
-    """
+    """Gradient of the loss of a run that `covers` accepts, written to each parameter's `grad`."""
 
     def __init__(self, config: RunConfig, model: VAE) -> None:
         self.config, self.model = config, model
@@ -124,7 +120,7 @@ class _Layers:
 
     def __init__(self, part: nn.Module, batch: int) -> None:
         layers = [layer for layer in part.children() if type(layer) is nn.Linear]
-        # Views are made once: on a CPU each costs as much as a small product.
+        # Views (in, out) are made once: on a CPU each costs as much as a small product.
         self.weights_t = [layer.weight.detach() for layer in layers]
         self.weights = [weight.t() for weight in self.weights_t]
         self.biases = [layer.bias.detach() for layer in layers]

@@ -1,8 +1,7 @@
 """What an epoch computes: draws, training steps and metrics of one run, or of a stack.
 
-A step gathers a batch, differentiates the objective and updates the weights with Adam. On a GPU all
-tensors that steps and metrics of a stack read lie in buffers made once, so that both are captured
-as CUDA graphs and replayed.
+On a GPU all tensors that steps and metrics of a stack read lie in buffers made once, so that both
+are captured as CUDA graphs and replayed.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ WARM_UP = 3  # calls before one is captured, in which libraries choose their ker
 Metrics = dict[str, Any]
 # Of an epoch: seconds of training and of measuring, and each run's train and val metrics.
 Measured = tuple[float, float, list[tuple[Metrics, Metrics]]]
-
 Result = TypeVar("Result")
-
 _capture_stream = cache(torch.cuda.Stream)  # one for all, since libraries keep a workspace for each
 
 
@@ -168,10 +165,8 @@ Drawn = tuple[Tensor, Draw]  # images of an epoch, uint8, and its draws
 class Step:
     """The training step of one run or of a stack, with its buffers, and their metrics.
 
-    Args:
-        state: weights and moments of the runs, updated in place.
-        data: the dataset for each `binarization`, as runs are measured on it.
-        linear: the exact linear model's losses by row of the run, on train and val, (..., 2).
+    `state` is updated in place; `data` is the dataset for each `binarization`, as runs are measured
+    on it; `linear` has the exact linear model's losses by row of the run, on train and val.
     """
 
     def __init__(self, state: State, data: Mapping[str, Dataset], linear: Tensor) -> None:
@@ -221,10 +216,7 @@ class Step:
         return between - start, time.perf_counter() - between, metrics
 
     def draw(self, epoch: int) -> Drawn:
-        """Return the images and the draws of an epoch, on the device.
-
-        Random pixels are drawn anew every epoch; the images then hold a copy for each seed.
-        """
+        """Return the images, with a copy for each seed if pixels are drawn, and the draws."""
         configs, steps, images = self.state.configs, self.steps, self.images.images
         shape = steps, configs[0].batch_size, configs[0].latent_size
         is_random = configs[0].binarization == "stochastic"
@@ -298,10 +290,9 @@ class Step:
 
     @torch.no_grad()
     def _update(self) -> None:
-        # Adam (Kingma & Ba 2014) with PyTorch's constants.
+        # Adam's kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more
+        # a step on a CPU, and the class imports torch.compile at its first use, for seconds.
         self.state.counts.add_(1)
-        # The kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more a
-        # step on a CPU, and the class imports torch.compile at its first use, for seconds.
         for rate, lists in self._by_rate.items():
             torch._fused_adam_(*lists, lr=rate, **ADAM)
 
@@ -349,8 +340,7 @@ def repeatable(
     """Return a function that repeats one: on a GPU a CUDA graph, without the Python interpreter.
 
     The function is tried, and undone in the tensors that it changes; a RuntimeError if it waits for
-    the GPU, as copies from and to the host do. A graph reads and writes tensors in place, the
-    result's too.
+    the GPU. A graph reads and writes tensors in place, the result's too.
     """
     before = [tensor.clone() for tensor in changed]
 

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import rich.console
-import torch
 
 from harness import RunConfig, tracking
-from harness.metrics.evaluate import on_all_cores
 from harness.tracking import addresses, page
 from studies.ledger.claims import Row
 from studies.runner import terminal
@@ -138,19 +136,6 @@ def test_a_program_that_sets_up_no_logging_sees_warnings_alone():
         [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("", "before\nmeanwhile\n")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_items_of_all_cores_are_counted(workers, monkeypatch):
-    monkeypatch.setattr(terminal, "EVERY", 0.0)
-    out, cpu = StringIO(), torch.device("cpu")
-    torch.set_num_threads(workers)
-    items = [("a", "b", "c"), ("a", "b"), ("a",)]
-    with log(out).shown():
-        counted = on_all_cores(len, (), items, cpu, "measuring")
-        quiet = on_all_cores(len, (), items, cpu)
-    assert counted == quiet == [3, 2, 1]
-    assert out.getvalue().split() == " ".join(f"measuring: {i} of 3" for i in (1, 2, 3)).split()
 
 
 # --- progress -----------------------------------------------------------------------------------
