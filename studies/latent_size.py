@@ -68,25 +68,14 @@ def useful_latents(frame: pd.DataFrame) -> str:
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         best = frames.best_value(part, AXIS)
-        sizes = sorted(part[AXIS].unique())
-        enough = next(size for size in sizes if not is_worse(part, AXIS, size, best))
-        active = part.groupby(AXIS)["active_units"].mean()
+        enough = min(s for s in part[AXIS].unique() if not is_worse(part, AXIS, s, best))
+        largest = part[part[AXIS] == part[AXIS].max()]
         sentences.append(
             f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
             f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
-            f"{sizes[-1]} latents {active.iloc[-1]:.1f} are active.{_below_floor(part)}"
+            f"{largest[AXIS].iloc[0]} latents {largest['active_units'].mean():.1f} are active."
         )
     return "\n\n".join(sentences)
-
-
-def _below_floor(frame: pd.DataFrame) -> str:
-    """Return at which sizes the mse is below that of principal components; "" if unknown."""
-    if "pca_floor" not in frame:
-        return ""
-    means = frame.groupby(AXIS)[["mse", "pca_floor"]].mean()
-    below = [f"{size}" for size in means.index if means["mse"][size] < means["pca_floor"][size]]
-    sizes = f"{', '.join(below)} latents" if below else "no size"
-    return f" Its test mse is below the floor of principal components at {sizes}."
 
 
 STUDY = Study(
