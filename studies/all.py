@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +12,6 @@ from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Options, setting_options
 from studies.runner.study import make_plan, read_images
 from studies.search import SearchOptions
-
-log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
@@ -31,7 +28,6 @@ def main(args: Sequence[str] | None = None) -> None:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         images = read_images(options.dataset, options.image_size)
-        log.info("planning every study")  # the first to need PyTorch waits for it
         grids = ("values", "seeds")  # a search has its default trials and seeds
         given = SearchOptions(**{k: v for k, v in vars(options).items() if k not in grids})
         plans: dict[str, Any] = {

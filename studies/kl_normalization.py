@@ -39,8 +39,9 @@ def one_curve(frame: pd.DataFrame) -> str:
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
         f"differs by at most {modes:.2g} nats / image, that of seeds by {plain(seeds, 2)} (median "
         f"standard deviation): the modes are {verdict}. The best decoder variance, {best:.3g} "
-        f"pixel², is kl_weight = {named}. Undivided (sum), weight 1 means "
-        f"{best / weights['sum']:,.0f} pixel², where latents are active up to {active:.3g} only."
+        f'pixel², is kl_weight = {named}. "Without dividing this value it cannot learn properly" '
+        "holds of weight 1: undivided (sum), it means decoder variance "
+        f"{best / weights['sum']:,.0f}, and latents are active up to {active:.3g} only."
     )
 
 

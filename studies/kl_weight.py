@@ -20,13 +20,12 @@ AXIS = "kl_weight"
 WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))
 """0 and 13 weights, three a decade, from 0.001 to 10; the blog's weight 1 is among them."""
 
-REPORTED = ["neg_elbo", "val/neg_elbo", "decoder_variance", "calibration_ratio", "active_units"]
-
 
 def best_weight(frame: pd.DataFrame) -> str:
     """Return which weight is best on validation data, compared with the blog's weight."""
     best, size = frames.best_value(frame, AXIS), frame["latent_size"].max()
-    means = frames.along_axis(frame, AXIS, REPORTED).set_index(AXIS)
+    metrics = ["neg_elbo", "val/neg_elbo", "decoder_variance", "calibration_ratio", "active_units"]
+    means = frames.along_axis(frame, AXIS, metrics).set_index(AXIS)
     row, collapse = means.loc[best], frames.collapse_value(frame, AXIS)
     equal = [f"{w:.3g}" for w in means.index if w != best and not is_worse(frame, AXIS, w, best)]
     sentences = [
@@ -41,9 +40,7 @@ def best_weight(frame: pd.DataFrame) -> str:
         cost = compare(frame, AXIS, BLOG_WEIGHT, best, "neg_elbo")
         sentences.append(f"Weight 1 costs {cost} nats / image of test neg_elbo against it.")
     if collapse is not None:
-        sentences.append(
-            f"The exact linear model loses its last latent at {AXIS} = {collapse:.3g}."
-        )
+        sentences.append(f"The exact linear model has no active latent from {collapse:.3g} on.")
     return " ".join([*sentences, worst_class(frame[frame[AXIS] == best])]).strip()
 
 
@@ -63,10 +60,7 @@ STUDY = Study(
             "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (partial(plots.kl_per_latent, axis=AXIS), plots.KL_CAPTION),
-        "quality_along_axis": (
-            partial(plots.quality_along_axis, axis=AXIS),
-            plots.QUALITY_CAPTION,
-        ),
+        "quality_along_axis": (partial(plots.quality_along_axis, axis=AXIS), plots.QUALITY_CAPTION),
     },
     answer=best_weight,
     table=("decoder_variance", *TABLE, "neg_log_likelihood", "frechet"),

@@ -35,10 +35,7 @@ AXIS = "latent_size"
 
 
 def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return the blog's and a calibrated weight as groups of the study.
-
-    Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
-    """
+    """Return as groups the blog's and a calibrated weight, or the exact ELBO's alone."""
     if base.kl_normalization == "latent":
         raise UserError(
             "kl_normalization='latent' divides by the number of latents, so that one weight means "
@@ -52,10 +49,7 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
 
 
 def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:
-    """Return the test mse of a principal component projection onto as many dimensions.
-
-    Empty for images that are too large for it.
-    """
+    """Return the test mse of as many principal components; {} for images too large for it."""
     from harness.linear.pca import is_small, pca  # loads torch
 
     if not is_small(data):
@@ -89,8 +83,7 @@ STUDY = Study(
         "metrics_along_axis": (
             partial(plots.metrics_along_latent_size, group="weight"),
             "Test metrics against the number of latents; dashed, the exact linear model at the "
-            "same weight; dotted, the mse of a principal component projection onto as many "
-            "dimensions.",
+            "same weight; dotted, the mse of as many principal components.",
         ),
         "rate_distortion": (
             partial(plots.rate_distortion, axis=AXIS, group="weight"),

@@ -18,6 +18,7 @@ import tyro
 
 import harness
 from harness.config import UserError
+from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
 
@@ -52,54 +53,41 @@ def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
     with clear_errors(args, STOPPED) as terminal:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        sys.exit(0 if execute(options, terminal) else 1)
+        from harness import provenance  # --help answers without PyTorch
+        from harness.tracking.record import WALL_CLOCK
+        from harness.tracking.store import connect
+        from harness.training.engine import resolve_device
 
-
-def execute(options: ReplayOptions, terminal: Terminal) -> bool:
-    """Train a run again and compare its values with the logged ones, as of `compare`."""
-    # After parsing, so that --help and misspelt options answer at once.
-    from harness import provenance
-    from harness.tracking import addresses
-    from harness.tracking.record import WALL_CLOCK
-    from harness.tracking.store import connect
-    from harness.training.engine import resolve_device
-
-    uri = addresses.tracking_address(options.tracking_uri)
-    if addresses.is_new(uri):
-        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
-    record = connect(uri).record(options.run)
-    then = record.made_with
-    study, data = study_of(then["study"]), load(record, options.data_dir)
-    as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
-    device = resolve_device("cpu" if as_recorded else options.device).type
-    now = provenance.provenance(data, device)
-    differences = provenance.differences(then, now)
-    terminal.line(
-        f"Training run {record.name!r} again: {record.config.epochs} epochs on {data.name}, on "
-        f"{device}."
-    )
-    for line in differences or ["Code, versions, device and data are those of the record."]:
-        terminal.line(f"  {line}")
-    with provenance.blas_threads(then["threads"]["blas"]):
-        values = retrain(record, study, data, device, terminal)
-    logged = [value for value in record.values if value.metric not in WALL_CLOCK]
-    exact = device == "cpu" and then["device"] == now["device"]
-    passed, sentence = compare(logged, values, exact=exact)
-    terminal.line(sentence)
-    return passed
+        uri = addresses.tracking_address(options.tracking_uri)
+        if addresses.is_new(uri):
+            raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
+        record = connect(uri).record(options.run)
+        then = record.made_with
+        study, data = study_of(then["study"]), load(record, options.data_dir)
+        as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
+        device = resolve_device("cpu" if as_recorded else options.device).type
+        now = provenance.provenance(data, device)
+        differences = provenance.differences(then, now)
+        run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
+        terminal.line(f"Training run {run}.")
+        for line in differences or ["Code, versions, device and data are those of the record."]:
+            terminal.line(f"  {line}")
+        with provenance.blas_threads(then["threads"]["blas"]):
+            values = retrain(record, study, data, device, terminal)
+        logged = [value for value in record.values if value.metric not in WALL_CLOCK]
+        exact = device == "cpu" and then["device"] == now["device"]
+        passed, sentence = compare(logged, values, exact=exact)
+        terminal.line(sentence)
+        sys.exit(0 if passed else 1)
 
 
 def study_of(name: str | None) -> Study | None:
     """Return the study of a name, None for None: runs whose study has no further metrics."""
     from studies.all import STUDIES
 
-    known = {study.name: study for study in STUDIES}
-    if name and name not in known:
-        raise UserError(
-            f"the run is of study {name!r}, which is none of {', '.join(known)}; add it to STUDIES "
-            "in studies/all.py"
-        )
-    return known.get(name or "")
+    if name and name not in {study.name for study in STUDIES}:
+        raise UserError(f"study {name!r} is unknown; add it to STUDIES in studies/all.py")
+    return next((study for study in STUDIES if study.name == name), None)
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
@@ -149,11 +137,9 @@ def retrain(
 def compare(
     logged: Sequence[Logged], now: Mapping[tuple[str, int], float], *, exact: bool
 ) -> tuple[bool, str]:
-    """Compare logged values with (metric, epoch) -> value; NaN equals NaN, and 0 equals -0.
+    """Return whether logged values are those of (metric, epoch) -> value, and the outcome in words.
 
-    Returns:
-        False if a value was not computed again or, if they must be `exact`, if one differs; and
-        the outcome in a sentence.
+    NaN equals NaN, and 0 equals -0. Values may differ unless they must be `exact`.
     """
     if missing := sorted({value.metric for value in logged if value[:2] not in now}):
         return False, f"Not reproduced: logged but not computed now: {', '.join(missing)}."

@@ -40,35 +40,25 @@ DEFAULT = -1
 TOP = 10
 """Configurations in the table."""
 
-METRICS = [
-    *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
-    *("val/mse", "val/rate", "val/active_units"),
-]
-
-REPORTED = [
-    *("val/neg_elbo", "best/val/neg_elbo", "best/epoch", "neg_elbo", "mse", "rate"),
-    *("decoder_variance", "calibration_ratio", "active_units"),
-]
-"""Metrics of the configurations that are trained again."""
+TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
+CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
+"""Metrics of the trials, and further ones of the configurations that are trained again."""
 
 CAPTIONS = {
-    "history": "Validation neg_elbo of each trial in the order asked, and the best so far. A "
-    "pruned trial stands at its value when it was stopped.",
-    "parameters": "Validation neg_elbo against each searched setting, and against the decoder "
-    "variance that weight, normalisation and latent size mean together.",
+    "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
+    "parameters": "Validation neg_elbo against each searched setting, and the decoder variance.",
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
     "with others (fANOVA), over finished trials only.",
-    "front": "Rate and mse of all trials on validation data; no trial beats those of the front in "
-    "both. Numbers are trials; points close to a numbered one have none.",
+    "front": "Rate and mse on validation data; no trial beats those of the front in both.",
 }
 
 
 def space(epochs: int) -> Space:
-    """Return the values that are tried.
+    """Return the values that are tried; a first warm-up ends before trials are judged.
 
     The weights include the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
     1e-5 for "sum", 1e-6 for "sum" of 28 x 28 images; and 1, where the decoder variance is optimal
-    or learned. A first warm-up ends before trials are judged.
+    or learned.
     """
     return {
         "kl_weight": Range(1e-7, 1.0, log=True),
@@ -88,10 +78,8 @@ class SearchOptions(Common):
 
     Attributes:
         trials: configurations in all; a finished search goes on if there are more.
-        seeds: runs of every configuration; its objective is their mean. One by default: runs
-            are better spent on further configurations, since the best is trained again anyway.
-        pruner: how unpromising configurations are stopped early (median; none with
-            --multi-objective).
+        seeds: runs of every configuration; its objective is their mean.
+        pruner: how bad configurations are stopped early (median; none with --multi-objective).
         multi_objective: minimise rate and mse together instead of neg_elbo.
     """
 
@@ -122,10 +110,8 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in left_out}
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
     settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
-    proposer = TPE(
-        base, searched, options.seeds, options.trials, pruner, objectives,
-        {**data.settings, **settings},
-    )  # fmt: skip
+    settings = {**data.settings, **settings}
+    proposer = TPE(base, searched, options.seeds, options.trials, pruner, objectives, settings)
     return Plan(
         page=NAME,
         question=__doc__ or "",
@@ -158,9 +144,7 @@ def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
 def best_of(study: optuna.Study) -> FrozenTrial:
     """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
     if not _complete(study):
-        raise UserError(
-            f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
-        )
+        raise UserError(f"search {study.study_name!r} has no finished trial: all diverged")
     return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
 
 
@@ -197,20 +181,20 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, list(proposer.space))
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    means = frames.along_axis(searched[~searched["pruned"]], "trial", METRICS)
+    means = frames.along_axis(searched[~searched["pruned"]], "trial", TRIED)
     top = trials[["trial", *proposer.space, "decoder_variance"]].merge(means, on="trial")
     top = top.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
     labels = {number: f"best, trial {number}", DEFAULT: "default, calibrated weight"}
-    runs_again = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
-    confirmed = runs_again.assign(configuration=runs_again["trial"].map(labels))
-    confirmed = confirmed.sort_values(["trial", "seed"], ascending=[False, True])
+    confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
+    confirmed = confirmed.assign(configuration=confirmed["trial"].map(labels))
+    confirmed = confirmed.sort_values("seed", kind="stable")
     again, default = (confirmed[confirmed["trial"] == trial] for trial in labels)
     if again.empty:
         raise UserError(
-            f"trial {number} of {ended.plan.name!r}, the best, diverged with all of "
-            f"{CONFIRMING} fresh seeds; search again with more --seeds and another --study-name"
+            f"trial {number}, the best, diverged with every fresh seed; search again with more "
+            "--seeds and another --study-name"
         )
-    table = frames.along_axis(confirmed, "configuration", REPORTED)
+    table = frames.along_axis(confirmed, "configuration", TRIED + CONFIRMED)
     ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
     shares = frames.importances({name: _importances(study, i) for i, name in ranked})
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
@@ -230,10 +214,6 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     }
     if not shares.empty:
         figures["importances"] = partial(plots.search_importances, shares)
-    for objective, part in shares.groupby("objective", sort=False):
-        ordered = part.sort_values("share", ascending=False).itertuples()
-        listed = ", ".join(f"{row.setting} {row.share:.2f}" for row in ordered)
-        sentences.append(f"Shares of the variation of {objective} (ranks): {listed}.")
     if len(objectives) > 1:
         figures["front"] = partial(plots.search_front, trials)
         sentences.append(f"{trials['front'].sum()} trials are on the front of rate and mse.")
@@ -249,7 +229,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
         models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
         closer=labels[number],
         best=again.loc[again["val/neg_elbo"].idxmin()],
-        shown=again[REPORTED].mean().to_dict(),
+        shown=again[TRIED + CONFIRMED].mean().to_dict(),
         settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
         seed=proposer.seeds,
     )
