@@ -57,7 +57,7 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
     """Return what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
     sentences = [
         f"Costs and gains of the KL term, paired over {frame['seed'].nunique()} seeds (test mse in "
-        "pixel², neg_elbo in nats / image; lower is better)."
+        "pixel², neg_elbo in nats / image)."
     ]
     for first, second in PAIRS:
         gaps = {m: compare(frame, AXIS, first, second, m) for m in METRICS if m in frame}
