@@ -23,9 +23,9 @@ $(READY): pyproject.toml constraints.txt
 study: $(READY)
 	$(BIN)/python -m studies.kl_weight
 
-# Two processes, a test module each: many tests wait for a study that they started. In the order of
-# tests/conftest.py, which puts the longest modules first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes for two cores, a test module each: many tests wait for a server or a study that they
+# started. In the order of tests/conftest.py, which puts the longest modules first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)

@@ -27,8 +27,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 FIRST = (
-    *("engine", "kills", "search", "studies", "reproduce", "desk", "own_study", "example_study"),
-    *("workers", "replay", "architecture", "linear", "servers", "likelihood", "diverged", "data"),
+    *("spool", "kills", "engine", "studies", "search", "queue", "processes", "reproduce", "store"),
+    *("record", "proposers", "contract", "replay", "database", "example_study", "checkpoint"),
 )
 """Modules that take longest: begun last, one would run while a core is idle."""
 

@@ -118,7 +118,7 @@ def _counts(queue: Queue) -> tuple[int, int]:
 
 
 def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
-    """Open tracking store and storage, so that one that cannot be used leaves no other behind."""
+    """Open tracking store and storage; if either cannot be used, create neither."""
     tracking, url = _addresses(options)
     late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
     storage = None if late else open_storage(url)
@@ -182,7 +182,7 @@ def _compare_making(site: Site) -> None:
 def close_failed(queue: Queue, site: Site) -> int:
     """Fail trials of ended processes and close the runs of all failed trials; return their number.
 
-    Finished runs are closed too, for a process can be killed between the ends of run and trial.
+    Finished runs are closed too: a process can be killed between the end of its run and its trial.
     """
     queue.reassign()
     failed = queue.failed_keys()
@@ -201,8 +201,8 @@ class Recorded(NamedTuple):
 def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None:
     """Take trials, train and record their runs and finish them, until none is left.
 
-    A trial is finished once MLflow has its runs; while a server is away, others are trained. With
-    `leave` this returns, too, where other processes have all that is left.
+    A trial is finished once MLflow has its runs; while a server does not answer, other trials are
+    trained. With `leave`, also return when all remaining trials belong to other processes.
     """
     left, finished, failed = queue.left(), 0, len(queue.failed_keys())
     recorded: list[Recorded] = []
@@ -269,7 +269,7 @@ def _tagged(run: Planned, study: str) -> Planned:
 
 
 def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:
-    """Finish the recorded trials whose runs MLflow has; they leave the list."""
+    """Finish recorded trials whose runs are all in MLflow, and remove them from the list."""
     waiting = site.store.undelivered()
     ready = [one for one in recorded if waiting.isdisjoint(keys(one.trial))]
     for one in ready:
@@ -286,7 +286,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
 
     With `again` the folder of a summary that exists is written once more.
     """
-    from studies.runner import summary  # seaborn, which training does not wait for
+    from studies.runner import summary  # imports seaborn: not needed for training
 
     plan, store = site.plan, site.store
     experiment_id = store.experiment(plan.experiment, plan.question)
@@ -303,7 +303,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):
-                close_failed(summaries, site)  # of a process that died while this one waited
+                close_failed(summaries, site)  # of a process that ended during the wait
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
                 store.close(plan.experiment, keys(*older), SUPERSEDED)
                 outcome, run_id = summary.summarize(find(), experiment_id, *keys(trial))

@@ -264,6 +264,7 @@ def test_the_default_store_is_shown_by_make_in_the_repository_alone(monkeypatch,
 
 def test_the_command_of_python_is_that_of_the_current_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
     assert python() == sys.executable
     monkeypatch.chdir(Path(sys.executable).parents[1])
     assert python() == "bin/python"
