@@ -122,8 +122,7 @@ def find(ended: Ended, ledger: Ledger, form: references.Form) -> Findings:
 
 def batch_figure(evidence: Evidence, form: references.Form) -> Figure:
     """Plot the batches of the blog's recipe with the last batch that the blog prints."""
-    batches, active = evidence.batches(form.blog), evidence.frame(form.blog)["active_units"]
-    labels = [f"seed {seed}, {count:.0f} active" for seed, count in enumerate(active)]
+    batches, labels = evidence.batches(form.blog), [f"seed {i}" for i in range(form.blog_seeds)]
     ranges = [references.batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
     star = float(references.BLOG_KL_TERM), float(references.BLOG_LOSS)
     return plots.batch_plane(batches.kl_term, batches.loss, labels, ranges, star)
