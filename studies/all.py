@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from harness.config import RunConfig, UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, Options, setting_options
+from studies.runner.options import Options, setting_options
 from studies.runner.study import make_plan, read_images
 from studies.search import SearchOptions
-
-log = logging.getLogger("studies.all")  # `__name__` is "__main__" on the command line
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
 
@@ -31,30 +28,24 @@ def main(args: Sequence[str] | None = None) -> None:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         images = read_images(options.dataset, options.image_size)
-        log.info("planning every study")  # the first to need PyTorch waits for it
-        given = search_options(options)
-        plans: dict[str, tuple[Callable[[Any], Any], Common]] = {
-            **{study.name: (partial(make_plan, study, options), options) for study in STUDIES},
-            search.NAME: (partial(search.make_plan, given), given),
+        grids = ("values", "seeds")  # a search has its default trials and seeds
+        given = SearchOptions(**{k: v for k, v in vars(options).items() if k not in grids})
+        plans: dict[str, Any] = {
+            study.name: partial(make_plan, study, options) for study in STUDIES
         }
-        for name, (plan, _) in plans.items():  # before one trains, the others are checked
+        plans[search.NAME] = partial(search.make_plan, given)
+        for name, plan in plans.items():  # before one trains, the others are checked
             try:
                 plan(images)
             except UserError as error:
                 raise UserError(f"studies.{name}: {error}") from None
-        outcomes = [execute(plan, given, terminal) for plan, given in plans.values()]
+        outcomes = [execute(plan, given, terminal) for plan in plans.values()]
         reports = [outcome.folder / "report.html" for outcome in outcomes if outcome is not None]
         if reports:
             from analysis import report
 
             folder = reports[0].parents[1]
             terminal.line(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
-
-
-def search_options(options: Options[Any]) -> SearchOptions:
-    """Return the search's options: the given ones, but its default trials and seeds."""
-    given = {k: v for k, v in vars(options).items() if k not in ("values", "seeds")}
-    return SearchOptions(**given)
 
 
 if __name__ == "__main__":

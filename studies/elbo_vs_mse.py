@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis import frames, plots
+from analysis import plots
 from harness.config import RunConfig, UserError
-from studies.runner.answers import compare, judged
+from studies.runner.answers import compare
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
 
@@ -35,6 +35,14 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> changes to the calibrated ELBO; weights are those of mode "pixels"."""
 
+PAIRS = (
+    *((CALIBRATED_ELBO, other) for other in (MSE_STOCHASTIC, AUTOENCODER, BLOG_ELBO)),
+    (BLOG, BLOG_WITHOUT_KL),
+)
+"""Conditions that the answer compares, by METRICS."""
+
+METRICS = ("mse", "neg_elbo", "probe_accuracy", "active_units")
+
 
 def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
     """Set a named condition."""
@@ -47,45 +55,16 @@ def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
 
 def cost_and_gain(frame: pd.DataFrame) -> str:
     """Return what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
-    present = set(frame[AXIS])
-    difference = partial(compare, frame, AXIS)
-    sentences = []
-    for other in (MSE_STOCHASTIC, AUTOENCODER):
-        if {CALIBRATED_ELBO, other} <= present:
-            changed = f"test mse by {difference(CALIBRATED_ELBO, other, 'mse')} pixel²"
-            if "probe_accuracy" in frame:
-                accuracy = difference(CALIBRATED_ELBO, other, "probe_accuracy")
-                changed += f" and linear-probe accuracy by {accuracy}"
-            sentences.append(f"Against {other!r} the calibrated KL term changes {changed}.")
-    if {CALIBRATED_ELBO, MSE_STOCHASTIC} <= present:
-        gap = difference(MSE_STOCHASTIC, CALIBRATED_ELBO, "neg_elbo")
-        sentences.append(f"It buys {gap} nats / image of neg_elbo over the error alone.")
-    if {CALIBRATED_ELBO, BLOG_ELBO} <= present:
-        mse, gap = (difference(BLOG_ELBO, CALIBRATED_ELBO, m) for m in ("mse", "neg_elbo"))
-        sentences.append(
-            f"At weight 1 the KL term costs {mse} pixel² of mse and {gap} nats / image of neg_elbo "
-            "against the calibrated weight."
-        )
-    if {BLOG, BLOG_WITHOUT_KL} <= present:
-        gap, blog = difference(BLOG, BLOG_WITHOUT_KL, "mse"), frame[frame[AXIS] == BLOG]
-        sentences.append(
-            f"In the blog's own recipe the KL term costs {gap} pixel² of mse and leaves "
-            f"{blog['active_units'].mean():.1f} of {frame['latent_size'].max()} latents active"
-            f"{against_linear(blog)}."
-        )
-    seeds = frame["seed"].nunique()
-    return " ".join([*sentences, f"(Paired differences, 95 % intervals over {seeds} seeds.)"])
-
-
-def against_linear(runs: pd.DataFrame) -> str:
-    """Return how the loss of runs compares with the exact linear model's; "" without one."""
-    if "gap_to_linear" not in runs or runs["gap_to_linear"].isna().any():
-        return ""
-    gap, half = runs["gap_to_linear"].mean(), frames.half_width(runs["gap_to_linear"])
-    return (
-        f"; its loss is {judged(gap, half)} than that of a linear model at the same weight "
-        f"(gap_to_linear {gap:.1f} ± {half:.1f} %)"
-    )
+    sentences = [
+        f"Costs and gains of the KL term, paired over {frame['seed'].nunique()} seeds (test mse in "
+        "pixel², neg_elbo in nats / image)."
+    ]
+    for first, second in PAIRS:
+        gaps = {m: compare(frame, AXIS, first, second, m) for m in METRICS if m in frame}
+        found = [f"{name} {gap}" for name, gap in gaps.items() if gap.seeds]
+        if found:
+            sentences.append(f"{first!r} less {second!r}: {', '.join(found)}.")
+    return " ".join(sentences)
 
 
 STUDY = Study(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from analysis import frames, plots
+from analysis.tables import plain
 from harness.config import RunConfig
 from studies.runner.cli import main
 from studies.runner.study import TABLE, Axis, Study, with_variance
@@ -27,32 +28,20 @@ MODES = ("pixels", "batch", "latent", "sum")
 def one_curve(frame: pd.DataFrame) -> str:
     """Return how far the modes agree at equal decoder variance, and what the division changes."""
     cells = frame.pivot_table(index=[AXIS, "seed"], columns=GROUP, values="neg_elbo")
-    between_modes = (cells.max(axis=1) - cells.min(axis=1)).max()
-    between_seeds = cells.groupby(AXIS).std().mean(axis=1).median()
+    modes = (cells.max(axis=1) - cells.min(axis=1)).max()
+    seeds = cells.groupby(AXIS).std().mean(axis=1).median()  # NaN for a single seed
+    verdict = "one curve" if modes < seeds else "not one curve" if modes >= seeds else "not judged"
     best = frames.best_value(frame, AXIS)
-    at_best = frame[frame[AXIS] == best].groupby(GROUP, sort=False)
-    named = ", ".join(f"{mode} {part['kl_weight'].iloc[0]:.3g}" for mode, part in at_best)
-    summed = frame[frame[GROUP] == "sum"]
-    per_weight = (summed[AXIS] / summed["kl_weight"]).iloc[0]
-    active = frame.groupby(AXIS)["active_units"].max()
-    collapsed = active[active == 0].index
-    verdict = "the modes are one curve" if between_modes < between_seeds else "the modes disagree"
-    seeds = f"while seeds differ by {between_seeds:.2g} (median standard deviation): {verdict}"
-    seeds = "with a single seed" if between_seeds != between_seeds else seeds
-    gap = f"differs by at most {between_modes:.2g} nats / image"
-    gap = gap if between_modes else "is equal to the last bit,"
-    first = (
-        f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"{gap} {seeds}. The best decoder variance, {best:.3g} pixel², is kl_weight = {named}."
-    )
-    if collapsed.empty:
-        return first
+    weights = frame[frame[AXIS] == best].groupby(GROUP, sort=False)["kl_weight"].first()
+    named = ", ".join(f"{mode} {weight:.3g}" for mode, weight in weights.items())
+    active = frame.loc[frame["active_units"] > 0, AXIS].max()
     return (
-        f'{first}\n\n"Without dividing this value it cannot learn properly" holds for weight 1: '
-        f"undivided (sum), it means decoder variance {per_weight:,.0f}, and from "
-        f"{collapsed[0]:.3g} pixel² on no latent is active. It is the size of the weight and not "
-        f"the missing division: undivided with kl_weight = {best / per_weight:.3g} the same model "
-        "reaches the best neg_elbo."
+        f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
+        f"differs by at most {modes:.2g} nats / image, that of seeds by {plain(seeds, 2)} (median "
+        f"standard deviation): the modes are {verdict}. The best decoder variance, {best:.3g} "
+        f'pixel², is kl_weight = {named}. "Without dividing this value it cannot learn properly" '
+        "holds of weight 1: undivided (sum), it means decoder variance "
+        f"{best / weights['sum']:,.0f}, and latents are active up to {active:.3g} only."
     )
 
 

@@ -35,10 +35,7 @@ AXIS = "latent_size"
 
 
 def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return the blog's and a calibrated weight as groups of the study.
-
-    Where no weight sets the decoder's variance there is one group, the weight of the exact ELBO.
-    """
+    """Return as groups the blog's and a calibrated weight, or the exact ELBO's alone."""
     if base.kl_normalization == "latent":
         raise UserError(
             "kl_normalization='latent' divides by the number of latents, so that one weight means "
@@ -52,10 +49,7 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
 
 
 def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:
-    """Return the test mse of a principal component projection onto as many dimensions.
-
-    Empty for images that are too large for it.
-    """
+    """Return the test mse of as many principal components; {} for images too large for it."""
     from harness.linear.pca import is_small, pca  # loads torch
 
     if not is_small(data):
@@ -68,25 +62,14 @@ def useful_latents(frame: pd.DataFrame) -> str:
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         best = frames.best_value(part, AXIS)
-        sizes = sorted(part[AXIS].unique())
-        enough = next(size for size in sizes if not is_worse(part, AXIS, size, best))
-        active = part.groupby(AXIS)["active_units"].mean()
+        enough = min(s for s in part[AXIS].unique() if not is_worse(part, AXIS, s, best))
+        largest = part[part[AXIS] == part[AXIS].max()]
         sentences.append(
             f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
             f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
-            f"{sizes[-1]} latents {active.iloc[-1]:.1f} are active.{_below_floor(part)}"
+            f"{largest[AXIS].iloc[0]} latents {largest['active_units'].mean():.1f} are active."
         )
     return "\n\n".join(sentences)
-
-
-def _below_floor(frame: pd.DataFrame) -> str:
-    """Return at which sizes the mse is below that of principal components; "" if unknown."""
-    if "pca_floor" not in frame:
-        return ""
-    means = frame.groupby(AXIS)[["mse", "pca_floor"]].mean()
-    below = [f"{size}" for size in means.index if means["mse"][size] < means["pca_floor"][size]]
-    sizes = f"{', '.join(below)} latents" if below else "no size"
-    return f" Its test mse is below the floor of principal components at {sizes}."
 
 
 STUDY = Study(
@@ -100,8 +83,7 @@ STUDY = Study(
         "metrics_along_axis": (
             partial(plots.metrics_along_latent_size, group="weight"),
             "Test metrics against the number of latents; dashed, the exact linear model at the "
-            "same weight; dotted, the mse of a principal component projection onto as many "
-            "dimensions.",
+            "same weight; dotted, the mse of as many principal components.",
         ),
         "rate_distortion": (
             partial(plots.rate_distortion, axis=AXIS, group="weight"),

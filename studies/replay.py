@@ -1,27 +1,26 @@
 """Train a finished run again and compare every value that it logged.
 
 On the CPU of the record every value must be equal to the last bit: exit code 0 if all are, 1 if
-not. On a GPU or another CPU, where training amplifies other rounding, the largest difference of
-each metric is shown. Nothing is written to the store.
+not. On a GPU or another CPU, where training amplifies other rounding, the largest difference is
+shown. Nothing is written to the store.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 import harness
 from harness.config import UserError
+from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
-from studies.runner.terminal import table
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -54,109 +53,56 @@ def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
     with clear_errors(args, STOPPED) as terminal:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        sys.exit(0 if execute(options, terminal) else 1)
+        from harness import provenance  # --help answers without PyTorch
+        from harness.tracking.record import WALL_CLOCK
+        from harness.tracking.store import connect
+        from harness.training.engine import resolve_device
 
-
-def execute(options: ReplayOptions, terminal: Terminal) -> bool:
-    """Train a run again and show how its values compare with the logged ones.
-
-    Returns:
-        False if a value should be equal and is not, or was not computed again.
-    """
-    # After parsing, so that --help and misspelt options answer at once.
-    from harness import provenance
-    from harness.tracking import addresses
-    from harness.tracking.record import WALL_CLOCK
-    from harness.tracking.store import connect
-    from harness.training.engine import resolve_device
-
-    uri = addresses.tracking_address(options.tracking_uri)
-    if addresses.is_new(uri):
-        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
-    record = connect(uri).record(options.run)
-    then = record.made_with
-    try:
+        uri = addresses.tracking_address(options.tracking_uri)
+        if addresses.is_new(uri):
+            raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
+        record = connect(uri).record(options.run)
+        then = record.made_with
         study, data = study_of(then["study"]), load(record, options.data_dir)
         as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
         device = resolve_device("cpu" if as_recorded else options.device).type
-        now, threads = provenance.provenance(data, device), then["threads"]["blas"]
+        now = provenance.provenance(data, device)
         differences = provenance.differences(then, now)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"provenance.json of run {record.run_id} is not complete ({error!r}); the run cannot "
-            "be repeated"
-        ) from error
-    epochs = record.config.epochs
-    terminal.line(
-        f"Training run {record.name!r} again: {epochs} epoch{'s'[: epochs > 1]} on {data.name}, "
-        f"on {device}."
-    )
-    for line in differences:
-        terminal.line(f"  {line}")
-    if not differences:
-        terminal.line("Code, versions, device and data are those of the record.")
-    with provenance.blas_threads(threads):
-        values = retrain(record, study, data, device, terminal)
-    found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
-    if found.gaps:
-        header = ("metric", "values that differ", "largest", "epoch", "logged", "now")
-        terminal.out.print(table(header, largest(found.gaps), left=("metric",)))
-    logged = {value.metric for value in record.values}
-    if new := sorted({metric for metric, _ in values} - logged):
-        terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")
-    exact = device == "cpu" and then["device"] == now["device"]
-    terminal.line(verdict(found, exact=exact))
-    return not found.missing and not (exact and found.gaps)
+        run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
+        terminal.line(f"Training run {run}.")
+        for line in differences or ["Code, versions, device and data are those of the record."]:
+            terminal.line(f"  {line}")
+        with provenance.blas_threads(then["threads"]["blas"]):
+            values = retrain(record, study, data, device, terminal)
+        logged = [value for value in record.values if value.metric not in WALL_CLOCK]
+        exact = device == "cpu" and then["device"] == now["device"]
+        passed, sentence = compare(logged, values, exact=exact)
+        terminal.line(sentence)
+        sys.exit(0 if passed else 1)
 
 
 def study_of(name: str | None) -> Study | None:
-    """Return the study of a name, None for None: runs of a search or of no study."""
+    """Return the study of a name, None for None: runs whose study has no further metrics."""
     from studies.all import STUDIES
 
-    known = {study.name: study for study in STUDIES}
-    if name and name not in known:
-        raise UserError(
-            f"the run is of study {name!r}, which is none of {', '.join(known)}; add it to STUDIES "
-            "in studies/all.py"
-        )
-    return known.get(name or "")
+    if name and name not in {study.name for study in STUDIES}:
+        raise UserError(f"study {name!r} is unknown; add it to STUDIES in studies/all.py")
+    return next((study for study in STUDIES if study.name == name), None)
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
     """Load the dataset of a record."""
-    from harness import provenance
-
     then = record.made_with["dataset"]
     if then["name"].startswith("folder-"):
         data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
     else:
         data = harness.load_dataset(then["name"], data_dir)
-    now = provenance.dataset(data)
-    for part in ("digest", "images"):
-        if then[part] != now[part]:
-            raise UserError(
-                f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: {part} "
-                f"{then[part]} then, {now[part]} now; name the folder of that dataset with "
-                "--data-dir"
-            )
+    if then["digest"] != data.digest:
+        raise UserError(
+            f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
+            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
+        )
     return data
-
-
-@dataclass
-class Values:
-    """Takes the writes of a run and keeps its metrics in memory: (metric, epoch) -> value."""
-
-    logged: dict[tuple[str, int], float] = field(default_factory=dict)
-    batch: int = 1
-
-    def put(self, key: str, write: Mapping[str, Any]) -> None:
-        """Keep the values of a write of metrics, and nothing of others."""
-        if write["kind"] == "metrics":
-            self.logged |= {(metric, step): value for metric, value, _, step in write["values"]}
-
-    def run_id(self, key: str) -> str:
-        """Return the key, which is the only id."""
-        return key
 
 
 def retrain(
@@ -167,7 +113,15 @@ def retrain(
     from harness.tracking import record as recording
     from harness.tracking.runs import RunLog
 
-    values = Values()
+    values = dict[tuple[str, int], float]()
+
+    def put(key: str, write: Mapping[str, Any]) -> None:
+        if write["kind"] == "metrics":
+            values.update({(name, step): value for name, value, _, step in write["values"]})
+
+    def start(run: Planned) -> RunLog:
+        return RunLog(put, run.key, {})
+
     run = Planned(record.config, record.run_id, record.name, {}, {})
     given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
     with terminal.progress(1, 1) as advance:
@@ -176,75 +130,37 @@ def retrain(
             advance(epoch)
             stopping.check()
 
-        def start(run: Planned) -> RunLog:
-            return RunLog(values.put, run.key, {})
-
         recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)
-    return values.logged
+    return values
 
 
-class Gap(NamedTuple):
-    """A logged value and another one that was computed now."""
+def compare(
+    logged: Sequence[Logged], now: Mapping[tuple[str, int], float], *, exact: bool
+) -> tuple[bool, str]:
+    """Return whether logged values are those of (metric, epoch) -> value, and the outcome in words.
 
-    metric: str
-    epoch: int
-    then: float
-    now: float
-
-    @property
-    def size(self) -> float:
-        """The difference relative to the larger magnitude."""
-        size = abs(self.now - self.then) / max(abs(self.now), abs(self.then))
-        return math.inf if math.isnan(size) else size
-
-
-class Comparison(NamedTuple):
-    """The number of compared values, those that differ, and metrics that were not computed now."""
-
-    values: int
-    gaps: list[Gap]
-    missing: list[str]
+    NaN equals NaN, and 0 equals -0. Values may differ unless they must be `exact`.
+    """
+    if missing := sorted({value.metric for value in logged if value[:2] not in now}):
+        return False, f"Not reproduced: logged but not computed now: {', '.join(missing)}."
+    sizes = [difference(value.value, now[value[:2]]) for value in logged]
+    differing = len(sizes) - sizes.count(0.0)
+    if not differing:
+        return True, f"Reproduced: all {len(logged):,} values are equal to the last bit."
+    worst = logged[sizes.index(max(sizes))]
+    return not exact, (
+        f"{'Not reproduced' if exact else 'Compared'}: {differing:,} of {len(logged):,} values "
+        f"differ, most of all {worst.metric} in epoch {worst.step}: {worst.value!r} logged, "
+        f"{now[worst[:2]]!r} now."
+    )
 
 
-def compare(logged: Sequence[Logged], now: Mapping[tuple[str, int], float]) -> Comparison:
-    """Compare logged values with (metric, epoch) -> value; NaN equals NaN, and 0 equals -0."""
-    both = [Gap(*v[:2], v.value, now[v[:2]]) for v in logged if v[:2] in now]
-    gaps = [g for g in both if g.then != g.now and not (math.isnan(g.then) and math.isnan(g.now))]
-    return Comparison(len(both), gaps, sorted({v.metric for v in logged if v[:2] not in now}))
-
-
-def largest(gaps: Sequence[Gap]) -> list[tuple[str, ...]]:
-    """Return the largest difference of each metric as text, the largest of all first."""
-    metrics: dict[str, list[Gap]] = {}
-    for gap in sorted(gaps, key=lambda gap: -gap.size):
-        name = re.sub(r"/k?\d+$", "", gap.metric)  # of all latents, classes or neighbours
-        metrics.setdefault(name, []).append(gap)
-    return [
-        (
-            *(name, f"{1 + len(others):,}", f"{100 * worst.size:.2g} %", str(worst.epoch)),
-            *(f"{worst.then:.6g}", f"{worst.now:.6g}"),
-        )
-        for name, (worst, *others) in metrics.items()
-    ]
-
-
-def verdict(found: Comparison, *, exact: bool) -> str:
-    """Return the outcome in a sentence; exact: values must be equal to the last bit."""
-    parts = []
-    if found.gaps:
-        worst = max(found.gaps, key=lambda gap: gap.size)
-        parts.append(
-            f"{len(found.gaps):,} of {found.values:,} values differ, most of all {worst.metric} in "
-            f"epoch {worst.epoch}: {worst.then!r} logged, {worst.now!r} now"
-        )
-    if found.missing:
-        parts.append(f"logged but not computed now: {', '.join(found.missing)}")
-    if not parts:
-        return f"Reproduced: all {found.values:,} values are equal to the last bit."
-    if not exact and found.gaps:
-        parts.append("equal values are promised on the CPU of the record alone")
-    start = "Not reproduced" if exact or found.missing else "Compared"
-    return f"{start}: {'; '.join(parts)}."
+def difference(then: float, now: float) -> float:
+    """Return the difference of two values relative to the larger magnitude, inf for one NaN."""
+    if then == now or (math.isnan(then) and math.isnan(now)):
+        return 0.0
+    size = abs(now - then) / max(abs(now), abs(then))
+    return math.inf if math.isnan(size) else size
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from analysis import frames, plots, tables
 from harness.config import RunConfig, UserError
-from studies.runner.answers import calibration, plus_minus
+from studies.runner.answers import plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, at_least, setting_options
 from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
@@ -24,7 +24,6 @@ from studies.runner.study import Plan, calibrated, check_objective, command, sou
 
 if TYPE_CHECKING:
     import optuna
-    import pandas as pd
     from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
@@ -41,38 +40,25 @@ DEFAULT = -1
 TOP = 10
 """Configurations in the table."""
 
-METRICS = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
-
-REPORTED = [
-    *("val/neg_elbo", "best/val/neg_elbo", "best/epoch", "neg_elbo", "mse", "rate"),
-    *("decoder_variance", "calibration_ratio", "active_units"),
-]
-"""Metrics of the configurations that are trained again."""
-
-CONFIRMED_CAPTION = (
-    "The best configuration and the default one with fresh seeds: mean and 95 % t interval; val/ "
-    "on validation data, all else on test data. best/epoch is the epoch in which validation was "
-    "best, best/val/ its value."
-)
+TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
+CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
+"""Metrics of the trials, and further ones of the configurations that are trained again."""
 
 CAPTIONS = {
-    "history": "Validation neg_elbo of each trial in the order asked, and the best so far. A "
-    "pruned trial stands at its value when it was stopped.",
-    "parameters": "Validation neg_elbo against each searched setting, and against the decoder "
-    "variance that weight, normalisation and latent size mean together.",
+    "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
+    "parameters": "Validation neg_elbo against each searched setting, and the decoder variance.",
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
     "with others (fANOVA), over finished trials only.",
-    "front": "Rate and mse of all trials on validation data; no trial beats those of the front in "
-    "both. Numbers are trials; on a long front some points have none.",
+    "front": "Rate and mse on validation data; no trial beats those of the front in both.",
 }
 
 
 def space(epochs: int) -> Space:
-    """Return the values that are tried.
+    """Return the values that are tried; a first warm-up ends before trials are judged.
 
     The weights include the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
     1e-5 for "sum", 1e-6 for "sum" of 28 x 28 images; and 1, where the decoder variance is optimal
-    or learned. A first warm-up ends before trials are judged.
+    or learned.
     """
     return {
         "kl_weight": Range(1e-7, 1.0, log=True),
@@ -92,10 +78,8 @@ class SearchOptions(Common):
 
     Attributes:
         trials: configurations in all; a finished search goes on if there are more.
-        seeds: runs of every configuration; its objective is their mean. One by default: runs
-            are better spent on further configurations, since the best is trained again anyway.
-        pruner: how unpromising configurations are stopped early (median; none with
-            --multi-objective).
+        seeds: runs of every configuration; its objective is their mean.
+        pruner: how bad configurations are stopped early (median; none with --multi-objective).
         multi_objective: minimise rate and mse together instead of neg_elbo.
     """
 
@@ -110,8 +94,8 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
     at_least(1, trials=options.trials, seeds=options.seeds)
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
-            f"pruner={options.pruner!r}: two objectives have no order to prune by; leave it out "
-            "or give --pruner none with --multi-objective"
+            f"pruner={options.pruner!r}: two objectives have no order to prune by; give "
+            "--pruner none with --multi-objective"
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     data = source(options.dataset, images)
@@ -122,15 +106,12 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")
     objectives = ("val/rate", "val/mse") if options.multi_objective else (SELECTION,)
-    settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in searched}
-    del settings["seed"]
+    left_out = {*searched, "seed"}
+    settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in left_out}
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
     settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
-    proposer = TPE(
-        base, searched, options.seeds, options.trials, pruner, objectives,
-        {**data.settings, **settings},
-    )  # fmt: skip
-    seeds = f"{options.seeds} seed{'s'[: options.seeds > 1]}"
+    settings = {**data.settings, **settings}
+    proposer = TPE(base, searched, options.seeds, options.trials, pruner, objectives, settings)
     return Plan(
         page=NAME,
         question=__doc__ or "",
@@ -140,39 +121,34 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
         proposer=proposer,
         find=partial(find, proposer),
         words=command(NAME, data, replace(options, pruner=pruner), base),
-        sentence=f"{options.trials} configurations of {', '.join(searched)}, {seeds} each, "
-        f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
-        f"{CONFIRMING} fresh seeds of the best",
+        sentence=f"{options.trials} configurations of {', '.join(searched)}, seeds: "
+        f"{options.seeds}, {base.epochs} epochs, minimising {' and '.join(objectives)}, pruner "
+        f"{pruner}, then {CONFIRMING} fresh seeds of the best",
         confirm=partial(confirm, proposer, calibrated(base, data)),
-        growth="a longer search with more --trials, ",
     )
 
 
 def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
     """Return runs of the best configuration and the default one with seeds not yet used."""
-    number, config = best_of(study).number, proposer.configs(best_of(study))[0]
+    best, part = best_of(study), "confirmation"
+    parts = {f"best, trial {best.number}": (best.number, proposer.configs(best)[0])}
+    parts["default"] = (DEFAULT, default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
     cells = list[Cell]()
-    for label, trial, settings in (
-        (f"best, trial {number}", number, config),
-        ("default", DEFAULT, default),
-    ):
-        identity = {"part": "confirmation", "label": label}
-        params = {"trial": trial, "part": "confirmation"}
-        cells += repeated(label, identity, settings, seeds, params)
+    for label, (trial, config) in parts.items():
+        identity, params = {"part": part, "label": label}, {"trial": trial, "part": part}
+        cells += repeated(label, identity, config, seeds, params)
     return Listed(cells, {})
 
 
 def best_of(study: optuna.Study) -> FrozenTrial:
     """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
     if not _complete(study):
-        raise UserError(
-            f"search {study.study_name!r} has no finished trial: all diverged or were pruned"
-        )
+        raise UserError(f"search {study.study_name!r} has no finished trial: all diverged")
     return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
 
 
-def importances(study: optuna.Study, objective: int) -> dict[str, float]:
+def _importances(study: optuna.Study, objective: int) -> dict[str, float]:
     """Return the share of an objective's variation that each parameter explains.
 
     Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few hopeless
@@ -198,136 +174,71 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
 
 def find(proposer: TPE, ended: Ended) -> Findings:
     """Return the findings of a search."""
-    import pandas as pd
-
-    from studies.runner.summary import Findings
+    from studies.runner.summary import TABLE_CAPTION, Findings
 
     study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
     runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, list(proposer.space))
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
+    means = frames.along_axis(searched[~searched["pruned"]], "trial", TRIED)
+    top = trials[["trial", *proposer.space, "decoder_variance"]].merge(means, on="trial")
+    top = top.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
+    labels = {number: f"best, trial {number}", DEFAULT: "default, calibrated weight"}
     confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
-    again, default = (confirmed[confirmed["trial"] == trial] for trial in (number, DEFAULT))
+    confirmed = confirmed.assign(configuration=confirmed["trial"].map(labels))
+    confirmed = confirmed.sort_values("seed", kind="stable")
+    again, default = (confirmed[confirmed["trial"] == trial] for trial in labels)
     if again.empty:
         raise UserError(
-            f"trial {number} of {ended.plan.name!r}, the best, diverged with all of "
-            f"{CONFIRMING} fresh seeds; search again with more --seeds and another --study-name"
+            f"trial {number}, the best, diverged with every fresh seed; search again with more "
+            "--seeds and another --study-name"
         )
-    named = {f"best, trial {number}": again, "default, calibrated weight": default}
-    every = pd.concat([part.assign(configuration=name) for name, part in named.items()])
-    table = frames.along_axis(every, "configuration", [m for m in REPORTED if m in every])
+    table = frames.along_axis(confirmed, "configuration", TRIED + CONFIRMED)
     ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = frames.importances({name: importances(study, i) for i, name in ranked})
+    shares = frames.importances({name: _importances(study, i) for i, name in ranked})
+    diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
+    settings = ", ".join(f"{n} = {tables.plain(again.iloc[0][n])}" for n in proposer.space)
+    each = [
+        f"{plus_minus(row, 'neg_elbo')} ({row['configuration']})" for _, row in table.iterrows()
+    ]
+    sentences = [
+        f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
+        f"diverged) trial {number} is best: {settings}.",
+        f"Trained again with fresh seeds, test neg_elbo is {' and '.join(each)} nats / image; the "
+        f"paired difference is {frames.paired_difference(again, default, 'neg_elbo')}.",
+    ]
     figures = {
         "history": partial(plots.search_history, trials),
         "parameters": partial(plots.search_parameters, trials),
-        **({} if shares.empty else {"importances": partial(plots.search_importances, shares)}),
-        **({"front": partial(plots.search_front, trials)} if len(objectives) > 1 else {}),
     }
-    diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    top = _top(searched, trials, list(proposer.space))
+    if not shares.empty:
+        figures["importances"] = partial(plots.search_importances, shares)
+    if len(objectives) > 1:
+        figures["front"] = partial(plots.search_front, trials)
+        sentences.append(f"{trials['front'].sum()} trials are on the front of rate and mse.")
     return Findings(
         table=top,
-        answer=lambda: "\n\n".join(
-            [
-                _best(trials, again, list(proposer.space), diverged),
-                _confirmed(trials, again, default, table),
-                *([] if shares.empty else [_shares(shares, trials)]),
-                *([_front(trials)] if len(objectives) > 1 else []),
-            ]
-        ),
+        answer=partial(" ".join, sentences),
         frame=runs,
         tables={
             "table": (top, f"The {TOP} best trials of the search."),
-            "confirmed": (table, CONFIRMED_CAPTION),
+            "confirmed": (table, f"With fresh seeds. {TABLE_CAPTION}"),
         },
         figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
-        models={
-            name: part.sort_values("seed")["run_id"].iloc[0]
-            for name, part in (("best", again), ("default", default))
-            if not part.empty
-        },
-        closer="best",
+        models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
+        closer=labels[number],
         best=again.loc[again["val/neg_elbo"].idxmin()],
-        shown={name: float(again[name].mean()) for name in REPORTED if name in again},
+        shown=again[TRIED + CONFIRMED].mean().to_dict(),
         settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
         seed=proposer.seeds,
-    )
-
-
-def _top(runs: pd.DataFrame, trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    finished = runs[~runs["pruned"]]
-    metrics = [name for name in (*METRICS, "val/active_units") if name in finished]
-    means = frames.along_axis(finished, "trial", metrics)
-    table = trials[["trial", *settings, "decoder_variance"]].merge(means, on="trial")
-    return table.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
-
-
-def _best(trials: pd.DataFrame, again: pd.DataFrame, space: list[str], diverged: int) -> str:
-    """Return which trial is best, its settings and its decoder variance."""
-    best, finished = again.iloc[0], int((~trials["pruned"]).sum())
-    means = again[["calibration_ratio", "decoder_variance", "active_units"]].mean()
-    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in space)
-    return (
-        f"Of {len(trials) + diverged} configurations ({finished} finished, {len(trials) - finished}"
-        f" pruned, {diverged} diverged) trial {best['trial']} is best: {settings}. "
-        f"{calibration(means)}{means['active_units']:.1f} of {best['latent_size']} latents are "
-        "active."
-    )
-
-
-def _confirmed(
-    trials: pd.DataFrame, again: pd.DataFrame, default: pd.DataFrame, table: pd.DataFrame
-) -> str:
-    """Return how good the best trial is with fresh seeds, beside the default."""
-    row, searched = table.iloc[0], trials.set_index("trial").loc[again["trial"].iloc[0]]
-    first = (
-        f"Trained again with {len(again)} fresh seed{'s'[: len(again) > 1]} it has test neg_elbo "
-        f"{plus_minus(row, 'neg_elbo')} nats / image (validation {plus_minus(row, 'val/neg_elbo')};"
-        " mean and 95 % interval). The search's own validation number for it, "
-        f"{searched['val/neg_elbo']:.2f}, is the best of many and took part in the choice."
-    )
-    if default.empty:
-        return f"{first} The default configuration diverged with every fresh seed."
-    gap, mse = (frames.paired_difference(again, default, m) for m in ("neg_elbo", "mse"))
-    return (
-        f"{first} The default configuration at its calibrated weight "
-        f"{default['kl_weight'].iloc[0]:.3g} has {plus_minus(table.iloc[1], 'neg_elbo')} with the "
-        f"same seeds; paired, the search changes test neg_elbo by {gap} nats / image and mse by "
-        f"{mse} pixel²."
-    )
-
-
-def _shares(shares: pd.DataFrame, trials: pd.DataFrame) -> str:
-    sentences = []
-    for objective, part in shares.groupby("objective", sort=False):
-        ordered = part.sort_values("share", ascending=False)
-        listed = ", ".join(f"{row.setting} {row.share:.2f}" for row in ordered.itertuples())
-        sentences.append(
-            f"What mattered for {objective}, by share of the variation of ranks: {listed}."
-        )
-    return " ".join(sentences) + (
-        f" (From {int((~trials['pruned']).sum())} finished trials, which TPE does not spread "
-        "evenly, so rough. A weight means nothing without its normalisation: their shares belong "
-        "together.)"
-    )
-
-
-def _front(trials: pd.DataFrame) -> str:
-    front = trials[trials["front"]]
-    return (
-        f"{len(front)} trials are on the Pareto front, from rate {front['val/rate'].min():.3g} "
-        f"nats / image at mse {front['val/mse'].max():.4f} to {front['val/rate'].max():.3g} at "
-        f"{front['val/mse'].min():.4f}; the best by neg_elbo is the one of them confirmed here."
     )
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:
     """Return the options of the search from its command line; else UserError."""
     searched = dict.fromkeys(space(BASE.epochs), "searched, unless it is given")
-    settings = setting_options(BASE, searched)
-    return read(SearchOptions, NAME, __doc__ or "", args, settings)
+    return read(SearchOptions, NAME, __doc__ or "", args, setting_options(BASE, searched))
 
 
 def main(args: Sequence[str] | None = None) -> None:

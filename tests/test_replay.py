@@ -16,7 +16,7 @@ from harness.tracking import End, Planned, connect
 from harness.tracking.record import WALL_CLOCK, log_in, record
 from harness.tracking.runs import Logged
 from studies import replay
-from studies.replay import Comparison, Gap, compare, verdict
+from studies.replay import compare, difference
 
 CONFIG = RunConfig(hidden=(16, 12), epochs=5)
 STACK = [CONFIG.replace(seed=seed) for seed in range(3)]
@@ -100,7 +100,6 @@ def test_a_run_of_a_stack_is_reproduced_bit_for_bit(stack, capsys):
     code, printed = stack.replayed(0, capsys)
     assert code == 0, printed
     assert f"Reproduced: all {len(values):,} values are equal to the last bit." in printed
-    assert "Computed now" not in printed
 
 
 def test_a_run_of_a_command_is_reproduced_bit_for_bit(finished, capsys):
@@ -108,7 +107,6 @@ def test_a_run_of_a_command_is_reproduced_bit_for_bit(finished, capsys):
     code, printed = ran([run.run_id, "--tracking-uri", finished.tracking_uri], capsys)
     assert code == 0, printed
     assert "Reproduced: all " in printed
-    assert "Computed now" not in printed
 
 
 def test_every_value_of_a_run_of_the_first_edition_is_computed_again(tmp_path, capsys):
@@ -142,12 +140,10 @@ def test_nothing_is_written_to_the_store(copied_stack, capsys):
 def test_other_values_in_the_record_are_found_and_named(copied_stack, capsys):
     store, run_id = connect(copied_stack.uri), copied_stack.run(0).run_id
     store.client.log_metric(run_id, "val/mse", 0.5, step=2)
-    store.client.log_metric(run_id, "test/wishful", 0.5, step=CONFIG.epochs)
     code, printed = copied_stack.replayed(0, capsys)
     assert code == 1
     assert "Not reproduced: 1 of" in printed
     assert "most of all val/mse in epoch 2: 0.5 logged" in printed
-    assert "logged but not computed now: test/wishful." in printed
 
 
 def test_on_another_device_differences_are_shown_without_a_verdict(copied_stack, capsys):
@@ -163,9 +159,7 @@ def test_on_another_device_differences_are_shown_without_a_verdict(copied_stack,
     assert "device name: Z80 then" in printed
     assert f"code sources: {'0' * 64} then" in printed
     assert "Compared: 1 of " in printed
-    (row,) = [line.split() for line in printed.splitlines() if line.strip().startswith("test/kl")]
-    assert row[:2] == ["test/kl", "1"]
-    assert row[4] == "5"
+    assert f"most of all test/kl/3 in epoch 5: {value!r} logged" in printed
 
 
 @pytest.mark.gpu
@@ -224,16 +218,9 @@ def test_other_pixels_are_refused_before_training(copied_stack, capsys):
     assert f"digest {'f' * 64} then, {digest} now" in printed
 
 
-def test_another_split_is_refused(stack):
-    known = connect(stack.uri).record(stack.run(0).run_id)
-    made = known.made_with | {"dataset": known.made_with["dataset"] | {"images": {"train": 96}}}
-    with pytest.raises(UserError, match="images {'train': 96} then"):
-        replay.load(known._replace(made_with=made), Path("data"))
-
-
 @pytest.mark.parametrize(
     "text",
-    ["{", "[" * 100_000, "[1]", "{}", '{"study": null, "device": {"kind": "cpu"}, "threads": [1]}'],
+    ["{", "[" * 100_000],
     ids=len,
 )
 def test_a_broken_record_is_refused(copied_stack, text, capsys):
@@ -260,45 +247,36 @@ NOW = {(value.metric, value.step): value.value for value in LOGGED}
 
 
 def test_equal_values_reproduce_and_the_sign_of_zero_and_nan_do_not_matter():
-    found = compare(LOGGED, NOW | {("test/mse", 2): -0.0})
-    assert found == Comparison(4, [], [])
     for exact in (True, False):
-        text = verdict(found, exact=exact)
-        assert text == "Reproduced: all 4 values are equal to the last bit."
+        found = compare(LOGGED, NOW | {("test/mse", 2): -0.0}, exact=exact)
+        assert found == (True, "Reproduced: all 4 values are equal to the last bit.")
 
 
 def test_one_last_bit_is_a_difference():
-    found = compare(LOGGED, NOW | {("val/mse", 2): math.nextafter(0.25, 1)})
-    assert found.gaps == [Gap("val/mse", 2, 0.25, math.nextafter(0.25, 1))]
-    assert verdict(found, exact=True) == (
-        "Not reproduced: 1 of 4 values differ, most of all val/mse in epoch 2: 0.25 logged, "
-        "0.25000000000000006 now."
+    now = NOW | {("val/mse", 2): math.nextafter(0.25, 1)}
+    text = (
+        "1 of 4 values differ, most of all val/mse in epoch 2: 0.25 logged, 0.25000000000000006 "
+        "now."
     )
-    text = verdict(found, exact=False)
-    assert text.startswith("Compared: 1 of 4 values differ")
-    assert text.endswith("equal values are promised on the CPU of the record alone.")
+    assert compare(LOGGED, now, exact=True) == (False, f"Not reproduced: {text}")
+    assert compare(LOGGED, now, exact=False) == (True, f"Compared: {text}")
+
+
+def test_the_largest_difference_is_relative():
+    now = NOW | {("val/mse", 1): 0.6, ("val/mse", 2): 0.31}
+    assert (
+        "2 of 4 values differ, most of all val/mse in epoch 2"
+        in compare(LOGGED, now, exact=True)[1]
+    )
 
 
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0)])
 def test_a_number_and_none_differ_without_bound(values):
-    assert Gap("val/mse", 1, *values).size == math.inf
+    assert difference(*values) == math.inf
 
 
 def test_a_value_that_was_not_computed_again_is_missing_on_any_device():
-    found = compare(LOGGED, {key: value for key, value in NOW.items() if key[0] != "test/mse"})
-    assert found == Comparison(3, [], ["test/mse"])
+    now = {key: value for key, value in NOW.items() if key[0] != "test/mse"}
     for exact in (True, False):
-        text = verdict(found, exact=exact)
-        assert text == "Not reproduced: logged but not computed now: test/mse."
-
-
-def test_the_largest_difference_of_each_metric_is_shown_the_largest_of_all_first():
-    gaps = [
-        Gap("val/mse", 1, 1.0, 1.1),
-        Gap("val/kl/3", 2, 2.0, 1.0),
-        Gap("val/kl/4", 3, 2.0, 1.5),
-        Gap("test/neg_log_likelihood/k64", 3, 1.0, 1.01),
-    ]
-    rows = replay.largest(gaps)
-    assert [row[0] for row in rows] == ["val/kl", "val/mse", "test/neg_log_likelihood"]
-    assert rows[0] == ("val/kl", "2", "50 %", "2", "2", "1")
+        found = compare(LOGGED, now, exact=exact)
+        assert found == (False, "Not reproduced: logged but not computed now: test/mse.")

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from harness.config import RunConfig
-
-if TYPE_CHECKING:
-    from studies.ledger.evidence import Evidence
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
@@ -19,9 +15,8 @@ PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 class Runs:
     """Runs that a claim is measured on: one configuration, several seeds.
 
-    Attributes:
-        label: name of the configuration. It identifies its trials: other settings need another.
-        gpu: whether only the full form on a GPU trains them, since a CPU would take a day.
+    The label identifies their trials: other settings need another. With `gpu` only the full form on
+    a GPU trains them, since a CPU would take a day.
     """
 
     label: str
@@ -33,9 +28,6 @@ class Runs:
 Obtained = float | tuple[float, float]
 """A value, or a range where the reference is a single draw from one."""
 
-Measure = Callable[..., Obtained]
-"""(`Evidence`, *the runs that the claim needs) -> the obtained value."""
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -46,6 +38,7 @@ class Claim:
         within: a tolerance either way; limits, which may be infinite; or None where the number is
             one draw, which the obtained range should hold.
         reason: why this tolerance.
+        measure: (`Evidence`, *the runs of `needs`) -> the obtained value.
         needs: runs that it is obtained from; none for linear algebra.
         digits: decimals of the obtained value; None for one more than the reference has.
     """
@@ -55,7 +48,7 @@ class Claim:
     reference: str
     within: float | tuple[float, float] | None
     reason: str
-    measure: Measure = field(repr=False)
+    measure: Callable[..., Obtained] = field(repr=False)
     needs: tuple[Runs, ...] = ()
     digits: int | None = None
 
@@ -90,13 +83,6 @@ Ledger = Mapping[str, Sequence[Claim]]
 """Heading -> claims."""
 
 
-def printed(name: str, source: str, reference: str, measure: Measure) -> Claim:
-    """Claim a number to its last printed digit, as linear algebra should give it."""
-    half = 0.5 * 10 ** -decimals(reference)
-    reason = "half a unit of the last printed digit: no chance is involved"
-    return Claim(name, source, reference, half, reason, measure)
-
-
 def decimals(number: str) -> int:
     """Count the printed decimals of a number."""
     return len(number.partition(".")[2])
@@ -124,19 +110,6 @@ class Row:
         verdict = f"{self.verdict}: {self.note}" if self.note else self.verdict
         claim = self.claim
         return claim.name, claim.reference, self.obtained, claim.tolerance, verdict
-
-
-def judge(ledger: Ledger, evidence: Evidence) -> list[Row]:
-    """Measure and judge every claim whose runs have finished."""
-    rows = []
-    for heading, claims in ledger.items():
-        for claim in claims:
-            obtained, verdict, missing = "", NOT_RUN, evidence.missing(claim.needs)
-            if not missing:
-                value = claim.measure(evidence, *claim.needs)
-                obtained, verdict = claim.write(value), claim.verdict(value)
-            rows.append(Row(heading, claim, obtained, verdict, missing))
-    return rows
 
 
 def count(rows: Iterable[Row], verdict: str) -> int:

@@ -5,34 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
 
 from analysis import frames
+from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split, with_official_training
 from harness.linear.pca import PCA, pca
 from harness.linear.vae import LinearOptimum, gap_to_linear, linear_losses
 from harness.metrics.evaluate import BatchLosses, batch_losses
 from harness.metrics.likelihood import likelihood_metrics
-from studies.ledger.claims import Runs
-
-if TYPE_CHECKING:
-    from harness.config import RunConfig
-    from harness.models.vae import VAE
-    from harness.tracking.models import TrackedRun
-    from harness.tracking.runs import Run
+from harness.models.vae import VAE
+from harness.tracking.models import TrackedRun
+from harness.tracking.runs import Run
+from studies.ledger.claims import NOT_RUN, Ledger, Row, Runs
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Runs on one dataset.
-
-    Attributes:
-        runs: finished and diverged runs, identified by their configuration's label and seed.
-        load: run id -> the run with its model.
-    """
+    """Runs on one dataset, finished and diverged; `load` reads one with its model by its id."""
 
     data: Dataset
     runs: Sequence[Run] = field(repr=False)
@@ -60,14 +53,23 @@ class Evidence:
                 return "needs --full on a GPU" if runs.gpu else f"{runs.label!r} did not finish"
         return ""
 
+    def judge(self, ledger: Ledger) -> list[Row]:
+        """Measure and judge every claim whose runs have finished."""
+        rows = []
+        for heading, claims in ledger.items():
+            for claim in claims:
+                obtained, verdict, missing = "", NOT_RUN, self.missing(claim.needs)
+                if not missing:
+                    value = claim.measure(self, *claim.needs)
+                    obtained, verdict = claim.write(value), claim.verdict(value)
+                rows.append(Row(heading, claim, obtained, verdict, missing))
+        return rows
+
     def found(self, runs: Runs) -> list[Run]:
         """Return the runs of a configuration, in the order of their seeds."""
-        by_seed = {
-            int(run.params["seed"]): run
-            for run in self.runs
-            if run.tags["configuration"] == runs.label
-        }
-        return [by_seed[seed] for seed in range(runs.seeds) if seed in by_seed]
+        found = [run for run in self.runs if run.tags["configuration"] == runs.label]
+        ordered = sorted(found, key=lambda run: int(run.params["seed"]))
+        return [run for run in ordered if int(run.params["seed"]) < runs.seeds]
 
     def frame(self, runs: Runs) -> pd.DataFrame:
         """Return runs as a tidy frame, a row a seed, test metrics under their plain names."""
@@ -76,11 +78,6 @@ class Evidence:
     def mean(self, runs: Runs, metric: str) -> float:
         """Return the mean of a metric over seeds."""
         return float(self.frame(runs)[metric].mean())
-
-    def relative_error(self, runs: Runs, label: int) -> float:
-        """Return the test mse of a class over the mean of all classes, each the mean over seeds."""
-        errors = frames.class_errors(self.frame(runs))
-        return float(errors[label] / errors.mean())
 
     def trained(self, runs: Runs) -> list[tuple[RunConfig, VAE]]:
         """Load the runs of a configuration, one per seed."""
@@ -95,17 +92,13 @@ class Evidence:
             self._batches[runs] = BatchLosses(loss, kl_term)
         return self._batches[runs]
 
-    def losses(self, runs: Runs) -> list[float]:
-        """Return each seed's loss on the whole training split."""
-        return [float(loss) for loss in self.batches(runs).loss.mean(1)]
-
     def gaps_to_linear(self, runs: Runs) -> list[float]:
         """Return the percentage of each seed's loss below the exact linear model's."""
         (linear,) = linear_losses([runs.config], self.data)
-        return [gap_to_linear(float(linear), loss) for loss in self.losses(runs)]
+        return [gap_to_linear(float(linear), loss) for loss in self.batches(runs).loss.mean(1)]
 
-    def neg_log_likelihoods(self, runs: Runs, samples: int) -> list[float]:
-        """Return each seed's negative log-likelihood of 1,000 test images, nats / image."""
+    def neg_log_likelihood(self, runs: Runs, samples: int) -> float:
+        """Return -log p(x) of 1,000 test images, nats / image, mean over seeds."""
         binary = self.data.binarized(runs.config.binarization)
         found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
-        return [metrics["neg_log_likelihood"] for metrics in found]
+        return fmean(metrics["neg_log_likelihood"] for metrics in found)

@@ -10,9 +10,9 @@ from harness import RunConfig
 from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum
 from harness.tracking.store import Run
-from studies.ledger.claims import Claim, Runs, judge
+from studies.ledger.claims import Claim, Runs
 from studies.ledger.evidence import Evidence
-from studies.ledger.trained import batch_range, best_ratio, gain, loss
+from studies.ledger.references import batch_range, best_ratio, gain, loss, relative_error
 
 SMALL = RunConfig(hidden=(16,), epochs=2)
 WIDE = Runs("weight 0.1", SMALL.replace(kl_weight=0.1), 2)
@@ -75,7 +75,7 @@ def test_a_claim_without_runs_is_not_run_and_a_large_one_needs_a_gpu(evidence):
         Claim("nowhere", "x", "1", 1.0, "none", loss, (ABSENT,)),
         Claim("far", "x", "1", 1.0, "none", gain, (WIDE, large)),
     ]
-    here, nowhere, far = judge({"x": claims}, evidence)
+    here, nowhere, far = evidence.judge({"x": claims})
     assert (here.verdict, here.note) == ("pass", "")
     assert (nowhere.obtained, nowhere.verdict) == ("", "not run")
     assert (far.verdict, far.note) == ("not run", "needs --full on a GPU")
@@ -106,10 +106,13 @@ def test_the_gap_is_that_of_the_mean_batch_loss_to_the_exact_linear_model(eviden
 
 
 def test_a_likelihood_is_measured_on_binary_pixels(evidence):
-    (found,) = evidence.neg_log_likelihoods(BINARY, samples=9)
+    found = evidence.neg_log_likelihood(BINARY, samples=9)
     assert found == pytest.approx(64 * np.log(2), abs=4)  # almost untrained: 44.4 nats
 
 
 def test_a_class_is_compared_with_the_mean_over_all(evidence):
-    errors = [evidence.relative_error(WIDE, label) for label in range(10)]
-    assert np.mean(errors) == pytest.approx(1, rel=1e-12)
+    runs = evidence.found(WIDE)
+    errors = [
+        np.mean([run.metrics[f"test/mse_class/{label}"] for run in runs]) for label in range(10)
+    ]
+    assert relative_error(evidence, WIDE) == pytest.approx(errors[8] / np.mean(errors), rel=1e-12)
