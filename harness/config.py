@@ -60,7 +60,7 @@ class RunConfig:
         kl_normalization: divides the KL by batch x "pixels", "batch", batch x "latent" or 1, "sum".
         kl_warmup_epochs: epochs over which the KL weight rises linearly from 0.
         kl_cycles: equal parts of the training that each begin with that warm-up (Fu et al. 2019).
-        free_bits: nats of each latent's batch-mean KL that cost nothing (Kingma et al. 2016).
+        free_bits: nats of each latent's batch-mean KL that are not penalised (Kingma et al. 2016).
         sigma: the Gaussian decoder's variance: "fixed": beta / 2; "optimal": the mse of each batch;
             "learned": one trained scalar (sigma-VAE, Rybkin et al. 2021). Unless fixed, the loss is
             an exact negative ELBO per pixel at beta = 1.

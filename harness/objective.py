@@ -5,8 +5,9 @@ SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c se
 `kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
 to scale and a constant, for a Gaussian decoder of variance beta / 2.
 
-Training differentiates `objective`. Its parts are means over images, exact for any set of images,
-so that validation applies the same `loss` to a whole split.
+Training differentiates `objective`; for plain MLPs on a CPU `training/mlp_gradient.py` has its
+gradient written out. Its parts are means over images, so that the same `loss` applies to a batch
+and to a whole split.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Coefficients(NamedTuple):
     """The numbers of a loss: tensors of shape (), since runs of a stack may differ in them."""
 
     beta: Tensor  # weight of the rate beside the summed squared error
-    free_bits: Tensor | None = None  # nats of each latent that cost nothing
+    free_bits: Tensor | None = None  # nats per latent that are not penalised
     weights: Mapping[str, Tensor] = {}  # of each loss term, in the unit of beta
 
 
@@ -216,12 +217,13 @@ def per_image(config: RunConfig, batch: Batch) -> Parts:
 def loss(
     config: RunConfig, means: Parts, coefficients: Coefficients, scale: Tensor | None, pixels: int
 ) -> Tensor:
-    """Return the loss that averages over images give, without a user's terms, shape ().
+    """Return the loss computed from means over images, without a user's terms, shape ().
 
     (data + beta * rate) / D, where data is the cross-entropy of a Bernoulli decoder, the SSE of a
     Gaussian decoder with sigma="fixed", and else its `distortion` at the variance that it fits to
     the error (sigma="optimal") or learns (`scale`; Rybkin et al. 2021, 2006.13202). Pixel^2 with
-    the SSE, else nats per pixel. Of `config`, only what all runs of a stack share is read.
+    the SSE, else nats per pixel. Of `config`, only settings that all runs of a
+    stack share are read.
     """
     if means.cross_entropy is not None:
         data = means.cross_entropy

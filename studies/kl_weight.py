@@ -53,7 +53,7 @@ STUDY = Study(
         "metrics_along_axis": (
             partial(plots.metrics_along_axis, axis=AXIS),
             "Test metrics against the KL weight; dotted, calibration_ratio = 1. Dashed, the exact "
-            "linear model; dash-dotted, the weight from which on it has no active latent.",
+            "linear model; dash-dotted, the smallest weight at which it has no active latent.",
         ),
         "rate_distortion": (
             partial(plots.rate_distortion, axis=AXIS),

@@ -151,7 +151,7 @@ class VAE(nn.Module):
 def lay_out(model: nn.Module) -> None:
     """Store the weights of linear layers as (in, out), seen through transposed views.
 
-    Matrix products then sum in one order, to the same bits, wherever a model was made or loaded.
+    The order of summation, and so the bits, then do not depend on how the model was created.
     """
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -47,8 +47,8 @@ class EpochRecord:
         val: metric name -> values on the validation split.
         kl_warmup: factor of beta at the epoch's last step.
         rows: positions of the runs in the list that `train` was given, ascending.
-        resumed: epoch after which each run was resumed from a checkpoint, or 0. Up to it a record
-            repeats stored metrics, and the run's model is that of this epoch.
+        resumed: epoch after which each run was resumed from a checkpoint, or 0. Records up to
+            it repeat stored metrics and hold the model of that epoch.
         dropped: rows of this record whose training ends.
     """
 
@@ -199,7 +199,7 @@ def train(
             if checkpoints and trained and r not in record.dropped:
                 checkpoints.save(configs[row], made, Saved(runs[row].epochs, state.of_run(s)))
 
-    # Hooks are lost or cannot be sent on the way to another process.
+    # Hooks do not survive being sent to another process.
     here = target.type != "cpu" or any(has_hooks(state.model) for state in work.states.values())
     with Pool(1 if here else len(work.states), (work,)) as pool:
         for epoch in range(1, last + 1):
