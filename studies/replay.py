@@ -63,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
         record = connect(uri).record(options.run)
         then = record.made_with
-        study, data = study_of(then["study"]), load(record, options.data_dir)
+        study, data = study_of(then.get("study")), load(record, options.data_dir)
         as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
         device = resolve_device("cpu" if as_recorded else options.device).type
         now = provenance.provenance(data, device)

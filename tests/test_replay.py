@@ -220,7 +220,7 @@ def test_other_pixels_are_refused_before_training(copied_stack, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[" * 100_000],
+    ["{", "[" * 100_000, "[1]", "{}", '{"study": null, "device": {"kind": "cpu"}, "threads": [1]}'],
     ids=len,
 )
 def test_a_broken_record_is_refused(copied_stack, text, capsys):

@@ -34,6 +34,9 @@ logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises wha
 
 START = ["attributes.start_time ASC"]
 
+NEEDED = ("device", "kind"), ("threads", "blas"), ("dataset", "name"), ("dataset", "digest")
+"""Parts of a run's provenance without which it cannot be repeated."""
+
 
 @dataclass(frozen=True)
 class Store:
@@ -213,8 +216,10 @@ class Store:
             made = self.fetch(found.run_id, PROVENANCE, folder).read_text("utf-8")
         try:
             made_with = json.loads(made)
-        except (ValueError, RecursionError) as error:  # also brackets without end
-            raise UserError(f"{PROVENANCE} of run {run} is not JSON ({error})") from error
+            for part, name in NEEDED:
+                made_with[part][name]
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{PROVENANCE} of run {run} is no record ({error!r})") from error
         config, values = RunConfig.from_json(saved), self.history(found.run_id)
         return Record(found.run_id, found.name, config, made_with, values)
 
