@@ -322,9 +322,9 @@ def test_a_process_that_is_stopped_past_its_grace_period(postgres, server, alone
 def run_page(arguments, folder):
     """Start a study's command; return the process."""
     command = [sys.executable, "-m", "studies.kl_weight", *arguments]
-    out = (folder / "printed").open("w")
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    with (folder / "printed").open("w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
 
 def test_workers_on_one_machine_share_a_study_and_one_answers(empty_database, finished, tmp_path):
