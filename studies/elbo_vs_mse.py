@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import plots
 from harness.config import RunConfig, UserError
-from studies.runner.answers import compare
+from studies.runner.answers import compare, over
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
 
@@ -56,7 +56,7 @@ def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
 def cost_and_gain(frame: pd.DataFrame) -> str:
     """Return what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
     sentences = [
-        f"Costs and gains of the KL term, paired over {frame['seed'].nunique()} seeds (test mse in "
+        f"Costs and gains of the KL term, paired, {over(frame['seed'].nunique())} (test mse in "
         "pixel², neg_elbo in nats / image)."
     ]
     for first, second in PAIRS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from analysis import frames, plots
 from analysis.tables import plain
 from harness.config import RunConfig
-from studies.runner.answers import compare, is_worse, plus_minus, worst_class
+from studies.runner.answers import compare, is_worse, over, plus_minus, worst_class
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, TABLE, Axis, Study
 
@@ -31,7 +31,7 @@ def best_weight(frame: pd.DataFrame) -> str:
     sentences = [
         f"{AXIS} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image (test {plus_minus(row, 'neg_elbo')}; "
-        f"seeds: {row['seeds']:.0f}); not distinguishable from it: {', '.join(equal) or 'none'}.",
+        f"{over(row['seeds'])}); not distinguishable from it: {', '.join(equal) or 'none'}.",
         f"Its decoder variance is {plain(row['decoder_variance'])} pixel², its calibration ratio "
         f"{plain(row['calibration_ratio'])}, and {row['active_units']:.1f} of {size} latents are "
         "active.",

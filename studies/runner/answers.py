@@ -32,6 +32,11 @@ def plus_minus(row: pd.Series, metric: str) -> str:
     return tables.pair(row[metric], row[f"{metric}±"], 2)
 
 
+def over(seeds: float) -> str:
+    """Return what stands behind "±"."""
+    return "one seed" if seeds == 1 else f"95 % intervals over {seeds:.0f} seeds"
+
+
 def worst_class(frame: pd.DataFrame) -> str:
     """Return which class reconstructs worst; "" for images without labels, or of one class."""
     errors, names = frames.class_errors(frame), frames.class_names(frame)

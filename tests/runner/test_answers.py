@@ -1,4 +1,4 @@
-"""Answers say what the numbers say, and rank nothing that seeds cannot tell apart."""
+"""Answers rank nothing that seeds cannot distinguish, and name what stands behind an interval."""
 
 import pandas as pd
 import pytest
@@ -134,7 +134,7 @@ def test_cost_and_gain_are_paired_differences():
     assert "mse 0.02 ±" in autoencoder
     assert "neg_elbo" not in autoencoder  # which has none
     assert '"blog\'s recipe" less "blog\'s recipe, no KL": mse 0.01 ±' in said
-    assert "paired over 3 seeds" in said
+    assert "paired, 95 % intervals over 3 seeds" in said
 
 
 @pytest.mark.parametrize("missing", list(elbo_vs_mse.CONDITIONS))
