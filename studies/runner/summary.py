@@ -7,7 +7,6 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
 
 from analysis import frames, plots, report, tables
@@ -24,7 +23,6 @@ from harness import provenance
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError
 from harness.metrics import pictures, probes
-from harness.models.vae import VAE
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
@@ -34,7 +32,6 @@ from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
 if TYPE_CHECKING:
-    import numpy as np
     import optuna
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
@@ -45,12 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
-
-LONGEST_WAIT = 60.0
-"""Seconds, at most, for which a process waits for another that writes the same report."""
-
-SCATTERED = 1000
-"""Test images of a latent scatter."""
 
 COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
 """Metrics of the table of paired differences."""
@@ -83,11 +74,6 @@ class Ended:
         """The runs that finished."""
         return [run for run in self.runs if run.status == "FINISHED"]
 
-    @property
-    def diverged(self) -> list[Run]:
-        """The runs that diverged."""
-        return [run for run in self.runs if run.status == "FAILED"]
-
 
 @dataclass(frozen=True)
 class Findings:
@@ -105,7 +91,7 @@ class Findings:
         settings: parameters of the summary run.
         columns: of MLflow's view of the runs; empty for seed and the table's.
         seed: of the pictured runs.
-        sections: further parts of the outcome, for a page that displays it itself.
+        sections: further parts of the outcome, for a page.
     """
 
     table: pd.DataFrame
@@ -127,9 +113,7 @@ class Findings:
 class Outcome:
     """A finished study, as it is shown.
 
-    Attributes:
-        folder: where tables, figures and pictures were written.
-        failed: which metrics of the runs could not be computed, "" if none.
+    `failed` names the metrics of its runs that could not be computed, "" if none.
     """
 
     plan: Plan
@@ -152,7 +136,7 @@ def ended(
     runs = [run for run in every if run.key in places]
     runs.sort(key=lambda run: (places[run.key] is None, places[run.key] or 0))
     found = Ended(plan, data, store, study, trials, runs)
-    complete = {key for t in trials if t.state.name == "COMPLETE" for key in keys(t)}
+    complete = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
     if not complete:
         raise UserError(f"study {plan.name!r} has no finished run: every one diverged")
     if missing := complete - {run.key for run in found.finished}:
@@ -196,13 +180,8 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
         SummaryError: a figure or the answer failed; all the others are written.
     """
     folder = make_folder(found.store.home / "reports" / found.plan.name)
-    lock = FileLock(f"{folder}.lock")
-    with suppress(Timeout):  # of a process that is stopped
-        lock.acquire(LONGEST_WAIT)
-    try:
+    with FileLock(f"{folder}.lock"):
         return _write(folder, findings, found, experiment_id)
-    finally:
-        lock.release()
 
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
@@ -211,14 +190,16 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     def attempt(part: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
         try:
             return function()
+        except UserError:
+            raise
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             log.warning("%s failed", part, exc_info=True)
             failures.append(f"{part}: {error!r}")
 
-    answer = attempt("the answer", findings.answer) or "The answer failed."
-    failed = _failed_metrics(found.finished)
+    answer, failed = attempt("the answer", findings.answer) or "The answer failed.", ""
+    if lacking := [run for run in found.finished if FAILED in run.tags]:
+        example = f"{lacking[0].name}: {lacking[0].tags[FAILED]}"
+        failed = f"The study's further metrics of {len(lacking)} runs failed ({example})."
     answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
@@ -229,12 +210,12 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         if (figure := attempt(f"figure {name!r}", draw)) is not None:
             figures.append(Exhibit(f"figures/{name}.png", caption))
             figure.savefig(folder / figures[-1].file, dpi=150)
-    drawn = attempt("the pictures", lambda: write_pictures(folder, findings, found)) or []
+    drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     summary = Summary(
         study=plan.page,
         name=plan.name,
         question=plan.question.strip(),
-        command=plan.command,
+        command=f"{plan.words} --study-name {plan.name}",
         settings=dict(findings.settings),
         figures=figures,
         pictures=drawn,
@@ -253,8 +234,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest of the "
             f"report is in {folder}, and the same command tries again"
         )
-    sections = findings.sections
-    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, sections)
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings.sections)
 
 
 def make_folder(folder: Path) -> Path:
@@ -273,8 +253,7 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    question = outcome.plan.question.strip()
-    run.tag(NOTE, f"**{question}**\n\n{outcome.answer}\n\n{table}\n")
+    run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -282,14 +261,6 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     loaded = load_run(best["run_id"], store.uri)
     run.metrics(named, loaded.config.epochs)
     run.model(loaded.config, loaded.model)
-
-
-def _failed_metrics(runs: Sequence[Run]) -> str:
-    failed = [run for run in runs if FAILED in run.tags]
-    if not failed:
-        return ""
-    example = f"{failed[0].name}: {failed[0].tags[FAILED]}"
-    return f"The study's further metrics of {len(failed)} runs failed ({example})."
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -312,13 +283,12 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return the results of a grid of points."""
-    axes, runs = study.columns, [r for r in found.runs if r.status in ("FINISHED", "FAILED")]
-    every = frames.tidy(runs).assign(diverged=[float(run.status == "FAILED") for run in runs])
-    frame = every[every["diverged"] == 0].drop(columns="diverged")
-    ranked = frame[every.groupby(axes)["diverged"].transform("max")[frame.index] == 0]
+    axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
+    every = frames.tidy([*found.finished, *diverged])
+    frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
+    # A point of which a seed diverged is not ranked.
+    ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
-    if found.diverged:
-        table = _with_diverged(table, axes, every)
     reference = _reference(study, ranked, axes)
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
     differences = frames.differences(frame, axes, reference, compared)
@@ -331,7 +301,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
     best = ranked.loc[ranked[study.objective].idxmin()]
     return Findings(
         table=table,
-        answer=lambda: "\n\n".join(filter(None, [study.answer(ranked), _diverged(found.diverged)])),
+        answer=lambda: "\n\n".join([study.answer(ranked), *_not_ranked(diverged)]),
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": (differences, caption)},
         figures={
@@ -364,20 +334,9 @@ def _reference(study: Study, frame: pd.DataFrame, axes: list[str]) -> pd.DataFra
     return frame[(frame[axes] == list(best)).all(axis=1)]
 
 
-def _diverged(runs: Sequence[Run]) -> str:
-    if not runs:
-        return ""
+def _not_ranked(runs: Sequence[Run]) -> list[str]:
     named = "; ".join(f"{run.name} {run.tags['reason']}" for run in runs)
-    count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
-    return f"{count} values are not ranked: {named}."
-
-
-def _with_diverged(table: pd.DataFrame, axes: list[str], every: pd.DataFrame) -> pd.DataFrame:
-    """Add to a table the diverged runs of each point, and points without a finished run."""
-    points = frames.along_axis(every, axes, ["diverged"])
-    lost = points["diverged"] * points["seeds"]
-    texts = [f"{n:.0f} of {runs}" for n, runs in zip(lost, points["seeds"], strict=True)]
-    return points[axes].assign(diverged=texts).merge(table, on=axes, how="left")
+    return [f"Diverged and not ranked, {len(runs)} in number: {named}."] if runs else []
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -391,49 +350,33 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
     data, seed, closer = found.data, findings.seed, findings.closer
     models = {label: load_run(run, found.store.uri).model for label, run in findings.models.items()}
     labels, stack, detailed = list(models), list(models.values()), models[closer]
-
-    def save(name: str, picture: np.ndarray, caption: str, rows: Sequence[str] = ()) -> Exhibit:
+    drawn = {
+        "reconstructions": pictures.reconstructions(stack, data.test),
+        "prior_samples": pictures.sample_rows(stack, seed),
+        "traversals": pictures.traversals(detailed, data),
+        "interpolations": pictures.interpolations(detailed, data.test),
+    }
+    for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / f"pictures/{name}.png")
-        return Exhibit(f"pictures/{name}.png", caption, rows)
-
-    return [
-        save(
-            "reconstructions",
-            pictures.reconstructions(stack, data.test),
-            f"Test images (top row) and reconstructions from the posterior mean, seed {seed}.",
-            ["test images", *labels],
-        ),
-        save(
-            "prior_samples",
-            pictures.sample_rows(stack, seed),
-            f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
-            labels,
-        ),
-        save(
-            "traversals",
-            pictures.traversals(detailed, data),
-            f"{closer}: one latent a row from -3 to 3, largest KL first, the others 0.",
-        ),
-        save(
-            "interpolations",
-            pictures.interpolations(detailed, data.test),
-            f"{closer}: straight lines between the posterior means of pairs of test images.",
-        ),
-        _scatter(folder, models, data),
-    ]
-
-
-def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> Exhibit:
-    part = data.test.head(SCATTERED)
+    part = data.test.head(1000)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     planes = []
     for label, model in models.items():
         x, y = probes.latent_plane(model, part).T
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
-    coloured = ", coloured by class" if data.classes > 1 else ""
-    caption = (
-        f"Posterior means of {len(classes)} test images{coloured}: both latents of two, the first "
-        "two principal components of more. Each panel has its own scale."
-    )
-    return Exhibit("pictures/latents.png", caption)
+    captions = {
+        "reconstructions": "Test images (top row) and reconstructions from the posterior mean, "
+        f"seed {seed}.",
+        "prior_samples": f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
+        "traversals": f"{closer}: one latent a row from -3 to 3, largest KL first, the others 0.",
+        "interpolations": f"{closer}: straight lines between the posterior means of pairs of test "
+        "images.",
+        "latents": f"Posterior means of {len(classes)} test images: both latents of two, the first "
+        "two principal components of more. Each panel has its own scale.",
+    }
+    rows = {"reconstructions": ["test images", *labels], "prior_samples": labels}
+    return [
+        Exhibit(f"pictures/{name}.png", caption, rows.get(name, ()))
+        for name, caption in captions.items()
+    ]
