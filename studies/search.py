@@ -144,7 +144,6 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
         f"{base.epochs} epochs, minimising {' and '.join(objectives)}, pruner {pruner}, then "
         f"{CONFIRMING} fresh seeds of the best",
         confirm=partial(confirm, proposer, calibrated(base, data)),
-        growth="a longer search with more --trials, ",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-import shutil
 import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -108,8 +107,6 @@ class Options(Common, Generic[Value]):
 
 SETTINGS = [field.name for field in fields(RunConfig) if field.name != "seed"]
 
-EPOCHS = "default: 50; 20 for 10,000 training images or more"
-
 
 def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """Return a dataclass with an option for every setting but the seed; None means not given.
@@ -118,13 +115,16 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """
     parsed = docstring_parser.parse(RunConfig.__doc__ or "").params
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in parsed}
-    made = []
-    for name, kind in get_type_hints(RunConfig).items():
-        if name in SETTINGS:
-            default = f"default: {' '.join(words(getattr(base, name))) or 'none'}"
-            shown = f"({notes.get(name, EPOCHS if name == 'epochs' else default)})"
-            option: Any = Annotated[kind | None, arg(help=helps[name], help_behavior_hint=shown)]
-            made.append((name, option, None))
+    kinds, made = get_type_hints(RunConfig), []
+    for name in SETTINGS:
+        default = " ".join(words(getattr(base, name))) or "none"
+        if name == "epochs":
+            default = "50; 20 for 10,000 training images or more"
+        hint = arg(
+            help=helps[name], help_behavior_hint=f"({notes.get(name, f'default: {default}')})"
+        )
+        option: Any = Annotated[kinds[name] | None, hint]
+        made.append((name, option, None))
     return make_dataclass("Settings", made, frozen=True)
 
 
@@ -151,15 +151,6 @@ def program(name: str) -> str:
     return shlex.join(["python", *start_words(name)])
 
 
-def python() -> str:
-    """Return the command of this Python in the current directory."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    executable, here = Path(sys.executable), Path.cwd()
-    inside = executable.is_relative_to(here)
-    return shlex.quote(str(executable.relative_to(here) if inside else executable))
-
-
 def text(value: object) -> str:
     """Return a value of an axis as text: several numbers with commas, "none" if it is empty."""
     if isinstance(value, Mapping):
@@ -181,8 +172,7 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
     line = []
     for name, value in {**given.pop("settings", {}), **given}.items():
         if name not in left_out and value != defaults.get(name):
-            line.append(f"--{name.replace('_', '-')}")
-            line += [] if value is True else words(value)
+            line += [f"--{name.replace('_', '-')}", *([] if value is True else words(value))]
     return line
 
 

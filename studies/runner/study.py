@@ -30,11 +30,9 @@ BLOG_WEIGHT = 1.0
 class Source(NamedTuple):
     """The properties of a dataset on which a plan depends, known before the data are loaded.
 
-    Attributes:
-        calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
-        epochs: passes over the training split where the user gives no number.
-        words: options that name it on a command line, for the user's images without the folder.
-        settings: what identifies it; of the user's images, which a name does not, a digest too.
+    `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
+    `epochs` the default; `words` are its options on a command line, without the folder of the
+    user's images; `settings` identify it, the user's images by a digest too.
     """
 
     name: str
@@ -122,8 +120,7 @@ class Axis:
     Args:
         name: column of the frames and axis of the figures.
         values: at least one; numbers, names, tuples of whole numbers, or weights by name.
-        apply: (config, value, source of the data) -> config; by default `name` is a field that is
-            set.
+        apply: (config, value, source of the data) -> config; by default the field `name` is set.
     """
 
     def __init__(
@@ -133,9 +130,8 @@ class Axis:
         apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None,
     ) -> None:
         self.name, self.values = name, tuple(map(_hashable, values))
-        if not values or not all(
-            isinstance(v, str | int | float | tuple | Weights) for v in self.values
-        ):
+        kinds = str | int | float | tuple | Weights
+        if not values or not all(isinstance(value, kinds) for value in self.values):
             raise UserError(
                 f"axis {name!r} has the values {list(values)}: give at least one, each a number, a "
                 "name, a tuple of whole numbers, or weights by name"
@@ -198,9 +194,7 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda base, data: {
-        "": {}
-    }
+    groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
     seeds: int = 3
     objective: str = SELECTION
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
@@ -232,7 +226,6 @@ class Plan:
         study: name in `studies.all` of the study whose `extras` a replay computes; None without.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
-        growth: how the study grows, the beginning of the last line on the terminal.
     """
 
     page: str
@@ -249,7 +242,6 @@ class Plan:
     study: str | None = None
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
-    growth: str = ""
 
     @property
     def experiment(self) -> str:
@@ -297,8 +289,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    groups = [group for group in dict.fromkeys(group for group, _ in points) if group]
-    each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
+    groups = f" x {len(points) // len(values)} groups" if study.group else ""
     epochs = list(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
@@ -310,12 +301,11 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         proposer=Listed(cells, {**data.settings, **shared}, (study.objective,)),
         find=partial(_find, study),
         words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
-        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){each} x "
+        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {' or '.join(epochs)} epochs",
         objective=study.objective,
         extras=study.extras,
         study=None if replayable else study.name,
-        growth="a closer look with other --values and more --seeds (and a --study-name), ",
     )
 
 

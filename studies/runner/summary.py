@@ -215,7 +215,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         study=plan.page,
         name=plan.name,
         question=plan.question.strip(),
-        command=f"{plan.words} --study-name {plan.name}",
+        command=plan.command,
         settings=dict(findings.settings),
         figures=figures,
         pictures=drawn,

@@ -21,9 +21,6 @@ NUMBER = "VAE_SWEEP_WORKER"
 PATIENCE = 30.0
 """Seconds in which a worker must end after a second Ctrl-C."""
 
-OF_PARENT = ("workers", "json", "leave")
-"""Options that workers are not given."""
-
 INTERVAL = 1.0
 """Seconds between two queries of the workers and the database."""
 
@@ -50,8 +47,9 @@ def train(
 
     folder, (before, left) = cache / "workers" / study, counts()
     folder.mkdir(parents=True, exist_ok=True)
-    given = arguments(replace(options, study_name=study, fresh=False), OF_PARENT)
-    command = [sys.executable, *start_words(page), *given]
+    given = replace(options, study_name=study, fresh=False)
+    left_out = ("workers", "json", "leave")
+    command = [sys.executable, *start_words(page), *arguments(given, left_out)]
     cores, more = divmod(processes.available(), options.workers)
     team: dict[int, subprocess.Popen[bytes]] = {}
     try:
@@ -73,6 +71,7 @@ def train(
             for number, worker in [*team.items()]:
                 if (code := worker.poll()) is not None:
                     del team[number]
+                if code:
                     _report(number, code, folder / f"{number}.log")
             done, left = counts()
             show(done - before, f"runs left: {left}; {len(team)} workers write logs in {folder}")
@@ -81,16 +80,14 @@ def train(
         raise
     if left:
         raise UserError(
-            f"study {study!r}: no worker is left alive (above; runs left: {left}); finished runs "
-            "are kept, the same command continues it"
+            f"study {study!r}: no worker is left alive (runs left: {left}); the same command "
+            "continues it"
         )
 
 
 def _report(number: int, code: int, log: Path) -> None:
-    if code:
-        lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
-        last = lines[-1].strip() if lines else "nothing was printed"
-        print(f"worker {number} ended with code {code}: {last} ({log})", file=sys.stderr)
+    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+    print(f"worker {number} ended with code {code}: {lines[-1]} ({log})", file=sys.stderr)
 
 
 def _stop(team: Sequence[subprocess.Popen[bytes]]) -> None:
