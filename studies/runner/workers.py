@@ -15,14 +15,9 @@ from harness.config import UserError
 from studies.runner import stopping
 from studies.runner.options import Places, arguments, start_words
 
-NUMBER = "VAE_SWEEP_WORKER"
-"""Environment variable of a worker: its number, from 1, and how many there are: "2/4"."""
-
-PATIENCE = 30.0
-"""Seconds in which a worker must end after a second Ctrl-C."""
-
-INTERVAL = 1.0
-"""Seconds between two queries of the workers and the database."""
+NUMBER = "VAE_SWEEP_WORKER"  # variable of a worker: its number, from 1, and how many: "2/4"
+PATIENCE = 30.0  # seconds in which a worker must end after a second Ctrl-C
+INTERVAL = 1.0  # seconds between two queries of the workers and the database
 
 
 def started() -> int:
