@@ -100,7 +100,7 @@ def execute(options: ReplayOptions, terminal: Terminal) -> bool:
     found = compare([v for v in record.values if v.metric not in WALL_CLOCK], values)
     if found.gaps:
         header = ("metric", "values that differ", "largest", "epoch", "logged", "now")
-        terminal.out.print(table(header, largest(found.gaps), left=("metric",)))
+        terminal.out.print(table(header, largest(found.gaps)))
     logged = {value.metric for value in record.values}
     if new := sorted({metric for metric, _ in values} - logged):
         terminal.line(f"Computed now, but not logged then: {', '.join(new)}.")

@@ -207,7 +207,7 @@ def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
     before = len(searched.runs(FRONT))
     answer = searched.summary(FRONT)["answer"]
     search.main([*FLAT, *searched.places])
-    assert "Every run is finished already" in capsys.readouterr().out
+    assert "are finished; 0 are left" in capsys.readouterr().out
     assert len(searched.runs(FRONT)) == before
     assert len(searched.runs(FRONT, "summary")) == 1
     assert searched.summary(FRONT)["answer"] == answer

@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 import pandas as pd
 from filelock import FileLock
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial
 from PIL import Image
 
 from analysis import frames, plots, report, tables
@@ -27,25 +30,17 @@ from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
 from harness.tracking.record import FAILED, MADE_WITH, interruption
-from harness.tracking.runs import NOTE, Run
+from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
-
-if TYPE_CHECKING:
-    import optuna
-    from matplotlib.figure import Figure
-    from optuna.trial import FrozenTrial
-
-    from harness.tracking.runs import RunLog
-    from studies.runner.study import Plan, Study
+from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
+# Metrics of the table of paired differences.
 COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
-"""Metrics of the table of paired differences."""
-
 TABLE_CAPTION = (
     "Mean and 95 % t interval over seeds; val/ on validation data, all others on test data, both "
     "after the last epoch. best/epoch is the epoch with the best validation value, best/val/ that "
@@ -55,12 +50,7 @@ TABLE_CAPTION = (
 
 @dataclass(frozen=True)
 class Ended:
-    """The trials and runs that a study is answered from.
-
-    Attributes:
-        trials: of the study and of its confirmation.
-        runs: runs of trials that have a result, in the order of the plan.
-    """
+    """The trials of a study and its confirmation, and their runs in the order of the plan."""
 
     plan: Plan
     data: Dataset = field(repr=False)
@@ -87,8 +77,7 @@ class Findings:
         models: label -> run id of the models that are pictured side by side.
         closer: label of the model that is pictured in detail, "" without models.
         best: the run whose model the summary run holds, a row of a frame of runs.
-        shown: metrics of the summary run.
-        settings: parameters of the summary run.
+        shown, settings: metrics and parameters of the summary run.
         columns: of MLflow's view of the runs; empty for seed and the table's.
         seed: of the pictured runs.
         sections: further parts of the outcome, for a page.
@@ -111,10 +100,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished study, as it is shown.
-
-    `failed` names the metrics of its runs that could not be computed, "" if none.
-    """
+    """A finished study, as it is shown; `failed` names metrics that could not be computed."""
 
     plan: Plan
     table: pd.DataFrame
@@ -142,17 +128,14 @@ def ended(
     if missing := complete - {run.key for run in found.finished}:
         raise UserError(
             f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
-            f"{len(missing)} are not in {without_password(store.uri)}; give the store that it was "
-            "tracked in with --tracking-uri, or begin a new study with --study-name"
+            f"{len(missing)} are not in {without_password(store.uri)}; give their store with "
+            "--tracking-uri, or begin a new study with --study-name"
         )
     return found
 
 
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
-    """Write folder, report and summary run of a study; return the outcome and the run's id.
-
-    Where `write` raises SummaryError there is no summary run.
-    """
+    """Write folder, report and summary run of a study; return the outcome and the run's id."""
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
     for place, run in enumerate(found.runs):
@@ -176,8 +159,7 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
     """Write the folder and the report of a study, one process of this disk after the other.
 
-    Raises:
-        SummaryError: a figure or the answer failed; all the others are written.
+    Where a figure or the answer fails, all others are written before SummaryError is raised.
     """
     folder = make_folder(found.store.home / "reports" / found.plan.name)
     with FileLock(f"{folder}.lock"):
@@ -289,16 +271,23 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
-    reference = _reference(study, ranked, axes)
+    labels = frame["name"].str.rpartition(" seed=")[0]
+    reference = ranked[axes[-1]] == study.reference
+    if not reference.any():
+        of = labels[ranked.index]
+        reference = of == ranked.groupby(of)[study.objective].mean().idxmin()
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
-    differences = frames.differences(frame, axes, reference, compared)
-    compared_with = reference["name"].iloc[0].rpartition(" seed=")[0]
-    caption = f"Difference from {compared_with}, paired by seed, with its 95 % t interval."
+    differences = frames.differences(frame, axes, ranked[reference], compared)
+    caption = (
+        f"Difference from {labels[reference.idxmax()]}, paired by seed, with its 95 % t interval."
+    )
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
-    labels = first["name"].str.rpartition(" seed=")[0]
     best = ranked.loc[ranked[study.objective].idxmin()]
+    configs = [json.loads(config.to_json()) for config in found.plan.configs]
+    shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
+    shared.pop("seed", None)
     return Findings(
         table=table,
         answer=lambda: "\n\n".join([study.answer(ranked), *_not_ranked(diverged)]),
@@ -307,31 +296,17 @@ def compare_points(study: Study, found: Ended) -> Findings:
         figures={
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
-        models=dict(zip(labels, first["run_id"], strict=True)),
+        models=dict(zip(labels[first.index], first["run_id"], strict=True)),
         closer=labels[first[study.objective].idxmin()] if len(first) else "",
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
-        settings=_settings(study, found.plan, frame),
+        settings={
+            **found.plan.source.settings,
+            "values": list(dict.fromkeys(frame[study.axis.name].tolist())),
+            "seeds": int(frame["seed"].nunique()),
+            **shared,
+        },
     )
-
-
-def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
-    """Return the dataset, the size of the study, and the settings in which its runs agree."""
-    first, *others = (json.loads(config.to_json()) for config in plan.configs)
-    shared = {k: v for k, v in first.items() if all(other[k] == v for other in others)}
-    shared.pop("seed", None)
-    values = list(dict.fromkeys(frame[study.axis.name].tolist()))
-    seeds = int(frame["seed"].nunique())
-    return {**plan.source.settings, "values": values, "seeds": seeds, **shared}
-
-
-def _reference(study: Study, frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Return the runs that all points are compared with: the study's reference, or the best."""
-    if study.reference in set(frame[axes[-1]]):
-        return frame[frame[axes[-1]] == study.reference]
-    best = frame.groupby(axes)[study.objective].mean().idxmin()
-    best = best if isinstance(best, tuple) else (best,)
-    return frame[(frame[axes] == list(best)).all(axis=1)]
 
 
 def _not_ranked(runs: Sequence[Run]) -> list[str]:

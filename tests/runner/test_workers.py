@@ -59,7 +59,7 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
 def test_arguments_give_what_options_give():
     words = ["--values", "0.1", "1e-7", "--epochs", "3", "--workers", "4", "--sigma", "learned"]
     options = cli.parse(kl_weight.STUDY, words)
-    given = arguments(options, workers.OF_PARENT)
+    given = arguments(options, ("workers", "json", "leave"))
     assert "--workers" not in given
     again = cli.parse(kl_weight.STUDY, given)
     assert arguments(again) == given
@@ -176,5 +176,5 @@ def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypa
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert "worker 2 ended with code 9: so (" in printed
-    assert "no worker is left alive (above; runs left: 3)" in printed
+    assert "no worker is left alive (runs left: 3)" in printed
     assert tracking.connect(tracking_uri).runs(NAME) == []
