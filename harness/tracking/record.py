@@ -1,8 +1,4 @@
-"""Train runs and log each of them: epochs, pictures, final metrics, model, and a true end.
-
-This is the one training loop of studies, searches, the ledger and replays. It meets the core at
-`train`, `measure` and the epoch record.
-"""
+"""Train runs and log each of them: epochs, pictures, final metrics, model, and a true end."""
 
 import json
 import logging
@@ -31,16 +27,15 @@ from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_rec
 
 log = logging.getLogger(__name__)
 
+# Metrics that measure the machine, so that no two trainings share them.
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
-"""Metrics that measure the machine, so that no two trainings share them."""
 
+# Where a run has the code, versions and device that it was made with.
 MADE_WITH = {
     "code": ("tags", "sources"),
     "versions": ("tags", "versions"),
     "device": ("params", "device"),
 }
-"""Where a run has the code, versions and device that it was made with."""
-
 FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
 Metrics = dict[str, float]
@@ -55,8 +50,7 @@ class Trained(NamedTuple):
 
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
     """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
-    found = []
-    folder = project_root() / "cache" / "features"
+    found, folder = [], project_root() / "cache" / "features"
     both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
     for run, ends, measured in zip(runs, *both, strict=True):
         named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
@@ -81,16 +75,14 @@ def record(
     measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
     pictured: bool = True,
 ) -> list[RunResult]:
-    """Train one stack of runs and log each of them.
+    """Train one stack of runs (`harness.training.engine.together`) and log each of them.
 
-    The runs can be trained together (`harness.training.engine.together`), and `start` starts the
-    log of each (`log_in`). A run that diverges, or of whose row `judge` returns an end, leaves the
-    stack at once; `on_epoch` is called after that. Whatever interrupts the training, every run that
-    was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
-
-    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run,
-    and `study` names the study that has both. Final metrics of the validation split are not logged:
-    the epochs have them. The caller removes the checkpoints' files.
+    `start` starts the log of a run (`log_in`). A run that diverges, or of whose row `judge` returns
+    an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
+    training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
+    SystemExit, else FAILED. The best epoch is chosen by `objective`; `extras` computes further
+    metrics of a finished run, and `study` names the study that has both. Final metrics of the
+    validation split are not logged: the epochs have them.
 
     Returns:
         A result for each run. Its metrics are all final ones, those of the test split under their
@@ -120,10 +112,9 @@ def record(
             for row, place in enumerate(current.rows):
                 if current.epoch == 1 and current.resumed[row]:
                     logs[place].tag("resumed_from_epoch", str(current.resumed[row]))
-                metrics = flat_record(current, row)
-                histories[place].append(metrics)
+                histories[place].append(flat_record(current, row))
                 times = (current.seconds, current.images_per_second)
-                metrics = metrics | dict(zip(WALL_CLOCK, times, strict=True))
+                metrics = histories[place][-1] | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[place].metrics(metrics, current.epoch)
             if pictured and current.epoch in picture_epochs(configs[0].epochs):
@@ -131,7 +122,10 @@ def record(
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
-            for row, end in {**_diverged(current), **judge(current)}.items():
+            found = {row: divergence(current, row) for row in range(len(current.rows))}
+            during = f"diverged in epoch {current.epoch}"
+            lost = {row: End("FAILED", f"{during}: {why}") for row, why in found.items() if why}
+            for row, end in {**lost, **judge(current)}.items():
                 place, model = current.rows[row], current.model(row).cpu()
                 results[place] = RunResult(configs[place], {}, histories[place], model)
                 if end.pruned:
@@ -195,15 +189,13 @@ def train_and_evaluate(
 ) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
-    Every run is logged as a study logs it. `harness.load_run` reads one back, and
-    `python -m studies.replay` repeats one.
+    `harness.load_run` reads a run back, and `python -m studies.replay` repeats one.
 
     Args:
         configs: one run, or runs in any order.
         data: their dataset.
         experiment: name of the MLflow experiment, created where it is missing.
-        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Records that
-            a server cannot take now wait on disk for the next start.
+        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -214,9 +206,8 @@ def train_and_evaluate(
         >>> from harness import RunConfig, load_dataset
         >>> from harness.tracking import train_and_evaluate
         >>> data = load_dataset("digits")
-        >>> configs = [RunConfig(kl_weight=w, epochs=2) for w in (0.01, 1.0)]
-        >>> results = train_and_evaluate(configs, data, experiment="two-weights")
-        >>> results[0].metrics["rate"] > results[1].metrics["rate"]
+        >>> result = train_and_evaluate(RunConfig(epochs=2), data, experiment="first")
+        >>> result.metrics["mse"] < 0.2
         True
     """
     listed = [configs] if isinstance(configs, RunConfig) else configs
@@ -267,13 +258,11 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
 
 
 def description(key: str, tracking_uri: str) -> str:
-    """Return the Markdown on a run's page: how the run is repeated, without a data folder."""
-    default = tracking_uri == default_tracking()
-    where = "" if default else f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
-    return (
-        "Train it again from its record and compare every metric:\n\n"
-        f"    python -m studies.replay {key}{where}"
-    )
+    """Return the Markdown on a run's page: the command that repeats it, without a data folder."""
+    command = f"python -m studies.replay {key}"
+    if tracking_uri != default_tracking():
+        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    return f"Train it again from its record and compare every metric:\n\n    {command}"
 
 
 def interruption(error: BaseException) -> tuple[str, str]:
@@ -306,9 +295,9 @@ def _best(history: Sequence[Metrics], objective: str) -> Metrics:
 def divergence(record: EpochRecord, row: int) -> str | None:
     """Return why a run has diverged in an epoch, None if it has not.
 
-    It has where its loss is no number or infinite, where its squared error is above 1, for pixels
-    lie in [0, 1] and no constant image errs more, or where its rate is above 10,000 nats a latent
-    although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
+    It has where a value is no number, where its squared error is above 1, more than any constant
+    image has, or its rate is above 10,000 nats a latent although the loss counts it: posterior
+    means lie 141 standard deviations of the prior from 0.
     """
     config = record.configs[row]
     limits = {"loss": math.inf, "mse": 1.0}
@@ -322,12 +311,6 @@ def divergence(record: EpochRecord, row: int) -> str | None:
             if value > limit:
                 return f"{part} {name} is {value:.3g}, above {limit:,.0f}"
     return None
-
-
-def _diverged(record: EpochRecord) -> dict[int, End]:
-    found = {row: divergence(record, row) for row in range(len(record.rows))}
-    when = f"diverged in epoch {record.epoch}"
-    return {row: End("FAILED", f"{when}: {why}") for row, why in found.items() if why}
 
 
 def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
