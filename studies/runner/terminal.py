@@ -37,7 +37,7 @@ HIDDEN = (
     *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
     *("best/val/neg_elbo", "best/val/mse"),
 )
-SPARE = ("best/epoch", "pca_floor", "calibration_ratio", "frechet", "neg_log_likelihood")
+SPARE = ("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio")
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
