@@ -119,7 +119,6 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
         },
         figures=figures if form.blog in trained else {},
         models={runs.label: evidence.found(runs)[0].run_id for runs in trained},
-        closer=trained[-1].label if trained else "",
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
         settings={"dataset": ended.data.name, "full": form.full, "configurations": list(labels)},

@@ -247,11 +247,9 @@ def find(proposer: TPE, ended: Ended) -> Findings:
             for name, part in (("best", again), ("default", default))
             if not part.empty
         },
-        closer="best",
         best=again.loc[again["val/neg_elbo"].idxmin()],
         shown={name: float(again[name].mean()) for name in REPORTED if name in again},
         settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
-        seed=proposer.seeds,
     )
 
 

@@ -75,11 +75,9 @@ class Findings:
         tables: file name -> (table, caption), for the report.
         figures: file name -> (function that draws the figure, caption).
         models: label -> run id of the models that are pictured side by side.
-        closer: label of the model that is pictured in detail, "" without models.
-        best: the run whose model the summary run holds, a row of a frame of runs.
+        best: the run whose model is pictured in detail, and held by the summary run; a row.
         shown, settings: metrics and parameters of the summary run.
         columns: of MLflow's view of the runs; empty for seed and the table's.
-        seed: of the pictured runs.
         sections: further parts of the outcome, for a page.
     """
 
@@ -89,12 +87,10 @@ class Findings:
     tables: Mapping[str, tuple[pd.DataFrame, str]]
     figures: Mapping[str, tuple[Callable[[], Figure], str]]
     models: Mapping[str, str]
-    closer: str
     best: pd.Series
     shown: Mapping[str, float]
     settings: Mapping[str, Any]
     columns: Sequence[str] = ()
-    seed: int = 0
     sections: Any = None
 
 
@@ -297,7 +293,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
         models=dict(zip(labels[first.index], first["run_id"], strict=True)),
-        closer=labels[first[study.objective].idxmin()] if len(first) else "",
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings={
@@ -322,12 +317,16 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
     if not findings.models:
         return []
     log.info("drawing pictures of the models")
-    data, seed, closer = found.data, findings.seed, findings.closer
-    models = {label: load_run(run, found.store.uri).model for label, run in findings.models.items()}
-    labels, stack, detailed = list(models), list(models.values()), models[closer]
+    data, uri, best = found.data, found.store.uri, findings.best
+    models = {label: load_run(run, uri).model for label, run in findings.models.items()}
+    labels, stack, detailed = (
+        list(models),
+        list(models.values()),
+        load_run(best["run_id"], uri).model,
+    )
     drawn = {
         "reconstructions": pictures.reconstructions(stack, data.test),
-        "prior_samples": pictures.sample_rows(stack, seed),
+        "prior_samples": pictures.sample_rows(stack),
         "traversals": pictures.traversals(detailed, data),
         "interpolations": pictures.interpolations(detailed, data.test),
     }
@@ -341,12 +340,10 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
     captions = {
-        "reconstructions": "Test images (top row) and reconstructions from the posterior mean, "
-        f"seed {seed}.",
-        "prior_samples": f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
-        "traversals": f"{closer}: one latent a row from -3 to 3, largest KL first, the others 0.",
-        "interpolations": f"{closer}: straight lines between the posterior means of pairs of test "
-        "images.",
+        "reconstructions": "Test images (top row) and reconstructions from the posterior mean.",
+        "prior_samples": "Decoder means of z drawn from the prior N(0, I).",
+        "traversals": f"{best['name']}: a latent a row from -3 to 3, largest KL first, others 0.",
+        "interpolations": f"{best['name']}: lines between posterior means of pairs of test images.",
         "latents": f"Posterior means of {len(classes)} test images: both latents of two, the first "
         "two principal components of more. Each panel has its own scale.",
     }

@@ -234,8 +234,7 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
     from harness.tracking import connect  # it loads MLflow, which --help does not need
 
     address, each = addresses.tracking_address(tracking_uri), list[float]()
-    file = addresses.sqlite_file(address)
-    if file is not None and file.exists():  # a dry run creates none
+    if not addresses.is_server(address) and not addresses.is_new(address):  # a dry run creates none
         client = connect(address).client
         experiment = client.get_experiment_by_name(plan.experiment)
         ids = [experiment.experiment_id] if experiment else []
