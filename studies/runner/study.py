@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
-BLOG_WEIGHT = 1.0
-"""The blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
+BLOG_WEIGHT = 1.0  # the blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")
 
 
 class Source(NamedTuple):
@@ -43,6 +42,8 @@ class Source(NamedTuple):
     settings: Mapping[str, Any]
 
 
+# Weights of digits and mnist are measured by `python -m studies.kl_weight`, the others guessed from
+# their variance.
 KNOWN = {
     name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name})
     for name, pixels, calibrated, epochs in (
@@ -52,8 +53,6 @@ KNOWN = {
         ("kmnist", 784, 0.1, 20),
     )
 }
-"""Weights of digits and mnist are measured by `python -m studies.kl_weight`, the others guessed
-from their variance."""
 
 
 def read_images(name: str, image_size: Sequence[int] | None) -> Dataset | None:
@@ -107,11 +106,11 @@ def calibrated(config: RunConfig, data: Source) -> RunConfig:
     return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
+# Columns of a summary table: last and best validation neg_elbo, then test metrics.
 TABLE = (
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
     *("neg_elbo", "mse", "rate", "calibration_ratio", "active_units"),
 )
-"""Columns of a summary table: last and best validation neg_elbo, then test metrics."""
 
 
 class Axis:
@@ -130,12 +129,8 @@ class Axis:
         apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None,
     ) -> None:
         self.name, self.values = name, tuple(map(_hashable, values))
-        kinds = str | int | float | tuple | Weights
-        if not values or not all(isinstance(value, kinds) for value in self.values):
-            raise UserError(
-                f"axis {name!r} has the values {list(values)}: give at least one, each a number, a "
-                "name, a tuple of whole numbers, or weights by name"
-            )
+        if not values:
+            raise UserError(f"axis {name!r} has no values: give at least one")
         if apply is None and name not in SETTINGS:
             raise UserError(
                 f"axis {name!r} is no setting of RunConfig that can be swept; give a function "
@@ -178,8 +173,7 @@ class Study:
         figures: file name -> (frame -> figure, caption).
         answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
-        groups: (base, source of the data) -> {group: changes to base}; the axis is swept in every
-            group.
+        groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
         objective: validation metric by which points and epochs are compared.
         extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
@@ -220,9 +214,7 @@ class Plan:
         page: name of the study's module or file, and first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
-        find: trials and runs at the end -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
-        sentence: the planned runs in words.
         study: name in `studies.all` of the study whose `extras` a replay computes; None without.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
@@ -263,10 +255,8 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     at_least(1, seeds=seeds)
     axis, given = study.axis, options.values
     values = axis.values if given is None else tuple(map(axis.read, given))
-    if not values:
-        raise UserError("--values: give at least one, or leave it out")
-    if len(set(values)) < len(values):
-        raise UserError(f"values={list(values)}: give every value once")
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, images)
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
@@ -290,7 +280,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
     groups = f" x {len(points) // len(values)} groups" if study.group else ""
-    epochs = list(dict.fromkeys(str(cell.config.epochs) for cell in cells))
+    epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
         page=study.name,
@@ -302,7 +292,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         find=partial(_find, study),
         words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
-        f"{seeds} seeds = {len(cells)} runs of {' or '.join(epochs)} epochs",
+        f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
         extras=study.extras,
         study=None if replayable else study.name,
@@ -338,12 +328,8 @@ def check_objective(page: str, config: RunConfig, objective: str = SELECTION) ->
         return
     if not config.has_likelihood:
         raise UserError(
-            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and {page} compares neg_elbo; give "
-            "--binarization stochastic or threshold"
+            f"likelihood={config.likelihood!r}: of grey pixels it is no likelihood, and {page} "
+            "compares neg_elbo; give --binarization stochastic or threshold"
         )
     if config.latent == "deterministic":
-        raise UserError(
-            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {page} compares; "
-            "only a study with the objective 'val/mse' takes it"
-        )
+        raise UserError(f"latent='deterministic': it has no neg_elbo, which {page} compares")
