@@ -36,7 +36,6 @@ Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
 LACKING = {"disk": "the disk is full", "memory": "there is too little memory"}
-"""The error by what is used up."""
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -74,10 +73,8 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     try:
         with stopping.handled(), terminal.shown():
             yield terminal
-    except SummaryError as error:
-        code, message = 3, f"error: {error}"
-    except UserError as error:
-        code, message = 2, f"error: {error}"
+    except (SummaryError, UserError) as error:
+        code, message = 3 if isinstance(error, SummaryError) else 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = stopping.exit_code() or 130, stopped
     except SystemExit as end:
@@ -140,18 +137,14 @@ def read(
     except SystemExit as error:
         if error.code != 2:
             raise
-        raise UserError(_one_line(printed.getvalue())) from None
+        # The message in tyro's box of several lines.
+        lines = [line.strip("│ ").strip() for line in printed.getvalue().strip().splitlines()[1:]]
+        message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
+        raise UserError(f"{' '.join(message)}; --help lists all options") from None
     if settings is None:
         return found
     chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
     return options(**{**vars(found), "settings": chosen})
-
-
-def _one_line(box: str) -> str:
-    """Return the message in tyro's box of several lines."""
-    lines = [line.strip("│ ").strip() for line in box.strip().splitlines()[1:]]
-    message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
-    return f"{' '.join(message)}; --help lists all options"
 
 
 def start_pool(options: Places) -> None:

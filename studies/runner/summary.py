@@ -43,8 +43,7 @@ PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seab
 COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
 TABLE_CAPTION = (
     "Mean and 95 % t interval over seeds; val/ on validation data, all others on test data, both "
-    "after the last epoch. best/epoch is the epoch with the best validation value, best/val/ that "
-    "value."
+    "after the last epoch. best/epoch has the best validation value, best/val/ is that value."
 )
 
 
@@ -70,12 +69,9 @@ class Findings:
     """The results of a study, ready to be written.
 
     Attributes:
-        table: the main table, for the terminal and the summary run.
-        frame: all runs, written to runs.csv.
-        tables: file name -> (table, caption), for the report.
-        figures: file name -> (function that draws the figure, caption).
+        frame: all runs; `best` is its row whose model is pictured and held by the summary run.
+        tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
-        best: the run whose model is pictured in detail, and held by the summary run; a row.
         shown, settings: metrics and parameters of the summary run.
         columns: of MLflow's view of the runs; empty for seed and the table's.
         sections: further parts of the outcome, for a page.
@@ -209,8 +205,8 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     report.build(folder)
     if failures:
         raise SummaryError(
-            f"everything is trained and recorded, but {'; '.join(failures)}; the rest of the "
-            f"report is in {folder}, and the same command tries again"
+            f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
+            f"{folder}, and the same command tries again"
         )
     return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings.sections)
 
@@ -245,14 +241,10 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each of code, versions and device in which compared runs differ."""
     sentences = []
     for part, (kind, name) in MADE_WITH.items():
-        counts = Counter(getattr(run, kind).get(name) for run in runs)
-        counts.pop(None, None)  # of an earlier version
+        counts = Counter(filter(None, (getattr(run, kind).get(name) for run in runs)))
         if len(counts) > 1:
             each = "; ".join(f"{count} with {made}" for made, count in counts.most_common())
-            sentences.append(
-                f"The compared runs differ in their {part} ({each}), which may explain differences "
-                "between them."
-            )
+            sentences.append(f"The compared runs differ in their {part} ({each}).")
     return sentences
 
 
