@@ -195,25 +195,6 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     return Difference(float(gap.mean()), half_width(gap), len(gap))
 
 
-def differences(
-    frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
-) -> pd.DataFrame:
-    """Compare every point with reference runs, paired by seed.
-
-    Returns:
-        One row per point, in the frame's order; columns keys and metrics, cells "difference ± half
-        width", with "(not distinguishable)" where the interval contains 0, "-" without a value.
-    """
-    rows = []
-    for point, part in frame.groupby(keys, sort=False):
-        gaps = {m: paired_difference(part, reference, m) for m in metrics}
-        texts = {m: str(gap) if gap.seeds else "-" for m, gap in gaps.items()}
-        if set(part.index) <= set(reference.index):
-            texts = dict.fromkeys(metrics, "reference")
-        rows.append(dict(zip(keys, point, strict=True)) | texts)
-    return pd.DataFrame(rows)
-
-
 def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> object:
     """Return the axis value with the lowest mean of a metric; chosen on validation data."""
     return frame.groupby(axis)[metric].mean().idxmin()

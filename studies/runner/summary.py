@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
-# Metrics of the table of paired differences.
-COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
 TABLE_CAPTION = (
     "Mean and 95 % t interval over seeds; val/ on validation data, all others on test data, both "
     "after the last epoch. best/epoch has the best validation value, best/val/ is that value."
@@ -259,16 +257,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
-    labels = frame["name"].str.rpartition(" seed=")[0]
-    reference = ranked[axes[-1]] == study.reference
-    if not reference.any():
-        of = labels[ranked.index]
-        reference = of == ranked.groupby(of)[study.objective].mean().idxmin()
-    compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
-    differences = frames.differences(frame, axes, ranked[reference], compared)
-    caption = (
-        f"Difference from {labels[reference.idxmax()]}, paired by seed, with its 95 % t interval."
-    )
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
@@ -280,11 +268,11 @@ def compare_points(study: Study, found: Ended) -> Findings:
         table=table,
         answer=lambda: "\n\n".join([study.answer(ranked), *_not_ranked(diverged)]),
         frame=frame,
-        tables={"table": (table, TABLE_CAPTION), "differences": (differences, caption)},
+        tables={"table": (table, TABLE_CAPTION)},
         figures={
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
-        models=dict(zip(labels[first.index], first["run_id"], strict=True)),
+        models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
         settings={
