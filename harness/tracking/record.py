@@ -1,12 +1,13 @@
-"""Train runs and log each of them: epochs, pictures, final metrics, model, and a true end."""
+"""Train runs and log each of them: epochs, pictures, final metrics, model, a true end; load one."""
 
 import json
 import logging
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, overload
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
+from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
@@ -229,6 +231,33 @@ def train_and_evaluate(
         log.warning("%s", error)
     found = [results[row] for row in range(len(listed))]
     return found[0] if isinstance(configs, RunConfig) else found
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run read back from MLflow; `metrics` are its last logged values."""
+
+    run_id: str
+    config: RunConfig
+    metrics: dict[str, float]
+    model: VAE = field(repr=False)
+
+
+def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+    """Rebuild the model of a run from its artifacts, without pickle.
+
+    Args:
+        run_id: the run's id in MLflow, or its key.
+        tracking_uri: MLflow tracking URI; None means the default store.
+
+    Raises:
+        UserError: there is no such run, or its model files are missing or broken.
+    """
+    store = connect(tracking_uri)
+    run = store.run(run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        config, model = load_model(store.fetch(run.run_id, "model", folder))
+    return TrackedRun(run.run_id, config, run.metrics, model)
 
 
 def _planned(config: RunConfig, place: int, study: str) -> Planned:

@@ -21,7 +21,7 @@ from studies.ledger.claims import Runs
 if TYPE_CHECKING:
     from harness.config import RunConfig
     from harness.models.vae import VAE
-    from harness.tracking.models import TrackedRun
+    from harness.tracking.record import TrackedRun
     from harness.tracking.runs import Run
 
 

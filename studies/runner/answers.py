@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from analysis.frames import Difference
 
-DIGITS, HARD = ("digits", "mnist"), 8
-"""Datasets of digits, and the digit that the blog calls hard."""
-
 
 def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
     """Return the paired difference of a metric between two values of an axis."""
@@ -53,21 +50,9 @@ def judged(gap: float, half_width: float) -> str:
 
 
 def worst_class(frame: pd.DataFrame) -> str:
-    """Return which class reconstructs worst and, of digits, the place of the blog's 8.
-
-    Empty for images without labels, or of one class.
-    """
+    """Return which class reconstructs worst; "" for images without labels, or of one class."""
     errors, names = frames.class_errors(frame), frames.class_names(frame)
     if len(errors) < 2:
         return ""
     worst = errors.index[0]
-    sentence = f"Class {names.get(worst, worst)} reconstructs worst (mse {errors[worst]:.4f})"
-    if names or not frame["dataset"].isin(DIGITS).all():
-        return f"{sentence}."
-    if worst == HARD:
-        return f"{sentence}, of which the blog says that it underperforms."
-    place = list(errors.index).index(HARD) + 1
-    return (
-        f"{sentence}; {HARD}, of which the blog says that it underperforms, is number {place} of "
-        f"{len(errors)} (mse {errors[HARD]:.4f})."
-    )
+    return f"Class {names.get(worst, worst)} reconstructs worst (mse {errors[worst]:.4f})."

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from studies.runner import stopping
 from studies.runner.options import Places, arguments, start_words
 
 NUMBER = "VAE_SWEEP_WORKER"  # variable of a worker: its number, from 1, and how many: "2/4"
-PATIENCE = 30.0  # seconds in which a worker must end after a second Ctrl-C
 INTERVAL = 1.0  # seconds between two queries of the workers and the database
 
 
@@ -67,7 +65,10 @@ def train(
                 if (code := worker.poll()) is not None:
                     del team[number]
                 if code:
-                    _report(number, code, folder / f"{number}.log")
+                    print(
+                        f"worker {number} ended with code {code}: {folder}/{number}.log",
+                        file=sys.stderr,
+                    )
             done, left = counts()
             show(done - before, f"runs left: {left}; {len(team)} workers write logs in {folder}")
     except BaseException:
@@ -75,24 +76,19 @@ def train(
         raise
     if left:
         raise UserError(
-            f"study {study!r}: no worker is left alive (runs left: {left}); the same command "
-            "continues it"
+            f"study {study!r}: no worker is left alive (runs left: {left}; logs: {folder}); the "
+            "same command continues it"
         )
 
 
-def _report(number: int, code: int, log: Path) -> None:
-    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
-    print(f"worker {number} ended with code {code}: {lines[-1]} ({log})", file=sys.stderr)
-
-
 def _stop(team: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop every worker after its epoch; a second Ctrl-C ends the wait."""
-    for patience in (None, PATIENCE):
-        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-            for worker in team:
-                worker.terminate()
-            for worker in team:
-                worker.wait(patience)
-            return
+    """Stop every worker after its epoch; a second Ctrl-C kills them."""
     for worker in team:
-        worker.kill()
+        worker.terminate()
+    for worker in team:
+        try:
+            worker.wait()
+        except KeyboardInterrupt:
+            for other in team:
+                other.kill()
+            worker.wait()
