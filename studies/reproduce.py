@@ -122,10 +122,6 @@ def find(ended: Ended, ledger: Ledger, form: Form) -> Findings:
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
         settings={"dataset": ended.data.name, "full": form.full, "configurations": list(labels)},
-        columns=(
-            *("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "rate"),
-            "active_units",
-        ),
         sections=rows,
     )
 

@@ -33,7 +33,7 @@ from harness.tracking.record import FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
-from studies.runner.study import Plan, Study
+from studies.runner.study import TABLE, Plan, Study
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,6 @@ class Findings:
         tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
         shown, settings: metrics and parameters of the summary run.
-        columns: of MLflow's view of the runs; empty for seed and the table's.
         sections: further parts of the outcome, for a page.
     """
 
@@ -84,7 +83,6 @@ class Findings:
     best: pd.Series
     shown: Mapping[str, float]
     settings: Mapping[str, Any]
-    columns: Sequence[str] = ()
     sections: Any = None
 
 
@@ -220,8 +218,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
     # First: a study whose summary is complete is not summarized again.
-    columns = findings.columns or ["seed", *outcome.table.columns]
-    save_view(store, outcome.experiment_id, columns, best["run_id"])
+    columns = dict.fromkeys(["seed", *outcome.table.columns, *TABLE])
+    save_view(store, outcome.experiment_id, [*columns], best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
