@@ -210,8 +210,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     with clear_errors(args) as terminal:
         options = read(ReproduceOptions, NAME, __doc__ or "", args)
-        options.named(NAME)  # raises for a name that cannot be used
-        options.check()
+        options.named(NAME)  # raises for what cannot be used
         device = start(options, __doc__ or "", "mnist", terminal)
         data = harness.load_dataset("mnist", options.data_dir)
         form = FULL if options.full else SHORT

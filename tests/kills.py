@@ -47,7 +47,7 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (spool, ("_append", "_synchronise")),
     (spool.Spool, ("_begin", "_remove")),
     (SPOOLED, ("copytree", "rmtree")),
-    (summary, ("make_folder", "write_pictures", "log_summary")),
+    (summary, ("write_pictures", "log_summary")),
     (report, ("build",)),
     (Checkpoints, ("save", "remove", "clear")),
 ]

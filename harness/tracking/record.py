@@ -142,8 +142,13 @@ def record(
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             place = current.rows[row]
             more = _best(histories[place], objective)
-            if extras is not None:
-                more |= _extra(extras, done, data, logs[place])
+            try:
+                more |= extras(done, data) if extras else {}
+            except (UserError, MemoryError, OSError):
+                raise
+            except Exception as error:  # of a user's function: the run is finished without
+                log.warning("further metrics of a run failed", exc_info=True)
+                logs[place].tag(FAILED, repr(error))
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
             logs[place].metrics(once | more, done.config.epochs)
             if pictured:
@@ -348,20 +353,6 @@ def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
 def picture_epochs(epochs: int) -> set[int]:
     """Return the epochs after which there is a picture: the first, a fifth of the way, the last."""
     return {1, max(1, epochs // 5), epochs}
-
-
-def _extra(
-    extras: Callable[[Trained, Dataset], Metrics], run: Trained, data: Dataset, written: RunLog
-) -> Metrics:
-    """Return a study's further metrics; where they fail, the run is finished without them."""
-    try:
-        return extras(run, data)
-    except (UserError, MemoryError, OSError):
-        raise
-    except Exception as error:  # of a user's function
-        log.warning("further metrics of a run failed", exc_info=True)
-        written.tag(FAILED, repr(error))
-        return {}
 
 
 def _log_pictures(

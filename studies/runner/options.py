@@ -51,18 +51,14 @@ class Places:
     dry_run: bool = False
     json: bool = False
 
-    def check(self) -> None:
-        """Raise UserError for a number that is too low."""
+    def named(self, default: str) -> str:
+        """Return the study's name; it and the numbers are checked."""
         at_least(0, checkpoint_every=self.checkpoint_every)
         at_least(1, workers=self.workers)
-
-    def named(self, default: str) -> str:
-        """Return the study's name, checked."""
         return checked_name(default if self.study_name is None else self.study_name)
 
 
-ELSEWHERE = tuple(field.name for field in fields(Places))
-"""Options that do not change the results."""
+ELSEWHERE = tuple(field.name for field in fields(Places))  # they do not change the results
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,6 @@ class Common(Places):
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
         """Return a configuration with the given settings; `epochs` are the dataset's."""
-        self.check()
         found = config.replace(**{"epochs": epochs, **self.settings})
         for name, model in (("hidden", "mlp"), ("channels", "conv")):
             if name in self.settings and found.model != model:

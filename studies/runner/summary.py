@@ -149,7 +149,9 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
     Where a figure or the answer fails, all others are written before SummaryError is raised.
     """
-    folder = make_folder(found.store.home / "reports" / found.plan.name)
+    folder = found.store.home / "reports" / found.plan.name
+    for part in ("figures", "pictures"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         return _write(folder, findings, found, experiment_id)
 
@@ -205,13 +207,6 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"{folder}, and the same command tries again"
         )
     return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings.sections)
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a summary's folder with its two parts."""
-    for part in ("figures", "pictures"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog) -> None:
