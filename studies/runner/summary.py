@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
@@ -33,7 +33,9 @@ from harness.tracking.record import FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
-from studies.runner.study import TABLE, Plan, Study
+
+if TYPE_CHECKING:
+    from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +215,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
     # First: a study whose summary is complete is not summarized again.
-    columns = dict.fromkeys(["seed", *outcome.table.columns, *TABLE])
-    save_view(store, outcome.experiment_id, [*columns], best["run_id"])
+    columns = ["seed", *outcome.table.columns, "val/neg_elbo", "mse", "rate", "active_units"]
+    save_view(store, outcome.experiment_id, [*dict.fromkeys(columns)], best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     table = tables.markdown(tables.cells(outcome.table))
     run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
