@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VIEWED = ("latent_size", "kl_weight", "val/neg_elbo", "mse", "rate", "active_units")  # in MLflow
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
 TABLE_CAPTION = (
@@ -215,8 +216,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
     # First: a study whose summary is complete is not summarized again.
-    columns = ["seed", *outcome.table.columns, "val/neg_elbo", "mse", "rate", "active_units"]
-    save_view(store, outcome.experiment_id, [*dict.fromkeys(columns)], best["run_id"])
+    columns = dict.fromkeys(["seed", *outcome.table.columns, *VIEWED])
+    save_view(store, outcome.experiment_id, [*columns], best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     table = tables.markdown(tables.cells(outcome.table))
     run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
