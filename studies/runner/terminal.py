@@ -34,12 +34,8 @@ EVERY = 15.0  # seconds after which there is a line though nothing new began
 # Columns of a table: shown in the report alone; left out one by one where the table is too wide;
 # without their interval.
 HIDDEN = (
-    "neg_elbo",
-    "val/mse",
-    "val/rate",
-    "val/active_units",
-    "best/val/neg_elbo",
-    "best/val/mse",
+    *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
+    *("best/val/neg_elbo", "best/val/mse"),
 )
 SPARE = ("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio")
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
