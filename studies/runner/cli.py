@@ -151,9 +151,8 @@ def start_pool(options: Places) -> None:
     """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile."""
     if options.dry_run or options.workers > 1:
         return
-    device = options.device
-    on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
-    if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
+    gpu = options.device != "cpu" and Path("/dev/nvidiactl").exists()
+    if not gpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
         from harness import forkserver
 
         forkserver.start()

@@ -259,9 +259,11 @@ def compare_points(study: Study, found: Ended) -> Findings:
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
+    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in diverged)
+    not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
     return Findings(
         table=table,
-        answer=lambda: "\n\n".join([study.answer(ranked), *_not_ranked(diverged)]),
+        answer=lambda: "\n\n".join([study.answer(ranked), *not_ranked]),
         frame=frame,
         tables={"table": (table, TABLE_CAPTION)},
         figures={
@@ -277,11 +279,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
             **shared,
         },
     )
-
-
-def _not_ranked(runs: Sequence[Run]) -> list[str]:
-    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in runs)
-    return [f"Diverged and not ranked, {len(runs)} in number: {named}."] if runs else []
 
 
 # --- pictures -----------------------------------------------------------------------------------
