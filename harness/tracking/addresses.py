@@ -125,9 +125,8 @@ def check_database(url: str, option: str) -> None:
             try_folder(file.parent)
         elif file is not None and not file.is_file():
             raise OSError(f"{file} is not a file")
-        elif (
-            file is not None and not Path(f"{file}-wal").exists()
-        ):  # with a log it need not be whole
+        elif file is not None and not Path(f"{file}-wal").exists():
+            # With a log the file alone need not be whole, as where a full disk ended a checkpoint.
             # Through SQLite: closing the file otherwise takes this process's locks on it, and what
             # it then writes to the log, which another process may delete, is lost.
             address = f"{file.as_uri()}?mode=ro&immutable=1"
