@@ -25,7 +25,7 @@ PATIENCE = 600.0
 
 IMPORTED = (
     *("studies.runner.run", "studies.runner.summary", "studies.runner.terminal", "seaborn"),
-    "harness.tracking.models",
+    "harness.tracking.record",
     *("torch.export", "torch._dynamo", "sklearn.linear_model", "sklearn.neighbors"),
     "mlflow.store.tracking.sqlalchemy_store",
 )

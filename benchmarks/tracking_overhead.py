@@ -185,7 +185,7 @@ class Told(Steps):
     """Hands every epoch on instead of showing it."""
 
     def __init__(self, on_epoch: Callable[[Any], None]) -> None:
-        super().__init__(lambda runs, now: None)
+        super().__init__(Terminal(), 1)
         self._on_epoch = on_epoch
 
     def __call__(self, record: harness.EpochRecord) -> None:

@@ -8,7 +8,7 @@ from .metrics.quality import measure_quality as measure_quality
 from .models.vae import VAE as VAE
 from .registry import network as network
 from .registry import term as term
-from .tracking.models import load_run as load_run
+from .tracking.record import load_run as load_run
 from .training.checkpoint import Checkpoints as Checkpoints
 from .training.engine import EpochRecord as EpochRecord
 from .training.engine import RunResult as RunResult

@@ -111,11 +111,9 @@ def find(ended: Ended, ledger: Ledger, form: references.Form) -> Findings:
         tables=tables,
         figures=figures if form.blog in shown else {},
         models={runs.label: evidence.found(runs)[0].run_id for runs in shown},
-        closer=shown[-1].label if shown else "",
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
         settings={"dataset": ended.data.name, "full": form.full},
-        columns=("latent_size", "head", "kl_weight", "val/neg_elbo", "loss", "mse", "active_units"),
         sections=rows,
     )
 
@@ -157,8 +155,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     with clear_errors(args) as terminal:
         options = read(ReproduceOptions, NAME, __doc__ or "", args)
-        options.named(NAME)  # raises for a name that cannot be used
-        options.check()
+        options.named(NAME)  # raises for what cannot be used
         device = start(options, __doc__ or "", "mnist", terminal)
         data = harness.load_dataset("mnist", options.data_dir)
         form = references.FULL if options.full else references.SHORT

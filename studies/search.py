@@ -227,11 +227,9 @@ def find(proposer: TPE, ended: Ended) -> Findings:
         },
         figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
         models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
-        closer=labels[number],
         best=again.loc[again["val/neg_elbo"].idxmin()],
         shown=again[TRIED + CONFIRMED].mean().to_dict(),
         settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
-        seed=proposer.seeds,
     )
 
 

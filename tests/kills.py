@@ -40,14 +40,14 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
         mlflow.MlflowClient,
         (
-            *("create_experiment", "set_experiment_tag", "create_run", "log_batch", "log_inputs"),
+            *("create_experiment", "set_experiment_tag", "create_run", "log_batch"),
             *("log_artifact", "log_artifacts", "set_tag", "set_terminated", "delete_run"),
         ),
     ),
     (spool, ("_append", "_synchronise")),
     (spool.Spool, ("_begin", "_remove")),
     (SPOOLED, ("copytree", "rmtree")),
-    (summary, ("make_folder", "write_pictures", "log_summary")),
+    (summary, ("write_pictures", "log_summary")),
     (report, ("build",)),
     (Checkpoints, ("save", "remove", "clear")),
 ]

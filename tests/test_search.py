@@ -24,7 +24,7 @@ from studies.runner.database import open_storage, process_name
 from studies.runner.proposers import TPE, Range
 from studies.runner.queue import Queue, open_queue
 from studies.runner.run import Site, work
-from studies.runner.terminal import Steps
+from studies.runner.terminal import Steps, Terminal
 from studies.search import SearchOptions, make_plan
 
 NAME = "search-digits"
@@ -206,7 +206,7 @@ def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
     before = len(searched.runs(FRONT))
     answer = searched.summary(FRONT)["answer"]
     search.main([*FLAT, *searched.places])
-    assert "Every run is finished already" in capsys.readouterr().out
+    assert "are finished; 0 are left" in capsys.readouterr().out
     assert len(searched.runs(FRONT)) == before
     assert len(searched.runs(FRONT, "summary")) == 1
     assert searched.summary(FRONT)["answer"] == answer
@@ -297,7 +297,7 @@ def train_uneven(tracking_uri, tmp_path, tiny):
                     value=value, intermediate_values=reports, user_attrs={"val/neg_elbo": value}
                 )
             )
-        work(queue, site(plan, tracking_uri, tiny), Steps(lambda runs, now: None))
+        work(queue, site(plan, tracking_uri, tiny), Steps(Terminal(), 1))
         return queue, tracking.connect(tracking_uri).runs(NAME)
 
     yield train
@@ -362,7 +362,7 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tin
         confirming = replace(listed, cells=[wild, *listed.cells[1:]])
         queue = open_queue(storage, "other/after", confirming, set)
         assert queue.left() == left
-        work(queue, site(plan, home.uri, tiny), Steps(lambda runs, now: None))
+        work(queue, site(plan, home.uri, tiny), Steps(Terminal(), 1))
         assert [r.status for r in home.runs("other")] == ["FAILED"] + ["FINISHED"] * 5
     storage.engine.dispose()
 

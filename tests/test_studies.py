@@ -97,7 +97,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsy
     before = [r.run_id for r in runs_of(finished.tracking_uri)]
     cli.main(kl_weight.STUDY, finished.arguments)
     said = capsys.readouterr().out
-    assert "nothing is trained again" in said
+    assert "are finished; 0 are left" in said
     assert said.endswith(finished.printed.split("kl_weight = ")[-1])
     assert [r.run_id for r in runs_of(finished.tracking_uri)] == before
     assert len(runs_of(finished.tracking_uri, "summary")) == 1

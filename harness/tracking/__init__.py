@@ -12,7 +12,7 @@ import lazy_loader
 from harness.config import RunConfig
 
 if TYPE_CHECKING:
-    from harness.tracking.models import load_run as load_run
+    from harness.tracking.record import load_run as load_run
     from harness.tracking.record import train_and_evaluate as train_and_evaluate
     from harness.tracking.store import connect as connect
 
@@ -49,6 +49,6 @@ class End(NamedTuple):
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"models": ["load_run"], "record": ["train_and_evaluate"], "store": ["connect"]},
+    submod_attrs={"record": ["load_run", "train_and_evaluate"], "store": ["connect"]},
 )
 __all__ += ["End", "Planned"]

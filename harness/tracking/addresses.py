@@ -14,8 +14,7 @@ from harness.errors import UserError
 USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
 SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
 
-# Where MLflow takes the user and password of a server from.
-LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
 SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
@@ -96,9 +95,8 @@ def is_server(uri: str) -> bool:
 
 def sqlite_file(url: str) -> Path | None:
     """Return the file of an SQLite URL, None for any other URL."""
-    prefix = "sqlite:///"
-    path = url.removeprefix(prefix).partition("?")[0]
-    return Path(path).absolute() if url.startswith(prefix) else None
+    kind, _, path = url.partition("sqlite:///")
+    return None if kind or not path else Path(path.partition("?")[0]).absolute()
 
 
 def is_new(url: str) -> bool:
@@ -127,7 +125,8 @@ def check_database(url: str, option: str) -> None:
             try_folder(file.parent)
         elif file is not None and not file.is_file():
             raise OSError(f"{file} is not a file")
-        elif file is not None and not Path(f"{file}-wal").exists():  # else it need not be whole
+        elif file is not None and not Path(f"{file}-wal").exists():
+            # With a log the file alone need not be whole, as where a full disk ended a checkpoint.
             # Through SQLite: closing the file otherwise takes this process's locks on it, and what
             # it then writes to the log, which another process may delete, is lost.
             address = f"{file.as_uri()}?mode=ro&immutable=1"
@@ -144,12 +143,3 @@ def try_folder(folder: Path) -> None:
         raise OSError(f"{above} is not a folder")
     with tempfile.TemporaryFile(dir=above):  # shows what permissions alone do not: a full disk
         pass
-
-
-def alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True

@@ -1,7 +1,6 @@
-"""The view of an experiment in MLflow's page: its columns and their order.
+"""The view of an experiment in MLflow's page, which shows no metric by default.
 
-MLflow's page shows no metric by default. Its "Save as new view" writes a tag of the experiment, and
-so does this (format of MLflow 3.17.2, which completes it by defaults; an older page ignores it).
+The format is that of "Save as new view" in MLflow 3.17.2; an older page ignores it.
 """
 
 import base64
@@ -12,27 +11,19 @@ from collections.abc import Sequence
 
 from harness.tracking.store import Store
 
-TAG = "mlflow.sharedViewState.study"
-"""Tag of the experiment that holds the view, "study"."""
-
-LINK = "/runs?viewStateShareKey=study&workflowType=machine_learning"
-"""End of a link to the view, after the experiment's address."""
+TAG = "mlflow.sharedViewState.study"  # tag of the experiment that holds the view, "study"
+LINK = "/runs?viewStateShareKey=study&workflowType=machine_learning"  # after its address
 
 
 def save_view(store: Store, experiment_id: str, columns: Sequence[str], run_id: str) -> None:
-    """Save a view of an experiment's runs, unless it has one.
-
-    Its columns are parameters and metrics that the given run has; "mse" also finds "test/mse". Runs
-    are sorted by the first metric.
-    """
+    """Save a view of runs with those columns that the given run has, unless there is one."""
     if TAG in store.call(store.client.get_experiment, experiment_id).tags:
         return
     run = store.run(run_id)
     known = {name: f"params.`{name}`" for name in run.params}
     known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in run.metrics}
     chosen = [known[name] for name in columns if name in known]
-    metrics = [column for column in chosen if column.startswith("metrics.")]
-    order = next(iter(metrics), "attributes.start_time")
+    order = next((c for c in chosen if c.startswith("metrics.")), "attributes.start_time")
     state = {"selectedColumns": chosen, "orderByKey": order, "orderByAsc": True}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     now = time.time_ns() // 10**6

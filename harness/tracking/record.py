@@ -1,16 +1,13 @@
-"""Train runs and log each of them: epochs, pictures, final metrics, model, and a true end.
-
-This is the one training loop of studies, searches, the ledger and replays. It meets the core at
-`train`, `measure` and the epoch record.
-"""
+"""Train runs and log each of them: epochs, pictures, final metrics, model, a true end; load one."""
 
 import json
 import logging
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, overload
 from uuid import uuid4
 
@@ -20,6 +17,7 @@ from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
+from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
@@ -31,16 +29,15 @@ from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_rec
 
 log = logging.getLogger(__name__)
 
+# Metrics that measure the machine, so that no two trainings share them.
 WALL_CLOCK = ("progress/epoch_seconds", "progress/images_per_second")
-"""Metrics that measure the machine, so that no two trainings share them."""
 
+# Where a run has the code, versions and device that it was made with.
 MADE_WITH = {
     "code": ("tags", "sources"),
     "versions": ("tags", "versions"),
     "device": ("params", "device"),
 }
-"""Where a run has the code, versions and device that it was made with."""
-
 FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
 Metrics = dict[str, float]
@@ -55,8 +52,7 @@ class Trained(NamedTuple):
 
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
     """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
-    found = []
-    folder = project_root() / "cache" / "features"
+    found, folder = [], project_root() / "cache" / "features"
     both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
     for run, ends, measured in zip(runs, *both, strict=True):
         named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
@@ -81,16 +77,14 @@ def record(
     measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
     pictured: bool = True,
 ) -> list[RunResult]:
-    """Train one stack of runs and log each of them.
+    """Train one stack of runs (`harness.training.engine.together`) and log each of them.
 
-    The runs can be trained together (`harness.training.engine.together`), and `start` starts the
-    log of each (`log_in`). A run that diverges, or of whose row `judge` returns an end, leaves the
-    stack at once; `on_epoch` is called after that. Whatever interrupts the training, every run that
-    was started gets a true end: KILLED by KeyboardInterrupt and SystemExit, else FAILED.
-
-    The best epoch is chosen by `objective`; `extras` computes further metrics of a finished run,
-    and `study` names the study that has both. Final metrics of the validation split are not logged:
-    the epochs have them. The caller removes the checkpoints' files.
+    `start` starts the log of a run (`log_in`). A run that diverges, or of whose row `judge` returns
+    an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
+    training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
+    SystemExit, else FAILED. The best epoch is chosen by `objective`; `extras` computes further
+    metrics of a finished run, and `study` names the study that has both. Final metrics of the
+    validation split are not logged: the epochs have them.
 
     Returns:
         A result for each run. Its metrics are all final ones, those of the test split under their
@@ -107,7 +101,6 @@ def record(
             params = _params(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
             logs[row] = start(run._replace(params=params, tags=run.tags | tags))
-            logs[row].dataset(data)
             logs[row].text(json.dumps(made_with, indent=2), PROVENANCE)
             if diff:
                 logs[row].text(diff, DIFF)
@@ -120,10 +113,9 @@ def record(
             for row, place in enumerate(current.rows):
                 if current.epoch == 1 and current.resumed[row]:
                     logs[place].tag("resumed_from_epoch", str(current.resumed[row]))
-                metrics = flat_record(current, row)
-                histories[place].append(metrics)
+                histories[place].append(flat_record(current, row))
                 times = (current.seconds, current.images_per_second)
-                metrics = metrics | dict(zip(WALL_CLOCK, times, strict=True))
+                metrics = histories[place][-1] | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[place].metrics(metrics, current.epoch)
             if pictured and current.epoch in picture_epochs(configs[0].epochs):
@@ -131,7 +123,10 @@ def record(
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
-            for row, end in {**_diverged(current), **judge(current)}.items():
+            found = {row: divergence(current, row) for row in range(len(current.rows))}
+            during = f"diverged in epoch {current.epoch}"
+            lost = {row: End("FAILED", f"{during}: {why}") for row, why in found.items() if why}
+            for row, end in {**lost, **judge(current)}.items():
                 place, model = current.rows[row], current.model(row).cpu()
                 results[place] = RunResult(configs[place], {}, histories[place], model)
                 if end.pruned:
@@ -147,8 +142,13 @@ def record(
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             place = current.rows[row]
             more = _best(histories[place], objective)
-            if extras is not None:
-                more |= _extra(extras, done, data, logs[place])
+            try:
+                more |= extras(done, data) if extras else {}
+            except (UserError, MemoryError, OSError):
+                raise
+            except Exception as error:  # of a user's function: the run is finished without
+                log.warning("further metrics of a run failed", exc_info=True)
+                logs[place].tag(FAILED, repr(error))
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
             logs[place].metrics(once | more, done.config.epochs)
             if pictured:
@@ -195,15 +195,13 @@ def train_and_evaluate(
 ) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
-    Every run is logged as a study logs it. `harness.load_run` reads one back, and
-    `python -m studies.replay` repeats one.
+    `harness.load_run` reads a run back, and `python -m studies.replay` repeats one.
 
     Args:
         configs: one run, or runs in any order.
         data: their dataset.
         experiment: name of the MLflow experiment, created where it is missing.
-        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Records that
-            a server cannot take now wait on disk for the next start.
+        tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -214,9 +212,8 @@ def train_and_evaluate(
         >>> from harness import RunConfig, load_dataset
         >>> from harness.tracking import train_and_evaluate
         >>> data = load_dataset("digits")
-        >>> configs = [RunConfig(kl_weight=w, epochs=2) for w in (0.01, 1.0)]
-        >>> results = train_and_evaluate(configs, data, experiment="two-weights")
-        >>> results[0].metrics["rate"] > results[1].metrics["rate"]
+        >>> result = train_and_evaluate(RunConfig(epochs=2), data, experiment="first")
+        >>> result.metrics["mse"] < 0.2
         True
     """
     listed = [configs] if isinstance(configs, RunConfig) else configs
@@ -238,6 +235,33 @@ def train_and_evaluate(
         log.warning("%s", error)
     found = [results[row] for row in range(len(listed))]
     return found[0] if isinstance(configs, RunConfig) else found
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run read back from MLflow; `metrics` are its last logged values."""
+
+    run_id: str
+    config: RunConfig
+    metrics: dict[str, float]
+    model: VAE = field(repr=False)
+
+
+def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+    """Rebuild the model of a run from its artifacts, without pickle.
+
+    Args:
+        run_id: the run's id in MLflow, or its key.
+        tracking_uri: MLflow tracking URI; None means the default store.
+
+    Raises:
+        UserError: there is no such run, or its model files are missing or broken.
+    """
+    store = connect(tracking_uri)
+    run = store.run(run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        config, model = load_model(store.fetch(run.run_id, "model", folder))
+    return TrackedRun(run.run_id, config, run.metrics, model)
 
 
 def _planned(config: RunConfig, place: int, study: str) -> Planned:
@@ -267,13 +291,11 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
 
 
 def description(key: str, tracking_uri: str) -> str:
-    """Return the Markdown on a run's page: how the run is repeated, without a data folder."""
-    default = tracking_uri == default_tracking()
-    where = "" if default else f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
-    return (
-        "Train it again from its record and compare every metric:\n\n"
-        f"    python -m studies.replay {key}{where}"
-    )
+    """Return the Markdown on a run's page: the command that repeats it, without a data folder."""
+    command = f"python -m studies.replay {key}"
+    if tracking_uri != default_tracking():
+        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    return f"Train it again from its record and compare every metric:\n\n    {command}"
 
 
 def interruption(error: BaseException) -> tuple[str, str]:
@@ -306,9 +328,9 @@ def _best(history: Sequence[Metrics], objective: str) -> Metrics:
 def divergence(record: EpochRecord, row: int) -> str | None:
     """Return why a run has diverged in an epoch, None if it has not.
 
-    It has where its loss is no number or infinite, where its squared error is above 1, for pixels
-    lie in [0, 1] and no constant image errs more, or where its rate is above 10,000 nats a latent
-    although the loss counts it: posterior means lie 141 standard deviations of the prior from 0.
+    It has where a value is no number, where its squared error is above 1, more than any constant
+    image has, or its rate is above 10,000 nats a latent although the loss counts it: posterior
+    means lie 141 standard deviations of the prior from 0.
     """
     config = record.configs[row]
     limits = {"loss": math.inf, "mse": 1.0}
@@ -324,12 +346,6 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     return None
 
 
-def _diverged(record: EpochRecord) -> dict[int, End]:
-    found = {row: divergence(record, row) for row in range(len(record.rows))}
-    when = f"diverged in epoch {record.epoch}"
-    return {row: End("FAILED", f"{when}: {why}") for row, why in found.items() if why}
-
-
 def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
     return [Trained(record.configs[row], record.model(row)) for row in rows]
 
@@ -337,20 +353,6 @@ def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:
 def picture_epochs(epochs: int) -> set[int]:
     """Return the epochs after which there is a picture: the first, a fifth of the way, the last."""
     return {1, max(1, epochs // 5), epochs}
-
-
-def _extra(
-    extras: Callable[[Trained, Dataset], Metrics], run: Trained, data: Dataset, written: RunLog
-) -> Metrics:
-    """Return a study's further metrics; where they fail, the run is finished without them."""
-    try:
-        return extras(run, data)
-    except (UserError, MemoryError, OSError):
-        raise
-    except Exception as error:  # of a user's function
-        log.warning("further metrics of a run failed", exc_info=True)
-        written.tag(FAILED, repr(error))
-        return {}
 
 
 def _log_pictures(

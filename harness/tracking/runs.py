@@ -1,15 +1,13 @@
 """Runs of MLflow: one being written, as single writes that can wait for a server, and one read.
 
 A write is a dictionary of plain values with the key "kind". Each can be performed twice without a
-trace: a run is found again by its key, MLflow keeps one of two equal metric values, parameters,
-tags and inputs, files have unique names, and a run that ends twice has ended.
+trace: MLflow keeps one of two equal values, and files have unique names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
 import socket
 import sys
@@ -21,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset as DatasetEntity
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Metric, Param
 from PIL import Image
 
 from harness.config import RunConfig
@@ -30,7 +27,6 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     import numpy as np
 
-    from harness.data.dataset import Dataset
     from harness.models.vae import VAE
 
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
@@ -78,20 +74,15 @@ class Record(NamedTuple):
 
 
 class RunLog:
-    """A run being written.
+    """A run being written: `put` performs or keeps each write of the run with a key.
 
-    Args:
-        put: performs or keeps a write of the run with a key; it reads files before it returns.
-        key: the run's key.
-        create: experiment, name, tags and params of the run.
-        batch: number of metric values that are collected for a write.
+    `create` are experiment, name, tags and params of the run; `batch` metric values are one write.
     """
 
     def __init__(
         self, put: Callable[[str, Write], None], key: str, create: Write, batch: int = 1
     ) -> None:
-        self.key = key
-        self._put, self._batch = put, batch
+        self.key, self._put, self._batch = key, put, batch
         self._metrics: list[tuple[str, float, int, int]] = []
         self._write("create", time=time.time_ns() // 10**6, **create)
 
@@ -102,22 +93,12 @@ class RunLog:
         """Log the metrics of a step; they are written once a batch is full."""
         now = time.time_ns() // 10**6
         self._metrics += [(name, float(value), now, step) for name, value in values.items()]
-        if len(self._metrics) >= self._batch:
-            self._flush()
+        self._flush(self._batch)
 
-    def _flush(self) -> None:
-        if self._metrics:
+    def _flush(self, least: int = 1) -> None:
+        if len(self._metrics) >= least:
             self._write("metrics", values=self._metrics)
             self._metrics = []
-
-    def dataset(self, data: Dataset) -> None:
-        """Log the dataset as the run's input."""
-        counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
-        profile = json.dumps({"image_shape": data.image_shape, "images": counts})
-        source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
-        # For the run table; the whole digest is a parameter.
-        named = {"name": data.name, "digest": data.digest[:12], "profile": profile}
-        self._write("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
         """Log an image of a step; MLflow shows the steps of one key as a slider."""
@@ -177,10 +158,6 @@ def perform(client: MlflowClient, run_id: str, write: Write) -> None:
         client.log_text(run_id, write["text"], write["file"])
     elif kind == "tag":
         client.set_tag(run_id, write["name"], write["value"])
-    elif kind == "input":
-        context = InputTag("mlflow.data.context", "training")
-        dataset = DatasetInput(DatasetEntity(**write["dataset"]), [context])
-        client.log_inputs(run_id, datasets=[dataset])
     elif kind == "files":
         client.log_artifacts(run_id, write["folder"], write["path"])
     else:
@@ -202,7 +179,7 @@ def performing(client: MlflowClient) -> Callable[[str, Write], None]:
 
 
 def origin() -> dict[str, str]:
-    """Return the tags of host and process, and those of MLflow's "Source" and "Created by"."""
+    """Return the tags of host, process, and MLflow's "Source" and "Created by"."""
     name = Path(sys.argv[0]).name  # folders are private
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": name} if name else {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # this system names no user

@@ -18,7 +18,7 @@ from harness.linear.vae import LinearOptimum, gap_to_linear, linear_losses
 from harness.metrics.evaluate import BatchLosses, batch_losses
 from harness.metrics.likelihood import likelihood_metrics
 from harness.models.vae import VAE
-from harness.tracking.models import TrackedRun
+from harness.tracking.record import TrackedRun
 from harness.tracking.runs import Run
 from studies.ledger.claims import NOT_RUN, Ledger, Row, Runs
 

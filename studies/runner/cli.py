@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 import harness
-from harness.config import Precision, UserError
+from harness.config import UserError
 from harness.errors import SummaryError
 from harness.tracking import addresses
 from studies.runner import stopping
@@ -35,12 +35,7 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
-LACKING = {
-    "disk": "the disk is full ({}). Make room; finished runs are kept, the same command continues.",
-    "memory": "there is too little memory ({}). Free some, and the same command continues, or give "
-    "a smaller --batch-size under another --study-name.",
-}
-"""The error where disk or memory is full."""
+LACKING = {"disk": "the disk is full", "memory": "there is too little memory"}
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -53,13 +48,9 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
 def run(study: Study, **options: Any) -> Outcome | None:
     """Run, continue or extend a study from Python: `run(STUDY, seeds=2, epochs=5).table`.
 
-    Args:
-        study: the study.
-        **options: options of its command line by name, settings of `RunConfig` among them.
-
-    Returns:
-        Its table as a frame, its answer, and the folder of its report; None for a dry run, or where
-        another process writes the summary.
+    `options` are those of its command line by name, settings of `RunConfig` among them. Returns its
+    table as a frame, its answer, and the folder of its report; None for a dry run, or where another
+    process writes the summary.
     """
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     given = Options[Any](**options, settings=settings)
@@ -78,26 +69,24 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
     terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
-    code: int | str = 0
-    message = ""
+    code, message = 0, ""
     try:
         with stopping.handled(), terminal.shown():
             yield terminal
-    except SummaryError as error:
-        code, message = 3, f"error: {error}"
-    except UserError as error:
-        code, message = 2, f"error: {error}"
+    except (SummaryError, UserError) as error:
+        code, message = 3 if isinstance(error, SummaryError) else 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = stopping.exit_code() or 130, stopped
     except SystemExit as end:
-        code = end.code or 0
+        code = int(end.code or 0)
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
         lacking = addresses.shortage(error)
         if lacking is None:
             raise
-        code, message = 2, f"error: {LACKING[lacking].format(addresses.reason(error))}"
+        why = f"{LACKING[lacking]} ({addresses.reason(error)})"
+        code, message = 2, f"error: {why}; free some, and the same command continues"
     try:
         if message:
             print(message, file=sys.stderr)
@@ -148,46 +137,35 @@ def read(
     except SystemExit as error:
         if error.code != 2:
             raise
-        raise UserError(_one_line(printed.getvalue())) from None
+        # The message in tyro's box of several lines.
+        lines = [line.strip("│ ").strip() for line in printed.getvalue().strip().splitlines()[1:]]
+        message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
+        raise UserError(f"{' '.join(message)}; --help lists all options") from None
     if settings is None:
         return found
     chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
     return options(**{**vars(found), "settings": chosen})
 
 
-def _one_line(box: str) -> str:
-    """Return the message in tyro's box of several lines."""
-    lines = [line.strip("│ ").strip() for line in box.strip().splitlines()[1:]]
-    message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
-    return f"{' '.join(message)}; --help lists all options"
-
-
 def start_pool(options: Places) -> None:
     """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile."""
     if options.dry_run or options.workers > 1:
         return
-    device = options.device
-    on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
-    if on_cpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
+    gpu = options.device != "cpu" and Path("/dev/nvidiactl").exists()
+    if not gpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
         from harness import forkserver
 
         forkserver.start()
 
 
-def start(
-    options: Places,
-    question: str,
-    dataset: str,
-    terminal: Terminal,
-    precision: Precision = "float32",
-) -> str:
+def start(options: Places, question: str, dataset: str, terminal: Terminal) -> str:
     """Start the pool, show the question, load PyTorch and return the kind of device, checked."""
     start_pool(options)
     terminal.question(question)
     log.info("loading PyTorch and %s", dataset)
     from harness.training.engine import resolve_device  # --help answers without it
 
-    return resolve_device(options.device, precision).type
+    return resolve_device(options.device).type
 
 
 def execute(
@@ -199,8 +177,7 @@ def execute(
     """
     images = read_images(options.dataset, options.image_size)
     plan = make_plan(images)
-    fast = any(config.precision == "tf32" for config in plan.configs)
-    start(options, plan.question, plan.source.name, terminal, "tf32" if fast else "float32")
+    start(options, plan.question, plan.source.name, terminal)
     data = images or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 
@@ -213,10 +190,10 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
 
     for config in plan.configs:
         engine.check_runs([config], data)
+        kind = engine.resolve_device(options.device, config.precision).type
     terminal.plan(plan, data.pixels)
     if options.dry_run:
         check_study(plan, options)
-        kind = engine.resolve_device(options.device).type
         estimate = expected(plan, kind, options.tracking_uri)
         terminal.dry_run(options.tracking_uri, options.storage, estimate)
         return None

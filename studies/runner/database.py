@@ -29,28 +29,18 @@ from studies.runner import stopping
 
 Result = TypeVar("Result")
 
+# Options of libpq, unless the URL has them.
 CONNECTING = {
     "connect_timeout": "4",  # seconds for each address of a host; localhost has two
     "keepalives_idle": "30",
     "tcp_user_timeout": "20000",  # ms, after which a connection into the void is closed
     "options": "-c timezone=utc",  # Optuna's heartbeats have no time zone
 }
-"""Options of libpq, unless the URL has them."""
-
-PATIENCE = 600.0
-"""Seconds for which a database may be away before `retry` gives up."""
-
-SILENCE = 60
-"""Seconds after which PostgreSQL takes a lock from a process that is stopped."""
-
-BEAT = "VAE_SWEEP_BEAT"
-"""Variable with the seconds between heartbeats (20); the same for all that share a study."""
-
-MISSED = 6
-"""Heartbeats that a process may miss before its trials are reassigned."""
-
-POSTGRES = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-"""Kinds of URL that psycopg opens; other databases have no lock here."""
+PATIENCE = 600.0  # seconds for which a database may be away before `retry` gives up
+SILENCE = 60  # seconds after which PostgreSQL takes a lock from a process that is stopped
+BEAT = "VAE_SWEEP_BEAT"  # variable with the seconds between heartbeats, the same for all processes
+MISSED = 6  # heartbeats that a process may miss before its trials are reassigned
+POSTGRES = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")  # kinds of URL of psycopg
 
 _retrying = threading.local()
 
@@ -203,8 +193,7 @@ def heartbeat_seconds() -> int:
 def process_name(process: int | None = None) -> str:
     """Return the name of a process of this machine, by default this one: "HOST/PIDNS:PID:START".
 
-    START, the process's start in ticks of the kernel, differs for later processes of that id; it is
-    "" where there is no /proc.
+    START, the process's start in ticks of the kernel, differs for later processes of that id.
     """
     process = process or os.getpid()
     return f"{_host()}:{process}:{_start(process)}"
@@ -213,9 +202,7 @@ def process_name(process: int | None = None) -> str:
 def is_gone(owner: str) -> bool:
     """Return whether a process of this machine and container has ended; False for any other."""
     host, process, start = owner.rsplit(":", 2)
-    if host != _host():
-        return False
-    return _start(int(process)) != start if start else not addresses.alive(int(process))
+    return host == _host() and _start(int(process)) != start
 
 
 def in_words(owner: str) -> str:
@@ -225,8 +212,7 @@ def in_words(owner: str) -> str:
 
 
 def _host() -> str:
-    space, machine = Path("/proc/self/ns/pid"), socket.gethostname()
-    return f"{machine}/{space.stat().st_ino}" if space.exists() else machine
+    return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _start(process: int) -> str:

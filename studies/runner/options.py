@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-import shutil
 import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -52,18 +51,14 @@ class Places:
     dry_run: bool = False
     json: bool = False
 
-    def check(self) -> None:
-        """Raise UserError for a number that is too low."""
+    def named(self, default: str) -> str:
+        """Return the study's name; it and the numbers are checked."""
         at_least(0, checkpoint_every=self.checkpoint_every)
         at_least(1, workers=self.workers)
-
-    def named(self, default: str) -> str:
-        """Return the study's name, checked."""
         return checked_name(default if self.study_name is None else self.study_name)
 
 
-ELSEWHERE = tuple(field.name for field in fields(Places))
-"""Options that do not change the results."""
+ELSEWHERE = tuple(field.name for field in fields(Places))  # they do not change the results
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,6 @@ class Common(Places):
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
         """Return a configuration with the given settings; `epochs` are the dataset's."""
-        self.check()
         found = config.replace(**{"epochs": epochs, **self.settings})
         for name, model in (("hidden", "mlp"), ("channels", "conv")):
             if name in self.settings and found.model != model:
@@ -108,8 +102,6 @@ class Options(Common, Generic[Value]):
 
 SETTINGS = [field.name for field in fields(RunConfig) if field.name != "seed"]
 
-EPOCHS = "default: 50; 20 for 10,000 training images or more"
-
 
 def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """Return a dataclass with an option for every setting but the seed; None means not given.
@@ -118,13 +110,16 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """
     parsed = docstring_parser.parse(RunConfig.__doc__ or "").params
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in parsed}
-    made = []
-    for name, kind in get_type_hints(RunConfig).items():
-        if name in SETTINGS:
-            default = f"default: {' '.join(words(getattr(base, name))) or 'none'}"
-            shown = f"({notes.get(name, EPOCHS if name == 'epochs' else default)})"
-            option: Any = Annotated[kind | None, arg(help=helps[name], help_behavior_hint=shown)]
-            made.append((name, option, None))
+    kinds, made = get_type_hints(RunConfig), []
+    for name in SETTINGS:
+        default = " ".join(words(getattr(base, name))) or "none"
+        if name == "epochs":
+            default = "50; 20 for 10,000 training images or more"
+        hint = arg(
+            help=helps[name], help_behavior_hint=f"({notes.get(name, f'default: {default}')})"
+        )
+        option: Any = Annotated[kinds[name] | None, hint]
+        made.append((name, option, None))
     return make_dataclass("Settings", made, frozen=True)
 
 
@@ -151,15 +146,6 @@ def program(name: str) -> str:
     return shlex.join(["python", *start_words(name)])
 
 
-def python() -> str:
-    """Return the command of this Python in the current directory."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    executable, here = Path(sys.executable), Path.cwd()
-    inside = executable.is_relative_to(here)
-    return shlex.quote(str(executable.relative_to(here) if inside else executable))
-
-
 def text(value: object) -> str:
     """Return a value of an axis as text: several numbers with commas, "none" if it is empty."""
     if isinstance(value, Mapping):
@@ -181,8 +167,7 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
     line = []
     for name, value in {**given.pop("settings", {}), **given}.items():
         if name not in left_out and value != defaults.get(name):
-            line.append(f"--{name.replace('_', '-')}")
-            line += [] if value is True else words(value)
+            line += [f"--{name.replace('_', '-')}", *([] if value is True else words(value))]
     return line
 
 

@@ -28,18 +28,15 @@ if TYPE_CHECKING:
 else:
     optuna = lazy_loader.load("optuna")
 
+# The metric that selects the best trial, with two objectives too: the lowest of all lies on the
+# front, since neg_elbo rises with rate and with mse.
 SELECTION = "val/neg_elbo"
-"""Metric that selects the best trial, with two objectives too: the lowest of all lies on the front,
-since neg_elbo rises with rate and with mse."""
 
-ROUNDS = 4
-"""Least number of rounds of a search: trials that are made together learn nothing of each other."""
+ROUNDS = 4  # least number of rounds of a search: trials made together do not learn of each other
+REPORTS = 5  # about how often a trial is compared with others; a report takes 13 ms
 
-REPORTS = 5
-"""Approximate number of times that a trial is compared with others; a report takes 13 ms."""
-
+# User attributes of a trial: identity in a list, keys of its runs, that it failed for good.
 CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
-"""User attributes of a trial: identity in a list, keys of its runs, that it failed for good."""
 
 Metrics = Mapping[str, float]
 Report = Callable[[float, int], bool]  # value and epoch -> whether the trial is to be pruned
@@ -80,13 +77,7 @@ def _planned(
 
 
 class Cell(NamedTuple):
-    """One run of a list.
-
-    Attributes:
-        identity: JSON values that identify its trial.
-        label: name of the configuration, the same for all seeds.
-        params: parameters in MLflow, beside the settings.
-    """
+    """One run of a list; `identity` are JSON values, `params` parameters beside the settings."""
 
     identity: dict[str, Any]
     config: RunConfig
@@ -144,17 +135,17 @@ class Listed:
 
     def propose(self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int) -> set[str]:
         """Make trials of the first cells that are missing; return the keys of their runs."""
-        made = {uuid4().hex: cell for cell in self.missing(trials)[:count]}
-        for key, cell in made.items():
+        made = set[str]()
+        for cell in self.missing(trials)[:count]:
+            made.add(key := uuid4().hex)
             state = optuna.trial.TrialState.RUNNING
             attrs = {CELL: cell.identity, KEYS: [key]}
             study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attrs))
-        return set(made)
+        return made
 
     def planned(self, trial: FrozenTrial) -> list[Planned]:
         """Return a trial's run."""
-        place = self.place(trial)
-        assert place is not None
+        place = self._places[_identity(trial.user_attrs[CELL])]
         cell, (key,) = self.cells[place], keys(trial)
         return [_planned(trial, key, cell.config, cell.label, place, cell.params)]
 
@@ -176,9 +167,7 @@ class Range(NamedTuple):
     log: bool = False
 
 
-Space = Mapping[str, Range | tuple[str, ...]]
-"""Field of `RunConfig` -> a range of numbers, or names."""
-
+Space = Mapping[str, Range | tuple[str, ...]]  # field of `RunConfig` -> a range, or names
 Pruner = Literal["median", "hyperband", "none"]
 
 PRUNED = {
@@ -224,7 +213,12 @@ class TPE:
         number of trials: a search that is continued does not draw its first points again, and no
         two processes draw the same.
         """
-        study.pruner = self._pruner()
+        pruners = {
+            "median": optuna.pruners.MedianPruner(),
+            "hyperband": optuna.pruners.HyperbandPruner(self.judged.start, self.base.epochs),
+            "none": optuna.pruners.NopPruner(),
+        }
+        study.pruner = pruners[self.pruner]
         if self._expected != len(trials):
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
         self._expected = len(trials) + count
@@ -238,12 +232,6 @@ class TPE:
             trial.set_user_attr(KEYS, new)
             made.update(new)
         return made
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        if self.pruner == "hyperband":
-            return optuna.pruners.HyperbandPruner(self.judged.start, self.base.epochs)
-        median = self.pruner == "median"
-        return optuna.pruners.MedianPruner() if median else optuna.pruners.NopPruner()
 
     def configs(self, trial: FrozenTrial) -> list[RunConfig]:
         """Return the settings of a trial's runs, one per seed."""

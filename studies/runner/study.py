@@ -23,18 +23,15 @@ if TYPE_CHECKING:
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
-BLOG_WEIGHT = 1.0
-"""The blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")."""
+BLOG_WEIGHT = 1.0  # the blog's KL weight: decoder variance 0.5 pixel² (normalisation "pixels")
 
 
 class Source(NamedTuple):
     """The properties of a dataset on which a plan depends, known before the data are loaded.
 
-    Attributes:
-        calibrated: a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels".
-        epochs: passes over the training split where the user gives no number.
-        words: options that name it on a command line, for the user's images without the folder.
-        settings: what identifies it; of the user's images, which a name does not, a digest too.
+    `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
+    `epochs` the default; `words` are its options on a command line, without the folder of the
+    user's images; `settings` identify it, the user's images by a digest too.
     """
 
     name: str
@@ -45,6 +42,8 @@ class Source(NamedTuple):
     settings: Mapping[str, Any]
 
 
+# Weights of digits and mnist are measured by `python -m studies.kl_weight`, the others guessed from
+# their variance.
 KNOWN = {
     name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name})
     for name, pixels, calibrated, epochs in (
@@ -54,8 +53,6 @@ KNOWN = {
         ("kmnist", 784, 0.1, 20),
     )
 }
-"""Weights of digits and mnist are measured by `python -m studies.kl_weight`, the others guessed
-from their variance."""
 
 
 def read_images(name: str, image_size: Sequence[int] | None) -> Dataset | None:
@@ -109,11 +106,11 @@ def calibrated(config: RunConfig, data: Source) -> RunConfig:
     return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
+# Columns of a summary table: last and best validation neg_elbo, then test metrics.
 TABLE = (
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),
     *("neg_elbo", "mse", "rate", "calibration_ratio", "active_units"),
 )
-"""Columns of a summary table: last and best validation neg_elbo, then test metrics."""
 
 
 class Axis:
@@ -122,8 +119,7 @@ class Axis:
     Args:
         name: column of the frames and axis of the figures.
         values: at least one; numbers, names, tuples of whole numbers, or weights by name.
-        apply: (config, value, source of the data) -> config; by default `name` is a field that is
-            set.
+        apply: (config, value, source of the data) -> config; by default the field `name` is set.
     """
 
     def __init__(
@@ -133,13 +129,8 @@ class Axis:
         apply: Callable[[RunConfig, Any, Source], RunConfig] | None = None,
     ) -> None:
         self.name, self.values = name, tuple(map(_hashable, values))
-        if not values or not all(
-            isinstance(v, str | int | float | tuple | Weights) for v in self.values
-        ):
-            raise UserError(
-                f"axis {name!r} has the values {list(values)}: give at least one, each a number, a "
-                "name, a tuple of whole numbers, or weights by name"
-            )
+        if not values:
+            raise UserError(f"axis {name!r} has no values: give at least one")
         if apply is None and name not in SETTINGS:
             raise UserError(
                 f"axis {name!r} is no setting of RunConfig that can be swept; give a function "
@@ -182,13 +173,11 @@ class Study:
         figures: file name -> (frame -> figure, caption).
         answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
-        groups: (base, source of the data) -> {group: changes to base}; the axis is swept in every
-            group.
+        groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
         objective: validation metric by which points and epochs are compared.
         extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
-        reference: axis value that all others are compared with; None means the best one.
     """
 
     name: str
@@ -198,14 +187,11 @@ class Study:
     figures: Mapping[str, tuple[Callable[[pd.DataFrame], Figure], str]]
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
-    groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda base, data: {
-        "": {}
-    }
+    groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
     seeds: int = 3
     objective: str = SELECTION
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
-    reference: Any = None
 
     def __post_init__(self) -> None:
         checked_name(self.name)
@@ -226,13 +212,10 @@ class Plan:
         page: name of the study's module or file, and first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
-        find: trials and runs at the end -> table, answer, figures and pictures.
         words: the command line that repeats it, but for its name.
-        sentence: the planned runs in words.
         study: name in `studies.all` of the study whose `extras` a replay computes; None without.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
-        growth: how the study grows, the beginning of the last line on the terminal.
     """
 
     page: str
@@ -249,7 +232,6 @@ class Plan:
     study: str | None = None
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
-    growth: str = ""
 
     @property
     def experiment(self) -> str:
@@ -271,10 +253,8 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     at_least(1, seeds=seeds)
     axis, given = study.axis, options.values
     values = axis.values if given is None else tuple(map(axis.read, given))
-    if not values:
-        raise UserError("--values: give at least one, or leave it out")
-    if len(set(values)) < len(values):
-        raise UserError(f"values={list(values)}: give every value once")
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, images)
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
@@ -297,9 +277,8 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    groups = [group for group in dict.fromkeys(group for group, _ in points) if group]
-    each = f" x {len(groups)} groups ({', '.join(groups)})" if groups else ""
-    epochs = list(dict.fromkeys(str(cell.config.epochs) for cell in cells))
+    groups = f" x {len(points) // len(values)} groups" if study.group else ""
+    epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
         page=study.name,
@@ -310,12 +289,11 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         proposer=Listed(cells, {**data.settings, **shared}, (study.objective,)),
         find=partial(_find, study),
         words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
-        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){each} x "
-        f"{seeds} seeds = {len(cells)} runs of {' or '.join(epochs)} epochs",
+        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
+        f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
         extras=study.extras,
         study=None if replayable else study.name,
-        growth="a closer look with other --values and more --seeds (and a --study-name), ",
     )
 
 
@@ -348,12 +326,8 @@ def check_objective(page: str, config: RunConfig, objective: str = SELECTION) ->
         return
     if not config.has_likelihood:
         raise UserError(
-            f"likelihood={config.likelihood!r} with binarization={config.binarization!r}: cross-"
-            f"entropy of grey pixels is no likelihood, and {page} compares neg_elbo; give "
-            "--binarization stochastic or threshold"
+            f"likelihood={config.likelihood!r}: of grey pixels it is no likelihood, and {page} "
+            "compares neg_elbo; give --binarization stochastic or threshold"
         )
     if config.latent == "deterministic":
-        raise UserError(
-            f"latent='deterministic': a plain autoencoder has no neg_elbo, which {page} compares; "
-            "only a study with the objective 'val/mse' takes it"
-        )
+        raise UserError(f"latent='deterministic': it has no neg_elbo, which {page} compares")

@@ -7,15 +7,17 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial
 from PIL import Image
 
 from analysis import frames, plots, report, tables
@@ -24,52 +26,31 @@ from harness import provenance
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError
 from harness.metrics import pictures, probes
-from harness.models.vae import VAE
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
 from harness.tracking.record import FAILED, MADE_WITH, interruption
-from harness.tracking.runs import NOTE, Run
+from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
 if TYPE_CHECKING:
-    import numpy as np
-    import optuna
-    from matplotlib.figure import Figure
-    from optuna.trial import FrozenTrial
-
-    from harness.tracking.runs import RunLog
     from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
+VIEWED = ("latent_size", "kl_weight", "val/neg_elbo", "mse", "rate", "active_units")  # in MLflow
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
-
-LONGEST_WAIT = 60.0
-"""Seconds, at most, for which a process waits for another that writes the same report."""
-
-SCATTERED = 1000
-"""Test images of a latent scatter."""
-
-COMPARED = {"val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet"}
-"""Metrics of the table of paired differences."""
 
 TABLE_CAPTION = (
     "Mean and 95 % t interval over seeds; val/ on validation data, all others on test data, both "
-    "after the last epoch. best/epoch is the epoch with the best validation value, best/val/ that "
-    "value."
+    "after the last epoch. best/epoch has the best validation value, best/val/ is that value."
 )
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The trials and runs that a study is answered from.
-
-    Attributes:
-        trials: of the study and of its confirmation.
-        runs: runs of trials that have a result, in the order of the plan.
-    """
+    """The trials of a study and its confirmation, and their runs in the order of the plan."""
 
     plan: Plan
     data: Dataset = field(repr=False)
@@ -83,29 +64,17 @@ class Ended:
         """The runs that finished."""
         return [run for run in self.runs if run.status == "FINISHED"]
 
-    @property
-    def diverged(self) -> list[Run]:
-        """The runs that diverged."""
-        return [run for run in self.runs if run.status == "FAILED"]
-
 
 @dataclass(frozen=True)
 class Findings:
     """The results of a study, ready to be written.
 
     Attributes:
-        table: the main table, for the terminal and the summary run.
-        frame: all runs, written to runs.csv.
-        tables: file name -> (table, caption), for the report.
-        figures: file name -> (function that draws the figure, caption).
+        frame: all runs; `best` is its row whose model is pictured and held by the summary run.
+        tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
-        closer: label of the model that is pictured in detail, "" without models.
-        best: the run whose model the summary run holds, a row of a frame of runs.
-        shown: metrics of the summary run.
-        settings: parameters of the summary run.
-        columns: of MLflow's view of the runs; empty for seed and the table's.
-        seed: of the pictured runs.
-        sections: further parts of the outcome, for a page that displays it itself.
+        shown, settings: metrics and parameters of the summary run.
+        sections: further parts of the outcome, for a page.
     """
 
     table: pd.DataFrame
@@ -114,23 +83,15 @@ class Findings:
     tables: Mapping[str, tuple[pd.DataFrame, str]]
     figures: Mapping[str, tuple[Callable[[], Figure], str]]
     models: Mapping[str, str]
-    closer: str
     best: pd.Series
     shown: Mapping[str, float]
     settings: Mapping[str, Any]
-    columns: Sequence[str] = ()
-    seed: int = 0
     sections: Any = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished study, as it is shown.
-
-    Attributes:
-        folder: where tables, figures and pictures were written.
-        failed: which metrics of the runs could not be computed, "" if none.
-    """
+    """A finished study, as it is shown; `failed` names metrics that could not be computed."""
 
     plan: Plan
     table: pd.DataFrame
@@ -152,23 +113,20 @@ def ended(
     runs = [run for run in every if run.key in places]
     runs.sort(key=lambda run: (places[run.key] is None, places[run.key] or 0))
     found = Ended(plan, data, store, study, trials, runs)
-    complete = {key for t in trials if t.state.name == "COMPLETE" for key in keys(t)}
+    complete = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
     if not complete:
         raise UserError(f"study {plan.name!r} has no finished run: every one diverged")
     if missing := complete - {run.key for run in found.finished}:
         raise UserError(
             f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
-            f"{len(missing)} are not in {without_password(store.uri)}; give the store that it was "
-            "tracked in with --tracking-uri, or begin a new study with --study-name"
+            f"{len(missing)} are not in {without_password(store.uri)}; give their store with "
+            "--tracking-uri, or begin a new study with --study-name"
         )
     return found
 
 
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:
-    """Write folder, report and summary run of a study; return the outcome and the run's id.
-
-    Where `write` raises SummaryError there is no summary run.
-    """
+    """Write folder, report and summary run of a study; return the outcome and the run's id."""
     findings = found.plan.find(found)
     outcome = write(findings, found, experiment_id)
     for place, run in enumerate(found.runs):
@@ -192,17 +150,13 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
 def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
     """Write the folder and the report of a study, one process of this disk after the other.
 
-    Raises:
-        SummaryError: a figure or the answer failed; all the others are written.
+    Where a figure or the answer fails, all others are written before SummaryError is raised.
     """
-    folder = make_folder(found.store.home / "reports" / found.plan.name)
-    lock = FileLock(f"{folder}.lock")
-    with suppress(Timeout):  # of a process that is stopped
-        lock.acquire(LONGEST_WAIT)
-    try:
+    folder = found.store.home / "reports" / found.plan.name
+    for part in ("figures", "pictures"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
         return _write(folder, findings, found, experiment_id)
-    finally:
-        lock.release()
 
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
@@ -211,14 +165,16 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     def attempt(part: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
         try:
             return function()
+        except UserError:
+            raise
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             log.warning("%s failed", part, exc_info=True)
             failures.append(f"{part}: {error!r}")
 
-    answer = attempt("the answer", findings.answer) or "The answer failed."
-    failed = _failed_metrics(found.finished)
+    answer, failed = attempt("the answer", findings.answer) or "The answer failed.", ""
+    if lacking := [run for run in found.finished if FAILED in run.tags]:
+        example = f"{lacking[0].name}: {lacking[0].tags[FAILED]}"
+        failed = f"The study's further metrics of {len(lacking)} runs failed ({example})."
     answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
@@ -229,7 +185,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         if (figure := attempt(f"figure {name!r}", draw)) is not None:
             figures.append(Exhibit(f"figures/{name}.png", caption))
             figure.savefig(folder / figures[-1].file, dpi=150)
-    drawn = attempt("the pictures", lambda: write_pictures(folder, findings, found)) or []
+    drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     summary = Summary(
         study=plan.page,
         name=plan.name,
@@ -250,31 +206,21 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     report.build(folder)
     if failures:
         raise SummaryError(
-            f"everything is trained and recorded, but {'; '.join(failures)}; the rest of the "
-            f"report is in {folder}, and the same command tries again"
+            f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
+            f"{folder}, and the same command tries again"
         )
-    sections = findings.sections
-    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, sections)
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a summary's folder with its two parts."""
-    for part in ("figures", "pictures"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    return folder
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings.sections)
 
 
 def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog) -> None:
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
     # First: a study whose summary is complete is not summarized again.
-    columns = findings.columns or ["seed", *outcome.table.columns]
-    save_view(store, outcome.experiment_id, columns, best["run_id"])
+    columns = dict.fromkeys(["seed", *outcome.table.columns, *VIEWED])
+    save_view(store, outcome.experiment_id, [*columns], best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
-    run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    question = outcome.plan.question.strip()
-    run.tag(NOTE, f"**{question}**\n\n{outcome.answer}\n\n{table}\n")
+    run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -284,26 +230,14 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     run.model(loaded.config, loaded.model)
 
 
-def _failed_metrics(runs: Sequence[Run]) -> str:
-    failed = [run for run in runs if FAILED in run.tags]
-    if not failed:
-        return ""
-    example = f"{failed[0].name}: {failed[0].tags[FAILED]}"
-    return f"The study's further metrics of {len(failed)} runs failed ({example})."
-
-
 def differing(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each of code, versions and device in which compared runs differ."""
     sentences = []
     for part, (kind, name) in MADE_WITH.items():
-        counts = Counter(getattr(run, kind).get(name) for run in runs)
-        counts.pop(None, None)  # of an earlier version
+        counts = Counter(filter(None, (getattr(run, kind).get(name) for run in runs)))
         if len(counts) > 1:
             each = "; ".join(f"{count} with {made}" for made, count in counts.most_common())
-            sentences.append(
-                f"The compared runs differ in their {part} ({each}), which may explain differences "
-                "between them."
-            )
+            sentences.append(f"The compared runs differ in their {part} ({each}).")
     return sentences
 
 
@@ -312,72 +246,39 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return the results of a grid of points."""
-    axes, runs = study.columns, [r for r in found.runs if r.status in ("FINISHED", "FAILED")]
-    every = frames.tidy(runs).assign(diverged=[float(run.status == "FAILED") for run in runs])
-    frame = every[every["diverged"] == 0].drop(columns="diverged")
-    ranked = frame[every.groupby(axes)["diverged"].transform("max")[frame.index] == 0]
+    axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
+    every = frames.tidy([*found.finished, *diverged])
+    frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
+    # A point of which a seed diverged is not ranked.
+    ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
-    if found.diverged:
-        table = _with_diverged(table, axes, every)
-    reference = _reference(study, ranked, axes)
-    compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
-    differences = frames.differences(frame, axes, reference, compared)
-    compared_with = reference["name"].iloc[0].rpartition(" seed=")[0]
-    caption = f"Difference from {compared_with}, paired by seed, with its 95 % t interval."
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
-    labels = first["name"].str.rpartition(" seed=")[0]
     best = ranked.loc[ranked[study.objective].idxmin()]
+    configs = [json.loads(config.to_json()) for config in found.plan.configs]
+    shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
+    shared.pop("seed", None)
+    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in diverged)
+    not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
     return Findings(
         table=table,
-        answer=lambda: "\n\n".join(filter(None, [study.answer(ranked), _diverged(found.diverged)])),
+        answer=lambda: "\n\n".join([study.answer(ranked), *not_ranked]),
         frame=frame,
-        tables={"table": (table, TABLE_CAPTION), "differences": (differences, caption)},
+        tables={"table": (table, TABLE_CAPTION)},
         figures={
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
-        models=dict(zip(labels, first["run_id"], strict=True)),
-        closer=labels[first[study.objective].idxmin()] if len(first) else "",
+        models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
         best=best,
         shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
-        settings=_settings(study, found.plan, frame),
+        settings={
+            **found.plan.source.settings,
+            "values": list(dict.fromkeys(frame[study.axis.name].tolist())),
+            "seeds": int(frame["seed"].nunique()),
+            **shared,
+        },
     )
-
-
-def _settings(study: Study, plan: Plan, frame: pd.DataFrame) -> dict[str, Any]:
-    """Return the dataset, the size of the study, and the settings in which its runs agree."""
-    first, *others = (json.loads(config.to_json()) for config in plan.configs)
-    shared = {k: v for k, v in first.items() if all(other[k] == v for other in others)}
-    shared.pop("seed", None)
-    values = list(dict.fromkeys(frame[study.axis.name].tolist()))
-    seeds = int(frame["seed"].nunique())
-    return {**plan.source.settings, "values": values, "seeds": seeds, **shared}
-
-
-def _reference(study: Study, frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Return the runs that all points are compared with: the study's reference, or the best."""
-    if study.reference in set(frame[axes[-1]]):
-        return frame[frame[axes[-1]] == study.reference]
-    best = frame.groupby(axes)[study.objective].mean().idxmin()
-    best = best if isinstance(best, tuple) else (best,)
-    return frame[(frame[axes] == list(best)).all(axis=1)]
-
-
-def _diverged(runs: Sequence[Run]) -> str:
-    if not runs:
-        return ""
-    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in runs)
-    count = "1 run diverged, and its" if len(runs) == 1 else f"{len(runs)} runs diverged, and their"
-    return f"{count} values are not ranked: {named}."
-
-
-def _with_diverged(table: pd.DataFrame, axes: list[str], every: pd.DataFrame) -> pd.DataFrame:
-    """Add to a table the diverged runs of each point, and points without a finished run."""
-    points = frames.along_axis(every, axes, ["diverged"])
-    lost = points["diverged"] * points["seeds"]
-    texts = [f"{n:.0f} of {runs}" for n, runs in zip(lost, points["seeds"], strict=True)]
-    return points[axes].assign(diverged=texts).merge(table, on=axes, how="left")
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -388,52 +289,38 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
     if not findings.models:
         return []
     log.info("drawing pictures of the models")
-    data, seed, closer = found.data, findings.seed, findings.closer
-    models = {label: load_run(run, found.store.uri).model for label, run in findings.models.items()}
-    labels, stack, detailed = list(models), list(models.values()), models[closer]
-
-    def save(name: str, picture: np.ndarray, caption: str, rows: Sequence[str] = ()) -> Exhibit:
+    data, uri, best = found.data, found.store.uri, findings.best
+    models = {label: load_run(run, uri).model for label, run in findings.models.items()}
+    labels, stack, detailed = (
+        list(models),
+        list(models.values()),
+        load_run(best["run_id"], uri).model,
+    )
+    drawn = {
+        "reconstructions": pictures.reconstructions(stack, data.test),
+        "prior_samples": pictures.sample_rows(stack),
+        "traversals": pictures.traversals(detailed, data),
+        "interpolations": pictures.interpolations(detailed, data.test),
+    }
+    for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / f"pictures/{name}.png")
-        return Exhibit(f"pictures/{name}.png", caption, rows)
-
-    return [
-        save(
-            "reconstructions",
-            pictures.reconstructions(stack, data.test),
-            f"Test images (top row) and reconstructions from the posterior mean, seed {seed}.",
-            ["test images", *labels],
-        ),
-        save(
-            "prior_samples",
-            pictures.sample_rows(stack, seed),
-            f"Decoder means of z drawn from the prior N(0, I), seed {seed}.",
-            labels,
-        ),
-        save(
-            "traversals",
-            pictures.traversals(detailed, data),
-            f"{closer}: one latent a row from -3 to 3, largest KL first, the others 0.",
-        ),
-        save(
-            "interpolations",
-            pictures.interpolations(detailed, data.test),
-            f"{closer}: straight lines between the posterior means of pairs of test images.",
-        ),
-        _scatter(folder, models, data),
-    ]
-
-
-def _scatter(folder: Path, models: Mapping[str, VAE], data: Dataset) -> Exhibit:
-    part = data.test.head(SCATTERED)
+    part = data.test.head(1000)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     planes = []
     for label, model in models.items():
         x, y = probes.latent_plane(model, part).T
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
-    coloured = ", coloured by class" if data.classes > 1 else ""
-    caption = (
-        f"Posterior means of {len(classes)} test images{coloured}: both latents of two, the first "
-        "two principal components of more. Each panel has its own scale."
-    )
-    return Exhibit("pictures/latents.png", caption)
+    captions = {
+        "reconstructions": "Test images (top row) and reconstructions from the posterior mean.",
+        "prior_samples": "Decoder means of z drawn from the prior N(0, I).",
+        "traversals": f"{best['name']}: a latent a row from -3 to 3, largest KL first, others 0.",
+        "interpolations": f"{best['name']}: lines between posterior means of pairs of test images.",
+        "latents": f"Posterior means of {len(classes)} test images: both latents of two, the first "
+        "two principal components of more. Each panel has its own scale.",
+    }
+    rows = {"reconstructions": ["test images", *labels], "prior_samples": labels}
+    return [
+        Exhibit(f"pictures/{name}.png", caption, rows.get(name, ()))
+        for name, caption in captions.items()
+    ]

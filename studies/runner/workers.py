@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +14,8 @@ from harness.config import UserError
 from studies.runner import stopping
 from studies.runner.options import Places, arguments, start_words
 
-NUMBER = "VAE_SWEEP_WORKER"
-"""Environment variable of a worker: its number, from 1, and how many there are: "2/4"."""
-
-PATIENCE = 30.0
-"""Seconds in which a worker must end after a second Ctrl-C."""
-
-OF_PARENT = ("workers", "json", "leave")
-"""Options that workers are not given."""
-
-INTERVAL = 1.0
-"""Seconds between two queries of the workers and the database."""
+NUMBER = "VAE_SWEEP_WORKER"  # variable of a worker: its number, from 1, and how many: "2/4"
+INTERVAL = 1.0  # seconds between two queries of the workers and the database
 
 
 def started() -> int:
@@ -50,8 +40,9 @@ def train(
 
     folder, (before, left) = cache / "workers" / study, counts()
     folder.mkdir(parents=True, exist_ok=True)
-    given = arguments(replace(options, study_name=study, fresh=False), OF_PARENT)
-    command = [sys.executable, *start_words(page), *given]
+    given = replace(options, study_name=study, fresh=False)
+    left_out = ("workers", "json", "leave")
+    command = [sys.executable, *start_words(page), *arguments(given, left_out)]
     cores, more = divmod(processes.available(), options.workers)
     team: dict[int, subprocess.Popen[bytes]] = {}
     try:
@@ -73,7 +64,11 @@ def train(
             for number, worker in [*team.items()]:
                 if (code := worker.poll()) is not None:
                     del team[number]
-                    _report(number, code, folder / f"{number}.log")
+                if code:
+                    print(
+                        f"worker {number} ended with code {code}: {folder}/{number}.log",
+                        file=sys.stderr,
+                    )
             done, left = counts()
             show(done - before, f"runs left: {left}; {len(team)} workers write logs in {folder}")
     except BaseException:
@@ -81,26 +76,19 @@ def train(
         raise
     if left:
         raise UserError(
-            f"study {study!r}: no worker is left alive (above; runs left: {left}); finished runs "
-            "are kept, the same command continues it"
+            f"study {study!r}: no worker is left alive (runs left: {left}; logs: {folder}); the "
+            "same command continues it"
         )
 
 
-def _report(number: int, code: int, log: Path) -> None:
-    if code:
-        lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
-        last = lines[-1].strip() if lines else "nothing was printed"
-        print(f"worker {number} ended with code {code}: {last} ({log})", file=sys.stderr)
-
-
 def _stop(team: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop every worker after its epoch; a second Ctrl-C ends the wait."""
-    for patience in (None, PATIENCE):
-        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-            for worker in team:
-                worker.terminate()
-            for worker in team:
-                worker.wait(patience)
-            return
+    """Stop every worker after its epoch; a second Ctrl-C kills them."""
     for worker in team:
-        worker.kill()
+        worker.terminate()
+    for worker in team:
+        try:
+            worker.wait()
+        except KeyboardInterrupt:
+            for other in team:
+                other.kill()
+            worker.wait()

@@ -51,10 +51,9 @@ def test_no_weight_is_called_calibrated_where_weights_set_no_variance():
     assert beta(sigma_vae, 784) == 1
 
 
-@pytest.mark.parametrize("values", [(), (None,), (Axis,)])
-def test_an_axis_has_values_that_can_be_compared_and_written(values):
-    with pytest.raises(UserError, match="give at least one, each a number, a name, a tuple"):
-        Axis("hidden", values)
+def test_an_axis_has_values():
+    with pytest.raises(UserError, match="axis 'hidden' has no values: give at least one"):
+        Axis("hidden", ())
 
 
 @pytest.mark.parametrize("name", ["width", "seed"])
@@ -120,7 +119,7 @@ def test_a_study_has_a_name_and_a_question(name, question):
 def test_every_configuration_has_what_the_study_compares():
     axis = Axis("latent", ("stochastic", "deterministic"))
     study = replace(kl_weight.STUDY, base=RunConfig(kl_weight=0.0), axis=axis)
-    with pytest.raises(UserError, match="a plain autoencoder has no neg_elbo"):
+    with pytest.raises(UserError, match="it has no neg_elbo, which kl_weight compares"):
         make_plan(study, Options())
 
 

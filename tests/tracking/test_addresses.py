@@ -1,7 +1,6 @@
 """Addresses of stores: what is refused, and what is shown of them."""
 
 import errno
-import os
 import pickle
 import sqlite3
 import subprocess
@@ -95,13 +94,6 @@ def test_an_address_that_cannot_be_used_is_one_clear_error(uri, why, tmp_path):
         connect(uri.replace("HERE", str(tmp_path)))
     assert len(str(refusal.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_process_that_runs_is_alive():
-    assert addresses.alive(os.getpid())
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    assert not addresses.alive(done.pid)
 
 
 def test_addresses_load_neither_mlflow_nor_torch():
