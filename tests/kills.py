@@ -40,7 +40,7 @@ STEPS: list[tuple[Any, tuple[str, ...]]] = [
     (
         mlflow.MlflowClient,
         (
-            *("create_experiment", "set_experiment_tag", "create_run", "log_batch"),
+            *("create_experiment", "set_experiment_tag", "create_run", "log_batch", "log_inputs"),
             *("log_artifact", "log_artifacts", "set_tag", "set_terminated", "delete_run"),
         ),
     ),

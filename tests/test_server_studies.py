@@ -1,5 +1,6 @@
 """Whole studies on a real MLflow server that is stopped, killed and started under them."""
 
+import json
 import re
 import shutil
 import signal
@@ -96,6 +97,7 @@ def contents(store, run) -> dict:
     client, run_id = store.client, run.info.run_id
     history = {k: client.get_metric_history(run_id, k) for k in run.data.metrics}
     own = {"mlflow.note.content", "mlflow.user", "run_key", "host", "process", "trial"}
+    inputs = [entry.dataset for entry in client.get_run(run_id).inputs.dataset_inputs]
     note = run.data.tags["mlflow.note.content"].replace(run.data.tags["run_key"], "KEY")
     return {
         "name": run.info.run_name,
@@ -105,6 +107,7 @@ def contents(store, run) -> dict:
         "tags": {k: v for k, v in run.data.tags.items() if k not in own},
         "note": note.split(" --tracking-uri")[0],
         "metrics": {k: [(m.step, repr(m.value)) for m in ms] for k, ms in history.items()},
+        "inputs": [(d.name, d.digest, json.loads(d.profile)) for d in inputs],
         "files": files(client, run_id),
     }
 
@@ -242,7 +245,7 @@ def test_killed_with_records_waiting(studies, server, proxy, reference, tmp_path
 
 def test_answers_of_every_kind_are_lost(studies, server, proxy, reference, tmp_path):
     proxy.lose = {"runs/create": 2, "runs/log-batch": 2, "PUT ": 2, "runs/update": 2}
-    proxy.lose |= {"experiments/create": 1, "runs/set-tag": 1}
+    proxy.lose |= {"experiments/create": 1, "runs/log-inputs": 1, "runs/set-tag": 1}
     code, errors = studies.run(tmp_path, proxy.uri)
     assert code == 0, errors
     assert set(proxy.lose.values()) == {0}

@@ -101,6 +101,7 @@ def record(
             params = _params(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
             logs[row] = start(run._replace(params=params, tags=run.tags | tags))
+            logs[row].dataset(data)
             logs[row].text(json.dumps(made_with, indent=2), PROVENANCE)
             if diff:
                 logs[row].text(diff, DIFF)

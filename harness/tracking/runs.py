@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import socket
 import sys
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset as DatasetEntity
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from PIL import Image
 
 from harness.config import RunConfig
@@ -27,6 +29,7 @@ from harness.config import RunConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from harness.data.dataset import Dataset
     from harness.models.vae import VAE
 
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
@@ -100,6 +103,15 @@ class RunLog:
             self._write("metrics", values=self._metrics)
             self._metrics = []
 
+    def dataset(self, data: Dataset) -> None:
+        """Log the dataset as the run's input."""
+        counts = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
+        profile = json.dumps({"image_shape": data.image_shape, "images": counts})
+        source = json.dumps({"tags": {"mlflow.source.name": "harness.load_dataset"}})
+        # For the run table; the whole digest is a parameter.
+        named = {"name": data.name, "digest": data.digest[:12], "profile": profile}
+        self._write("input", dataset={**named, "source_type": "code", "source": source})
+
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
         """Log an image of a step; MLflow shows the steps of one key as a slider."""
         # As `MlflowClient.log_image` does, which would name it anew at each delivery.
@@ -158,6 +170,10 @@ def perform(client: MlflowClient, run_id: str, write: Write) -> None:
         client.log_text(run_id, write["text"], write["file"])
     elif kind == "tag":
         client.set_tag(run_id, write["name"], write["value"])
+    elif kind == "input":
+        context = InputTag("mlflow.data.context", "training")
+        dataset = DatasetInput(DatasetEntity(**write["dataset"]), [context])
+        client.log_inputs(run_id, datasets=[dataset])
     elif kind == "files":
         client.log_artifacts(run_id, write["folder"], write["path"])
     else:

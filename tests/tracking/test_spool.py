@@ -140,12 +140,14 @@ def test_what_is_written_is_on_the_server_and_live_before_the_end(store, experim
 def contents(store, run) -> dict:
     """Return all that a store has of a run but times, ids and what names the process."""
     own = {"mlflow.note.content", "mlflow.user", "run_key", "host", "process"}
+    inputs = [one.dataset for one in store.client.get_run(run.run_id).inputs.dataset_inputs]
     artifacts = files(store.client, run.run_id)
     return {
         "run": (run.name, run.status, run.params, sorted(run.metrics)),
         "tags": {name: value for name, value in run.tags.items() if name not in own},
         "note": run.tags["mlflow.note.content"],
         "history": history(store, run.run_id),
+        "inputs": [(one.name, one.digest, json.loads(one.profile)) for one in inputs],
         "files": [name.split("+timestamp+")[0] for name in artifacts],
     }
 
@@ -158,6 +160,7 @@ def test_a_server_holds_what_a_file_holds(store, experiment, tracking_uri, data)
     for place, home in ((store, experiment), (file, file.experiment("e", "Why?"))):
         put = place.spool.put if place.spool else performing(place.client)
         log = write_run(put, home, new_key(), end=False)
+        log.dataset(data)
         log.model(config, model)
         log.end("FAILED", "diverged")
         place.deliver()

@@ -1,5 +1,6 @@
 """Runs written to a real database file and read back."""
 
+import json
 import multiprocessing
 import sqlite3
 import uuid
@@ -86,6 +87,15 @@ def test_every_value_of_a_long_history_is_kept_and_nothing_is_sent_before_a_batc
     log.end()
     history = [value for value in store.history(id_of(store, log)) if value.metric == "b"]
     assert history == [("b", step, -step) for step in range(1, 1201)]
+
+
+def test_the_dataset_is_an_input_with_its_digest(store, begin, data):
+    log = begin()
+    log.dataset(data)
+    (entry,) = store.client.get_run(id_of(store, log)).inputs.dataset_inputs
+    assert entry.dataset.name == "digits"
+    assert data.digest.startswith(entry.dataset.digest)
+    assert json.loads(entry.dataset.profile)["images"] == {"train": 1280, "val": 256, "test": 261}
 
 
 def test_pictures_are_named_as_mlflow_names_them(store, begin):
