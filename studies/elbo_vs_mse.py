@@ -87,6 +87,7 @@ STUDY = Study(
     answer=cost_and_gain,
     seeds=5,
     objective="val/mse",
+    reference=CALIBRATED_ELBO,
     table=(
         *("neg_elbo", "mse", "rate", "active_units", "probe_accuracy", "frechet"),
         *("val/mse", "best/val/mse", "best/epoch"),

@@ -133,6 +133,16 @@ def test_a_difference_within_its_interval_or_of_one_seed_is_not_distinguishable(
     assert "not distinguishable" in str(frames.paired_difference(first, second, "mse"))
 
 
+def test_differences_within_their_interval_are_marked():
+    frame = table(w=[1, 1, 2, 2, 3, 3], seed=[0, 1] * 3, mse=[0.0, 1.0, 5.0, 6.01, 0.1, 0.9])
+    found = frames.differences(frame, ["w"], frame[frame["w"] == 1], ["mse"])
+    assert found["w"].tolist() == [1, 2, 3]
+    assert found["mse"][0] == "reference"
+    assert found["mse"][1].startswith("5 ±")
+    assert "not distinguishable" in found["mse"][2]
+    assert "not distinguishable" not in found["mse"][1]
+
+
 def test_the_best_value_has_the_lowest_mean_on_validation():
     frame = table(w=[1, 1, 2, 2], seed=[0, 1, 0, 1])
     frame["val/neg_elbo"] = [0.0, 4.0, 1.5, 1.5]

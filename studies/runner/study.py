@@ -178,6 +178,7 @@ class Study:
         objective: validation metric by which points and epochs are compared.
         extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
+        reference: axis value that all points are compared with; None means the best point.
     """
 
     name: str
@@ -192,6 +193,7 @@ class Study:
     objective: str = SELECTION
     extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
+    reference: Any = None
 
     def __post_init__(self) -> None:
         checked_name(self.name)

@@ -47,6 +47,9 @@ TABLE_CAPTION = (
     "after the last epoch. best/epoch has the best validation value, best/val/ is that value."
 )
 
+COMPARED = ("val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet")
+"""Metrics of the table of paired differences."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -266,7 +269,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         table=table,
         answer=lambda: "\n\n".join([study.answer(ranked), *not_ranked]),
         frame=frame,
-        tables={"table": (table, TABLE_CAPTION)},
+        tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranked)},
         figures={
             name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
         },
@@ -280,6 +283,21 @@ def compare_points(study: Study, found: Ended) -> Findings:
             **shared,
         },
     )
+
+
+def _differences(
+    study: Study, frame: pd.DataFrame, ranked: pd.DataFrame
+) -> tuple[pd.DataFrame, str]:
+    """Return the table of paired differences from the reference or the best point, with caption."""
+    axes = study.columns
+    reference = ranked[ranked[study.axis.name] == study.reference]
+    if reference.empty:
+        best = ranked.groupby(axes)[study.objective].mean().idxmin()
+        reference = ranked[ranked.set_index(axes).index.isin([best])]
+    compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
+    name = reference["name"].iloc[0].rpartition(" seed=")[0]
+    caption = f"Difference from {name}, paired by seed, with its 95 % t interval."
+    return frames.differences(frame, axes, reference, compared), caption
 
 
 # --- pictures -----------------------------------------------------------------------------------

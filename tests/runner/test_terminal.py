@@ -12,10 +12,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 
 from harness import RunConfig, tracking
-from harness.metrics.evaluate import on_all_cores
 from harness.tracking import page
 from studies.runner import terminal
 from studies.runner.summary import Outcome
