@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import os
 import re
@@ -137,10 +136,15 @@ def read(
     except SystemExit as error:
         if error.code != 2:
             raise
-        # The message in tyro's box of several lines.
-        lines = [line.strip("│ ").strip() for line in printed.getvalue().strip().splitlines()[1:]]
-        message = itertools.takewhile(lambda line: not re.fullmatch(r"[─╰╯]+", line), lines)
-        raise UserError(f"{' '.join(message)}; --help lists all options") from None
+        # The message between the first two rules of tyro's box.
+        text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())
+        # Without the types that were tried one after the other.
+        text = re.sub(
+            r"Error parsing (\S+): no type matching (?:{None}\|)?(.+?) could be .+? \[(.*?)\].*",
+            lambda found: f"{found[1]} {found[3]}: give {found[2].strip('{}')}",
+            re.sub(r"Error parsing (\S+): invalid literal .+: ('.*')", r"\1 \2: give INT", text),
+        )
+        raise UserError(f"{text}; --help lists all options") from None
     if settings is None:
         return found
     chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
