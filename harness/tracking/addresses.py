@@ -125,15 +125,16 @@ def check_database(url: str, option: str) -> None:
             try_folder(file.parent)
         elif file is not None and not file.is_file():
             raise OSError(f"{file} is not a file")
-        elif file is not None and not Path(f"{file}-wal").exists():
-            # With a log the file alone need not be whole, as where a full disk ended a checkpoint.
+        elif file is not None:
             # Through SQLite: closing the file otherwise takes this process's locks on it, and what
             # it then writes to the log, which another process may delete, is lost.
             address = f"{file.as_uri()}?mode=ro&immutable=1"
             with closing(sqlite3.connect(address, uri=True)) as connection:
                 connection.execute("pragma schema_version")
     except (OSError, sqlite3.Error) as error:
-        raise unusable(url, option, error) from error
+        # Read without locks and without its log, a database that is in use may look corrupt.
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_CORRUPT:
+            raise unusable(url, option, error) from error
 
 
 def try_folder(folder: Path) -> None:

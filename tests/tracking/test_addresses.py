@@ -5,7 +5,9 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+import threading
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,21 @@ def test_models_load_without_pickle(tracking_uri, data, monkeypatch):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     assert load_run(log.key, tracking_uri).config.hidden == (7,)
+
+
+def test_a_database_that_is_written_meanwhile_is_not_refused(tmp_path):
+    # Read without its locks it looks corrupt to about one check in a hundred.
+    written = threading.Event()
+
+    def write():
+        with closing(sqlite3.connect(tmp_path / "busy.db")) as database:
+            for i in range(150):
+                database.execute(f"create table t{i}(a)")
+                database.commit()
+        written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not written.is_set():
+        addresses.check_database(f"sqlite:///{tmp_path}/busy.db", "--storage")
+    writer.join()
