@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from real_servers import MlflowServer, Proxy
 
 from harness import tracking
 
@@ -59,6 +60,25 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tracking.connect(f"sqlite:///{folder}/mlflow.db")
 
     return once("empty", make, tmp_path_factory) / "mlflow.db"
+
+
+@pytest.fixture
+def server(empty_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    """Start an MLflow server."""
+    server = MlflowServer(tmp_path, empty_database)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
+    """Return a new address of the server, whose spool lies in the test's folder."""
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from real_servers import MlflowServer
 
 from benchmarks import audit, children
 from harness import tracking
@@ -130,14 +129,6 @@ def team_of(arguments, folder, home):
         yield team
     finally:
         team.end()
-
-
-@pytest.fixture
-def server(empty_database, tmp_path):
-    server = MlflowServer(tmp_path, empty_database)
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,6 @@ import pandas as pd
 import pytest
 import torch
 from kills import STEPS, begun, count_steps, in_child
-from real_servers import MlflowServer
 
 from benchmarks import audit, children
 from harness import RunConfig, processes, tracking
@@ -243,14 +242,6 @@ def test_the_same_on_postgres(place, alone, empty_database, postgres, part):
         one = replace(place, storage=storage, name=f"killed-{step}")
         assert killed_at(one, step)
         finish(one, alone)
-
-
-@pytest.fixture
-def server(empty_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path, empty_database)
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from harness import load_run, tracking
-from tests.real_servers import MlflowServer, Proxy, free_port
+from tests.real_servers import Proxy, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -73,23 +73,6 @@ def reference(studies, empty_database, tmp_path_factory):
     code, errors = studies.run(folder, f"sqlite:///{folder}/mlflow.db")
     assert (code, errors) == (0, "")
     return recorded(f"sqlite:///{folder}/mlflow.db")
-
-
-@pytest.fixture
-def server(empty_database, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
-    monkeypatch.setenv("no_proxy", "*")
-    server = MlflowServer(tmp_path, empty_database)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def proxy(server):
-    proxy = Proxy(server.port)
-    yield proxy
-    proxy.close()
 
 
 def contents(store, run) -> dict:

@@ -267,7 +267,7 @@ def _begin(
     grey = data.to(device).shared()
     kinds = {config.binarization for config in configs} - {"none"}
     shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
-    splits = (data.train.head(len(data.val)), data.val)  # grey, as for all comparable losses
+    splits = (data.train.head(len(data.val)), data.val)  # grey, as the linear model is fitted
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
     work = Work({}, {}, shown, linear)

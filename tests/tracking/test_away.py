@@ -5,21 +5,8 @@ import pytest
 from harness import RunConfig, load_run
 from harness.models.vae import build
 from harness.tracking import connect
-from tests.real_servers import MlflowServer, Proxy
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def proxy(empty_database, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
-    monkeypatch.setenv("no_proxy", "*")
-    server = MlflowServer(tmp_path, empty_database)
-    server.start()
-    proxy = Proxy(server.port)
-    yield proxy
-    proxy.close()
-    server.kill()
 
 
 def test_a_model_is_loaded_once_its_server_is_back(proxy, data):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
-from real_servers import MlflowServer, Proxy
+from real_servers import MlflowServer
 
 from harness import RunConfig, UserError, load_run
 from harness.models.vae import build
@@ -34,16 +34,6 @@ def server(empty_database, tmp_path_factory):
     server.start()
     yield server
     server.kill()
-
-
-@pytest.fixture
-def proxy(server, monkeypatch, tmp_path):
-    """Return a new address of the server, whose spool lies in the test's folder."""
-    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
-    monkeypatch.setenv("no_proxy", "*")
-    proxy = Proxy(server.port)
-    yield proxy
-    proxy.close()
 
 
 @pytest.fixture
