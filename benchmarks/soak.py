@@ -80,7 +80,8 @@ class Tally:
         starts: of commands.
         away: starts that ended with code 2 while their server was disturbed.
         faults: what was lost.
-        usual: how long the last start took that nobody killed, in seconds.
+        usual: how long the last start took that nobody killed, in seconds, and 5 % more for each
+            kill since, so that kills reach every step when the machine becomes slower.
         longest: how long any such start took.
     """
 
@@ -238,6 +239,7 @@ def torment(case: Case, soak: Soak, tally: Tally, dice: random.Random) -> None:
                         del team[worker]
                 elif not member.sent and now > member.moment and tally.deaths.total() < soak.kills:
                     tally.deaths[member.number.name] += 1
+                    tally.usual *= 1.05
                     member.child.send(member.number, group=dice.random() < 0.5)
                     member.sent = True
     finally:
