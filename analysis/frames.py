@@ -7,7 +7,7 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -255,9 +255,3 @@ def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     trials = runs.groupby("trial")
     fixed = trials[[*settings, "decoder_variance", "pruned"]].first()
     return fixed.join(trials[SEARCHED].mean()).reset_index()
-
-
-def importances(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """Return the shares {objective: {setting: share}} as a frame: setting, objective, share."""
-    table = pd.DataFrame(found).rename_axis("setting").reset_index()
-    return table.melt("setting", var_name="objective", value_name="share").dropna()

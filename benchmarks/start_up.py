@@ -27,7 +27,7 @@ import sys
 from studies import kl_weight
 from studies.runner import cli
 
-start_pool = cli.start_pool
+execute_plan = cli.execute_plan
 
 def train_epoch(*given):
     import time
@@ -44,13 +44,13 @@ def train_epoch(*given):
     Step._take = first
     return trained(*given)
 
-def start_and_watch(device):
-    start_pool(device)
+def watched(*given):
     global trained
     from harness.training import engine
     trained, engine._compute = engine._compute, train_epoch
+    return execute_plan(*given)
 
-cli.start_pool = start_and_watch
+cli.execute_plan = watched
 cli.main(kl_weight.STUDY, sys.argv[1:])
 """
 """A study whose first step, in a worker, writes down when it is done."""

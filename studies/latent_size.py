@@ -28,9 +28,6 @@ from studies.runner.study import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from harness.data.dataset import Dataset
-    from harness.tracking.record import Trained
-
 AXIS = "latent_size"
 
 
@@ -46,15 +43,6 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
         return {"exact ELBO's weight": {"kl_weight": weight}}
     blog = with_variance(base, BLOG_WEIGHT / 2, data).kl_weight
     return {"blog's weight": {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
-
-
-def pca_floor(run: Trained, data: Dataset) -> dict[str, float]:
-    """Return the test mse of as many principal components; {} for images too large for it."""
-    from harness.linear.pca import is_small, pca  # loads torch
-
-    if not is_small(data):
-        return {}
-    return {"test/pca_floor": pca(data).floor(data.test, run.config.latent_size)}
 
 
 def useful_latents(frame: pd.DataFrame) -> str:
@@ -95,7 +83,6 @@ STUDY = Study(
         ),
     },
     answer=useful_latents,
-    extras=pca_floor,
     table=("kl_weight", *TABLE, "pca_floor"),
 )
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.tracking.runs import Logged, Record
     from harness.training.engine import EpochRecord
-    from studies.runner.study import Study
     from studies.runner.terminal import Terminal
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
@@ -63,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
         record = connect(uri).record(options.run)
         then = record.made_with
-        study, data = study_of(then.get("study")), load(record, options.data_dir)
+        data = load(record, options.data_dir)
         as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
         device = resolve_device("cpu" if as_recorded else options.device).type
         now = provenance.provenance(data, device)
@@ -73,21 +72,12 @@ def main(args: Sequence[str] | None = None) -> None:
         for line in differences or ["Code, versions, device and data are those of the record."]:
             terminal.line(f"  {line}")
         with provenance.blas_threads(then["threads"]["blas"]):
-            values = retrain(record, study, data, device, terminal)
+            values = retrain(record, data, device, terminal)
         logged = [value for value in record.values if value.metric not in WALL_CLOCK]
         exact = device == "cpu" and then["device"] == now["device"]
         passed, sentence = compare(logged, values, exact=exact)
         terminal.line(sentence)
         sys.exit(0 if passed else 1)
-
-
-def study_of(name: str | None) -> Study | None:
-    """Return the study of a name, None for None: runs whose study has no further metrics."""
-    from studies.all import STUDIES
-
-    if name and name not in {study.name for study in STUDIES}:
-        raise UserError(f"study {name!r} is unknown; add it to STUDIES in studies/all.py")
-    return next((study for study in STUDIES if study.name == name), None)
 
 
 def load(record: Record, data_dir: Path) -> Dataset:
@@ -106,7 +96,7 @@ def load(record: Record, data_dir: Path) -> Dataset:
 
 
 def retrain(
-    record: Record, study: Study | None, data: Dataset, device: str, terminal: Terminal
+    record: Record, data: Dataset, device: str, terminal: Terminal
 ) -> dict[tuple[str, int], float]:
     """Train a run again as a study does; return its metrics: (metric, epoch) -> value."""
     from harness.tracking import Planned
@@ -123,14 +113,18 @@ def retrain(
         return RunLog(put, run.key, {})
 
     run = Planned(record.config, record.run_id, record.name, {}, {})
-    given: dict[str, Any] = {"objective": study.objective, "extras": study.extras} if study else {}
-    with terminal.progress(1, 1) as advance:
+    best = (
+        v.metric.removeprefix("best/") for v in record.values if v.metric.startswith("best/val/")
+    )
+    objective = next(best, "val/neg_elbo")
+    advance = terminal.progress(1, 1)
 
-        def on_epoch(epoch: EpochRecord) -> None:
-            advance(epoch)
-            stopping.check()
+    def on_epoch(epoch: EpochRecord) -> None:
+        advance(epoch)
+        stopping.check()
 
-        recording.record([run], data, device, start, on_epoch=on_epoch, pictured=False, **given)
+    more: dict[str, Any] = {"objective": objective, "on_epoch": on_epoch, "pictured": False}
+    recording.record([run], data, device, start, **more)
     return values
 
 

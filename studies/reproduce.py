@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import harness
-from analysis import frames, plots
+from analysis import frames
 from studies.ledger import references
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
@@ -25,8 +25,6 @@ from studies.runner.proposers import Cell, Listed, repeated
 from studies.runner.study import KNOWN, Plan
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from harness.data.dataset import Dataset
     from studies.ledger.evidence import Evidence
     from studies.runner.summary import Ended, Findings
@@ -99,31 +97,17 @@ def find(ended: Ended, ledger: Ledger, form: references.Form) -> Findings:
     frame = frames.tidy(ended.finished)
     pictured = (form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20))
     shown = [runs for runs in pictured if not evidence.missing((runs,))]
-    caption = (
-        "Loss and KL term of every training batch by the final weights, a colour a seed of the "
-        "blog's recipe; dotted, the central 95 %; the star is the last batch that the blog prints."
-    )
-    figures = {"batches": (partial(batch_figure, evidence, form), caption)}
     return Findings(
         table=table.iloc[:, :5],
         answer=partial(answer, rows, evidence, form),
         frame=frame,
         tables=tables,
-        figures=figures if form.blog in shown else {},
+        figures={},
         models={runs.label: evidence.found(runs)[0].run_id for runs in shown},
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
         shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
         settings={"dataset": ended.data.name, "full": form.full},
-        sections=rows,
     )
-
-
-def batch_figure(evidence: Evidence, form: references.Form) -> Figure:
-    """Plot the batches of the blog's recipe with the last batch that the blog prints."""
-    batches, labels = evidence.batches(form.blog), [f"seed {i}" for i in range(form.blog_seeds)]
-    ranges = [references.batch_range(evidence, form.blog, name) for name in ("kl_term", "loss")]
-    star = float(references.BLOG_KL_TERM), float(references.BLOG_LOSS)
-    return plots.batch_plane(batches.kl_term, batches.loss, labels, ranges, star)
 
 
 def answer(rows: Sequence[Row], evidence: Evidence, form: references.Form) -> str:
@@ -161,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
         form = references.FULL if options.full else references.SHORT
         plan = make_plan(references.claims(form), form, data, device, options)
         outcome = execute_plan(plan, data, options, terminal)
-        sys.exit(int(outcome is not None and count(outcome.sections, FAIL) > 0))
+        sys.exit(int(outcome is not None and outcome.table["verdict"].eq(FAIL).any()))
 
 
 if __name__ == "__main__":

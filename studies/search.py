@@ -174,6 +174,8 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
 
 def find(proposer: TPE, ended: Ended) -> Findings:
     """Return the findings of a search."""
+    import pandas as pd
+
     from studies.runner.summary import TABLE_CAPTION, Findings
 
     study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
@@ -196,7 +198,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
         )
     table = frames.along_axis(confirmed, "configuration", TRIED + CONFIRMED)
     ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = frames.importances({name: _importances(study, i) for i, name in ranked})
+    shares = pd.DataFrame({name: _importances(study, i) for i, name in ranked})
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     settings = ", ".join(f"{n} = {tables.plain(again.iloc[0][n])}" for n in proposer.space)
     each = [

@@ -14,8 +14,6 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from analysis import report
-from analysis.report.__main__ import main as report_main
 from harness import RunConfig
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
@@ -33,7 +31,6 @@ from studies import (
 )
 from studies.runner import cli
 from studies.runner.database import open_storage
-from tests.test_report import write_folder
 
 MAINS = {
     **{
@@ -44,7 +41,6 @@ MAINS = {
     "all": all_studies.main,
     "reproduce": reproduce.main,
     "replay": replay.main,
-    "report": report_main,
 }
 """Every command line."""
 
@@ -113,11 +109,6 @@ ARGUMENTS = [
     ("replay", f"{RUN} {RUN}", RUN),
     ("replay", f"{RUN} --device tpu", "'tpu'"),
     ("replay", f"{RUN} --tracking-uri sqlite:///HERE/none.db", "none.db does not exist"),
-    ("report", "", "STUDY"),
-    ("report", "kl_weight --wieght 1", "--wieght"),
-    ("report", "kl_weight --study-name ..", "study_name='..'"),
-    ("report", "../kl_weight", "study_name='../kl_weight-digits'"),
-    ("report", "kl_weight --dataset a/b", "study_name='kl_weight-a/b'"),
 ]
 
 PLACES = [
@@ -188,7 +179,7 @@ def test_a_bad_command_line(command, arguments, says, refused, tmp_path, monkeyp
     # What is not named would be found in the repository.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
     words = arguments.replace("HERE", str(tmp_path)).split()
-    if command not in ("reproduce", "replay", "report"):
+    if command not in ("reproduce", "replay"):
         words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
     assert says in refused(lambda: MAINS[command](words))
 
@@ -204,11 +195,9 @@ def test_a_place_whose_reports_cannot_be_written(refused, databases, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_name(name, refused, tmp_path):
+def test_a_bad_name(name, refused):
     for command in ("kl_weight", "search", "reproduce"):
         assert "study_name=" in refused(lambda c=command: MAINS[c]([f"--study-name={name}"]))
-    arguments = ["kl_weight", f"--study-name={name}", f"--tracking-uri=sqlite:///{tmp_path}/m.db"]
-    assert "study_name=" in refused(lambda: report_main(arguments))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -253,10 +242,10 @@ def test_a_place_that_cannot_be_used(option, address, says, refused, databases, 
     assert option in said
 
 
-@pytest.mark.parametrize("command", ["search", "all", "report", "replay"])
+@pytest.mark.parametrize("command", ["search", "all", "replay"])
 def test_a_broken_database_on_every_command_line(command, refused, databases, tmp_path):
     shutil.copy(databases / "text.db", tmp_path)
-    first = {"report": ["kl_weight"], "replay": [RUN]}.get(command, ["--storage=sqlite:///o.db"])
+    first = [RUN] if command == "replay" else ["--storage=sqlite:///o.db"]
     words = [*first, f"--tracking-uri=sqlite:///{tmp_path}/text.db"]
     assert "not a database" in refused(lambda: MAINS[command](words))
 
@@ -265,7 +254,6 @@ def test_a_run_that_is_not_there(refused, databases, tmp_path):
     shutil.copy(databases / "good.db", tmp_path)
     words = [f"--tracking-uri=sqlite:///{tmp_path}/good.db"]
     assert "is not in" in refused(lambda: replay.main([RUN, *words]))
-    assert "no finished summary" in refused(lambda: report_main(["kl_weight", *words]))
 
 
 # --- image files --------------------------------------------------------------------------------
@@ -432,26 +420,3 @@ def test_a_broken_model(damage, says, refused, data, tmp_path):
     save_model(config, build(config, data.image_shape), folder)
     damage(folder)
     assert says in refused(lambda: load_model(folder))
-
-
-# --- summaries ----------------------------------------------------------------------------------
-
-SUMMARIES = {
-    "a table above the folder": ({"tables": [{"file": "../t.csv", "caption": ""}]}, "outside"),
-    "a picture above it": ({"pictures": [{"file": "../p.png", "caption": ""}]}, "outside"),
-    "a file of the machine": ({"tables": [{"file": "/etc/passwd", "caption": ""}]}, "outside"),
-    "a link out of it": ({"tables": [{"file": "link.csv", "caption": ""}]}, "outside"),
-    "a table that is not there": ({"tables": [{"file": "no.csv", "caption": ""}]}, "is missing"),
-    "a table without a name": ({"tables": [{"caption": ""}]}, "not the summary"),
-    "a name of another kind": ({"tables": [{"file": 3, "caption": ""}]}, "not the summary"),
-    "a question of another kind": ({"question": 3}, "not the summary"),
-}
-
-
-@pytest.mark.parametrize(("changes", "says"), SUMMARIES.values(), ids=SUMMARIES.keys())
-def test_a_broken_summary(changes, says, refused, tmp_path):
-    folder = write_folder(tmp_path / "summary", **changes)
-    shutil.copy(folder / "table.csv", tmp_path / "t.csv")
-    shutil.copy(folder / "figures/line.png", tmp_path / "p.png")
-    (folder / "link.csv").symlink_to(tmp_path / "t.csv")
-    assert says in refused(lambda: report.build(folder))

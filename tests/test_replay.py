@@ -11,7 +11,7 @@ import pytest
 from frozen import first_edition
 from real_stores import copy_home
 
-from harness import RunConfig, UserError
+from harness import RunConfig
 from harness.tracking import End, Planned, connect
 from harness.tracking.record import WALL_CLOCK, log_in, record
 from harness.tracking.runs import Logged
@@ -22,9 +22,6 @@ CONFIG = RunConfig(hidden=(16, 12), epochs=5)
 STACK = [CONFIG.replace(seed=seed) for seed in range(3)]
 ENDS = {1: End("KILLED", "tested"), 2: End("FAILED", "tested")}
 """Epoch -> why the last run of the stack ends."""
-
-STUDY = "latent_size"
-"""A study that logs further metrics."""
 
 
 def ran(arguments: list[str], capsys) -> tuple[int, str]:
@@ -77,9 +74,7 @@ def stack(empty_database, tmp_path_factory, data) -> Trained:
     def judge(current):
         return {len(current.rows) - 1: ENDS[current.epoch]} if current.epoch in ENDS else {}
 
-    study = replay.study_of(STUDY)
-    options = {"extras": study.extras, "objective": study.objective, "study": STUDY}
-    record(planned, data, "cpu", start, judge=judge, **options)
+    record(planned, data, "cpu", start, judge=judge, objective="val/mse")
     return trained
 
 
@@ -216,23 +211,6 @@ def test_other_pixels_are_refused_before_training(copied_stack, capsys):
     file.write_text(json.dumps(made).replace(digest, "f" * 64))
     printed = refused([copied_stack.run(0).run_id, "--tracking-uri", copied_stack.uri], capsys)
     assert f"digest {'f' * 64} then, {digest} now" in printed
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[" * 100_000, "[1]", "{}", '{"study": null, "device": {"kind": "cpu"}, "threads": [1]}'],
-    ids=len,
-)
-def test_a_broken_record_is_refused(copied_stack, text, capsys):
-    copied_stack.artifact(0, "provenance.json").write_text(text)
-    arguments = [copied_stack.run(0).run_id, "--tracking-uri", copied_stack.uri]
-    assert "provenance.json" in refused(arguments, capsys)
-
-
-def test_an_unknown_study_is_refused():
-    assert replay.study_of(None) is None
-    with pytest.raises(UserError, match=r"add it to STUDIES in studies/all\.py"):
-        replay.study_of("mine")
 
 
 # --- the comparison ------------------------------------------------------------------------------

@@ -2,18 +2,14 @@
 
 import base64
 import json
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from PIL import Image
 
 from analysis import report
-from analysis.report.__main__ import main
 from analysis.report.page import table
-from harness import UserError, tracking
 from harness.tracking.addresses import without_password
 
 ATTACK = "<script>alert('x')</script>&amp;"
@@ -223,28 +219,6 @@ def test_every_text_is_escaped(tmp_path):
     assert "script" not in Page(report.index([path], tmp_path / "index.html")).texts
 
 
-@pytest.mark.parametrize(
-    "name", ["summary.json", "runs.csv", "table.csv", "figures/line.png", "pictures/rows.png"]
-)
-def test_a_missing_file_is_named(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing"):
-        report.build(folder)
-    assert not (folder / "report.html").exists()
-
-
-def test_broken_files_are_named(folder):
-    (folder / "figures/line.png").write_text("no image")
-    with pytest.raises(UserError, match="line.png cannot be read as an image"):
-        report.build(folder)
-    (folder / "summary.json").write_text('{"study": "kl_weight"}')
-    with pytest.raises(UserError, match=r"summary.json is not the summary of a study.*'name'"):
-        report.build(folder)
-    (folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match="summary.json is not the summary"):
-        report.build(folder)
-
-
 def test_a_study_without_pictures_has_no_heading_for_them(tmp_path):
     page = Page(report.build(write_folder(tmp_path, pictures=[])))
     assert page.texts["h2"] == ["Figures", "Numbers", "How it was made", "Runs"]
@@ -258,68 +232,3 @@ def test_the_index_leads_to_every_report_with_its_answer(tmp_path):
     assert page.attributes("a", "href") == ["one/report.html", "two%20%232/report.html"]
     assert page.texts["h2"] == ["Which weight?", "Why?"]
     assert {"That much.", "So."} <= set(page.texts["p"])
-    two.unlink()
-    with pytest.raises(UserError, match="report.html is missing"):
-        report.index([one, two], out)
-
-
-def record(tracking_uri: str, folder: Path, name: str, status: str = "FINISHED") -> None:
-    """Log a summary folder as a study does."""
-    store = tracking.connect(tracking_uri)
-    experiment = store.experiment("kl_weight-digits", "")
-    tags = {"study": name, "role": "summary"}
-    run = store.start(experiment, uuid4().hex, "summary", tags, {})
-    run.folder(folder)
-    run.end(status)
-
-
-def refused(arguments: list[str], capsys) -> str:
-    """Run a command line that ends with one line and exit code 2, and return the line."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    printed = capsys.readouterr()
-    assert stop.value.code == 2
-    assert printed.out == ""
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    return printed.err
-
-
-def test_the_command_line_reports_on_the_newest_finished_summary(
-    tracking_uri, folder, tmp_path, capsys
-):
-    older = write_folder(tmp_path / "older", answer="An older answer.")
-    failed = write_folder(tmp_path / "failed", answer="Half an answer.")
-    other = write_folder(tmp_path / "other", answer="Of another study.")
-    record(tracking_uri, older, "kl_weight-digits")
-    record(tracking_uri, folder, "kl_weight-digits")
-    record(tracking_uri, failed, "kl_weight-digits", "FAILED")
-    record(tracking_uri, other, "closer")
-
-    main(["kl_weight", "--tracking-uri", tracking_uri])
-    written = tmp_path / "reports/kl_weight-digits/report.html"
-    assert capsys.readouterr().out == f"{written}\n"
-    assert written.read_text() == report.build(folder).read_text()
-
-    main(["kl_weight", "--study-name", "closer", "--tracking-uri", tracking_uri])
-    assert "Of another study." in (tmp_path / "reports/closer/report.html").read_text()
-
-
-def test_what_was_not_recorded_is_not_taken_from_an_older_folder(
-    tracking_uri, folder, tmp_path, capsys
-):
-    write_folder(tmp_path / "reports/kl_weight-digits")
-    (folder / "summary.json").unlink()
-    record(tracking_uri, folder, "kl_weight-digits")
-    arguments = ["kl_weight", "--tracking-uri", tracking_uri]
-    assert "holds no summary.json; run the study with --fresh" in refused(arguments, capsys)
-    shutil.rmtree(tmp_path / "mlruns")
-    assert "holds no summary.json" in refused(arguments, capsys)
-
-
-def test_without_a_finished_summary_the_command_to_run_is_named(tracking_uri, capsys):
-    line = refused(["kl_weight", "--tracking-uri", tracking_uri], capsys)
-    assert "no finished summary of 'kl_weight-digits'; first run python -m studies.kl_w" in line
-    named = ["latent_size", "--dataset", "mnist", "--study-name", "a.b"]
-    line = refused([*named, "--tracking-uri", tracking_uri], capsys)
-    assert "no finished summary of 'a.b'; first run python -m studies.latent_size with" in line

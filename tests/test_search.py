@@ -417,4 +417,4 @@ def test_one_trial_is_drawn_as_one_point(trials):
         if line.get_label() == "Pareto front"
     ]
     assert front.get_ydata().tolist() == [one["val/mse"].item()]
-    plots.search_importances(frames.importances({"val/neg_elbo": {"kl_weight": 1.0}}))
+    plots.search_importances(pd.DataFrame({"val/neg_elbo": {"kl_weight": 1.0}}))

@@ -10,7 +10,6 @@ from analysis.plots.along_axis import quality_along_axis as quality_along_axis
 from analysis.plots.latents import KL_CAPTION as KL_CAPTION
 from analysis.plots.latents import kl_per_latent as kl_per_latent
 from analysis.plots.latents import latent_scatter as latent_scatter
-from analysis.plots.planes import batch_plane as batch_plane
 from analysis.plots.planes import frontier as frontier
 from analysis.plots.planes import rate_distortion as rate_distortion
 from analysis.plots.search import search_front as search_front

@@ -1,8 +1,7 @@
-"""Figures of distortion against rate, and of loss against its KL term."""
+"""Figures of distortion against rate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -65,28 +64,6 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
         panel.plot(part["rate"], part["distortion"], mark, color=color, ms=5, alpha=0.6, label=name)
     panel.set(xlabel=label("rate"), ylabel=label("distortion"))
     figure.legend(title=group, loc="outside right upper", frameon=False)
-    return figure
-
-
-def batch_plane(
-    kl_term: np.ndarray,
-    loss: np.ndarray,
-    labels: Sequence[str],
-    ranges: Sequence[tuple[float, float]],
-    star: tuple[float, float],
-) -> Figure:
-    """Plot the loss of batches (S, batches) against their KL term, and one batch as a star.
-
-    `labels` name the seeds; `ranges` of KL term and loss are drawn as a dotted frame.
-    """
-    figure, panel = canvas(8, 6)
-    for x, y, name, color in zip(kl_term, loss, labels, cycle(COLORS), strict=False):
-        panel.plot(x, y, ".", ms=3, alpha=0.4, color=color, label=name)
-    (left, right), (low, high) = ranges
-    panel.plot([left, right, right, left, left], [low, low, high, high, low], ":", color=GREY)
-    panel.plot(*star, "*", ms=18, color="#000000", mec="white", label="the blog's last batch")
-    panel.set(xlabel="KL term of the batch (pixel²)", ylabel="loss of the batch (pixel²)")
-    figure.legend(loc="outside right upper", frameon=False, markerscale=1)
     return figure
 
 

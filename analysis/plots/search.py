@@ -91,9 +91,8 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> None:
 
 
 def search_importances(shares: pd.DataFrame) -> Figure:
-    """Plot each setting's share, a bar an objective; most important on top."""
-    table = shares.pivot(index="setting", columns="objective", values="share")
-    table = table.loc[table.max(axis=1).sort_values().index]
+    """Plot shares by setting (rows) and objective (columns); most important on top."""
+    table = shares.loc[shares.max(axis=1).sort_values().index]
     figure, panel = canvas(7, 0.6 * len(table) + 1.2)
     table.plot.barh(ax=panel, color=COLORS, width=0.8, ylabel="")
     for bars in panel.containers:

@@ -50,9 +50,9 @@ def plain_text(text: str) -> str:
 
 def note(panel: Axes, text: str) -> None:
     """Write a text into the upper right corner of a panel."""
-    corner = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the lines behind it
-    panel.annotate(text, (0.99, 0.99), color=GREY, bbox=box, **corner)
+    look: dict[str, Any] = {"ha": "right", "va": "top", "color": GREY, "bbox": box}
+    panel.text(0.99, 0.99, text, transform=panel.transAxes, **look)
 
 
 def empty_panel(panel: Axes, reason: str) -> None:

@@ -1,12 +1,19 @@
-"""A self-contained HTML page per study, made from its summary folder alone."""
+"""A self-contained HTML page per study, made from its summary folder alone.
+
+A summary folder holds `summary.json` (the fields of `Summary`), the figures, pictures and tables
+that it names, and `runs.csv`, one row per run.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,8 +22,6 @@ import jinja2
 from PIL import Image
 
 from analysis import tables
-from analysis.report.summary import Exhibit, present, read, read_cells
-from harness.config import UserError
 from harness.tracking.addresses import without_password
 
 UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
@@ -25,6 +30,35 @@ SCREEN = 96  # pixels of an inch on a page
 WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell broken into lines
 # A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A file of the folder with its caption; `rows` names a picture's rows, top to bottom."""
+
+    file: str
+    caption: str
+    rows: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The question and the results of a study; blank lines separate paragraphs."""
+
+    study: str
+    name: str
+    dataset: str
+    question: str
+    answer: str
+    command: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    dataset_digest: str
+    experiment_id: str
+    tracking_uri: str
+    figures: Sequence[Exhibit]
+    pictures: Sequence[Exhibit]
+    tables: Sequence[Exhibit]
 
 
 def build(folder: Path) -> Path:
@@ -53,10 +87,10 @@ def build(folder: Path) -> Path:
 
 def index(reports: Iterable[Path], out: Path) -> Path:
     """Write a page with the question and the answer of reports that `build` returned, and links."""
-    entries = []
-    for report in reports:
-        address = quote(Path(os.path.relpath(report, out.parent)).as_posix())
-        entries.append((read(present(report.parent, report.name).parent), address))
+    entries = [
+        (read(report.parent), quote(Path(os.path.relpath(report, out.parent)).as_posix()))
+        for report in reports
+    ]
     return _write(out, title="Studies", reports=entries)
 
 
@@ -78,13 +112,10 @@ def _paragraphs(text: str) -> list[str]:
 
 def _image(folder: Path, exhibit: Exhibit) -> tuple[Exhibit, str, str]:
     """Return an exhibit with its image as an address, and its size in CSS."""
-    path = present(folder, exhibit.file)
-    try:
-        with Image.open(path) as opened:
-            kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
-            width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image") from error
+    path = folder / exhibit.file
+    with Image.open(path) as opened:
+        kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
+        width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
     source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
 
@@ -122,3 +153,18 @@ def _runs(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _metric(value: str | None, name: str) -> str:
     decimals = 0 if "epoch" in name else tables.decimals(name)
     return f"{float(value):.{decimals}f}" if value else "–"
+
+
+def read(folder: Path) -> Summary:
+    """Read the `summary.json` of a folder."""
+    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for kind in ("figures", "pictures", "tables"):
+        values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
+    return Summary(**values)
+
+
+def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
+    """Read the header and the rows of a folder's CSV file as text."""
+    with (folder / name).open(encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    return header, rows

@@ -156,8 +156,9 @@ def linear_losses(
 def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     """Return the test metrics of the exact linear model at a run's KL weight and latent size.
 
-    The decoder variance of `neg_elbo` is fitted on validation data. Infinite values are left out; a
-    deterministic latent, a Bernoulli decoder and large images have no metrics.
+    The decoder variance of `neg_elbo` is fitted on validation data; `test/pca_floor` is the mse of
+    as many principal components. Infinite values are left out; a deterministic latent, a Bernoulli
+    decoder and large images have no metrics.
     """
     if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
         return {}
@@ -175,7 +176,8 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "active_units": float(test.active_units),
         "collapse_variance": float(known.variances[0]),  # no latent is active at larger ones
     }
-    return {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
+    finite = {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
+    return finite | {"test/pca_floor": known.floor(data.test, config.latent_size)}
 
 
 def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:

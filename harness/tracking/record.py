@@ -38,7 +38,6 @@ MADE_WITH = {
     "versions": ("tags", "versions"),
     "device": ("params", "device"),
 }
-FAILED = "failed_metrics"  # tag of a finished run whose study's further metrics failed
 
 Metrics = dict[str, float]
 
@@ -71,8 +70,6 @@ def record(
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpoints: Checkpoints | None = None,
     objective: str = "val/neg_elbo",
-    extras: Callable[[Trained, Dataset], Metrics] | None = None,
-    study: str | None = None,
     train: Callable[..., Iterator[EpochRecord]] = engine.train,
     measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
     pictured: bool = True,
@@ -82,8 +79,7 @@ def record(
     `start` starts the log of a run (`log_in`). A run that diverges, or of whose row `judge` returns
     an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
     training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
-    SystemExit, else FAILED. The best epoch is chosen by `objective`; `extras` computes further
-    metrics of a finished run, and `study` names the study that has both. Final metrics of the
+    SystemExit, else FAILED. The best epoch is chosen by `objective`. Final metrics of the
     validation split are not logged: the epochs have them.
 
     Returns:
@@ -91,7 +87,7 @@ def record(
         plain names too; a run that was ended early has none, and the model of its last epoch.
     """
     configs = [run.config for run in planned]
-    made_with = {"study": study, **provenance.provenance(data, device)}
+    made_with = provenance.provenance(data, device)
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
     histories: list[list[Metrics]] = [[] for _ in planned]
@@ -142,23 +138,16 @@ def record(
         for i, (row, done, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             place = current.rows[row]
-            more = _best(histories[place], objective)
-            try:
-                more |= extras(done, data) if extras else {}
-            except (UserError, MemoryError, OSError):
-                raise
-            except Exception as error:  # of a user's function: the run is finished without
-                log.warning("further metrics of a run failed", exc_info=True)
-                logs[place].tag(FAILED, repr(error))
+            best = _best(histories[place], objective)
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
-            logs[place].metrics(once | more, done.config.epochs)
+            logs[place].metrics(once | best, done.config.epochs)
             if pictured:
                 samples = pictures.prior_samples(done.model, done.config.seed)
                 logs[place].picture("prior_samples", samples, done.config.epochs)
             logs[place].model(*done)
             logs[place].end()
             del logs[place]
-            metrics = {k.removeprefix("test/"): v for k, v in final.items()} | final | more
+            metrics = {k.removeprefix("test/"): v for k, v in final.items()} | final | best
             results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
     except BaseException as error:
         for one in logs.values():

@@ -151,21 +151,19 @@ def read(
     return options(**{**vars(found), "settings": chosen})
 
 
-def start_pool(options: Places) -> None:
-    """Start the server of the workers that train on a CPU, which imports PyTorch meanwhile."""
-    if options.dry_run or options.workers > 1:
-        return
+def start(options: Places, question: str, dataset: str, terminal: Terminal) -> str:
+    """Show the question, load PyTorch and return the kind of device, checked.
+
+    The server of the workers that train on a CPU imports PyTorch meanwhile.
+    """
+    one_process = options.workers == 1 and not options.dry_run
     gpu = options.device != "cpu" and Path("/dev/nvidiactl").exists()
-    if not gpu and os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1:
+    cores = os.environ.get("OMP_NUM_THREADS") != "1" and (os.cpu_count() or 1) > 1
+    if one_process and cores and not gpu:
         from harness import forkserver
 
         forkserver.start()
-
-
-def start(options: Places, question: str, dataset: str, terminal: Terminal) -> str:
-    """Start the pool, show the question, load PyTorch and return the kind of device, checked."""
-    start_pool(options)
-    terminal.question(question)
+    terminal.out.print(question.strip().splitlines()[0], style="bold")
     log.info("loading PyTorch and %s", dataset)
     from harness.training.engine import resolve_device  # --help answers without it
 
@@ -206,6 +204,4 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     outcome = run(plan, data, options, terminal)
     if outcome is not None:
         terminal.outcome(outcome, options.tracking_uri)
-        if outcome.failed:
-            raise SummaryError(outcome.failed)
     return outcome

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import sys
 from collections.abc import Container, Mapping
@@ -169,9 +168,3 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
         if name not in left_out and value != defaults.get(name):
             line += [f"--{name.replace('_', '-')}", *([] if value is True else words(value))]
     return line
-
-
-def first_unused(name: str, taken: Container[str]) -> str:
-    """Return the name, or the first of NAME-2, NAME-3, ... that is not taken."""
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return name if name not in taken else next(n for n in numbered if n not in taken)

@@ -21,7 +21,7 @@ from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage
-from studies.runner.options import Places, first_unused
+from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
 from studies.runner.terminal import way
@@ -70,7 +70,8 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     if options.fresh:
         taken = {run.tags.get("study", "") for run in store.runs(plan.experiment)}
         taken |= {study.study_name for study in storage.get_all_studies()}
-        plan = replace(plan, name=first_unused(plan.name, taken))
+        names = (plan.name, *(f"{plan.name}-{i}" for i in range(2, len(taken) + 3)))
+        plan = replace(plan, name=next(name for name in names if name not in taken))
     _check_storage(storage, store, plan)
     start = recording.log_in(store, plan.experiment, plan.question)
     queue = open_queue(storage, plan.name, plan.proposer, store.complete)
@@ -82,12 +83,12 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     close_failed(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
-    with terminal.progress(done + left, left) as steps:
-        if options.workers > 1:
-            cache, counts = store.home / "cache", partial(_counts, queue)
-            workers.train(options, plan.page, plan.name, cache, counts, steps.elsewhere)
-        else:
-            work(queue, site, steps, leave=options.leave)
+    steps = terminal.progress(done + left, left)
+    if options.workers > 1:
+        cache, counts = store.home / "cache", partial(_counts, queue)
+        workers.train(options, plan.page, plan.name, cache, counts, steps.elsewhere)
+    else:
+        work(queue, site, steps, leave=options.leave)
     if workers.started() or _is_left(queue):
         return None
     if plan.confirm is not None:
@@ -95,8 +96,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         close_failed(confirming, site)
         if fresh := confirming.left():
             log.info("training the best configuration and the default with fresh seeds")
-            with terminal.progress(fresh, fresh) as steps:
-                work(confirming, site, steps, leave=options.leave)
+            work(confirming, site, terminal.progress(fresh, fresh), leave=options.leave)
         if _is_left(confirming):
             return None
     outcome = conclude(queue, site, terminal, again=options.workers > 1 or left == 0)
@@ -249,8 +249,6 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
             on_epoch=on_epoch,
             checkpoints=site.checkpoints,
             objective=plan.objective,
-            extras=plan.extras,
-            study=plan.study,
         )
         finals |= {row: one.metrics or None for row, one in zip(rows, found, strict=True)}
     recorded = []

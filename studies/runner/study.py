@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from harness.config import RunConfig, UserError, Weights, checked_name
-from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, is_page, program, text
+from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, program, text
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.data.dataset import Dataset
-    from harness.tracking.record import Trained
     from studies.runner.options import Common, Options
     from studies.runner.summary import Ended, Findings
 
@@ -176,7 +175,6 @@ class Study:
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
         objective: validation metric by which points and epochs are compared.
-        extras: (`Trained`, data) -> further metrics of a finished run, e.g. a linear probe.
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
     """
@@ -191,7 +189,6 @@ class Study:
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
     seeds: int = 3
     objective: str = SELECTION
-    extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
     table: tuple[str, ...] = TABLE
     reference: Any = None
 
@@ -215,7 +212,6 @@ class Plan:
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
         words: the command line that repeats it, but for its name.
-        study: name in `studies.all` of the study whose `extras` a replay computes; None without.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
     """
@@ -230,8 +226,6 @@ class Plan:
     words: str
     sentence: str
     objective: str = SELECTION
-    extras: Callable[[Trained, Dataset], dict[str, float]] | None = None
-    study: str | None = None
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
 
@@ -281,7 +275,6 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
     groups = f" x {len(points) // len(values)} groups" if study.group else ""
     epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
-    replayable = study.extras is None and study.objective == SELECTION and not is_page(study.name)
     return Plan(
         page=study.name,
         question=study.question,
@@ -294,8 +287,6 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
-        extras=study.extras,
-        study=None if replayable else study.name,
     )
 
 

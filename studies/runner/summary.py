@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 from PIL import Image
 
 from analysis import frames, plots, report, tables
-from analysis.report.summary import Exhibit, Summary
+from analysis.report.page import Exhibit, Summary
 from harness import provenance
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError
@@ -29,7 +29,7 @@ from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
-from harness.tracking.record import FAILED, MADE_WITH, interruption
+from harness.tracking.record import MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -77,7 +77,6 @@ class Findings:
         tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
         shown, settings: metrics and parameters of the summary run.
-        sections: further parts of the outcome, for a page.
     """
 
     table: pd.DataFrame
@@ -89,20 +88,17 @@ class Findings:
     best: pd.Series
     shown: Mapping[str, float]
     settings: Mapping[str, Any]
-    sections: Any = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished study, as it is shown; `failed` names metrics that could not be computed."""
+    """A finished study, as it is shown."""
 
     plan: Plan
     table: pd.DataFrame
     answer: str
     folder: Path
     experiment_id: str
-    failed: str = ""
-    sections: Any = None
 
 
 def ended(
@@ -174,11 +170,8 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             log.warning("%s failed", part, exc_info=True)
             failures.append(f"{part}: {error!r}")
 
-    answer, failed = attempt("the answer", findings.answer) or "The answer failed.", ""
-    if lacking := [run for run in found.finished if FAILED in run.tags]:
-        example = f"{lacking[0].name}: {lacking[0].tags[FAILED]}"
-        failed = f"The study's further metrics of {len(lacking)} runs failed ({example})."
-    answer = "\n\n".join(filter(None, [answer, failed, *differing(found.finished)]))
+    answer = attempt("the answer", findings.answer) or "The answer failed."
+    answer = "\n\n".join([answer, *differing(found.finished)])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)
@@ -212,7 +205,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
             f"{folder}, and the same command tries again"
         )
-    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings.sections)
+    return Outcome(plan, findings.table, answer, folder, experiment_id)
 
 
 def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog) -> None:
@@ -243,9 +236,6 @@ def differing(runs: Sequence[Run]) -> list[str]:
             each = "; ".join(f"{count} with {made}" for made, count in counts.most_common())
             sentences.append(f"The compared runs differ in their {part} ({each}).")
     return sentences
-
-
-# --- the answer of a grid -----------------------------------------------------------------------
 
 
 def compare_points(study: Study, found: Ended) -> Findings:
@@ -298,9 +288,6 @@ def _differences(
     name = reference["name"].iloc[0].rpartition(" seed=")[0]
     caption = f"Difference from {name}, paired by seed, with its 95 % t interval."
     return frames.differences(frame, axes, reference, compared), caption
-
-
-# --- pictures -----------------------------------------------------------------------------------
 
 
 def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhibit]:

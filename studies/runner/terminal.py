@@ -107,10 +107,6 @@ class Terminal(logging.Handler):
         """Return whether the last line is old."""
         return time.monotonic() - self._last >= EVERY
 
-    def question(self, question: str) -> None:
-        """Show the first line of a study's question."""
-        self.out.print(question.strip().splitlines()[0], style="bold")
-
     def plan(self, plan: Plan, pixels: int) -> None:
         """Show the runs of a plan; later results belong to this study."""
         of_plan = {"study": plan.name, "dataset": plan.source.name}
@@ -147,12 +143,11 @@ class Terminal(logging.Handler):
         elif not getattr(record, "progress", False) or self.is_due():
             self.line(f"{'':7}{record.getMessage()}")  # as far to the right as after a percentage
 
-    @contextlib.contextmanager
-    def progress(self, runs: int, left: int) -> Iterator[Steps]:
-        """Show the training of the runs that are left; yields the callback of every epoch."""
+    def progress(self, runs: int, left: int) -> Steps:
+        """Return what shows the training of the runs that are left, to be called every epoch."""
         if left < runs:
             self.line(f"{runs - left} runs are finished; {left} are left.")
-        yield Steps(self, left)
+        return Steps(self, left)
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer and where to look further."""

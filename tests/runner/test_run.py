@@ -40,8 +40,7 @@ def test_a_toy_is_trained_through_the_queue(tracking_uri, sqlite_url, tiny, monk
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES), tiny, tracking_uri)
     queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
-    with Terminal().progress(3, 3) as steps:
-        run.work(queue, site, steps)
+    run.work(queue, site, Terminal().progress(3, 3))
     runs = {item.key: item for item in site.store.runs("toy-digits", study="toy", role="run")}
     trials = queue.trials("COMPLETE")
     assert len(trials) == len(runs) == 3
@@ -58,8 +57,7 @@ def test_runs_of_other_code_are_named_at_the_start_and_in_the_answer(
     monkeypatch.setattr(record, "record", partial(record.record, **toy.PARTS))
     site = site_of(plan_of(RATES[:1]), tiny, tracking_uri)
     queue = queue_at(sqlite_url, site.plan.proposer, "toy", site.store.complete)
-    with Terminal().progress(1, 1) as steps:
-        run.work(queue, site, steps)
+    run.work(queue, site, Terminal().progress(1, 1))
     with caplog.at_level(logging.WARNING):
         run._compare_making(site)
     assert caplog.messages == []

@@ -59,7 +59,8 @@ def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
     monkeypatch.setattr(terminal, "EVERY", 0.0)
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(1000, 1000) as on_epoch:
+    on_epoch = shown.progress(1000, 1000)
+    with shown.shown():
         on_epoch.advance(1, "epoch 1")
         count("measuring", 1, 2)
     first, second = out.getvalue().splitlines()
@@ -71,9 +72,8 @@ def test_a_log_has_no_control_characters():
     out = StringIO()
     shown = log(out)
     with shown.shown():
-        shown.question("Why?")
-        with shown.progress(1, 1) as on_epoch:
-            on_epoch.advance(1, "epoch 1")
+        shown.line("Why?")
+        shown.progress(1, 1).advance(1, "epoch 1")
         shown.outcome(outcome(), None)
     assert "\x1b" not in out.getvalue()
     assert "\r" not in out.getvalue()
@@ -126,7 +126,8 @@ def test_a_program_that_sets_up_no_logging_sees_warnings_alone():
 def test_a_log_has_a_line_for_every_message_and_every_tenth():
     out = StringIO()
     shown = log(out)
-    with shown.shown(), shown.progress(20, 20) as on_epoch:
+    on_epoch = shown.progress(20, 20)
+    with shown.shown():
         for epoch in range(1, 21):
             on_epoch.advance(1, f"epoch {epoch}")
         pages.info("measuring")
@@ -147,17 +148,16 @@ def test_a_log_has_a_line_for_every_message_and_every_tenth():
 )
 def test_finished_runs_are_counted_before_training(left, line):
     out = StringIO()
-    with log(out).progress(6, left):
-        pass
+    log(out).progress(6, left)
     assert out.getvalue() == line
 
 
 def test_runs_that_other_processes_finish_count_once():
     out = StringIO()
-    with log(out).progress(4, 4) as on_epoch:
-        for runs in (0, 1, 1, 3, 2, 4):
-            on_epoch.elsewhere(runs)
-        on_epoch.elsewhere(3, "3 left")
+    on_epoch = log(out).progress(4, 4)
+    for runs in (0, 1, 1, 3, 2, 4):
+        on_epoch.elsewhere(runs)
+    on_epoch.elsewhere(3, "3 left")
     left = ", 0 s left"
     texts = [f" 25 %  other processes go on{left}", f" 75 %  other processes go on{left}"]
     assert out.getvalue().splitlines() == [*texts, "100 %  other processes go on"]
@@ -261,12 +261,11 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
     found = Outcome(planned("x-2"), table, "It is so.", Path("/reports/x"), "7")
     shown = Terminal(json=True)
     with shown.shown():
-        shown.question("Why?")
+        shown.line("Why?")
         shown.plan(planned("x"), 64)
         pages.info("drawing figures")
         print("printed by a library")
-        with shown.progress(1, 1) as on_epoch:
-            on_epoch.elsewhere(1)
+        shown.progress(1, 1).elsewhere(1)
     shown.outcome(found, "postgresql://me:secret@host/db")
     shown.finish(0)
     printed = capsys.readouterr()
