@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import lazy_loader
@@ -76,7 +76,7 @@ def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
     for result in results:
         if not result.metrics:
             continue
-        settings = {name: _plain(value) for name, value in asdict(result.config).items()}
+        settings = {name: _plain(value) for name, value in result.config.named().items()}
         best = result.history[result.best_epoch - 1].get("val/neg_elbo")
         at_best = {"best/epoch": float(result.best_epoch)}
         at_best |= {} if best is None else {"best/val/neg_elbo": best}

@@ -6,6 +6,7 @@ from .errors import UserError as UserError
 from .metrics.evaluate import evaluate as evaluate
 from .metrics.quality import measure_quality as measure_quality
 from .models.vae import VAE as VAE
+from .registry import metric as metric
 from .registry import network as network
 from .registry import term as term
 from .tracking.record import load_run as load_run

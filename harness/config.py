@@ -34,11 +34,11 @@ class Default(float):
     """A default value, as distinct from an equal value that is given."""
 
 
-class Weights(dict[str, float]):
-    """Weights of loss terms by name; hashable, since a configuration is a value."""
+class Options(dict[str, Any]):
+    """Values by name, in the order of the names; hashable, since a configuration is a value."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
+        return hash(json.dumps(self, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class RunConfig:
     Attributes:
         model: "mlp"; "linear": no hidden layers, no output sigmoid (pPCA as a VAE); "conv": 3 x 3
             convolutions of stride 2 and a linear layer; or the name of a registered network.
+        model_options: options of a registered network by name.
         hidden: widths of the encoder's hidden layers, for "mlp"; the decoder mirrors them.
         channels: channels of the encoder's convolutions, for "conv"; the decoder mirrors them.
         latent_size: number of latents L.
@@ -70,6 +71,7 @@ class RunConfig:
             it is grey-pixel cross-entropy: a loss, and no likelihood.
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
             proportional to error + beta * rate + weight * term for all settings of the KL.
+        term_options: options of loss terms by name: {term: {option: value}}.
         learning_rate: Adam's step size.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
@@ -97,7 +99,9 @@ class RunConfig:
     epochs: int = 20
     precision: Precision = "float32"
     seed: int = 0
-    terms: Mapping[str, float] = field(default_factory=Weights)
+    terms: Mapping[str, float] = field(default_factory=Options)
+    model_options: Mapping[str, Any] = field(default_factory=Options)
+    term_options: Mapping[str, Mapping[str, Any]] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "channels"):
@@ -122,11 +126,16 @@ class RunConfig:
         for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
             number = _finite(name, getattr(self, name), sign)
             object.__setattr__(self, name, number)  # 1 and 1.0 are one run
-        if not isinstance(self.terms, Mapping) or not all(isinstance(n, str) for n in self.terms):
-            raise UserError(f"terms={self.terms!r}: give a dictionary of weights by name")
-        weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in self.terms.items()}
-        object.__setattr__(self, "terms", Weights(sorted(weights.items())))
+        weights = _named("terms", self.terms, "weights")
+        weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
+        object.__setattr__(self, "terms", Options(weights))
+        options = _values("model_options", self.model_options)
+        object.__setattr__(self, "model_options", options)
+        of_terms = _named("term_options", self.term_options, "options of terms")
+        of_terms = {n: _values(f"term_options[{n!r}]", o) for n, o in of_terms.items()}
+        object.__setattr__(self, "term_options", Options(of_terms))
         self._check_together()
+        self._check_options()
 
     def _check_together(self) -> None:
         if self.model == "conv" and not self.channels:
@@ -146,6 +155,36 @@ class RunConfig:
             given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
             raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
 
+    def _check_options(self) -> None:
+        network, defaults = registry.NETWORKS[self.model], RunConfig.__dataclass_fields__
+        for name in ("hidden", "channels") if self.model not in registry.BUILT_IN else ():
+            if (value := getattr(self, name)) != defaults[name].default:
+                given = f"{name}={value!r} with model={self.model!r}"
+                raise UserError(f"{given}: only a built-in network has it; give model_options")
+        taken = {"fields of RunConfig": [*defaults], "terms": [*self.terms]}
+        for option in self.model_options:
+            for what, names in taken.items():
+                if option in names:
+                    raise UserError(
+                        f"model_options: {option!r} is one of the {what} too; rename it"
+                    )
+        checked = [
+            ("model_options", f"network {self.model!r}", network.function, self.model_options)
+        ]
+        for name, options in self.term_options.items():
+            if name not in self.terms:
+                raise UserError(f"term_options: {name!r} is none of the terms; give its weight too")
+            if name in registry.TERMS:
+                what = f"term {name!r}"
+                checked.append((f"term_options[{name!r}]", what, registry.TERMS[name], options))
+        for field_name, what, function, options in checked:
+            allowed = registry.options_of(function)
+            if unknown := [name for name in options if allowed is not None and name not in allowed]:
+                has = ", ".join(allowed or ()) or "none"
+                raise UserError(
+                    f"{field_name}: {unknown[0]!r} is no option of {what} (it has: {has})"
+                )
+
     @classmethod
     def seed_recipe(cls, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
         """Return the blog's recipe (`head="relu"`, 10 latents, weight 1 / pixels), with changes."""
@@ -156,7 +195,7 @@ class RunConfig:
 
         Examples:
             >>> RunConfig(seed=1).replace(kl_weight=0.05)  # doctest: +ELLIPSIS
-            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, terms={})
+            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, ...)
         """
         return replace(self, **changes)
 
@@ -164,6 +203,18 @@ class RunConfig:
     def has_likelihood(self) -> bool:
         """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
         return self.likelihood == "gaussian" or self.binarization != "none"
+
+    def named(self) -> dict[str, Any]:
+        """Return every setting by the name under which it is recorded and swept.
+
+        Fields by their names, options of the network by theirs, weights of terms by those of the
+        terms, and options of terms as `term.option`.
+        """
+        values = asdict(self)
+        weights, options = values.pop("terms"), values.pop("model_options")
+        of_terms = values.pop("term_options").items()
+        flat = {f"{term}.{name}": v for term, given in of_terms for name, v in given.items()}
+        return values | options | weights | flat
 
     def to_json(self) -> str:
         """Return the configuration as a JSON object, field by field."""
@@ -187,6 +238,27 @@ class RunConfig:
 def _choices() -> dict[str, tuple[str, ...]]:
     kinds = get_type_hints(RunConfig).items()
     return {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
+
+
+def _named(name: str, value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(n, str) for n in value):
+        raise UserError(f"{name}={value!r}: give a dictionary of {what} by name")
+    return dict(sorted(value.items()))
+
+
+def _values(name: str, given: object) -> Options:
+    values = _named(name, given, "options")
+    for option, value in values.items():
+        each = value if isinstance(value, list | tuple) else [value]
+        for part in each:
+            if isinstance(part, int | float) and not isinstance(part, bool):
+                _finite(f"{name}[{option!r}]", part, "")
+            elif not isinstance(part, str | bool):
+                raise UserError(
+                    f"{name}[{option!r}]={value!r}: give a number, a text, True, False or a list"
+                )
+        values[option] = tuple(each) if isinstance(value, list | tuple) else value
+    return Options(values)
 
 
 def _whole(name: str, value: object, at_least: int) -> None:

@@ -1,5 +1,10 @@
 """Errors for users."""
 
+import traceback
+from pathlib import Path
+
+PACKAGES = Path(__file__).resolve().parents[1]
+
 
 class UserError(ValueError):
     """An input that cannot be used; command lines print the message alone, with exit code 2."""
@@ -10,3 +15,22 @@ class UserError(ValueError):
 
 class SummaryError(UserError):
     """A figure, an answer or a metric that failed after its runs were trained; exit code 3."""
+
+
+def line_of(error: BaseException) -> str:
+    """Return an error with the line of the user's code that it comes from, in one line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    if isinstance(error, SyntaxError):
+        return f"{text} ({Path(error.filename or '').name}, line {error.lineno})"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        ours = any(
+            path.is_relative_to(PACKAGES / name) for name in ("harness", "studies", "analysis")
+        )
+        if (
+            not ours
+            and "site-packages" not in path.parts
+            and not frame.filename.startswith("<frozen")
+        ):
+            return f"{text} ({path.name}, line {frame.lineno}: {frame.line})"
+    return text

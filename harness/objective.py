@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness import registry
+from harness import terms as _built_in  # noqa: F401 - registers the built-in terms
 from harness.config import RunConfig
 from harness.errors import UserError
 
@@ -78,6 +82,16 @@ class Coefficients(NamedTuple):
 
 Terms = Mapping[str, Callable[[Batch], Tensor]]
 """Loss terms of a run by name: functions of a batch with results of shape ()."""
+
+TERMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(registry.TERMS)
+"""The registered loss terms by name, the built-in ones and a user's."""
+
+
+def terms_of(config: RunConfig) -> Terms:
+    """Return the loss terms of a run, with its options."""
+    return {
+        name: partial(TERMS[name], **config.term_options.get(name, {})) for name in config.terms
+    }
 
 
 class Parts(NamedTuple):

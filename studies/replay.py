@@ -40,12 +40,15 @@ class ReplayOptions:
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
         data_dir: folder of the MNIST family; of a run on your own images, the folder of these.
         device: auto takes the kind of the record if this machine has one, otherwise the CPU.
+        trust: execute the networks, terms and metrics of the user that the record holds as code;
+            without it a terminal is asked.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_ID")]
     tracking_uri: str | None = None
     data_dir: Path = Path("data")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust: bool = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
         uri = addresses.tracking_address(options.tracking_uri)
         if addresses.is_new(uri):
             raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
-        record = connect(uri).record(options.run)
+        record = connect(uri).record(options.run, trust=options.trust or None)
         then = record.made_with
         data = load(record, options.data_dir)
         as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"

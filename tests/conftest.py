@@ -80,12 +80,16 @@ def mnist_folder() -> Path:
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget after the test which networks and terms it registered."""
+def registered() -> Iterator[None]:
+    """Forget after the test which networks, terms and metrics it registered."""
     from harness import registry
 
-    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
-    monkeypatch.setattr(registry, "TERMS", dict(registry.TERMS))
+    known = (registry.NETWORKS, registry.TERMS, registry.METRICS, registry._files)
+    before = [dict(names) for names in known]
+    yield
+    for names, had in zip(known, before, strict=True):
+        names.clear()
+        names.update(had)
 
 
 @pytest.fixture

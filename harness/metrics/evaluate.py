@@ -6,7 +6,7 @@ latents and images, and metrics of them, in float64. Names and units are those o
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
+from harness.errors import line_of
 from harness.linear.vae import gap_to_linear, linear_losses
 from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
@@ -205,7 +206,7 @@ def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
     configs = [config for config, _ in runs]
     linear = [linear_losses(configs, data, split).tolist() for split in (data.val, data.test)]
     items = [
-        (config, model, {name: registry.TERMS[name] for name in config.terms}, losses)
+        (config, model, objective.terms_of(config), losses)
         for (config, model), losses in zip(runs, zip(*linear, strict=True), strict=True)
     ]
     return on_all_cores(_finals, (as_measured(runs, data),), items, runs[0][1].device)
@@ -227,6 +228,46 @@ def _finals(
         variance = found["val"]["mse"]
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
     return finite(to_floats(named | found["test"]))
+
+
+@kernels()
+def registered_metrics(
+    runs: Sequence[Run], data: Dataset
+) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Return the values of registered metrics as `val/NAME` and `test/NAME`, and errors by name."""
+    if not registry.METRICS or not runs:
+        return [({}, {})] * len(runs)
+    common = as_measured(runs, data), dict(registry.METRICS)
+    return on_all_cores(_registered, common, runs, runs[0][1].device)
+
+
+def _registered(
+    parts: dict[str, Dataset], metrics: dict[str, registry.Metric], run: Run
+) -> tuple[dict[str, float], dict[str, str]]:
+    data, model = parts[run[0].binarization], frozen(run[1])
+    values, errors = dict[str, float](), dict[str, str]()
+    for part in ("val", "test"):
+        found, failed = registered_values(model, getattr(data, part), metrics)
+        values |= {f"{part}/{name}": value for name, value in found.items()}
+        errors |= failed
+    return values, errors
+
+
+@torch.no_grad()
+def registered_values(
+    model: VAE, split: Split, metrics: Mapping[str, registry.Metric]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return metrics of a model on a split, and the errors of those that have no finite value."""
+    values, errors = dict[str, float](), dict[str, str]()
+    for name, metric in metrics.items():
+        try:
+            value = float(metric.function(model, split))
+            if not math.isfinite(value):
+                raise ValueError(f"its value is {value}")
+            values[name] = value
+        except Exception as error:  # of a user's function
+            errors[name] = line_of(error)
+    return values, errors
 
 
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:

@@ -15,7 +15,7 @@ from harness.config import RunConfig
 from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
-WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+WEIGHTS, CONFIG, NETWORK = "weights.safetensors", "config.json", "network.py"
 
 
 def put(file: Path, content: bytes) -> None:
@@ -33,7 +33,13 @@ def put(file: Path, content: bytes) -> None:
 
 
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
-    """Write a model's weights, the shape and grey range of its images, and its configuration."""
+    """Write a model's weights, the shape and grey range of its images, and its configuration.
+
+    With a user's network, its source too.
+    """
+    if config.model not in registry.BUILT_IN:
+        text = registry.source("network", config.model)
+        (folder / NETWORK).write_text(text, encoding="utf-8")
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
     plain = torch.contiguous_format  # clones, since safetensors refuses tied weights
     state = {name: value.clone(memory_format=plain) for name, value in model.state_dict().items()}
@@ -41,10 +47,15 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     (folder / CONFIG).write_text(config.to_json())
 
 
-def load_model(folder: Path) -> tuple[RunConfig, VAE]:
-    """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used."""
+def load_model(folder: Path, *, trust: bool | None = None) -> tuple[RunConfig, VAE]:
+    """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used.
+
+    `trust` is that of `registry.restore`, for the source of a user's network.
+    """
     try:
-        config = RunConfig.from_json((folder / CONFIG).read_text())
+        text = (folder / CONFIG).read_text()
+        _restore_network(text, folder / NETWORK, trust=trust)
+        config = RunConfig.from_json(text)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -66,6 +77,17 @@ def load_model(folder: Path) -> tuple[RunConfig, VAE]:
         why = " ".join(str(error).split())
         raise UserError(f"{folder} holds no loadable model ({why})") from error
     return config, model.eval()
+
+
+def _restore_network(config: str, file: Path, *, trust: bool | None) -> None:
+    # Before the configuration is read, which is refused without its network.
+    try:
+        name = json.loads(config)["model"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return  # refused as a configuration
+    if isinstance(name, str) and name not in registry.BUILT_IN:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        registry.restore("network", name, text, trust=trust)
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:

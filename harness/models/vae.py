@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from harness import registry, streams
 from harness.config import RunConfig
-from harness.errors import UserError
+from harness.errors import UserError, line_of
 from harness.models import networks
 from harness.objective import Batch, Posterior
 
@@ -158,15 +158,61 @@ def lay_out(model: nn.Module) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def check_network(config: RunConfig, data_shape: Sequence[int]) -> None:
+    """Refuse a user's network that cannot be trained, naming its layer, its line or its shapes."""
+    name, count = f"network {config.model!r}", 3
+    try:
+        model = build(config, data_shape).eval()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} cannot be built: {line_of(error)}") from error
+    for layer, module in model.named_modules():
+        what = f"{name}: layer {layer} ({type(module).__name__})"
+        own = list(module.parameters(recurse=False))
+        if any(map(nn.parameter.is_lazy, [*own, *module.buffers(recurse=False)])):
+            raise UserError(f"{what} is lazy; give it its sizes")
+        if any(not parameter.is_floating_point() for parameter in own):
+            raise UserError(f"{what} has a parameter that is no real floating-point number")
+        if getattr(module, "sparse", False):
+            raise UserError(f"{what} has sparse gradients, which the optimiser does not take")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name} has no parameter to train")
+    sizes = (*data_shape,), (2 * config.latent_size,), (config.latent_size,)
+    parts = (
+        ("encoder", model.encoder, sizes[0], sizes[1], "2 L parameters of the posterior"),
+        ("decoder", model.decoder, sizes[2], sizes[0], "an image"),
+    )
+    for part, module, given, wanted, what in parts:
+        try:
+            with torch.no_grad():
+                output = module(torch.full((count, *given), 0.5))
+        except Exception as error:
+            shape = (count, *given)
+            raise UserError(
+                f"{name}: its {part} fails on shape {shape}: {line_of(error)}"
+            ) from error
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if found != (count, *wanted):
+            expected = f"expected {(count, *wanted)}, {what} each, for {(count, *given)}"
+            raise UserError(f"{name}: its {part} returns {found}; {expected}")
+
+
 def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 255) -> VAE:
     """Return an untrained VAE with the initial weights that a run's seed fixes."""
     network = registry.NETWORKS[config.model]
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     options = {name: getattr(config, name) for name in network.settings}
+    options |= config.model_options
     with torch.random.fork_rng(devices=[]):  # PyTorch's generator stays as it was
         if network.initialize == "torch":
             torch.manual_seed(int(stream.integers(2**63)))
-        encoder, decoder = network.build(tuple(data_shape), config.latent_size, **options)
+        made = network.build(tuple(data_shape), config.latent_size, **options)
+    if not (isinstance(made, tuple) and list(map(isinstance, made, [nn.Module] * 2)) == [True] * 2):
+        raise UserError(
+            f"network {config.model!r} returns {made!r}; return two modules: encoder, decoder"
+        )
+    encoder, decoder = made
     if network.initialize == "stream":
         networks.draw((*encoder.modules(), *decoder.modules()), stream)
     return VAE(

@@ -7,12 +7,12 @@ import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 from uuid import uuid4
 
 from harness import objective as objectives
-from harness import provenance
+from harness import provenance, registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.linear.vae import linear_metrics
@@ -21,11 +21,17 @@ from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
-from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog
+from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect
 from harness.training import engine
 from harness.training.checkpoint import Checkpoints
-from harness.training.engine import EpochRecord, RunResult, best_epoch, flat_record
+from harness.training.engine import (
+    EpochRecord,
+    RunResult,
+    best_epoch,
+    flat_record,
+    with_plain_names,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +44,7 @@ MADE_WITH = {
     "versions": ("tags", "versions"),
     "device": ("params", "device"),
 }
+FAILED = "failed_metrics"  # tag of a finished run of which registered metrics failed
 
 Metrics = dict[str, float]
 
@@ -80,13 +87,14 @@ def record(
     an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
     training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
     SystemExit, else FAILED. The best epoch is chosen by `objective`. Final metrics of the
-    validation split are not logged: the epochs have them.
+    validation split are not logged where the epochs have them.
 
     Returns:
         A result for each run. Its metrics are all final ones, those of the test split under their
         plain names too; a run that was ended early has none, and the model of its last epoch.
     """
     configs = [run.config for run in planned]
+    parts = {config: registry.sources(config.model, tuple(config.terms)) for config in configs}
     made_with = provenance.provenance(data, device)
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
@@ -98,7 +106,11 @@ def record(
             params |= {"device": device, "stack_width": len(planned)}
             logs[row] = start(run._replace(params=params, tags=run.tags | tags))
             logs[row].dataset(data)
-            logs[row].text(json.dumps(made_with, indent=2), PROVENANCE)
+            used = {" ".join(part): text for part, text in parts[run.config].items()}
+            digests = {part: registry.digest(text) for part, text in used.items()}
+            logs[row].text(json.dumps(made_with | {"parts": digests}, indent=2), PROVENANCE)
+            for part, text in used.items():
+                logs[row].text(text, part_file(part))
             if diff:
                 logs[row].text(diff, DIFF)
         if pictured:
@@ -134,20 +146,25 @@ def record(
             on_epoch(current)
         rows = [row for row in range(len(current.rows)) if row not in current.dropped]
         trained = _trained(current, rows)
-        finals = measure(trained, data)
-        for i, (row, done, final) in enumerate(zip(rows, trained, finals, strict=True), 1):
+        finals, further = measure(trained, data), evaluate.registered_metrics(trained, data)
+        each = zip(rows, trained, finals, further, strict=True)
+        for i, (row, done, final, (values, errors)) in enumerate(each, 1):
             log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
             place = current.rows[row]
             best = _best(histories[place], objective)
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
+            once |= {k: v for k, v in values.items() if k not in histories[place][-1]}
             logs[place].metrics(once | best, done.config.epochs)
+            if errors:
+                text = "; ".join(f"{name}: {error}" for name, error in errors.items())
+                logs[place].tag(FAILED, text)
             if pictured:
                 samples = pictures.prior_samples(done.model, done.config.seed)
                 logs[place].picture("prior_samples", samples, done.config.epochs)
             logs[place].model(*done)
             logs[place].end()
             del logs[place]
-            metrics = {k.removeprefix("test/"): v for k, v in final.items()} | final | best
+            metrics = with_plain_names(final | values | best)
             results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
     except BaseException as error:
         for one in logs.values():
@@ -237,27 +254,32 @@ class TrackedRun:
     model: VAE = field(repr=False)
 
 
-def load_run(run_id: str, tracking_uri: str | None = None) -> TrackedRun:
+def load_run(
+    run_id: str, tracking_uri: str | None = None, *, trust: bool | None = None
+) -> TrackedRun:
     """Rebuild the model of a run from its artifacts, without pickle.
 
     Args:
         run_id: the run's id in MLflow, or its key.
         tracking_uri: MLflow tracking URI; None means the default store.
+        trust: whether the stored code of a user's network may be executed. None asks on the
+            terminal. Nothing is executed where the network is registered from the same code.
 
     Raises:
-        UserError: there is no such run, or its model files are missing or broken.
+        UserError: there is no such run, its model files are missing or broken, or code is not
+            trusted.
     """
     store = connect(tracking_uri)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        config, model = load_model(store.fetch(run.run_id, "model", folder))
+        config, model = load_model(store.fetch(run.run_id, "model", folder), trust=trust)
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 
 def _planned(config: RunConfig, place: int, study: str) -> Planned:
     """Plan a run that is named by the settings in which it differs from the defaults."""
-    defaults = asdict(RunConfig())
-    changed = {k: v for k, v in asdict(config).items() if k != "seed" and v != defaults[k]}
+    defaults = RunConfig().named()
+    changed = {k: v for k, v in config.named().items() if k != "seed" and v != defaults.get(k)}
     label = ", ".join(f"{name}={value}" for name, value in changed.items()) or "defaults"
     tags = {"study": study, "role": "run", "configuration": label, "place": str(place)}
     return Planned(config, uuid4().hex, f"{label} seed={config.seed}", {}, tags)
@@ -298,7 +320,7 @@ def interruption(error: BaseException) -> tuple[str, str]:
 
 
 def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
-    params = asdict(config) | {"beta": objectives.beta(config, data.pixels)}
+    params = config.named() | {"beta": objectives.beta(config, data.pixels)}
     params |= {"dataset": data.name, "dataset_digest": data.digest}
     variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)
     if not math.isnan(variance):

@@ -151,6 +151,11 @@ class RunLog:
         self._write("end", status=status, reason=reason, time=time.time_ns() // 10**6)
 
 
+def part_file(part: str) -> str:
+    """Return the artifact with the source of a run's part, such as "network NAME"."""
+    return f"parts/{part.replace(' ', '-')}.py"
+
+
 def create(client: MlflowClient, key: str, write: Write) -> str:
     """Create a run and return its id; `perform` logs its parameters."""
     tags = {**write["tags"], KEY: key}

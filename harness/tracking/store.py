@@ -22,10 +22,11 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import addresses, runs
-from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog
+from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
 for library in ("mlflow", "alembic"):
@@ -199,8 +200,12 @@ class Store:
             for entry in self.call(self.client.get_metric_history, run_id, metric)
         ]
 
-    def record(self, run: str) -> Record:
-        """Return all that is needed to train a finished run again, by its id or key."""
+    def record(self, run: str, *, trust: bool | None = None) -> Record:
+        """Return all that is needed to train a finished run again, by its id or key.
+
+        Its own networks, terms and metrics are registered from their stored source, if `trust`
+        allows it (`registry.restore`).
+        """
         found = self.run(run)
         role = found.tags.get("role")
         if role != "run":
@@ -210,9 +215,13 @@ class Store:
             raise UserError(f"run {run} is {found.status}; only a FINISHED run can be compared")
         with tempfile.TemporaryDirectory() as folder:
             saved = self.fetch(found.run_id, "model/config.json", folder).read_text("utf-8")
-            made = self.fetch(found.run_id, PROVENANCE, folder).read_text("utf-8")
+            made = json.loads(self.fetch(found.run_id, PROVENANCE, folder).read_text("utf-8"))
+            for part in made.get("parts", {}):
+                kind, _, name = part.partition(" ")
+                text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
+                registry.restore(kind, name, text, trust=trust)
         config, values = RunConfig.from_json(saved), self.history(found.run_id)
-        return Record(found.run_id, found.name, config, json.loads(made), values)
+        return Record(found.run_id, found.name, config, made, values)
 
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""

@@ -22,9 +22,9 @@ from harness.config import Precision, RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
-from harness.metrics.evaluate import evaluate, finite
+from harness.metrics.evaluate import evaluate, finite, registered_metrics, registered_values
 from harness.models.stack import has_hooks, stack_key
-from harness.models.vae import VAE, build
+from harness.models.vae import VAE, build, check_network
 from harness.processes import Pool
 from harness.training.checkpoint import Checkpoints, Epoch, Saved, made_with
 from harness.training.step import Measured, State, Step
@@ -152,11 +152,21 @@ def train_and_evaluate(
             for s, history in enumerate(histories):
                 history.append(flat_record(record, s))
         models = [record.model(s) for s in range(len(rows))]
-        finals = evaluate(list(zip(record.configs, models, strict=True)), data)
+        trained = list(zip(record.configs, models, strict=True))
+        finals, further = evaluate(trained, data), registered_metrics(trained, data)
         del record  # and with it the stack, before the next one takes a GPU's memory
         for s, row in enumerate(rows):
-            results[row] = RunResult(configs[row], finals[s], histories[s], models[s].cpu())
+            values, errors = further[s]
+            for name, error in errors.items():
+                log.warning("metric %r of run %d failed: %s", name, row, error)
+            metrics = finals[s] | with_plain_names(values)
+            results[row] = RunResult(configs[row], metrics, histories[s], models[s].cpu())
     return [results[row] for row in range(len(configs))]
+
+
+def with_plain_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with those of the test split under their plain names too."""
+    return {name.removeprefix("test/"): value for name, value in metrics.items()} | dict(metrics)
 
 
 def together(configs: Sequence[RunConfig], width: int) -> list[list[int]]:
@@ -244,6 +254,8 @@ def check_runs(
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
+    for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
+        check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
 
@@ -255,6 +267,7 @@ class Work(NamedTuple):
     steps: dict[int, Step]  # of those that this process trains
     data: dict[str, Dataset]
     linear: Tensor
+    metrics: dict[str, registry.Metric]  # registered ones that are measured every epoch
 
 
 def _begin(
@@ -270,12 +283,13 @@ def _begin(
     splits = (data.train.head(len(data.val)), data.val)  # grey, as the linear model is fitted
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
-    work = Work({}, {}, shown, linear)
+    metrics = {name: metric for name, metric in registry.METRICS.items() if metric.every_epoch}
+    work = Work({}, {}, shown, linear, metrics)
 
     def begin(rows: list[int], *, stacked: bool) -> None:
         chosen = [configs[row] for row in rows]
         models = [_untrained(config, shown[config.binarization], dtype) for config in chosen]
-        terms = {name: registry.TERMS[name] for name in chosen[0].terms}
+        terms = objective.terms_of(chosen[0])
         state = State(rows, chosen, models, terms, stacked=stacked)
         if stacked:
             work.steps[rows[0]] = Step(state, shown, linear)
@@ -349,7 +363,12 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
     index, epoch = item
     if index not in work.steps:
         work.steps[index] = Step(work.states[index], work.data, work.linear)
-    return work.steps[index].epoch(epoch)
+    step = work.steps[index]
+    measured = step.epoch(epoch)
+    for row, (_, val) in enumerate(measured[2] if work.metrics else ()):
+        model = step.state.model_of(row)
+        val |= registered_values(model, step.data.val, work.metrics)[0]
+    return measured
 
 
 def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from harness.config import RunConfig, UserError, Weights, checked_name
+from harness.config import Options as Named
+from harness.config import RunConfig, UserError, checked_name
 from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, program, text
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
@@ -117,7 +118,7 @@ class Axis:
 
     Args:
         name: column of the frames and axis of the figures.
-        values: at least one; numbers, names, tuples of whole numbers, or weights by name.
+        values: at least one; numbers, names, tuples of whole numbers, or options by name.
         apply: (config, value, source of the data) -> config; by default the field `name` is set.
     """
 
@@ -137,12 +138,12 @@ class Axis:
             )
         self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
         kind = type(self.values[0]) if apply else get_type_hints(RunConfig)[name]
-        self.kind = str if isinstance(self.values[0], tuple | Weights) else kind
+        self.kind = str if isinstance(self.values[0], tuple | Named) else kind
 
     def read(self, value: Any) -> Any:  # noqa: ANN401 - of any kind
         """Return a value given by the user; "512,256" becomes a tuple on an axis of tuples."""
         first = self.values[0]
-        if not isinstance(value, str) or not isinstance(first, tuple | Weights):
+        if not isinstance(value, str) or not isinstance(first, tuple | Named):
             return _hashable(value)
         parts = [] if value == "none" else value.split(",")
         try:
@@ -156,7 +157,7 @@ class Axis:
 
 def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
     if isinstance(value, Mapping):
-        return Weights(sorted(value.items()))
+        return Named(sorted(value.items()))
     return tuple(value) if isinstance(value, list) else value
 
 
