@@ -202,7 +202,8 @@ def _execute(text: str, file: str) -> None:
 
 
 def _registered(kind: Kind) -> dict[str, Any]:
-    return {"network": NETWORKS, "term": TERMS, "metric": METRICS}[kind]
+    known: dict[Kind, dict[str, Any]] = {"network": NETWORKS, "term": TERMS, "metric": METRICS}
+    return known[kind]
 
 
 def source(kind: Kind, name: str) -> str:
