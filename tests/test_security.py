@@ -77,7 +77,7 @@ def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
     assert (tmp_path / "o.db").read_bytes() == b""
 
 
-@pytest.mark.parametrize("uri", ["postgresql://u:secret@host/db", "sqlite:///a[/b].db"])
+@pytest.mark.parametrize("uri", ["sqlite:///b.db?password=secret", "sqlite:///a[/b].db"])
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
     outcome = Outcome(planned("x"), pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
     Terminal().outcome(outcome, uri)
