@@ -19,7 +19,7 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import UserError, line_of
 from harness.linear.vae import linear_metrics
-from harness.metrics import evaluate
+from harness.metrics import evaluate, likelihood
 from harness.models.stack import stack_key
 from harness.models.vae import build
 from harness.tracking import record as recording
@@ -96,8 +96,9 @@ def _measured(config: RunConfig, data: Dataset, selection: str) -> dict[str, flo
         *_, last = engine.train([config], few, "cpu")
         model = evaluate.frozen(last.model(0)).requires_grad_(requires_grad=False)
         ends = evaluate.evaluate([(config, model)], few)[0] | linear_metrics(config, few)
-    values = {f"test/{name}": MADE_UP for name in registry.QUALITY}
-    values |= {name: value for name, value in ends.items() if "/" in name}
+    later = (*registry.QUALITY, *(f"neg_log_likelihood/k{k}" for k in likelihood.SAMPLES))
+    values = {f"test/{name}": MADE_UP for name in later} | {"progress/kl_warmup": 1.0}
+    values |= {k: v for k, v in ends.items() if k.startswith(("val/", "test/", "linear/"))}
     values |= dict.fromkeys(recording.WALL_CLOCK, 1.0) | engine.flat_record(last, 0)
     if not {"train/loss", "val/loss"} <= values.keys():
         terms = f" with terms {', '.join(config.terms)}" if config.terms else ""

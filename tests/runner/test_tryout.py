@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,8 @@ from studies.runner.study import make_plan
 pytestmark = pytest.mark.usefixtures("registered")
 
 
-def draw(frame):
-    return plots.metrics_along_axis(frame, axis="learning_rate")
+def draw(frame, axis="learning_rate"):
+    return plots.metrics_along_axis(frame, axis=axis)
 
 
 def answer(frame):
@@ -47,11 +48,11 @@ def try_out(study, data, **settings):
     tryout.try_out(make_plan(study, Options(settings=settings)), data)
 
 
-def line(text: str) -> int:
-    """Return the number of the one line of this file that ends with a text."""
+def at(comment: str) -> str:
+    """Return how an error names the line of this file that ends with a comment."""
     lines = Path(__file__).read_text().splitlines()
-    (found,) = (number for number, this in enumerate(lines, 1) if this.endswith(text))
-    return found
+    (found,) = (i for i, line in enumerate(lines, 1) if line.endswith(f"# {comment}"))
+    return f"(test_tryout.py, line {found}: "
 
 
 def test_a_study_without_mistakes_passes_whatever_it_sweeps(tiny):
@@ -77,36 +78,11 @@ def test_only_code_of_a_user_is_tried_and_by_one_process(monkeypatch):
     assert not tryout.is_needed(own)
 
 
-def test_the_frame_has_the_columns_of_a_real_one(tiny, tracking_uri, tmp_path):
-    shown = []
-    harness.metric("mine")(lambda model, split: math.nan if shown else 2.0)
-
-    def keeps(frame):
-        shown.append(frame)
-        return "So."
-
-    study = replace(STUDY, axis=Axis("latent_size", (1, 3)), answer=keeps, figures={})
-    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
-    plan = make_plan(study, Options(**places))
-    from studies.runner.run import run
-    from studies.runner.terminal import Terminal
-
-    tryout.try_out(plan, tiny)
-    (tried,) = shown
-    assert run(plan, tiny, Options(**places), Terminal()).failures
-    real = shown[1]
-    missing = set(real.columns) - set(tried.columns)
-    assert not missing
-    assert {"mine", "val/mine"} <= set(tried.columns) - set(real.columns)
-    same = ["latent_size", "seed", "name", "beta", "decoder_variance", "dataset_digest"]
-    assert tried[same].equals(real[same])
-    assert tried["kl/2"].isna().equals(real["kl/2"].isna())
-    spread = tried[tried["latent_size"] == 3].groupby("seed")["neg_elbo"].first()
-    assert 0 < abs(spread[0] / spread[1] - 1) < 0.03
-
-
 class Half(nn.Module):
+    """A layer that fails in training alone."""
+
     def forward(self, x):
+        """Return x."""
         if self.training:
             raise ZeroDivisionError("no half")  # in training alone
         return x
@@ -172,7 +148,7 @@ def test_a_metric_that_fails_is_refused_and_one_without_a_value_yet_is_not(tiny)
     harness.metric("late")(lambda model, split: math.nan)
     try_out(STUDY, tiny)
     harness.metric("broken")(broken)
-    says = f"metric 'broken' .* .test_tryout.py, line {line('# of a user')}: return"
+    says = f"metric 'broken' .* {re.escape(at('of a user'))}return"
     with pytest.raises(UserError, match=says):
         try_out(STUDY, tiny)
     with pytest.raises(UserError, match="metric 'broken' fails"):
@@ -196,7 +172,7 @@ def test_figures_and_answers_that_fail_are_refused(tiny, part, change):
     says = str(refused.value)
     assert "\n" not in says
     if broken in (change.get("answer"), *change.get("figures", {}).get("x", ())):
-        assert f"KeyError: 'nothing' (test_tryout.py, line {line('# of a user')}" in says
+        assert f"KeyError: 'nothing' {at('of a user')}" in says
 
 
 def test_an_answer_that_loads_runs_is_not_refused(tiny):
@@ -216,14 +192,13 @@ def test_warnings_of_the_tried_code_are_not_shown(tiny):
 
 @pytest.fixture
 def command(tracking_uri, tmp_path, tiny, monkeypatch):
+    """Return a function that gives the command of a study and returns its exit code."""
     monkeypatch.setattr(harness, "load_dataset", lambda name, root: tiny)
     places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
-    words = ["--values", "0.001", "--epochs", "1", *places]
 
     def give(study, *more):
-        """Give the command, and return its exit code."""
         try:
-            cli.main(study, [*words, *more])
+            cli.main(study, ["--epochs", "1", *places, *more])
         except SystemExit as end:
             return end.code
         return 0
@@ -241,41 +216,61 @@ def test_after_a_mistake_nothing_is_recorded(command, tmp_path, capsys, more):
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
-def test_metrics_figures_and_answers_that_fail_at_the_end_lose_nothing(
-    command, tracking_uri, tmp_path, capsys, monkeypatch
+def test_what_fails_at_the_end_loses_nothing_and_tried_frames_are_like_real_ones(
+    command, tracking_uri, tmp_path, capsys
 ):
-    # Mistakes that one step does not find.
-    monkeypatch.setattr(tryout, "try_out", lambda plan, data: None)
-    harness.metric("broken")(broken)
-    of_metric = f"broken: KeyError: 'nothing' (test_tryout.py, line {line('# of a user')}: "
-    assert command(replace(STUDY, figures={"x": (broken, ""), "rates": (draw, "")})) == 3
-    assert "error: everything is trained and recorded, but figure 'x' failed: KeyError" in (
-        capsys.readouterr().err
-    )
+    shown = []
+
+    @harness.metric("late")
+    def late(model, split):
+        return 1 / (not next(model.parameters()).requires_grad)  # as when it is tried
+
+    def keeps(frame):
+        shown.append(frame)
+        return "So."
+
+    def draw_once(frame):
+        if len(shown) > 1:
+            raise KeyError("gone")  # not when it is tried
+        return draw(frame, "latent_size")
+
+    study = replace(STUDY, axis=Axis("latent_size", (1, 3)), answer=keeps, seeds=1)
+    figures = {"once": (draw_once, ""), "rates": (partial(draw, axis="latent_size"), "")}
+    assert command(replace(study, figures=figures)) == 3
+    of_metric = f"late: ZeroDivisionError: division by zero {at('as when it is tried')}"
+    of_figure = f"figure 'once' failed: KeyError: 'gone' {at('not when it is tried')}"
+    said = capsys.readouterr().err
+    assert f"error: everything is trained and recorded, but {of_figure}" in said
     folder = tmp_path / "reports" / "own-digits"
     found = json.loads((folder / "summary.json").read_text())
-    assert found["answer"].startswith("The best is 0.001; ")
-    assert f"Metrics failed in 2 of 2 runs: {of_metric}" in found["answer"]
-    assert "Left out: figure 'x' failed: KeyError: 'nothing' (test_tryout.py, line" in (
-        found["answer"]
-    )
+    answer, metrics, figure = found["answer"].split("\n\n")
+    assert answer == "So."
+    assert metrics.startswith(f"Metrics failed in 2 of 2 runs: {of_metric}")
+    assert figure.startswith(f"Left out: {of_figure}")
     assert [figure["file"] for figure in found["figures"]] == ["figures/rates.png"]
     assert "Left out: figure" in (folder / "report.html").read_text()
 
     # With the mistake mended the same command writes the rest; the metric stays away.
-    assert command(STUDY) == 3
+    assert command(replace(study, figures={})) == 3
     printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1].startswith(f"error: Metrics failed in 2 of 2 runs: {of_m"
-    f"etric}")
+    assert printed.err.splitlines()[-1].startswith(f"error: {metrics}")
     assert "Report: " in printed.out
     assert "Left out" not in (folder / "report.html").read_text()
     assert "Metrics failed in 2 of 2 runs" in (folder / "report.html").read_text()
     runs = tracking.connect(tracking_uri).runs("own-digits")
-    assert {run.tags["role"]: run.status for run in runs} == {
-        "run": "FINISHED",
-        "summary": "FINISHED",
-    }
-    assert all(FAILED in run.tags for run in runs if run.tags["role"] == "run")
+    assert [(r.status, FAILED in r.tags) for r in runs if r.tags["role"] == "run"] == [
+        ("FINISHED", True)
+    ] * 2
+    assert [r.status for r in runs if r.tags["role"] == "summary"] == ["FINISHED"]
+
+    tried, real = shown[:2]
+    assert not set(real.columns) - set(tried.columns)
+    assert {"late", "val/late"} <= set(tried.columns) - set(real.columns)
+    same = ["latent_size", "seed", "name", "beta", "decoder_variance", "dataset_digest"]
+    assert tried[same].equals(real[same])
+    assert tried["kl/2"].isna().equals(real["kl/2"].isna())
+    assert tried.columns.is_unique
+    assert tried["loss"].is_unique
 
 
 def test_every_error_of_metrics_has_its_sentence(tracking_uri):
