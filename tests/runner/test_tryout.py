@@ -104,6 +104,10 @@ def broken(*_):
     return {}["nothing"]  # of a user
 
 
+def misread(*_):
+    return json.loads("{")  # by the standard library
+
+
 MISTAKES = {
     "network": ({"model": "training"}, "network 'training' .*: no half .*# in training alone"),
     "nan": ({"model": "nan"}, "network 'nan': after one step its loss is no finite number"),
@@ -158,6 +162,7 @@ def test_a_metric_that_fails_is_refused_and_one_without_a_value_yet_is_not(tiny)
 WRONG = {
     "the answer": {"answer": broken},
     "the answer ": {"answer": lambda frame: None},
+    "the answer fails on a run of one step: JSONDecodeError": {"answer": misread},
     "figure 'x'": {"figures": {"x": (broken, "")}},
     "figure 'x' ": {"figures": {"x": (lambda frame: None, "")}},
     "figure 'y'": {"figures": {"x": (draw, ""), "y": (partial(draw, frame=1), "")}},
@@ -173,6 +178,8 @@ def test_figures_and_answers_that_fail_are_refused(tiny, part, change):
     assert "\n" not in says
     if broken in (change.get("answer"), *change.get("figures", {}).get("x", ())):
         assert f"KeyError: 'nothing' {at('of a user')}" in says
+    if change.get("answer") is misread:
+        assert at("by the standard library") in says
 
 
 def test_an_answer_that_loads_runs_is_not_refused(tiny):
