@@ -58,7 +58,7 @@ def test_the_biases_of_the_page_are_those_of_small_batches():
     names = "total_correlation", "total_correlation_weighted"
     for sd, size, *biases in rows:
         given = {"training_size": int(size.replace(",", ""))}
-        batches = [drawn(32, torch.eye(10), float(sd), **given) for _ in range(100)]
+        batches = [drawn(32, torch.eye(10), float(sd), **given) for _ in range(300)]
         for name, bias in zip(names, biases, strict=True):
             found = torch.stack([TERMS[name](batch) for batch in batches]).mean()
             assert found == pytest.approx(float(bias), abs=0.15), (name, sd, size)
