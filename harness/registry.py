@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import linecache
 import sys
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,9 @@ def load(address: str, kind: Kind) -> str:
     file = Path(path).resolve()
     if file not in _files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with tokenize.open(file) as open_file:  # in the encoding that Python reads
+                text = open_file.read()
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
             raise UserError(f"{kind} {address}: {file} cannot be read ({error})") from error
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
@@ -212,9 +214,10 @@ def source(kind: Kind, name: str) -> str:
     """Return the text of the file, or notebook cell, that defines a part, or ""."""
     part = _registered(kind)[name]
     function = inspect.unwrap(getattr(part, "function", part))
-    if not hasattr(function, "__code__"):  # an instance with __call__
-        function = type(function).__call__
-    return "".join(linecache.getlines(function.__code__.co_filename))
+    function = getattr(function, "func", function)  # of a partial
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    text = "".join(linecache.getlines(code.co_filename)) if code else ""
+    return text if text.endswith("\n") or not text else f"{text}\n"  # as linecache reads a file
 
 
 def options_of(function: Callable[..., Any] | str) -> list[str] | None:

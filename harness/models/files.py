@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,10 +52,9 @@ def load_model(folder: Path, *, trust: bool | None = None) -> tuple[RunConfig, V
 
     `trust` is that of `registry.restore`, for the source of a user's network.
     """
+    _restore_network(folder, trust=trust)
     try:
-        text = (folder / CONFIG).read_text()
-        _restore_network(text, folder / NETWORK, trust=trust)
-        config = RunConfig.from_json(text)
+        config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -73,20 +72,21 @@ def load_model(folder: Path, *, trust: bool | None = None) -> tuple[RunConfig, V
             model = build(config, shape, largest)
             model.to(next(iter(weights.values()), torch.empty(0)).dtype)
             model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of a user's network, any
         why = " ".join(str(error).split())
         raise UserError(f"{folder} holds no loadable model ({why})") from error
     return config, model.eval()
 
 
-def _restore_network(config: str, file: Path, *, trust: bool | None) -> None:
+def _restore_network(folder: Path, *, trust: bool | None) -> None:
     # Before the configuration is read, which is refused without its network.
     try:
-        name = json.loads(config)["model"]
-    except (ValueError, RecursionError, LookupError, TypeError):
+        name = json.loads((folder / CONFIG).read_text())["model"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return  # refused as a configuration
     if isinstance(name, str) and name not in registry.BUILT_IN:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        file = folder / NETWORK
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         registry.restore("network", name, text, trust=trust)
 
 

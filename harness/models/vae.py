@@ -1,8 +1,13 @@
 """The variational autoencoder of one run."""
 
+import copy
 import math
+import operator
 from collections.abc import Sequence
+from random import Random
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -162,40 +167,79 @@ def check_network(config: RunConfig, data_shape: Sequence[int]) -> None:
     """Refuse a user's network that cannot be trained, naming its layer, its line or its shapes."""
     name, count = f"network {config.model!r}", 3
     try:
-        model = build(config, data_shape).eval()
+        model = build(config, data_shape)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{name} cannot be built: {line_of(error)}") from error
-    for layer, module in model.named_modules():
-        what = f"{name}: layer {layer} ({type(module).__name__})"
-        own = list(module.parameters(recurse=False))
-        if any(map(nn.parameter.is_lazy, [*own, *module.buffers(recurse=False)])):
-            raise UserError(f"{what} is lazy; give it its sizes")
-        if any(not parameter.is_floating_point() for parameter in own):
-            raise UserError(f"{what} has a parameter that is no real floating-point number")
-        if getattr(module, "sparse", False):
-            raise UserError(f"{what} has sparse gradients, which the optimiser does not take")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{name} has no parameter to train")
+    modules = [(f"{name}: layer {n} ({type(m).__name__})", m) for n, m in model.named_modules()]
+    known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for layer, module in modules:
+        if why := _unsupported(module, known):
+            raise UserError(f"{layer} {why}")
+    before = [_attributes(module) for _, module in modules]
     sizes = (*data_shape,), (2 * config.latent_size,), (config.latent_size,)
     parts = (
-        ("encoder", model.encoder, sizes[0], sizes[1], "2 L parameters of the posterior"),
-        ("decoder", model.decoder, sizes[2], sizes[0], "an image"),
+        ("encoder", sizes[0], sizes[1], "2 L parameters of the posterior"),
+        ("decoder", sizes[2], sizes[0], "an image"),
     )
-    for part, module, given, wanted, what in parts:
+    for part, given, wanted, what in parts:
+        shape, outputs = (count, *given), list[Any]()
+        for same in (copy.deepcopy(model).eval(), copy.deepcopy(model), model):
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    outputs.append(getattr(same, part)(torch.full(shape, 0.5)))
+            except Exception as error:
+                raise UserError(
+                    f"{name}: its {part} fails on shape {shape}: {line_of(error)}"
+                ) from error
+        for output in outputs:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            if found != (count, *wanted):
+                expected = f"expected {(count, *wanted)}, {what} each, for {shape}"
+                raise UserError(f"{name}: its {part} returns {found}; {expected}")
+        if not torch.allclose(outputs[1], outputs[2], equal_nan=True):
+            raise UserError(f"{name}: its {part} draws numbers that are not PyTorch's; use torch")
+    for (layer, module), held in zip(modules, before, strict=True):
+        for attribute, values in _attributes(module).items():
+            then = held.get(attribute, [])
+            if len(then) != len(values) or any(map(operator.is_not, then, values)):
+                why = f"sets {attribute} in its forward, which is lost between processes"
+                raise UserError(f"{layer} {why}; change a buffer in place instead")
+
+
+def _unsupported(module: nn.Module, known: set[int]) -> str:
+    # `known` are the identities of all registered modules and tensors.
+    own = list(module.parameters(recurse=False))
+    if any(map(nn.parameter.is_lazy, [*own, *module.buffers(recurse=False)])):
+        return "is lazy; give it its sizes"
+    if any(not parameter.is_floating_point() for parameter in own):
+        return "has a parameter that is no real floating-point number"
+    if getattr(module, "sparse", False):
+        return "has sparse gradients, which the optimiser does not take"
+    for attribute, values in _attributes(module).items():
+        if any(isinstance(v, Tensor | nn.Module) and id(v) not in known for v in values):
+            kinds = "register_buffer, nn.Parameter or nn.ModuleList"
+            return f"holds a tensor or module in {attribute} that is not registered; use {kinds}"
+        if any(isinstance(v, torch.Generator | np.random.Generator | Random) for v in values):
+            return f"has a random generator in {attribute}; draw from that of PyTorch"
         try:
-            with torch.no_grad():
-                output = module(torch.full((count, *given), 0.5))
+            copy.deepcopy([] if attribute == "_modules" else values)
         except Exception as error:
-            shape = (count, *given)
-            raise UserError(
-                f"{name}: its {part} fails on shape {shape}: {line_of(error)}"
-            ) from error
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if found != (count, *wanted):
-            expected = f"expected {(count, *wanted)}, {what} each, for {(count, *given)}"
-            raise UserError(f"{name}: its {part} returns {found}; {expected}")
+            return f"cannot be copied: {attribute}: {line_of(error)}"
+    return ""
+
+
+def _attributes(module: nn.Module) -> dict[str, list[Any]]:
+    # The values of each attribute, those in collections too.
+    found = dict[str, list[Any]]()
+    for name, value in vars(module).items():
+        inner = value.values() if isinstance(value, dict) else value
+        found[name] = [*inner] if isinstance(value, dict | list | tuple | set) else [value]
+    return found
 
 
 def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 255) -> VAE:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from harness import provenance
+from harness import provenance, registry
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
@@ -100,9 +100,14 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def made_with(data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the provenance that a checkpoint must have to be resumed from, as plain values."""
-    return {
+def made_with(config: RunConfig, data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the provenance that a run's checkpoint must have to be resumed from.
+
+    Of a user's network and terms it is the digest of their source.
+    """
+    parts = registry.sources(config.model, tuple(config.terms)).items()
+    digests = {f"{kind} {n}": registry.digest(t) for (kind, n), t in parts if kind != "metric"}
+    return digests | {
         "code": provenance.code().sources,  # whether or not they are committed
         "versions": provenance.versions(),
         "device": provenance.device(device),

@@ -198,8 +198,9 @@ def train(
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
-    made = made_with(data, target.type, dtype) if checkpoints else {}
-    runs = [checkpoints.load(c, made) if checkpoints else Saved([], {}) for c in configs]
+    made = [made_with(c, data, target.type, dtype) if checkpoints else {} for c in configs]
+    given = zip(configs, made, strict=True)
+    runs = [checkpoints.load(*run) if checkpoints else Saved([], {}) for run in given]
     resumed = [len(run.epochs) for run in runs]
     work = _begin(configs, runs, data, target, dtype)
 
@@ -207,7 +208,7 @@ def train(
         for r, (row, (state, s)) in enumerate(zip(record.rows, record._places, strict=True)):
             trained = len(runs[row].epochs) > resumed[row]
             if checkpoints and trained and r not in record.dropped:
-                checkpoints.save(configs[row], made, Saved(runs[row].epochs, state.of_run(s)))
+                checkpoints.save(configs[row], made[row], Saved(runs[row].epochs, state.of_run(s)))
 
     # Hooks do not survive being sent to another process.
     here = target.type != "cpu" or any(has_hooks(state.model) for state in work.states.values())

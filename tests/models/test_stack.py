@@ -5,6 +5,7 @@ import torch
 from textbook import SMALL
 from torch import nn
 
+from harness import RunConfig, registry
 from harness.models.stack import MAPPED, has_hooks, kernels, lift, stack_key
 from harness.models.vae import VAE, build
 
@@ -104,11 +105,22 @@ OTHER = {
 
 def test_every_setting_that_changes_a_shape_or_a_branch_is_shared():
     base = SMALL.replace(kl_weight=0)
-    assert {*OTHER, *MAPPED, "binarization"} == set(SMALL.__dataclass_fields__)
+    options = {"model_options", "term_options"}
+    assert {*OTHER, *MAPPED, "binarization", *options} == set(SMALL.__dataclass_fields__)
     for name, value in OTHER.items():
         assert stack_key(base.replace(**{name: value})) != stack_key(base), name
     grey = base.replace(likelihood="bernoulli")
     assert stack_key(grey.replace(binarization="threshold")) != stack_key(grey)
+
+
+def test_options_of_networks_and_terms_are_shared(registered):
+    registry.network("wide")(lambda shape, size, *, width=1: None)
+    given = {"model": "wide", "model_options": {"width": 2}}
+    given |= {"terms": {"mine": 1.0}, "term_options": {"mine": {"power": 2}}}
+    one = RunConfig(**given)
+    assert stack_key(one) == stack_key(RunConfig(**given, seed=1))
+    for other in ({"model_options": {"width": 3}}, {"term_options": {}}):
+        assert stack_key(one) != stack_key(one.replace(**other))
 
 
 @pytest.mark.parametrize("name", sorted(MAPPED))

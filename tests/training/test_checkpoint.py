@@ -218,11 +218,11 @@ def test_a_file_made_with_something_else_is_not_used(tmp_path, caplog, now):
 
 
 def test_what_a_run_is_made_with_tells_images_and_precision_apart(tiny, data):
-    base = made_with(tiny, "cpu", torch.float32)
-    assert base == made_with(tiny, "cpu", torch.float32)
+    base = made_with(SMALL, tiny, "cpu", torch.float32)
+    assert base == made_with(SMALL, tiny, "cpu", torch.float32)
     fewer = replace(tiny, train=tiny.train.head(32))
-    assert made_with(fewer, "cpu", torch.float32)["dataset"] != base["dataset"]
-    assert made_with(tiny, "cpu", torch.float64) != base
+    assert made_with(SMALL, fewer, "cpu", torch.float32)["dataset"] != base["dataset"]
+    assert made_with(SMALL, tiny, "cpu", torch.float64) != base
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
