@@ -1,9 +1,14 @@
 """Errors for users."""
 
+import sysconfig
 import traceback
 from pathlib import Path
 
-PACKAGES = Path(__file__).resolve().parents[1]
+NO_USERS = (
+    *(Path(__file__).resolve().parents[1] / name for name in ("harness", "studies", "analysis")),
+    Path(sysconfig.get_path("stdlib")),
+)
+"""Folders of code that is not the user's."""
 
 
 class UserError(ValueError):
@@ -24,13 +29,7 @@ def line_of(error: BaseException) -> str:
         return f"{text} ({Path(error.filename or '').name}, line {error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        ours = any(
-            path.is_relative_to(PACKAGES / name) for name in ("harness", "studies", "analysis")
-        )
-        if (
-            not ours
-            and "site-packages" not in path.parts
-            and not frame.filename.startswith("<frozen")
-        ):
+        is_theirs = "site-packages" in path.parts or frame.filename.startswith("<frozen")
+        if not is_theirs and not any(map(path.is_relative_to, NO_USERS)):
             return f"{text} ({path.name}, line {frame.lineno}: {frame.line})"
     return text

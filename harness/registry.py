@@ -119,12 +119,14 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
 
 
 BUILT_IN_TERMS = ("total_correlation", "total_correlation_weighted", "mmd", "dip_i", "dip_ii")
+QUALITY = (  # names of the metrics of `measure_quality`
+    *("neg_log_likelihood", "neg_log_likelihood_se", "effective_samples", "aggregate_gap"),
+    *("mutual_information", "mutual_information_lower", "probe_accuracy", "knn_accuracy"),
+    *("feature_accuracy", "frechet", "frechet_reconstructions", "frechet_floor"),
+)
 MEASURED = (  # names of built-in metrics
     *("loss", "mse", "rate", "distortion", "neg_elbo", "calibration_ratio", "active_units"),
-    *("learned_variance", "gap_to_linear", "pca_floor", "neg_log_likelihood"),
-    *("neg_log_likelihood_se", "effective_samples", "aggregate_gap", "mutual_information"),
-    *("mutual_information_lower", "probe_accuracy", "knn_accuracy", "feature_accuracy"),
-    *("frechet", "frechet_reconstructions", "frechet_floor"),
+    *("learned_variance", "gap_to_linear", "pca_floor", *QUALITY),
 )
 
 

@@ -1,7 +1,122 @@
-"""Loss terms that are built in, each a function of a batch that a user could write."""
+"""Loss terms that are built in, each a function of a batch that a user could write.
+
+Symbols: B images of a batch, N of training, L latents; q(z|x) is an image's posterior, and q(z) its
+average over the training images, the aggregate posterior.
+"""
 
 from __future__ import annotations
 
-from harness import registry
+from typing import TYPE_CHECKING
 
-registry.TERMS.update()
+import torch
+from torch import Tensor
+
+from harness import registry
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.objective import Batch
+
+SMALLEST = -60.0  # ln(variance) of a density: the square of a distance over it has to be finite
+
+
+def total_correlation(batch: Batch) -> Tensor:
+    """Estimate KL(q(z) to prod_l q(z_l)) by stratified sampling: 0 if latents are independent.
+
+    mean_i [ln q(z_i) - sum_l ln q(z_il)], q(z_i) = sum_j w_ij q(z_i|x_j), where w_ij is 1 / N for
+    the own image, j = i, and (N - 1) / (N (B - 1)) for each other. Nats per image. (Chen et al.
+    2018, 1802.04942, appendix C.2.) It needs posterior, z and training_size; its bias depends on B
+    and N (docs/terms.md).
+    """
+    images, size = len(batch.z), batch.training_size
+    if size < 1:
+        raise UserError(f"training_size={size}: total_correlation needs that of training, >= 1")
+    other = (size - 1) / (size * max(images - 1, 1))
+    is_own = torch.eye(images, dtype=batch.z.dtype, device=batch.z.device)
+    return _total_correlation(batch, (other + (1 / size - other) * is_own).log())
+
+
+def total_correlation_weighted(batch: Batch) -> Tensor:
+    """Estimate the total correlation by weighted sampling: every image of the batch counts 1 / B.
+
+    The formula is that of `total_correlation` with w_ij = 1 / B. Chen et al. (2018, 1802.04942,
+    appendix C.1) have 1 / (N B), which adds (L - 1) ln N: nats without a gradient, left out here.
+    Nats per image. It needs posterior and z; it is too large in a small batch (docs/terms.md).
+    """
+    images = len(batch.z)
+    return _total_correlation(batch, batch.z.new_full((images, images), 1 / images).log())
+
+
+def _total_correlation(batch: Batch, log_weights: Tensor) -> Tensor:
+    mean, log_variance = batch.posterior
+    log_variance = log_variance.clamp(min=SMALLEST)
+    distance = (batch.z.unsqueeze(1) - mean) * (-log_variance / 2).exp()
+    log_density = -(distance.square() + log_variance) / 2  # (B, B, L); ln(2 pi) cancels out
+    joint = (log_weights + log_density.sum(-1)).logsumexp(1)
+    marginals = (log_weights.unsqueeze(-1) + log_density).logsumexp(1)
+    return (joint - marginals.sum(-1)).mean()
+
+
+def mmd(batch: Batch, *, bandwidth: float = 1.0) -> Tensor:
+    """Return the squared maximum mean discrepancy between z and draws p from the prior.
+
+    mean k(z, z') + mean k(p, p') - 2 mean k(z, p), k(a, b) = exp(-|a - b|^2 / (2 L bandwidth^2)),
+    averages over all B^2 pairs (V-statistic), those of a draw with itself included; 2 L is the mean
+    squared distance of two draws from the prior. In [0, 2], no unit. (Gretton et al. 2012; InfoVAE,
+    Zhao et al. 2017, 1706.02262.) It needs z and prior.
+
+    Args:
+        batch: that of the run.
+        bandwidth: of the Gaussian kernel.
+    """
+    if batch.prior is None:
+        raise UserError("prior=None: mmd needs draws from the prior, of the shape of z")
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        distance = (a.unsqueeze(1) - b).square().mean(-1)
+        return (-distance / (2 * bandwidth**2)).exp().mean()
+
+    z, prior = batch.z, batch.prior
+    return kernel(z, z) + kernel(prior, prior) - 2 * kernel(z, prior)
+
+
+def dip_i(batch: Batch, *, ratio: float = 10.0) -> Tensor:
+    """Return the distance of the covariance of posterior means from I (DIP-VAE-I).
+
+    sum_(i != j) C_ij^2 + ratio * sum_i (C_ii - 1)^2, C = Cov(mean) over the batch, divided by B. No
+    unit. (Kumar et al. 2018, 1711.00848, equation 6.) It needs posterior.
+
+    Args:
+        batch: that of the run.
+        ratio: weight of the diagonal.
+    """
+    return _from_identity(_covariance(batch.posterior.mean), ratio)
+
+
+def dip_ii(batch: Batch, *, ratio: float = 1.0) -> Tensor:
+    """Return the distance of the covariance of the aggregate posterior from I (DIP-VAE-II).
+
+    The formula is that of `dip_i`, C = Cov(mean) + diag(mean of the posterior variances). No unit.
+    (Kumar et al. 2018, 1711.00848, equation 7.) It needs posterior.
+
+    Args:
+        batch: that of the run.
+        ratio: weight of the diagonal.
+    """
+    mean, log_variance = batch.posterior
+    return _from_identity(_covariance(mean) + log_variance.exp().mean(0).diag(), ratio)
+
+
+def _covariance(mean: Tensor) -> Tensor:
+    centred = mean - mean.mean(0)
+    return centred.T @ centred / len(mean)
+
+
+def _from_identity(covariance: Tensor, ratio: float) -> Tensor:
+    diagonal = covariance.diagonal()
+    others = covariance - diagonal.diag()
+    return others.square().sum() + ratio * (diagonal - 1).square().sum()
+
+
+_TERMS = (total_correlation, total_correlation_weighted, mmd, dip_i, dip_ii)
+registry.TERMS |= {function.__name__: function for function in _TERMS}

@@ -1,6 +1,8 @@
 """No password in what is shown, no script in a report, no open port."""
 
+import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +16,6 @@ from studies import kl_weight
 from studies.runner import cli
 from studies.runner.summary import Outcome
 from studies.runner.terminal import Terminal
-from tests.real_servers import free_port
 from tests.runner.test_terminal import planned
 from tests.test_report import ATTACK, Page, write_folder
 
@@ -22,9 +23,11 @@ from tests.test_report import ATTACK, Page, write_folder
 
 
 @pytest.fixture
-def closed_port() -> int:
-    """Return a local port that nothing listens on."""
-    return free_port()
+def closed_port() -> Iterator[int]:
+    """Yield a local port that refuses connections, and that no server of another test can take."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and no listen
+        yield taken.getsockname()[1]
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
     assert (tmp_path / "o.db").read_bytes() == b""
 
 
-@pytest.mark.parametrize("uri", ["postgresql://u:secret@host/db", "sqlite:///a[/b].db"])
+@pytest.mark.parametrize("uri", ["sqlite:///b.db?password=secret", "sqlite:///a[/b].db"])
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
     outcome = Outcome(planned("x"), pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
     Terminal().outcome(outcome, uri)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from harness import RunConfig, evaluate, load_run, measure_quality, tracking
+from harness.linear.vae import linear_metrics
 from studies import kl_weight
 from studies.runner import cli
 from studies.runner.database import open_storage
@@ -69,6 +70,7 @@ def test_a_loaded_run_reproduces_its_logged_test_metrics(finished, data, feature
         logged = {k: v for k, v in loaded.metrics.items() if k.startswith("test/")}
         assert not quality.keys() & again.keys()
         again |= {f"test/{name}": value for name, value in quality.items()}
+        again |= linear_metrics(loaded.config, data)
         assert logged.keys() == {k for k in again if k.startswith("test/")}
         for name, value in logged.items():
             assert again[name] == pytest.approx(value, rel=1e-6, abs=1e-6)

@@ -44,6 +44,9 @@ def tracking_address(uri: str | None) -> str:
             f"--tracking-uri {without_password(uri)} holds a user or password; leave them out and "
             f"set {LOGIN}"
         )
+    if not is_server(uri) and not uri.startswith("sqlite:"):
+        error = ValueError("it is neither an SQLite file nor a server")
+        raise unusable(uri, "--tracking-uri", error)
     return uri.rstrip("/") if is_server(uri) else uri
 
 

@@ -102,7 +102,7 @@ def record(
     logs: dict[int, RunLog] = {}
     try:
         for row, run in enumerate(planned):
-            params = _params(run.config, data) | run.params
+            params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
             logs[row] = start(run._replace(params=params, tags=run.tags | tags))
             logs[row].dataset(data)
@@ -319,7 +319,8 @@ def interruption(error: BaseException) -> tuple[str, str]:
     return "FAILED", repr(error)
 
 
-def _params(config: RunConfig, data: Dataset) -> dict[str, object]:
+def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
+    """Return the parameters of a run: its settings, what follows from them, and its dataset."""
     params = config.named() | {"beta": objectives.beta(config, data.pixels)}
     params |= {"dataset": data.name, "dataset_digest": data.digest}
     variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)

@@ -289,8 +289,7 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
     addresses.check_database(uri, "--tracking-uri")
     database = addresses.sqlite_file(uri)
     try:
-        if database is None:
-            raise ValueError("it is neither an SQLite file nor a server")
+        assert database is not None  # as `tracking_address` has checked
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock"):  # creating the tables twice breaks them
             if not database.exists():

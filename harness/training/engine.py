@@ -254,6 +254,7 @@ def check_runs(
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
+        config.replace()  # checks options of terms that were not registered when it was made
     for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
         check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):

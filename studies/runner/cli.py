@@ -86,6 +86,8 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
             raise
         why = f"{LACKING[lacking]} ({addresses.reason(error)})"
         code, message = 2, f"error: {why}; free some, and the same command continues"
+    if not code and terminal.failures:
+        code, message = 3, f"error: {' '.join(terminal.failures)}"
     try:
         if message:
             print(message, file=sys.stderr)
@@ -188,12 +190,15 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     """Run a plan on its data and show the outcome, or what a run would do; None as of `execute`."""
     from harness.linear.pca import begin_pca
     from harness.training import engine
+    from studies.runner import tryout
     from studies.runner.run import check_study, run
 
     for config in plan.configs:
         engine.check_runs([config], data)
         kind = engine.resolve_device(options.device, config.precision).type
     terminal.plan(plan, data.pixels)
+    if tryout.is_needed(plan):
+        tryout.try_out(plan, data)
     if options.dry_run:
         check_study(plan, options)
         estimate = expected(plan, kind, options.tracking_uri)

@@ -24,12 +24,12 @@ from analysis import frames, plots, report, tables
 from analysis.report.page import Exhibit, Summary
 from harness import provenance
 from harness.data.dataset import Dataset
-from harness.errors import SummaryError, UserError
+from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
-from harness.tracking.record import MADE_WITH, interruption
+from harness.tracking.record import FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -92,13 +92,14 @@ class Findings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished study, as it is shown."""
+    """A finished study, as it is shown; `failures` are sentences on metrics that failed."""
 
     plan: Plan
     table: pd.DataFrame
     answer: str
     folder: Path
     experiment_id: str
+    failures: Sequence[str] = ()
 
 
 def ended(
@@ -164,24 +165,24 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     def attempt(part: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
         try:
             return function()
-        except UserError:
-            raise
         except Exception as error:
             log.warning("%s failed", part, exc_info=True)
-            failures.append(f"{part}: {error!r}")
+            failures.append(f"{part} failed: {line_of(error)}")
 
     answer = attempt("the answer", findings.answer) or "The answer failed."
-    answer = "\n\n".join([answer, *differing(found.finished)])
+    failed = failed_metrics(found.finished)
+    answer = "\n\n".join([answer, *differing(found.finished), *failed])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)
     log.info("drawing figures")
     figures = []
     for name, (draw, caption) in findings.figures.items():
-        if (figure := attempt(f"figure {name!r}", draw)) is not None:
-            figures.append(Exhibit(f"figures/{name}.png", caption))
-            figure.savefig(folder / figures[-1].file, dpi=150)
+        file = f"figures/{name}.png"
+        if attempt(f"figure {name!r}", partial(_draw, draw, folder / file)):
+            figures.append(Exhibit(file, caption))
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
+    left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
     summary = Summary(
         study=plan.page,
         name=plan.name,
@@ -192,7 +193,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         pictures=drawn,
         tables=[Exhibit(f"{name}.csv", text) for name, (_, text) in findings.tables.items()],
         dataset=found.data.name,
-        answer=answer,
+        answer="\n\n".join([answer, *left_out]),
         versions={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         dataset_digest=found.data.digest,
         experiment_id=experiment_id,
@@ -205,7 +206,12 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
             f"{folder}, and the same command tries again"
         )
-    return Outcome(plan, findings.table, answer, folder, experiment_id)
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed)
+
+
+def _draw(draw: Callable[[], Figure], file: Path) -> bool:
+    draw().savefig(file, dpi=150)
+    return True
 
 
 def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog) -> None:
@@ -236,6 +242,12 @@ def differing(runs: Sequence[Run]) -> list[str]:
             each = "; ".join(f"{count} with {made}" for made, count in counts.most_common())
             sentences.append(f"The compared runs differ in their {part} ({each}).")
     return sentences
+
+
+def failed_metrics(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence for each error by which registered metrics failed."""
+    counts = Counter(run.tags[FAILED] for run in runs if FAILED in run.tags)
+    return [f"Metrics failed in {n} of {len(runs)} runs: {why}." for why, n in counts.items()]
 
 
 def compare_points(study: Study, found: Ended) -> Findings:

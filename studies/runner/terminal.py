@@ -96,6 +96,7 @@ class Terminal(logging.Handler):
         # Without markup: a path may hold brackets.
         self.out = _Screen(highlight=False, markup=False, emoji=False, width=width, stderr=json)
         self.json, self.results = json, [dict[str, Any]()]
+        self.failures = list[str]()  # of metrics of the studies that were shown
         self._last = time.monotonic()
 
     def line(self, text: str) -> None:
@@ -153,6 +154,7 @@ class Terminal(logging.Handler):
         """Show the table, the answer and where to look further."""
         from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
 
+        self.failures += outcome.failures
         where = addresses.without_password(addresses.tracking_address(tracking_uri))
         frame, report = outcome.table, str(outcome.folder / "report.html")
         finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers

@@ -205,16 +205,16 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
 
 def test_no_link_shows_a_password():
     assert f"Every run: https://host/#/experiments/7{page.LINK}" in screen(100, "https://host/")
-    printed = screen(100, "postgresql://me:secret@host/db")
-    assert "postgresql://host/db, then " in printed
+    printed = screen(100, "sqlite:///m.db?password=secret")
+    assert "'sqlite:///m.db?password=***', then " in printed
     assert "secret" not in printed
 
 
 def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
-    stores = [f"postgresql+psycopg://me:secret@host/{name}" for name in ("m", "o")]
+    stores = "sqlite:///m.db?password=secret", "postgresql+psycopg://me:secret@host/o"
     Terminal().dry_run(*stores, "duration: not known")
+    shown = "sqlite:///m.db?password=***", "postgresql+psycopg://host/o"
     printed = capsys.readouterr().out
-    shown = [f"postgresql+psycopg://host/{name}" for name in ("m", "o")]
     assert printed == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
 
 
@@ -266,7 +266,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         pages.info("drawing figures")
         print("printed by a library")
         shown.progress(1, 1).elsewhere(1)
-    shown.outcome(found, "postgresql://me:secret@host/db")
+    shown.outcome(found, "sqlite:///m.db?password=secret")
     shown.finish(0)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -279,7 +279,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         "experiment_id": "7",
         "answer": "It is so.",
         "report": "/reports/x/report.html",
-        "tracking_uri": "postgresql://host/db",
+        "tracking_uri": "sqlite:///m.db?password=***",
         "exit_code": 0,
     }
     for text in ("Why?", "3 runs", "drawing figures", "printed by a library", "100 %"):

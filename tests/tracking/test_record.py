@@ -61,7 +61,6 @@ def test_a_run_is_logged_whole(store, tiny):
     assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
     made = harness.provenance.tags(harness.provenance.provenance(tiny, "cpu"))
     assert {**made, "place": "0", "role": "run", "run_key": KEYS[0]}.items() <= run.tags.items()
-    assert store.record(run.key).made_with["study"] is None
     pictures = {name for name in files(store, run, "images") if name.endswith(".png")}
     shown = sorted(name.removeprefix("images/").split("+timestamp")[0] for name in pictures)
     drawn = [*(f"reconstructions+step+{epoch}" for epoch in (0, 1, 10, 2)), "prior_samples+step+10"]

@@ -25,6 +25,7 @@ from harness import RunConfig
 from harness.data.dataset import Dataset
 from harness.models.stack import kernels
 from harness.objective import Batch
+from harness.registry import BUILT_IN_TERMS
 from harness.training import engine
 from harness.training.checkpoint import Saved
 from harness.training.step import Step
@@ -43,6 +44,7 @@ STACKS = {
     "learned": [{"sigma": "learned", "free_bits": 0.1 * (1 + i)} for i in range(2)],
     "autoencoder": [{"latent": "deterministic", "kl_weight": 0.0}],
     "a term": [{"terms": {"to_prior": weight}} for weight in (0.0, 2.0)],
+    "built-in terms": [{"terms": dict.fromkeys(BUILT_IN_TERMS, weight)} for weight in (0.0, 2.0)],
     "a network": [{"model": "normalized", "seed": i} for i in range(2)],
 }
 
