@@ -208,18 +208,16 @@ def per_image(
     batches = (
         model.batch(pixels(model, split, rows), eps[rows]) for rows in chunks(*split.images.shape)
     )
-    parts = zip(*(objective.per_image(config, batch) for batch in batches), strict=True)
-    errors, entropies, kls = (
-        None if each[0] is None else torch.cat(each).double() for each in parts
-    )
-    found = {"error": errors / model.pixels}
-    if kls is not None:
-        found["rate"] = kls.sum(-1)
-    if entropies is None:
-        fitted = found["error"].mean() if variance is None else torch.tensor(variance)
-        found["distortion"] = objective.distortion(found["error"], fitted, model.pixels)
+    errors, entropies, kls = zip(*(objective.per_image(config, b) for b in batches), strict=True)
+    found = {"error": torch.cat(errors).double() / model.pixels}
+    if kls[0] is not None:
+        found["rate"] = torch.cat(kls).double().sum(-1)
+    if entropies[0] is None:
+        mse = found["error"]
+        fitted = mse.mean() if variance is None else mse.new_tensor(variance)
+        found["distortion"] = objective.distortion(mse, fitted, model.pixels)
     elif split.largest == 1:  # cross-entropy of grey pixels is no likelihood
-        found["distortion"] = entropies
+        found["distortion"] = torch.cat(entropies).double()
     if {"rate", "distortion"} <= found.keys():
         found["neg_elbo"] = found["distortion"] + found["rate"]
     return {name: values.cpu().numpy() for name, values in found.items()}
