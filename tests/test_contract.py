@@ -42,6 +42,18 @@ def smooth(data_shape, latent_size):
     return encoder, decoder
 
 
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + f(x)."""
+        return x + self.inner(x)
+
+
 def around(*layers: nn.Module, data_shape, latent_size):
     """Return an encoder with these layers, 12 numbers wide, and a plain decoder."""
     pixels = math.prod(data_shape)
@@ -53,6 +65,10 @@ def around(*layers: nn.Module, data_shape, latent_size):
         nn.Unflatten(1, data_shape),
     )
     return encoder, decoder
+
+
+def residual(data_shape, latent_size):
+    return around(Residual(12), Residual(12), data_shape=data_shape, latent_size=latent_size)
 
 
 def batch_norm(data_shape, latent_size):
@@ -136,7 +152,7 @@ def tied(data_shape, latent_size):
     return nn.Sequential(nn.Flatten(), head), decoder
 
 
-HERE = [smooth, batch_norm, dropout, recurrent, attention, tied]
+HERE = [smooth, residual, batch_norm, dropout, recurrent, attention, tied]
 ONE_BY_ONE = {"dropout", "recurrent"}
 """Networks that `torch.vmap` refuses: random layers, and loops that PyTorch has as one operator."""
 
