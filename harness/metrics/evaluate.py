@@ -179,6 +179,50 @@ def posteriors(model: VAE, split: Split) -> Posterior:
     return Posterior(*map(torch.cat, zip(*each, strict=True)))
 
 
+@kernels()
+@torch.no_grad()
+def per_image(
+    model: VAE, split: Split, seed: int = 0, *, part: str = "test", variance: float | None = None
+) -> dict[str, np.ndarray]:
+    """Return metrics of every image of a split: error, rate, distortion and neg_elbo.
+
+    The error is the squared error per pixel, whose mean over images is `mse`; the means of the
+    others are the metrics of their names. They are the logged values of a run where seed and part
+    are its own and the variance is its `val/mse`, which for validation images is the default.
+    What is not defined for the model is absent, as in docs/metrics.md.
+
+    Args:
+        model: a trained model.
+        split: images as the model is measured on: with pixels 0 or 1 after `binarization`.
+        seed: that of the run; it fixes the noise.
+        part: "val" or "test": the split whose noise is drawn.
+        variance: of the decoder, pixel^2, for `distortion`; None fits it to these images.
+
+    Returns:
+        float64 arrays of shape (N,) by name.
+    """
+    model, split = frozen(model), split.to(model.device)
+    config = RunConfig(latent=model.latent, likelihood=model.likelihood)  # type: ignore[arg-type]
+    eps = streams.noise(seed, f"evaluate/{part}", len(split), model.latent_size)
+    eps = eps.to(model.device, model.dtype)
+    batches = (
+        model.batch(pixels(model, split, rows), eps[rows]) for rows in chunks(*split.images.shape)
+    )
+    errors, entropies, kls = zip(*(objective.per_image(config, b) for b in batches), strict=True)
+    found = {"error": torch.cat(errors).double() / model.pixels}
+    if kls[0] is not None:
+        found["rate"] = torch.cat(kls).double().sum(-1)
+    if entropies[0] is None:
+        mse = found["error"]
+        fitted = mse.mean() if variance is None else mse.new_tensor(variance)
+        found["distortion"] = objective.distortion(mse, fitted, model.pixels)
+    elif split.largest == 1:  # cross-entropy of grey pixels is no likelihood
+        found["distortion"] = torch.cat(entropies).double()
+    if {"rate", "distortion"} <= found.keys():
+        found["neg_elbo"] = found["distortion"] + found["rate"]
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
 def conditions(
     config: RunConfig, model: VAE, part: str, images: int, linear_loss: Tensor | None = None
 ) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def train_and_evaluate(
     experiment: str,
     tracking_uri: str | None = None,
     device: str = "auto",
+    progress: bool = False,
 ) -> RunResult: ...
 @overload
 def train_and_evaluate(
@@ -191,6 +192,7 @@ def train_and_evaluate(
     experiment: str,
     tracking_uri: str | None = None,
     device: str = "auto",
+    progress: bool = False,
 ) -> list[RunResult]: ...
 def train_and_evaluate(
     configs: RunConfig | Sequence[RunConfig],
@@ -199,6 +201,7 @@ def train_and_evaluate(
     experiment: str,
     tracking_uri: str | None = None,
     device: str = "auto",
+    progress: bool = False,
 ) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
@@ -210,6 +213,7 @@ def train_and_evaluate(
         experiment: name of the MLflow experiment, created where it is missing.
         tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
         device: "auto", "cpu" or "cuda".
+        progress: whether a bar of the epochs of all runs is shown, in a notebook too.
 
     Returns:
         One result, or results in the order of `configs`, with the metrics of
@@ -233,9 +237,11 @@ def train_and_evaluate(
     start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
     planned = [_planned(config, place, experiment) for place, config in enumerate(listed)]
     results: dict[int, RunResult] = {}
-    for rows in engine.together(listed, engine.STACK_WIDTH[kind]):
-        trained = record([planned[row] for row in rows], data, kind, start)
-        results |= dict(zip(rows, trained, strict=True))
+    with engine.progress_bar(listed, shown=progress) as advance:
+        for rows in engine.together(listed, engine.STACK_WIDTH[kind]):
+            stack = [planned[row] for row in rows]
+            trained = record(stack, data, kind, start, on_epoch=advance)
+            results |= dict(zip(rows, trained, strict=True))
     try:
         store.deliver()
     except UserError as error:  # the results are returned, and the records are on disk

@@ -9,7 +9,8 @@ it. The epochs of a run so far and its tensors make a checkpoint (`Saved`).
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
@@ -119,13 +120,23 @@ def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
 
 @overload
 def train_and_evaluate(
-    configs: RunConfig, data: Dataset, device: str = ..., dtype: torch.dtype = ...
+    configs: RunConfig,
+    data: Dataset,
+    device: str = ...,
+    dtype: torch.dtype = ...,
+    *,
+    progress: bool = ...,
 ) -> RunResult: ...
 
 
 @overload
 def train_and_evaluate(
-    configs: Sequence[RunConfig], data: Dataset, device: str = ..., dtype: torch.dtype = ...
+    configs: Sequence[RunConfig],
+    data: Dataset,
+    device: str = ...,
+    dtype: torch.dtype = ...,
+    *,
+    progress: bool = ...,
 ) -> list[RunResult]: ...
 
 
@@ -134,6 +145,8 @@ def train_and_evaluate(
     data: Dataset,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
+    *,
+    progress: bool = False,
 ) -> RunResult | list[RunResult]:
     """Train and evaluate one run or a list of runs, in whose order results are returned.
 
@@ -142,26 +155,48 @@ def train_and_evaluate(
         data: their dataset.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
+        progress: whether a bar of the epochs of all runs is shown.
     """
     if isinstance(configs, RunConfig):
-        return train_and_evaluate([configs], data, device, dtype)[0]
+        return train_and_evaluate([configs], data, device, dtype, progress=progress)[0]
     results: dict[int, RunResult] = {}
-    for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
-        histories: list[list[dict[str, float]]] = [[] for _ in rows]
-        for record in train([configs[row] for row in rows], data, device, dtype):
-            for s, history in enumerate(histories):
-                history.append(flat_record(record, s))
-        models = [record.model(s) for s in range(len(rows))]
-        trained = list(zip(record.configs, models, strict=True))
-        finals, further = evaluate(trained, data), registered_metrics(trained, data)
-        del record  # and with it the stack, before the next one takes a GPU's memory
-        for s, row in enumerate(rows):
-            values, errors = further[s]
-            for name, error in errors.items():
-                log.warning("metric %r of run %d failed: %s", name, row, error)
-            metrics = finals[s] | with_plain_names(values)
-            results[row] = RunResult(configs[row], metrics, histories[s], models[s].cpu())
+    with progress_bar(configs, shown=progress) as advance:
+        for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
+            histories: list[list[dict[str, float]]] = [[] for _ in rows]
+            for record in train([configs[row] for row in rows], data, device, dtype):
+                for s, history in enumerate(histories):
+                    history.append(flat_record(record, s))
+                advance(record)
+            models = [record.model(s) for s in range(len(rows))]
+            trained = list(zip(record.configs, models, strict=True))
+            finals, further = evaluate(trained, data), registered_metrics(trained, data)
+            del record  # and with it the stack, before the next one takes a GPU's memory
+            for s, row in enumerate(rows):
+                values, errors = further[s]
+                for name, error in errors.items():
+                    log.warning("metric %r of run %d failed: %s", name, row, error)
+                metrics = finals[s] | with_plain_names(values)
+                results[row] = RunResult(configs[row], metrics, histories[s], models[s].cpu())
     return [results[row] for row in range(len(configs))]
+
+
+@contextmanager
+def progress_bar(
+    configs: Sequence[RunConfig], *, shown: bool
+) -> Iterator[Callable[[EpochRecord], None]]:
+    """Show a bar of the epochs of runs; yield the function that advances it by a record."""
+    if not shown:
+        yield lambda record: None
+        return
+    from tqdm.auto import tqdm  # a notebook has another bar than a terminal
+
+    with tqdm(total=sum(config.epochs for config in configs), unit="epoch") as bar:
+
+        def advance(record: EpochRecord) -> None:
+            bar.total -= sum(record.configs[i].epochs - record.epoch for i in record.dropped)
+            bar.update(len(record.rows))
+
+        yield advance
 
 
 def with_plain_names(metrics: Mapping[str, float]) -> dict[str, float]:
