@@ -15,12 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from analysis import frames, plots, tables
+from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.answers import plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, at_least, setting_options
 from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
-from studies.runner.study import Plan, calibrated, check_objective, command, source
+from studies.runner.study import Plan, calibrated, check_objective, command, parts, source
 
 if TYPE_CHECKING:
     import optuna
@@ -110,7 +111,7 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in left_out}
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
     settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
-    settings = {**data.settings, **settings}
+    settings = {**data.settings, **settings, **parts([base])}
     proposer = TPE(base, searched, options.seeds, options.trials, pruner, objectives, settings)
     return Plan(
         page=NAME,
@@ -131,11 +132,11 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
 def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
     """Return runs of the best configuration and the default one with seeds not yet used."""
     best, part = best_of(study), "confirmation"
-    parts = {f"best, trial {best.number}": (best.number, proposer.configs(best)[0])}
-    parts["default"] = (DEFAULT, default)
+    compared = {f"best, trial {best.number}": (best.number, proposer.configs(best)[0])}
+    compared["default"] = (DEFAULT, default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
     cells = list[Cell]()
-    for label, (trial, config) in parts.items():
+    for label, (trial, config) in compared.items():
         identity, params = {"part": part, "label": label}, {"trial": trial, "part": part}
         cells += repeated(label, identity, config, seeds, params)
     return Listed(cells, {})
@@ -183,7 +184,9 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, list(proposer.space))
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    means = frames.along_axis(searched[~searched["pruned"]], "trial", TRIED)
+    tried = TRIED + [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
+    users = [name for name in registry.METRICS if name in runs]
+    means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
     top = trials[["trial", *proposer.space, "decoder_variance"]].merge(means, on="trial")
     top = top.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
     labels = {number: f"best, trial {number}", DEFAULT: "default, calibrated weight"}
@@ -196,7 +199,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
             f"trial {number}, the best, diverged with every fresh seed; search again with more "
             "--seeds and another --study-name"
         )
-    table = frames.along_axis(confirmed, "configuration", TRIED + CONFIRMED)
+    table = frames.along_axis(confirmed, "configuration", tried + CONFIRMED + users)
     ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
     shares = pd.DataFrame({name: _importances(study, i) for i, name in ranked})
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
@@ -230,7 +233,7 @@ def find(proposer: TPE, ended: Ended) -> Findings:
         figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
         models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
         best=again.loc[again["val/neg_elbo"].idxmin()],
-        shown=again[TRIED + CONFIRMED].mean().to_dict(),
+        shown=again[tried + CONFIRMED + users].mean().to_dict(),
         settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
     )
 

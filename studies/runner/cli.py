@@ -21,7 +21,16 @@ from harness.config import UserError
 from harness.errors import SummaryError
 from harness.tracking import addresses
 from studies.runner import stopping
-from studies.runner.options import SETTINGS, Common, Options, Places, program, setting_options
+from studies.runner.options import (
+    NAMED,
+    SETTINGS,
+    Common,
+    Options,
+    Places,
+    program,
+    read_named,
+    setting_options,
+)
 from studies.runner.study import Plan, Study, make_plan, read_images
 from studies.runner.terminal import CLOSED, Terminal, expected
 
@@ -150,6 +159,9 @@ def read(
     if settings is None:
         return found
     chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
+    chosen |= {k: read_named(k, chosen[k]) for k in NAMED if k in chosen}
+    if not chosen["terms"]:
+        del chosen["terms"]
     return options(**{**vars(found), "settings": chosen})
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
 import docstring_parser
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
+from harness import registry
 from harness.config import RunConfig, UserError, checked_name
 
 Value = TypeVar("Value")
@@ -69,16 +71,34 @@ class Common(Places):
             images in PATH/CLASS/ or in PATH.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
-        settings: settings of every run (`RunConfig`); those that a study sweeps are refused.
+        metric: a registered metric of every run, FILE.py:NAME.
+        settings: settings of every run (`RunConfig`); those that a study sweeps are refused. A
+            network or a term may be FILE.py:NAME.
     """
 
     dataset: str = "digits"
     image_size: tuple[int, ...] | None = None
+    metric: Annotated[tuple[str, ...], UseAppendAction] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def base(self, config: RunConfig, epochs: int) -> RunConfig:
-        """Return a configuration with the given settings; `epochs` are the dataset's."""
-        found = config.replace(**{"epochs": epochs, **self.settings})
+        """Return a configuration with the given settings; `epochs` are the dataset's.
+
+        The user's files are loaded.
+        """
+        for address in self.metric:
+            if registry.load(address, "metric") not in registry.METRICS:
+                raise UserError(f"--metric {address}: it is not registered; give FILE.py:NAME")
+        given = dict(self.settings)
+        if "model" in given:
+            given["model"] = registry.load(given["model"], "network")
+        if "terms" in given:
+            given["terms"] = {registry.load(t, "term"): w for t, w in given["terms"].items()}
+        found = config.replace(**{"epochs": epochs, **given})
+        for name in found.terms:
+            if name not in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+                known = ", ".join(dict.fromkeys([*registry.BUILT_IN_TERMS, *registry.TERMS]))
+                raise UserError(f"term {name!r}: choose one of {known}, or give FILE.py:NAME")
         for name, model in (("hidden", "mlp"), ("channels", "conv")):
             if name in self.settings and found.model != model:
                 raise UserError(f"--{name} with model={found.model!r}: only {model} has them")
@@ -99,6 +119,14 @@ class Options(Common, Generic[Value]):
     seeds: int | None = None
 
 
+# Options of several words NAME=VALUE, or, of terms, one option each.
+NAMED = ("terms", "model_options", "term_options")
+REPEATED = {"terms": "term", "metric": "metric"}
+FORMS = {
+    "terms": "[FILE.py:]NAME=WEIGHT",
+    "model_options": "NAME=VALUE",
+    "term_options": "TERM.NAME=VALUE",
+}
 SETTINGS = [field.name for field in fields(RunConfig) if field.name != "seed"]
 
 
@@ -109,7 +137,7 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     """
     parsed = docstring_parser.parse(RunConfig.__doc__ or "").params
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in parsed}
-    kinds, made = get_type_hints(RunConfig), []
+    kinds, made = get_type_hints(RunConfig), list[tuple[str, Any, Any]]()
     for name in SETTINGS:
         default = " ".join(words(getattr(base, name))) or "none"
         if name == "epochs":
@@ -118,6 +146,13 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
             help=helps[name], help_behavior_hint=f"({notes.get(name, f'default: {default}')})"
         )
         option: Any = Annotated[kinds[name] | None, hint]
+        if name in NAMED:
+            hint = arg(help=helps[name], help_behavior_hint="", metavar=FORMS[name])
+            option = Annotated[tuple[str, ...] | None, hint]
+        if name == "terms":
+            hint = arg(name="term", help=helps[name], metavar=FORMS[name])
+            made.append((name, Annotated[tuple[str, ...], UseAppendAction, hint], ()))
+            continue
         made.append((name, option, None))
     return make_dataclass("Settings", made, frozen=True)
 
@@ -152,10 +187,52 @@ def text(value: object) -> str:
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
+def option_text(value: object) -> str:
+    """Return an option of a network or a term as text, which `option_value` reads."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) + "," * (len(value) < 2)
+    return str(value)
+
+
+def option_value(text: str) -> Any:  # noqa: ANN401 - of any kind
+    """Return a number, True or False, a tuple of several with commas, or else the text."""
+    if "," in text:
+        return tuple(option_value(part) for part in text.split(",") if part)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def read_named(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return a setting of `NAMED` from the words of its option."""
+    found = dict[str, Any]()
+    for word in given:
+        key, equal, value = word.rpartition("=") if name == "terms" else word.partition("=")
+        term, dot, option = key.partition(".")
+        read = option_value(value)
+        right = not isinstance(read, bool | str | tuple) if name == "terms" else True
+        if not (key and equal and right and (name != "term_options" or (term and option))):
+            shown = REPEATED.get(name, name).replace("_", "-")
+            raise UserError(f"--{shown} {word}: write {FORMS[name]}")
+        if name == "term_options":
+            found.setdefault(term, {})[option] = read
+        else:
+            found[key] = read
+    return found
+
+
 def words(value: object) -> list[str]:
     """Return the words after an option on a command line."""
     if isinstance(value, Mapping):
-        return [str(word) for pair in value.items() for word in pair]
+        pairs = [
+            (f"{name}.{option}", v) if isinstance(given, Mapping) else (name, given)
+            for name, given in value.items()
+            for option, v in (given.items() if isinstance(given, Mapping) else [("", given)])
+        ]
+        return [f"{name}={option_text(v)}" for name, v in pairs]
     return [text(part) for part in value] if isinstance(value, tuple) else [str(value)]
 
 
@@ -166,5 +243,10 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
     line = []
     for name, value in {**given.pop("settings", {}), **given}.items():
         if name not in left_out and value != defaults.get(name):
-            line += [f"--{name.replace('_', '-')}", *([] if value is True else words(value))]
+            option = f"--{REPEATED.get(name, name).replace('_', '-')}"
+            given_words = [] if value is True else words(value)
+            if name in REPEATED:
+                line += [word for pair in given_words for word in (option, pair)]
+            else:
+                line += [option, *given_words]
     return line

@@ -279,6 +279,16 @@ def check_settings(
             "another program and cannot be continued; start another with --study-name"
         )
     stored = {key: value for key, value in DEFAULTS.items() if key in given} | stored
+    then, now = stored.pop("parts", {}), given.pop("parts", {})
+    for part in sorted(then.keys() & now.keys()):
+        if then[part] != now[part]:
+            raise UserError(
+                f"study {name!r}: the file of {part} has changed since its first runs; restore it "
+                "to continue the study, or start another with --fresh or --study-name"
+            )
+    stored["metrics"], given["metrics"] = (
+        sorted(p for p in one if p.startswith("metric ")) for one in (then, now)
+    )
     if changed := sorted(key for key in stored | given if stored.get(key) != given.get(key)):
         listed = "; ".join(f"{k}: {stored.get(k)} there, {given.get(k)} here" for k in changed)
         raise UserError(
@@ -298,7 +308,12 @@ def open_queue(
 
     def open_study() -> optuna.Study:
         if check_settings(storage, name, proposer.settings):
-            return optuna.load_study(study_name=name, storage=storage)
+            study = optuna.load_study(study_name=name, storage=storage)
+            settings = study.user_attrs["settings"]
+            there, here = settings.get("parts", {}), proposer.settings.get("parts", {})
+            if here.keys() - there.keys():  # of values of the axis by which the study grows
+                study.set_user_attr("settings", {**settings, "parts": {**there, **here}})
+            return study
         directions = [optuna.study.StudyDirection.MINIMIZE] * len(proposer.objectives)
         study = optuna.create_study(
             storage=storage, study_name=name, directions=directions, load_if_exists=True

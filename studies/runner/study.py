@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
+from harness import registry
 from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name
-from studies.runner.options import ELSEWHERE, SETTINGS, arguments, at_least, program, text
+from studies.runner.options import (
+    ELSEWHERE,
+    SETTINGS,
+    arguments,
+    at_least,
+    option_value,
+    program,
+    text,
+)
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
 if TYPE_CHECKING:
@@ -119,7 +128,8 @@ class Axis:
     Args:
         name: column of the frames and axis of the figures.
         values: at least one; numbers, names, tuples of whole numbers, or options by name.
-        apply: (config, value, source of the data) -> config; by default the field `name` is set.
+        apply: (config, value, source of the data) -> config; by default the field `name` is set,
+            else the option of the registered network, the weight of the term or `TERM.OPTION`.
     """
 
     def __init__(
@@ -131,18 +141,18 @@ class Axis:
         self.name, self.values = name, tuple(map(_hashable, values))
         if not values:
             raise UserError(f"axis {name!r} has no values: give at least one")
-        if apply is None and name not in SETTINGS:
-            raise UserError(
-                f"axis {name!r} is no setting of RunConfig that can be swept; give a function "
-                f"`apply` that sets it, or choose among {', '.join(SETTINGS)}"
-            )
-        self.apply = apply or (lambda config, value, data: config.replace(**{name: value}))
-        kind = type(self.values[0]) if apply else get_type_hints(RunConfig)[name]
+        self.apply = apply or (lambda config, value, data: with_named(config, name, value))
+        self._is_option = apply is None and name not in SETTINGS
+        kind = type(self.values[0]) if apply else get_type_hints(RunConfig).get(name, str)
         self.kind = str if isinstance(self.values[0], tuple | Named) else kind
 
     def read(self, value: Any) -> Any:  # noqa: ANN401 - of any kind
         """Return a value given by the user; "512,256" becomes a tuple on an axis of tuples."""
         first = self.values[0]
+        if self._is_option and isinstance(value, str):
+            found = option_value(value)
+            single = isinstance(first, tuple) and not isinstance(found, tuple)
+            return (found,) if single else found
         if not isinstance(value, str) or not isinstance(first, tuple | Named):
             return _hashable(value)
         parts = [] if value == "none" else value.split(",")
@@ -153,6 +163,30 @@ class Axis:
         except ValueError:
             form = "512,256" if isinstance(first, tuple) else "name=0.5"
             raise UserError(f"--values {value}: write values as {form}, or none") from None
+
+
+def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
+    """Set a field, an option of the network, the weight of a term or a term's option, by name."""
+    if name in SETTINGS:
+        return config.replace(**{name: value})
+    allowed = registry.options_of(registry.NETWORKS[config.model].function)
+    is_option = "." not in name and (allowed is None or name in allowed)
+    term, dot, option = name.partition(".")
+    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+        if allowed is not None and is_option:
+            given = f"axis {name!r} is a term and an option of network {config.model!r}"
+            raise UserError(f"{given}; rename one")
+        return config.replace(terms={**config.terms, name: value})
+    if dot and term in config.terms:
+        of_term = {**config.term_options.get(term, {}), option: value}
+        return config.replace(term_options={**config.term_options, term: of_term})
+    if is_option:
+        return config.replace(model_options={**config.model_options, name: value})
+    raise UserError(
+        f"axis {name!r} is no setting of RunConfig that can be swept, no option of network "
+        f"{config.model!r} or of the run's terms, and no term; give a function `apply` that sets "
+        f"it, or choose among {', '.join(SETTINGS)}"
+    )
 
 
 def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
@@ -265,7 +299,8 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     for (group, value), config in points.items():
         check_objective(study.name, config, study.objective)
         for setting in options.settings:
-            if getattr(config, setting) != (chosen := getattr(base, setting)):
+            chosen = getattr(base, setting)
+            if _given_part(getattr(config, setting), chosen) != chosen:
                 raise UserError(f"{setting}={chosen}: {study.name} sweeps it; leave it out")
         written = texts[value] if axis.name == "condition" else f"{axis.name}={texts[value]}"
         label = f"{group}, {written}" if group else written
@@ -282,13 +317,31 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         name=name,
         source=data,
         configs=[cell.config for cell in cells],
-        proposer=Listed(cells, {**data.settings, **shared}, (study.objective,)),
+        proposer=Listed(
+            cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
+        ),
         find=partial(_find, study),
         words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
     )
+
+
+def _given_part(value: Any, given: Any) -> Any:  # noqa: ANN401 - of any kind
+    """Return the part of a setting that the user gave; an axis may add options beside them."""
+    if not isinstance(value, Mapping) or not isinstance(given, Mapping):
+        return value
+    if not given:
+        return given
+    return {name: _given_part(value.get(name), one) for name, one in given.items()}
+
+
+def parts(configs: Iterable[RunConfig]) -> dict[str, dict[str, str]]:
+    """Return the digests of the files of all user's parts, as a setting of a study."""
+    used = [registry.sources(config.model, tuple(config.terms)) for config in configs]
+    texts = {" ".join(part): text for found in used for part, text in found.items()}
+    return {"parts": {part: registry.digest(t) for part, t in texts.items()}} if texts else {}
 
 
 def _distinct(values: Sequence[Any]) -> dict[Any, str]:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from analysis import frames, plots, report, tables
 from analysis.report.page import Exhibit, Summary
-from harness import provenance
+from harness import provenance, registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
@@ -257,7 +257,8 @@ def compare_points(study: Study, found: Ended) -> Findings:
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
-    table = frames.along_axis(frame, axes, [m for m in study.table if m in frame])
+    columns = dict.fromkeys([*study.table, *registry.METRICS])
+    table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
@@ -277,7 +278,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         },
         models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
         best=best,
-        shown={m: float(best[m]) for m in study.table if m in best and best[m] == best[m]},
+        shown={m: float(best[m]) for m in columns if m in best and best[m] == best[m]},
         settings={
             **found.plan.source.settings,
             "values": list(dict.fromkeys(frame[study.axis.name].tolist())),

@@ -13,6 +13,7 @@ from studies.runner import cli
 from studies.runner.options import SETTINGS, Options, arguments, text
 from studies.runner.study import KNOWN, Axis, calibrated, make_plan
 
+OPTIONS = ("model_options", "term_options")  # each is an axis under its own name
 BINARY = ("likelihood", "binarization")  # a value of one needs another of the other
 
 
@@ -59,7 +60,7 @@ def test_an_axis_has_values():
 @pytest.mark.parametrize("name", ["width", "seed"])
 def test_an_axis_that_is_no_setting_needs_a_function(name):
     with pytest.raises(UserError, match=f"axis '{name}' is no setting of RunConfig"):
-        Axis(name, (1, 2))
+        make_plan(replace(kl_weight.STUDY, axis=Axis(name, (1, 2))), Options())
     assert Axis(name, (1, 2), lambda config, value, data: config).kind is int
 
 
@@ -70,7 +71,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in BINARY])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in (*BINARY, *OPTIONS)])
 def test_every_setting_can_be_an_axis_and_an_option(name, registered):
     """A value of the axis, the option and the field of `RunConfig` are one setting."""
     term("squares")(lambda batch: batch.z.square().mean())
@@ -89,7 +90,7 @@ def test_every_setting_can_be_an_axis_and_an_option(name, registered):
     with pytest.raises(UserError, match=f"{name}=.*sweeps it; leave it out"):
         make_plan(study, Options(settings={name: value}))
     if name != "kl_weight":
-        option = [f"--{name.replace('_', '-')}", *arguments(Options(settings={name: value}))[1:]]
+        option = arguments(Options(settings={name: value}))
         other = replace(study, axis=Axis("kl_weight", (0.0,)))
         planned = make_plan(other, cli.parse(other, option))
         assert {text(getattr(config, name)) for config in planned.configs} == {text(value)}
