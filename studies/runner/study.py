@@ -167,6 +167,8 @@ class Axis:
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
     """Set a field, an option of the network, the weight of a term or a term's option, by name."""
+    if name == "model":
+        return config.replace(model=registry.load(value, "network"))
     if name in SETTINGS:
         return config.replace(**{name: value})
     allowed = registry.options_of(registry.NETWORKS[config.model].function)

@@ -16,7 +16,7 @@ from harness.errors import SummaryError, UserError
 from studies import all as all_studies
 from studies import kl_weight, search
 from studies.runner import cli, stopping
-from studies.runner.options import SETTINGS
+from studies.runner.options import REPEATED, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,7 +196,7 @@ OWN = replace(kl_weight.STUDY, base=RunConfig(hidden=(7, 5), learning_rate=0.5))
 def test_every_setting_is_an_option_and_the_help_shows_the_studys_value(command, shown, capsys):
     command(["--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f"--{name.replace('_', '-')} " in said for name in SETTINGS)
+    assert all(f"--{REPEATED.get(name, name).replace('_', '-')} " in said for name in SETTINGS)
     assert "--seed " not in said
     assert all(text in said for text in shown)
 

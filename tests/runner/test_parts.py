@@ -1,11 +1,14 @@
 """A user's networks, terms and metrics on the command line and in studies."""
 
+import os
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from opened import queue_at
 
 from analysis import frames
 from harness import RunConfig, UserError, registry
@@ -128,6 +131,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(file, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["parts.py"]
 
 
+@pytest.mark.slow
 def test_a_study_trains_reports_and_is_not_continued_with_a_changed_file(file, tmp_path):
     given = {
         "model": f"{file}:small", "model_options": {"width": 4}, "terms": {f"{file}:squares": 0.5},
@@ -146,9 +150,33 @@ def test_a_study_trains_reports_and_is_not_continued_with_a_changed_file(file, t
             run(kl_weight.STUDY, values=(0.1, 0.2), dry_run=dry_run, **given)
 
 
+def test_a_file_that_has_changed_is_refused_and_an_axis_may_add_one(file, tmp_path, sqlite_url):
+    other = tmp_path / "other.py"
+    network = FILE.partition("@term")[0]
+    (tmp_path / file).write_text(network)
+    other.write_text(network.replace('"small"', '"other"'))
+    axis = Axis("model", (f"{file}:small", "other.py:other", "mlp"))
+    study = replace(kl_weight.STUDY, base=RunConfig(kl_weight=0.1), axis=axis)
+
+    def continued(*values):
+        proposer = make_plan(study, cli.parse(study, ["--values", *values])).proposer
+        return queue_at(sqlite_url, proposer).study.user_attrs["settings"]["parts"]
+
+    assert [*continued("parts.py:small")] == ["network small"]
+    assert [*continued("parts.py:small", "other.py:other")] == ["network small", "network other"]
+    registry._files.clear()
+    other.write_text(other.read_text() + "# changed")
+    with pytest.raises(UserError, match="the file of network other has changed since its first"):
+        continued("parts.py:small", "other.py:other")
+
+
+@pytest.mark.slow
 def test_a_command_trains_with_parts_of_a_file(file, tmp_path):
     kept = Options(**places(tmp_path), workers=2, settings={"epochs": 1})
+    here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = ["-m", "studies.kl_weight", *words(file), *arguments(kept), "--values", "0.1", "1"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], env=here, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "brightness" in done.stdout
