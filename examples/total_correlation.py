@@ -22,9 +22,7 @@ STUDY = Study(
     name=TERM,
     question=__doc__,
     base=RunConfig(kl_weight=0.02, batch_size=128),
-    axis=Axis(
-        TERM, (0.0, 0.5, 1.0, 2.0, 4.0), lambda config, w, _: config.replace(terms={TERM: w})
-    ),
+    axis=Axis(TERM, (0.0, 0.5, 1.0, 2.0, 4.0)),
     figures={"metrics": (partial(plots.metrics_along_axis, axis=TERM), "Along the weight.")},
     answer=cost,
 )
