@@ -1,7 +1,6 @@
 """Tidy frames: from a real store, and the statistics on known numbers."""
 
 import math
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +60,7 @@ def test_results_and_stored_runs_make_the_same_frame(tiny, tracking_uri):
     metrics = [name for name in made if "/" in name] + ["neg_elbo", "mse", "rate", "active_units"]
     np.testing.assert_allclose(made[metrics], stored[metrics], rtol=1e-12)
     np.testing.assert_allclose(made["decoder_variance"], stored["decoder_variance"], rtol=1e-12)
-    settings = [field.name for field in fields(RunConfig)]
+    settings = list(RunConfig().named())
     different = [name for name in settings if made[name].tolist() != stored[name].tolist()]
     assert different == ["hidden", "channels"]  # MLflow has Python's form of a tuple
     assert set(made["hidden"]) == {"16,8"}

@@ -51,7 +51,7 @@ def test_every_metric_of_a_run_is_described(finished):
 def test_runs_have_every_setting_metrics_of_every_epoch_and_pictures(finished):
     store = tracking.connect(finished.tracking_uri)
     for run in runs_of(finished.tracking_uri):
-        assert set(RunConfig.__dataclass_fields__) <= run.params.keys()
+        assert RunConfig().named().keys() <= run.params.keys()
         assert {"beta", "decoder_variance", "dataset_digest"} <= run.params.keys()
         for metric in ("train/mse", "val/neg_elbo", "val/kl/9", "val/mse_class/8"):
             history = store.client.get_metric_history(run.run_id, metric)

@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-import lazy_loader
-
 if TYPE_CHECKING:
     from harness.metrics.evaluate import per_image as per_image
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"evaluate": ["per_image"]}
-)
+__all__ = ["per_image"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from harness.metrics.evaluate import per_image  # loads PyTorch
+
+    return per_image

@@ -109,7 +109,7 @@ def misread(*_):
 
 
 MISTAKES = {
-    "network": ({"model": "training"}, "network 'training' .*: no half .*# in training alone"),
+    "network": ({"model": "training"}, "network 'training'.*: no half .*# in training alone"),
     "nan": ({"model": "nan"}, "network 'nan': after one step its loss is no finite number"),
     "term": ({"terms": {"broken": 1.0}}, "term 'broken' fails on .*KeyError: 'nothing' .*# of"),
     "shape": ({"terms": {"vector": 1.0}}, r"term 'vector' returns shape \(16, 2\): return a"),

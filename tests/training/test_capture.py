@@ -33,6 +33,7 @@ from harness.training.step import Step
 GPU = "lazy"
 """A type of device without streams: autograd of a pretended "cuda" looks for the real one."""
 
+NO_SETTINGS = {"hidden": RunConfig.hidden, "channels": RunConfig.channels}  # of built-in networks
 BASE = RunConfig(hidden=(8,), channels=(4,), latent_size=3, epochs=2, batch_size=16)
 STACKS = {
     "one": [{}],
@@ -45,7 +46,7 @@ STACKS = {
     "autoencoder": [{"latent": "deterministic", "kl_weight": 0.0}],
     "a term": [{"terms": {"to_prior": weight}} for weight in (0.0, 2.0)],
     "built-in terms": [{"terms": dict.fromkeys(BUILT_IN_TERMS, weight)} for weight in (0.0, 2.0)],
-    "a network": [{"model": "normalized", "seed": i} for i in range(2)],
+    "a network": [{"model": "normalized", "seed": i, **NO_SETTINGS} for i in range(2)],
 }
 
 
@@ -78,9 +79,9 @@ def additions(registered: None) -> None:
 
 def started(configs: list[RunConfig], data: Dataset, device: str = "cpu") -> Step:
     saved, place = [Saved([], {}) for _ in configs], torch.device(device)
-    states, steps, *others = engine._begin(configs, saved, data, place, torch.float32)
-    (state,) = states.values()
-    return steps[0] if steps else Step(state, *others)
+    work = engine._begin(configs, saved, data, place, torch.float32)
+    (state,) = work.states.values()
+    return work.steps[0] if work.steps else Step(state, work.data, work.linear)
 
 
 def elsewhere(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from harness.training import step
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import EpochRecord, train
 
+NO_SETTINGS = {"hidden": RunConfig.hidden, "channels": RunConfig.channels}  # of built-in networks
 BASE = RunConfig(hidden=(8,), channels=(2, 3), latent_size=3, epochs=3, batch_size=16)
 KINDS = {
     "mlp": {},
@@ -36,7 +37,7 @@ KINDS = {
     "stochastic": {"likelihood": "bernoulli", "binarization": "stochastic"},
     "deterministic": {"latent": "deterministic", "kl_weight": 0.0},
     "terms": {"terms": {"moved": 0.5}},
-    "normalised": {"model": "normalised"},
+    "normalised": {"model": "normalised", **NO_SETTINGS},
 }
 
 
@@ -186,7 +187,7 @@ def test_what_is_captured_trains_and_measures_as_step_by_step(
 def test_a_stack_resumed_from_checkpoints_is_captured_as_it_goes_on(
     tiny, stacks, users_parts, as_on_a_gpu, tmp_path
 ):
-    configs = runs(3, model="normalised")
+    configs = runs(3, model="normalised", **NO_SETTINGS)
     expected = epochs(configs, tiny)
     as_on_a_gpu()
     kept = Checkpoints(tmp_path, every=1)
