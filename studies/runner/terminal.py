@@ -37,7 +37,10 @@ HIDDEN = (
     *("neg_elbo", "val/mse", "val/rate", "val/active_units"),
     *("best/val/neg_elbo", "best/val/mse"),
 )
-SPARE = ("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio")
+SPARE = (
+    *("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio"),
+    *("kl_cycles", "kl_warmup_epochs", "free_bits"),
+)
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
