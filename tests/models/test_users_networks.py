@@ -51,6 +51,7 @@ def of_steps(data, steps: int):
 # --- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_contract.py has most of it
 @every_network
 def test_a_network_trains_to_the_same_bits_alone_and_beside_others(tiny, name):
     given = configs(name)[:2]
