@@ -55,13 +55,13 @@ class Ended:
     Attributes:
         signal: what killed it, 0 if nothing did.
         code: its exit code, 0 if a signal killed it.
-        said: what it wrote to stdout and stderr.
+        printed: what it wrote to stdout and stderr.
         value: what its function returned, None if it did not.
     """
 
     signal: int
     code: int
-    said: str
+    printed: str
     value: Any
 
 
@@ -91,7 +91,7 @@ class Child:
             if time.monotonic() > patience:
                 self.send(signal.SIGKILL, group=True)
                 os.waitpid(self.process, 0)
-                raise TimeoutError(f"a child did not end: {said_in(self.folder)[-500:]}")
+                raise TimeoutError(f"a child did not end: {printed_in(self.folder)[-500:]}")
             time.sleep(0.01)
         _, status = os.waitpid(self.process, 0)
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -99,7 +99,7 @@ class Child:
         return Ended(
             killed,
             0 if killed else os.WEXITSTATUS(status),
-            said_in(self.folder),
+            printed_in(self.folder),
             pickle.loads(returned.read_bytes()) if returned.exists() else None,
         )
 
@@ -114,10 +114,10 @@ class Child:
         return True
 
 
-def said_in(folder: Path) -> str:
-    """Return what the child of a folder has said so far."""
-    said = folder / "child.out"
-    return said.read_text(errors="replace") if said.exists() else ""
+def printed_in(folder: Path) -> str:
+    """Return what the child of a folder has printed so far."""
+    printed = folder / "child.out"
+    return printed.read_text(errors="replace") if printed.exists() else ""
 
 
 def start(function: Callable[[], Any], folder: Path) -> Child:
@@ -125,7 +125,7 @@ def start(function: Callable[[], Any], folder: Path) -> Child:
 
     Args:
         function: what is called; what it returns is pickled.
-        folder: for what the child says and returns.
+        folder: for what the child prints and returns.
     """
     (folder / "child.pickle").unlink(missing_ok=True)
     process = os.fork()

@@ -47,13 +47,13 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.memory", "--inside", *options]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak, processes = watch(child)
-    said, _ = child.communicate()
+    printed, _ = child.communicate()
     if child.returncode:
         sys.exit(child.returncode)
     print("\n".join(machine.hardware(engine.resolve_device(args.device))))
     print(
         f"{args.runs} MNIST runs of the blog's recipe: {peak / MIB:,.0f} MiB at most (PSS of "
-        f"{processes} processes together), {peak / 1e9:.2f} GB. {said.strip()}"
+        f"{processes} processes together), {peak / 1e9:.2f} GB. {printed.strip()}"
     )
 
 

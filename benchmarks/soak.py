@@ -49,7 +49,7 @@ CALM, HELD = 30.0, 15.0
 
 
 AWAY = "cannot be used (", "the same command"
-"""What an end with code 2 says, at the start and later, where a server is away."""
+"""What an end with code 2 contains, at the start and later, where a server is away."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Case:
             return faults, audit.results(plan, self.stores[0])
 
         ended = children.start(both, self.folder).wait()
-        return ended.value or ([f"the ledger cannot be read: {ended.said[-300:]}"], {})
+        return ended.value or ([f"the ledger cannot be read: {ended.printed[-300:]}"], {})
 
 
 def live_in(home: Path) -> None:
@@ -183,7 +183,7 @@ def undisturbed(case: Case, tally: Tally) -> dict[Any, Any]:
     tally.usual = time.monotonic() - began
     faults, results = case.audited()
     if ended.code or faults:
-        sys.exit(f"a study that nobody kills fails: {faults} {ended.said[-500:]}")
+        sys.exit(f"a study that nobody kills fails: {faults} {ended.printed[-500:]}")
     return results
 
 
@@ -256,19 +256,19 @@ def judged(case: Case, member: Member, tally: Tally) -> bool:
     ended = member.child.wait()
     if member.child.left_behind():
         tally.faults.append(f"{number.name} left processes behind")
-    if "--fresh" in ended.said or "broken" in ended.said:
-        tally.faults.append(f"it advises what time mends: {ended.said[-800:]}")
+    if "--fresh" in ended.printed or "broken" in ended.printed:
+        tally.faults.append(f"it advises what time mends: {ended.printed[-800:]}")
     if ended.code == ended.signal == 0:
         if not member.sent:
             tally.usual, tally.longest = seconds, max(tally.longest, seconds)
         return False
-    if case.server and ended.code == 2 and any(words in ended.said for words in AWAY):
+    if case.server and ended.code == 2 and any(words in ended.printed for words in AWAY):
         tally.away += 1
     elif not member.sent or (ended.signal, ended.code) not in {
         (number, 0),
         (0, stopping.CODES.get(number)),
     }:
-        tally.faults.append(f"{number.name}: code {ended.code}: {ended.said[-800:]}")
+        tally.faults.append(f"{number.name}: code {ended.code}: {ended.printed[-800:]}")
     return True
 
 

@@ -100,7 +100,7 @@ def seconds(args: argparse.Namespace, folder: str, name: str) -> float:
         os.killpg(study.pid, signal.SIGKILL)
     study.wait()
     if not done.exists():
-        raise UserError("the study ended before its first step; what it said stands above")
+        raise UserError("the study ended before its first step; what it printed stands above")
     return float(done.read_text().split()[0]) - start
 
 

@@ -47,7 +47,7 @@ MAINS = {
 RUN = "0" * 32
 
 ARGUMENTS = [
-    # command, arguments, what the line says
+    # command, arguments, what the line contains
     ("kl_weight", "--dataset cifar", "'cifar'"),
     ("kl_weight", "--kl-normalization pixel", "'pixel'"),
     ("kl_weight", "--values -1", "kl_weight=-1.0: give a finite number >= 0"),
@@ -99,7 +99,7 @@ ARGUMENTS = [
     ("all", "--study-name mine", "--study-name: studies differ in it"),
     ("all", "--latent-size 3", "--latent-size: studies differ in it"),
     ("all", "--trials 3", "--trials"),
-    # Of a later study: said before the first one trains.
+    # Of a later study: refused before the first one trains.
     ("all", "--sigma optimal", "studies.kl_normalization: sigma='optimal'"),
     ("all", "--free-bits 0.1", "studies.elbo_vs_mse: free_bits=0.1"),
     ("reproduce", "--study-name a/b", "study_name='a/b'"),
@@ -112,7 +112,7 @@ ARGUMENTS = [
 ]
 
 PLACES = [
-    # option, address, what the line says; HERE is a folder with the files of `databases`
+    # option, address, what the line contains; HERE is a folder with the files of `databases`
     ("--tracking-uri", "sqlite:///HERE/file/x.db", "not a folder"),
     ("--tracking-uri", "sqlite:///HERE/folder", "is not a file"),
     ("--tracking-uri", "sqlite:////proc/x/m.db", "--tracking-uri"),
@@ -174,14 +174,14 @@ def refused(tmp_path, monkeypatch, capsys):
 # --- command lines ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("command", "arguments", "says"), ARGUMENTS)
-def test_a_bad_command_line(command, arguments, says, refused, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("command", "arguments", "expected"), ARGUMENTS)
+def test_a_bad_command_line(command, arguments, expected, refused, tmp_path, monkeypatch):
     # What is not named would be found in the repository.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
     words = arguments.replace("HERE", str(tmp_path)).split()
     if command not in ("reproduce", "replay"):
         words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
-    assert says in refused(lambda: MAINS[command](words))
+    assert expected in refused(lambda: MAINS[command](words))
 
 
 def test_a_place_whose_reports_cannot_be_written(refused, databases, tmp_path):
@@ -190,8 +190,8 @@ def test_a_place_whose_reports_cannot_be_written(refused, databases, tmp_path):
     words = ["--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
     open_storage(f"sqlite:///{tmp_path}/o.db")
     words += ["--storage", f"sqlite:///{tmp_path}/o.db"]
-    said = refused(lambda: cli.main(kl_weight.STUDY, words))
-    assert "reports is not a folder), where results go" in said
+    printed = refused(lambda: cli.main(kl_weight.STUDY, words))
+    assert "reports is not a folder), where results go" in printed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,8 +203,8 @@ def test_a_bad_name(name, refused):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", ["kl_weight", "search", "reproduce"])
 def test_cuda_where_there_is_none(command, refused):
-    said = refused(lambda: MAINS[command](["--device", "cuda"]))
-    assert "no CUDA device is usable here" in said
+    printed = refused(lambda: MAINS[command](["--device", "cuda"]))
+    assert "no CUDA device is usable here" in printed
 
 
 # --- databases ----------------------------------------------------------------------------------
@@ -229,17 +229,17 @@ def databases(empty_database, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("option", "address", "says"), PLACES)
-def test_a_place_that_cannot_be_used(option, address, says, refused, databases, tmp_path):
+@pytest.mark.parametrize(("option", "address", "expected"), PLACES)
+def test_a_place_that_cannot_be_used(option, address, expected, refused, databases, tmp_path):
     named = [path for path in databases.iterdir() if f"HERE/{path.name}" in address]
     for path in named:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     places = {"--tracking-uri": "sqlite:///HERE/new.db", "--storage": "sqlite:///HERE/o.db"}
     words = [word for pair in (places | {option: address}).items() for word in pair]
     words = [word.replace("HERE", str(tmp_path)) for word in words]
-    said = refused(lambda: cli.main(kl_weight.STUDY, words))
-    assert says in said
-    assert option in said
+    printed = refused(lambda: cli.main(kl_weight.STUDY, words))
+    assert expected in printed
+    assert option in printed
 
 
 @pytest.mark.parametrize("command", ["search", "all", "replay"])
@@ -271,7 +271,7 @@ NO_IMAGES, NO_LABELS = (
 )
 
 FILES = {
-    # files in place of good ones, what the line says
+    # files in place of good ones, what the line contains
     "none": (None, "Error downloading train-images"),
     "images cut short": ({TRAIN_IMAGES: IMAGES[:-1]}, "holds 2,351 values, not 3 x 28 x 28"),
     "images without an end of their header": ({TRAIN_IMAGES: IMAGES[:6]}, NO_IMAGES),
@@ -303,8 +303,8 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
 
 
-@pytest.mark.parametrize(("files", "says"), FILES.values(), ids=FILES.keys())
-def test_bad_image_files(files, says, refused, offline, tmp_path):
+@pytest.mark.parametrize(("files", "expected"), FILES.values(), ids=FILES.keys())
+def test_bad_image_files(files, expected, refused, offline, tmp_path):
     raw = tmp_path / "data" / "MNIST" / "raw"
     if files is not None:
         raw.mkdir(parents=True)
@@ -312,10 +312,10 @@ def test_bad_image_files(files, says, refused, offline, tmp_path):
         both = {f"{part}-{name}": good[name] for part in ("train", "t10k") for name in good}
         for name, content in (both | files).items():
             (raw / name).write_bytes(content)
-    said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
-    assert f"no usable data in {raw} (" in said
-    assert says in said
-    assert "Put the files" in said
+    printed = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
+    assert f"no usable data in {raw} (" in printed
+    assert expected in printed
+    assert "Put the files" in printed
 
 
 def test_a_server_that_does_not_speak_http(refused, monkeypatch):
@@ -331,9 +331,9 @@ def test_a_server_that_does_not_speak_http(refused, monkeypatch):
         monkeypatch.setenv("no_proxy", "*")
         mirrors = [f"http://127.0.0.1:{server.getsockname()[1]}/"]
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
-        said = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
+        printed = refused(lambda: MAINS["kl_weight"](["--dataset=mnist", "--data-dir=data"]))
         thread.join()
-    assert "Put the files" in said
+    assert "Put the files" in printed
 
 
 @pytest.mark.parametrize("command", ["search", "all", "reproduce"])
@@ -412,11 +412,11 @@ MODELS = {
 WEIGHTS = "weights.safetensors"
 
 
-@pytest.mark.parametrize(("damage", "says"), MODELS.values(), ids=MODELS.keys())
-def test_a_broken_model(damage, says, refused, data, tmp_path):
+@pytest.mark.parametrize(("damage", "expected"), MODELS.values(), ids=MODELS.keys())
+def test_a_broken_model(damage, expected, refused, data, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = RunConfig(hidden=(7,), latent_size=3)
     save_model(config, build(config, data.image_shape), folder)
     damage(folder)
-    assert says in refused(lambda: load_model(folder))
+    assert expected in refused(lambda: load_model(folder))

@@ -221,18 +221,18 @@ def test_one_missing_file(broken):
 
 # Damage of every kind is in tests/test_bad_input.py, on files of three images.
 @pytest.mark.parametrize(
-    ("part", "kept", "says"),
+    ("part", "kept", "expected"),
     [
         ("train", 1_000_000, "holds 999,984 values, not 60000 x 28 x 28"),
         ("t10k", 3, "is not an IDX file of bytes"),
     ],
 )
-def test_images_cut_short(broken, idx, part, kept, says):
+def test_images_cut_short(broken, idx, part, kept, expected):
     name = f"{part}-images-idx3-ubyte"
     with (idx.root / "MNIST" / "raw" / name).open("rb") as file:
         replace_file(broken, name, file.read(kept))
     message = refusal(broken)
-    assert f"({name} {says})" in message
+    assert f"({name} {expected})" in message
     assert "a broken file: delete it first" in message
 
 

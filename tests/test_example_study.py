@@ -25,9 +25,9 @@ def test_a_file_outside_the_package_is_a_whole_study(
     places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options, *places])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "2 values of learning_rate (0.001, 0.01) x 2 seeds = 4 runs of 1 epochs" in said
-    assert "has the lowest validation neg_elbo of 2. " in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 values of learning_rate (0.001, 0.01) x 2 seeds = 4 runs of 1 epochs" in printed
+    assert "has the lowest validation neg_elbo of 2. " in printed
     runs = tracking.connect(tracking_uri).runs("learning_rate-digits")
     rates = [run.params["learning_rate"] for run in runs if run.tags["role"] == "run"]
     assert sorted(rates) == ["0.001", "0.001", "0.01", "0.01"]

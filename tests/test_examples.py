@@ -47,9 +47,9 @@ def test_the_study_of_total_correlation_answers(
     options = ["--values", "0", "4", "--seeds", "1", "--epochs", "1", "--batch-size", "32"]
     monkeypatch.setattr(sys, "argv", [file, *options, *places])
     runpy.run_path(file, run_name="__main__")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Weight 0: neg_elbo" in said
-    assert "Weight 4: neg_elbo" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Weight 0: neg_elbo" in printed
+    assert "Weight 4: neg_elbo" in printed
     runs = tracking.connect(tracking_uri).runs("total_correlation-digits", role="run")
     assert {float(one.params["total_correlation"]) for one in runs} == {0.0, 4.0}
 

@@ -136,7 +136,7 @@ def alone(empty_database: Path, tmp_path_factory: pytest.TempPathFactory, tiny: 
     children.import_all()
     shutil.copy(empty_database, place.folder / "mlflow.db")
     ended = in_child(place.notes, place.start)
-    assert ended.code == ended.signal == 0, ended.said
+    assert ended.code == ended.signal == 0, ended.printed
     steps = begun(place.notes)
     faults, results = in_child(place.notes, place.check).value
     assert faults == []
@@ -147,8 +147,8 @@ def alone(empty_database: Path, tmp_path_factory: pytest.TempPathFactory, tiny: 
 def finish(place: Place, alone: Alone) -> None:
     """Start the study once more; assert that it ends, complete and the same to the last bit."""
     ended = in_child(place.notes, place.start)
-    assert ended.code == ended.signal == 0, ended.said
-    assert "--fresh" not in ended.said
+    assert ended.code == ended.signal == 0, ended.printed
+    assert "--fresh" not in ended.printed
     faults, results = in_child(place.notes, place.check).value
     assert faults == [], begun(place.notes)
     assert results == alone.results
@@ -161,7 +161,7 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
     if ended.code == ended.signal == 0:
         return False
     code = stopping.CODES.get(signal.Signals(by))
-    assert (ended.signal, ended.code) in {(by, 0), (0, code)}, ended.said
+    assert (ended.signal, ended.code) in {(by, 0), (0, code)}, ended.printed
     return True
 
 
@@ -192,7 +192,7 @@ def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
     for by, code in stopping.CODES.items():
         ended = in_child(place.notes, place.start, middle, by)
         assert ended.code == code
-        assert ended.said.endswith(f"{cli.STOPPED}\n")
+        assert ended.printed.endswith(f"{cli.STOPPED}\n")
     states = in_child(place.notes, lambda: reasons(place)).value
     assert states == {("KILLED", "stopped by SIGINT"): 2, ("KILLED", "stopped by SIGTERM"): 2}
     finish(place, alone)
@@ -289,7 +289,7 @@ class Two:
 
     def printed(self, text: str) -> None:
         """Wait until the second one has printed a text."""
-        while text not in children.said_in(self.second.folder):
+        while text not in children.printed_in(self.second.folder):
             assert not self.second.ended()
             time.sleep(0.05)
 
@@ -298,7 +298,7 @@ class Two:
         self.first.send(signal.SIGCONT)
         for child in (self.first, self.second):
             ended = child.wait()
-            assert ended.code == 0, ended.said
+            assert ended.code == 0, ended.printed
             assert ended.signal in (0, signal.SIGKILL)
         faults, results = in_child(self.place.notes, self.place.check).value
         assert faults == []
@@ -343,7 +343,7 @@ def test_reports_of_one_folder_are_written_one_after_the_other(place, alone):
     pair = two(place, "build")
     pair.printed("reading the runs back from MLflow")
     time.sleep(1)
-    assert "drawing" not in children.said_in(pair.second.folder)
+    assert "drawing" not in children.printed_in(pair.second.folder)
     pair.finish(alone)
 
 
@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_line_and_the_study_gets_done_when_there_is_room(
         file.write(bytes(max(0, free - room * 1024)))
     ended = in_child(place.notes, place.start)
     assert ended.code == 2
-    assert error_in(ended.said).startswith("error: the disk is full (")
+    assert error_in(ended.printed).startswith("error: the disk is full (")
     assert in_child(place.notes, place.check).code == 0  # there is no room, but it can be read
     ballast.unlink()
     finish(place, alone)
@@ -432,8 +432,8 @@ def test_too_little_memory_is_one_line(place):
         wide.start()
 
     ended = in_child(place.notes, start)
-    assert ended.code == 2, ended.said
-    assert error_in(ended.said).startswith("error: there is too little memory (")
+    assert ended.code == 2, ended.printed
+    assert error_in(ended.printed).startswith("error: there is too little memory (")
 
 
 @pytest.mark.parametrize(

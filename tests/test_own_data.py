@@ -138,9 +138,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("given", "says"), WRONG.values(), ids=WRONG.keys())
-def test_tensors_that_cannot_be_used_are_refused(given, says):
-    with pytest.raises(UserError, match=says) as refused:
+@pytest.mark.parametrize(("given", "expected"), WRONG.values(), ids=WRONG.keys())
+def test_tensors_that_cannot_be_used_are_refused(given, expected):
+    with pytest.raises(UserError, match=expected) as refused:
         Dataset.from_tensors(**{"name": "mine", "images": COLOURS, "labels": LABELS} | given)
     assert "\n" not in str(refused.value)
 
@@ -306,8 +306,8 @@ BROKEN = (
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
 def test_a_folder_that_cannot_be_used_is_refused(folder, damage):
-    says = damage(folder)
-    with pytest.raises(UserError, match=f"(?i){says}") as refused:
+    expected = damage(folder)
+    with pytest.raises(UserError, match=f"(?i){expected}") as refused:
         load_dataset(f"folder:{folder}")
     assert "\n" not in str(refused.value)
 

@@ -54,9 +54,9 @@ def test_convolutions_on_a_folder_of_colour_pictures(store, tmp_path, capsys):
     folder, name = classes(tmp_path), "folder-my-pictures"
     command = ["--dataset", f"folder:{folder}", "--model", "conv", "--channels", "3", "4", *SMALL]
     small_study("kl_weight", [*command, "--values", "0.02", "1"], store)
-    said = capsys.readouterr().out
-    assert f"on {name} (210 pixels)" in said
-    assert "Class <b>red reconstructs" in said or "Class $blue reconstructs" in said
+    printed = capsys.readouterr().out
+    assert f"on {name} (210 pixels)" in printed
+    assert "Class <b>red reconstructs" in printed or "Class $blue reconstructs" in printed
 
     # Pictures are in colour, and as many pixels high and wide as the grid needs.
     height, width = SHAPE[0] * 8 + 2, SHAPE[1] * 8 + 2
@@ -108,12 +108,12 @@ def test_pictures_without_classes_and_too_large_for_a_linear_model(
     }[study]
     command = ["--dataset", f"folder:{tmp_path / 'flat'}", "--image-size", "4", "5", *SMALL]
     small_study(study, [*command, "--values", *values], store)
-    said = capsys.readouterr().out
-    assert "(60 pixels)" in said
-    assert "probe_" not in said
-    assert "frechet" not in said
-    assert "linear model" not in said
-    assert "principal components" not in said
+    printed = capsys.readouterr().out
+    assert "(60 pixels)" in printed
+    assert "probe_" not in printed
+    assert "frechet" not in printed
+    assert "linear model" not in printed
+    assert "principal components" not in printed
     page = (store / "reports" / f"{study}-folder-flat" / "report.html").read_text()
     assert "coloured by class" not in page
 
@@ -131,14 +131,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), BAD)
-def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
+@pytest.mark.parametrize(("arguments", "expected"), BAD)
+def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, expected):
     paint(tmp_path / "1.png", (1, 2, 3), 0)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, arguments.replace("HERE", str(tmp_path)).split())
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert any(word in said for word in says.split("|"))
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert any(word in printed for word in expected.split("|"))

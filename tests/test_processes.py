@@ -406,8 +406,8 @@ def test_a_script_without_a_guard_trains_its_network(tmp_path):
     (tmp_path / "beside.py").write_text("SCALE = 3")
     text = SCRIPT + "    print(sorted((index, result.value[1]) for index, result in results))\n"
     running = program(tmp_path, text)
-    said, _ = running.communicate()
-    assert said == "[(0, 0.0), (1, 6.0), (2, 12.0), (3, 18.0)]\n"
+    printed, _ = running.communicate()
+    assert printed == "[(0, 0.0), (1, 6.0), (2, 12.0), (3, 18.0)]\n"
     assert running.returncode == 0
 
 

@@ -149,12 +149,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "says"), CHANGES.values(), ids=CHANGES.keys())
-def test_differences_of_code_are_named(tiny, changes, says):
+@pytest.mark.parametrize(("changes", "expected"), CHANGES.values(), ids=CHANGES.keys())
+def test_differences_of_code_are_named(tiny, changes, expected):
     then = provenance.provenance(tiny, "cpu") | {"code": CODE.record()}
     now = then | {"code": replace(CODE, **changes).record()}
     assert provenance.differences(then, then) == []
-    assert any(line.startswith(says) for line in provenance.differences(then, now))
+    assert any(line.startswith(expected) for line in provenance.differences(then, now))
 
 
 def test_differences_of_versions_device_and_data_are_named(tiny, data):

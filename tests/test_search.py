@@ -215,16 +215,16 @@ def test_a_finished_search_trains_nothing_and_says_the_same(searched, capsys):
 def refusal(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         search.main(arguments)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert stop.value.code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    return printed
 
 
 def test_other_settings_are_refused_with_the_differences(searched, capsys):
-    said = refusal([*SMALL, "--epochs", "3", "--pruner", "none", *searched.places], capsys)
-    assert "epochs: 2 there, 3 here; pruner: median there, none here" in said
+    printed = refusal([*SMALL, "--epochs", "3", "--pruner", "none", *searched.places], capsys)
+    assert "epochs: 2 there, 3 here; pruner: median there, none here" in printed
 
 
 def test_a_remedy_that_is_set_is_not_searched():
@@ -244,8 +244,8 @@ def test_the_command_of_a_report_is_one_that_the_search_takes():
 
 def test_a_dry_run_shows_what_is_searched_and_writes_nothing(tmp_path, capsys):
     search.main(["--dry-run", "--trials", "40", *Home(tmp_path).places])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "40 configurations of kl_weight, kl_normalization, latent_size" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "40 configurations of kl_weight, kl_normalization, latent_size" in printed
     assert list(tmp_path.iterdir()) == []
 
 

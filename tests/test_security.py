@@ -54,12 +54,12 @@ def test_a_server_that_is_not_there(option, scheme, closed_port, no_login, tmp_p
     places[option] = f"{scheme}://{user}127.0.0.1:{closed_port}/db"
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, [word for pair in places.items() for word in pair])
-    said = capfd.readouterr()
+    printed = capfd.readouterr()
     assert stop.value.code == 2
-    assert len(said.err.splitlines()) == 1
-    assert said.err.startswith(f"error: {option} {scheme}://127.0.0.1:{closed_port}/db")
-    assert "secret" not in said.out + said.err
-    assert REFUSALS.get((option, scheme), "refused") in said.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith(f"error: {option} {scheme}://127.0.0.1:{closed_port}/db")
+    assert "secret" not in printed.out + printed.err
+    assert REFUSALS.get((option, scheme), "refused") in printed.err
     assert not (tmp_path / "o.db").exists()
 
 
@@ -81,10 +81,10 @@ def test_a_tracking_server_that_is_not_there_leaves_the_storage_alone(
 def test_the_terminal_shows_where_the_runs_are_without_password(uri, capsys, tmp_path):
     outcome = Outcome(planned("x"), pd.DataFrame(), "So.", tmp_path / "[/x]", "7")
     Terminal().outcome(outcome, uri)
-    said = capsys.readouterr().out
-    assert "secret" not in said
-    assert without_password(uri).rstrip("/") in said
-    assert f"{tmp_path}/[/x]/report.html" in said
+    printed = capsys.readouterr().out
+    assert "secret" not in printed
+    assert without_password(uri).rstrip("/") in printed
+    assert f"{tmp_path}/[/x]/report.html" in printed
 
 
 # --- text from a store ---------------------------------------------------------------------------

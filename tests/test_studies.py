@@ -98,9 +98,9 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsys):
     before = [r.run_id for r in runs_of(finished.tracking_uri)]
     cli.main(kl_weight.STUDY, finished.arguments)
-    said = capsys.readouterr().out
-    assert "are finished; 0 are left" in said
-    assert said.endswith(finished.printed.split("kl_weight = ")[-1])
+    printed = capsys.readouterr().out
+    assert "are finished; 0 are left" in printed
+    assert printed.endswith(finished.printed.split("kl_weight = ")[-1])
     assert [r.run_id for r in runs_of(finished.tracking_uri)] == before
     assert len(runs_of(finished.tracking_uri, "summary")) == 1
 
@@ -109,27 +109,27 @@ def refusal(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, arguments)
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
 
 
 def test_other_settings_are_refused_with_the_differences(finished, capsys):
-    said = refusal([*finished.arguments, "--epochs", "4", "--latent-size", "3"], capsys)
-    assert "epochs: 3 there, 4 here; latent_size: 10 there, 3 here" in said
+    printed = refusal([*finished.arguments, "--epochs", "4", "--latent-size", "3"], capsys)
+    assert "epochs: 3 there, 4 here; latent_size: 10 there, 3 here" in printed
 
 
 def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
-    said = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
-    assert "has 6 finished runs in Optuna, of which 6 are not in" in said
+    printed = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
+    assert "has 6 finished runs in Optuna, of which 6 are not in" in printed
 
 
 def test_a_study_whose_storage_is_another_is_refused(finished, tmp_path, capsys):
     other = f"sqlite:///{tmp_path}/optuna.db"
     arguments = [*finished.arguments, "--storage", other]
     for _ in range(2):  # also once the storage is there
-        said = refusal(arguments, capsys)
-        assert f"has 7 runs of study '{NAME}', which --storage {other} does not have" in said
+        printed = refusal(arguments, capsys)
+        assert f"has 7 runs of study '{NAME}', which --storage {other} does not have" in printed
 
 
 def test_the_objective_of_a_trial_is_the_validation_neg_elbo_of_its_run(finished):
@@ -195,10 +195,10 @@ def test_a_stopped_command_is_finished_by_the_same_command(tracking_uri, tmp_pat
     with started_study(arguments) as process:
         wait_for_runs(tmp_path / "mlflow.db", 17)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate()[1]
+        printed = process.communicate()[1]
     assert process.returncode == 75
     assert {r.status for r in runs_of(tracking_uri)} == {"FINISHED", "KILLED"}
-    assert "the same command continues from here" in said
+    assert "the same command continues from here" in printed
     cli.main(kl_weight.STUDY, arguments)
     assert "16 runs are finished; 16 are left" in capsys.readouterr().out
     ended = pd.DataFrame([r.params | {"status": r.status} for r in runs_of(tracking_uri)])

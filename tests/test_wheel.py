@@ -71,8 +71,8 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel):
 
 
 def test_the_imported_packages_are_those_of_the_wheel(installed, tmp_path):
-    said = done(installed, "-c", "import harness; print(harness.__file__)", folder=tmp_path)
-    assert Path(said.strip()).is_relative_to(installed.parents[1])
+    printed = done(installed, "-c", "import harness; print(harness.__file__)", folder=tmp_path)
+    assert Path(printed.strip()).is_relative_to(installed.parents[1])
 
 
 def test_a_study_writes_into_the_folder_where_it_is_started(installed, tmp_path):
@@ -81,8 +81,8 @@ def test_a_study_writes_into_the_folder_where_it_is_started(installed, tmp_path)
     command = (installed, "-m", "studies.kl_weight", *SMALL)
     assert "2 runs of 1 epochs" in done(*command, "--dry-run", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    said = " ".join(done(*command, folder=tmp_path).split())
-    assert f"Report: {tmp_path}/reports/kl_weight-digits/report.html" in said
+    printed = " ".join(done(*command, folder=tmp_path).split())
+    assert f"Report: {tmp_path}/reports/kl_weight-digits/report.html" in printed
     written = {path.name for path in tmp_path.iterdir() if path.suffix not in (".lock",)}
     expected = {"mlflow.db", "optuna.db", "mlruns", "reports", "cache"}
     assert expected <= written <= expected | {"mlflow.db-wal", "mlflow.db-shm"}
@@ -91,7 +91,7 @@ def test_a_study_writes_into_the_folder_where_it_is_started(installed, tmp_path)
 
 def test_an_own_study_runs_beside_the_wheel(installed, tmp_path):
     shutil.copy(ROOT / "examples" / "learning_rate.py", tmp_path)
-    said = done(installed, "learning_rate.py", "--dry-run", folder=tmp_path)
-    assert "5 values of learning_rate (0.0001, 0.0003, 0.001, 0.003, 0.01)" in said
-    said = done(installed, "learning_rate.py", "--help", folder=tmp_path)
-    assert said.startswith("usage: python learning_rate.py")
+    printed = done(installed, "learning_rate.py", "--dry-run", folder=tmp_path)
+    assert "5 values of learning_rate (0.0001, 0.0003, 0.001, 0.003, 0.01)" in printed
+    printed = done(installed, "learning_rate.py", "--help", folder=tmp_path)
+    assert printed.startswith("usage: python learning_rate.py")

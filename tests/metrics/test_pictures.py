@@ -78,7 +78,7 @@ def test_traversals_of_an_autoencoder_put_the_latent_that_varies_most_first(data
     run = build(RunConfig(latent="deterministic", kl_weight=0, latent_size=3), data.image_shape)
     with torch.no_grad():
         run.encoder[-1].weight[1] *= 20
-        run.encoder[-1].bias[5] += 9  # an untrained log-variance says nothing
+        run.encoder[-1].bias[5] += 9  # an untrained log-variance is close to 0
         run.decoder[0].weight.zero_()
         run.decoder[0].weight[:, 1] = 1.0
     picture = pictures.traversals(run, data, columns=5)

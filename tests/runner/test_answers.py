@@ -24,19 +24,19 @@ def frame_of(weights, errors):
 
 
 def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
-    said = kl_weight.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)))
-    assert said.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
-    assert "Weight 1 costs 13 ±" in said
-    assert "not distinguishable from it: none." in said
-    assert "Class 8 reconstructs worst (mse 0.0200)." in said
+    text = kl_weight.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)))
+    assert text.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
+    assert "Weight 1 costs 13 ±" in text
+    assert "not distinguishable from it: none." in text
+    assert "Class 8 reconstructs worst (mse 0.0200)." in text
 
 
 def test_where_the_loss_is_a_likelihood_no_linear_model_is_named():
     frame = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0))
     frame["linear/collapse_variance"] = 0.7
-    said = kl_weight.best_weight(frame.assign(sigma="optimal"))
-    assert "Weight 1 costs 13 ±" in said
-    assert "linear" not in said  # the weight is no multiple of the decoder variance
+    printed = kl_weight.best_weight(frame.assign(sigma="optimal"))
+    assert "Weight 1 costs 13 ±" in printed
+    assert "linear" not in printed  # the weight is no multiple of the decoder variance
     bernoulli = frame.assign(likelihood="bernoulli", calibration_ratio=float("nan"))
     bernoulli = bernoulli.drop(columns="linear/collapse_variance")
     assert "calibration ratio -, and 5.0 of 10 latents are" in kl_weight.best_weight(bernoulli)
@@ -46,16 +46,16 @@ def test_the_linear_models_collapse_stands_beside_the_best_weight():
     frame = frame_of((0.01, 0.1, 1.0, 3.0), (-5.0, -9.0, 4.0, 5.0))
     assert "linear" not in kl_weight.best_weight(frame)  # an older store
     frame["linear/collapse_variance"] = 0.7
-    said = kl_weight.best_weight(frame)
-    assert "The exact linear model has no active latent from 1.4 on." in said
+    printed = kl_weight.best_weight(frame)
+    assert "The exact linear model has no active latent from 1.4 on." in printed
 
 
 def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
     frame = frame_of((0.01, 0.1, 1.0), (-9.0, -9.01, 4.0))
     near = (frame["kl_weight"] == 0.01) & (frame["seed"] == 0)
     frame.loc[near, "val/neg_elbo"] -= 0.02
-    said = kl_weight.best_weight(frame)
-    assert "not distinguishable from it: 0.01." in said
+    printed = kl_weight.best_weight(frame)
+    assert "not distinguishable from it: 0.01." in printed
 
 
 def test_the_worst_class_is_named():
@@ -79,9 +79,9 @@ def sizes_frame():
 
 
 def test_latents_beyond_the_useful_ones_are_named():
-    said = latent_size.useful_latents(sizes_frame())
-    assert "the smallest size not distinguishable from that is 4" in said
-    assert "Of 16 latents 4.0 are active" in said
+    printed = latent_size.useful_latents(sizes_frame())
+    assert "the smallest size not distinguishable from that is 4" in printed
+    assert "Of 16 latents 4.0 are active" in printed
 
 
 def modes_frame(shift):
@@ -97,10 +97,10 @@ def modes_frame(shift):
 
 
 def test_modes_that_agree_are_called_one_curve_with_each_modes_weight():
-    said = kl_normalization.one_curve(modes_frame(0.0))
-    assert "the modes are one curve" in said
-    assert "pixels 0.02, sum 9.77e-06" in said
-    assert "means decoder variance 1,024, and latents are active up to 0.01 only." in said
+    printed = kl_normalization.one_curve(modes_frame(0.0))
+    assert "the modes are one curve" in printed
+    assert "pixels 0.02, sum 9.77e-06" in printed
+    assert "means decoder variance 1,024, and latents are active up to 0.01 only." in printed
 
 
 def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
@@ -109,9 +109,9 @@ def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
 
 def test_of_a_single_seed_no_verdict_on_the_modes_is_given():
     frame = modes_frame(5.0)
-    said = kl_normalization.one_curve(frame[frame["seed"] == 0])
-    assert "differs by at most 5 nats / image, that of seeds by - " in said
-    assert "the modes are not judged" in said
+    printed = kl_normalization.one_curve(frame[frame["seed"] == 0])
+    assert "differs by at most 5 nats / image, that of seeds by - " in printed
+    assert "the modes are not judged" in printed
 
 
 def test_cost_and_gain_are_paired_differences():
@@ -127,14 +127,14 @@ def test_cost_and_gain_are_paired_differences():
         )
         for seed, luck in enumerate(LUCK)
     ]
-    said = elbo_vs_mse.cost_and_gain(pd.DataFrame(rows))
-    assert "'ELBO, calibrated' less 'MSE only, stochastic': mse 0.02 ±" in said
-    assert "neg_elbo -100 ±" in said
-    (autoencoder,) = (part for part in said.split(". ") if "autoencoder" in part)
+    printed = elbo_vs_mse.cost_and_gain(pd.DataFrame(rows))
+    assert "'ELBO, calibrated' less 'MSE only, stochastic': mse 0.02 ±" in printed
+    assert "neg_elbo -100 ±" in printed
+    (autoencoder,) = (part for part in printed.split(". ") if "autoencoder" in part)
     assert "mse 0.02 ±" in autoencoder
     assert "neg_elbo" not in autoencoder  # which has none
-    assert '"blog\'s recipe" less "blog\'s recipe, no KL": mse 0.01 ±' in said
-    assert "paired, 95 % intervals over 3 seeds" in said
+    assert '"blog\'s recipe" less "blog\'s recipe, no KL": mse 0.01 ±' in printed
+    assert "paired, 95 % intervals over 3 seeds" in printed
 
 
 @pytest.mark.parametrize("missing", list(elbo_vs_mse.CONDITIONS))

@@ -113,9 +113,9 @@ with cli.clear_errors({args}) as terminal:
     ],
 )
 def test_a_closed_standard_output_is_exit_code_141_also_at_the_end(args, body, closed_pipe):
-    code, said = python(COMMAND.format(args=args, body=body), closed_pipe)
+    code, printed = python(COMMAND.format(args=args, body=body), closed_pipe)
     assert code == 141
-    assert "Error" not in said
+    assert "Error" not in printed
 
 
 def test_ctrl_c_that_ended_the_reader_too_is_ctrl_c(closed_pipe):
@@ -125,10 +125,10 @@ def test_ctrl_c_that_ended_the_reader_too_is_ctrl_c(closed_pipe):
 
 def test_a_full_disk_behind_standard_output_is_exit_code_2():
     with open("/dev/full", "w") as full:
-        code, said = python(COMMAND.format(args=[], body="terminal.line('x')"), full.fileno())
+        code, printed = python(COMMAND.format(args=[], body="terminal.line('x')"), full.fileno())
     assert code == 2
-    assert said.startswith("error: the disk is full (")
-    assert said.count("\n") == 1
+    assert printed.startswith("error: the disk is full (")
+    assert printed.count("\n") == 1
 
 
 # --- one JSON object ----------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def test_a_dry_run_names_both_stores_and_writes_nothing(tmp_path, capsys, monkey
     stores = ["--tracking-uri", tracking_uri, "--storage", storage]
     words = ["--dry-run", "--values", "0.5", "1", *stores]
     cli.main(kl_weight.STUDY, words)
-    said = capsys.readouterr().out
-    assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in said
-    assert f"Tracking: {tracking_uri}\nStorage: {storage}\n" in said
-    assert "duration: not known (no finished run like these here)" in " ".join(said.split())
+    message = capsys.readouterr().out
+    assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in message
+    assert f"Tracking: {tracking_uri}\nStorage: {storage}\n" in message
+    assert "duration: not known (no finished run like these here)" in " ".join(message.split())
     cli.main(kl_weight.STUDY, [*words, "--json"])
     printed = capsys.readouterr()
     found = json.loads(printed.out)
@@ -195,10 +195,10 @@ OWN = replace(kl_weight.STUDY, base=RunConfig(hidden=(7, 5), learning_rate=0.5))
 )
 def test_every_setting_is_an_option_and_the_help_shows_the_studys_value(command, shown, capsys):
     command(["--help"])
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f"--{REPEATED.get(name, name).replace('_', '-')} " in said for name in SETTINGS)
-    assert "--seed " not in said
-    assert all(text in said for text in shown)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{REPEATED.get(name, name).replace('_', '-')} " in printed for name in SETTINGS)
+    assert "--seed " not in printed
+    assert all(text in printed for text in shown)
 
 
 def test_the_public_names_of_studies_load_nothing_heavy():

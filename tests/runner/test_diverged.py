@@ -107,12 +107,12 @@ def test_table_answer_and_report_say_so(outcome, capsys):
     plan, options, found = outcome
     assert list(found.table["kl_weight"]) == [0.02, 0.5]
     assert list(found.table["seeds"]) == [2, 1]
-    said = "Diverged and not ranked, 3 in number: kl_weight=0.5 seed=1 diverged in "
-    assert said in found.answer
+    printed = "Diverged and not ranked, 3 in number: kl_weight=0.5 seed=1 diverged in "
+    assert printed in found.answer
     assert "kl_weight = 0.02 has the lowest validation neg_elbo of 1 values" in found.answer
-    assert said in (found.folder / "report.html").read_text()
+    assert printed in (found.folder / "report.html").read_text()
     Terminal().outcome(found, options.tracking_uri)
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert printed in " ".join(capsys.readouterr().out.split())
 
 
 def test_where_a_whole_group_diverged_another_is_pictured(tracking_uri, tmp_path, tiny):

@@ -117,15 +117,15 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("config", "says"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_networks_and_terms_that_fail_on_the_first_step(tiny, config, says):
+@pytest.mark.parametrize(("config", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_networks_and_terms_that_fail_on_the_first_step(tiny, config, expected):
     harness.network("training")(fails_in_training)
     harness.network("nan")(no_number)
     harness.term("broken")(broken)
     harness.term("vector")(lambda batch: batch.z)
     harness.term("zero")(lambda batch: 0.0)
     base = RunConfig(latent_size=2, batch_size=16, **config)
-    with pytest.raises(UserError, match=says) as refused:
+    with pytest.raises(UserError, match=expected) as refused:
         try_out(replace(STUDY, base=base), tiny)
     assert "\n" not in str(refused.value)
 
@@ -152,8 +152,8 @@ def test_a_metric_that_fails_is_refused_and_one_without_a_value_yet_is_not(tiny)
     harness.metric("late")(lambda model, split: math.nan)
     try_out(STUDY, tiny)
     harness.metric("broken")(broken)
-    says = f"metric 'broken' .* {re.escape(at('of a user'))}return"
-    with pytest.raises(UserError, match=says):
+    expected = f"metric 'broken' .* {re.escape(at('of a user'))}return"
+    with pytest.raises(UserError, match=expected):
         try_out(STUDY, tiny)
     with pytest.raises(UserError, match="metric 'broken' fails"):
         tryout.try_out(search.make_plan(search.SearchOptions()), tiny)
@@ -174,12 +174,12 @@ WRONG = {
 def test_figures_and_answers_that_fail_are_refused(tiny, part, change):
     with pytest.raises(UserError, match=f"^{part.strip()}") as refused:
         try_out(replace(STUDY, **change), tiny)
-    says = str(refused.value)
-    assert "\n" not in says
+    expected = str(refused.value)
+    assert "\n" not in expected
     if broken in (change.get("answer"), *change.get("figures", {}).get("x", ())):
-        assert f"KeyError: 'nothing' {at('of a user')}" in says
+        assert f"KeyError: 'nothing' {at('of a user')}" in expected
     if change.get("answer") is misread:
-        assert at("by the standard library") in says
+        assert at("by the standard library") in expected
 
 
 def test_an_answer_that_loads_runs_is_not_refused(tiny):
@@ -217,9 +217,9 @@ def command(tracking_uri, tmp_path, tiny, monkeypatch):
 def test_after_a_mistake_nothing_is_recorded(command, tmp_path, capsys, more):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert command(replace(STUDY, answer=broken), *more) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: the answer fails on a run of one step: KeyError: 'nothing' (")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the answer fails on a run of one step: KeyError: 'nothing' (")
+    assert printed.count("\n") == 1
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
@@ -246,8 +246,8 @@ def test_what_fails_at_the_end_loses_nothing_and_tried_frames_are_like_real_ones
     assert command(replace(study, figures=figures)) == 3
     of_metric = f"late: ZeroDivisionError: division by zero {at('as when it is tried')}"
     of_figure = f"figure 'once' failed: KeyError: 'gone' {at('not when it is tried')}"
-    said = capsys.readouterr().err
-    assert f"error: everything is trained and recorded, but {of_figure}" in said
+    message = capsys.readouterr().err
+    assert f"error: everything is trained and recorded, but {of_figure}" in message
     folder = tmp_path / "reports" / "own-digits"
     found = json.loads((folder / "summary.json").read_text())
     answer, metrics, figure = found["answer"].split("\n\n")

@@ -252,9 +252,9 @@ def test_a_server_that_goes_and_returns(number, proxy, store, experiment, tmp_pa
     store.deliver()
     check_whole(store, kept(store, experiment)[log.key])
     assert folders(tmp_path) == []
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("does not answer" in text for text in said) == 1
-    assert sum("is back" in text for text in said) == 1
+    printed = [record.getMessage() for record in caplog.records]
+    assert sum("does not answer" in text for text in printed) == 1
+    assert sum("is back" in text for text in printed) == 1
 
 
 def test_epochs_that_waited_are_sent_in_few_requests(proxy, store, experiment):
@@ -392,10 +392,10 @@ def test_a_folder_that_cannot_be_read_is_one_line_and_holds_nothing_up(
     alive = Spool(folder, store.uri, store.client)
     alive.deliver(None)
     assert alive.undelivered() == {logs[0].key}
-    said = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
-    assert len(said) == 1
-    assert str(file.parent) in said[0]
-    assert "delete it to give" in said[0]
+    printed = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+    assert len(printed) == 1
+    assert str(file.parent) in printed[0]
+    assert "delete it to give" in printed[0]
     assert kept(store, experiment)[logs[1].key].status == "FINISHED"
 
 

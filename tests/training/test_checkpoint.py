@@ -182,7 +182,7 @@ def something_else(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda file: file.write_bytes(b""), "contents have changed"),
         (lambda file: file.write_bytes(b"no checkpoint at all"), "contents have changed"),
@@ -196,7 +196,9 @@ def something_else(file: Path) -> None:
         *("empty", "short", "other", "truncated", "one bit", "another number", "something else"),
     ],
 )
-def test_a_file_that_is_not_whole_is_not_used_and_one_line_tells_why(tmp_path, caplog, spoil, said):
+def test_a_file_that_is_not_whole_is_not_used_and_one_line_tells_why(
+    tmp_path, caplog, spoil, message
+):
     kept = Checkpoints(tmp_path, every=1)
     kept.save(SMALL, MADE, SAVED)
     before = kept.file(SMALL).read_bytes()
@@ -205,7 +207,7 @@ def test_a_file_that_is_not_whole_is_not_used_and_one_line_tells_why(tmp_path, c
     with caplog.at_level(logging.WARNING):
         assert not kept.load(SMALL, MADE).epochs
     (record,) = caplog.records
-    assert said in record.getMessage()
+    assert message in record.getMessage()
     assert "\n" not in record.getMessage()
 
 
