@@ -21,6 +21,7 @@ def test_an_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_residual_network_is_trained_by_a_study_and_reloaded(
     tracking_uri, tiny, tmp_path, monkeypatch, registered
 ):
