@@ -348,6 +348,21 @@ def test_a_checkpoint_is_resumed_with_the_same_source_alone(tiny, file, tmp_path
     assert again.val["brightness"] == whole.val["brightness"]
 
 
+def test_a_checkpoint_has_the_metrics_of_every_epoch(tiny, tmp_path, caplog):
+    config, kept = RunConfig(hidden=(4,), latent_size=2, epochs=3), Checkpoints(tmp_path, every=1)
+    stopped = train([config], tiny, "cpu", checkpoints=kept)
+    next(stopped)
+    stopped.close()
+    harness.metric("late")(lambda model, split: 1.0)  # measured at the end alone
+    *_, again = train([config], tiny, "cpu", checkpoints=kept)
+    assert again.resumed == (1,)
+    harness.metric("often", every_epoch=True)(lambda model, split: 2.0)
+    *_, anew = train([config], tiny, "cpu", checkpoints=kept)
+    assert anew.resumed == (0,)
+    assert anew.val["often"].tolist() == [2.0]
+    assert "it was made with another metric often" in caplog.text
+
+
 @pytest.fixture
 def run(tiny, data, file, tracking_uri):
     """Record a run with a network, a term and a metric of the user; forget them."""
