@@ -26,6 +26,7 @@ def line_of(error: BaseException) -> str:
     """Return an error with the line of the user's code that it comes from, in one line."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, SyntaxError):
+        text = f"{type(error).__name__}: {error.msg}"
         return f"{text} ({Path(error.filename or '').name}, line {error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)

@@ -196,7 +196,7 @@ def _execute(text: str, file: str) -> None:
         exec(compile(text, file, "exec"), vars(module))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{file} cannot be executed: {line_of(error)}") from error
     finally:
         # A module that is found by no name is sent to worker processes whole.

@@ -97,3 +97,18 @@ def test_registering_loads_no_pytorch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def f(:\n", r"SyntaxError: .* \(mine\.py, line 1\)$"),
+        ("\nraise SystemExit(3)\n", r"SystemExit: 3 \(mine\.py, line 2: raise SystemExit\(3\)\)$"),
+        ("x = 1\n", "the file registers no term of that name"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(text, why, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=why) as refused:
+        registry.load(f"{tmp_path}/mine.py:mine", "term")
+    assert "\n" not in str(refused.value)
