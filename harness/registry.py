@@ -165,21 +165,18 @@ def load(address: str, kind: Kind) -> str:
     return name
 
 
-def restore(kind: Kind, name: str, text: str, *, trust: bool | None) -> None:
+def restore(kind: Kind, name: str, text: str, trust: Callable[[str], bool]) -> None:
     """Register a part of a stored run again by executing the text of its file.
 
-    Nothing is done where the name is registered from the same text. `trust` allows it; None asks on
-    the terminal, and is a `UserError` without one.
+    Nothing is done where the name is registered from the same text. `trust` gets the text and what
+    it is, and returns whether it may be executed; otherwise that is a `UserError`.
     """
     if name in _registered(kind) and source(kind, name) == text:
         return
     if not text:
         raise UserError(f"{kind} {name!r}: its source was not stored; register it before")
     what = f"{kind} {name!r} of the stored run is code that was stored with it ({digest(text)})"
-    if trust is None and sys.stdin is not None and sys.stdin.isatty():
-        print(f"{text}\n\nThe {what}. Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
-        trust = sys.stdin.readline().strip().lower() in ("y", "yes")
-    if not trust:
+    if not trust(f"{text}\n\nThe {what}."):
         raise UserError(f"{what}: register the same code before, or allow it with trust (--trust)")
     _execute(text, f"<{kind} {name} of a stored run, {digest(text)}>")
     if name not in _registered(kind):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,12 +47,14 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     (folder / CONFIG).write_text(config.to_json())
 
 
-def load_model(folder: Path, *, trust: bool | None = None) -> tuple[RunConfig, VAE]:
+def load_model(
+    folder: Path, trust: Callable[[str], bool] = lambda code: False
+) -> tuple[RunConfig, VAE]:
     """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used.
 
     `trust` is that of `registry.restore`, for the source of a user's network.
     """
-    _restore_network(folder, trust=trust)
+    _restore_network(folder, trust)
     try:
         config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -78,7 +80,7 @@ def load_model(folder: Path, *, trust: bool | None = None) -> tuple[RunConfig, V
     return config, model.eval()
 
 
-def _restore_network(folder: Path, *, trust: bool | None) -> None:
+def _restore_network(folder: Path, trust: Callable[[str], bool]) -> None:
     # Before the configuration is read, which is refused without its network.
     try:
         name = json.loads((folder / CONFIG).read_text())["model"]
@@ -87,7 +89,7 @@ def _restore_network(folder: Path, *, trust: bool | None) -> None:
     if isinstance(name, str) and name not in registry.BUILT_IN:
         file = folder / NETWORK
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        registry.restore("network", name, text, trust=trust)
+        registry.restore("network", name, text, trust)
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
-from harness.tracking.store import Store, connect
+from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import (
@@ -278,7 +278,7 @@ def load_run(
     store = connect(tracking_uri)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        config, model = load_model(store.fetch(run.run_id, "model", folder), trust=trust)
+        config, model = load_model(store.fetch(run.run_id, "model", folder), trusting(trust=trust))
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 

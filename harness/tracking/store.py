@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sqlite3
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -219,13 +220,25 @@ class Store:
             for part in made.get("parts", {}):
                 kind, _, name = part.partition(" ")
                 text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
-                registry.restore(kind, name, text, trust=trust)
+                registry.restore(kind, name, text, trusting(trust=trust))
         config, values = RunConfig.from_json(saved), self.history(found.run_id)
         return Record(found.run_id, found.name, config, made, values)
 
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
         return _call(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
+
+
+def trusting(*, trust: bool | None) -> Callable[[str], bool]:
+    """Return what decides whether stored code is executed; for None the answer on a terminal."""
+
+    def decide(code: str) -> bool:
+        if trust is None and sys.stdin is not None and sys.stdin.isatty():
+            print(f"{code} Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
+        return bool(trust)
+
+    return decide
 
 
 def _call(uri: str, patience: float, call: Callable[[], Any], name: str) -> Any:  # noqa: ANN401
