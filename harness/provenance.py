@@ -122,6 +122,7 @@ def dataset(data: Dataset) -> dict[str, Any]:
         "digest": data.digest,
         "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
         "image_shape": list(data.image_shape),
+        **({"options": dict(data.options)} if data.options else {}),
     }
 
 

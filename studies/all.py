@@ -10,7 +10,7 @@ from harness.config import RunConfig, UserError
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, search
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Options, setting_options
-from studies.runner.study import make_plan, read_images
+from studies.runner.study import make_plan, read_own
 from studies.search import SearchOptions
 
 STUDIES = (kl_weight.STUDY, latent_size.STUDY, kl_normalization.STUDY, elbo_vs_mse.STUDY)
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
-        images = read_images(options.dataset, options.image_size)
+        own = read_own(options)
         grids = ("values", "seeds")  # a search has its default trials and seeds
         given = SearchOptions(**{k: v for k, v in vars(options).items() if k not in grids})
         plans: dict[str, Any] = {
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
         plans[search.NAME] = partial(search.make_plan, given)
         for name, plan in plans.items():  # before one trains, the others are checked
             try:
-                plan(images)
+                plan(own)
             except UserError as error:
                 raise UserError(f"studies.{name}: {error}") from None
         outcomes = [execute(plan, given, terminal) for plan in plans.values()]

@@ -86,8 +86,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def load(record: Record, data_dir: Path) -> Dataset:
     """Load the dataset of a record."""
     then = record.made_with["dataset"]
-    if then["name"].startswith("folder-"):
-        data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
+    from harness.data.load import OWN
+
+    kind, dash, _ = then["name"].partition("-")
+    if dash and kind in OWN:  # runs of an earlier version have no options
+        given = then.get("options") or {"image_size": then["image_shape"][1:]}
+        data = harness.load_dataset(f"{kind}:{data_dir}", **given)
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:

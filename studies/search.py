@@ -90,8 +90,8 @@ class SearchOptions(Common):
     multi_objective: bool = False
 
 
-def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
-    """Return the plan of a search, on the user's images if given; all settings are checked."""
+def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
+    """Return the plan of a search, on the user's own data if given; all settings are checked."""
     at_least(1, trials=options.trials, seeds=options.seeds)
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
@@ -99,7 +99,7 @@ def make_plan(options: SearchOptions, images: Dataset | None = None) -> Plan:
             "--pruner none with --multi-objective"
         )
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
-    data = source(options.dataset, images)
+    data = source(options.dataset, own)
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base)
     fixed = {*options.settings, *(["sigma"] if base.likelihood == "bernoulli" else [])}

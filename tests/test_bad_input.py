@@ -72,7 +72,7 @@ ARGUMENTS = [
     ("kl_weight", "--kl-warmup-epochs 20 --kl-cycles 3", "within epochs=50"),
     ("kl_weight", "--kl-warmup-epochs -1", "kl_warmup_epochs=-1"),
     ("kl_weight", "--values", "--values []: give at least one"),
-    ("kl_weight", "--image-size", "--image-size"),
+    ("kl_weight", "--image-size", "image_size="),
     ("kl_weight", "--study-name=", "study_name=''"),
     ("kl_weight", "--tracking-uri=", "--tracking-uri is empty"),
     ("search", "--study-name=", "study_name=''"),

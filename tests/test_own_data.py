@@ -107,7 +107,7 @@ def test_the_variance_of_a_pixel(data):
 WRONG = {
     "a slash in the name": ({"name": "a/b"}, "name='a/b'"),
     "a name in use": ({"name": "mnist"}, "taken"),
-    "two axes": ({"images": torch.zeros(40, 9)}, r"shape \(40, 9\)"),
+    "five axes": ({"images": torch.zeros(40, 1, 3, 3, 1)}, r"shape \(40, 1, 3, 3, 1\)"),
     "channels last": ({"images": torch.zeros(40, 5, 7, 3)}, r"permute\(0, 3, 1, 2\)"),
     "two channels": ({"images": torch.zeros(40, 2, 5, 7)}, "1 or 3 channels"),
     "no pixels": ({"images": torch.zeros(40, 1, 0, 7)}, "shape"),

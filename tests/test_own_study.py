@@ -73,7 +73,7 @@ def test_convolutions_on_a_folder_of_colour_pictures(store, tmp_path, capsys):
     assert not any(f"{folder.parent}/my" in text for text in texts)
     assert "dataset_digest" in summary.params
     page = (report / "report.html").read_text()
-    assert "--dataset folder:my-pictures --image-size 7 10" in page
+    assert "--dataset &#39;folder:my pictures&#39; --image-size 7 10" in page
     assert "--model conv --channels 3 4" in page
     assert "<b>red" not in page
 
@@ -121,7 +121,7 @@ def test_pictures_without_classes_and_too_large_for_a_linear_model(
 BAD = [
     ("--dataset folder:HERE/none", "there is no such folder"),
     ("--dataset folder:", "no image in it|give --image-size|differ"),
-    ("--image-size 4", "only images of --dataset folder:PATH are resized"),
+    ("--image-size 4", "only images of folder:PATH are resized"),
     ("--dataset folder:HERE --image-size 0", "image_size=(0,)"),
     ("--dataset folder:HERE --image-size 1 2 3", "image_size=(1, 2, 3)"),
     ("--dataset folder:HERE --image-size x", "--image-size"),

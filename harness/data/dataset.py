@@ -1,4 +1,4 @@
-"""Image datasets as uint8 tensors that live on the training device, in three fixed parts."""
+"""Datasets as tensors that live on the training device, in three fixed parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,31 @@ LEAST = 20  # images that can be split
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 
 
+class Columns(NamedTuple):
+    """Columns of a table, with the mean and standard deviation of the training part of each."""
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def standardized(self, values: Tensor) -> Tensor:
+        """Return (v - mean) / std of values (..., D) in the columns' own units, float64."""
+        mean, std = (values.new_tensor(part, dtype=torch.float64) for part in self[1:])
+        return (values.double() - mean) / std
+
+    def in_own_units(self, values: Tensor) -> Tensor:
+        """Return the inverse of `standardized`, in the type of the values."""
+        mean, std = (values.new_tensor(part, dtype=torch.float64) for part in self[1:])
+        return (values.double() * std + mean).to(values.dtype)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one part of a dataset."""
+    """Images, or rows of a table, and labels of one part of a dataset."""
 
-    images: Tensor  # uint8, shape (N, D)
+    images: Tensor  # shape (N, D): uint8, or a table's standardised columns, float32
     labels: Tensor  # class of each image, int64, shape (N,); 0 if the dataset has no classes
-    largest: int  # grey value that stands for 1
+    largest: int  # grey value that stands for 1; 1 of a table
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,7 +60,10 @@ class Split:
         return digest(self.images, about=f"{tuple(self.images.shape)}/{self.largest}/")
 
     def pixels(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D)."""
+        """Return the chosen images as pixels in [0, 1]; `rows` of shape (...) gives (..., D).
+
+        Of a table they are its standardised columns.
+        """
         return self.images[rows].to(dtype) / self.largest
 
     def rows(self, rows: Tensor | slice) -> Split:
@@ -81,22 +102,27 @@ class Dataset:
     """A dataset in three fixed parts.
 
     Attributes:
-        name: as given to `load_dataset` or `from_tensors`; "folder-NAME" of a folder of images.
-        image_shape: (channels, height, width).
+        name: as given to `load_dataset` or `from_tensors`; KIND-NAME of the user's files, as
+            "folder-NAME" of a folder of images.
+        image_shape: (channels, height, width); (D,) of a table or of vectors.
         classes: number of classes; 0 for images without labels.
         train, val, test: images for training, for choosing settings, and for measuring once.
         digest: SHA-256 of all images, in the source's order; of a user's, of parts and labels too.
         class_names: names of the classes of a user's images; () where classes are numbers.
+        columns: of a table, whose values are standardised; None of pixels in [0, 1].
+        options: of `load_dataset`, with which the user's files are read again.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     classes: int
     train: Split
     val: Split
     test: Split
     digest: str
     class_names: tuple[str, ...] = ()
+    columns: Columns | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_tensors(
@@ -108,44 +134,56 @@ class Dataset:
         rows: Mapping[str, Iterable[int]] | None = None,
         class_names: Sequence[str] = (),
         largest: int = 255,
+        columns: Sequence[str] = (),
     ) -> Dataset:
-        """Make a dataset of your images.
+        """Make a dataset of your images, or of the rows of a table.
 
         Args:
             name: its name in MLflow; letters, digits, ".", "_", "-".
             images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8, or floats
-                in [0, 1], which are rounded to 256 levels.
+                in [0, 1], which are rounded to 256 levels. Or vectors of shape (N, D): grey values
+                if they are uint8, else the columns of a table, of any unit, which are standardised
+                by their mean and standard deviation in the training part.
             labels: class of each image, counted from 0, shape (N,); None leaves out the metrics
                 that need classes.
             rows: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
                 "train"; None splits all images 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
+            columns: names of a table's columns; then uint8 values are those of a table too.
         """
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
             raise UserError(f"dataset name {name!r} is taken; choose another")
-        pictures = as_images(images, largest)
-        classes, count = torch.zeros(len(pictures), dtype=torch.int64), 0
+        values, shape = as_values(images, largest, columns)
+        classes, count = torch.zeros(len(values), dtype=torch.int64), 0
         if labels is not None:
-            classes = as_labels(labels, len(pictures))
+            classes = as_labels(labels, len(values))
             count = max(int(classes.max()) + 1, len(class_names))
         if class_names and len(class_names) != count:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
         grey = 255 if torch.as_tensor(images).is_floating_point() else largest
-        whole = Split(pictures.flatten(1), classes, grey)
-        train, val, test = map(whole.rows, split_rows(len(pictures), rows))
+        parts, known = split_rows(len(values), rows), None
+        if values.dtype == torch.float64:
+            known = _columns(values[parts[0]], columns)
+            values, grey = known.standardized(values).float(), 1
+        train, val, test = map(Split(values, classes, grey).rows, parts)
         if bool((train.images == train.images[0]).all()):
             raise UserError("all training images are the same: there is nothing to learn from them")
-        channels, height, width = pictures.shape[1:]
-        shape, parts = (channels, height, width), (train, val, test)
-        known = [tensor for part in parts for tensor in (part.images, part.labels)]
-        about = json.dumps([shape, grey, count, *map(len, parts)])
-        return cls(name, shape, count, *parts, digest(*known, about=about), tuple(class_names))
+        all_parts = train, val, test
+        tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
+        about: list[Any] = [shape, grey, count, *map(len, all_parts), *([known] if known else [])]
+        found = digest(*tensors, about=json.dumps(about))
+        return cls(name, shape, count, *all_parts, found, tuple(class_names), known)
 
     @property
     def has_classes(self) -> bool:
         """Whether the training images are of at least two classes."""
         return self.classes > 1 and len(self.train.labels.unique()) > 1
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the data are images, and no vectors."""
+        return len(self.image_shape) > 1
 
     @property
     def pixels(self) -> int:
@@ -200,6 +238,42 @@ def digest(*parts: Tensor, about: str = "") -> str:
     for part in parts:
         whole.update(part.cpu().contiguous().numpy().data)
     return whole.hexdigest()
+
+
+def as_values(
+    images: Tensor | np.ndarray, largest: int, columns: Sequence[str]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what `Dataset.from_tensors` takes, (N, D), and the shape of an image.
+
+    Images are uint8 and the columns of a table float64.
+    """
+    values = torch.as_tensor(images).detach().cpu()
+    if values.ndim != 2:
+        if columns:
+            raise UserError(f"columns with values of shape {tuple(values.shape)}: give (N, D)")
+        pictures = as_images(values, largest)
+        return pictures.flatten(1), tuple(pictures.shape[1:])
+    if 0 in values.shape or values.is_complex() or values.dtype == torch.bool:
+        given = f"vectors of shape {tuple(values.shape)} and type {values.dtype}"
+        raise UserError(f"{given}: give at least one row and column of real numbers")
+    shape = (values.shape[1],)
+    if values.dtype == torch.uint8 and not columns:
+        return as_images(values.unsqueeze(1), largest).flatten(1), shape
+    return values.double(), shape
+
+
+def _columns(train: Tensor, names: Sequence[str]) -> Columns:
+    """Return the columns of a table by its training rows (N, D), float64."""
+    names = [str(name) for name in names] or [*map(str, range(train.shape[1]))]
+    if len(names) != train.shape[1] or len(set(names)) < len(names):
+        raise UserError(f"columns {names}: give {train.shape[1]} different names")
+    mean, std = train.mean(0), train.std(0, correction=0)
+    for name, column, spread in zip(names, train.T, std.tolist(), strict=True):
+        if column.min() == column.max():
+            raise UserError(f"column {name!r} is constant in the training rows: leave it out")
+        if not 0 < spread < math.inf:
+            raise UserError(f"column {name!r} has values that are no finite numbers, or too large")
+    return Columns(tuple(names), tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:

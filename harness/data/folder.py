@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,15 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
         raise UserError(f"folder:{path}: no image in it; endings are {' '.join(ENDINGS)}")
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    return Dataset.from_tensors(
+    images = _read([file for file, _ in pairs], size)
+    data = Dataset.from_tensors(
         f"folder-{name or 'images'}",
-        _read([file for file, _ in pairs], size),
+        images,
         [label for _, label in pairs] if names else None,
         rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
         class_names=names,
     )
+    return replace(data, options={"image_size": [*images.shape[2:]]})
 
 
 def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:

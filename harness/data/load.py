@@ -1,4 +1,4 @@
-"""Datasets by name: the built-in ones, and folders of images."""
+"""Datasets by name: the built-in ones, and those of the user's files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,14 @@ from harness.data.mnist import DATASETS, TORCHVISION, read_official
 from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
-FOLDER = "folder:"  # prefix of a name that is the path of a folder of images
+OWN = ("folder",)  # kinds of the user's data, named KIND:PATH
 
 
 def load_dataset(
     name: str = "digits",
     root: str | Path = "data",
     image_size: int | Sequence[int] | None = None,
+    label: str | None = None,
 ) -> Dataset:
     """Load a dataset in its three parts.
 
@@ -28,18 +29,22 @@ def load_dataset(
             colour, one folder a class (`harness.data.folder.read_folder`).
         root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
         image_size: height and width, or one number for both, that a folder's images are resized to.
+        label: column of a table that holds the class of each row.
     """
-    if name.startswith(FOLDER):
+    kind, _, path = name.partition(":")
+    if image_size is not None and kind != "folder":
+        raise UserError(f"image_size={image_size!r}: only images of folder:PATH are resized")
+    if label is not None and kind not in OWN[1:]:
+        raise UserError(f"label={label!r}: only table:FILE has columns")
+    if kind == "folder":
         from harness.data.folder import read_folder
 
-        return read_folder(Path(name.removeprefix(FOLDER)), image_size)
-    if image_size is not None:
-        raise UserError(f"image_size={image_size!r}: only images of {FOLDER}PATH are resized")
+        return read_folder(Path(path), image_size)
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _mnist_family(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or {FOLDER}PATH")
+    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
 
 
 def _digits() -> Dataset:

@@ -106,6 +106,8 @@ def _cleared(variances: np.ndarray) -> np.ndarray:
 def _covariance(split: Split) -> np.ndarray:
     # Sums of whole numbers are exact: in float32, twice as fast, over so few images that they are
     # below 2^24; N sum(x x^T) - sum(x) sum(x)^T in float64, below 2^53 for up to 372,000 images.
+    if split.images.is_floating_point():
+        return np.atleast_2d(np.cov(pixels(split), rowvar=False, bias=True))
     images = split.images.cpu().numpy()
     together = 2**24 // int(images.max(initial=1)) ** 2
     products = np.zeros((images.shape[1], images.shape[1]))
@@ -119,4 +121,4 @@ def _covariance(split: Split) -> np.ndarray:
 
 def pixels(split: Split) -> np.ndarray:
     """Return a split's pixels in [0, 1] as float64, shape (N, D)."""
-    return split.images.cpu().numpy() / split.largest
+    return split.images.cpu().numpy().astype(np.float64) / split.largest

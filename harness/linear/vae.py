@@ -225,7 +225,7 @@ def linear_vae(config: RunConfig, data: Dataset) -> VAE:
     basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse
     columns = basis * np.sqrt(known.variances[:size] * (1 - posterior))
     rows = (columns / np.where(best.active, known.variances, 1.0)[:size]).T
-    model = build(config, data.image_shape, data.train.largest).double()
+    model = build(config, data.image_shape, data.train.largest, data.columns).double()
     weights = {
         "encoder.1.weight": np.concatenate([rows, np.zeros_like(rows)]),
         "encoder.1.bias": np.concatenate([-rows @ known.mean, np.log(posterior)]),

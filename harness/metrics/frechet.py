@@ -80,7 +80,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 class Classifier(nn.Module):
     """Two convolutions of stride 2, a layer of F features, and a linear layer on their ReLU."""
 
-    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, image_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
         first, second = CHANNELS
@@ -203,7 +203,7 @@ def measure_images(
     split = data.test.head(known.images)
     eps = streams.noise(config.seed, "frechet", known.images, config.latent_size)
     z = eps.to(model.device, model.dtype)
-    drawn = _embed(known.net, split, lambda rows: model.decode(z[rows]))
+    drawn = _embed(known.net, split, lambda rows: model.decoder_mean(z[rows]))
     again = _embed(known.net, split, lambda rows: model(pixels(model, split, rows)))
     return {
         "frechet": distance(moments(drawn), known.test),

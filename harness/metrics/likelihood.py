@@ -107,7 +107,7 @@ def _log_p_image(config: RunConfig, model: VAE, x: Tensor, z: Tensor, variance: 
 
     Gaussian decoder: -(D ln(2 pi variance) + SSE / variance) / 2; Bernoulli: -cross-entropy.
     """
-    decode = model.decoder if config.likelihood == "bernoulli" else model.decode
+    decode = model.decoder if config.likelihood == "bernoulli" else model.decoder_mean
     output = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
     if config.likelihood == "bernoulli":
         return -torch.vmap(objective.cross_entropy, (None, 0))(x, output).double()

@@ -20,13 +20,17 @@ def measure_quality(
     """Return information, log-likelihood, Fréchet distances and accuracy of probes of each run.
 
     They are of the test split (docs/metrics.md). Those that are not defined for the run or not
-    finite are left out, and the last two if the dataset has fewer than two classes. `folder` is
-    where the classifier of the distances is kept; without one it is trained.
+    finite are left out, as are the last two if the dataset has fewer than two classes, and the
+    distances if it holds no images. `folder` is where the classifier of the distances is kept;
+    without one it is trained.
     """
     if not runs:
         return []
     known = {  # the dataset by binarization, and the reference of its Fréchet distances
-        kind: (binarized, frechet.reference(binarized, folder) if data.has_classes else None)
+        kind: (
+            binarized,
+            frechet.reference(binarized, folder) if data.is_image and data.has_classes else None,
+        )
         for kind, binarized in as_measured(runs, data).items()
     }
     log.info("measuring finished runs (log-likelihood, Fréchet distances, probes)")
@@ -40,5 +44,6 @@ def _measured(known: dict[str, Any], run: Run) -> dict[str, float]:
     found |= likelihood.likelihood_metrics(config, model, data)
     if reference is not None:
         found |= frechet.measure_images(config, model, data, reference)
+    if data.has_classes:
         found |= probes.probe_metrics(model, data)
     return finite(found)

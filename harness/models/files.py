@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness import registry
 from harness.config import RunConfig
+from harness.data.dataset import Columns
 from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
@@ -33,7 +34,7 @@ def put(file: Path, content: bytes) -> None:
 
 
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
-    """Write a model's weights, the shape and grey range of its images, and its configuration.
+    """Write a model's weights, the shape and range of its images, and its configuration.
 
     With a user's network, its source too.
     """
@@ -41,6 +42,8 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
         text = registry.source("network", config.model)
         (folder / NETWORK).write_text(text, encoding="utf-8")
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
+    if model.columns is not None:
+        metadata["columns"] = json.dumps(model.columns)
     plain = torch.contiguous_format  # clones, since safetensors refuses tied weights
     state = {name: value.clone(memory_format=plain) for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata=metadata)
@@ -65,13 +68,15 @@ def load_model(
             raise ValueError(f"image_shape={shape} in {WEIGHTS}: not whole numbers >= 1")
         # A model of the first edition does not have its grey range.
         largest = json.loads(metadata.get("largest", "null"))
+        stored = json.loads(metadata.get("columns", "null"))
+        columns = None if stored is None else Columns(*map(tuple, stored))
         if config.model in registry.BUILT_IN:
             with torch.device("meta"):  # sizes that do not fit the weights must take no memory
-                model = build(config, shape, largest)
+                model = build(config, shape, largest, columns)
             model.load_state_dict(_renamed(weights, model), assign=True)
             lay_out(model)
         else:  # a user's network may need values for its initial weights
-            model = build(config, shape, largest)
+            model = build(config, shape, largest, columns)
             model.to(next(iter(weights.values()), torch.empty(0)).dtype)
             model.load_state_dict(weights)
     except Exception as error:  # of a user's network, any

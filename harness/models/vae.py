@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harness import registry, streams
 from harness.config import RunConfig
+from harness.data.dataset import Columns
 from harness.errors import UserError, line_of
 from harness.models import networks
 from harness.objective import Batch, Posterior
@@ -30,6 +31,7 @@ class VAE(nn.Module):
         output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
         learned_variance: whether the Gaussian decoder's variance is a trained parameter.
         largest: grey value of uint8 images that stands for 1; None accepts floats alone.
+        columns: of a table, in whose own units `encode` takes values and `decode` gives them.
 
     Examples:
         >>> encoder, decoder = nn.Linear(4, 2), nn.Linear(1, 4)
@@ -51,6 +53,7 @@ class VAE(nn.Module):
         output: str = "sigmoid",
         learned_variance: bool = False,
         largest: int | None = 255,
+        columns: Columns | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -58,7 +61,7 @@ class VAE(nn.Module):
         self.pixels = math.prod(data_shape)  # D: values of an image, all channels
         self.head, self.latent, self.likelihood = head, latent, likelihood
         self.has_sigmoid = output == "sigmoid" or likelihood == "bernoulli"
-        self.largest = largest
+        self.largest, self.columns = largest, columns
         if learned_variance:
             self.log_decoder_variance = nn.Parameter(torch.zeros(()))
         lay_out(self)
@@ -83,13 +86,16 @@ class VAE(nn.Module):
         """Return the posterior (B, L) of pixels in [0, 1], shape (B, *data_shape)."""
         return Posterior.from_head(self.encoder(x), self.head)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Return the decoder means (B, *data_shape) of latents (B, L)."""
+    def decoder_mean(self, z: Tensor) -> Tensor:
+        """Return the decoder means (B, *data_shape) of latents (B, L), as the loss compares them.
+
+        They are pixels in [0, 1], or standardised columns of a table.
+        """
         return self._means(self.decoder(z))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstructions of pixels (B, *data_shape) from their posterior means."""
-        return self.decode(self.posterior(x).mean)
+        return self.decoder_mean(self.posterior(x).mean)
 
     def batch(
         self,
@@ -109,9 +115,18 @@ class VAE(nn.Module):
     def encode(self, images: Tensor) -> Posterior:
         """Return the posteriors (B, L) of images (B, *data_shape) or (B, D).
 
-        They are uint8 with the grey levels of the training data, or floats in [0, 1].
+        They are uint8 with the grey levels of the training data, or floats in [0, 1]; rows of a
+        table are in its columns' own units.
         """
         return self.posterior(self._pixels(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the decoder means (B, *data_shape) of latents (B, L).
+
+        They are in [0, 1], or of a table in its columns' own units.
+        """
+        means = self.decoder_mean(z)
+        return means if self.columns is None else self.columns.in_own_units(means)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -140,6 +155,11 @@ class VAE(nn.Module):
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
             wanted = ", ".join(map(str, self.data_shape))
             raise UserError(f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})")
+        if self.columns is not None:
+            x = self.columns.standardized(images.to(self.device))
+            if not x.isfinite().all():
+                raise UserError("rows of a table have values that are no finite numbers")
+            return x.to(self.dtype)
         if kind != torch.uint8 and not images.is_floating_point():
             allowed = f"torch.uint8 from 0 to {self.largest}, or floats from 0 to 1"
             raise UserError(f"images of type {kind}: give {allowed}")
@@ -242,8 +262,16 @@ def _attributes(module: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
-def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 255) -> VAE:
-    """Return an untrained VAE with the initial weights that a run's seed fixes."""
+def build(
+    config: RunConfig,
+    data_shape: Sequence[int],
+    largest: int | None = 255,
+    columns: Columns | None = None,
+) -> VAE:
+    """Return an untrained VAE with the initial weights that a run's seed fixes.
+
+    The decoder of a table's standardised `columns` has no sigmoid, whatever the network's output.
+    """
     network = registry.NETWORKS[config.model]
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     options = {name: getattr(config, name) for name in network.settings}
@@ -267,7 +295,8 @@ def build(config: RunConfig, data_shape: Sequence[int], largest: int | None = 25
         head=config.head,
         latent=config.latent,
         likelihood=config.likelihood,
-        output=network.output,
+        output=network.output if columns is None else "identity",
         learned_variance=config.sigma == "learned",
         largest=largest,
+        columns=columns,
     )

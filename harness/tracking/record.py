@@ -99,6 +99,7 @@ def record(
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
     histories: list[list[Metrics]] = [[] for _ in planned]
+    pictured = pictured and data.is_image
     logs: dict[int, RunLog] = {}
     try:
         for row, run in enumerate(planned):
@@ -115,7 +116,8 @@ def record(
                 logs[row].text(diff, DIFF)
         if pictured:
             untrained = [
-                Trained(c, build(c, data.image_shape, data.train.largest)) for c in configs
+                Trained(c, build(c, data.image_shape, data.train.largest, data.columns))
+                for c in configs
             ]
             _log_pictures(logs.values(), untrained, data, epoch=0)
         for current in train(configs, data, device, checkpoints=checkpoints):
@@ -348,11 +350,12 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     """Return why a run has diverged in an epoch, None if it has not.
 
     It has where a value is no number, where its squared error is above 1, more than any constant
-    image has, or its rate is above 10,000 nats a latent although the loss counts it: posterior
-    means lie 141 standard deviations of the prior from 0.
+    image has (of a table, whose columns have variance 1: above 10,000), or its rate is above 10,000
+    nats a latent although the loss counts it: posterior means lie 141 standard deviations of the
+    prior from 0.
     """
     config = record.configs[row]
-    limits = {"loss": math.inf, "mse": 1.0}
+    limits = {"loss": math.inf, "mse": 1.0 if record.columns is None else 1e4}
     if config.kl_weight > 0:
         limits["rate"] = 1e4 * config.latent_size
     for part, metrics in (("training", record.train), ("validation", record.val)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness import objective, registry
 from harness.config import Precision, RunConfig
-from harness.data.dataset import Dataset
+from harness.data.dataset import Columns, Dataset
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import evaluate, finite, registered_metrics, registered_values
@@ -77,6 +77,11 @@ class EpochRecord:
         """Return a copy of the model of a row; not after the next record is requested."""
         state, place = self._places[row]
         return state.model_of(place)
+
+    @property
+    def columns(self) -> Columns | None:
+        """Columns of the table that the runs are trained on; None of pixels in [0, 1]."""
+        return self._places[0][0].model.columns
 
     @property
     def images_per_second(self) -> float:
@@ -291,10 +296,22 @@ def check_runs(
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
         config.replace()  # checks options of terms that were not registered when it was made
+    _check_data(configs, data)
     for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
         check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
+
+
+def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
+    if data.is_image:
+        return
+    for config in configs:
+        if config.model == "conv":
+            raise UserError(f"model='conv': {data.name} holds no images; give mlp or linear")
+        if config.likelihood == "bernoulli" and data.columns is not None:
+            given = f"likelihood='bernoulli': the columns of {data.name} are no pixels in [0, 1]"
+            raise UserError(f"{given}; give gaussian")
 
 
 class Work(NamedTuple):
@@ -366,7 +383,7 @@ def _begin(
 
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
-    model = build(config, data.image_shape, data.train.largest)
+    model = build(config, data.image_shape, data.train.largest, data.columns)
     model.to(data.train.images.device, dtype).eval()
     if config.sigma == "learned":  # the mse of a decoder that returns the mean image
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))

@@ -31,7 +31,7 @@ from studies.runner.options import (
     read_named,
     setting_options,
 )
-from studies.runner.study import Plan, Study, make_plan, read_images
+from studies.runner.study import Plan, Study, make_plan, read_own
 from studies.runner.terminal import CLOSED, Terminal, expected
 
 if TYPE_CHECKING:
@@ -53,18 +53,19 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
         execute(partial(make_plan, study, options), options, terminal)
 
 
-def run(study: Study, **options: Any) -> Outcome | None:
+def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | None:
     """Run, continue or extend a study from Python: `run(STUDY, seeds=2, epochs=5).table`.
 
-    `options` are those of its command line by name, settings of `RunConfig` among them. Returns its
-    table as a frame, its answer, and the folder of its report; None for a dry run, or where another
-    process writes the summary.
+    `options` are those of its command line by name, settings of `RunConfig` among them; `data`, as
+    of `Dataset.from_tensors`, takes the place of `dataset`. Returns its table as a frame, its
+    answer, and the folder of its report; None for a dry run, or where another process writes the
+    summary.
     """
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     given = Options[Any](**options, settings=settings)
     terminal = Terminal(json=given.json)
     with terminal.shown():
-        return execute(partial(make_plan, study, given), given, terminal)
+        return execute(partial(make_plan, study, given), given, terminal, data)
 
 
 @contextlib.contextmanager
@@ -185,16 +186,20 @@ def start(options: Places, question: str, dataset: str, terminal: Terminal) -> s
 
 
 def execute(
-    make_plan: Callable[[Dataset | None], Plan], options: Common, terminal: Terminal
+    make_plan: Callable[[Dataset | None], Plan],
+    options: Common,
+    terminal: Terminal,
+    own: Dataset | None = None,
 ) -> Outcome | None:
     """Run a study and show it; None for a dry run, or where another process shows it.
 
-    `make_plan` is called with the user's images, or None for a dataset of a name.
+    `make_plan` is called with the user's `own` data, loaded if need be, or None for a dataset that
+    a plan knows by its name.
     """
-    images = read_images(options.dataset, options.image_size)
-    plan = make_plan(images)
+    own = own or read_own(options)
+    plan = make_plan(own)
     start(options, plan.question, plan.source.name, terminal)
-    data = images or harness.load_dataset(options.dataset, options.data_dir)
+    data = own or harness.load_dataset(options.dataset, options.data_dir)
     return execute_plan(plan, data, options, terminal)
 
 

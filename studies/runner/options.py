@@ -71,6 +71,7 @@ class Common(Places):
             images in PATH/CLASS/ or in PATH.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
+        label: column of a table that holds the class of each row.
         metric: a registered metric of every run, FILE.py:NAME.
         settings: settings of every run (`RunConfig`); those that a study sweeps are refused. A
             network or a term may be FILE.py:NAME.
@@ -78,6 +79,7 @@ class Common(Places):
 
     dataset: str = "digits"
     image_size: tuple[int, ...] | None = None
+    label: str | None = None
     metric: Annotated[tuple[str, ...], UseAppendAction] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from harness import registry
@@ -20,6 +21,7 @@ from studies.runner.options import (
     option_value,
     program,
     text,
+    words,
 )
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
 
@@ -40,7 +42,7 @@ class Source(NamedTuple):
 
     `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
     `epochs` the default; `words` are its options on a command line, without the folder of the
-    user's images; `settings` identify it, the user's images by a digest too.
+    user's files; `settings` identify it, the user's data by a digest too.
     """
 
     name: str
@@ -64,34 +66,36 @@ KNOWN = {
 }
 
 
-def read_images(name: str, image_size: Sequence[int] | None) -> Dataset | None:
-    """Load the user's images, on which a plan depends; return None for any other dataset."""
-    if not name.startswith("folder:"):
-        if image_size is not None:
-            raise UserError("--image-size: only images of --dataset folder:PATH are resized")
+def read_own(options: Common) -> Dataset | None:
+    """Load the user's data, on which a plan depends; return None for a dataset of `KNOWN`."""
+    if options.dataset in KNOWN and options.image_size is None and options.label is None:
         return None
     import harness
 
-    return harness.load_dataset(name, image_size=image_size)
+    given = options.data_dir, options.image_size, options.label
+    return harness.load_dataset(options.dataset, *given)
 
 
-def source(name: str, images: Dataset | None) -> Source:
-    """Return the source of a dataset; `images` are the user's, if it is made of them.
+def source(name: str, own: Dataset | None) -> Source:
+    """Return the source of a dataset by its name, or of the user's `own` data.
 
-    The calibrated weight of a user's images is guessed: half the variance of a pixel. With 10
-    latents the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
+    The calibrated weight of a user's data is guessed: half the variance of a pixel. With 10 latents
+    the best weight is 0.3 times the variance on digits and 0.7 times on MNIST.
     """
-    if images is None:
-        if name not in KNOWN:
-            raise UserError(f"dataset={name!r}: choose one of {', '.join(KNOWN)}, or folder:PATH")
+    if own is None:
         return KNOWN[name]
-    _, height, width = images.image_shape
-    folder = shlex.quote(images.name.removeprefix("folder-"))
-    words = f"--dataset folder:{folder} --image-size {height} {width}"
-    epochs = KNOWN["digits" if len(images.train) < 10_000 else "mnist"].epochs
-    counts = [len(images.train), len(images.val), len(images.test)]
-    settings = {"dataset": images.name, "dataset_digest": images.digest, "dataset_images": counts}
-    return Source(images.name, images.pixels, images.pixel_variance / 2, epochs, words, settings)
+    kind, colon, path = name.partition(":")
+    known = [f"{kind}:{Path(path).expanduser().resolve().name}" if colon else own.name]
+    for option, value in own.options.items():
+        known += [
+            f"--{option.replace('_', '-')}",
+            *words(tuple(value) if isinstance(value, list) else value),
+        ]
+    line = f"--dataset {shlex.join(known)}"
+    epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
+    counts = [len(own.train), len(own.val), len(own.test)]
+    settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": counts}
+    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, line, settings)
 
 
 def sets_variance(config: RunConfig) -> bool:
@@ -277,10 +281,10 @@ class Plan:
         return f"{self.words} --study-name {self.name}"
 
 
-def make_plan(study: Study, options: Options[Any], images: Dataset | None = None) -> Plan:
+def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
-    The user's images, if given, take the place of `options.dataset`.
+    The user's own data, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
@@ -288,7 +292,7 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
     values = axis.values if given is None else tuple(map(axis.read, given))
     if not values or len(set(values)) < len(values):
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
-    data = source(options.dataset, images)
+    data = source(options.dataset, own)
     name = options.named(f"{study.name}-{data.name}")
     base = options.base(study.base, data.epochs)
     points = {
@@ -358,7 +362,7 @@ def _distinct(values: Sequence[Any]) -> dict[Any, str]:
 def command(page: str, data: Source, options: Common, base: RunConfig, axis: str = "") -> str:
     """Return the command line that repeats a study, but for its name, stores and device."""
     effective = replace(options, settings={"epochs": base.epochs, **options.settings})
-    left_out = ("dataset", "image_size", axis, *ELSEWHERE)
+    left_out = ("dataset", "image_size", "label", axis, *ELSEWHERE)
     words = [program(page), data.words, shlex.join(arguments(effective, left_out))]
     return " ".join(word for word in words if word)
 

@@ -315,12 +315,16 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
         list(models.values()),
         load_run(best["run_id"], uri).model,
     )
-    drawn = {
-        "reconstructions": pictures.reconstructions(stack, data.test),
-        "prior_samples": pictures.sample_rows(stack),
-        "traversals": pictures.traversals(detailed, data),
-        "interpolations": pictures.interpolations(detailed, data.test),
-    }
+    drawn = (
+        {
+            "reconstructions": pictures.reconstructions(stack, data.test),
+            "prior_samples": pictures.sample_rows(stack),
+            "traversals": pictures.traversals(detailed, data),
+            "interpolations": pictures.interpolations(detailed, data.test),
+        }
+        if data.is_image
+        else {}
+    )
     for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / f"pictures/{name}.png")
     part = data.test.head(1000)
@@ -342,4 +346,5 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
     return [
         Exhibit(f"pictures/{name}.png", caption, rows.get(name, ()))
         for name, caption in captions.items()
+        if name in (*drawn, "latents")
     ]
