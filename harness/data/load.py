@@ -47,6 +47,11 @@ def load_dataset(
     raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
 
 
+def is_named(name: str) -> bool:
+    """Return whether the dataset of this name is one of `load_dataset`, and not of tensors."""
+    return name in DATASETS or name.startswith(tuple(f"{kind}-" for kind in OWN))
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
