@@ -97,29 +97,33 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     return passed
 
 
-def load(record: Record, data_dir: Path, given: Dataset | None = None) -> Dataset:
-    """Load the dataset of a record, or check the `given` one."""
+def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
+    """Load the dataset of a record, or return the given one if it is the record's."""
+    then = record.made_with["dataset"]
     from harness.data.load import OWN, is_named
 
-    then, where = record.made_with["dataset"], f"in {data_dir}"
-    name, advice = then["name"], "name its folder with --data-dir"
-    kind, dash, _ = name.partition("-")
-    if given is not None:
-        data, where, advice = given, f"of {given.name!r}", "give the tensors it was trained on"
-    elif not is_named(name):
+    if own is not None:
+        if own.digest != then["digest"]:
+            raise UserError(
+                f"data= is not the dataset of run {record.run_id}: digest {then['digest']} then, "
+                f"{own.digest} now; give the tensors and rows that it was trained on"
+            )
+        return own
+    if not is_named(then["name"]):
         raise UserError(
-            f"run {record.run_id} was trained on tensors, dataset {name!r}; repeat it from Python: "
-            f"studies.replay.replay({record.run_id!r}, DATA), with that dataset as DATA"
+            f"run {record.run_id} was trained on tensors, dataset {then['name']!r}; repeat it from "
+            f"Python: studies.replay.replay({record.run_id!r}, DATA), with that dataset as DATA"
         )
-    elif dash and kind in OWN:  # runs of an earlier version have no options
-        options = then.get("options") or {"image_size": then["image_shape"][1:]}
-        data = harness.load_dataset(f"{kind}:{data_dir}", **options)
+    kind, dash, _ = then["name"].partition("-")
+    if dash and kind in OWN:  # runs of an earlier version have no options
+        given = then.get("options") or {"image_size": then["image_shape"][1:]}
+        data = harness.load_dataset(f"{kind}:{data_dir}", **given)
     else:
-        data = harness.load_dataset(name, data_dir)
+        data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:
         raise UserError(
-            f"{name} {where} is not the dataset of run {record.run_id}: digest "
-            f"{then['digest']} then, {data.digest} now; {advice}"
+            f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
+            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
         )
     return data
 

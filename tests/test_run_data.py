@@ -69,7 +69,7 @@ def test_a_study_of_tensors_is_trained_continued_and_replayed(tracking_uri, tmp_
     assert "python -m" not in page
     assert replay.replay(first, DATA, tracking_uri=tracking_uri)
     assert "Reproduced: all" in capsys.readouterr().out
-    with pytest.raises(UserError, match="give the tensors it was trained on"):
+    with pytest.raises(UserError, match="give the tensors and rows that it was trained on"):
         replay.replay(first, other, tracking_uri=tracking_uri)
 
 
