@@ -13,8 +13,7 @@ from studies.runner.options import Options
 from studies.runner.study import make_plan
 
 IMAGES = torch.randint(0, 256, (60, 4, 5), dtype=torch.uint8)
-LABELS = torch.arange(60) % 2
-DATA = Dataset.from_tensors("mine", IMAGES, LABELS)
+DATA = Dataset.from_tensors("mine", IMAGES)
 RATES = Study(
     name="rates",
     question="Which learning rate trains best?",
@@ -52,7 +51,7 @@ def test_a_study_of_tensors_is_trained_continued_and_replayed(tracking_uri, tmp_
     assert read()[0].params["dataset_digest"] == DATA.digest
 
     # Other images, or another split, under the same name are another study.
-    other = Dataset.from_tensors("mine", IMAGES, LABELS, rows={"train": range(60)[::-1]})
+    other = Dataset.from_tensors("mine", IMAGES, rows={"train": range(60)[::-1]})
     with pytest.raises(UserError, match="dataset_digest: ") as refused:
         again(data=other)
     assert "\n" not in str(refused.value)
