@@ -38,7 +38,8 @@ class ReplayOptions:
     Attributes:
         run: the run's id in MLflow, as its page shows it, or its key.
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        data_dir: folder of the MNIST family; of a run on your own images, the folder of these.
+        data_dir: folder of the MNIST family and of torchvision's sets; of a run on your own images,
+            the folder of these.
         device: auto takes the kind of the record if this machine has one, otherwise the CPU.
         trust: execute the networks, terms and metrics of the user that the record holds as code;
             without it a terminal is asked.
@@ -86,8 +87,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def load(record: Record, data_dir: Path) -> Dataset:
     """Load the dataset of a record."""
     then = record.made_with["dataset"]
+    size = then["image_shape"][1:]  # images that have it are kept as they are
     if then["name"].startswith("folder-"):
-        data = harness.load_dataset(f"folder:{data_dir}", image_size=then["image_shape"][1:])
+        data = harness.load_dataset(f"folder:{data_dir}", image_size=size)
+    elif then["name"].startswith("torchvision-"):
+        name = then["name"].removeprefix("torchvision-")
+        data = harness.load_dataset(f"torchvision:{name}", data_dir, size)
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:

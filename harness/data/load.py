@@ -1,4 +1,4 @@
-"""Datasets by name: the built-in ones, and folders of images."""
+"""Datasets by name: the built-in ones, folders of images, and sets of torchvision."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
 FOLDER = "folder:"  # prefix of a name that is the path of a folder of images
+SET = "torchvision:"  # prefix of a name that is a class of torchvision
 
 
 def load_dataset(
@@ -25,21 +26,30 @@ def load_dataset(
     Args:
         name: "digits": 1,797 scans of 8 x 8 pixels with 17 grey levels, from scikit-learn's files;
             "mnist", "fashion_mnist", "kmnist": 28 x 28 pixels; "folder:PATH": your images, grey or
-            colour, one folder a class (`harness.data.folder.read_folder`).
-        root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
-        image_size: height and width, or one number for both, that a folder's images are resized to.
+            colour, one folder a class (`harness.data.folder.read_folder`); "torchvision:NAME": a
+            classification set of torchvision (`harness.data.torchvision_sets.read_torchvision`).
+        root: folder of the MNIST family's IDX files and of torchvision's sets, to which missing
+            ones are downloaded.
+        image_size: height and width, or one number for both, that images of a folder or of a set
+            of torchvision are resized to.
     """
     if name.startswith(FOLDER):
         from harness.data.folder import read_folder
 
         return read_folder(Path(name.removeprefix(FOLDER)), image_size)
+    if name.startswith(SET):
+        from harness.data.torchvision_sets import read_torchvision
+
+        return read_torchvision(name.removeprefix(SET), Path(root), image_size)
     if image_size is not None:
-        raise UserError(f"image_size={image_size!r}: only images of {FOLDER}PATH are resized")
+        only = f"only images of {FOLDER}PATH and {SET}NAME are resized"
+        raise UserError(f"image_size={image_size!r}: {only}")
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _mnist_family(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or {FOLDER}PATH")
+    choice = f"{', '.join(DATASETS)}, {FOLDER}PATH, or {SET}NAME"
+    raise UserError(f"dataset={name!r}: choose one of {choice}")
 
 
 def _digits() -> Dataset:
