@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from scipy.io import savemat
 
 from harness import Dataset, UserError, load_dataset
 from harness.data.torchvision_sets import SETS
+from harness.provenance import provenance
+from studies import replay
 
 DRAWN = np.random.default_rng(0)
 GREYS = DRAWN.integers(0, 256, (30, 8, 6), dtype=np.uint8)
@@ -94,8 +97,6 @@ def test_cifar_keeps_colours_labels_names_and_the_test_part(tmp_path, monkeypatc
     assert data.class_names == ("cat", "dog", "frog", "ship")
     check(data, images, labels, {"train": slice(40), "test": slice(40, 50)})
     assert load_dataset(f"torchvision:{name}", tmp_path).digest == data.digest
-    same = load_dataset(f"torchvision:{name}", tmp_path, image_size=32)
-    assert same.digest == data.digest  # as a replay loads it
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -127,6 +128,7 @@ def test_an_absent_set_is_downloaded(tmp_path, monkeypatch, served):
     monkeypatch.setattr(made, "url", f"{served}/{archive.name}")
     monkeypatch.setattr(made, "tgz_md5", md5(archive))
     assert load_dataset("torchvision:CIFAR10", tmp_path / "new").digest == expected
+    assert not [*(tmp_path / "new").glob(".*")]
     archive.unlink()  # read again where it is
     assert load_dataset("torchvision:CIFAR10", tmp_path / "new").digest == expected
 
@@ -151,7 +153,6 @@ def test_usps(tmp_path):
                 values = (images[i] + 0.5) / 127.5 - 1  # half a level from what is cut off
                 pixels = " ".join(f"{k}:{value:.6f}" for k, value in enumerate(values, 1))
                 file.write(f"{LABELS[i] + 1} {pixels}\n")
-    images = np.minimum(images, 254) if images.max() > 255 else images
     data = load_dataset("torchvision:USPS", tmp_path)
     assert data.image_shape == (1, 16, 16)
     check(data, images, LABELS, {"train": slice(20), "test": slice(20, 30)})
@@ -317,6 +318,14 @@ def test_every_set_takes_the_arguments_of_its_parts(tmp_path, name, monkeypatch)
             made(str(tmp_path), **given)
 
 
+@pytest.mark.parametrize("size", [None, 4, (4, 5)])
+def test_a_replay_loads_a_set_in_the_size_of_its_record(tmp_path, size):
+    gtsrb(tmp_path, 1)
+    data = load_dataset("torchvision:GTSRB", tmp_path, size)
+    record = SimpleNamespace(made_with=provenance(data, "cpu"), run_id="r")
+    assert replay.load(record, tmp_path).digest == data.digest
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -325,7 +334,7 @@ def test_every_set_takes_the_arguments_of_its_parts(tmp_path, name, monkeypatch)
     [
         ("cifar10", "did you mean CIFAR10"),
         ("CIFAR", "did you mean CIFAR10"),
-        ("CelebA", "choose one of CIFAR10, .*SUN397"),
+        ("CelebA", "choose one of CIFAR10, .*USPS"),
         ("VOCDetection", "choose one of"),
         ("ImageFolder", "choose one of"),
         ("FakeData", "choose one of"),
@@ -334,7 +343,9 @@ def test_every_set_takes_the_arguments_of_its_parts(tmp_path, name, monkeypatch)
     ],
 )
 def test_other_names_are_refused(tmp_path, name, answer):
-    with pytest.raises(UserError, match=f"torchvision:{name}: it is no set of .*{answer}"):
+    with pytest.raises(
+        UserError, match=f"torchvision:{name}: no such classification set; .*{answer}"
+    ):
         load_dataset(f"torchvision:{name}", tmp_path)
 
 
@@ -364,6 +375,14 @@ def test_a_set_that_cannot_be_downloaded_is_refused_and_leaves_nothing(tmp_path,
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, offline):
+    root = tmp_path / "file"
+    root.touch()
+    for name in ("CIFAR10", "EMNIST", "USPS", "RenderedSST2"):
+        with pytest.raises(UserError, match=f"{name}: no usable data in {root} "):
+            load_dataset(f"torchvision:{name}", root)
+
+
 def test_folders_that_were_there_stay(tmp_path, offline):
     (tmp_path / "EMNIST" / "raw").mkdir(parents=True)
     with pytest.raises(UserError, match="EMNIST: no usable data"):
@@ -386,6 +405,20 @@ def test_broken_files_are_refused(tmp_path, offline, monkeypatch):
     picture = tmp_path / "eurosat" / "2750" / "A" / "12.png"
     picture.write_bytes(picture.read_bytes()[:90])
     with pytest.raises(UserError, match=f"EuroSAT in {tmp_path}: {picture} cannot be read"):
+        load_dataset("torchvision:EuroSAT", tmp_path)
+
+
+def test_a_set_whose_download_was_stopped_is_refused(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        eurosat(tmp_path)
+        (tmp_path / "eurosat" / "2750" / "A" / "12.png").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision.datasets.EuroSAT, "download", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("torchvision:EuroSAT", tmp_path)
+    mark = tmp_path / ".EuroSAT-unfinished"
+    with pytest.raises(UserError, match=f"download was stopped: delete .*, and {mark}"):
         load_dataset("torchvision:EuroSAT", tmp_path)
 
 

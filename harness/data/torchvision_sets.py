@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,12 @@ def read_torchvision(
     if name not in SETS:
         known = {one.lower(): one for one in SETS}
         near = difflib.get_close_matches(name.lower(), known, 1)
-        choice = f"did you mean {known[near[0]]}?" if near else f"choose one of {', '.join(SETS)}"
-        raise UserError(f"torchvision:{name}: it is no set of images with one class each; {choice}")
+        choice = (
+            f"did you mean {known[near[0]]}?"
+            if near
+            else f"choose one of {', '.join(sorted(SETS))}"
+        )
+        raise UserError(f"torchvision:{name}: no such classification set; {choice}")
     parts, names = _parts(name, root)
     ends = np.cumsum([0, *map(len, parts.values())]).tolist()
     rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
@@ -81,43 +86,48 @@ def read_torchvision(
 def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
     # Each part with labels, as a sequence of (image or file, label); names of the classes.
     made = [place for place in (root, *root.parents) if not place.exists()]
-    before = _inside(root)
+    before = {*root.glob("*/")}
     try:
-        parts = {part: _part(name, str(root), given) for part, given in SETS[name].items()}
-        bare = {
-            part for part, (pairs, _) in parts.items() if part != "train" and pairs[0][1] is None
-        }
+        parts = {part: _part(name, root, given) for part, given in SETS[name].items()}
+        kept = [p for p, (pairs, _) in parts.items() if p == "train" or pairs[0][1] is not None]
     except Exception as error:  # torchvision has many for files that are absent or cut short
-        new = _inside(root) - before
-        below = [place for one in new for place in (one, *one.rglob("*")) if place.is_dir()]
-        for place in (*sorted(below, reverse=True), *made):
+        new = {*root.glob("*/")} - before
+        walked = [step for folder in new for step in os.walk(folder, topdown=False)]
+        marks = [] if any(files for *_, files in walked) else [_mark(name, root)]
+        for place in (*(Path(at) for at, *_ in walked), *marks, *made):
             with contextlib.suppress(OSError):  # never made, or not empty
-                place.rmdir()
+                place.unlink() if place in marks else place.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
             "as torchvision arranges it (a broken file: delete it first), or name the folder that "
             "holds it with --data-dir."
         ) from error
-    return {part: parts[part][0] for part in parts if part not in bare}, parts["train"][1]
+    return {part: parts[part][0] for part in kept}, parts["train"][1]
 
 
-def _inside(folder: Path) -> set[Path]:
-    return set(folder.iterdir()) if folder.is_dir() else set()
+def _mark(name: str, root: Path) -> Path:
+    # Is there while a set is downloaded: torchvision takes one that is unpacked in part for whole.
+    return root / f".{name}-unfinished"
 
 
-def _part(name: str, root: str, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def _part(name: str, root: Path, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
     import torchvision  # takes seconds
 
-    make = getattr(torchvision.datasets, name)
+    make, mark = getattr(torchvision.datasets, name), _mark(name, root)
     accepted = inspect.signature(make).parameters
     given = {**given, "loader": str} if "loader" in accepted else given  # files, opened later
     try:
-        part = make(root, **given)
+        part = make(str(root), **given)
+        if mark.exists():
+            raise ValueError(f"its download was stopped: delete what is there of it, and {mark}")
     except (RuntimeError, FileNotFoundError):  # torchvision's where files are missing
         if not accepted.keys() & {"download", "kwargs"}:
             raise
-        part = make(root, **given, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        part = make(str(root), **given, download=True)
+        mark.unlink()
     if not len(part):
         raise ValueError("no image in it")
     classes = getattr(part, "classes", getattr(part, "categories", []))
@@ -128,8 +138,7 @@ def _part(name: str, root: str, given: Mapping[str, Any]) -> tuple[Any, list[str
     if name == "Omniglot":  # so are the numbers of its classes, which are nested folders
         classes = ["/".join(Path(file).parts[-3:-1]) for file, _ in pairs]
         names = sorted(set(classes))
-        number = {one: i for i, one in enumerate(names)}
-        pairs = [(file, number[one]) for (file, _), one in zip(pairs, classes, strict=True)]
+        pairs = [(pair[0], names.index(one)) for pair, one in zip(pairs, classes, strict=True)]
     return pairs, names
 
 
