@@ -19,6 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from harness import Dataset, UserError, load_dataset
+from harness.data import folder
 from harness.data.torchvision_sets import SETS
 from harness.provenance import provenance
 from studies import replay
@@ -245,12 +246,13 @@ def test_several_sizes_need_an_image_size(tmp_path):
     assert whole == {image.transpose(2, 0, 1).tobytes() for image in resized[20:]}
 
 
-def test_grey_and_coloured_images_are_read_together(tmp_path):
+def test_grey_and_coloured_images_are_read_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "BLOCK", 4)  # the first two are grey
     for i in range(30):
         image = GREYS[i] if LABELS[i] == 0 else COLOURS[i]
-        folder = tmp_path / "caltech101" / "101_ObjectCategories" / f"{'abc'[LABELS[i]]}"
-        draw(folder / f"image_{i // 3 + 1:04d}.jpg", image)
-    draw(folder.parent / "BACKGROUND_Google" / "image_0001.jpg", GREYS[0])
+        place = tmp_path / "caltech101" / "101_ObjectCategories" / "abc"[LABELS[i]]
+        draw(place / f"image_{i // 3 + 1:04d}.jpg", image)
+    draw(place.parent / "BACKGROUND_Google" / "image_0001.jpg", GREYS[0])
     data = load_dataset("torchvision:Caltech101", tmp_path)
     assert (data.image_shape, data.class_names) == ((3, 8, 6), ("a", "b", "c"))
     every = [pair for part in ("train", "val", "test") for pair in content(data, part)]

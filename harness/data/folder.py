@@ -15,6 +15,7 @@ from harness.config import UserError
 from harness.data.dataset import PARTS, Dataset
 
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
+BLOCK = 64  # images that a thread reads at a time; one by one, small ones take twice as long
 
 # Torchvision's, whose import takes seconds.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -139,11 +140,14 @@ def read_pictures(
     channels, height, width = _pixels(opened, 0, named, size).shape
     picture(0)  # may be too large, and others many
     images = np.empty((count, channels, height, width), np.uint8)
+    blocks = [range(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, read in enumerate(pool.map(picture, range(count))):
-            if len(read) > images.shape[1]:
-                images = images.repeat(3, axis=1)
-            images[i] = read
+        every = pool.map(lambda rows: [*map(picture, rows)], blocks)
+        for rows, read in zip(blocks, every, strict=True):
+            for i, one in zip(rows, read, strict=True):
+                if len(one) > images.shape[1]:
+                    images = images.repeat(3, axis=1)
+                images[i] = one
     return torch.from_numpy(images)
 
 
