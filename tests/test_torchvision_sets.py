@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from harness import Dataset, UserError, load_dataset
-from harness.data import folder
+from harness.data import folder as folders
 from harness.data.torchvision_sets import SETS
 from harness.provenance import provenance
 from studies import replay
@@ -247,7 +247,7 @@ def test_several_sizes_need_an_image_size(tmp_path):
 
 
 def test_grey_and_coloured_images_are_read_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "BLOCK", 4)  # the first two are grey
+    monkeypatch.setattr(folders, "BLOCK", 4)  # the first two blocks are grey
     for i in range(30):
         image = GREYS[i] if LABELS[i] == 0 else COLOURS[i]
         place = tmp_path / "caltech101" / "101_ObjectCategories" / "abc"[LABELS[i]]
@@ -377,6 +377,17 @@ def test_a_set_that_cannot_be_downloaded_is_refused_and_leaves_nothing(tmp_path,
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_download_that_failed_is_begun_again(tmp_path, offline, monkeypatch):
+    emnist(tmp_path / "there")
+    with pytest.raises(UserError, match="EMNIST: no usable data"):
+        load_dataset("torchvision:EMNIST", tmp_path / "new")
+    monkeypatch.setattr(torchvision.datasets.EMNIST, "download", lambda _: emnist(tmp_path / "new"))
+    new, there = (
+        load_dataset("torchvision:EMNIST", tmp_path / place) for place in ("new", "there")
+    )
+    assert new.digest == there.digest
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, offline):
     root = tmp_path / "file"
     root.touch()
@@ -419,9 +430,10 @@ def test_a_set_whose_download_was_stopped_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.EuroSAT, "download", stopped)
     with pytest.raises(KeyboardInterrupt):
         load_dataset("torchvision:EuroSAT", tmp_path)
-    mark = tmp_path / ".EuroSAT-unfinished"
-    with pytest.raises(UserError, match=f"download was stopped: delete .*, and {mark}"):
-        load_dataset("torchvision:EuroSAT", tmp_path)
+    mark = tmp_path / ".EuroSAT-train-unfinished"
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"download was stopped: delete .*, and {mark}"):
+            load_dataset("torchvision:EuroSAT", tmp_path)
 
 
 def test_an_image_size_that_is_none_is_refused(tmp_path):

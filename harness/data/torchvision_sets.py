@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ SETS: dict[str, Parts] = {
 """Sets of images with one class each that fit in memory, by their class in torchvision.
 
 LFWPeople's parts and Omniglot's have classes of their own, of which one part cannot measure
-another.
+another. EMNIST is its split "balanced".
 """
 
 
@@ -63,13 +63,9 @@ def read_torchvision(
     """
     size = as_size(image_size)
     if name not in SETS:
-        known = {one.lower(): one for one in SETS}
+        known, every = {one.lower(): one for one in SETS}, ", ".join(sorted(SETS))
         near = difflib.get_close_matches(name.lower(), known, 1)
-        choice = (
-            f"did you mean {known[near[0]]}?"
-            if near
-            else f"choose one of {', '.join(sorted(SETS))}"
-        )
+        choice = f"did you mean {known[near[0]]}?" if near else f"choose one of {every}"
         raise UserError(f"torchvision:{name}: no such classification set; {choice}")
     parts, names = _parts(name, root)
     ends = np.cumsum([0, *map(len, parts.values())]).tolist()
@@ -86,17 +82,21 @@ def read_torchvision(
 def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
     # Each part with labels, as a sequence of (image or file, label); names of the classes.
     made = [place for place in (root, *root.parents) if not place.exists()]
-    before = {*root.glob("*/")}
+    before = {*root.glob("*")}
+    # Torchvision takes a set that is unpacked in part for whole: a file marks it until it is.
+    marks = {part: root / f".{name}-{part}-unfinished" for part in SETS[name]}
     try:
-        parts = {part: _part(name, root, given) for part, given in SETS[name].items()}
+        parts = {part: _part(name, root, part, marks[part]) for part in SETS[name]}
         kept = [p for p, (pairs, _) in parts.items() if p == "train" or pairs[0][1] is not None]
     except Exception as error:  # torchvision has many for files that are absent or cut short
-        new = {*root.glob("*/")} - before
-        walked = [step for folder in new for step in os.walk(folder, topdown=False)]
-        marks = [] if any(files for *_, files in walked) else [_mark(name, root)]
-        for place in (*(Path(at) for at, *_ in walked), *marks, *made):
+        new = {*root.glob("*")} - before
+        walked = [step for place in new for step in os.walk(place, topdown=False)]
+        if not any(files for *_, files in walked):  # nothing was unpacked
+            for mark in new & {*marks.values()}:
+                mark.unlink()
+        for folder in (*(Path(at) for at, *_ in walked), *made):
             with contextlib.suppress(OSError):  # never made, or not empty
-                place.unlink() if place in marks else place.rmdir()
+                folder.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
@@ -106,19 +106,14 @@ def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
     return {part: parts[part][0] for part in kept}, parts["train"][1]
 
 
-def _mark(name: str, root: Path) -> Path:
-    # Is there while a set is downloaded: torchvision takes one that is unpacked in part for whole.
-    return root / f".{name}-unfinished"
-
-
-def _part(name: str, root: Path, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def _part(name: str, root: Path, part: str, mark: Path) -> tuple[Any, list[str]]:
     import torchvision  # takes seconds
 
-    make, mark = getattr(torchvision.datasets, name), _mark(name, root)
+    make, given = getattr(torchvision.datasets, name), SETS[name][part]
     accepted = inspect.signature(make).parameters
     given = {**given, "loader": str} if "loader" in accepted else given  # files, opened later
     try:
-        part = make(str(root), **given)
+        read = make(str(root), **given)
         if mark.exists():
             raise ValueError(f"its download was stopped: delete what is there of it, and {mark}")
     except (RuntimeError, FileNotFoundError):  # torchvision's where files are missing
@@ -126,15 +121,15 @@ def _part(name: str, root: Path, given: Mapping[str, Any]) -> tuple[Any, list[st
             raise
         root.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        part = make(str(root), **given, download=True)
+        read = make(str(root), **given, download=True)
         mark.unlink()
-    if not len(part):
+    if not len(read):
         raise ValueError("no image in it")
-    classes = getattr(part, "classes", getattr(part, "categories", []))
+    classes = getattr(read, "classes", getattr(read, "categories", []))
     names = [one if isinstance(one, str) else one[0] for one in classes]
     if "loader" not in accepted:
-        return part, names
-    pairs = sorted(part[i] for i in range(len(part)))  # some are in the file system's order
+        return read, names
+    pairs = sorted(read[i] for i in range(len(read)))  # some are in the file system's order
     if name == "Omniglot":  # so are the numbers of its classes, which are nested folders
         classes = ["/".join(Path(file).parts[-3:-1]) for file, _ in pairs]
         names = sorted(set(classes))
