@@ -18,6 +18,7 @@ from studies.runner.options import (
     SETTINGS,
     arguments,
     at_least,
+    chosen,
     option_value,
     program,
     text,
@@ -42,7 +43,7 @@ class Source(NamedTuple):
 
     `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
     `epochs` the default; `words` are its options on a command line, without the folder of the
-    user's files; `settings` identify it, the user's data by a digest too.
+    user's files, "" of tensors; `settings` identify it, the user's data by a digest too.
     """
 
     name: str
@@ -85,13 +86,13 @@ def source(name: str, own: Dataset | None) -> Source:
     if own is None:
         return KNOWN[name]
     kind, colon, path = name.partition(":")
-    known = [f"{kind}:{Path(path).expanduser().resolve().name}" if colon else own.name]
+    known = [f"{kind}:{Path(path).expanduser().resolve().name}"]
     for option, value in own.options.items():
         known += [
             f"--{option.replace('_', '-')}",
             *words(tuple(value) if isinstance(value, list) else value),
         ]
-    line = f"--dataset {shlex.join(known)}"
+    line = f"--dataset {shlex.join(known)}" if colon else ""
     epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
     counts = [len(own.train), len(own.val), len(own.test)]
     settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": counts}
@@ -252,7 +253,8 @@ class Plan:
         page: name of the study's module or file, and first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
-        words: the command line that repeats it, but for its name.
+        words: the command line that repeats it, but for its name; of tensors, the arguments of
+            `run`.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
     """
@@ -277,8 +279,12 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The command line that repeats the study."""
-        return f"{self.words} --study-name {self.name}"
+        """The command line that repeats the study; of tensors, the call in Python."""
+        if self.source.words:
+            return f"{self.words} --study-name {self.name}"
+        digest = self.source.settings["dataset_digest"][:12]
+        about = f"STUDY: {self.page!r}, DATA: dataset {self.source.name!r}, digest {digest}"
+        return f"run(STUDY, {self.words}, study_name={self.name!r})  # {about}"
 
 
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
@@ -360,9 +366,15 @@ def _distinct(values: Sequence[Any]) -> dict[Any, str]:
 
 
 def command(page: str, data: Source, options: Common, base: RunConfig, axis: str = "") -> str:
-    """Return the command line that repeats a study, but for its name, stores and device."""
+    """Return the command line that repeats a study, but for its name, stores and device.
+
+    Of tensors, return the arguments of `run`.
+    """
     effective = replace(options, settings={"epochs": base.epochs, **options.settings})
     left_out = ("dataset", "image_size", "label", axis, *ELSEWHERE)
+    if not data.words:
+        named = chosen(effective, left_out).items()
+        return ", ".join(["data=DATA", *(f"{name}={value!r}" for name, value in named)])
     words = [program(page), data.words, shlex.join(arguments(effective, left_out))]
     return " ".join(word for word in words if word)
 
