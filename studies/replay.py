@@ -38,7 +38,7 @@ class ReplayOptions:
     Attributes:
         run: the run's id in MLflow, as its page shows it, or its key.
         tracking_uri: where the run is (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
-        data_dir: folder of the MNIST family; of a run on your own images, the folder of these.
+        data_dir: folder of the MNIST family; of a run on your own data, their folder or file.
         device: auto takes the kind of the record if this machine has one, otherwise the CPU.
         trust: execute the networks, terms and metrics of the user that the record holds as code;
             without it a terminal is asked.
@@ -89,15 +89,17 @@ def load(record: Record, data_dir: Path) -> Dataset:
     from harness.data.load import OWN
 
     kind, dash, _ = then["name"].partition("-")
-    if dash and kind in OWN:  # runs of an earlier version have no options
-        given = then.get("options") or {"image_size": then["image_shape"][1:]}
+    if dash and kind in OWN:
+        given = then.get("options", {})
+        if kind == "folder":  # runs of an earlier version have no options
+            given = given or {"image_size": then["image_shape"][1:]}
         data = harness.load_dataset(f"{kind}:{data_dir}", **given)
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:
         raise UserError(
             f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
-            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
+            f"{then['digest']} then, {data.digest} now; name its folder or file with --data-dir"
         )
     return data
 
