@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +72,10 @@ def _text(path: Path) -> Iterable[str]:
 
 
 def _records(path: Path) -> tuple[Iterator[list[str]], "csv._reader", str]:
-    # The lines of a CSV file that are not empty, their reader and its delimiter.
-    lines = iter(_text(path))
-    first = next(filter(str.strip, lines), "")
-    unquoted = re.sub(r'"[^"]*"', "", first)
+    # The records of a CSV file that are not empty, their reader and its delimiter.
+    unquoted = re.sub(r'"[^"]*"', "", next(filter(str.strip, _text(path)), ""))
     delimiter = next((one for one in DELIMITERS if one in unquoted), ",")
-    reader = csv.reader(chain([first], lines), delimiter=delimiter)
+    reader = csv.reader(_text(path), delimiter=delimiter)
     return filter(None, reader), reader, delimiter
 
 
