@@ -125,7 +125,7 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
     if then["digest"] != data.digest:
         raise UserError(
             f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
-            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
+            f"{then['digest']} then, {data.digest} now; name its folder or file with --data-dir"
         )
     return data
 

@@ -22,6 +22,7 @@ from harness.streams import generator
 PARTS = ("train", "val", "test")
 SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
 LEAST = 20  # images that can be split
+FARTHEST = 1e6  # standard deviations of a table's value from the mean: of its square, 1e12
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 
 
@@ -165,7 +166,7 @@ class Dataset:
         parts, known = split_rows(len(values), rows), None
         if values.dtype == torch.float64:
             known = _columns(values[parts[0]], columns)
-            values, grey = known.standardized(values).float(), 1
+            values, grey = _standardized(values, known), 1
         train, val, test = map(Split(values, classes, grey).rows, parts)
         if bool((train.images == train.images[0]).all()):
             raise UserError("all training images are the same: there is nothing to learn from them")
@@ -276,6 +277,16 @@ def _columns(train: Tensor, names: Sequence[str]) -> Columns:
     return Columns(tuple(names), tuple(mean.tolist()), tuple(std.tolist()))
 
 
+def _standardized(values: Tensor, columns: Columns) -> Tensor:
+    found = columns.standardized(values)
+    far = found.abs().amax(0)
+    for name, distance in zip(columns.names, far.tolist(), strict=True):
+        if not distance < FARTHEST:  # NaN too
+            given = f"column {name!r} has a value {distance:.3g} standard deviations from the mean"
+            raise UserError(f"{given} of the training rows: correct it, or leave out its row")
+    return found.float()
+
+
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     """Return images, as `Dataset.from_tensors` takes them, as uint8 of shape (N, C, H, W)."""
     if not 1 <= largest <= 255:
@@ -328,7 +339,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     missing = [part for part in PARTS if part not in rows]
     count = len(rows["train"])
     if missing and count < LEAST:
-        raise UserError(f"{count} images: give {LEAST} to split, or give every part")
+        raise UserError(f"{count} images or rows: give {LEAST} to split, or give every part")
     for part in missing:
         rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
     return [rows[part] for part in PARTS]

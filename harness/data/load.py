@@ -75,11 +75,6 @@ def is_named(name: str) -> bool:
     return name in DATASETS or name.startswith(tuple(f"{kind}-" for kind in OWN))
 
 
-def is_named(name: str) -> bool:
-    """Return whether the dataset of this name is one of `load_dataset`, and not of tensors."""
-    return name in DATASETS or name.startswith(tuple(f"{kind}-" for kind in OWN))
-
-
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
