@@ -12,7 +12,7 @@ from harness.data.mnist import DATASETS, TORCHVISION, read_official
 from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
-OWN = ("folder",)  # kinds of the user's data, named KIND:PATH
+OWN = ("folder", "array")  # kinds of the user's data, named KIND:PATH
 
 
 def load_dataset(
@@ -26,25 +26,32 @@ def load_dataset(
     Args:
         name: "digits": 1,797 scans of 8 x 8 pixels with 17 grey levels, from scikit-learn's files;
             "mnist", "fashion_mnist", "kmnist": 28 x 28 pixels; "folder:PATH": your images, grey or
-            colour, one folder a class (`harness.data.folder.read_folder`).
+            colour, one folder a class (`harness.data.folder.read_folder`); "array:FILE.npy": images
+            or vectors of a NumPy file (`harness.data.array.read_array`).
         root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
         image_size: height and width, or one number for both, that a folder's images are resized to.
-        label: column of a table that holds the class of each row.
+        label: column of a table that holds the class of each row; of an array, a .npy file.
     """
     kind, _, path = name.partition(":")
     if image_size is not None and kind != "folder":
         raise UserError(f"image_size={image_size!r}: only images of folder:PATH are resized")
-    if label is not None and kind not in OWN[1:]:
-        raise UserError(f"label={label!r}: only table:FILE has columns")
+    if label is not None and kind not in ("table", "array"):
+        raise UserError(f"label={label!r}: only table:FILE and array:FILE have labels elsewhere")
     if kind == "folder":
         from harness.data.folder import read_folder
 
         return read_folder(Path(path), image_size)
+    if kind == "array":
+        from harness.data.array import read_array
+
+        return read_array(Path(path), label)
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _mnist_family(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+    raise UserError(
+        f"dataset={name!r}: choose one of {', '.join(DATASETS)}, folder:PATH, array:FILE"
+    )
 
 
 def _digits() -> Dataset:
