@@ -78,7 +78,9 @@ def test_an_array_is_the_dataset_of_its_numbers_in_memory_and_mapped(kind: str, 
     given = ARRAYS[kind]
     if given.ndim == 4 and given.shape[3] in (1, 3):
         given = given.transpose(0, 3, 1, 2)
-    native = given.astype(np.float64 if given.dtype == np.longdouble else given.dtype.newbyteorder("="))
+    native = given.astype(
+        np.float64 if given.dtype == np.longdouble else given.dtype.newbyteorder("=")
+    )
     expected = Dataset.from_tensors("array-mine", native, LABELS)
     for data in both(tmp_path, ARRAYS[kind], str(tmp_path / "labels.npy")):
         assert (data.name, data.digest, data.columns) == (

@@ -19,6 +19,7 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     from harness.data.dataset import Columns
 
+CHANNELS = (1, 3)
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -74,7 +75,9 @@ class Mapped:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers that are read."""
-        return self[:0].dtype
+        if len(self.image_shape) > 1 or self._array.dtype == np.uint8:
+            return torch.uint8
+        return torch.float64 if self.columns is None else torch.float32
 
     def is_floating_point(self) -> bool:
         """Return whether the numbers are those of a table."""
@@ -121,7 +124,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
         raise UserError(f"its shape is {shape}: give (N, H, W), (N, C, H, W), (N, H, W, C), (N, D)")
     if len(shape) < 4:
         return (1, *shape[1:]) if len(shape) == 3 else shape[1:]
-    first, last = (shape[axis] in (1, 3) for axis in (1, 3))
+    first, last = (shape[axis] in CHANNELS for axis in (1, 3))
     if first == last:
         found = "both the second and the last axis" if first else "neither the second nor the last"
         problem = f"its shape is {shape}: {found} can be the channels, 1 or 3"
@@ -131,10 +134,10 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def laid_out(array: np.ndarray) -> np.ndarray:
     """Return rows of an array as `Dataset.from_tensors` takes them."""
-    if array.ndim == 4 and array.shape[1:] != image_shape(array.shape):
+    if array.ndim == 4 and array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
     known = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype
-    return np.ascontiguousarray(array, dtype=np.dtype(known).newbyteorder("="))
+    return np.require(array, np.dtype(known).newbyteorder("="), "CW")  # a copy, if of a file
 
 
 def as_rows(array: np.ndarray) -> Tensor:
