@@ -93,8 +93,13 @@ class Split:
         ones = self.images[:] > torch.from_numpy(levels).to(self.images.device)
         return replace(self, images=ones.to(torch.uint8), largest=1)
 
+    def loaded(self, device: torch.device) -> Split:
+        """Return the split with its images on the device, those of a file too."""
+        images = torch.cat([some.to(device) for some in in_chunks(self.images)])
+        return replace(self, images=images, labels=self.labels.to(device))
+
     def to(self, device: torch.device) -> Split:
-        """Return the split with its tensors on the device."""
+        """Return the split with its tensors on the device; a file's images are read from it."""
         if self.labels.device == device:
             return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

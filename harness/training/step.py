@@ -195,11 +195,14 @@ class Step:
                 parameter.grad = self._slopes[name][0] if name in self._slopes else None
             if not self._x.is_cuda and covers(config, state.model, state.terms):
                 self._written = MLPGradient(config, state.model)
-        self._first, val = self.data.train.head(len(self.data.val)), self.data.val
+        self._first, self._val = self.data.train.head(len(self.data.val)), self.data.val
+        if state.stacked and isinstance(self._val.images, Mapped):  # a GPU's graph reads no file
+            self._first, self._val = (s.loaded(self._x.device) for s in (self._first, self._val))
         given = []  # to `measure`, of each run on both splits
         for c, losses in zip(state.configs, linear[list(state.rows)], strict=True):
             on_train = conditions(c, state.model, "train", len(self._first), losses[0])
-            given.append((on_train, conditions(c, state.model, "val", len(val), losses[1])))
+            on_val = conditions(c, state.model, "val", len(self._val), losses[1])
+            given.append((on_train, on_val))
         self._given = state.join(given)
         self._ahead: dict[int, Iterator[Drawn]] = {}
         if state.stacked:
@@ -341,7 +344,7 @@ class Step:
     def _of_run(self, model: VAE, on_train: Metrics, on_val: Metrics) -> tuple[Metrics, Metrics]:
         config, classes = self.state.configs[0], self.data.classes
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
-        val = measure(config, model, self.data.val, classes, **on_val, **same)
+        val = measure(config, model, self._val, classes, **on_val, **same)
         same["variance"] = val["mse"]
         return measure(config, model, self._first, classes, **on_train, **same), val
 
