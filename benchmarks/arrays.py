@@ -26,8 +26,8 @@ from benchmarks import machine
 from benchmarks.networks import FOREVER, harness
 from harness import RunConfig, evaluate, load_dataset, train
 from harness.data import array
-from harness.data.dataset import Dataset
 from harness.data.mnist import read_official
+from harness.linear.pca import pca
 from harness.training.engine import resolve_device
 
 PAUSE = 0.05
@@ -48,7 +48,8 @@ def main() -> None:
         if args.gigabytes:
             command = [sys.executable, "-m", "benchmarks.arrays", "--inside", str(file)]
             child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print("\n".join([*machine.hardware(device), f"{size / 1e9:.1f} GB: {child.stdout}"]))
+            found = f"A file of {size / 1e9:.1f} GB, blog's recipe: {child.stdout}"
+            print("\n".join([*machine.hardware(device), found]))
             return
         rows = list(rates(file, device, args))
     settings = (
@@ -103,43 +104,39 @@ def rates(file: Path, device: torch.device, args: argparse.Namespace) -> Iterato
 
 def train_large(file: Path, device: str) -> None:
     """Train and evaluate an epoch; print its seconds and the most anonymous memory."""
-    config, seconds = RunConfig.seed_recipe(epochs=1), dict[str, float]()
-    began = time.perf_counter()
-    with anonymous_memory() as peaks:
-        for name, work in (("read", lambda: load_dataset(f"array:{file}")),):
-            data = work()
-            seconds[name] = time.perf_counter() - began
-        record = trained(config, data, device, seconds)
-        start = time.perf_counter()
-        evaluate([(config, record)], data)
-        seconds["evaluated"] = time.perf_counter() - start
-    print(peaks, seconds)
-
-
-def trained(config, data: Dataset, device: str, seconds):
-    start = time.perf_counter()
-    (record,) = train([config], data, device)
-    seconds["trained"] = record.seconds
-    seconds["begun and measured"] = time.perf_counter() - start - record.seconds
-    return record.model(0)
+    config, rows = RunConfig.seed_recipe(epochs=1), list[list[str]]()
+    array.SHARE = 0  # on a machine with more memory, too
+    with stage("file read, checked and split", rows):
+        data = load_dataset(f"array:{file}")
+    with stage("principal components", rows):
+        pca(data)
+    with stage("epoch with its metrics", rows):
+        (record,) = train([config], data, device)
+    with stage("final metrics", rows):
+        evaluate([(config, record.model(0))], data)
+    print(f"{record.images:,} images, {record.images_per_second:,.0f} a second.\n")
+    print(machine.table(["stage", "seconds", "anonymous memory, GB"], rows))
 
 
 @contextmanager
-def anonymous_memory() -> Iterator[list[int]]:
-    """Keep the most anonymous memory of this process in a list, kB; Linux only."""
-    peaks, ended = [0], threading.Event()
+def stage(name: str, rows: list[list[str]]) -> Iterator[None]:
+    """Add a row with the seconds of a stage and the most anonymous memory meanwhile; Linux only."""
+    peak, ended, start = 0, threading.Event(), time.perf_counter()
 
     def look() -> None:
+        nonlocal peak
         while not ended.wait(PAUSE):
             lines = Path("/proc/self/status").read_text().splitlines()
             now = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            peaks[0] = max(peaks[0], now)
+            peak = max(peak, now)
 
     thread = threading.Thread(target=look)
     thread.start()
-    yield peaks
+    yield
     ended.set()
     thread.join()
+    rows.append([name, f"{time.perf_counter() - start:,.0f}", f"{peak * 1024 / 1e9:.2f}"])
+    print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
