@@ -48,7 +48,6 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     files = [file for file, _ in pairs]
     images = read_pictures(len(files), lambda i: upright(files[i]), lambda i: str(files[i]), size)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    images = _read([file for file, _ in pairs], size)
     data = Dataset.from_tensors(
         f"folder-{name or 'images'}",
         images,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ def _text(path: Path) -> Iterable[str]:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
-def _records(path: Path) -> tuple[Iterator[list[str]], "csv._reader", str]:
+def _records(path: Path) -> tuple[Iterator[list[str]], Any, str]:
     # The records of a CSV file that are not empty, their reader and its delimiter.
     unquoted = re.sub(r'"[^"]*"', "", next(filter(str.strip, _text(path)), ""))
     delimiter = next((one for one in DELIMITERS if one in unquoted), ",")

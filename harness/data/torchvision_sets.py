@@ -5,6 +5,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def read_torchvision(
         raise UserError(f"torchvision:{name} in {root.resolve()}: {error}") from None
     del parts  # some hold their images, which are copied once more below
     names = names if labels.max() < len(names) else []
-    return Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
+    data = Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
+    return data if size is None else replace(data, options={"image_size": [*size]})
 
 
 def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
