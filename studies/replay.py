@@ -114,16 +114,18 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
             f"run {record.run_id} was trained on tensors, dataset {then['name']!r}; repeat it from "
             f"Python: studies.replay.replay({record.run_id!r}, DATA), with that dataset as DATA"
         )
-    kind, dash, _ = then["name"].partition("-")
-    if dash and kind in OWN:  # runs of an earlier version have no options
-        given = then.get("options") or {"image_size": then["image_shape"][1:]}
-        data = harness.load_dataset(f"{kind}:{data_dir}", **given)
+    kind, dash, name = then["name"].partition("-")
+    if dash and kind in OWN:
+        # Runs of an earlier version have no options; images of that size are kept as they are.
+        size = {"image_size": then["image_shape"][1:]} if OWN[kind] == "image_size" else {}
+        place = name if kind == "torchvision" else data_dir
+        data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:
         raise UserError(
             f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
-            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
+            f"{then['digest']} then, {data.digest} now; name its folder or file with --data-dir"
         )
     return data
 

@@ -77,7 +77,7 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     left.set_ylabel("nats / image")
     right.set_ylabel(label("frechet"))
     if "frechet" not in frame:
-        empty_panel(right, "fewer than two classes: no features\nto compare images by")
+        empty_panel(right, "no Fréchet distances: they need\npictures of two classes")
     for panel in (left, right):
         if panel.get_lines():
             panel.legend(frameon=False)

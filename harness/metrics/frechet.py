@@ -183,7 +183,7 @@ class Reference(NamedTuple):
 @torch.no_grad()
 def reference(data: Dataset, folder: Path | None = None) -> Reference:
     """Return the reference of a dataset; `folder` is that of its `classifier`."""
-    net = classifier(data, folder).to(data.test.images.device)
+    net = classifier(data, folder).to(data.test.labels.device)
     images = min(len(data.test), len(data.train), IMAGES)
     known, seen = data.test.head(images), data.train.head(images)
     with one_thread():

@@ -21,6 +21,7 @@ from torch import Tensor
 from harness import objective, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Columns, Dataset
+from harness.data.mapped import Mapped
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
 from harness.metrics.evaluate import evaluate, finite, registered_metrics, registered_values
@@ -291,7 +292,8 @@ def check_runs(
             raise UserError(f"{name}: runs that are trained together must agree; given {given}")
     for config in configs:
         if (size := config.batch_size) > (images := len(data.train)):
-            raise UserError(f"batch_size={size}: {data.name} has {images} training images")
+            what = "images" if data.columns is None else "rows"
+            raise UserError(f"batch_size={size}: {data.name} has {images} training {what}")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
@@ -304,6 +306,10 @@ def check_runs(
 
 
 def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
+    kinds = [config.binarization for config in configs if config.binarization != "none"]
+    if kinds and isinstance(data.train.images, Mapped):
+        problem = f"binarization={kinds[0]!r}: {data.name} is too large for memory"
+        raise UserError(f"{problem}; give an array of 0 and 255")
     if data.is_image:
         return
     for config in configs:
@@ -384,7 +390,7 @@ def _begin(
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
     model = build(config, data.image_shape, data.train.largest, data.columns)
-    model.to(data.train.images.device, dtype).eval()
+    model.to(data.train.labels.device, dtype).eval()
     if config.sigma == "learned":  # the mse of a decoder that returns the mean image
         torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
     return model

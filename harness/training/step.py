@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from harness import objective, processes, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
+from harness.data.mapped import Mapped
 from harness.metrics.evaluate import coefficients, conditions, measure
 from harness.models.stack import kernels, lift, map_tensors
 from harness.models.vae import VAE
@@ -29,6 +30,7 @@ from harness.training.mlp_gradient import MLPGradient, covers
 ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
 ADAM |= {"amsgrad": False, "maximize": False}
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
+PART = 2**25  # bytes of the images that are read from a file at once, for some hundred steps
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
 WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
 
@@ -150,7 +152,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class Draw(NamedTuple):
-    """The draws of an epoch; those of a stack have an axis S behind that of steps."""
+    """The draws of an epoch or a part of it; a stack's have an axis S behind that of steps."""
 
     order: Tensor  # rows of the images, int64, shape (steps, B)
     noise: Tensor  # of the posterior samples, shape (steps, B, L)
@@ -159,7 +161,7 @@ class Draw(NamedTuple):
     prior: Tensor | None  # N(0, I) for loss terms, shape (steps, B, L); None without terms
 
 
-Drawn = tuple[Tensor, Draw]  # images of an epoch, uint8, and its draws
+Drawn = tuple[Tensor, Draw]  # images, uint8 or a table's, and draws of consecutive steps
 
 
 class Step:
@@ -193,77 +195,108 @@ class Step:
                 parameter.grad = self._slopes[name][0] if name in self._slopes else None
             if not self._x.is_cuda and covers(config, state.model, state.terms):
                 self._written = MLPGradient(config, state.model)
-        self._first, val = self.data.train.head(len(self.data.val)), self.data.val
+        self._first, self._val = self.data.train.head(len(self.data.val)), self.data.val
+        if state.stacked and isinstance(self._val.images, Mapped):  # a GPU's graph reads no file
+            self._first, self._val = (s.loaded(self._x.device) for s in (self._first, self._val))
         given = []  # to `measure`, of each run on both splits
         for c, losses in zip(state.configs, linear[list(state.rows)], strict=True):
             on_train = conditions(c, state.model, "train", len(self._first), losses[0])
-            given.append((on_train, conditions(c, state.model, "val", len(val), losses[1])))
+            on_val = conditions(c, state.model, "val", len(self._val), losses[1])
+            given.append((on_train, on_val))
         self._given = state.join(given)
-        self._ahead: dict[int, Drawn] = {}
+        self._ahead: dict[int, Iterator[Drawn]] = {}
         if state.stacked:
             self.capture()
 
     def epoch(self, epoch: int) -> Measured:
         """Train an epoch, counted from 1, and measure the runs."""
         start = time.perf_counter()
-        self.train(self._ahead.pop(epoch) if epoch in self._ahead else self.draw(epoch), epoch)
+        self.train(self._ahead.pop(epoch) if epoch in self._ahead else self.parts(epoch), epoch)
         if self.state.stacked and epoch < self.state.configs[0].epochs:
-            self._ahead = {epoch + 1: self.draw(epoch + 1)}  # while a GPU computes
+            self._ahead = {epoch + 1: _begun(self.parts(epoch + 1))}  # while a GPU computes
         if self._x.is_cuda:
             torch.cuda.synchronize(self._x.device)
         between = time.perf_counter()
         metrics = self.measure()
         return between - start, time.perf_counter() - between, metrics
 
-    def draw(self, epoch: int) -> Drawn:
-        """Return the images, with a copy for each seed if pixels are drawn, and the draws."""
+    def parts(self, epoch: int) -> Iterator[Drawn]:
+        """Yield the images of an epoch and its draws; of a file in parts of some steps.
+
+        There is a copy of the images for each seed if pixels are drawn.
+        """
         configs, steps, images = self.state.configs, self.steps, self.images.images
-        shape = steps, configs[0].batch_size, configs[0].latent_size
-        is_random = configs[0].binarization == "stochastic"
-
-        def latents(seed: int, purpose: str) -> Tensor:
-            return streams.noise(seed, purpose, steps * shape[1], shape[2], epoch).view(shape)
-
-        of_seed: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        draws = []
+        of_seed = {c.seed: c for c in configs}
+        first, seeds = configs[0], list(of_seed)
+        purposes = ("noise", "prior") if first.terms else ("noise",)
+        noise = {
+            (seed, purpose): streams.generator(seed, purpose, epoch, first.latent_size)
+            for seed in seeds
+            for purpose in purposes
+        }
+        orders = [streams.batches(c, len(images), epoch) for c in of_seed.values()]
+        order = torch.stack([o.view(steps, first.batch_size) for o in orders], 1)
+        if first.binarization == "stochastic":
+            drawn = (streams.generator(seed, "binarize", epoch) for seed in seeds)
+            images = torch.cat([self.images.binarized("stochastic", s).images[:] for s in drawn])
+            order += len(self.images) * torch.arange(len(seeds)).unsqueeze(1)
         done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
-        for c in configs:
-            if c.seed not in of_seed:
-                order = streams.batches(c, len(images), epoch).view(shape[:2])
-                order += len(of_seed) * len(images) if is_random else 0
-                prior = latents(c.seed, "prior") if c.terms else None
-                of_seed[c.seed] = order, latents(c.seed, "noise"), prior
-            order, noise, prior = of_seed[c.seed]
-            betas = objective.kl_warmup(c, epoch, steps) * objective.beta(c, self.data.pixels)
-            draws.append(Draw(order, noise, betas, done / (c.epochs * steps), prior))
-        if is_random:
-            drawn = (streams.generator(seed, "binarize", epoch) for seed in of_seed)
-            images = torch.cat([self.images.binarized("stochastic", s).images for s in drawn])
+        betas = [
+            objective.kl_warmup(c, epoch, steps) * objective.beta(c, self.data.pixels)
+            for c in configs
+        ]
+        size = steps
+        if isinstance(images, Mapped):
+            row = images.shape[1] * images.dtype.itemsize
+            size = max(1, PART // (order[0].numel() * row))
+        for start in range(0, steps, size):
+            some = slice(start, start + size)
+            places, held = order[some], images
+            shape = len(places), first.batch_size, first.latent_size
+            if isinstance(held, Mapped):
+                held = held[places.flatten()]
+                if self._x.is_cuda:  # copied while it computes
+                    held = held.pin_memory().to(self._x.device, non_blocking=True)
+                places = torch.arange(len(held)).view(places.shape)
+            latents = {
+                key: streams.normal(stream, shape[0] * shape[1], shape[2]).view(shape)
+                for key, stream in noise.items()
+            }
+            draws = [
+                Draw(
+                    places[:, seeds.index(c.seed)],
+                    latents[c.seed, "noise"],
+                    beta[some],
+                    done[some] / (c.epochs * steps),
+                    latents.get((c.seed, "prior")),
+                )
+                for c, beta in zip(configs, betas, strict=True)
+            ]
+            yield held, map_tensors(self._moved, self.state.join(draws, 1))
 
-        def moved(part: Tensor) -> Tensor:
-            return part.to(self._x if part.is_floating_point() else self._x.device)
+    def _moved(self, part: Tensor) -> Tensor:
+        return part.to(self._x if part.is_floating_point() else self._x.device)
 
-        return images, map_tensors(moved, self.state.join(draws, 1))
-
-    def train(self, drawn: Drawn, epoch: int) -> None:
+    def train(self, parts: Iterable[Drawn], epoch: int) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""
         with kernels(self.state.configs[0].precision):
             if self.state.stacked:
-                map_tensors(Tensor.copy_, self._laid_out, drawn)
-                self._now.zero_()
-                for _ in range(self.steps):
-                    self._replay()
+                for images, draw in parts:
+                    map_tensors(_lay_out, self._laid_out, (images, draw))
+                    self._now.zero_()
+                    for _ in range(len(draw.betas)):
+                        self._replay()
                 return
-            images, draw = drawn
-            parts = (repeat(None) if part is None else part.unbind() for part in draw)
             gpus, may_draw = [self._x.device] if self._x.is_cuda else [], self._written is None
             with torch.random.fork_rng(gpus, enabled=may_draw):
                 if may_draw:  # layers draw the same numbers in every process
                     stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
                     torch.manual_seed(int(stream.integers(2**63)))
                 self.state.model.train()
-                for now in map(Draw, *parts):
-                    self._take(images, now)
+                for images, draw in parts:
+                    each = (repeat(None) if part is None else part.unbind() for part in draw)
+                    for now in map(Draw, *each):
+                        self._take(images, now)
                 self.state.model.eval()
 
     def _take(self, images: Tensor, now: Draw) -> None:
@@ -311,20 +344,21 @@ class Step:
     def _of_run(self, model: VAE, on_train: Metrics, on_val: Metrics) -> tuple[Metrics, Metrics]:
         config, classes = self.state.configs[0], self.data.classes
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
-        val = measure(config, model, self.data.val, classes, **on_val, **same)
+        val = measure(config, model, self._val, classes, **on_val, **same)
         same["variance"] = val["mse"]
         return measure(config, model, self._first, classes, **on_train, **same), val
 
     def capture(self) -> None:
         """Make step and metrics of a stack repeatable, and take the memory of an epoch."""
         state, device = self.state, self._x.device
-        self._laid_out, self._now = self.draw(1), torch.zeros(1, dtype=torch.int64, device=device)
+        self._laid_out = next(self.parts(1))
+        self._now = torch.zeros(1, dtype=torch.int64, device=device)
         changed = [state.weights, state.first, state.second, state.counts, self._now]
         with kernels(state.configs[0].precision):
             self._replay = repeatable(self._step, device, [*changed, *state.constants.values()])
         with kernels(), torch.no_grad():
             self._measure = repeatable(self._metrics, device)
-        self._ahead = {1: self.draw(1)}
+        self._ahead = {1: _begun(self.parts(1))}
         if (free := free_memory(device)) < MARGIN:
             raise torch.OutOfMemoryError(f"{free:.1%} of the memory is left")
 
@@ -332,6 +366,14 @@ class Step:
         images, draw = self._laid_out
         self._take(images, map_tensors(lambda every: every.index_select(0, self._now)[0], draw))
         self._now.add_(1)
+
+
+def _begun(parts: Iterator[Drawn]) -> Iterator[Drawn]:
+    return chain([next(parts)], parts)
+
+
+def _lay_out(buffer: Tensor, part: Tensor) -> Tensor:
+    return buffer[: len(part)].copy_(part)
 
 
 def repeatable(

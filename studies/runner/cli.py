@@ -223,7 +223,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     for config in plan.configs:
         engine.check_runs([config], data)
         kind = engine.resolve_device(options.device, config.precision).type
-    terminal.plan(plan, data.pixels)
+    terminal.plan(plan, data.pixels, "pixels" if data.columns is None else "columns")
     if tryout.is_needed(plan):
         tryout.try_out(plan, data)
     if options.dry_run:

@@ -67,8 +67,8 @@ class Common(Places):
     """Options of every command line that trains configurations of the user.
 
     Attributes:
-        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, your
-            images in PATH/CLASS/ or in PATH.
+        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, folder:PATH, your
+            images in PATH/CLASS/ or in PATH, or table:FILE, the columns of a CSV or Parquet file.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
         label: column of a table that holds the class of each row.
