@@ -271,9 +271,9 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 
 def test_options_of_other_data_are_refused(tmp_path):
     path = put(tmp_path, text())
-    with pytest.raises(UserError, match="only images of folder:PATH are resized"):
+    with pytest.raises(UserError, match="only folder:PATH and torchvision:PATH"):
         load_dataset(f"table:{path}", image_size=4)
-    with pytest.raises(UserError, match="label='kind': only table:FILE has columns"):
+    with pytest.raises(UserError, match="label='kind': only table:PATH and array:PATH"):
         load_dataset("digits", label="kind")
 
 

@@ -44,8 +44,8 @@ def load_dataset(
     kind, _, path = name.partition(":")
     for option, value in (("image_size", image_size), ("label", label)):
         if value is not None and OWN.get(kind) != option:
-            taking = ", ".join(f"{one}:PATH" for one, taken in OWN.items() if taken == option)
-            raise UserError(f"{option}={value!r} with dataset={name!r}: only {taking} has it")
+            taking = " and ".join(f"{one}:PATH" for one, taken in OWN.items() if taken == option)
+            raise UserError(f"{option}={value!r}: only {taking} have this option")
     if kind == "folder":
         from harness.data.folder import read_folder
 
