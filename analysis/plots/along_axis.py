@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis import frames
+from analysis import frames, tables
 from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
 
 if TYPE_CHECKING:
@@ -26,9 +26,15 @@ QUALITY_CAPTION = (
 
 
 def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
-    """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity."""
+    """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity.
+
+    Where not all runs have a `neg_elbo`, `loss` takes its place.
+    """
     figure, panels = canvas(10, 7, rows=2, columns=2, sharex=True)
-    for panel, metric in zip(panels.flat, FOUR, strict=True):
+    for panel, metric in zip(panels.flat, (frames.compared(frame), *FOUR[1:]), strict=True):
+        if metric not in frame:
+            empty_panel(panel, f"no run has a {metric}")
+            continue
         _runs_and_means(panel, frame, axis, metric, group)
         _linear_model(panel, frame, axis, metric, group)
         if not group and axis in ("kl_weight", "decoder_variance"):
@@ -142,6 +148,47 @@ def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     return figure
 
 
+def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
+    """Plot the test metric of two axes' combinations: mean and interval over seeds in each cell.
+
+    The metric is `neg_elbo`, or `loss` where not all runs have it. The cell with the lowest mean on
+    validation data is framed; one without a finished run has a dash.
+    """
+    import seaborn as sns
+
+    metric, keys = frames.compared(frame), [rows, columns]
+    means = frames.along_axis(frame, keys, [metric])
+    halves, places = means[f"{metric}±"], tables.decimals(metric)
+    texts = [tables.pair(m, h, places) for m, h in zip(means[metric], halves, strict=True)]
+    means["text"] = [text.replace(" ± ", "\n± ") for text in texts]
+    order = {key: frame[key].unique() for key in keys}
+    for key in filter(lambda key: frames.is_numeric(frame[key]), keys):
+        order[key].sort()
+    shown, written = (
+        means.pivot(index=rows, columns=columns, values=values).reindex(
+            order[rows], columns=order[columns]
+        )
+        for values in (metric, "text")
+    )
+    low, middle, high = means[metric].quantile([0, 0.5, 1])
+    top = min(high, low + 3 * (middle - low))  # a cell far off would flatten all others
+    figure, panel = canvas(0.9 * shown.shape[1] + 2.5, 0.55 * shown.shape[0] + 1.2)
+    bar = {"label": label(metric), "extend": "max" if top < high else "neither"}
+    look = {"vmin": low, "vmax": top, "cmap": "cividis_r", "linewidths": 0.5, "cbar_kws": bar}
+    sns.heatmap(shown, ax=panel, annot=written, fmt="", annot_kws={"fontsize": 9}, **look)
+    for i, j in np.argwhere(shown.isna().to_numpy()):
+        panel.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=GREY)
+    best = frames.best_value(frames.complete(frame, keys), keys)
+    j, i = (
+        list(order[key]).index(value) for key, value in zip(keys[::-1], best[::-1], strict=True)
+    )
+    frame_x, frame_y = [j, j + 1, j + 1, j, j], [i, i, i + 1, i + 1, i]
+    panel.plot(frame_x, frame_y, color=COLORS[1], lw=3, clip_on=False, zorder=3)
+    panel.set(xlabel=label(columns), ylabel=label(rows))
+    panel.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def _mean(
     panel: Axes, frame: pd.DataFrame, axis: str, metric: str, color: str, style: str, name: str
 ) -> None:
@@ -155,7 +202,7 @@ def _parts(frame: pd.DataFrame, group: str) -> Iterator[tuple[str, pd.DataFrame,
     """Yield name, runs and colour of each group; without groups, of all runs."""
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
-        yield name, part, color
+        yield f"{group} = {name}" if group and frames.is_numeric(part[group]) else name, part, color
 
 
 def _runs_and_means(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str) -> None:
