@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 import numpy as np
@@ -208,7 +208,7 @@ def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     return frame.dropna(subset=[*metrics]) if {*metrics} <= {*frame} else frame[:0]
 
 
-def best_value(frame: pd.DataFrame, axis: str, metric: str = "") -> object:
+def best_value(frame: pd.DataFrame, axis: str | list[str], metric: str = "") -> Any:  # noqa: ANN401
     """Return the axis value with the lowest mean of a metric; chosen on validation data.
 
     The metric is `val/neg_elbo`, or `val/loss` where not all runs have it, unless it is given.

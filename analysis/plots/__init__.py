@@ -1,5 +1,6 @@
 """Figures: a frame of runs in, a matplotlib figure out."""
 
+from analysis.plots.along_axis import HEAT_MAP_CAPTION as HEAT_MAP_CAPTION
 from analysis.plots.along_axis import QUALITY_CAPTION as QUALITY_CAPTION
 from analysis.plots.along_axis import class_errors as class_errors
 from analysis.plots.along_axis import conditions as conditions

@@ -24,6 +24,11 @@ QUALITY_CAPTION = (
     "test images of prior samples and of reconstructions; dotted, of as many training images."
 )
 
+HEAT_MAP_CAPTION = (
+    "Mean on test data and half width of its 95 % t interval over seeds. Framed: lowest mean on "
+    "validation data, of cells with all seeds. A dash: no run has finished."
+)
+
 
 def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity.
@@ -158,32 +163,26 @@ def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
 
     metric, keys = frames.compared(frame), [rows, columns]
     means = frames.along_axis(frame, keys, [metric])
-    halves, places = means[f"{metric}±"], tables.decimals(metric)
-    texts = [tables.pair(m, h, places) for m, h in zip(means[metric], halves, strict=True)]
-    means["text"] = [text.replace(" ± ", "\n± ") for text in texts]
-    order = {key: frame[key].unique() for key in keys}
-    for key in filter(lambda key: frames.is_numeric(frame[key]), keys):
-        order[key].sort()
-    shown, written = (
-        means.pivot(index=rows, columns=columns, values=values).reindex(
-            order[rows], columns=order[columns]
-        )
-        for values in (metric, "text")
+    means["text"] = tables.cells(means)[metric].str.replace(" ± ", "\n± ")
+    down, across = (frames.along_axis(frame, key, [])[key].tolist() for key in keys)
+    values, texts = (
+        means.pivot(index=rows, columns=columns, values=name).reindex(down, columns=across)
+        for name in (metric, "text")
     )
     low, middle, high = means[metric].quantile([0, 0.5, 1])
     top = min(high, low + 3 * (middle - low))  # a cell far off would flatten all others
-    figure, panel = canvas(0.9 * shown.shape[1] + 2.5, 0.55 * shown.shape[0] + 1.2)
+    figure, panel = canvas(0.9 * len(across) + 2.5, max(2.5, 0.55 * len(down) + 1.2))
+    ticks = {"xticklabels": [*map(tables.plain, across)]}
+    ticks["yticklabels"] = [*map(tables.plain, down)]
     bar = {"label": label(metric), "extend": "max" if top < high else "neither"}
-    look = {"vmin": low, "vmax": top, "cmap": "cividis_r", "linewidths": 0.5, "cbar_kws": bar}
-    sns.heatmap(shown, ax=panel, annot=written, fmt="", annot_kws={"fontsize": 9}, **look)
-    for i, j in np.argwhere(shown.isna().to_numpy()):
+    look = {"cmap": "cividis_r", "vmin": low, "vmax": top, "linewidths": 0.5, "cbar_kws": bar}
+    sns.heatmap(values, ax=panel, annot=texts, fmt="", annot_kws={"fontsize": 9}, **ticks, **look)
+    for i, j in np.argwhere(values.isna().to_numpy()):
         panel.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=GREY)
     best = frames.best_value(frames.complete(frame, keys), keys)
-    j, i = (
-        list(order[key]).index(value) for key, value in zip(keys[::-1], best[::-1], strict=True)
-    )
-    frame_x, frame_y = [j, j + 1, j + 1, j, j], [i, i, i + 1, i + 1, i]
-    panel.plot(frame_x, frame_y, color=COLORS[1], lw=3, clip_on=False, zorder=3)
+    i, j = down.index(best[0]), across.index(best[1])
+    border = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) + (j, i)
+    panel.plot(*border.T, color=COLORS[1], lw=3, clip_on=False, zorder=3)
     panel.set(xlabel=label(columns), ylabel=label(rows))
     panel.tick_params(axis="y", rotation=0)
     return figure
