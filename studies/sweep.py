@@ -21,7 +21,15 @@ from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.answers import over, plus_minus
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import SETTINGS, Common, Options, option_value, setting_options, text
+from studies.runner.options import (
+    NAMED,
+    SETTINGS,
+    Common,
+    Options,
+    option_value,
+    setting_options,
+    text,
+)
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, with_named
 
 if TYPE_CHECKING:
@@ -55,14 +63,16 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
     """
     swept, words = list[Axis](), list[str]()
     for address, values in axes.items():
-        if address == "seed":
-            raise UserError("axis 'seed': seeds are repetitions; give --seeds N")
-        words += ["--axis", f"{address}={','.join(text(v).replace(',', 'x') for v in values)}"]
+        if address in ("seed", *NAMED):
+            give = "--seeds N" if address == "seed" else "the name of one term or option"
+            raise UserError(f"axis {address!r}: give {give} instead")
+        given = Axis(address, values).values
+        words += ["--axis", f"{address}={','.join(text(v).replace(',', 'x') for v in given)}"]
         if address == "model":
-            values = [registry.load(value, "network") for value in values]
-        swept.append(axis := Axis(registry.load(address, "term"), values))
-        if len(set(axis.values)) < len(values):
+            given = tuple(registry.load(value, "network") for value in given)
+        if len(set(given)) < len(given):
             raise UserError(f"axis {address!r}: give every value once")
+        swept.append(Axis(registry.load(address, "term"), given))
     names = [axis.name for axis in swept]
     if len(set(names)) < len(axes) or len(axes) not in (1, 2):
         raise UserError(f"axes {', '.join(names) or 'none'}: give one, or two of different names")
@@ -70,13 +80,15 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
 
     def apply(config: RunConfig, value: object, data: Source) -> RunConfig:
         try:
-            return _set(config, axis.name, value, names)
+            return _set(config, axis.name, value, group)
         except UserError as error:
-            first = f"{group}={text(config.named()[group])}, " if group else ""
-            raise UserError(f"{first}{axis.name}={text(value)}: {error}") from None
+            if not group:
+                raise
+            point = f"{group}={text(config.named()[group])}, {axis.name}={text(value)}: "
+            raise UserError(f"{point}{error}") from None
 
     def groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-        return {text(v): vars(_set(base, group, v, names)) for v in swept[0].values if group}
+        return {text(v): vars(_set(base, group, v)) for v in swept[0].values if group}
 
     return Study(
         name=re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([NAME, *names])),
@@ -93,8 +105,8 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
     )
 
 
-def _set(config: RunConfig, name: str, value: object, axes: Sequence[str]) -> RunConfig:
-    if name == "latent" and value == "deterministic" and "kl_weight" not in axes:
+def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunConfig:
+    if name == "latent" and value == "deterministic" and earlier != "kl_weight":
         config = config.replace(kl_weight=0.0)  # the default of such a latent
     if name in ("hidden", "channels") and name not in registry.NETWORKS[config.model].settings:
         model = "mlp" if name == "hidden" else "conv"
@@ -124,7 +136,7 @@ def _figures(axis: str, group: str) -> dict[str, Any]:
 
 def notes(counts: Mapping[str, int], seeds: float) -> list[str]:
     """Return sentences on what axes with so many values, and so many seeds, cannot answer."""
-    single = [f"{name} has one value: nothing to compare." for name, n in counts.items() if n == 1]
+    single = [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
     return single + ["One seed: no spread is known; give --seeds 3."] * (seeds == 1)
 
 
@@ -135,6 +147,7 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     frame = frames.complete(frame, keys)
     means = frames.along_axis(frame, keys, [metric, val])
     best = means.loc[means[val].idxmin()]
+    seeds = int(best["seeds"])
     runs = frame.groupby(keys)
 
     def is_equal(row: pd.Series) -> bool:
@@ -147,15 +160,18 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     what = "combinations" if len(keys) > 1 else "values"
     sentences = [
         f"{_point(best[keys])} has the lowest validation {metric} of {len(means)} {what}: "
-        f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(best['seeds'])})"
-        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (best["seeds"] > 1)
+        f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(seeds)})"
+        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (seeds > 1)
         + "."
     ]
     if len(keys) > 1:
         lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
-        each = [f"{_point(row[keys])} ({plus_minus(row, val)})" for _, row in lowest.iterrows()]
+        each = [
+            f"{_point(row[keys[:1]])}: {tables.plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
+            for _, row in lowest.iterrows()
+        ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
-    sentences += notes(frame[keys].nunique().to_dict(), best["seeds"])
+    sentences += notes(frame[keys].nunique().to_dict(), seeds)
     if metric == "loss" or {"likelihood", "binarization"}.intersection(keys):
         sentences.append(f"Where an axis changes objective or data, {metric} does not rank runs.")
     return " ".join(sentences)
@@ -199,7 +215,7 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
 
 def _kind(name: str, network: str) -> type | None:
     """Return the type of an axis's values; None for an option, unless its default is a tuple."""
-    if name in SETTINGS:
+    if name in SETTINGS and name not in NAMED:
         return type(getattr(RunConfig(), name))
     if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
         return float

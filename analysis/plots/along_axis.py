@@ -256,7 +256,7 @@ def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
     if axis != "kl_weight" or zero.empty or rest.empty:
         return
     span = rest.max() - rest.min()
-    if zero.mean() > rest.max() + span:
+    if span and zero.mean() > rest.max() + span:
         panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
         note(panel, f"kl_weight = 0: {zero.mean():.3g}, above")
 
