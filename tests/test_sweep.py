@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import frames, plots
@@ -231,17 +231,21 @@ def test_one_seed_and_one_value_are_noted_before_anything_trains(capsys, tmp_pat
     assert "One " not in capsys.readouterr().out
 
 
-# --- trained ------------------------------------------------------------------------------------
+# --- answers and figures ------------------------------------------------------------------------
+
+KEYS = ["learning_rate", "kl_weight"]
 
 
 @pytest.fixture(scope="module")
-def grid(empty_database, tmp_path_factory, tiny):
-    """Train a small grid once; return its outcome and its frame."""
-    folder = tmp_path_factory.mktemp("grid")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    line = "--axis learning_rate=1e-3,1e-2,1e3 --axis kl_weight=0,0.1,1 --seeds 2"
-    outcome = trained(line, folder, tiny)
-    return outcome, frames.load_study(outcome.plan.name, "", f"sqlite:///{folder}/mlflow.db")
+def grid(finished):
+    """Return a frame of three learning rates and three weights, two seeds each, best in between."""
+    frame = frames.load_study("kl_weight", "digits", finished.tracking_uri)
+    draw, parts = np.random.default_rng(0), []
+    for rate, more in ((1e-4, 5.0), (1e-3, -2.0), (1e-2, 1.0)):
+        noise = draw.normal(0, 1, len(frame)) + more
+        changed = {name: frame[name] + noise for name in ("neg_elbo", "val/neg_elbo")}
+        parts.append(frame.assign(learning_rate=rate, **changed))
+    return pd.concat(parts, ignore_index=True)
 
 
 def cell_texts(figure):
@@ -250,114 +254,141 @@ def cell_texts(figure):
 
 
 def test_the_heat_map_has_the_means_of_the_frame_and_frames_the_best(grid):
-    frame = grid[1]
-    figure = plots.heat_map(frame, "learning_rate", "kl_weight")
-    cells = frame.groupby(["learning_rate", "kl_weight"])["neg_elbo"]
+    figure = plots.heat_map(grid, *KEYS)
+    cells = grid.groupby(KEYS)["neg_elbo"]
     expected = [f"{cell.mean():.2f} ± {frames.half_width(cell):.2f}" for _, cell in cells]
     assert cell_texts(figure) == expected
-    colours = figure.axes[0].collections[0].get_array()
-    np.testing.assert_allclose(np.ravel(colours), cells.mean())
-    rates, weights = sorted(set(frame["learning_rate"])), sorted(set(frame["kl_weight"]))
-    best = frame.groupby(["learning_rate", "kl_weight"])["val/neg_elbo"].mean().idxmin()
-    corner = figure.axes[0].get_lines()[0].get_xydata().min(0)
-    assert corner.tolist() == [weights.index(best[1]), rates.index(best[0])]
-    assert figure.axes[1].get_ylabel() == "neg_elbo (nats / image)"
+    panel, bar = figure.axes
+    np.testing.assert_allclose(np.ravel(panel.collections[0].get_array()), cells.mean())
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["0", "0.02", "1"]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["0.0001", "0.001", "0.01"]
+    best = grid.groupby(KEYS)["val/neg_elbo"].mean().idxmin()
+    place = [(0, 0.02, 1).index(best[1]), (1e-4, 1e-3, 1e-2).index(best[0])]
+    assert panel.get_lines()[0].get_xydata().min(0).tolist() == place
+    assert bar.get_ylabel() == "neg_elbo (nats / image)"
 
 
 def test_a_cell_without_a_run_is_empty_and_one_that_lost_a_seed_is_not_the_best(grid):
-    frame = grid[1]
-    best = frames.best_value(frame, ["learning_rate", "kl_weight"])
-    of_best = (frame["learning_rate"] == best[0]) & (frame["kl_weight"] == best[1])
-    figure = plots.heat_map(frame[~of_best], "learning_rate", "kl_weight")
+    best = grid["val/neg_elbo"].groupby([grid[key] for key in KEYS]).mean().idxmin()
+    of_best = (grid[KEYS] == list(best)).all(axis=1)
+    figure = plots.heat_map(grid[~of_best], *KEYS)
     assert cell_texts(figure).count("–") == 1
-    lost = frame.drop(frame[of_best].index[0])
-    marked = plots.heat_map(lost, "learning_rate", "kl_weight").axes[0].get_lines()[0]
-    other = plots.heat_map(frame, "learning_rate", "kl_weight").axes[0].get_lines()[0]
-    assert marked.get_xydata().tolist() != other.get_xydata().tolist()
+    first, second = (
+        plots.heat_map(frame, *KEYS).axes[0].get_lines()[0].get_xydata()
+        for frame in (grid, grid.drop(grid[of_best].index[0]))
+    )
+    assert first.tolist() != second.tolist()
+    answer = sweep.best_point(grid.drop(grid[of_best].index[0]), KEYS)
+    assert "of 8 combinations" in answer
+
+
+def test_names_keep_their_order_in_the_heat_map_and_one_cell_is_drawn(grid):
+    made = grid.assign(sigma=np.where(grid["kl_weight"] == 1, "optimal", "fixed"))
+    panel = plots.heat_map(made[::-1], "learning_rate", "sigma").axes[0]
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["optimal", "fixed"]
+    assert len(cell_texts(plots.heat_map(grid[:1], *KEYS))) == 1
 
 
 def test_a_cell_far_off_does_not_flatten_the_colours(grid):
-    made = grid[1].copy()
+    made = grid.copy()
     made.loc[made["kl_weight"] == 0, "neg_elbo"] += 1e6
-    mesh = plots.heat_map(made, "learning_rate", "kl_weight").axes[0].collections[0]
+    mesh = plots.heat_map(made, *KEYS).axes[0].collections[0]
     assert mesh.get_clim()[1] < 1e5
 
 
 def test_the_answer_has_the_best_of_the_second_axis_for_each_value_of_the_first(grid):
-    outcome, frame = grid
-    means = frame.groupby(["learning_rate", "kl_weight"])["val/neg_elbo"]
-    table = means.agg(["mean", frames.half_width]).reset_index()
+    answer = sweep.best_point(grid, KEYS)
+    table = grid.groupby(KEYS)["val/neg_elbo"].agg(["mean", frames.half_width]).reset_index()
     best = table.loc[table["mean"].idxmin()]
-    first = f"learning_rate = {best.learning_rate:g}, kl_weight = {best.kl_weight:g} has the lowest"
-    assert outcome.answer.startswith(f"{first} validation neg_elbo of 6 combinations: ")
+    assert answer.startswith(
+        f"learning_rate = {best.learning_rate:g}, kl_weight = {best.kl_weight:g} has the lowest "
+        f"validation neg_elbo of 9 combinations: {best['mean']:.2f} ± {best.half_width:.2f} nats / "
+    )
     each = table.loc[table.groupby("learning_rate")["mean"].idxmin()]
     written = "; ".join(
         f"learning_rate = {row.learning_rate:g}: {row.kl_weight:g} "
         f"({row['mean']:.2f} ± {row.half_width:.2f})"
         for _, row in each.iterrows()
     )
-    assert f"The best kl_weight for each learning_rate: {written}." in outcome.answer
-    assert "Diverged and not ranked, 6 in number: learning_rate=1000.0, kl_weight=0" in (
-        outcome.answer
-    )
-    page = (outcome.folder / "report.html").read_text()
-    assert all((outcome.folder / f"figures/{name}.png").exists() for name in ("heat_map",))
-    assert "Framed: lowest mean on validation data" in page
-    assert "python -m studies.sweep --axis learning_rate=0.001,0.01,1000.0 --axis" in page
+    assert f"The best kl_weight for each learning_rate: {written}." in answer
+    assert "One " not in answer
 
 
 def test_points_that_cannot_be_distinguished_are_those_of_the_paired_interval(grid):
-    frame = grid[1]
-    keys = ["learning_rate", "kl_weight"]
-    points = dict(list(frame.groupby(keys)))
-    best = frame.groupby(keys)["val/neg_elbo"].mean().idxmin()
-    equal = {
-        place
+    frame = grid[grid["learning_rate"] > 1e-4]
+    points, metric = dict(list(frame.groupby(KEYS))), "val/neg_elbo"
+    best = frame.groupby(KEYS)[metric].mean().idxmin()
+    gaps = {
+        place: frames.paired_difference(runs, points[best], metric)
         for place, runs in points.items()
-        if place != best
-        and not frames.paired_difference(runs, points[best], "val/neg_elbo").distinguishable
     }
-    answer = sweep.best_point(frame, keys)
-    found = re.search("not distinguishable from it: (.*?)[.] The best", answer)[1]
-    named = re.findall(r"learning_rate = ([\d.]+), kl_weight = ([\d.]+)", found)
+    equal = {place for place, gap in gaps.items() if place != best and not gap.distinguishable}
+    assert equal
+    found = re.search(
+        "not distinguishable from it: (.*?)[.] The best", sweep.best_point(frame, KEYS)
+    )
+    named = re.findall(r"learning_rate = ([\d.]+), kl_weight = ([\d.]+)", found[1])
     assert {tuple(map(float, place)) for place in named} == equal
-    alone = sweep.best_point(frame[frame["seed"] == 0], keys)
+    alone = sweep.best_point(frame[frame["seed"] == 0], KEYS)
     assert "distinguishable" not in alone
     assert "One seed: no spread is known; give --seeds 3." in alone
-    one = sweep.best_point(frame[frame["learning_rate"] == 0.01], ["learning_rate"])
-    assert "One value of learning_rate: nothing to compare." in one
 
 
-def test_the_weight_of_a_term_is_swept_grows_and_is_loaded(file, tracking_uri, tmp_path, tiny):
-    line = f"--term {file}:pull=1 --seeds 1 --axis pull="
-    first = trained(line + "0", tmp_path, tiny)
-    assert "One value of pull: nothing to compare. One seed: no spread" in first.answer
+def test_one_axis_is_answered_by_value_and_a_single_value_is_noted(grid):
+    frame = grid[grid["kl_weight"] == 0.02]
+    best = frames.best_value(frame, "learning_rate")
+    answer = sweep.best_point(frame, ["learning_rate"])
+    assert answer.startswith(f"learning_rate = {best:g} has the lowest validation neg_elbo of 3 v")
+    one = sweep.best_point(frame[frame["learning_rate"] == best], ["learning_rate"])
+    assert one.endswith(" One value of learning_rate: nothing to compare.")
+
+
+def test_figures_of_runs_without_rate_or_neg_elbo_show_what_there_is(grid):
+    lacking = [name for name in grid if re.search("rate$|neg_elbo|distortion|^kl/", name)]
+    frame = grid.drop(columns=set(lacking) - {"learning_rate"})
+    for study in (sweep.sweep({"kl_weight": (0, 1)}), sweep.sweep(dict.fromkeys(KEYS, (0, 1)))):
+        for draw, _ in study.figures.values():
+            assert draw(frame).axes
+    figure = plots.metrics_along_axis(frame, "kl_weight")
+    assert figure.axes[0].get_ylabel() == "loss"
+    assert "no run has a rate" in figure.axes[2].texts[0].get_text()
+    bar = plots.heat_map(frame, *KEYS).axes[1]
+    assert bar.get_ylabel() == "loss"
+    answer = sweep.best_point(frame, KEYS)
+    assert "has the lowest validation loss of 9 combinations: " in answer
+    assert answer.endswith("Where an axis changes objective or data, loss does not rank runs.")
+
+
+# --- trained ------------------------------------------------------------------------------------
+
+
+def test_a_grid_with_a_term_of_a_file_grows_and_is_reported(file, tracking_uri, tmp_path, tiny):
+    line = f"--term {file}:pull=1 --seeds 1 --axis pull=%s --axis learning_rate=%s"
+    first = trained(line % ("0", "1e-2"), tmp_path, tiny)
+    assert "One value of pull: nothing to compare. One value of learning_rate:" in first.answer
     before = {run.run_id for run in connect(tracking_uri).runs(first.plan.experiment, role="run")}
-    second = trained(line + "0,0.2,100", tmp_path, tiny)
-    assert second.table["pull"].tolist() == [0, 0.2, 100]
-    assert "term/pull" in second.table
-    assert second.answer.startswith("pull = ")
+    second = trained(line % ("0,100", "1e-3,1e-2"), tmp_path, tiny)
+    assert second.table[["pull", "learning_rate"]].to_numpy().tolist() == [
+        *([0, 1e-3], [0, 1e-2], [100, 1e-3], [100, 1e-2]),
+    ]
+    assert second.table["term/pull"].notna().all()
     runs = connect(tracking_uri).runs(first.plan.experiment, role="run")
     assert before < {run.run_id for run in runs}
-    assert len(runs) == 3
-    assert [load_run(run.run_id, tracking_uri).config.terms for run in runs] == [
-        {"pull": 0.0}, {"pull": 0.2}, {"pull": 100.0},
-    ]  # fmt: skip
+    assert len(runs) == 4
+    assert runs[3].name == "pull=100.0, learning_rate=0.01 seed=0"
+    assert load_run(runs[3].run_id, tracking_uri).config.terms == {"pull": 100.0}
     figures = sorted(path.stem for path in (second.folder / "figures").iterdir())
-    assert figures == [
-        *("kl_per_latent", "metrics_along_axis", "quality_along_axis", "rate_distortion")
-    ]
+    assert {"heat_map", "metrics_along_axis", "rate_distortion"} <= {*figures}
+    page = (second.folder / "report.html").read_text()
+    assert "Framed: lowest mean on validation data" in page
+    assert f"python -m studies.sweep --axis {file}:pull=0.0,100.0 --axis" in page
 
 
 def test_runs_without_neg_elbo_are_compared_by_loss(tracking_uri, tmp_path, tiny):
-    both = trained("--axis latent=stochastic,deterministic --seeds 2", tmp_path, tiny)
+    both = trained("--axis latent=stochastic,deterministic --seeds 1", tmp_path, tiny)
     assert {"val/loss", "best/val/loss", "loss"} <= {*both.table.columns}
     assert "has the lowest validation loss of 2 values: 0." in both.answer
-    assert "loss does not rank runs" in both.answer
-    line = "--axis likelihood=gaussian,bernoulli --axis latent=deterministic --seeds 1"
-    neither = trained(line, tmp_path, tiny)
-    assert "of 2 combinations" in neither.answer
-    assert (neither.folder / "figures" / "rate_distortion.png").exists()
+    assert len(list((both.folder / "figures").iterdir())) == 4
 
 
 @pytest.mark.slow
