@@ -327,7 +327,8 @@ def make_plan(study: Study, options: Options[Any], images: Dataset | None = None
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    groups = f" x {len(points) // len(values)} groups" if study.group else ""
+    kind = f"values of {study.group}" if study.start else "groups"
+    groups = f" x {len(points) // len(values)} {kind}" if study.group else ""
     start = study.start or start_words(study.name)
     epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     return Plan(
