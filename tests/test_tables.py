@@ -402,7 +402,19 @@ def test_training_reaches_the_optimum_of_a_table():
     assert abs(metrics["gap_to_linear"]) < 10
 
 
-# --- a user's network, and stacks -----------------------------------------------------------------
+# --- networks, and stacks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RunConfig(hidden=(8,)), RunConfig(sigma="learned"), LINEAR])
+def test_the_written_gradient_is_that_of_autograd(table, monkeypatch, config):
+    config = config.replace(epochs=2, batch_size=16, latent_size=2)
+    found = []
+    for covered in (True, False):
+        if not covered:
+            monkeypatch.setattr("harness.training.step.covers", lambda *_: False)
+        *_, record = train([config], table, device="cpu", dtype=torch.float64)
+        found.append({name: value.item() for name, value in record.val.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-9, nan_ok=True)
 
 
 def test_a_users_network_is_given_the_number_of_columns(registered, table, together):
@@ -443,8 +455,9 @@ def test_a_study_of_a_table_and_its_replay(empty_database, tmp_path, monkeypatch
     assert {file.name for file in (folder / "pictures").iterdir()} == {"latents.png"}
     summary = json.loads((folder / "summary.json").read_text())
     assert str(tmp_path) not in summary["command"]
-    assert "12 test rows" not in summary["answer"]
-    assert "Posterior means of 6 test rows" in summary["pictures"][0]["caption"]
+    captions = [exhibit["caption"] for exhibit in summary["figures"] + summary["pictures"]]
+    assert "Posterior means of 6 test rows" in captions[-1]
+    assert not [text for text in [*captions, summary["answer"]] if "image" in text]
 
     # The printed command, typed beside the file, continues the study: nothing is left to train.
     _, _, page, *words = shlex.split(summary["command"])
