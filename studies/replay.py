@@ -93,7 +93,10 @@ def load(record: Record, data_dir: Path) -> Dataset:
         given = then.get("options", {})
         if kind == "folder":  # runs of an earlier version have no options
             given = given or {"image_size": then["image_shape"][1:]}
-        data = harness.load_dataset(f"{kind}:{data_dir}", **given)
+        try:
+            data = harness.load_dataset(f"{kind}:{data_dir}", **given)
+        except UserError as error:
+            raise UserError(f"{error} (--data-dir {data_dir})") from None
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:

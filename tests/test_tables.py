@@ -8,6 +8,7 @@ import shutil
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from harness.metrics.quality import measure_quality
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
 from harness.objective import with_decoder_variance
+from harness.provenance import dataset
 from harness.training.engine import check_runs
 from studies import replay
 
@@ -477,6 +479,15 @@ def test_a_study_of_a_table_and_its_replay(empty_database, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         replay.main([run.run_id, "--tracking-uri", uri, "--data-dir", "my flowers.csv"])
     assert "is not the dataset of run" in capsys.readouterr().err
+
+
+def test_a_record_without_a_label_is_read_without(tmp_path):
+    path = put(tmp_path, text([row[:4] for row in ROWS], NAMES))
+    stored = {"dataset": dataset(read_table(path))}
+    record = SimpleNamespace(made_with=json.loads(json.dumps(stored)), run_id="1")
+    assert replay.load(record, path).digest == stored["dataset"]["digest"]
+    with pytest.raises(UserError, match=r"there is no such file; .* \(--data-dir none.csv\)"):
+        replay.load(record, Path("none.csv"))
 
 
 def runs_of(uri: str) -> list:
