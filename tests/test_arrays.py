@@ -150,7 +150,7 @@ REFUSED = {
     "infinite": (np.where(GREY[7, 1, 2] == GREY, np.inf, 0.5), r"has inf at \[\d, \d\]"),
     "constant": (np.ones((60, 4)), "column '0' is constant in the training rows"),
     "the same": (np.zeros((60, 5, 7), np.uint8), "all training images are the same"),
-    "few": (GREY[:9], "9 images: give 20"),
+    "few": (GREY[:9], "9 images or rows: give 20"),
     "scalar": (np.float64(3), "its shape is ()"),
 }
 
@@ -216,7 +216,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path):
             load_dataset(name, label=str(tmp_path / "labels.npy"))
     with pytest.raises(UserError, match="--label none.npy: there is no such file"):
         load_dataset(name, label="none.npy")
-    with pytest.raises(UserError, match="only table:FILE and array:FILE"):
+    with pytest.raises(UserError, match="only table:PATH and array:PATH"):
         load_dataset("digits", label="labels.npy")
 
 

@@ -19,6 +19,13 @@ UNITS = {
     "kl_warmup_epochs": "epochs",
 }
 
+# What is said of images, and of the rows and standardised columns of a table.
+OF_TABLES = {
+    **{"pixel²": "std²", "nats / image": "nats / row", "image and": "row and"},
+    **{f"{part} images": f"{part} rows" for part in ("test", "training", "of")},
+    "images without": "rows without",
+}
+
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
@@ -28,6 +35,13 @@ def label(name: str) -> str:
     """Return the label of a setting or metric: its name, and its unit if it has one."""
     unit = UNITS.get(name.rpartition("/")[2])
     return f"{name} ({unit})" if unit else name
+
+
+def of_a_table(text: str) -> str:
+    """Return a text about images as one about the rows and columns of a table."""
+    for phrase, other in OF_TABLES.items():
+        text = text.replace(phrase, other)
+    return text
 
 
 def canvas(
@@ -53,6 +67,13 @@ def note(panel: Axes, text: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the lines behind it
     look: dict[str, Any] = {"ha": "right", "va": "top", "color": GREY, "bbox": box}
     panel.text(0.99, 0.99, text, transform=panel.transAxes, **look)
+
+
+def empty_figure(reason: str) -> Figure:
+    """Return a figure of a reason alone."""
+    figure, panel = canvas(8, 1)
+    empty_panel(panel, reason)
+    return figure
 
 
 def empty_panel(panel: Axes, reason: str) -> None:

@@ -23,6 +23,7 @@ from harness.streams import generator
 PARTS = ("train", "val", "test")
 SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
 LEAST = 20  # images that can be split
+FARTHEST = 1e6  # standard deviations of a table's value from the mean: of its square, 1e12
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 CHUNK = 2**23  # values that are read at once: 64 MiB of float64
 
@@ -176,6 +177,7 @@ class Dataset:
         parts, known = split_rows(len(values), rows), None
         if values.dtype == torch.float64:
             known, largest = _columns(Split(values, classes, 1).rows(parts[0]).images, columns), 1
+            _check_range(values, known)
             values = (
                 replace(values, columns=known)
                 if isinstance(values, Mapped)
@@ -310,6 +312,14 @@ def _columns(train: Tensor | Mapped, names: Sequence[str]) -> Columns:
     return Columns(tuple(names), tuple(mean.tolist()), tuple(std.tolist()))
 
 
+def _check_range(values: Tensor | Mapped, columns: Columns) -> None:
+    each = [columns.standardized(some).abs().amax(0) for some in in_chunks(values)]
+    for name, distance in zip(columns.names, torch.stack(each).amax(0).tolist(), strict=True):
+        if not distance < FARTHEST:  # NaN too
+            given = f"column {name!r} has a value {distance:.3g} standard deviations from the mean"
+            raise UserError(f"{given} of the training rows: correct it, or leave out its row")
+
+
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     """Return images, as `Dataset.from_tensors` takes them, as uint8 of shape (N, C, H, W)."""
     if not 1 <= largest <= 255:
@@ -362,7 +372,7 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     missing = [part for part in PARTS if part not in rows]
     count = len(rows["train"])
     if missing and count < LEAST:
-        raise UserError(f"{count} images: give {LEAST} to split, or give every part")
+        raise UserError(f"{count} images or rows: give {LEAST} to split, or give every part")
     for part in missing:
         rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
     return [rows[part] for part in PARTS]

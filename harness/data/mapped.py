@@ -137,7 +137,7 @@ def laid_out(array: np.ndarray) -> np.ndarray:
     if array.ndim == 4 and array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
     known = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype
-    return np.require(array, np.dtype(known).newbyteorder("="), "CW")  # a copy, if of a file
+    return np.require(array, np.dtype(known).newbyteorder("="), ["C", "W"])  # a copy, if of a file
 
 
 def as_rows(array: np.ndarray) -> Tensor:

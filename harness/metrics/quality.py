@@ -33,7 +33,8 @@ def measure_quality(
         )
         for kind, binarized in as_measured(runs, data).items()
     }
-    log.info("measuring finished runs (log-likelihood, Fréchet distances, probes)")
+    distances = "Fréchet distances, " if data.is_image else ""
+    log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
     return on_all_cores(_measured, (known,), runs, runs[0][1].device)
 
 

@@ -153,8 +153,10 @@ class VAE(nn.Module):
     def _pixels(self, images: Tensor) -> Tensor:
         shape, kind = tuple(images.shape), images.dtype
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
-            wanted = ", ".join(map(str, self.data_shape))
-            raise UserError(f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})")
+            sizes = dict.fromkeys([", ".join(map(str, self.data_shape)), str(self.pixels)])
+            what = "images" if self.columns is None else "rows"
+            wanted = " or ".join(f"(B, {size})" for size in sizes)
+            raise UserError(f"{what} of shape {shape}: give {wanted}")
         if self.columns is not None:
             x = self.columns.standardized(images.to(self.device))
             if not x.isfinite().all():

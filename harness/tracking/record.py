@@ -15,6 +15,7 @@ from harness import objective as objectives
 from harness import provenance, registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
+from harness.data.load import is_named
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
@@ -298,7 +299,8 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
     experiment_id = store.experiment(experiment, question)
 
     def start(run: Planned) -> RunLog:
-        tags = run.tags | {NOTE: description(run.key, store.uri)}
+        note = description(run.key, store.uri, run.params.get("dataset", ""))
+        tags = run.tags | {NOTE: note}
         try:
             return store.start(experiment_id, run.key, run.name, tags, run.params)
         except BaseException as error:  # it may have been created
@@ -310,11 +312,17 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
     return start
 
 
-def description(key: str, tracking_uri: str) -> str:
-    """Return the Markdown on a run's page: the command that repeats it, without a data folder."""
+def description(key: str, tracking_uri: str, dataset: str) -> str:
+    """Return the Markdown on a run's page: the command that repeats it, without a data folder.
+
+    A dataset of tensors is given in Python alone, so that the command is a call.
+    """
+    known, elsewhere = without_password(tracking_uri), tracking_uri != default_tracking()
     command = f"python -m studies.replay {key}"
-    if tracking_uri != default_tracking():
-        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
+    if not is_named(dataset):
+        given = f"{key!r}, DATA" + f", tracking_uri={known!r}" * elsewhere
+        command = f"studies.replay.replay({given})  # DATA: dataset {dataset!r}"
     return f"Train it again from its record and compare every metric:\n\n    {command}"
 
 

@@ -292,7 +292,8 @@ def check_runs(
             raise UserError(f"{name}: runs that are trained together must agree; given {given}")
     for config in configs:
         if (size := config.batch_size) > (images := len(data.train)):
-            raise UserError(f"batch_size={size}: {data.name} has {images} training images")
+            what = "images" if data.columns is None else "rows"
+            raise UserError(f"batch_size={size}: {data.name} has {images} training {what}")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")

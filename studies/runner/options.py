@@ -67,8 +67,8 @@ class Common(Places):
     """Options of every command line that trains configurations of the user.
 
     Attributes:
-        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, your
-            images in PATH/CLASS/ or in PATH.
+        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, folder:PATH, your
+            images in PATH/CLASS/ or in PATH, or table:FILE, the columns of a CSV or Parquet file.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
         label: column of a table that holds the class of each row.
@@ -238,17 +238,22 @@ def words(value: object) -> list[str]:
     return [text(part) for part in value] if isinstance(value, tuple) else [str(value)]
 
 
-def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
-    """Return the command line that gives options, but for those left out."""
+def chosen(options: Places, left_out: Container[str] = ()) -> dict[str, Any]:
+    """Return the options and settings that are given, but for those left out, by name."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     defaults = {f.name: f.default for f in fields(options)}
+    both = {**given.pop("settings", {}), **given}
+    return {k: v for k, v in both.items() if k not in left_out and v != defaults.get(k)}
+
+
+def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
+    """Return the command line that gives options, but for those left out."""
     line = []
-    for name, value in {**given.pop("settings", {}), **given}.items():
-        if name not in left_out and value != defaults.get(name):
-            option = f"--{REPEATED.get(name, name).replace('_', '-')}"
-            given_words = [] if value is True else words(value)
-            if name in REPEATED:
-                line += [word for pair in given_words for word in (option, pair)]
-            else:
-                line += [option, *given_words]
+    for name, value in chosen(options, left_out).items():
+        option = f"--{REPEATED.get(name, name).replace('_', '-')}"
+        given_words = [] if value is True else words(value)
+        if name in REPEATED:
+            line += [word for pair in given_words for word in (option, pair)]
+        else:
+            line += [option, *given_words]
     return line

@@ -88,9 +88,9 @@ def test_the_page_of_a_run_has_the_command_that_repeats_it(store, tiny, tracking
 
 
 def test_the_command_names_no_password_and_no_default_store():
-    text = record.description("abc", "https://me:secret@host:5000")
+    text = record.description("abc", "https://me:secret@host:5000", "digits")
     assert text.endswith("python -m studies.replay abc --tracking-uri https://host:5000")
-    default = record.description("abc", addresses.default_tracking())
+    default = record.description("abc", addresses.default_tracking(), "digits")
     assert default.endswith("python -m studies.replay abc")
 
 
