@@ -276,6 +276,15 @@ def test_every_model_and_its_quality_have_the_same_bits_from_a_file(model, large
     assert found[0] == found[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["grey", "table"])
+def test_a_stack_on_a_gpu_reads_the_file(kind, large, tmp_path):
+    sets = both(tmp_path, ARRAYS[kind])
+    for ours, theirs in zip(*(train(RUNS, data, "cuda") for data in sets), strict=True):
+        for name, values in ours.val.items():
+            np.testing.assert_allclose(values, theirs.val[name], rtol=1e-4, atol=1e-5)
+
+
 def test_worker_processes_read_the_file(large, tmp_path):
     torch.set_num_threads(2)
     in_memory, from_file = both(tmp_path, GREY)
