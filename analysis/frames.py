@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 import numpy as np
@@ -191,9 +191,29 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> object:
-    """Return the axis value with the lowest mean of a metric; chosen on validation data."""
-    return frame.groupby(axis)[metric].mean().idxmin()
+def compared(frame: pd.DataFrame) -> str:
+    """Return the metric by which runs are compared: `neg_elbo` if all have it, else `loss`."""
+    lacking = "neg_elbo" not in frame or frame["neg_elbo"].isna().any()
+    return "loss" if lacking and "loss" in frame else "neg_elbo"
+
+
+def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Return the runs of the points that have the most seeds; others are not ranked."""
+    seeds = frame.groupby(keys)["seed"].transform("size")
+    return frame[seeds == seeds.max()]
+
+
+def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
+    """Return the runs that have some metrics; deterministic latents have no rate, for example."""
+    return frame.dropna(subset=[*metrics]) if {*metrics} <= {*frame} else frame[:0]
+
+
+def best_value(frame: pd.DataFrame, axis: str | list[str], metric: str = "") -> Any:  # noqa: ANN401
+    """Return the axis value with the lowest mean of a metric; chosen on validation data.
+
+    The metric is `val/neg_elbo`, or `val/loss` where not all runs have it, unless it is given.
+    """
+    return frame.groupby(axis)[metric or f"val/{compared(frame)}"].mean().idxmin()
 
 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:

@@ -217,17 +217,18 @@ def source(kind: Kind, name: str) -> str:
     return text if text.endswith("\n") or not text else f"{text}\n"  # as linecache reads a file
 
 
-def options_of(function: Callable[..., Any] | str) -> list[str] | None:
-    """Return the options of a network or a term, its parameters with a name alone or a default.
+def options_of(function: Callable[..., Any] | str) -> dict[str, Any] | None:
+    """Return the options of a network or a term, parameters with a name alone or a default, and it.
 
     None if it takes any. A built-in network has none: its options are fields of `RunConfig`.
     """
     if isinstance(function, str):
-        return []
+        return {}
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    return {p.name: p.default for p in named}
 
 
 def digest(text: str) -> str:

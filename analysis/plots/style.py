@@ -69,6 +69,13 @@ def note(panel: Axes, text: str) -> None:
     panel.text(0.99, 0.99, text, transform=panel.transAxes, **look)
 
 
+def empty_figure(reason: str) -> Figure:
+    """Return a figure of a reason alone."""
+    figure, panel = canvas(8, 1)
+    empty_panel(panel, reason)
+    return figure
+
+
 def empty_panel(panel: Axes, reason: str) -> None:
     """Show a reason in place of a panel's axes."""
     panel.set_axis_off()

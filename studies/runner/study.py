@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from studies.runner.options import (
     at_least,
     chosen,
     option_value,
-    program,
+    start_words,
     text,
     words,
 )
@@ -189,10 +190,12 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
         return config.replace(term_options={**config.term_options, term: of_term})
     if is_option:
         return config.replace(model_options={**config.model_options, name: value})
+    known = [*SETTINGS, *(allowed or ()), *registry.BUILT_IN_TERMS, *registry.TERMS]
+    close = difflib.get_close_matches(name, known, 1)
     raise UserError(
         f"axis {name!r} is no setting of RunConfig that can be swept, no option of network "
-        f"{config.model!r} or of the run's terms, and no term; give a function `apply` that sets "
-        f"it, or choose among {', '.join(SETTINGS)}"
+        f"{config.model!r} or of the run's terms, and no term; "
+        + (f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(SETTINGS)}")
     )
 
 
@@ -216,9 +219,11 @@ class Study:
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
-        objective: validation metric by which points and epochs are compared.
+        objective: validation metric by which points and epochs are compared; "" means val/neg_elbo
+            where every run has it, else val/loss, which then replaces it in the table.
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
+        start: words after `python` that start it, unless they are those of its page or file.
     """
 
     name: str
@@ -233,6 +238,7 @@ class Study:
     objective: str = SELECTION
     table: tuple[str, ...] = TABLE
     reference: Any = None
+    start: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked_name(self.name)
@@ -250,13 +256,14 @@ class Plan:
     """A study before it starts; the only form of a study that the runner takes.
 
     Attributes:
-        page: name of the study's module or file, and first part of its experiment's name.
+        page: first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
         words: the command line that repeats it, but for its name; of tensors, the arguments of
             `run`.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
+        start: words after `python` that start it, before its options.
     """
 
     page: str
@@ -271,6 +278,7 @@ class Plan:
     objective: str = SELECTION
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
+    start: Sequence[str] = ()
 
     @property
     def experiment(self) -> str:
@@ -295,6 +303,8 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
     axis, given = study.axis, options.values
+    if study.start and given is not None:
+        raise UserError(f"values={list(given)}: give those of a sweep with its axes")
     values = axis.values if given is None else tuple(map(axis.read, given))
     if not values or len(set(values)) < len(values):
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
@@ -306,6 +316,11 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         for group, changes in study.groups(base, data).items()
         for value in values
     }
+    if not study.objective:
+        exact = all(c.has_likelihood and c.latent == "stochastic" for c in points.values())
+        metric = "neg_elbo" if exact else "loss"
+        table = tuple(column.replace("neg_elbo", metric) for column in study.table)
+        study = replace(study, objective=f"val/{metric}", table=table)
     texts = _distinct(values)
     cells = list[Cell]()
     for (group, value), config in points.items():
@@ -315,13 +330,16 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             if _given_part(getattr(config, setting), chosen) != chosen:
                 raise UserError(f"{setting}={chosen}: {study.name} sweeps it; leave it out")
         written = texts[value] if axis.name == "condition" else f"{axis.name}={texts[value]}"
-        label = f"{group}, {written}" if group else written
+        named = f"{study.group}={group}" if study.start else group  # an axis as well
+        label = f"{named}, {written}" if group else written
         params = {study.group: group} if study.group else {}
         params[axis.name] = text(value)
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    groups = f" x {len(points) // len(values)} groups" if study.group else ""
+    kind = f"values of {study.group}" if study.start else "groups"
+    groups = f" x {len(points) // len(values)} {kind}" if study.group else ""
+    start = study.start or start_words(study.name)
     epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     return Plan(
         page=study.name,
@@ -333,10 +351,11 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
         ),
         find=partial(_find, study),
-        words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
+        words=command(start, data, replace(options, seeds=seeds), base, study.columns),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
+        start=start,
     )
 
 
@@ -365,17 +384,23 @@ def _distinct(values: Sequence[Any]) -> dict[Any, str]:
     return dict(zip(values, texts, strict=True))
 
 
-def command(page: str, data: Source, options: Common, base: RunConfig, axis: str = "") -> str:
+def command(
+    start: Sequence[str],
+    data: Source,
+    options: Common,
+    base: RunConfig,
+    swept: Sequence[str] = (),
+) -> str:
     """Return the command line that repeats a study, but for its name, stores and device.
 
     Of tensors, return the arguments of `run`.
     """
     effective = replace(options, settings={"epochs": base.epochs, **options.settings})
-    left_out = ("dataset", "image_size", "label", axis, *ELSEWHERE)
+    left_out = ("dataset", "image_size", "label", *swept, *ELSEWHERE)
     if not data.words:
         named = chosen(effective, left_out).items()
         return ", ".join(["data=DATA", *(f"{name}={value!r}" for name, value in named)])
-    words = [program(page), data.words, shlex.join(arguments(effective, left_out))]
+    words = [shlex.join(["python", *start]), data.words, shlex.join(arguments(effective, left_out))]
     return " ".join(word for word in words if word)
 
 

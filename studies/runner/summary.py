@@ -264,6 +264,9 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     columns = dict.fromkeys([*study.table, *registry.METRICS])
+    if ranked.empty:
+        name = found.plan.name
+        raise UserError(f"study {name!r} has no point to rank: a seed of every one diverged")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     first = frame[frame["seed"] == 0]
     if study.group and len(first):

@@ -26,7 +26,6 @@ from harness.tracking import record as recording
 from harness.tracking.runs import Run
 from harness.training import engine
 from studies.runner import workers
-from studies.runner.options import is_page
 from studies.runner.proposers import Listed
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ MADE_UP = 0.5  # value of a metric that is not measured here
 def is_needed(plan: Plan) -> bool:
     """Return whether a study has code of a user that no process has tried for this one."""
     own = any(registry.sources(config.model, tuple(config.terms)) for config in plan.configs)
-    return not workers.started() and (own or not is_page(plan.page))
+    return not workers.started() and (own or "-m" not in plan.start[:1])
 
 
 def try_out(plan: Plan, data: Dataset) -> None:
