@@ -50,9 +50,9 @@ class Metric:
 
 
 NETWORKS = {  # by the name that `RunConfig.model` takes
-    "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden",)),
+    "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden", "activation")),
     "linear": Network("harness.models.networks:linear", "identity", "stream"),
-    "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels",)),
+    "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels", "activation")),
 }
 BUILT_IN = tuple(NETWORKS)
 TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes
