@@ -224,8 +224,8 @@ class RunConfig:
         if [*self.lr_milestones] != sorted(set(self.lr_milestones)):
             raise UserError(f"lr_milestones={self.lr_milestones!r}: give ascending epochs")
         if self.lr_warmup_epochs >= self.epochs:
-            given = f"lr_warmup_epochs={self.lr_warmup_epochs}"
-            raise UserError(f"{given}: the warm-up must end before the last of epochs={self.epochs}")
+            given = f"lr_warmup_epochs={self.lr_warmup_epochs} with epochs={self.epochs}"
+            raise UserError(f"{given}: the warm-up must end before the last epoch")
         for name, (other, values) in NEEDS.items():
             value, given = getattr(self, name), getattr(self, other)
             if given not in values and value != RunConfig.__dataclass_fields__[name].default:

@@ -1,7 +1,7 @@
 """The built-in networks, as two plain modules of one run.
 
-An activation lies between layers and none after the last. Convolutions are 3 x 3 of stride 2, so that a
-side of n pixels becomes n / 2, rounded up; images may have any size.
+An activation lies between layers and none after the last. Convolutions are 3 x 3 of stride 2, so
+that a side of n pixels becomes n / 2, rounded up; images may have any size.
 """
 
 import math

@@ -242,8 +242,9 @@ def train(
     """Train runs and yield one record an epoch; the caller can drop runs.
 
     The runs are equal in `epochs` and `precision`; other arguments are those of
-    `train_and_evaluate`. A run that `patience` stops is in no later record. With `checkpoints` unfinished runs are written and resumed, on a CPU to
-    the same bits as if they had never been stopped.
+    `train_and_evaluate`. A run that `patience` stops is in no later record. With `checkpoints`
+    unfinished runs are written and resumed, on a CPU to the same bits as if they had never been
+    stopped.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
@@ -423,19 +424,17 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
     return measured
 
 
-def _select(
-    work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int
-) -> Iterator[int]:
-    # Keeps the weights of runs whose best epoch is this one; the runs that `patience` stops.
+def _select(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> Iterator[int]:
+    # Keeps the weights of runs whose best epoch is this one, and yields runs to stop early.
     for state in work.states.values():
         for s, (row, config) in enumerate(zip(state.rows, state.configs, strict=True)):
-            if config.patience or config.keep == "best":
-                course = [done.val[config.selection] for done in runs[row].epochs[:epoch]]
-                best = best_epoch(course)
-                if best == epoch > resumed[row]:
-                    state.keep_best(s)
-                if 0 < config.patience <= epoch - best:
-                    yield row
+            if not config.patience and config.keep == "last":
+                continue
+            best = best_epoch([done.val[config.selection] for done in runs[row].epochs[:epoch]])
+            if best == epoch > resumed[row]:
+                state.keep_best(s)
+            if 0 < config.patience <= epoch - best:
+                yield row
 
 
 def _record(

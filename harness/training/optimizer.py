@@ -69,14 +69,16 @@ class Optimizer:
             alike.setdefault(key, []).append(row)
         self._groups = []
         for rows in alike.values():
-            config, rate = configs[rows[0]], configs[rows[0]].learning_rate
-            kernel, buffers = _kernel(config, weights, gradient, first, second, counts)
+            config = configs[rows[0]]
+            buffers: tuple[Any, ...] = (weights, gradient, first, second, (), counts)
+            if config.optimizer == "sgd":
+                buffers = weights, gradient, first if config.momentum else ()
             tensors = [[buffer[row] for row in rows if len(buffer)] for buffer in buffers]
-            changes = config.lr_schedule != "constant" or config.lr_warmup_epochs > 0
-            kind = torch.float32 if weights.is_cuda else torch.float64  # as the kernels read it
-            number = partial(torch.tensor, dtype=kind, device=weights.device)
-            given = number(rate) if captured and changes else rate
-            self._groups.append(_Group(config, kernel, tensors, given))
+            rate: float | Tensor = config.learning_rate
+            if captured and (config.lr_schedule != "constant" or config.lr_warmup_epochs):
+                kind = torch.float32 if weights.is_cuda else torch.float64  # as kernels read it
+                rate = torch.tensor(rate, dtype=kind, device=weights.device)
+            self._groups.append(_Group(config, _kernel(config), tensors, rate))
 
     def begin(self, epoch: int) -> None:
         """Set the rates of an epoch, counted from 1."""
@@ -98,25 +100,14 @@ class Optimizer:
             group.kernel(*group.tensors, lr=group.rate)
 
 
-def _kernel(
-    config: RunConfig,
-    weights: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    counts: Tensor,
-) -> tuple[Callable[..., None], list[Any]]:
-    # The kernels, as of PyTorch 2.11 to 2.15, and the buffers that they take: on a CPU
-    # `torch.optim.adam.adam` needs 65 us more a step, and the class imports torch.compile at its
-    # first use, for seconds.
+def _kernel(config: RunConfig) -> Callable[..., None]:
+    # The kernels themselves, as of PyTorch 2.11 to 2.15: on a CPU `torch.optim.adam.adam` needs
+    # 65 us more a step, and the class imports torch.compile at its first use, for seconds.
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "maximize": False}
     if config.optimizer == "sgd":
-        settings: dict[str, Any] = {"momentum": config.momentum, "dampening": 0.0}
-        # A first step from momentum 0 is that of `is_first_step`.
-        settings |= {"nesterov": False, "is_first_step": False}
-        kernel, buffers = torch._fused_sgd_, [weights, gradient, first if config.momentum else ()]
+        settings |= {"momentum": config.momentum, "dampening": 0.0, "nesterov": False}
+        settings["is_first_step"] = False  # which from momentum 0 is the same
     else:
-        kernel = torch._fused_adam_ if config.optimizer == "adam" else torch._fused_adamw_
-        settings = dict(zip(("beta1", "beta2"), config.adam_betas, strict=True))
+        settings |= zip(("beta1", "beta2"), config.adam_betas, strict=True)
         settings |= {"eps": config.adam_eps, "amsgrad": False}
-        buffers = [weights, gradient, first, second, (), counts]
-    return partial(kernel, **settings, weight_decay=config.weight_decay, maximize=False), buffers
+    return partial(getattr(torch, f"_fused_{config.optimizer}_"), **settings)
