@@ -119,6 +119,17 @@ def test_runs_train_as_the_textbook_does_with_their_recipes(tiny, parts):
         torch.testing.assert_close(flat(last.model(row)), flat(loop), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.gpu
+def test_recipes_on_a_gpu_are_those_on_a_cpu(tiny, caplog):
+    for configs in (TRAINED, [WILD.replace(seed=s, patience=2, keep="best") for s in range(2)]):
+        on_gpu, on_cpu = (trained(configs, tiny, device=device) for device in ("cuda", "cpu"))
+        assert not caplog.records  # which say that runs are trained one by one
+        for ours, its in zip(on_gpu, on_cpu, strict=True):
+            assert len(ours.history) == len(its.history)
+            # Rates that change are float32 in a GPU's memory.
+            torch.testing.assert_close(flat(ours.model), flat(its.model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", RECIPES[:4])
 def test_rates_are_those_of_torchs_schedulers(config):
     optimizer = optimizer_of(config, [nn.Parameter(torch.zeros(()))])
