@@ -81,7 +81,7 @@ def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
         at_best = {"best/epoch": float(result.best_epoch)}
         at_best |= {} if best is None else {"best/val/neg_elbo": best}
         final = {k: v for k, v in result.metrics.items() if not k.startswith("test/")}
-        rows.append(settings | final | result.history[-1] | at_best)
+        rows.append(settings | result.history[-1] | final | at_best)
     return _frame(rows)
 
 

@@ -20,6 +20,26 @@ Sigma = Literal["fixed", "optimal", "learned"]
 Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
 Precision = Literal["float32", "tf32"]
+Activation = Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "exponential", "steps"]
+Keep = Literal["last", "best"]
+
+# Settings of the update of weights, all numbers of each run.
+UPDATE = (
+    *("optimizer", "learning_rate", "adam_betas", "adam_eps", "momentum", "weight_decay"),
+    *("lr_schedule", "lr_milestones", "lr_factor", "lr_warmup_epochs"),
+)
+
+# Settings that have an effect only beside some values of another setting.
+NEEDS = {
+    "adam_betas": ("optimizer", ("adam", "adamw")),
+    "adam_eps": ("optimizer", ("adam", "adamw")),
+    "momentum": ("optimizer", ("sgd",)),
+    "lr_milestones": ("lr_schedule", ("steps",)),
+    "lr_factor": ("lr_schedule", ("exponential", "steps")),
+    "activation": ("model", ("mlp", "conv")),
+}
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
@@ -53,6 +73,7 @@ class RunConfig:
         model_options: options of a registered network by name.
         hidden: widths of the encoder's hidden layers, for "mlp"; the decoder mirrors them.
         channels: channels of the encoder's convolutions, for "conv"; the decoder mirrors them.
+        activation: of hidden layers, a name of `torch.nn.functional`; for "mlp" and "conv".
         latent_size: number of latents L.
         head: "gaussian": mean, log-variance; "relu": ReLUs of mean, standard deviation (the blog).
         latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
@@ -72,7 +93,21 @@ class RunConfig:
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
             proportional to error + beta * rate + weight * term for all settings of the KL.
         term_options: options of loss terms by name: {term: {option: value}}.
-        learning_rate: Adam's step size.
+        optimizer: "adam", "adamw" (decoupled weight decay) or "sgd", those of `torch.optim`.
+        learning_rate: the optimiser's rate.
+        adam_betas: decay of Adam's two moments per step.
+        adam_eps: Adam's summand of the root of the second moment.
+        momentum: factor of SGD's former step.
+        weight_decay: of all weights: an L2 penalty in the gradient, or with "adamw" a shrinkage.
+        lr_schedule: of the rate, by epochs t after the warm-up: "constant"; "cosine" to 0 at the
+            end; "exponential": lr_factor^t; "steps": lr_factor at each milestone.
+        lr_milestones: epochs t after which "steps" multiplies the rate, ascending.
+        lr_factor: in (0, 1], of "exponential" and "steps".
+        lr_warmup_epochs: epochs n = 1 to W before that, at n / (W + 1) of the rate.
+        clip_norm: greatest norm of the gradient of all weights, to which it is shortened; 0: any.
+        patience: epochs without a new best one after which training stops; 0: never.
+        keep: weights that are evaluated, saved and shown: of the "last" or the "best" epoch, that
+            with the lowest validation neg_elbo, or loss where that is not defined.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
         precision: of training's matrix products: "float32", or "tf32" (10 instead of 23 bits of
@@ -83,6 +118,7 @@ class RunConfig:
     model: str = "mlp"
     hidden: tuple[int, ...] = (256, 64)
     channels: tuple[int, ...] = (32, 64)
+    activation: Activation = "relu"
     latent_size: int = 10
     head: Head = "gaussian"
     latent: Latent = "stochastic"
@@ -94,7 +130,19 @@ class RunConfig:
     sigma: Sigma = "fixed"
     likelihood: Likelihood = "gaussian"
     binarization: Binarization = "none"
+    optimizer: Optimizer = "adam"
     learning_rate: float = 1e-3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr_schedule: Schedule = "constant"
+    lr_milestones: tuple[int, ...] = ()
+    lr_factor: float = 1.0
+    lr_warmup_epochs: int = 0
+    clip_norm: float = 0.0
+    patience: int = 0
+    keep: Keep = "last"
     batch_size: int = 32
     epochs: int = 20
     precision: Precision = "float32"
@@ -104,7 +152,7 @@ class RunConfig:
     term_options: Mapping[str, Mapping[str, Any]] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "channels"):
+        for name in ("hidden", "channels", "lr_milestones"):
             widths = getattr(self, name)
             if not isinstance(widths, list | tuple):
                 raise UserError(f"{name}={widths!r}: give a list of whole numbers >= 1")
@@ -119,13 +167,22 @@ class RunConfig:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
         for name in ("latent_size", "kl_cycles", "batch_size", "epochs"):
             _whole(name, getattr(self, name), at_least=1)
-        for name in ("kl_warmup_epochs", "seed"):
+        for name in ("kl_warmup_epochs", "lr_warmup_epochs", "patience", "seed"):
             _whole(name, getattr(self, name), at_least=0)
         if self.latent == "deterministic" and isinstance(self.kl_weight, Default):
             object.__setattr__(self, "kl_weight", 0.0)
-        for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
-            number = _finite(name, getattr(self, name), sign)
-            object.__setattr__(self, name, number)  # 1 and 1.0 are one run
+        for sign, names in (
+            (">= 0", ("kl_weight", "free_bits", "momentum", "weight_decay", "clip_norm")),
+            ("> 0", ("learning_rate", "adam_eps", "lr_factor")),
+        ):
+            for name in names:
+                number = _finite(name, getattr(self, name), sign)
+                object.__setattr__(self, name, number)  # 1 and 1.0 are one run
+        betas = self.adam_betas
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise UserError(f"adam_betas={betas!r}: give two numbers >= 0 and < 1")
+        numbers = tuple(_finite("adam_betas", beta, ">= 0") for beta in betas)
+        object.__setattr__(self, "adam_betas", numbers)
         weights = _named("terms", self.terms, "weights")
         weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
         object.__setattr__(self, "terms", Options(weights))
@@ -135,6 +192,7 @@ class RunConfig:
         of_terms = {n: _values(f"term_options[{n!r}]", o) for n, o in of_terms.items()}
         object.__setattr__(self, "term_options", Options(of_terms))
         self._check_together()
+        self._check_update()
         self._check_options()
 
     def _check_together(self) -> None:
@@ -154,6 +212,31 @@ class RunConfig:
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
             given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
             raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
+
+    def _check_update(self) -> None:
+        for name, value, allowed, fits in (
+            ("adam_betas", self.adam_betas, "two numbers < 1", max(self.adam_betas) < 1),
+            ("momentum", self.momentum, "a number < 1", self.momentum < 1),
+            ("lr_factor", self.lr_factor, "a number <= 1", self.lr_factor <= 1),
+        ):
+            if not fits:
+                raise UserError(f"{name}={value!r}: give {allowed}")
+        if [*self.lr_milestones] != sorted(set(self.lr_milestones)):
+            raise UserError(f"lr_milestones={self.lr_milestones!r}: give ascending epochs")
+        if self.lr_warmup_epochs >= self.epochs:
+            given = f"lr_warmup_epochs={self.lr_warmup_epochs} with epochs={self.epochs}"
+            raise UserError(f"{given}: the warm-up must end before the last epoch")
+        for name, (other, values) in NEEDS.items():
+            value, given = getattr(self, name), getattr(self, other)
+            if given not in values and value != RunConfig.__dataclass_fields__[name].default:
+                allowed = " or ".join(f"{other}={v!r}" for v in values)
+                with_it = f"{name}={value!r} with {other}={given!r}"
+                raise UserError(f"{with_it} has no effect: leave it out, or give {allowed}")
+        given = f"lr_schedule={self.lr_schedule!r}"
+        if self.lr_schedule == "steps" and not self.lr_milestones:
+            raise UserError(f"{given} with lr_milestones=(): give at least one epoch")
+        if self.lr_schedule in NEEDS["lr_factor"][1] and self.lr_factor == 1:
+            raise UserError(f"{given} with lr_factor=1.0 has no effect: give a factor below 1")
 
     def _check_options(self) -> None:
         network, defaults = registry.NETWORKS[self.model], RunConfig.__dataclass_fields__
@@ -198,6 +281,11 @@ class RunConfig:
             RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, ...)
         """
         return replace(self, **changes)
+
+    @property
+    def selection(self) -> str:
+        """The validation metric by which `keep` and `patience` compare epochs."""
+        return "neg_elbo" if self.has_likelihood and self.latent == "stochastic" else "loss"
 
     @property
     def has_likelihood(self) -> bool:

@@ -49,10 +49,11 @@ class Metric:
     every_epoch: bool
 
 
+_BUILT_IN = "harness.models.networks:"
 NETWORKS = {  # by the name that `RunConfig.model` takes
-    "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden",)),
-    "linear": Network("harness.models.networks:linear", "identity", "stream"),
-    "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels",)),
+    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", "stream", ("hidden", "activation")),
+    "linear": Network(f"{_BUILT_IN}linear", "identity", "stream"),
+    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", "stream", ("channels", "activation")),
 }
 BUILT_IN = tuple(NETWORKS)
 TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes

@@ -87,8 +87,9 @@ def record(
     `start` starts the log of a run (`log_in`). A run that diverges, or of whose row `judge` returns
     an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
     training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
-    SystemExit, else FAILED. The best epoch is chosen by `objective`. Final metrics of the
-    validation split are not logged where the epochs have them.
+    SystemExit, else FAILED. The best epoch is chosen by `objective`, or is the one whose weights
+    are kept. Final metrics of the validation split are not logged where the epochs have them; of
+    kept weights, they are a further value of each, at the step after the last epoch.
 
     Returns:
         A result for each run. Its metrics are all final ones, those of the test split under their
@@ -99,6 +100,7 @@ def record(
     made_with = provenance.provenance(data, device)
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
+    finished: dict[int, Trained] = {}
     histories: list[list[Metrics]] = [[] for _ in planned]
     pictured = pictured and data.is_image
     logs: dict[int, RunLog] = {}
@@ -130,9 +132,11 @@ def record(
                 metrics = histories[place][-1] | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[place].metrics(metrics, current.epoch)
-            if pictured and current.epoch in picture_epochs(configs[0].epochs):
+            due = current.epoch in picture_epochs(configs[0].epochs)
+            if pictured and (due or current.stopped):
                 # A resumed run repeats its metrics; its model is of a later epoch.
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
+                rows = [row for row in rows if due or row in current.stopped]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
             found = {row: divergence(current, row) for row in range(len(current.rows))}
@@ -146,29 +150,36 @@ def record(
                 logs[place].end(end.status, end.reason)
                 del logs[place]
                 current.drop([row])
+            places = [current.rows[row] for row in current.finished]
+            finished |= zip(places, _trained(current, current.finished), strict=True)
             on_epoch(current)
-        rows = [row for row in range(len(current.rows)) if row not in current.dropped]
-        trained = _trained(current, rows)
+        trained = list(finished.values())
         finals, further = measure(trained, data), evaluate.registered_metrics(trained, data)
-        each = zip(rows, trained, finals, further, strict=True)
-        for i, (row, done, final, (values, errors)) in enumerate(each, 1):
-            log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
-            place = current.rows[row]
-            best = _best(histories[place], objective)
+        each = zip(finished, trained, finals, further, strict=True)
+        for i, (place, done, final, (values, errors)) in enumerate(each, 1):
+            log.info("writing finished runs: %d of %d", i, len(trained), extra={"progress": True})
+            history, config = histories[place], done.config
+            last = len(history)
+            best = _best(config, history, objective)
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
-            once |= {k: v for k, v in values.items() if k not in histories[place][-1]}
-            logs[place].metrics(once | best, done.config.epochs)
+            once |= {k: v for k, v in values.items() if k not in history[-1]}
+            logs[place].metrics(once | best, last)
+            if config.keep == "best":  # the last values are those of the weights that are saved
+                again = {k: v for k, v in (final | values).items() if k.startswith("val/")}
+                logs[place].metrics({k: v for k, v in again.items() if k not in once}, last + 1)
             if errors:
                 text = "; ".join(f"{name}: {error}" for name, error in errors.items())
                 logs[place].tag(FAILED, text)
             if pictured:
-                samples = pictures.prior_samples(done.model, done.config.seed)
-                logs[place].picture("prior_samples", samples, done.config.epochs)
+                samples = pictures.prior_samples(done.model, config.seed)
+                logs[place].picture("prior_samples", samples, last)
             logs[place].model(*done)
-            logs[place].end()
+            waited = f"{config.patience} epochs without a better val/{config.selection}"
+            reason = f"stopped at epoch {last}: {waited}" if last < config.epochs else ""
+            logs[place].end(reason=reason)
             del logs[place]
             metrics = with_plain_names(final | values | best)
-            results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
+            results[place] = RunResult(config, metrics, history, done.model.cpu())
     except BaseException as error:
         for one in logs.values():
             with suppress(Exception):  # what cannot be written now, the next start writes
@@ -347,10 +358,10 @@ def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
     return params
 
 
-def _best(history: Sequence[Metrics], objective: str) -> Metrics:
-    course = [metrics.get(objective, math.inf) for metrics in history]
-    epoch = best_epoch(course)
-    best = course[epoch - 1]
+def _best(config: RunConfig, history: Sequence[Metrics], objective: str) -> Metrics:
+    by = f"val/{config.selection}" if config.keep == "best" else objective
+    epoch = best_epoch([metrics.get(by, math.inf) for metrics in history])
+    best = history[epoch - 1].get(objective, math.inf)
     return {"best/epoch": float(epoch), f"best/{objective}": best} if math.isfinite(best) else {}
 
 

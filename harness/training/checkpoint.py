@@ -1,6 +1,6 @@
 """Checkpoints of unfinished runs.
 
-A file holds one run as safetensors, followed by their SHA-256: weights, Adam's moments, buffers,
+A file holds one run as safetensors, followed by their SHA-256: weights, moments, buffers,
 and as "json" the metrics of all epochs and the run's provenance. Random streams need no state.
 """
 

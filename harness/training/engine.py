@@ -2,7 +2,7 @@
 
 On a GPU runs of equal shapes are computed as one stack, in this process. On a CPU each run is
 computed alone, in a worker of the `Pool`, and gives the same bits alone or beside others. A `State`
-holds weights and Adam's moments of a run or a stack; a `Step` trains it for an epoch and measures
+holds weights and moments of a run or a stack; a `Step` trains it for an epoch and measures
 it. The epochs of a run so far and its tensors make a checkpoint (`Saved`).
 """
 
@@ -51,7 +51,8 @@ class EpochRecord:
         rows: positions of the runs in the list that `train` was given, ascending.
         resumed: epoch after which each run was resumed from a checkpoint, or 0. Records up to
             it repeat stored metrics and hold the model of that epoch.
-        dropped: rows of this record whose training ends.
+        stopped: rows whose training `patience` ends with this record.
+        dropped: rows whose training the caller ends with this record.
     """
 
     epoch: int
@@ -64,7 +65,14 @@ class EpochRecord:
     rows: tuple[int, ...]
     resumed: tuple[int, ...]
     _places: Sequence[tuple[State, int]] = field(repr=False)
+    stopped: frozenset[int] = frozenset()
     dropped: set[int] = field(default_factory=set)
+
+    @property
+    def finished(self) -> list[int]:
+        """Rows whose training is complete with this record, and that the caller has not dropped."""
+        rows = set(range(len(self.rows))) if self.epoch == self.configs[0].epochs else self.stopped
+        return sorted(rows - self.dropped)
 
     def drop(self, rows: Iterable[int]) -> None:
         """End the training of some rows of this record; the next one is over the others alone."""
@@ -75,7 +83,10 @@ class EpochRecord:
         self.dropped.update(chosen)
 
     def model(self, row: int) -> VAE:
-        """Return a copy of the model of a row; not after the next record is requested."""
+        """Return a copy of the model of a row; not after the next record is requested.
+
+        With `keep="best"` it is that of the best epoch so far.
+        """
         state, place = self._places[row]
         return state.model_of(place)
 
@@ -102,13 +113,13 @@ class RunResult:
     @property
     def best_epoch(self) -> int:
         """Epoch with the lowest `val/neg_elbo`, or `val/loss` for a run without ELBO; from 1."""
-        losses = [e.get("val/neg_elbo", e.get("val/loss", math.inf)) for e in self.history]
-        return best_epoch(losses)
+        return best_epoch([e.get(f"val/{self.config.selection}", math.inf) for e in self.history])
 
 
 def best_epoch(values: Sequence[float]) -> int:
     """Return the first epoch, counted from 1, at which a metric given epoch by epoch is lowest."""
-    return 1 + min(range(len(values)), key=values.__getitem__)
+    numbers = [math.inf if math.isnan(value) else value for value in values]
+    return 1 + numbers.index(min(numbers))
 
 
 def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
@@ -169,12 +180,14 @@ def train_and_evaluate(
     with progress_bar(configs, shown=progress) as advance:
         for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
             histories: list[list[dict[str, float]]] = [[] for _ in rows]
+            done: dict[int, VAE] = {}
             for record in train([configs[row] for row in rows], data, device, dtype):
-                for s, history in enumerate(histories):
-                    history.append(flat_record(record, s))
+                for s, place in enumerate(record.rows):
+                    histories[place].append(flat_record(record, s))
+                done |= {record.rows[s]: record.model(s) for s in record.finished}
                 advance(record)
-            models = [record.model(s) for s in range(len(rows))]
-            trained = list(zip(record.configs, models, strict=True))
+            models = [done[place] for place in range(len(rows))]
+            trained = [(configs[row], model) for row, model in zip(rows, models, strict=True)]
             finals, further = evaluate(trained, data), registered_metrics(trained, data)
             del record  # and with it the stack, before the next one takes a GPU's memory
             for s, row in enumerate(rows):
@@ -199,7 +212,8 @@ def progress_bar(
     with tqdm(total=sum(config.epochs for config in configs), unit="epoch") as bar:
 
         def advance(record: EpochRecord) -> None:
-            bar.total -= sum(record.configs[i].epochs - record.epoch for i in record.dropped)
+            ended = record.dropped | record.stopped
+            bar.total -= sum(record.configs[i].epochs - record.epoch for i in ended)
             bar.update(len(record.rows))
 
         yield advance
@@ -231,11 +245,12 @@ def train(
     dtype: torch.dtype = torch.float32,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[EpochRecord]:
-    """Train runs with Adam and yield one record an epoch; the caller can drop runs.
+    """Train runs and yield one record an epoch; the caller can drop runs.
 
     The runs are equal in `epochs` and `precision`; other arguments are those of
-    `train_and_evaluate`. With `checkpoints` unfinished runs are written and resumed, on a CPU to
-    the same bits as if they had never been stopped.
+    `train_and_evaluate`. A run that `patience` stops is in no later record. With `checkpoints`
+    unfinished runs are written and resumed, on a CPU to the same bits as if they had never been
+    stopped.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
@@ -257,7 +272,8 @@ def train(
         for epoch in range(1, last + 1):
             for row, trained in _train_epoch(work, resumed, pool, epoch):
                 runs[row].epochs.append(trained)
-            record = _record(work, resumed, runs, epoch)
+            stopped = [*_select(work, resumed, runs, epoch)]
+            record = _record(work, resumed, runs, epoch, stopped)
             try:
                 yield record
             except GeneratorExit:
@@ -266,9 +282,9 @@ def train(
                 except OSError as error:
                     log.warning("The last epochs could not be kept as checkpoints: %s", error)
                 raise
-            if checkpoints and (epoch % checkpoints.every == 0 or epoch == last):
+            if checkpoints and (epoch % checkpoints.every == 0 or record.finished):
                 save(record)
-            dropped = {record.rows[r] for r in record.dropped}
+            dropped = {record.rows[r] for r in record.dropped | record.stopped}
             for index, state in list(work.states.items()):
                 kept = [s for s, row in enumerate(state.rows) if row not in dropped]
                 if len(kept) < len(state.rows):
@@ -426,12 +442,27 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
     step = work.steps[index]
     measured = step.epoch(epoch)
     for row, (_, val) in enumerate(measured[2] if work.metrics else ()):
-        model = step.state.model_of(row)
+        model = step.state.model_of(row, now=True)
         val |= registered_values(model, step.data.val, work.metrics)[0]
     return measured
 
 
-def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
+def _select(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> Iterator[int]:
+    # Keeps the weights of runs whose best epoch is this one, and yields runs to stop early.
+    for state in work.states.values():
+        for s, (row, config) in enumerate(zip(state.rows, state.configs, strict=True)):
+            if not config.patience and config.keep == "last":
+                continue
+            best = best_epoch([done.val[config.selection] for done in runs[row].epochs[:epoch]])
+            if best == epoch > resumed[row]:
+                state.keep_best(s)
+            if 0 < config.patience <= epoch - best:
+                yield row
+
+
+def _record(
+    work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int, stopped: Iterable[int]
+) -> EpochRecord:
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
     found = [places[row] for row in rows]
@@ -444,7 +475,8 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
     newest = each[behind.index(min(behind))]
     train, val = (_joined([getattr(e, part) for e in each]) for part in ("train", "val"))
     return EpochRecord(
-        epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found
+        *(epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found),
+        frozenset(map(rows.index, stopped)),
     )
 
 

@@ -26,9 +26,8 @@ from harness.models.stack import kernels, lift, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms
 from harness.training.mlp_gradient import MLPGradient, covers
+from harness.training.optimizer import Optimizer
 
-ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
-ADAM |= {"amsgrad": False, "maximize": False}
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 PART = 2**25  # bytes of the images that are read from a file at once, for some hundred steps
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
@@ -51,9 +50,12 @@ class State:
     Attributes:
         rows: positions of the runs in the list that `train` was given.
         model: the architecture of each run; of one run the model itself, after `attach`.
-        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
+        weights, first, second: weights and the optimiser's moments, shape (S, P), S = 1 for one
+            run.
         counts: steps taken, shape (S,).
         constants: layers' buffers and frozen parameters by name, shape (S, ...).
+        best: weights and constants of the best epoch so far, shape (S, ...); none unless all runs
+            keep them.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class State:
         for name, view in self.views(self.weights).items():
             for row, one in enumerate(given):
                 view[row].copy_(one[name].detach())
+        kept = [self.weights, *self.constants.values()] if configs[0].keep == "best" else []
+        self.best = [processes.shared(value.clone()) for value in kept]
         for tensor in given[0].values():  # a worker process is sent no numbers twice
             tensor.data = tensor.new_empty(()).expand(tensor.shape)
 
@@ -99,9 +103,19 @@ class State:
             found[name] = stored.mT if transposed else stored
         return found
 
+    def numbers(self, *, best: bool = False) -> dict[str, Tensor]:
+        """Return weights and constants by name, shape (S, ...); those of the best epoch if kept."""
+        weights, *constants = (best and self.best) or (self.weights, *self.constants.values())
+        return self.views(weights) | dict(zip(self.constants, constants, strict=True))
+
+    def keep_best(self, row: int) -> None:
+        """Keep weights and constants of a run as those of its best epoch."""
+        for kept, now in zip(self.best, (self.weights, *self.constants.values()), strict=False):
+            kept[row].copy_(now[row])
+
     def attach(self) -> None:
         """Make the numbers of one run's model those of this state, in the process that trains."""
-        numbers = self.views(self.weights) | self.constants
+        numbers = self.numbers()
         for name, tensor in _tensors(self.model):
             tensor.data = numbers[name][0]
 
@@ -118,9 +132,9 @@ class State:
         lifted = lift(self.model, function, gradient=gradient)
         return partial(lifted, self.views(self.weights), self.constants)
 
-    def model_of(self, row: int) -> VAE:
-        """Return a copy of a run's model as it is now."""
-        model, numbers = copy.deepcopy(self.model), self.views(self.weights) | self.constants
+    def model_of(self, row: int, *, now: bool = False) -> VAE:
+        """Return a copy of a run's model; unless as it is `now`, at the best epoch if kept."""
+        model, numbers = copy.deepcopy(self.model), self.numbers(best=not now)
         for name, tensor in _tensors(model):
             tensor.data = numbers[name][row].clone()
         return model.eval()
@@ -128,7 +142,8 @@ class State:
     def keep(self, places: Sequence[int]) -> State:
         """Return the state of some runs of a stack."""
         rows, configs = [self.rows[s] for s in places], [self.configs[s] for s in places]
-        kept = State(rows, configs, [*map(self.model_of, places)], self.terms, stacked=True)
+        models = [self.model_of(s, now=True) for s in places]
+        kept = State(rows, configs, models, self.terms, stacked=True)
         for new, s in enumerate(places):
             kept.restore(new, self.of_run(s))
         return kept
@@ -139,7 +154,9 @@ class State:
         for kind in ("weights", "first", "second"):
             views = self.views(getattr(self, kind))
             found |= {f"{kind}.{name}": view[row] for name, view in views.items()}
-        return found | {f"constants.{name}": value[row] for name, value in self.constants.items()}
+        found |= {f"constants.{name}": value[row] for name, value in self.constants.items()}
+        kept = self.numbers(best=True) if self.best else {}
+        return found | {f"best.{name}": value[row] for name, value in kept.items()}
 
     def restore(self, row: int, given: Mapping[str, Tensor]) -> None:
         """Set a run to the tensors that `of_run` returned."""
@@ -182,12 +199,8 @@ class Step:
         )
         gradient = torch.zeros_like(state.weights)
         self._gradient, self._slopes = gradient, state.views(gradient)
-        buffers = (state.weights, gradient, state.first, state.second, (), state.counts)
-        rates = [c.learning_rate for c in state.configs]  # one call of Adam has one of them
-        self._by_rate = {
-            rate: [[b[s] for s in range(len(b)) if rates[s] == rate] for b in buffers]
-            for rate in rates
-        }
+        buffers = (state.weights, gradient, state.first, state.second, state.counts)
+        self._optimizer = Optimizer(state.configs, *buffers, captured=state.stacked)
         self._written: MLPGradient | None = None
         if not state.stacked:
             state.attach()
@@ -279,6 +292,7 @@ class Step:
 
     def train(self, parts: Iterable[Drawn], epoch: int) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""
+        self._optimizer.begin(epoch)
         with kernels(self.state.configs[0].precision):
             if self.state.stacked:
                 for images, draw in parts:
@@ -314,20 +328,12 @@ class Step:
                 self._gradient.zero_()
                 with torch.enable_grad():
                     self._loss(state.model, *given).backward()
-        self._update()
+        self._optimizer.step()
 
     def _loss(self, model: VAE, x: Tensor, now: Draw, coefficients: Coefficients) -> Tensor:
         batch = model.batch(x, now.noise, now.prior, len(self.images), now.progress)
         coefficients = coefficients._replace(beta=now.betas)
         return objective.objective(self.state.configs[0], batch, coefficients, self.state.terms)
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        # Adam's kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more
-        # a step on a CPU, and the class imports torch.compile at its first use, for seconds.
-        self.state.counts.add_(1)
-        for rate, lists in self._by_rate.items():
-            torch._fused_adam_(*lists, lr=rate, **ADAM)
 
     def measure(self) -> list[tuple[Metrics, Metrics]]:
         """Return each run's metrics on the first training images and on validation images."""

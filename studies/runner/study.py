@@ -164,7 +164,7 @@ class Axis:
         parts = [] if value == "none" else value.split(",")
         try:
             if isinstance(first, tuple):
-                return tuple(map(int, parts))
+                return tuple(map(float if any(isinstance(v, float) for v in first) else int, parts))
             return _hashable({k: float(w) for k, w in (part.split("=") for part in parts)})
         except ValueError:
             form = "512,256" if isinstance(first, tuple) else "name=0.5"

@@ -62,9 +62,9 @@ class Steps:
         self._start, self._share = time.monotonic(), 0.0
 
     def __call__(self, record: EpochRecord) -> None:
-        """Count an epoch of a stack; epochs that a dropped run is not trained count as done."""
+        """Count an epoch of a stack; epochs that a run which ends is not trained count as done."""
         runs, epochs = len(record.rows), record.configs[0].epochs
-        saved = len(record.dropped) * (epochs - record.epoch)
+        saved = len(record.dropped | record.stopped) * (epochs - record.epoch)
         of = f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}"
         what = "images" if record.columns is None else "rows"
         self.advance((runs + saved) / epochs, f"{of}, {record.images_per_second:,.0f} {what}/s")

@@ -44,6 +44,9 @@ STACKS = {
     "optimal": [{"sigma": "optimal", "seed": i} for i in range(2)],
     "learned": [{"sigma": "learned", "free_bits": 0.1 * (1 + i)} for i in range(2)],
     "autoencoder": [{"latent": "deterministic", "kl_weight": 0.0}],
+    "recipes": [  # PyTorch's fake kernels have no rates in tensors, and no SGD
+        {"optimizer": name, "clip_norm": 0.1, "keep": "best"} for name in ("adam", "adamw")
+    ],
     "a term": [{"terms": {"to_prior": weight}} for weight in (0.0, 2.0)],
     "built-in terms": [{"terms": dict.fromkeys(BUILT_IN_TERMS, weight)} for weight in (0.0, 2.0)],
     "a network": [{"model": "normalized", "seed": i, **NO_SETTINGS} for i in range(2)],
