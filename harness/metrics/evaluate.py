@@ -140,7 +140,6 @@ def _forward(
         parts.append(part._replace(kl=None if part.kl is None else part.kl.double().sum(0)))
         posterior_means.append(batch.posterior.mean)
         values.append([term(batch).double() * len(x) for term in terms.values()])
-        del x, batch, part  # beside those of the next rows they would fragment the memory
     errors, cross_entropies, kls = zip(*parts, strict=True)
     error = torch.cat(errors).double()
     means = Parts(
