@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -274,6 +276,15 @@ def test_every_model_and_its_quality_have_the_same_bits_from_a_file(model, large
     assert found[0] == found[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["grey", "table"])
+def test_a_stack_on_a_gpu_reads_the_file(kind, large, tmp_path):
+    sets = both(tmp_path, ARRAYS[kind])
+    for ours, theirs in zip(*(train(RUNS, data, "cuda") for data in sets), strict=True):
+        for name, values in ours.val.items():
+            np.testing.assert_allclose(values, theirs.val[name], rtol=1e-4, atol=1e-5)
+
+
 def test_worker_processes_read_the_file(large, tmp_path):
     torch.set_num_threads(2)
     in_memory, from_file = both(tmp_path, GREY)
@@ -321,3 +332,32 @@ def test_a_stream_drawn_in_parts_is_the_stream():
     whole = normal(generator(3, "noise", 2, 5), 64, 5)
     stream = generator(3, "noise", 2, 5)
     assert torch.equal(torch.cat([normal(stream, n, 5) for n in (1, 31, 0, 7, 25)]), whole)
+
+
+CHILD = """
+import sys
+from benchmarks.arrays import stage
+from harness import RunConfig, load_dataset, train
+from harness.data import array
+
+array.SHARE, rows = float(sys.argv[2]), []
+config = RunConfig(model="linear", latent_size=2, batch_size=4096, epochs=1)
+with stage("all", rows):
+    list(train([config], load_dataset(sys.argv[1]), "cpu"))
+print(rows[0][2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_mapped_file_takes_no_anonymous_memory(tmp_path):
+    made = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (1_200_000, 16, 16))
+    made[:1000] = RNG.integers(0, 256, (1000, 16, 16))  # the rest takes no space on the disk
+    peaks = []
+    for share in ("1", "0"):
+        command = [sys.executable, "-c", CHILD, f"array:{tmp_path / 'a.npy'}", share]
+        root = Path(arrays.__file__).parents[2]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+        peaks.append(float(done.stdout))
+    in_memory, from_file = peaks
+    assert from_file < in_memory - made.nbytes / 1e9

@@ -25,7 +25,7 @@ SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of 
 LEAST = 20  # images that can be split
 FARTHEST = 1e6  # standard deviations of a table's value from the mean: of its square, 1e12
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
-CHUNK = 2**24  # values that are read at once: 128 MiB of float64
+CHUNK = 2**23  # values that are read at once: 64 MiB of float64
 
 
 class Columns(NamedTuple):
@@ -95,12 +95,14 @@ class Split:
         return replace(self, images=ones.to(torch.uint8), largest=1)
 
     def loaded(self, device: torch.device) -> Split:
-        """Return the split with its images on the device, those of a file too."""
+        """Return the split with its tensors on the device, and images of a file in its memory."""
+        if not isinstance(self.images, Mapped):
+            return self.to(device)
         images = torch.cat([some.to(device) for some in in_chunks(self.images)])
         return replace(self, images=images, labels=self.labels.to(device))
 
     def to(self, device: torch.device) -> Split:
-        """Return the split with its tensors on the device; a file's images are read from it."""
+        """Return the split with its tensors on the device; those of a file are read when needed."""
         if self.labels.device == device:
             return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -187,13 +189,7 @@ class Dataset:
             raise UserError("all training images are the same: there is nothing to learn from them")
         all_parts = train, val, test
         tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
-        about: list[Any] = [
-            shape,
-            largest,
-            count,
-            *map(len, all_parts),
-            *([known] if known else []),
-        ]
+        about: list[Any] = [shape, largest, count, *map(len, all_parts), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
         return cls(name, shape, count, *all_parts, found, tuple(class_names), known)
 

@@ -120,11 +120,11 @@ def _covariance(split: Split, mean: np.ndarray) -> np.ndarray:
         for x in _in_chunks(split):
             products += (x - mean).T @ (x - mean)
         return products / images
-    together = 2**24 // split.largest**2
     product = np.empty_like(products, dtype=np.float32)
     for some in in_chunks(split.images):
         grey = some.cpu().numpy()
         sums += grey.sum(0, dtype=np.float64)
+        together = 2**24 // int(grey.max(initial=1)) ** 2
         for start in range(0, len(grey), together):
             x = grey[start : start + together].astype(np.float32)
             products += np.matmul(x.T, x, out=product)

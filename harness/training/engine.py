@@ -309,7 +309,7 @@ def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
     kinds = [config.binarization for config in configs if config.binarization != "none"]
     if kinds and isinstance(data.train.images, Mapped):
         problem = f"binarization={kinds[0]!r}: {data.name} is too large for memory"
-        raise UserError(f"{problem}; give an array of 0 and 255")
+        raise UserError(f"{problem}; give a smaller one, or 0 and 255 in the file")
     if data.is_image:
         return
     for config in configs:

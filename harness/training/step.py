@@ -196,7 +196,7 @@ class Step:
             if not self._x.is_cuda and covers(config, state.model, state.terms):
                 self._written = MLPGradient(config, state.model)
         self._first, self._val = self.data.train.head(len(self.data.val)), self.data.val
-        if state.stacked and isinstance(self._val.images, Mapped):  # a GPU's graph reads no file
+        if state.stacked:  # a GPU's graph reads no file
             self._first, self._val = (s.loaded(self._x.device) for s in (self._first, self._val))
         given = []  # to `measure`, of each run on both splits
         for c, losses in zip(state.configs, linear[list(state.rows)], strict=True):
@@ -234,8 +234,8 @@ class Step:
             for seed in seeds
             for purpose in purposes
         }
-        orders = [streams.batches(c, len(images), epoch) for c in of_seed.values()]
-        order = torch.stack([o.view(steps, first.batch_size) for o in orders], 1)
+        orders = (streams.batches(c, len(images), epoch) for c in of_seed.values())
+        order = torch.stack([each.view(steps, first.batch_size) for each in orders], 1)
         if first.binarization == "stochastic":
             drawn = (streams.generator(seed, "binarize", epoch) for seed in seeds)
             images = torch.cat([self.images.binarized("stochastic", s).images[:] for s in drawn])
