@@ -119,7 +119,10 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
         # Runs of an earlier version have no options; images of that size are kept as they are.
         size = {"image_size": then["image_shape"][1:]} if OWN[kind] == "image_size" else {}
         place = name if kind == "torchvision" else data_dir
-        data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))
+        try:
+            data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))
+        except UserError as error:
+            raise UserError(f"{error} (--data-dir {data_dir})") from None
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:

@@ -179,7 +179,7 @@ def test_other_files_are_refused(tmp_path: Path):
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "text.npy").write_text("1, 2, 3\n")
     for name, sentence in (
-        ("more.npz", "archive of arrays .* give one of its arrays, saved by np.save"),
+        ("more.npz", "npz: it is an archive of arrays .* give one of its arrays, saved"),
         ("objects.npy", "cannot be read .*Python objects"),
         ("pickle.npy", "cannot be read .* give an array of np.save"),
         ("short.npy", "cannot be read .* give an array of np.save"),

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,12 @@ def test_a_dataset_with_a_name_is_given_by_its_name(tiny):
 def test_workers_cannot_start_the_study_of_a_script():
     with pytest.raises(UserError, match="workers=2: .*nor your study"):
         run(RATES, workers=2)
+
+
+def test_values_may_be_an_array():
+    plan = make_plan(kl_weight.STUDY, Options(values=np.logspace(-2, 0, 3), seeds=1), DATA)
+    assert [config.kl_weight for config in plan.configs] == [0.01, 0.1, 1.0]
+    assert "values=(0.01, 0.1, 1.0)" in plan.command
 
 
 @pytest.mark.parametrize("study", [kl_weight.STUDY, elbo_vs_mse.STUDY])

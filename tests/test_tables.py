@@ -8,6 +8,7 @@ import shutil
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from harness.metrics.quality import measure_quality
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
 from harness.objective import with_decoder_variance
+from harness.provenance import dataset
 from harness.training.engine import check_runs
 from studies import replay
 
@@ -402,7 +404,19 @@ def test_training_reaches_the_optimum_of_a_table():
     assert abs(metrics["gap_to_linear"]) < 10
 
 
-# --- a user's network, and stacks -----------------------------------------------------------------
+# --- networks, and stacks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RunConfig(hidden=(8,)), RunConfig(sigma="learned"), LINEAR])
+def test_the_written_gradient_is_that_of_autograd(table, monkeypatch, config):
+    config = config.replace(epochs=2, batch_size=16, latent_size=2)
+    found = []
+    for covered in (True, False):
+        if not covered:
+            monkeypatch.setattr("harness.training.step.covers", lambda *_: False)
+        *_, record = train([config], table, device="cpu", dtype=torch.float64)
+        found.append({name: value.item() for name, value in record.val.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-9, nan_ok=True)
 
 
 def test_a_users_network_is_given_the_number_of_columns(registered, table, together):
@@ -443,8 +457,9 @@ def test_a_study_of_a_table_and_its_replay(empty_database, tmp_path, monkeypatch
     assert {file.name for file in (folder / "pictures").iterdir()} == {"latents.png"}
     summary = json.loads((folder / "summary.json").read_text())
     assert str(tmp_path) not in summary["command"]
-    assert "12 test rows" not in summary["answer"]
-    assert "Posterior means of 6 test rows" in summary["pictures"][0]["caption"]
+    captions = [exhibit["caption"] for exhibit in summary["figures"] + summary["pictures"]]
+    assert "Posterior means of 6 test rows" in captions[-1]
+    assert not [text for text in [*captions, summary["answer"]] if "image" in text]
 
     # The printed command, typed beside the file, continues the study: nothing is left to train.
     _, _, page, *words = shlex.split(summary["command"])
@@ -464,6 +479,15 @@ def test_a_study_of_a_table_and_its_replay(empty_database, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         replay.main([run.run_id, "--tracking-uri", uri, "--data-dir", "my flowers.csv"])
     assert "is not the dataset of run" in capsys.readouterr().err
+
+
+def test_a_record_without_a_label_is_read_without(tmp_path):
+    path = put(tmp_path, text([row[:4] for row in ROWS], NAMES))
+    stored = {"dataset": dataset(read_table(path))}
+    record = SimpleNamespace(made_with=json.loads(json.dumps(stored)), run_id="1")
+    assert replay.load(record, path).digest == stored["dataset"]["digest"]
+    with pytest.raises(UserError, match=r"there is no such file; .* \(--data-dir none.csv\)"):
+        replay.load(record, Path("none.csv"))
 
 
 def runs_of(uri: str) -> list:

@@ -22,7 +22,7 @@ UNITS = {
 # What is said of images, and of the rows and standardised columns of a table.
 OF_TABLES = {
     **{"pixel²": "std²", "nats / image": "nats / row", "image and": "row and"},
-    **{f"{part} images": f"{part} rows" for part in ("test", "training", "of")},
+    **{f"{part} images": f"{part} rows" for part in ("test", "training", "of", "the")},
     "images without": "rows without",
 }
 

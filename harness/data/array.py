@@ -75,6 +75,8 @@ def _opened(path: Path) -> np.ndarray:
                 save = "give one of its arrays, saved by np.save"
                 raise UserError(f"it is an archive of arrays (.npz); {save}")
         return open_array(path)
+    except UserError:
+        raise
     except BROKEN as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"it cannot be read ({reason}); give an array of np.save") from None

@@ -202,6 +202,7 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
 def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
     if isinstance(value, Mapping):
         return Named(sorted(value.items()))
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or PyTorch
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -340,6 +341,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     kind = f"values of {study.group}" if study.start else "groups"
     groups = f" x {len(points) // len(values)} {kind}" if study.group else ""
     start = study.start or start_words(study.name)
+    effective = replace(options, seeds=seeds, values=None if given is None else values)
     epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     return Plan(
         page=study.name,
@@ -351,7 +353,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
         ),
         find=partial(_find, study),
-        words=command(start, data, replace(options, seeds=seeds), base, study.columns),
+        words=command(start, data, effective, base, study.columns),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
