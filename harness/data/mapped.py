@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from harness.data.dataset import Columns
 
 CHANNELS = (1, 3)
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -110,10 +108,6 @@ def _state(path: Path) -> tuple[int, int]:
 def _opened(path: Path, state: tuple[int, int]) -> np.ndarray:
     if _state(path) != state:
         raise UserError(f"array:{path} has changed since training began; begin again")
-    # Large blocks between small ones that are kept fragment the heap of the GNU C library,
-    # by 8 GB while 1.3 million rows were measured; mapped, they are given back. Others lack it.
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**17)
     return open_array(path)
 
 
