@@ -36,7 +36,7 @@ from harness.training.step import PART, Drawn, Step
 PAUSE = 0.05
 """Seconds between two looks at the memory."""
 
-PARTS = 10
+PARTS = 3
 """Parts of an epoch, read at once, that are trained of the file of many gigabytes."""
 
 

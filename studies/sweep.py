@@ -88,7 +88,7 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
             raise UserError(f"{point}{error}") from None
 
     def groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-        return {text(v): vars(_set(base, group, v)) for v in swept[0].values if group}
+        return {text(v): vars(_set(base, group, v)) for v in swept[0].values}
 
     return Study(
         name=re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([NAME, *names])),

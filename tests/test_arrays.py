@@ -179,7 +179,7 @@ def test_other_files_are_refused(tmp_path: Path):
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "text.npy").write_text("1, 2, 3\n")
     for name, sentence in (
-        ("more.npz", "npz: it is an archive of arrays .* give one of its arrays, saved by np.save$"),
+        ("more.npz", "npz: it is an archive of arrays .* give one of its arrays, saved"),
         ("objects.npy", "cannot be read .*Python objects"),
         ("pickle.npy", "cannot be read .* give an array of np.save"),
         ("short.npy", "cannot be read .* give an array of np.save"),
@@ -302,8 +302,8 @@ def test_a_file_that_changed_is_not_read_by_other_processes(large, tmp_path):
     split = load_dataset(saved(tmp_path, GREY)).train
     again = pickle.loads(pickle.dumps(split))
     assert torch.equal(again.images[:], split.images[:])
-    again = pickle.loads(pickle.dumps(split))
     saved(tmp_path, GREY)
+    mapped._opened.cache_clear()  # as in another process
     with pytest.raises(UserError, match="has changed since training began"):
         again.images[:]
 

@@ -62,12 +62,13 @@ def plan_of(line):
     return make_plan(*sweep.parse(shlex.split(line)))
 
 
-def trained(line, folder, tiny):
+def trained(line, folder, tiny, **changes):
     """Run a command line on a few digits, in databases of a folder."""
     study, options = sweep.parse([*shlex.split(line), *SMALL])
     places = {"tracking_uri": f"sqlite:///{folder}/mlflow.db"}
     options = replace(options, **places, storage=f"sqlite:///{folder}/optuna.db")
-    return run(make_plan(study, options), tiny, options, Terminal())
+    plan = make_plan(replace(study, **changes), options)
+    return run(plan, tiny, options, Terminal())
 
 
 # --- plans --------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ def test_figures_of_runs_without_rate_or_neg_elbo_show_what_there_is(grid):
 
 def test_a_grid_with_a_term_of_a_file_grows_and_is_reported(file, tracking_uri, tmp_path, tiny):
     line = f"--term {file}:pull=1 --seeds 1 --axis pull=%s --axis learning_rate=%s"
-    first = trained(line % ("0", "1e-2"), tmp_path, tiny)
+    first = trained(line % ("0", "1e-2"), tmp_path, tiny, figures={})
     assert "One value of pull: nothing to compare. One value of learning_rate:" in first.answer
     before = {run.run_id for run in connect(tracking_uri).runs(first.plan.experiment, role="run")}
     second = trained(line % ("0,100", "1e-3,1e-2"), tmp_path, tiny)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,19 +50,14 @@ class Mapped:
         rows = torch.arange(len(open_array(path)))
         return cls(path.resolve(), _state(path), rows)
 
-    @cached_property
+    @property
     def _array(self) -> np.ndarray:
-        if _state(self.path) != self.state:
-            raise UserError(f"array:{self.path} has changed since training began; begin again")
-        return open_array(self.path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_array"}
+        return _opened(self.path, self.state)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of images, (D,) of vectors."""
         return image_shape(self._array.shape)
@@ -107,6 +102,13 @@ class Mapped:
 def _state(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, state: tuple[int, int]) -> np.ndarray:
+    if _state(path) != state:
+        raise UserError(f"array:{path} has changed since training began; begin again")
+    return open_array(path)
 
 
 def open_array(path: Path) -> np.ndarray:

@@ -6,6 +6,7 @@ latents and images, and metrics of them, in float64. Names and units are those o
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +27,7 @@ from harness.objective import Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
 CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
+TOGETHER = 32  # tensors of chunks that are kept one by one
 CHUNK_PIXELS = 2**24  # most pixels evaluated at once: 64 MiB a run
 
 R = TypeVar("R")
@@ -132,24 +134,32 @@ def _forward(
     training_size: int,
 ) -> tuple[Tensor, Parts, Tensor, Metrics]:
     # The error of each image (N,), means over images, posterior means, and mean terms.
-    parts, posterior_means, values = [], [], []
+    kept = defaultdict[str, list[Tensor]](list)
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
         batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
         part = objective.per_image(config, batch)
-        parts.append(part._replace(kl=None if part.kl is None else part.kl.double().sum(0)))
-        posterior_means.append(batch.posterior.mean)
-        values.append([term(batch).double() * len(x) for term in terms.values()])
-    errors, cross_entropies, kls = zip(*parts, strict=True)
-    error = torch.cat(errors).double()
+        each = {"error": part.error, "mean": batch.posterior.mean}
+        if part.cross_entropy is not None:
+            each["cross_entropy"] = part.cross_entropy
+        if part.kl is not None:
+            each["kl"] = part.kl.double().sum(0, keepdim=True)
+        each |= {f"term/{n}": term(batch).double().view(1) * len(x) for n, term in terms.items()}
+        for name, value in each.items():
+            # Joined now and then: thousands of small tensors that are kept between large ones that
+            # are freed would break up the heap, by 1 GB for 300,000 images.
+            kept[name].append(value)
+            if len(kept[name]) == TOGETHER:
+                kept[name] = [torch.cat(kept[name])]
+    found = {name: torch.cat(values) for name, values in kept.items()}
+    error, entropy, kl = found["error"].double(), found.get("cross_entropy"), found.get("kl")
     means = Parts(
         error.mean(0),
-        None if cross_entropies[0] is None else torch.cat(cross_entropies).double().mean(0),
-        None if kls[0] is None else torch.stack(kls).sum(0) / len(split),
+        None if entropy is None else entropy.double().mean(0),
+        None if kl is None else kl.sum(0) / len(split),
     )
-    averages = [torch.stack(each).sum(0) / len(split) for each in zip(*values, strict=True)]
-    named = dict(zip(terms, averages, strict=True))
-    return error, means, torch.cat(posterior_means), named
+    named = {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
+    return error, means, found["mean"], named
 
 
 def _batches(config: RunConfig, split: Split) -> Iterator[slice]:

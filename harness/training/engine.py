@@ -93,7 +93,7 @@ class EpochRecord:
     @property
     def columns(self) -> Columns | None:
         """Columns of the table that the runs are trained on; None of pixels in [0, 1]."""
-        return self._places[0][0].model.columns
+        return self._places[0][0].model.columns if self._places else None
 
     @property
     def images_per_second(self) -> float:

@@ -135,6 +135,7 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def move(step: Step) -> Step:
+    step._ahead = {}  # the next epoch's draws, an iterator, are no part of what is captured
     with ExitStack() as moving:
         moving.enter_context(Moved())
         moving.enter_context(patch.object(nn.Parameter, "__deepcopy__", moved_parameter))
