@@ -15,7 +15,9 @@ from harness.config import RunConfig
 from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
-WEIGHTS, CONFIG, NETWORK = "weights.safetensors", "config.json", "network.py"
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+# Files with the source of a user's parts that a model needs, by the setting that names the part.
+PARTS: dict[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 
 
 def put(file: Path, content: bytes) -> None:
@@ -35,11 +37,12 @@ def put(file: Path, content: bytes) -> None:
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     """Write a model's weights, the shape and grey range of its images, and its configuration.
 
-    With a user's network, its source too.
+    With a user's network or likelihood, its source too.
     """
-    if config.model not in registry.BUILT_IN:
-        text = registry.source("network", config.model)
-        (folder / NETWORK).write_text(text, encoding="utf-8")
+    sources = registry.sources(config)
+    for setting, kind in PARTS.items():
+        if (part := (kind, getattr(config, setting))) in sources:
+            (folder / f"{kind}.py").write_text(sources[part], encoding="utf-8")
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
     plain = torch.contiguous_format  # clones, since safetensors refuses tied weights
     state = {name: value.clone(memory_format=plain) for name, value in model.state_dict().items()}
@@ -52,9 +55,9 @@ def load_model(
 ) -> tuple[RunConfig, VAE]:
     """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used.
 
-    `trust` is that of `registry.restore`, for the source of a user's network.
+    `trust` is that of `registry.restore`, for the source of a user's network or likelihood.
     """
-    _restore_network(folder, trust)
+    _restore_parts(folder, trust)
     try:
         config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -80,16 +83,19 @@ def load_model(
     return config, model.eval()
 
 
-def _restore_network(folder: Path, trust: Callable[[str], bool]) -> None:
-    # Before the configuration is read, which is refused without its network.
+def _restore_parts(folder: Path, trust: Callable[[str], bool]) -> None:
+    # Before the configuration is read, which is refused without them.
     try:
-        name = json.loads((folder / CONFIG).read_text())["model"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        config = json.loads((folder / CONFIG).read_text())
+        named = [(kind, config.get(setting)) for setting, kind in PARTS.items()]
+    except (OSError, ValueError, RecursionError, AttributeError):
         return  # refused as a configuration
-    if isinstance(name, str) and name not in registry.BUILT_IN:
-        file = folder / NETWORK
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        registry.restore("network", name, text, trust)
+    for kind, name in named:
+        built_in = (*registry.BUILT_IN, *registry.BUILT_IN_LIKELIHOODS)
+        if isinstance(name, str) and name not in built_in:
+            file = folder / f"{kind}.py"
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            registry.restore(kind, name, text, trust)
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:

@@ -313,8 +313,9 @@ def users(**changes) -> RunConfig:
 def forget():
     """Forget all parts, as a new process has none."""
     registry._files.clear()
-    for names in (registry.NETWORKS, registry.TERMS, registry.METRICS):
-        for name in set(names) - {*registry.BUILT_IN, *registry.BUILT_IN_TERMS}:
+    kept = {*registry.BUILT_IN, *registry.BUILT_IN_LIKELIHOODS, *registry.BUILT_IN_TERMS}
+    for names in (registry.NETWORKS, registry.LIKELIHOODS, registry.TERMS, registry.METRICS):
+        for name in set(names) - kept:
             del names[name]
 
 
