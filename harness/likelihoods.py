@@ -229,7 +229,7 @@ def check(name: str, kind: Kind, data_shape: tuple[int, ...]) -> None:
     x, output = (torch.full(shape, value) for value in (0.5, 0.25))
     call("error", (3,), x, output)
     call("mean", shape, output)
-    if kind.has_scale and hasattr(kind, "fit"):
+    if kind.has_scale and getattr(kind, "fit", None):
         call("fit", (), torch.ones(()), pixels)
     first, second, third = (density(error, 1.0) for error in (1.0, 2.0, 3.0))
     wide = density(2.0, 2.0) - density(1.0, 2.0)

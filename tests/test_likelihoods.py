@@ -2,8 +2,10 @@
 
 import io
 import math
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,35 +32,22 @@ KINDS = {
     name: registry.LIKELIHOODS[name].load()
     for name in ("gaussian", "laplace", "bernoulli", "continuous_bernoulli")
 }
-SOURCE = '''
-import torch
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "own-parts.md").read_text()
+(EXAMPLE,) = re.findall(r"^```python\n([^`]*?@harness\.likelihood.*?)^```", PAGE, re.M | re.S)
+SOURCE = (
+    EXAMPLE
+    + """
 
-import harness
-
-
-@harness.likelihood("power")
-class Power:
-    """Density proportional to exp(-|x - y|^1.5 / scale)."""
-
-    @staticmethod
-    def error(x, output):
-        return ((x - output).abs() + 1e-12).pow(1.5).flatten(1).sum(-1)
-
-    @staticmethod
-    def neg_log_density(error, scale, D):
-        # of one value: integral of exp(-|t|^1.5 / s) = 2 Gamma(5/3) s^(2/3)
-        normaliser = torch.as_tensor(scale).log() * 2 / 3 + torch.lgamma(torch.tensor(5 / 3))
-        return D * (normaliser + torch.tensor(2.0).log()) + error / scale
-
-    @staticmethod
-    def mean(output):
-        return output
+@harness.likelihood("unfitted")
+class Unfitted(Power):
+    fit = None
 
 
 @harness.likelihood("odds")
 class Odds(harness.likelihoods.ContinuousBernoulli):
-    """The continuous Bernoulli, in a file of a user."""
-'''
+    pass
+"""
+)
 USERS = [
     BASE.replace(kl_weight=0.02),
     BASE.replace(sigma="optimal", seed=1),
@@ -177,19 +166,15 @@ def test_the_scale_of_a_laplace_decoder_is_its_mean_absolute_error():
     assert torch.autograd.grad(density, scale)[0] == 0
 
 
-class WithoutFit:
-    """A Gaussian whose variance is found by bisection."""
-
-    logits, has_scale = False, True
-    error, mean = likelihoods.Gaussian.error, likelihoods.Gaussian.mean
-    neg_log_density = likelihoods.Gaussian.neg_log_density
-
-
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-def test_a_scale_without_fit_is_found_by_bisection(dtype, limit):
+def test_a_scale_without_fit_is_found_by_bisection(dtype, limit, file):
     errors = torch.tensor([1e-6, 0.3, 50.0], dtype=dtype)
-    found = torch.vmap(lambda error: likelihoods.fitted(WithoutFit, error, 12))(errors)
-    torch.testing.assert_close(found, errors / 12, rtol=limit, atol=0)
+    kinds = (registry.LIKELIHOODS[name].load() for name in ("power", "unfitted"))
+    closed, found = (
+        torch.vmap(lambda error, kind=kind: likelihoods.fitted(kind, error, 12))(errors)
+        for kind in kinds
+    )
+    torch.testing.assert_close(found, closed, rtol=limit, atol=0)
 
 
 def test_the_loss_is_the_elbo_of_the_scale_that_the_weight_sets(file):
@@ -234,7 +219,7 @@ def test_a_weight_is_told_as_a_decoder_standard_deviation():
 
 
 def test_runs_of_a_stack_are_those_of_runs_alone(tiny, file, request):
-    configs = all_of("power", "odds")
+    configs = all_of("power", "unfitted", "odds")
     configs += [c.replace(seed=1, learning_rate=0.003) for c in configs]
     data = replace(tiny, train=tiny.train.head(24))  # 3 steps
     (alone,) = train(configs, data, "cpu", torch.float64)
@@ -247,7 +232,7 @@ def test_runs_of_a_stack_are_those_of_runs_alone(tiny, file, request):
 
 
 def test_metrics_are_those_of_the_distributions(tiny, file):
-    for config in all_of("power"):
+    for config in all_of("power", "unfitted"):
         model = build(config, tiny.image_shape, 16).double()
         (found,) = evaluate([(config, model)], tiny)
         kind, given, errors = model.kind, {}, {}
@@ -263,7 +248,7 @@ def test_metrics_are_those_of_the_distributions(tiny, file):
             assert found[f"{part}/mae"] == pytest.approx(mae.item(), rel=1e-12)
         scale = likelihoods.fitted(kind, errors["val"], 64)
         x, y = given["test"]
-        if config.likelihood == "power":
+        if config.likelihood in ("power", "unfitted"):
             distortion = kind.neg_log_density(errors["test"], scale, 64)
         else:
             p = distribution(config.likelihood, y, scale.item())
@@ -330,7 +315,7 @@ def test_a_learned_scale_begins_at_that_of_the_mean_image(tiny):
 def test_a_users_likelihood_has_the_same_bits_in_workers(tiny, file):
     farthest = harness.metric("farthest", every_epoch=True)
     farthest(lambda model, split: per_image(model, split)["neg_elbo"].max())
-    configs = [c.replace(likelihood="power") for c in USERS]
+    configs = [c.replace(likelihood="unfitted") for c in USERS]
     (alone,) = train(configs, tiny, "cpu")
     torch.set_num_threads(2)
     (beside,) = train(configs, tiny, "cpu")
@@ -344,7 +329,7 @@ def test_a_users_likelihood_has_the_same_bits_in_workers(tiny, file):
 def forget():
     """Forget the parts of the file, as a new process has none."""
     registry._files.clear()
-    for name in ("power", "odds"):
+    for name in ("power", "unfitted", "odds"):
         del registry.LIKELIHOODS[name]
 
 
