@@ -178,7 +178,7 @@ def decoder_scale(config: RunConfig, pixels: int) -> float:
 
 def decoder_std(config: RunConfig, pixels: int) -> float:
     """Return the standard deviation of a pixel at that scale; NaN where it is not known."""
-    std = getattr(likelihood_of(config), "std", None)
+    std = vars(likelihood_of(config)).get("std")
     return math.nan if std is None else float(std(decoder_scale(config, pixels)))
 
 
@@ -260,9 +260,7 @@ def loss(
     """
     data = means.error
     if config.sigma != "fixed":
-        kind = kind or likelihood_of(config)
-        at = likelihoods.fitted(kind, means.error, pixels) if scale is None else scale
-        data = kind.neg_log_density(means.error, at, pixels)
+        data = likelihoods.distortion(kind or likelihood_of(config), means.error, scale, pixels)
     if means.kl is None:
         return data / pixels
     free = coefficients.free_bits

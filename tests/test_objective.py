@@ -115,7 +115,9 @@ def test_the_table_of_normalisations(settings, variance, beta):
 
 
 def distortion(mse, variance):
-    return likelihoods.Gaussian.neg_log_density(12 * mse, variance, 12)
+    found = likelihoods.Gaussian.neg_log_density(12 * mse, variance, 12)
+    torch.testing.assert_close(likelihoods.Gaussian.distortion(12 * mse, variance, 12), found)
+    return found
 
 
 def test_distortion_is_the_gaussian_negative_log_likelihood():

@@ -102,7 +102,7 @@ def measure(
     if means.kl is not None:
         metrics["rate"] = means.kl.sum(-1)
     if config.has_likelihood:
-        metrics["distortion"] = kind.neg_log_density(means.error, fitted, pixels)
+        metrics["distortion"] = likelihoods.distortion(kind, means.error, fitted, pixels)
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
     if kind.has_scale and (config.sigma != "fixed" or SET_RATE.isdisjoint(config.terms)):
@@ -235,7 +235,7 @@ def per_image(
         error = torch.cat(errors).double()
         fitted = likelihoods.fitted(model.kind, error.mean(), model.pixels)
         scale = fitted if variance is None else error.new_tensor(variance)
-        found["distortion"] = model.kind.neg_log_density(error, scale, model.pixels)
+        found["distortion"] = likelihoods.distortion(model.kind, error, scale, model.pixels)
     if {"rate", "distortion"} <= found.keys():
         found["neg_elbo"] = found["distortion"] + found["rate"]
     return {name: values.cpu().numpy() for name, values in found.items()}

@@ -66,16 +66,8 @@ def file(tmp_path, monkeypatch, registered):
 
 
 def words(file):
-    model = [
-        "--likelihood",
-        f"{file}:absolute",
-        "--model",
-        f"{file}:small",
-        "--model-options",
-        "width=4",
-        "act=tanh",
-        "deep=true",
-    ]
+    model = ["--likelihood", f"{file}:absolute", "--model", f"{file}:small"]
+    model += ["--model-options", "width=4", "act=tanh", "deep=true"]
     terms = ["--term", f"{file}:squares=0.5", "--term-options", "squares.power=2"]
     return [*model, "sizes=64,32", *terms, "--metric", f"{file}:brightness", "--seeds", "1"]
 
