@@ -1,15 +1,15 @@
 """Likelihoods that are built in, each a class of static functions that a user could write.
 
 Symbols: B images of a batch, D pixels (all channels), x pixels in [0, 1], y the decoder's output
-behind its non-linearity, a the output before it (logits). The `error` of an image is what training
-sums; its negative log-density is linear in the error, so that a mean error gives the mean density.
+behind its non-linearity, a the output before it, which classes with `logits` take. The error of an
+image is what training sums; its negative log-density is linear in it, so that a mean error gives
+the mean density. A scale is a tensor of shape (), and the weight of the error is in proportion to
+1 / scale.
 """
-
-from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +17,12 @@ from torch.nn import functional
 
 from harness.errors import UserError, line_of
 
-LARGEST_LOG_SCALE = 30.0  # of a scale that `fitted` finds by bisection
-BISECTIONS = 64
+LARGEST_LOG_SCALE, BISECTIONS = 30.0, 64  # of the search for a scale without `fit`
 SMALL_LOGIT = 0.5  # below which the continuous Bernoulli's normaliser is a series
 SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600, -691 / 15692092416000)
 
-
-class Likelihood(Protocol):
-    """The functions of a likelihood; those of a user may leave out `fit`, `std` and the flags."""
-
-    logits: bool  # whether the functions take the decoder's output before its non-linearity
-    has_scale: bool  # whether the density has a scale
-
-    @staticmethod
-    def error(x: Tensor, output: Tensor) -> Tensor:
-        """Return the error of each image, shape (B,), for x and output of shape (B, ...)."""
-
-    @staticmethod
-    def neg_log_density(error: Tensor, scale: Tensor, D: int) -> Tensor:  # noqa: N803 - D pixels
-        """Return -ln p(x|z) of errors, nats in their shape, for a scale of shape ()."""
-
-    @staticmethod
-    def mean(output: Tensor) -> Tensor:
-        """Return the mean of the density, in the shape of the output."""
-
-
-Kind = type[Likelihood]
+Kind = Any
+"""A likelihood: a class as `registry.likelihood` describes it."""
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
@@ -54,10 +34,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def absolute_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return the absolute error of each image, summed over its pixels: S1 = sum_d |x_d - y_d|.
-
-    Shape (B,), of pixels x and decoder means y of shape (B, ...).
-    """
+    """Return the absolute error of each image, summed over its pixels: S1 = sum_d |x_d - y_d|."""
     return (x - y).abs().flatten(1).sum(-1)
 
 
@@ -73,30 +50,27 @@ def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class Gaussian:
-    """Independent Gaussian pixels of one variance, the scale: the error is SSE, pixel^2."""
+    """Independent Gaussian pixels whose variance is the scale: the error is SSE, pixel^2."""
 
     logits, has_scale = False, True
     error = staticmethod(squared_error)
 
     @staticmethod
-    def neg_log_density(error: Tensor, scale: Tensor, D: int) -> Tensor:  # noqa: N803
+    def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
         """Return (D ln(2 pi variance) + SSE / variance) / 2."""
-        return (D * torch.log(2 * math.pi * scale) + error / scale) / 2
+        return (pixels * torch.log(2 * math.pi * scale) + error / scale) / 2
 
     @staticmethod
-    def distortion(mean_error: Tensor, scale: Tensor | None, D: int) -> Tensor:  # noqa: N803
-        """Return that of a mean error as D/2 (ln(2 pi variance) + mse / variance).
-
-        The order of operations decides the last bits, which recorded numbers have.
-        """
-        mse = mean_error / D
+    def distortion(mean_error: Tensor, scale: Tensor | None, pixels: int) -> Tensor:
+        """Return D/2 (ln(2 pi variance) + mse / variance): the same, in the bits of old numbers."""
+        mse = mean_error / pixels
         variance = mse if scale is None else scale
-        return D / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
+        return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
 
     @staticmethod
-    def fit(mean_error: Tensor, D: int) -> Tensor:  # noqa: N803
-        """Return the variance at which the density is largest: the mse."""
-        return mean_error / D
+    def fit(mean_error: Tensor, pixels: int) -> Tensor:
+        """Return the mean error of a pixel."""
+        return mean_error / pixels
 
     @staticmethod
     def mean(output: Tensor) -> Tensor:
@@ -110,16 +84,16 @@ class Gaussian:
 
 
 class Laplace:
-    """Independent Laplace pixels of one scale b: the error is S1, the summed absolute error."""
+    """Independent Laplace pixels of scale b: the error is S1, pixel."""
 
     logits, has_scale = False, True
     error = staticmethod(absolute_error)
-    mean, fit = staticmethod(Gaussian.mean), staticmethod(Gaussian.fit)
+    mean, fit = Gaussian.mean, Gaussian.fit
 
     @staticmethod
-    def neg_log_density(error: Tensor, scale: Tensor, D: int) -> Tensor:  # noqa: N803
-        """Return D ln(2 b) + S1 / b, largest at b = S1 / D, the mean absolute error."""
-        return D * torch.log(2 * scale) + error / scale
+    def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
+        """Return D ln(2 b) + S1 / b."""
+        return pixels * torch.log(2 * scale) + error / scale
 
     @staticmethod
     def std(scale: float) -> float:
@@ -131,17 +105,12 @@ class Bernoulli:
     """Independent Bernoulli pixels: a likelihood of pixels that are 0 or 1."""
 
     logits, has_scale = True, False
-    error = staticmethod(cross_entropy)
+    error, mean = staticmethod(cross_entropy), staticmethod(torch.sigmoid)
 
     @staticmethod
-    def neg_log_density(error: Tensor, scale: Tensor, D: int) -> Tensor:  # noqa: N803
-        """Return the error, the cross-entropy."""
+    def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
+        """Return the error."""
         return error
-
-    @staticmethod
-    def mean(output: Tensor) -> Tensor:
-        """Return the probability that a pixel is 1."""
-        return output.sigmoid()
 
 
 class ContinuousBernoulli:
@@ -152,7 +121,7 @@ class ContinuousBernoulli:
     """
 
     logits, has_scale = True, False
-    neg_log_density = staticmethod(Bernoulli.neg_log_density)
+    neg_log_density = Bernoulli.neg_log_density
 
     @staticmethod
     def error(x: Tensor, output: Tensor) -> Tensor:
@@ -160,15 +129,13 @@ class ContinuousBernoulli:
 
         As a (1/2 - x) + ln(sinh(a/2) / (a/2)), whose second part is even, and a series near 0.
         """
-        is_small, a = output.abs() < SMALL_LOGIT, output
-        squares = torch.where(is_small, a, 0).square()
-        series = torch.zeros_like(squares)
+        is_small = output.abs() < SMALL_LOGIT
+        squares, series = torch.where(is_small, output, 0).square(), torch.zeros_like(output)
         for coefficient in reversed(SERIES):
             series = (series + coefficient) * squares
-        b = torch.where(is_small, 1, a).abs()
+        b = torch.where(is_small, 1, output).abs()
         exact = b / 2 + (-torch.expm1(-b)).log() - b.log()
-        even = torch.where(is_small, series, exact)
-        return (a * (0.5 - x) + even).flatten(1).sum(-1)
+        return (output * (0.5 - x) + torch.where(is_small, series, exact)).flatten(1).sum(-1)
 
     @staticmethod
     def mean(output: Tensor) -> Tensor:
@@ -176,14 +143,12 @@ class ContinuousBernoulli:
 
         As 1/2 + 1 / (2 tanh(a/2)) - 1 / a, and a series near 0.
         """
-        is_small, a = output.abs() < SMALL_LOGIT, output
-        near = torch.where(is_small, a, 0)
-        series = torch.zeros_like(near)
+        is_small = output.abs() < SMALL_LOGIT
+        a, series = torch.where(is_small, output, 0), torch.zeros_like(output)
         for n, coefficient in reversed([*enumerate(SERIES, 1)]):
-            series = series * near.square() + 2 * n * coefficient
-        far = torch.where(is_small, 1, a)
-        exact = 0.5 / (far / 2).tanh() - 1 / far
-        return 0.5 + torch.where(is_small, series * near, exact)
+            series = series * a.square() + 2 * n * coefficient
+        far = torch.where(is_small, 1, output)
+        return 0.5 + torch.where(is_small, series * a, 0.5 / (far / 2).tanh() - 1 / far)
 
 
 def fitted(kind: Kind, mean_error: Tensor, pixels: int) -> Tensor:
@@ -194,8 +159,8 @@ def fitted(kind: Kind, mean_error: Tensor, pixels: int) -> Tensor:
     """
     if not kind.has_scale:
         return torch.ones_like(mean_error)
-    if fit := getattr(kind, "fit", None):
-        found: Tensor = fit(mean_error, pixels)
+    if getattr(kind, "fit", None):
+        found: Tensor = kind.fit(mean_error, pixels)
         return found
     error = mean_error.detach()
     slope = torch.func.grad(lambda log: kind.neg_log_density(error, log.exp(), pixels))
@@ -213,18 +178,16 @@ def distortion(kind: Kind, mean_error: Tensor, scale: Tensor | None, pixels: int
     Nats per image, in the shape of the errors.
     """
     if own := vars(kind).get("distortion"):  # not that of a class from which a user's inherits
-        found: Tensor = own(mean_error, scale, pixels)
-        return found
+        return torch.as_tensor(own(mean_error, scale, pixels))
     at = fitted(kind, mean_error, pixels) if scale is None else scale
-    return kind.neg_log_density(mean_error, at, pixels)
+    return torch.as_tensor(kind.neg_log_density(mean_error, at, pixels))
 
 
 @cache
 def unit(kind: Kind, pixels: int) -> float:
-    """Return the scale for which error + rate is a negative ELBO: 1/2 of a Gaussian's variance.
+    """Return the weight of the error in the density at scale 1: 1/2 of a Gaussian.
 
-    It is the weight of the error in the density at scale 1. The weight is proportional to 1 /
-    scale, so that error + beta * rate is one, up to a factor and a constant, at scale beta * unit.
+    error + beta * rate is a negative ELBO, up to a factor and a constant, at scale beta * unit.
     """
     one = torch.ones((), dtype=torch.float64)
     return float(torch.func.grad(lambda error: kind.neg_log_density(error, one, pixels))(one))
@@ -248,25 +211,27 @@ def check(name: str, kind: Kind, data_shape: tuple[int, ...]) -> None:
         numbers = torch.tensor([error, scale], dtype=torch.float64)
         return float(call("neg_log_density", (), *numbers, pixels))
 
-    x, output = (torch.full(shape, value) for value in (0.5, 0.25))
-    call("error", (3,), x, output)
-    call("mean", shape, output)
-    if kind.has_scale and getattr(kind, "fit", None):
-        call("fit", (), torch.ones(()), pixels)
+    call("error", (3,), torch.full(shape, 0.5), torch.full(shape, 0.25))
+    call("mean", shape, torch.full(shape, 0.25))
     first, second, third = (density(error, 1.0) for error in (1.0, 2.0, 3.0))
     wide = density(2.0, 2.0) - density(1.0, 2.0)
     near = 1e-6 * max(map(abs, (first, second, third, 1.0)))
     if not abs(third - 2 * second + first) < near:  # NaN too
-        numbers = f"{first:g}, {second:g} and {third:g} at errors 1, 2 and 3"
-        raise UserError(f"{what}: its neg_log_density is not linear in the error: {numbers}")
-    if not kind.has_scale and density(1.0, 2.0) != first:
-        raise UserError(f"{what}: its neg_log_density has a scale; leave has_scale = False out")
-    if kind.has_scale and not (second > first and abs(second - first - 2 * wide) < near):
+        why = f"is not linear in the error: {first:g}, {second:g} and {third:g} at errors 1, 2, 3"
+        raise UserError(f"{what}: its neg_log_density {why}")
+    if not kind.has_scale:
+        if density(1.0, 2.0) != first:
+            why = "has a scale; leave has_scale = False out"
+            raise UserError(f"{what}: its neg_log_density {why}")
+        return
+    if not (second > first and abs(second - first - 2 * wide) < near):
         weights = f"{second - first:g} at scale 1 and {wide:g} at scale 2"
-        raise UserError(
-            f"{what}: its neg_log_density weighs the error by {weights}; the weight must be "
-            "proportional to 1 / scale (a variance, no deviation), or set has_scale = False"
+        why = (
+            "it must be proportional to 1 / scale (a variance, no deviation), or has_scale = False"
         )
+        raise UserError(f"{what}: its neg_log_density weighs the error by {weights}; {why}")
+    if getattr(kind, "fit", None):
+        call("fit", (), torch.ones(()), pixels)
     best = float(fitted(kind, torch.ones((), dtype=torch.float64), pixels))
-    if kind.has_scale and not density(1.0, best) < min(density(1.0, best * f) for f in (0.9, 1.1)):
+    if not density(1.0, best) < min(density(1.0, best * factor) for factor in (0.9, 1.1)):
         raise UserError(f"{what}: its fit returns {best:g}, which is not the best scale of error 1")

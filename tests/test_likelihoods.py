@@ -386,10 +386,10 @@ REFUSED = {
     ),
     "its fit returns (1,); expected ()": broken("fit", lambda e, D: e.view(1)),
     "its fit returns 0.03125, which is not the best scale": broken("fit", lambda e, D: 2 * e / D),
-    "is not linear in the error: 1, 4 and 9 at errors 1, 2 and 3": broken(
+    "is not linear in the error: 1, 4 and 9 at errors 1, 2, 3": broken(
         "neg_log_density", lambda e, s, D: e.square()
     ),
-    "weighs the error by 0.5 at scale 1 and 0.125 at scale 2; the weight must be proportional": (
+    "weighs the error by 0.5 at scale 1 and 0.125 at scale 2; it must be proportional": (
         broken("neg_log_density", lambda e, s, D: D * s.log() + e / (2 * s * s))
     ),
     "weighs the error by 1 at scale 1 and 1 at scale 2": broken(

@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
-# Files with the source of a user's parts that a model needs, by the setting that names the part.
+# Parts of a user that a model needs, by the setting that names them; their files are KIND.py.
 PARTS: dict[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 
 
@@ -90,9 +90,9 @@ def _restore_parts(folder: Path, trust: Callable[[str], bool]) -> None:
         named = [(kind, config.get(setting)) for setting, kind in PARTS.items()]
     except (OSError, ValueError, RecursionError, AttributeError):
         return  # refused as a configuration
+    built_in = {"network": registry.BUILT_IN, "likelihood": registry.BUILT_IN_LIKELIHOODS}
     for kind, name in named:
-        built_in = (*registry.BUILT_IN, *registry.BUILT_IN_LIKELIHOODS)
-        if isinstance(name, str) and name not in built_in:
+        if isinstance(name, str) and name not in built_in[kind]:
             file = folder / f"{kind}.py"
             text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
             registry.restore(kind, name, text, trust)

@@ -105,10 +105,11 @@ def record(
         for row, run in enumerate(planned):
             params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
-            acts = acting(run.config, data)
-            for line in set(acts.values()):
-                log.info(line, extra={"progress": True})
-            logs[row] = start(run._replace(params=params, tags=run.tags | tags | acts))
+            of_run = run.tags | tags
+            if len(data.image_shape) == 3 and (acts := objectives.acts_as(run.config, data.pixels)):
+                log.info(acts, extra={"progress": True})
+                of_run |= {ACTS: acts}
+            logs[row] = start(run._replace(params=params, tags=of_run))
             logs[row].dataset(data)
             used = {" ".join(part): text for part, text in parts[run.config].items()}
             digests = {part: registry.digest(text) for part, text in used.items()}
@@ -341,13 +342,6 @@ def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
     if data.class_names and len(names) < 6_000:  # MLflow refuses longer parameters
         params["class_names"] = names
     return params
-
-
-def acting(config: RunConfig, data: Dataset) -> dict[str, str]:
-    """Return as a tag, for images, which decoder standard deviation a run's KL weight acts as."""
-    is_image = len(data.image_shape) == 3
-    line = objectives.acts_as(config, data.pixels) if is_image else ""
-    return {ACTS: line} if line else {}
 
 
 def _best(history: Sequence[Metrics], objective: str) -> Metrics:
