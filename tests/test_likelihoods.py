@@ -16,6 +16,7 @@ from torch.distributions import Bernoulli, ContinuousBernoulli, Laplace, Normal,
 from torch.nn import functional
 
 import harness
+from analysis import frames
 from harness import RunConfig, UserError, likelihoods, load_run, objective, registry
 from harness.metrics import per_image
 from harness.metrics.evaluate import evaluate
@@ -25,6 +26,7 @@ from harness.streams import noise
 from harness.tracking import connect, record
 from harness.training.engine import train
 from studies import replay
+from studies.runner.study import KNOWN, calibrated
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 BASE = SMALL.replace(epochs=1, learning_rate=0.01)
@@ -300,6 +302,17 @@ def test_means_over_images_are_the_logged_values(tiny, file):
             for name, values in found.items():
                 of = logged.metrics[f"{part}/{'mse' if name == 'error' else name}"]
                 np.testing.assert_allclose(values.mean(), of, rtol=1e-9)
+
+
+def test_a_scale_that_the_weight_sets_is_a_parameter_and_no_variance(tiny):
+    config = BASE.replace(likelihood="laplace", kl_weight=0.1, latent="stochastic")
+    params = record.parameters(config, tiny)
+    assert params["laplace_scale"] == params["beta"] == 0.1
+    assert "decoder_variance" not in params
+    assert "laplace_scale" not in record.parameters(config.replace(sigma="optimal"), tiny)
+    result = harness.train_and_evaluate(config, tiny, "cpu")
+    assert frames.to_frame([result])["decoder_variance"].isna().all()
+    assert calibrated(config, KNOWN["digits"]).kl_weight == pytest.approx(math.sqrt(0.01 / 2))
 
 
 def test_a_learned_scale_begins_at_that_of_the_mean_image(tiny):

@@ -171,11 +171,8 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
 
     answer = attempt("the answer", findings.answer) or "The answer failed."
     failed = failed_metrics(found.finished)
-    acts = (
-        f"Best run: {run.tags[ACTS]}."
-        for run in found.runs
-        if run.run_id == findings.best["run_id"] and ACTS in run.tags
-    )
+    best = next(run for run in found.runs if run.run_id == findings.best["run_id"])
+    acts = [f"Best run: {best.tags[ACTS]}."] if ACTS in best.tags else []
     answer = "\n\n".join([answer, *acts, *differing(found.finished), *failed])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
