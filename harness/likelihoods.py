@@ -130,10 +130,10 @@ class ContinuousBernoulli:
         As a (1/2 - x) + ln(sinh(a/2) / (a/2)), whose second part is even, and a series near 0.
         """
         is_small = output.abs() < SMALL_LOGIT
-        squares, series = torch.where(is_small, output, 0).square(), torch.zeros_like(output)
+        squares, series = output.masked_fill(~is_small, 0).square(), torch.zeros_like(output)
         for coefficient in reversed(SERIES):
             series = (series + coefficient) * squares
-        b = torch.where(is_small, 1, output).abs()
+        b = output.masked_fill(is_small, 1).abs()
         exact = b / 2 + (-torch.expm1(-b)).log() - b.log()
         return (output * (0.5 - x) + torch.where(is_small, series, exact)).flatten(1).sum(-1)
 
@@ -144,10 +144,10 @@ class ContinuousBernoulli:
         As 1/2 + 1 / (2 tanh(a/2)) - 1 / a, and a series near 0.
         """
         is_small = output.abs() < SMALL_LOGIT
-        a, series = torch.where(is_small, output, 0), torch.zeros_like(output)
+        a, series = output.masked_fill(~is_small, 0), torch.zeros_like(output)
         for n, coefficient in reversed([*enumerate(SERIES, 1)]):
             series = series * a.square() + 2 * n * coefficient
-        far = torch.where(is_small, 1, output)
+        far = output.masked_fill(is_small, 1)
         return 0.5 + torch.where(is_small, series * a, 0.5 / (far / 2).tanh() - 1 / far)
 
 

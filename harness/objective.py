@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     prior: Tensor | None = None  # draws from N(0, I), shape (B, L), for a run with terms
     training_size: int = 0  # number of training images N
     progress: Tensor | float = 1.0  # of training, in [0, 1], shape ()
-    decoded: Tensor | None = None  # output as the likelihood takes it; None: it is one of both
+    decoded: Tensor | None = None  # as the likelihood takes it; None: reconstruction, or output
 
 
 class Coefficients(NamedTuple):
