@@ -189,7 +189,7 @@ def unit(kind: Kind, pixels: int) -> float:
 
     error + beta * rate is a negative ELBO, up to a factor and a constant, at scale beta * unit.
     """
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     return float(torch.func.grad(lambda error: kind.neg_log_density(error, one, pixels))(one))
 
 

@@ -124,7 +124,8 @@ def capacity(
     """
     if not share > 0:
         raise UserError(f"share={share!r}: capacity rises over a share of the training, > 0")
-    risen = torch.as_tensor(batch.progress / share).clamp(max=1.0)
+    done = batch.progress / share  # a number where runs are measured
+    risen = done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
     rate = batch.posterior.rate()
     return ((rate if per_image else rate.mean()) - nats * risen).abs().mean()
 
