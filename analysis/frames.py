@@ -99,7 +99,8 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
     ratio = frame.get("calibration_ratio", nothing)
     # The variance of runs whose KL weight does not set it. Only a Gaussian decoder has one.
     fitted = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
-    fitted = fitted.where(frame.get("likelihood", nothing).fillna("gaussian") == "gaussian")
+    if "likelihood" in frame:
+        fitted = fitted.where(frame["likelihood"] == "gaussian")
     variance = frame.get("decoder_variance", nothing).fillna(fitted)
     return frame.assign(decoder_variance=variance, calibration_ratio=ratio)
 
