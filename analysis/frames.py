@@ -97,8 +97,10 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/")).apply(_numbers)
     nothing = pd.Series(np.nan, frame.index)
     ratio = frame.get("calibration_ratio", nothing)
-    # The variance of runs whose KL weight does not set it. A Bernoulli decoder has none.
+    # The variance of runs whose KL weight does not set it. Only a Gaussian decoder has one.
     fitted = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
+    if "likelihood" in frame:
+        fitted = fitted.where(frame["likelihood"] == "gaussian")
     variance = frame.get("decoder_variance", nothing).fillna(fitted)
     return frame.assign(decoder_variance=variance, calibration_ratio=ratio)
 

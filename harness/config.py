@@ -17,7 +17,6 @@ Head = Literal["gaussian", "relu"]
 Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
 Sigma = Literal["fixed", "optimal", "learned"]
-Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
 Precision = Literal["float32", "tf32"]
 Activation = Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"]
@@ -85,8 +84,11 @@ class RunConfig:
         free_bits: nats of each latent's batch-mean KL that are not penalised (Kingma et al. 2016).
         sigma: the Gaussian decoder's variance: "fixed": beta / 2; "optimal": the mse of each batch;
             "learned": one trained scalar (sigma-VAE, Rybkin et al. 2021). Unless fixed, the loss is
-            an exact negative ELBO per pixel at beta = 1.
-        likelihood: "gaussian"; "bernoulli": cross-entropy, exact ELBO of binary data at beta = 1.
+            an exact negative ELBO per pixel at beta = 1. Likewise the scale of a Laplace decoder:
+            beta, the mean absolute error, or learned.
+        likelihood: "gaussian"; "laplace": absolute error; "bernoulli": cross-entropy, exact ELBO of
+            binary data at beta = 1; "continuous_bernoulli": density of grey pixels in [0, 1], exact
+            ELBO at beta = 1; or the name of a registered likelihood.
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
@@ -128,7 +130,7 @@ class RunConfig:
     kl_cycles: int = 1
     free_bits: float = 0.0
     sigma: Sigma = "fixed"
-    likelihood: Likelihood = "gaussian"
+    likelihood: str = "gaussian"
     binarization: Binarization = "none"
     optimizer: Optimizer = "adam"
     learning_rate: float = 1e-3
@@ -162,6 +164,9 @@ class RunConfig:
         if self.model not in list(registry.NETWORKS):  # a list, for what has no hash
             known = f"one of {', '.join(registry.NETWORKS)}, or register a network of that name"
             raise UserError(f"model={self.model!r}: choose {known}")
+        if self.likelihood not in list(registry.LIKELIHOODS):
+            known = f"one of {', '.join(registry.LIKELIHOODS)}, or register one of that name"
+            raise UserError(f"likelihood={self.likelihood!r}: choose {known}")
         for name, choices in _choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
@@ -203,11 +208,11 @@ class RunConfig:
                 if (value := getattr(self, name)) != off:
                     given = f"{name}={value!r} with latent='deterministic', which has no KL"
                     raise UserError(f"{given} and no likelihood: set {name}={off!r}")
-        if self.likelihood == "bernoulli" and self.sigma != "fixed":
-            given = f"sigma={self.sigma!r} with likelihood='bernoulli'"
-            raise UserError(f"{given}: only a Gaussian decoder has a variance; set sigma='fixed'")
-        if self.likelihood == "gaussian" and self.binarization != "none":
-            given = f"binarization={self.binarization!r} with likelihood='gaussian'"
+        if not self.has_scale and self.sigma != "fixed":
+            given = f"sigma={self.sigma!r} with likelihood={self.likelihood!r}"
+            raise UserError(f"{given}, which has no variance or scale; set sigma='fixed'")
+        if self.likelihood != "bernoulli" and self.binarization != "none":
+            given = f"binarization={self.binarization!r} with likelihood={self.likelihood!r}"
             raise UserError(f"{given}: binary pixels need likelihood='bernoulli'")
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
             given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
@@ -290,7 +295,12 @@ class RunConfig:
     @property
     def has_likelihood(self) -> bool:
         """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
-        return self.likelihood == "gaussian" or self.binarization != "none"
+        return self.likelihood != "bernoulli" or self.binarization != "none"
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the likelihood has a scale: variance of a Gaussian, b of a Laplace decoder."""
+        return registry.LIKELIHOODS[self.likelihood].has_scale
 
     def named(self) -> dict[str, Any]:
         """Return every setting by the name under which it is recorded and swept.

@@ -102,7 +102,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     data = source(options.dataset, own)
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base)
-    fixed = {*options.settings, *(["sigma"] if base.likelihood == "bernoulli" else [])}
+    fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")

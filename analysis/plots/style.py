@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 UNITS = {
     **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
     **dict.fromkeys(("mse", "decoder_variance"), "pixel²"),
+    **dict.fromkeys(("mae", "laplace_scale"), "pixel"),
     **dict.fromkeys(("active_units", "latent_size"), "count"),
     **dict.fromkeys(("probe_accuracy", "knn_accuracy"), "share"),
     "frechet": "variance of a feature",

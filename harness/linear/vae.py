@@ -165,6 +165,9 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
         variance = matched_variance(known, config, data.pixels)
+    floor = {"test/pca_floor": known.floor(data.test, config.latent_size)}
+    if math.isnan(variance):  # a term sets the rate
+        return floor
     val, test = (
         LinearOptimum(known, config.latent_size, variance, split) for split in (data.val, data.test)
     )
@@ -177,7 +180,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "collapse_variance": float(known.variances[0]),  # no latent is active at larger ones
     }
     finite = {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
-    return finite | {"test/pca_floor": known.floor(data.test, config.latent_size)}
+    return finite | floor
 
 
 def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:

@@ -46,6 +46,7 @@ MADE_WITH = {
     "device": ("params", "device"),
 }
 FAILED = "failed_metrics"  # tag of a finished run of which registered metrics failed
+ACTS = "kl_weight_acts_as"  # tag with the decoder standard deviation that a KL weight acts as
 
 Metrics = dict[str, float]
 
@@ -96,7 +97,7 @@ def record(
         plain names too; a run that was ended early has none, and the model of its last epoch.
     """
     configs = [run.config for run in planned]
-    parts = {config: registry.sources(config.model, tuple(config.terms)) for config in configs}
+    parts = {config: registry.sources(config) for config in configs}
     made_with = provenance.provenance(data, device)
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
@@ -108,7 +109,11 @@ def record(
         for row, run in enumerate(planned):
             params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
-            logs[row] = start(run._replace(params=params, tags=run.tags | tags))
+            of_run = run.tags | tags
+            if len(data.image_shape) == 3 and (acts := objectives.acts_as(run.config, data.pixels)):
+                log.info(acts, extra={"progress": True})
+                of_run |= {ACTS: acts}
+            logs[row] = start(run._replace(params=params, tags=of_run))
             logs[row].dataset(data)
             used = {" ".join(part): text for part, text in parts[run.config].items()}
             digests = {part: registry.digest(text) for part, text in used.items()}
@@ -311,7 +316,7 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
 
     def start(run: Planned) -> RunLog:
         note = description(run.key, store.uri, run.params.get("dataset", ""))
-        tags = run.tags | {NOTE: note}
+        tags = run.tags | {NOTE: "\n\n".join(filter(None, (note, run.tags.get(ACTS, ""))))}
         try:
             return store.start(experiment_id, run.key, run.name, tags, run.params)
         except BaseException as error:  # it may have been created
@@ -350,9 +355,10 @@ def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
     """Return the parameters of a run: its settings, what follows from them, and its dataset."""
     params = config.named() | {"beta": objectives.beta(config, data.pixels)}
     params |= {"dataset": data.name, "dataset_digest": data.digest}
-    variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)
-    if not math.isnan(variance):
-        params["decoder_variance"] = variance
+    scale, names = objectives.decoder_scale(config, data.pixels), json.dumps(data.class_names)
+    if not math.isnan(scale):
+        of = config.likelihood
+        params["decoder_variance" if of == "gaussian" else f"{of}_scale"] = scale
     if data.class_names and len(names) < 6_000:  # MLflow refuses longer parameters
         params["class_names"] = names
     return params

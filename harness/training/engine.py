@@ -18,13 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import objective, registry
+from harness import likelihoods, objective, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Columns, Dataset
 from harness.data.mapped import Mapped
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
-from harness.metrics.evaluate import evaluate, finite, registered_metrics, registered_values
+from harness.metrics.evaluate import (
+    CHUNK,
+    evaluate,
+    finite,
+    pixels,
+    registered_metrics,
+    registered_values,
+)
 from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE, build, check_network
 from harness.processes import Pool
@@ -315,6 +322,8 @@ def check_runs(
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
         config.replace()  # checks options of terms that were not registered when it was made
     _check_data(configs, data)
+    for name in {c.likelihood for c in configs} - {*registry.BUILT_IN_LIKELIHOODS}:
+        likelihoods.check(name, registry.LIKELIHOODS[name].load(), data.image_shape)
     for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
         check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):
@@ -331,9 +340,9 @@ def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
     for config in configs:
         if config.model == "conv":
             raise UserError(f"model='conv': {data.name} holds no images; give mlp or linear")
-        if config.likelihood == "bernoulli" and data.columns is not None:
-            given = f"likelihood='bernoulli': the columns of {data.name} are no pixels in [0, 1]"
-            raise UserError(f"{given}; give gaussian")
+        if config.likelihood.endswith("bernoulli") and data.columns is not None:
+            given = f"likelihood={config.likelihood!r}: the columns of {data.name} are no pixels"
+            raise UserError(f"{given} in [0, 1]; give gaussian or laplace")
 
 
 class Work(NamedTuple):
@@ -388,6 +397,7 @@ def _begin(
         except Exception as error:  # any error of a user's layer or of PyTorch
             full, reason = _is_out_of_memory(error), (str(error) or repr(error)).splitlines()[0]
             from_user = first.terms or first.model not in registry.BUILT_IN
+            from_user = from_user or first.likelihood not in registry.BUILT_IN_LIKELIHOODS
             if not full and not (stacked and from_user):
                 raise
         torch.cuda.empty_cache()
@@ -407,9 +417,19 @@ def _begin(
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
     model = build(config, data.image_shape, data.train.largest, data.columns)
     model.to(data.train.labels.device, dtype).eval()
-    if config.sigma == "learned":  # the mse of a decoder that returns the mean image
-        torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
+    if config.sigma == "learned":
+        torch.nn.init.constant_(model.log_decoder_variance, math.log(_initial_scale(model, data)))
     return model
+
+
+def _initial_scale(model: VAE, data: Dataset) -> float:
+    # Of a decoder that returns the mean image: its mse; of other likelihoods from fewer images.
+    if model.likelihood == "gaussian":
+        return data.pixel_variance
+    x = pixels(model, data.train, slice(CHUNK))
+    output = x.new_zeros(()).expand_as(x) if model.kind.logits else x.mean(0).expand_as(x)
+    mean_error = model.kind.error(x, output).double().mean()
+    return float(likelihoods.fitted(model.kind, mean_error, model.pixels))
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

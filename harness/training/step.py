@@ -21,7 +21,7 @@ from harness import objective, processes, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.data.mapped import Mapped
-from harness.metrics.evaluate import coefficients, conditions, measure
+from harness.metrics.evaluate import coefficients, conditions, fitted_scale, measure
 from harness.models.stack import kernels, lift, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms
@@ -333,7 +333,8 @@ class Step:
     def _loss(self, model: VAE, x: Tensor, now: Draw, coefficients: Coefficients) -> Tensor:
         batch = model.batch(x, now.noise, now.prior, len(self.images), now.progress)
         coefficients = coefficients._replace(beta=now.betas)
-        return objective.objective(self.state.configs[0], batch, coefficients, self.state.terms)
+        given = self.state.configs[0], batch, coefficients, self.state.terms, model.kind
+        return objective.objective(*given)
 
     def measure(self) -> list[tuple[Metrics, Metrics]]:
         """Return each run's metrics on the first training images and on validation images."""
@@ -351,7 +352,7 @@ class Step:
         config, classes = self.state.configs[0], self.data.classes
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
         val = measure(config, model, self._val, classes, **on_val, **same)
-        same["variance"] = val["mse"]
+        same["variance"] = fitted_scale(val)
         return measure(config, model, self._first, classes, **on_train, **same), val
 
     def capture(self) -> None:

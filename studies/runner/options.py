@@ -74,7 +74,7 @@ class Common(Places):
         label: column of a table that holds the class of each row.
         metric: a registered metric of every run, FILE.py:NAME.
         settings: settings of every run (`RunConfig`); those that a study sweeps are refused. A
-            network or a term may be FILE.py:NAME.
+            network, a likelihood or a term may be FILE.py:NAME.
     """
 
     dataset: str = "digits"
@@ -92,8 +92,9 @@ class Common(Places):
             if registry.load(address, "metric") not in registry.METRICS:
                 raise UserError(f"--metric {address}: it is not registered; give FILE.py:NAME")
         given = dict(self.settings)
-        if "model" in given:
-            given["model"] = registry.load(given["model"], "network")
+        for name, kind in PARTS.items():
+            if name in given:
+                given[name] = registry.load(given[name], kind)
         if "terms" in given:
             given["terms"] = {registry.load(t, "term"): w for t, w in given["terms"].items()}
         found = config.replace(**{"epochs": epochs, **given})
@@ -121,6 +122,8 @@ class Options(Common, Generic[Value]):
     seeds: int | None = None
 
 
+# Settings that name a part, which may be FILE.py:NAME.
+PARTS: Mapping[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 # Options of several words NAME=VALUE, or, of terms, one option each.
 NAMED = ("terms", "model_options", "term_options")
 REPEATED = {"terms": "term", "metric": "metric"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name
 from studies.runner.options import (
     ELSEWHERE,
+    PARTS,
     SETTINGS,
     arguments,
     at_least,
@@ -102,7 +104,8 @@ def source(name: str, own: Dataset | None) -> Source:
 
 def sets_variance(config: RunConfig) -> bool:
     """Return whether the KL weight sets the decoder's variance."""
-    return config.sigma == "fixed" and config.likelihood == "gaussian"
+    is_set = config.sigma == "fixed" and config.likelihood == "gaussian"
+    return is_set and not {"capacity", "rate_floor"} & set(config.terms)
 
 
 def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:
@@ -113,11 +116,16 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
 
 
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
-    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1)."""
-    from harness.objective import beta  # loads torch
+    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
+
+    A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
+    """
+    from harness.objective import beta, decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
+    if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
+        return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
     return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
@@ -173,8 +181,8 @@ class Axis:
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
     """Set a field, an option of the network, the weight of a term or a term's option, by name."""
-    if name == "model":
-        return config.replace(model=registry.load(value, "network"))
+    if name in PARTS:
+        value = registry.load(value, PARTS[name])
     if name in SETTINGS:
         return config.replace(**{name: value})
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
@@ -372,7 +380,7 @@ def _given_part(value: Any, given: Any) -> Any:  # noqa: ANN401 - of any kind
 
 def parts(configs: Iterable[RunConfig]) -> dict[str, dict[str, str]]:
     """Return the digests of the files of all user's parts, as a setting of a study."""
-    used = [registry.sources(config.model, tuple(config.terms)) for config in configs]
+    used = [registry.sources(config) for config in configs]
     texts = {" ".join(part): text for found in used for part, text in found.items()}
     return {"parts": {part: registry.digest(t) for part, t in texts.items()}} if texts else {}
 

@@ -30,7 +30,7 @@ from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
-from harness.tracking.record import FAILED, MADE_WITH, interruption
+from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -173,7 +173,9 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
 
     answer = words(attempt("the answer", findings.answer) or "The answer failed.")
     failed = failed_metrics(found.finished)
-    answer = "\n\n".join([answer, *differing(found.finished), *failed])
+    best = next(run for run in found.runs if run.run_id == findings.best["run_id"])
+    acts = [f"Best run: {best.tags[ACTS]}."] if ACTS in best.tags else []
+    answer = "\n\n".join([answer, *acts, *differing(found.finished), *failed])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)

@@ -40,7 +40,7 @@ MADE_UP = 0.5  # value of a metric that is not measured here
 
 def is_needed(plan: Plan) -> bool:
     """Return whether a study has code of a user that no process has tried for this one."""
-    own = any(registry.sources(config.model, tuple(config.terms)) for config in plan.configs)
+    own = any(registry.sources(config) for config in plan.configs)
     return not workers.started() and (own or "-m" not in plan.start[:1])
 
 
