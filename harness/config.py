@@ -18,6 +18,8 @@ Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
 Sigma = Literal["fixed", "optimal", "learned"]
 Binarization = Literal["none", "stochastic", "threshold"]
+Dequantize = Literal["none", "uniform"]
+Drawing = Literal["none", "stochastic", "threshold", "uniform"]
 Precision = Literal["float32", "tf32"]
 Activation = Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"]
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -92,6 +94,8 @@ class RunConfig:
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
+        dequantize: "uniform": a pixel of grey level k, 0 to K, is (k + u) / (K + 1) with u from
+            U(0, 1), drawn anew every epoch, so that a density bounds the likelihood of grey levels.
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
             proportional to error + beta * rate + weight * term for all settings of the KL.
         term_options: options of loss terms by name: {term: {option: value}}.
@@ -132,6 +136,7 @@ class RunConfig:
     sigma: Sigma = "fixed"
     likelihood: str = "gaussian"
     binarization: Binarization = "none"
+    dequantize: Dequantize = "none"
     optimizer: Optimizer = "adam"
     learning_rate: float = 1e-3
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -214,6 +219,9 @@ class RunConfig:
         if self.likelihood != "bernoulli" and self.binarization != "none":
             given = f"binarization={self.binarization!r} with likelihood={self.likelihood!r}"
             raise UserError(f"{given}: binary pixels need likelihood='bernoulli'")
+        if self.likelihood == "bernoulli" and self.dequantize != "none":
+            given = f"dequantize={self.dequantize!r} with likelihood='bernoulli'"
+            raise UserError(f"{given}: it needs a density; choose another likelihood")
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
             given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
             raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
@@ -296,6 +304,11 @@ class RunConfig:
     def has_likelihood(self) -> bool:
         """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
         return self.likelihood != "bernoulli" or self.binarization != "none"
+
+    @property
+    def drawing(self) -> Drawing:
+        """How pixels are drawn from grey ones: the binarization, or "uniform" dequantisation."""
+        return self.binarization if self.dequantize == "none" else self.dequantize
 
     @property
     def has_scale(self) -> bool:

@@ -183,7 +183,17 @@ QUALITY = (  # names of the metrics of `measure_quality`
     *("latent_std", "posterior_sigma"),
 )
 MEASURED = (  # names of built-in metrics
-    *("loss", "mse", "mae", "rate", "distortion", "neg_elbo", "calibration_ratio", "active_units"),
+    *(
+        "loss",
+        "mse",
+        "mae",
+        "rate",
+        "distortion",
+        "neg_elbo",
+        "bits_per_dim",
+        "calibration_ratio",
+        "active_units",
+    ),
     *("learned_variance", "learned_scale", "fitted_scale", "gap_to_linear", "pca_floor", *QUALITY),
 )
 

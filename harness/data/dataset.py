@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness import processes
-from harness.config import Binarization, UserError, checked_name
+from harness.config import Drawing, UserError, checked_name
 from harness.data.mapped import Mapped, rounded
 from harness.data.mnist import DATASETS
 from harness.streams import generator
@@ -25,6 +25,8 @@ SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of 
 LEAST = 20  # images that can be split
 FARTHEST = 1e6  # standard deviations of a table's value from the mean: of its square, 1e12
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
+# Streams of drawn pixels.
+PURPOSE = {"threshold": "binarize", "stochastic": "binarize", "uniform": "dequantize"}
 CHUNK = 2**23  # values that are read at once: 64 MiB of float64
 
 
@@ -53,6 +55,7 @@ class Split:
     images: Tensor | Mapped  # (N, D): uint8, or a table's standardised columns, float32
     labels: Tensor  # class of each image, int64, shape (N,); 0 if the dataset has no classes
     largest: int  # grey value that stands for 1; 1 of a table
+    levels: int = 1  # grey levels that dequantised pixels stand for; 1 of others
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,14 +81,20 @@ class Split:
         """Return the first images of the split, which is in random order."""
         return self.rows(slice(images))
 
-    def binarized(self, kind: Binarization, stream: np.random.Generator | None = None) -> Split:
-        """Return the split with pixels 0 or 1.
+    def drawn(self, kind: Drawing, stream: np.random.Generator | None = None) -> Split:
+        """Return the split with pixels 0 or 1, or dequantised ones.
 
         "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
-        as probability, drawn from the stream (Salakhutdinov & Murray 2008).
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "uniform": (k + u) /
+        (K + 1) of a grey level k of 0 to K, u from U(0, 1) (Uria et al. 2013, 1306.0186), float32.
         """
-        if kind == "none":
+        if kind == "none" or self.levels > 1:
             return self
+        if kind == "uniform":
+            assert stream is not None
+            u = torch.from_numpy(stream.random(tuple(self.images.shape), dtype=np.float32))
+            images = (self.images[:] + u.to(self.images.device)) / (self.largest + 1)
+            return replace(self, images=images, largest=1, levels=self.largest + 1)
         levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
@@ -222,12 +231,12 @@ class Dataset:
         """Return the name of a class, or its number where classes have no names."""
         return self.class_names[label] if self.class_names else str(label)
 
-    def binarized(self, kind: Binarization) -> Dataset:
-        """Return the dataset as runs of every seed with this `binarization` are measured on it."""
+    def drawn(self, kind: Drawing) -> Dataset:
+        """Return the dataset as runs of every seed with this `drawing` are measured on it."""
         if kind == "none":
             return self
-        streams = {part: generator(SPLIT_SEED, f"binarize/{part}") for part in PARTS}
-        parts = {part: getattr(self, part).binarized(kind, streams[part]) for part in PARTS}
+        streams = {part: generator(SPLIT_SEED, f"{PURPOSE[kind]}/{part}") for part in PARTS}
+        parts = {part: getattr(self, part).drawn(kind, streams[part]) for part in PARTS}
         return replace(self, **parts)
 
     def shared(self) -> Dataset:

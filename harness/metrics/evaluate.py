@@ -107,6 +107,9 @@ def measure(
         metrics["distortion"] = likelihoods.distortion(kind, means.error, fitted, pixels)
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
+        if config.drawing != "none":
+            bits = metrics["neg_elbo"] / (pixels * math.log(2)) + math.log2(split.levels)
+            metrics["bits_per_dim"] = bits
     if kind.has_scale and (config.sigma != "fixed" or SET_RATE.isdisjoint(config.terms)):
         # The loss is an ELBO for the decoder variance, or scale, beta * unit.
         free = fitted if scale is None else scale
@@ -217,7 +220,7 @@ def per_image(
 
     Args:
         model: a trained model.
-        split: images as the model is measured on: with pixels 0 or 1 after `binarization`.
+        split: images as the model is measured on: `data.drawn(config.drawing)`.
         seed: that of the run; it fixes the noise.
         part: "val" or "test": the split whose noise is drawn.
         variance: of the decoder, pixel^2, or its scale, for `distortion`; None fits it to these
@@ -286,7 +289,7 @@ def _finals(
     parts: dict[str, Dataset], item: tuple[RunConfig, VAE, Terms, tuple[float, float]]
 ) -> dict[str, float]:
     config, trained, terms, linear = item
-    model, data = frozen(trained), parts[config.binarization]
+    model, data = frozen(trained), parts[config.drawing]
     found: dict[str, Metrics] = {}
     variance = None
     for part, loss in zip(("val", "test"), linear, strict=True):
@@ -314,7 +317,7 @@ def registered_metrics(
 def _registered(
     parts: dict[str, Dataset], metrics: dict[str, registry.Metric], run: Run
 ) -> tuple[dict[str, float], dict[str, str]]:
-    data, model = parts[run[0].binarization], frozen(run[1])
+    data, model = parts[run[0].drawing], frozen(run[1])
     values, errors = dict[str, float](), dict[str, str]()
     for part in ("val", "test"):
         found, failed = registered_values(model, getattr(data, part), metrics)
@@ -341,10 +344,10 @@ def registered_values(
 
 
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
-    """Return the dataset on the device of the runs, for each `binarization` among them."""
+    """Return the dataset on the device of the runs, for each `drawing` among them."""
     moved = data.to(runs[0][1].device)
-    kinds = {config.binarization for config, _ in runs}
-    return {kind: moved.binarized(kind).shared() for kind in kinds}
+    kinds = {config.drawing for config, _ in runs}
+    return {kind: moved.drawn(kind).shared() for kind in kinds}
 
 
 def frozen(model: VAE) -> VAE:
@@ -392,7 +395,7 @@ def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
     The KL term is the loss less the loss at beta = 0 with the same noise. Loss terms are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
-    split = data.to(model.device).binarized(config.binarization).train
+    split = data.to(model.device).drawn(config.drawing).train
     order = streams.batches(config, len(split), epoch)
     noise = streams.noise(config.seed, "noise", len(order), config.latent_size, epoch)
     known = coefficients(config, data.pixels, model.device, model.dtype)

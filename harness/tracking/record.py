@@ -407,5 +407,5 @@ def _log_pictures(
 ) -> None:
     measured = evaluate.as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
-        val = measured[config.binarization].val
+        val = measured[config.drawing].val
         log.picture("reconstructions", pictures.reconstructions([model], val), epoch)

@@ -331,10 +331,13 @@ def check_runs(
 
 
 def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
-    kinds = [config.binarization for config in configs if config.binarization != "none"]
-    if kinds and isinstance(data.train.images, Mapped):
-        problem = f"binarization={kinds[0]!r}: {data.name} is too large for memory"
+    drawn = [config for config in configs if config.drawing != "none"]
+    if drawn and isinstance(data.train.images, Mapped):
+        option = "dequantize" if drawn[0].binarization == "none" else "binarization"
+        problem = f"{option}={drawn[0].drawing!r}: {data.name} is too large for memory"
         raise UserError(f"{problem}; give a smaller one, or 0 and 255 in the file")
+    if data.columns is not None and any(config.dequantize != "none" for config in configs):
+        raise UserError(f"dequantize='uniform': {data.name} has no grey levels; leave it out")
     if data.is_image:
         return
     for config in configs:
@@ -363,8 +366,8 @@ def _begin(
     dtype: torch.dtype,
 ) -> Work:
     grey = data.to(device).shared()
-    kinds = {config.binarization for config in configs} - {"none"}
-    shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
+    kinds = {config.drawing for config in configs} - {"none"}
+    shown = {"none": grey} | {kind: grey.drawn(kind).shared() for kind in kinds}
     splits = (data.train.head(len(data.val)), data.val)  # grey, as the linear model is fitted
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
@@ -373,7 +376,7 @@ def _begin(
 
     def begin(rows: list[int], *, stacked: bool) -> None:
         chosen = [configs[row] for row in rows]
-        models = [_untrained(config, shown[config.binarization], dtype) for config in chosen]
+        models = [_untrained(config, shown[config.drawing], dtype) for config in chosen]
         terms = objective.terms_of(chosen[0])
         state = State(rows, chosen, models, terms, stacked=stacked)
         if stacked:

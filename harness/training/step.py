@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness import objective, processes, streams
 from harness.config import RunConfig
-from harness.data.dataset import Dataset
+from harness.data.dataset import PURPOSE, Dataset
 from harness.data.mapped import Mapped
 from harness.metrics.evaluate import coefficients, conditions, fitted_scale, measure
 from harness.models.stack import kernels, lift, map_tensors
@@ -28,6 +28,7 @@ from harness.objective import Coefficients, Terms
 from harness.training.mlp_gradient import MLPGradient, covers
 from harness.training.optimizer import Optimizer
 
+RANDOM = ("stochastic", "uniform")  # drawings of pixels that are new every epoch
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 PART = 2**25  # bytes of the images that are read from a file at once, for some hundred steps
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
@@ -184,14 +185,14 @@ Drawn = tuple[Tensor, Draw]  # images, uint8 or a table's, and draws of consecut
 class Step:
     """The training step of one run or of a stack, with its buffers, and their metrics.
 
-    `state` is updated in place; `data` is the dataset for each `binarization`, as runs are measured
+    `state` is updated in place; `data` is the dataset for each `drawing`, as runs are measured
     on it; `linear` has the exact linear model's losses by row of the run, on train and val.
     """
 
     def __init__(self, state: State, data: Mapping[str, Dataset], linear: Tensor) -> None:
         config, pixels, new = state.configs[0], state.model.pixels, state.weights.new_zeros
-        self.state, self.data = state, data[config.binarization]
-        self.images = data["none"].train if config.binarization == "stochastic" else self.data.train
+        self.state, self.data = state, data[config.drawing]
+        self.images = data["none"].train if config.drawing in RANDOM else self.data.train
         self.steps = len(self.images) // config.batch_size
         self._x = state.join([new(config.batch_size, pixels) for _ in state.configs])
         self._coefficients: Coefficients = state.join(
@@ -249,9 +250,9 @@ class Step:
         }
         orders = (streams.batches(c, len(images), epoch) for c in of_seed.values())
         order = torch.stack([each.view(steps, first.batch_size) for each in orders], 1)
-        if first.binarization == "stochastic":
-            drawn = (streams.generator(seed, "binarize", epoch) for seed in seeds)
-            images = torch.cat([self.images.binarized("stochastic", s).images[:] for s in drawn])
+        if (kind := first.drawing) in RANDOM:
+            drawn = (streams.generator(seed, PURPOSE[kind], epoch) for seed in seeds)
+            images = torch.cat([self.images.drawn(kind, s).images[:] for s in drawn])
             order += len(self.images) * torch.arange(len(seeds)).unsqueeze(1)
         done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
         betas = [

@@ -82,7 +82,7 @@ def _measured(config: RunConfig, data: Dataset, selection: str) -> dict[str, flo
     what = f"network {config.model!r}"
     with _refusing(what):
         untrained = build(config, data.image_shape, data.train.largest, data.columns).eval()
-        shown = few.binarized(config.binarization).train.head(config.batch_size)
+        shown = few.drawn(config.drawing).train.head(config.batch_size)
         x = evaluate.pixels(untrained, shown, slice(None))
         noise = streams.noise(0, "noise", len(x), config.latent_size).to(untrained.dtype)
         batch = untrained.batch(x, noise, noise, len(data.train))

@@ -64,7 +64,7 @@ def test_runs_on_binary_pixels_are_measured_on_them(tiny, folder):
     run = untrained(likelihood="bernoulli", binarization="threshold")
     grey = untrained()
     both = measure_quality([run, grey], tiny, folder)
-    assert [both[0]] == measure_quality([run], tiny.binarized("threshold"), folder)
+    assert [both[0]] == measure_quality([run], tiny.drawn("threshold"), folder)
     assert both[0]["frechet_floor"] != both[1]["frechet_floor"]
 
 
