@@ -95,6 +95,7 @@ OTHER = {
     "latent": "deterministic",
     "likelihood": "bernoulli",
     "sigma": "learned",
+    "dequantize": "uniform",
     "batch_size": 16,
     "epochs": 3,
     "precision": "tf32",

@@ -67,16 +67,20 @@ def test_an_axis_that_is_no_setting_needs_a_function(name):
 OTHERS = {
     "latent": "deterministic", "sigma": "optimal", "model": "linear", "precision": "tf32",
     "head": "relu", "kl_normalization": "sum", "terms": {"squares": 0.5}, "hidden": (8, 4),
-    "channels": (4,),
+    "channels": (4,), "activation": "tanh", "dequantize": "uniform", "optimizer": "sgd",
+    "adam_betas": (0.5, 0.9), "momentum": 0.5, "lr_schedule": "cosine", "lr_milestones": (2, 3),
+    "lr_factor": 0.25, "keep": "best",
 }  # fmt: skip
+STEPS = {"lr_schedule": "steps", "lr_milestones": (1,), "lr_factor": 0.5}
+BESIDE = {"channels": {"model": "conv"}, "momentum": {"optimizer": "sgd"}}
+BESIDE |= {"lr_milestones": STEPS, "lr_factor": STEPS}
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in (*BINARY, *OPTIONS)])
 def test_every_setting_can_be_an_axis_and_an_option(name, registered):
     """A value of the axis, the option and the field of `RunConfig` are one setting."""
     term("squares")(lambda batch: batch.z.square().mean())
-    model = "conv" if name == "channels" else "mlp"
-    base = RunConfig(kl_weight=0.0, kl_warmup_epochs=2, model=model)
+    base = RunConfig(kl_weight=0.0, kl_warmup_epochs=2, **BESIDE.get(name, {}))
     value = OTHERS[name] if name in OTHERS else getattr(base, name) + 1
     axis = Axis(name, [getattr(base, name), value])
     study = replace(kl_weight.STUDY, base=base, axis=axis, objective="val/mse")
@@ -90,7 +94,7 @@ def test_every_setting_can_be_an_axis_and_an_option(name, registered):
     with pytest.raises(UserError, match=f"{name}=.*sweeps it; leave it out"):
         make_plan(study, Options(settings={name: value}))
     if name != "kl_weight":
-        option = arguments(Options(settings={name: value}))
+        option = arguments(Options(settings={**BESIDE.get(name, {}), name: value}))
         other = replace(study, axis=Axis("kl_weight", (0.0,)))
         planned = make_plan(other, cli.parse(other, option))
         assert {text(getattr(config, name)) for config in planned.configs} == {text(value)}
