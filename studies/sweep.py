@@ -26,11 +26,10 @@ from studies.runner.options import (
     SETTINGS,
     Common,
     Options,
-    option_value,
     setting_options,
     text,
 )
-from studies.runner.study import TABLE, Axis, Source, Study, make_plan, with_named
+from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,7 +183,7 @@ def _point(values: pd.Series) -> str:
 # --- the command line ---------------------------------------------------------------------------
 
 
-def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
+def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
     """Return the study that a command line describes, and its options; else UserError."""
     given = read(SweepOptions, NAME, __doc__ or "", args, setting_options(RunConfig(), {}))
     settings = dict(given.settings)
@@ -200,12 +199,10 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
             raise UserError(f"--axis {name} is given twice")
         if address in settings.get("terms", ()):
             settings["terms"] = {t: w for t, w in settings["terms"].items() if t != address}
-        kind = _kind(registry.load(address, "term"), network)
-        try:
-            axes[address] = [_value(value, kind) for value in values.split(",")]
-        except ValueError:
-            numbers = "whole numbers" if kind is int else "numbers"
-            raise UserError(f"--axis {word}: give {numbers}") from None
+        like = _like(registry.load(address, "term"), network)
+        several = r".+x.+" if isinstance(like, tuple) else r"\d+(x\d+)+" if like is None else "$"
+        words = [v.replace("x", ",") if re.fullmatch(several, v) else v for v in values.split(",")]
+        axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
     for note in notes({name: len(values) for name, values in axes.items()}, given.seeds or 3):
@@ -213,22 +210,16 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
     return study, Options(**{**options, "settings": settings})
 
 
-def _kind(name: str, network: str) -> type | None:
-    """Return the type of an axis's values; None for an option, unless its default is a tuple."""
+def _like(name: str, network: str) -> Any:  # noqa: ANN401 - of any kind
+    """Return a value like those of an axis, None for an option, unless its default is a tuple."""
     if name in SETTINGS and name not in NAMED:
-        return type(getattr(RunConfig(), name))
+        return getattr(RunConfig(), name)
     if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
-        return float
+        return 1.0
     term, dot, option = name.partition(".")
     function = registry.TERMS.get(term, "") if dot else registry.NETWORKS[network].function
     default = (registry.options_of(function) or {}).get(option or name)
-    return tuple if isinstance(default, tuple) else None
-
-
-def _value(word: str, kind: type | None) -> Any:  # noqa: ANN401 - of any kind
-    if kind is tuple or (kind is None and re.fullmatch(r"\d+(x\d+)+", word)):
-        return tuple(map(option_value, [] if word == "none" else word.split("x")))
-    return option_value(word) if kind is None else kind(word)
+    return default if isinstance(default, tuple) else None
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -74,7 +74,7 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
         why = "workers start a command line, which has neither your data nor your study"
         raise UserError(f"workers={options['workers']}: {why}; leave it out")
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    given = Options[Any](**options, settings=settings)
+    given = Options(**options, settings=settings)
     terminal = Terminal(json=given.json)
     with terminal.shown():
         return execute(partial(make_plan, study, given), given, terminal, data)
@@ -124,12 +124,11 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         sys.exit(code)
 
 
-def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
+def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     """Return the options of a study from its command line; else UserError."""
     swept = dict.fromkeys((study.axis.name, study.group), "swept by this study")
     settings = setting_options(study.base, swept)
-    kind = Options[study.axis.kind]  # type: ignore[name-defined]
-    return read(kind, study.name, study.question, args, settings)
+    return read(Options, study.name, study.question, args, settings)
 
 
 def read(

@@ -8,15 +8,13 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import docstring_parser
 from tyro.conf import UseAppendAction, arg
 
 from harness import registry
 from harness.config import RunConfig, UserError, checked_name
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Common(Places):
 
 
 @dataclass(frozen=True)
-class Options(Common, Generic[Value]):
+class Options(Common):
     """Options of every study's command line.
 
     Attributes:
@@ -118,7 +116,7 @@ class Options(Common, Generic[Value]):
         seeds: repetitions of every value (3, unless the study has another number).
     """
 
-    values: tuple[Value, ...] | None = None
+    values: tuple[str, ...] | None = None  # of any kind from Python
     seeds: int | None = None
 
 
