@@ -179,6 +179,16 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     return Difference(float(gap.mean()), half_width(gap), len(gap))
 
 
+def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
+    """Return the paired difference of a metric between two values of an axis."""
+    return paired_difference(frame[frame[axis] == first], frame[frame[axis] == second], metric)
+
+
+def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> bool:
+    """Return whether a value's validation neg_elbo is distinguishable from that of the best."""
+    return value != best and compare(frame, axis, value, best, "val/neg_elbo").distinguishable
+
+
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from analysis import frames, plots, tables
+from analysis import frames, plots
+from analysis.tables import over, plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
-from studies.runner.answers import over, plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import (
     NAMED,
@@ -89,12 +89,17 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
     def groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
         return {text(v): vars(_set(base, group, v)) for v in swept[0].values}
 
+    lines = f"Test metrics against {axis.name}; dashed, the exact linear model."
+    figures = plots.usual(axis.name, lines, group)
+    if group:
+        heat_map = partial(plots.heat_map, rows=group, columns=axis.name)
+        figures = {"heat_map": (heat_map, plots.HEAT_MAP_CAPTION), **figures}
     return Study(
         name=re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([NAME, *names])),
         question=f"Which {' and '.join(names)} {'are' if group else 'is'} best?",
         base=RunConfig(),
         axis=Axis(axis.name, axis.values, apply),
-        figures=_figures(axis.name, group),
+        figures=figures,
         answer=partial(best_point, axes=names),
         group=group,
         groups=groups if group else Study.groups,
@@ -111,23 +116,6 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
         model = "mlp" if name == "hidden" else "conv"
         raise UserError(f"axis {name!r} with model={config.model!r}: only {model} has it")
     return with_named(config, name, value)
-
-
-def _figures(axis: str, group: str) -> dict[str, Any]:
-    where = {"axis": axis, "group": group}
-    lines = f"Test metrics against {axis}; dashed, the exact linear model."
-    plane = "The rate-distortion plane; along a thin line neg_elbo is constant."
-    both: dict[str, Any] = {
-        "metrics_along_axis": (partial(plots.metrics_along_axis, **where), lines),
-        "rate_distortion": (partial(plots.rate_distortion, **where), plane),
-    }
-    if group:
-        heat_map = partial(plots.heat_map, rows=group, columns=axis)
-        return {"heat_map": (heat_map, plots.HEAT_MAP_CAPTION), **both}
-    return both | {
-        "kl_per_latent": (partial(plots.kl_per_latent, axis=axis), plots.KL_CAPTION),
-        "quality_along_axis": (partial(plots.quality_along_axis, axis=axis), plots.QUALITY_CAPTION),
-    }
 
 
 # --- the answer ---------------------------------------------------------------------------------
@@ -166,7 +154,7 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     if len(keys) > 1:
         lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
         each = [
-            f"{_point(row[keys[:1]])}: {tables.plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
+            f"{_point(row[keys[:1]])}: {plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
             for _, row in lowest.iterrows()
         ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
@@ -177,7 +165,7 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
 
 
 def _point(values: pd.Series) -> str:
-    return ", ".join(f"{name} = {tables.plain(value, 6)}" for name, value in values.items())
+    return ", ".join(f"{name} = {plain(value, 6)}" for name, value in values.items())
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -27,10 +27,10 @@ from studies.runner.options import (
     Common,
     Options,
     Places,
-    is_page,
     program,
     read_named,
     setting_options,
+    start_words,
 )
 from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own
 from studies.runner.terminal import CLOSED, Terminal, expected
@@ -68,9 +68,8 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
                 raise UserError(f"{name}={options[name]!r} beside data=: leave one of them out")
         if data.name in KNOWN:
             raise UserError(f"data= is {data.name!r}: give dataset={data.name!r} in its place")
-    if options.get("workers", 1) > 1 and (
-        data is not None or not (study.start or is_page(study.name))
-    ):
+    words = study.start or start_words(study.name)
+    if options.get("workers", 1) > 1 and (data is not None or words[0] != "-m"):
         why = "workers start a command line, which has neither your data nor your study"
         raise UserError(f"workers={options['workers']}: {why}; leave it out")
     settings = {name: options.pop(name) for name in SETTINGS if name in options}

@@ -167,15 +167,10 @@ def at_least(least: int, **numbers: int) -> None:
             raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
-def is_page(name: str) -> bool:
-    """Return whether a study is a page of `studies`."""
-    page = Path(__file__).parents[1] / f"{name}.py"
-    return page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8")
-
-
 def start_words(name: str) -> list[str]:
-    """Return how Python runs a study: as a page of `studies`, or as the user's script."""
-    return ["-m", f"studies.{name}"] if is_page(name) else [sys.argv[0]]
+    """Return the words after `python` that start a study: a page of `studies`, or this script."""
+    is_page = (Path(__file__).parents[1] / f"{name}.py").exists()
+    return ["-m", f"studies.{name}"] if is_page else [sys.argv[0]]
 
 
 def program(name: str) -> str:
