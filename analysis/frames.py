@@ -220,12 +220,9 @@ def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     return frame.dropna(subset=[*metrics]) if {*metrics} <= {*frame} else frame[:0]
 
 
-def best_value(frame: pd.DataFrame, axis: str | list[str], metric: str = "") -> Any:  # noqa: ANN401
-    """Return the axis value with the lowest mean of a metric; chosen on validation data.
-
-    The metric is `val/neg_elbo`, or `val/loss` where not all runs have it, unless it is given.
-    """
-    return frame.groupby(axis)[metric or f"val/{compared(frame)}"].mean().idxmin()
+def best_value(frame: pd.DataFrame, axis: str | list[str]) -> Any:  # noqa: ANN401 - of any kind
+    """Return the axis value with the lowest mean of `val/neg_elbo`, or else of `val/loss`."""
+    return frame.groupby(axis)[f"val/{compared(frame)}"].mean().idxmin()
 
 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:

@@ -8,6 +8,7 @@ smaller KL weight. Ends with exit code 1 if a claim fails.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from analysis import frames
 from studies.ledger import references
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
-from studies.runner.options import ELSEWHERE, Places, arguments, program, start_words
+from studies.runner.options import ELSEWHERE, Places, arguments, start_words
 from studies.runner.proposers import Cell, Listed, repeated
 from studies.runner.study import KNOWN, Plan
 
@@ -69,7 +70,7 @@ def make_plan(
         proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
         find=partial(find, ledger=ledger, form=form),
         start=start_words(NAME),
-        words=" ".join([program(NAME), *arguments(options, ELSEWHERE)]),
+        words=shlex.join(["python", *start_words(NAME), *arguments(options, ELSEWHERE)]),
         sentence="\n".join([*each, total] if options.dry_run else [total]),
         summary_key=hashlib.sha256(repr((ledger, configs)).encode()).hexdigest()[:16],
     )

@@ -27,6 +27,7 @@ from studies.runner.options import (
     Common,
     Options,
     setting_options,
+    terms,
     text,
 )
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
@@ -176,13 +177,13 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
     given = read(SweepOptions, NAME, __doc__ or "", args, setting_options(RunConfig(), {}))
     settings = dict(given.settings)
     network = RunConfig(model=registry.load(settings.get("model", "mlp"), "network")).model
-    terms = {registry.load(term, "term"): term for term in settings.get("terms", ())}
+    given_terms = {registry.load(term, "term"): term for term in settings.get("terms", ())}
     axes = dict[str, list[Any]]()
     for word in given.axis:
         name, _, values = word.partition("=")
         if not (name and values):
             raise UserError(f"--axis {word}: write NAME=VALUE,VALUE")
-        address = terms.get(name, name)
+        address = given_terms.get(name, name)
         if address in axes:
             raise UserError(f"--axis {name} is given twice")
         if address in settings.get("terms", ()):
@@ -202,7 +203,7 @@ def _like(name: str, network: str) -> Any:  # noqa: ANN401 - of any kind
     """Return a value like those of an axis, None for an option, unless its default is a tuple."""
     if name in SETTINGS and name not in NAMED:
         return getattr(RunConfig(), name)
-    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+    if name in terms():
         return 1.0
     term, dot, option = name.partition(".")
     function = registry.TERMS.get(term, "") if dot else registry.NETWORKS[network].function

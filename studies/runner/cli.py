@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, make_dataclass
@@ -27,7 +28,6 @@ from studies.runner.options import (
     Common,
     Options,
     Places,
-    program,
     read_named,
     setting_options,
     start_words,
@@ -150,7 +150,7 @@ def read(
         with contextlib.redirect_stderr(printed):
             found = tyro.cli(
                 parsed,
-                prog=program(name),
+                prog=shlex.join(["python", *start_words(name)]),
                 description=question.strip(),
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),

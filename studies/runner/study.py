@@ -25,6 +25,7 @@ from studies.runner.options import (
     option_value,
     read_named,
     start_words,
+    terms,
     text,
     words,
 )
@@ -192,7 +193,7 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
     is_option = "." not in name and (allowed is None or name in allowed)
     term, dot, option = name.partition(".")
-    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+    if name in terms():
         if allowed is not None and is_option:
             given = f"axis {name!r} is a term and an option of network {config.model!r}"
             raise UserError(f"{given}; rename one")
@@ -202,7 +203,7 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
         return config.replace(term_options={**config.term_options, term: of_term})
     if is_option:
         return config.replace(model_options={**config.model_options, name: value})
-    known = [*SETTINGS, *(allowed or ()), *registry.BUILT_IN_TERMS, *registry.TERMS]
+    known = [*SETTINGS, *(allowed or ()), *terms()]
     close = difflib.get_close_matches(name, known, 1)
     raise UserError(
         f"axis {name!r} is no setting of RunConfig that can be swept, no option of network "
