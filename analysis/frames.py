@@ -179,6 +179,16 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) ->
     return Difference(float(gap.mean()), half_width(gap), len(gap))
 
 
+def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str) -> Difference:  # noqa: ANN401
+    """Return the paired difference of a metric between two values of an axis."""
+    return paired_difference(frame[frame[axis] == first], frame[frame[axis] == second], metric)
+
+
+def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> bool:
+    """Return whether a value's validation neg_elbo is distinguishable from that of the best."""
+    return value != best and compare(frame, axis, value, best, "val/neg_elbo").distinguishable
+
+
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
@@ -210,12 +220,9 @@ def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     return frame.dropna(subset=[*metrics]) if {*metrics} <= {*frame} else frame[:0]
 
 
-def best_value(frame: pd.DataFrame, axis: str | list[str], metric: str = "") -> Any:  # noqa: ANN401
-    """Return the axis value with the lowest mean of a metric; chosen on validation data.
-
-    The metric is `val/neg_elbo`, or `val/loss` where not all runs have it, unless it is given.
-    """
-    return frame.groupby(axis)[metric or f"val/{compared(frame)}"].mean().idxmin()
+def best_value(frame: pd.DataFrame, axis: str | list[str]) -> Any:  # noqa: ANN401 - of any kind
+    """Return the axis value with the lowest mean of `val/neg_elbo`, or else of `val/loss`."""
+    return frame.groupby(axis)[f"val/{compared(frame)}"].mean().idxmin()
 
 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:

@@ -52,6 +52,16 @@ def pair(mean: float, half: float, digits: int) -> str:
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
+def plus_minus(row: pd.Series, metric: str) -> str:
+    """Write a mean of `frames.along_axis` with its half width, or alone where there is none."""
+    return pair(row[metric], row[f"{metric}±"], decimals(metric))
+
+
+def over(seeds: float) -> str:
+    """Return what stands behind "±"."""
+    return "one seed" if seeds == 1 else f"95 % intervals over {seeds:.0f} seeds"
+
+
 def markdown(formatted: pd.DataFrame) -> str:
     """Write formatted cells as a Markdown table."""
     header = "| " + " | ".join(formatted.columns) + " |"

@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its default name."""
     with clear_errors(args) as terminal:
         settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
-        options = read(Options[str], "all", __doc__ or "", args, settings)
+        options = read(Options, "all", __doc__ or "", args, settings)
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")

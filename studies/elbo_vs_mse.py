@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis import plots
+from analysis import frames, plots
+from analysis.tables import over
 from harness.config import RunConfig, UserError
-from studies.runner.answers import compare, over
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
 
@@ -60,7 +60,7 @@ def cost_and_gain(frame: pd.DataFrame) -> str:
         "pixel², neg_elbo in nats / image)."
     ]
     for first, second in PAIRS:
-        gaps = {m: compare(frame, AXIS, first, second, m) for m in METRICS if m in frame}
+        gaps = {m: frames.compare(frame, AXIS, first, second, m) for m in METRICS if m in frame}
         found = [f"{name} {gap}" for name, gap in gaps.items() if gap.seeds]
         if found:
             sentences.append(f"{first!r} less {second!r}: {', '.join(found)}.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from analysis import frames, plots
-from analysis.tables import plain
+from analysis.tables import over, plain, plus_minus
 from harness.config import RunConfig
-from studies.runner.answers import compare, is_worse, over, plus_minus, worst_class
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, TABLE, Axis, Study
 
@@ -27,7 +25,9 @@ def best_weight(frame: pd.DataFrame) -> str:
     metrics = ["neg_elbo", "val/neg_elbo", "decoder_variance", "calibration_ratio", "active_units"]
     means = frames.along_axis(frame, AXIS, metrics).set_index(AXIS)
     row, collapse = means.loc[best], frames.collapse_value(frame, AXIS)
-    equal = [f"{w:.3g}" for w in means.index if w != best and not is_worse(frame, AXIS, w, best)]
+    equal = [
+        f"{w:.3g}" for w in means.index if w != best and not frames.is_worse(frame, AXIS, w, best)
+    ]
     variance = plain(row["decoder_variance"])
     of_gaussian = f"Its decoder variance is {variance} pixel², its calibration ratio"
     begins = "Its calibration ratio is" if variance == "-" else of_gaussian
@@ -39,11 +39,20 @@ def best_weight(frame: pd.DataFrame) -> str:
         "latents are active.",
     ]
     if BLOG_WEIGHT in means.index and best != BLOG_WEIGHT:
-        cost = compare(frame, AXIS, BLOG_WEIGHT, best, "neg_elbo")
+        cost = frames.compare(frame, AXIS, BLOG_WEIGHT, best, "neg_elbo")
         sentences.append(f"Weight 1 costs {cost} nats / image of test neg_elbo against it.")
     if collapse is not None:
         sentences.append(f"The exact linear model has no active latent from {collapse:.3g} on.")
     return " ".join([*sentences, worst_class(frame[frame[AXIS] == best])]).strip()
+
+
+def worst_class(frame: pd.DataFrame) -> str:
+    """Return which class reconstructs worst; "" for images without labels, or of one class."""
+    errors, names = frames.class_errors(frame), frames.class_names(frame)
+    if len(errors) < 2:
+        return ""
+    worst = errors.index[0]
+    return f"Class {names.get(worst, worst)} reconstructs worst (mse {errors[worst]:.4f})."
 
 
 STUDY = Study(
@@ -51,19 +60,11 @@ STUDY = Study(
     question=__doc__,
     base=RunConfig(),
     axis=Axis(AXIS, WEIGHTS),
-    figures={
-        "metrics_along_axis": (
-            partial(plots.metrics_along_axis, axis=AXIS),
-            "Test metrics against the KL weight; dotted, calibration_ratio = 1. Dashed, the exact "
-            "linear model; dash-dotted, the smallest weight at which it has no active latent.",
-        ),
-        "rate_distortion": (
-            partial(plots.rate_distortion, axis=AXIS),
-            "The rate-distortion plane; along a thin line neg_elbo is constant.",
-        ),
-        "kl_per_latent": (partial(plots.kl_per_latent, axis=AXIS), plots.KL_CAPTION),
-        "quality_along_axis": (partial(plots.quality_along_axis, axis=AXIS), plots.QUALITY_CAPTION),
-    },
+    figures=plots.usual(
+        AXIS,
+        "Test metrics against the KL weight; dotted, calibration_ratio = 1. Dashed, the exact "
+        "linear model; dash-dotted, the smallest weight at which it has no active latent.",
+    ),
     answer=best_weight,
     table=("decoder_variance", *TABLE, "neg_log_likelihood", "frechet"),
 )

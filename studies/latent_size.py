@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots
 from harness.config import RunConfig, UserError
-from studies.runner.answers import is_worse
 from studies.runner.cli import main
 from studies.runner.study import (
     BLOG_WEIGHT,
@@ -50,7 +49,7 @@ def useful_latents(frame: pd.DataFrame) -> str:
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         best = frames.best_value(part, AXIS)
-        enough = min(s for s in part[AXIS].unique() if not is_worse(part, AXIS, s, best))
+        enough = min(s for s in part[AXIS].unique() if not frames.is_worse(part, AXIS, s, best))
         largest = part[part[AXIS] == part[AXIS].max()]
         sentences.append(
             f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
@@ -68,14 +67,11 @@ STUDY = Study(
     group="weight",
     groups=weights,
     figures={
+        **plots.usual(AXIS, "", "weight"),
         "metrics_along_axis": (
             partial(plots.metrics_along_latent_size, group="weight"),
             "Test metrics against the number of latents; dashed, the exact linear model at the "
             "same weight; dotted, the mse of as many principal components.",
-        ),
-        "rate_distortion": (
-            partial(plots.rate_distortion, axis=AXIS, group="weight"),
-            "The rate-distortion plane; along a thin line neg_elbo is constant.",
         ),
         "kl_per_latent": (
             partial(plots.kl_per_latent, axis=AXIS, group="weight"),

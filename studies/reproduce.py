@@ -8,6 +8,7 @@ smaller KL weight. Ends with exit code 1 if a claim fails.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING
 import harness
 from analysis import frames
 from studies.ledger import references
-from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, required
+from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
-from studies.runner.options import ELSEWHERE, Places, arguments, program, start_words
+from studies.runner.options import ELSEWHERE, Places, arguments, start_words
 from studies.runner.proposers import Cell, Listed, repeated
 from studies.runner.study import KNOWN, Plan
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from harness.data.dataset import Dataset
     from studies.ledger.evidence import Evidence
     from studies.runner.summary import Ended, Findings
@@ -67,7 +70,7 @@ def make_plan(
         proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
         find=partial(find, ledger=ledger, form=form),
         start=start_words(NAME),
-        words=" ".join([program(NAME), *arguments(options, ELSEWHERE)]),
+        words=shlex.join(["python", *start_words(NAME), *arguments(options, ELSEWHERE)]),
         sentence="\n".join([*each, total] if options.dry_run else [total]),
         summary_key=hashlib.sha256(repr((ledger, configs)).encode()).hexdigest()[:16],
     )
@@ -76,8 +79,6 @@ def make_plan(
 def find(ended: Ended, ledger: Ledger, form: references.Form) -> Findings:
     """Judge every claim on the runs that ended."""
     # they load MLflow and PyTorch, which --help does not need
-    import pandas as pd
-
     from harness.tracking import load_run
     from studies.ledger.evidence import Evidence
     from studies.runner.summary import Findings
@@ -85,42 +86,41 @@ def find(ended: Ended, ledger: Ledger, form: references.Form) -> Findings:
     load = partial(load_run, tracking_uri=ended.store.uri)
     evidence = Evidence(ended.data, ended.runs, load)
     rows = evidence.judge(ledger)
-    names = ["claim", "reference", "obtained", "tolerance", "verdict", "source"]
-    cells = [(*row.cells, row.claim.source, row.claim.reason) for row in rows]
-    table = pd.DataFrame(cells, columns=[*names, "why this tolerance"])
     tables = {}
     for i, heading in enumerate(ledger, 1):
-        part = table[[row.heading == heading for row in rows]]
+        part = rows[rows["heading"] == heading].drop(columns="heading")
         # a source or reason that is the same in every row is the caption
-        same = [name for name in table.columns[5:] if part[name].nunique() == 1]
+        same = [name for name in part.columns[5:] if part[name].nunique() == 1]
         words = [f"{heading}.", *(f"{n.capitalize()}: {part[n].iloc[0]}." for n in same)]
         tables[f"ledger-{i}"] = part.drop(columns=same), " ".join(words)
     frame = frames.tidy(ended.finished)
     pictured = (form.blog, form.gaussian(1.0), form.gaussian(0.05), form.gaussian(0.05, 20))
     shown = [runs for runs in pictured if not evidence.missing((runs,))]
     return Findings(
-        table=table.iloc[:, :5],
+        table=rows.iloc[:, 1:6],
         answer=partial(answer, rows, evidence, form),
         frame=frame,
         tables=tables,
         figures={},
         models={runs.label: evidence.found(runs)[0].run_id for runs in shown},
         best=frame.loc[frame["val/neg_elbo"].idxmin()],
-        shown={f"claims/{v.replace(' ', '_')}": count(rows, v) for v in (PASS, FAIL, NOT_RUN)},
+        shown={f"claims/{verdict.replace(' ', '_')}": n for verdict, n in count(rows).items()},
         settings={"dataset": ended.data.name, "full": form.full},
     )
 
 
-def answer(rows: Sequence[Row], evidence: Evidence, form: references.Form) -> str:
+def count(rows: pd.DataFrame) -> dict[str, int]:
+    """Count the claims of each verdict; one that was not run has the reason after it."""
+    return {v: int(rows["verdict"].str.startswith(v).sum()) for v in (PASS, FAIL, NOT_RUN)}
+
+
+def answer(rows: pd.DataFrame, evidence: Evidence, form: references.Form) -> str:
     """Return the claims that fail, and the quality of the blog's recipe."""
-    failed = [
-        f"{row.claim.name} ({row.obtained}, reference {row.claim.reference})"
-        for row in rows
-        if row.verdict == FAIL
-    ]
+    counts, lost = count(rows), rows[rows["verdict"] == FAIL]
+    failed = [f"{r.claim} ({r.obtained}, reference {r.reference})" for r in lost.itertuples()]
     sentences = (
-        f"Of {len(rows)} claims {count(rows, PASS)} pass, {len(failed)} fail, "
-        f"{count(rows, NOT_RUN)} were not run. Failed: {'; '.join(failed) or 'none'}."
+        f"Of {len(rows)} claims {counts[PASS]} pass, {counts[FAIL]} fail, {counts[NOT_RUN]} were "
+        f"not run. Failed: {'; '.join(failed) or 'none'}."
     )
     if evidence.missing((form.blog,)):
         return sentences

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from analysis import frames, plots, tables
 from harness import registry
 from harness.config import RunConfig, UserError
-from studies.runner.answers import plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import Common, at_least, setting_options, start_words
 from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
@@ -206,7 +205,8 @@ def find(proposer: TPE, ended: Ended) -> Findings:
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     settings = ", ".join(f"{n} = {tables.plain(again.iloc[0][n])}" for n in proposer.space)
     each = [
-        f"{plus_minus(row, 'neg_elbo')} ({row['configuration']})" for _, row in table.iterrows()
+        f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
+        for _, row in table.iterrows()
     ]
     sentences = [
         f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "

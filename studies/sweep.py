@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from analysis import frames, plots, tables
+from analysis import frames, plots
+from analysis.tables import over, plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
-from studies.runner.answers import over, plus_minus
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import (
     NAMED,
     SETTINGS,
     Common,
     Options,
-    option_value,
     setting_options,
+    terms,
     text,
 )
-from studies.runner.study import TABLE, Axis, Source, Study, make_plan, with_named
+from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,12 +90,17 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
     def groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
         return {text(v): vars(_set(base, group, v)) for v in swept[0].values}
 
+    lines = f"Test metrics against {axis.name}; dashed, the exact linear model."
+    figures = plots.usual(axis.name, lines, group)
+    if group:
+        heat_map = partial(plots.heat_map, rows=group, columns=axis.name)
+        figures = {"heat_map": (heat_map, plots.HEAT_MAP_CAPTION), **figures}
     return Study(
         name=re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([NAME, *names])),
         question=f"Which {' and '.join(names)} {'are' if group else 'is'} best?",
         base=RunConfig(),
         axis=Axis(axis.name, axis.values, apply),
-        figures=_figures(axis.name, group),
+        figures=figures,
         answer=partial(best_point, axes=names),
         group=group,
         groups=groups if group else Study.groups,
@@ -112,23 +117,6 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
         model = "mlp" if name == "hidden" else "conv"
         raise UserError(f"axis {name!r} with model={config.model!r}: only {model} has it")
     return with_named(config, name, value)
-
-
-def _figures(axis: str, group: str) -> dict[str, Any]:
-    where = {"axis": axis, "group": group}
-    lines = f"Test metrics against {axis}; dashed, the exact linear model."
-    plane = "The rate-distortion plane; along a thin line neg_elbo is constant."
-    both: dict[str, Any] = {
-        "metrics_along_axis": (partial(plots.metrics_along_axis, **where), lines),
-        "rate_distortion": (partial(plots.rate_distortion, **where), plane),
-    }
-    if group:
-        heat_map = partial(plots.heat_map, rows=group, columns=axis)
-        return {"heat_map": (heat_map, plots.HEAT_MAP_CAPTION), **both}
-    return both | {
-        "kl_per_latent": (partial(plots.kl_per_latent, axis=axis), plots.KL_CAPTION),
-        "quality_along_axis": (partial(plots.quality_along_axis, axis=axis), plots.QUALITY_CAPTION),
-    }
 
 
 # --- the answer ---------------------------------------------------------------------------------
@@ -167,7 +155,7 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     if len(keys) > 1:
         lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
         each = [
-            f"{_point(row[keys[:1]])}: {tables.plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
+            f"{_point(row[keys[:1]])}: {plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
             for _, row in lowest.iterrows()
         ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
@@ -178,34 +166,32 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
 
 
 def _point(values: pd.Series) -> str:
-    return ", ".join(f"{name} = {tables.plain(value, 6)}" for name, value in values.items())
+    return ", ".join(f"{name} = {plain(value, 6)}" for name, value in values.items())
 
 
 # --- the command line ---------------------------------------------------------------------------
 
 
-def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
+def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
     """Return the study that a command line describes, and its options; else UserError."""
     given = read(SweepOptions, NAME, __doc__ or "", args, setting_options(RunConfig(), {}))
     settings = dict(given.settings)
     network = RunConfig(model=registry.load(settings.get("model", "mlp"), "network")).model
-    terms = {registry.load(term, "term"): term for term in settings.get("terms", ())}
+    given_terms = {registry.load(term, "term"): term for term in settings.get("terms", ())}
     axes = dict[str, list[Any]]()
     for word in given.axis:
         name, _, values = word.partition("=")
         if not (name and values):
             raise UserError(f"--axis {word}: write NAME=VALUE,VALUE")
-        address = terms.get(name, name)
+        address = given_terms.get(name, name)
         if address in axes:
             raise UserError(f"--axis {name} is given twice")
         if address in settings.get("terms", ()):
             settings["terms"] = {t: w for t, w in settings["terms"].items() if t != address}
-        kind = _kind(registry.load(address, "term"), network)
-        try:
-            axes[address] = [_value(value, kind) for value in values.split(",")]
-        except ValueError:
-            numbers = "whole numbers" if kind is int else "numbers"
-            raise UserError(f"--axis {word}: give {numbers}") from None
+        like = _like(registry.load(address, "term"), network)
+        several = r".+x.+" if isinstance(like, tuple) else r"\d+(x\d+)+" if like is None else "$"
+        words = [v.replace("x", ",") if re.fullmatch(several, v) else v for v in values.split(",")]
+        axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
     for note in notes({name: len(values) for name, values in axes.items()}, given.seeds or 3):
@@ -213,22 +199,16 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
     return study, Options(**{**options, "settings": settings})
 
 
-def _kind(name: str, network: str) -> type | None:
-    """Return the type of an axis's values; None for an option, unless its default is a tuple."""
+def _like(name: str, network: str) -> Any:  # noqa: ANN401 - of any kind
+    """Return a value like those of an axis, None for an option, unless its default is a tuple."""
     if name in SETTINGS and name not in NAMED:
-        return type(getattr(RunConfig(), name))
-    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
-        return float
+        return getattr(RunConfig(), name)
+    if name in terms():
+        return 1.0
     term, dot, option = name.partition(".")
     function = registry.TERMS.get(term, "") if dot else registry.NETWORKS[network].function
     default = (registry.options_of(function) or {}).get(option or name)
-    return tuple if isinstance(default, tuple) else None
-
-
-def _value(word: str, kind: type | None) -> Any:  # noqa: ANN401 - of any kind
-    if kind is tuple or (kind is None and re.fullmatch(r"\d+(x\d+)+", word)):
-        return tuple(map(option_value, [] if word == "none" else word.split("x")))
-    return option_value(word) if kind is None else kind(word)
+    return default if isinstance(default, tuple) else None
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -63,7 +63,7 @@ class Place:
     server: str = ""
 
     @property
-    def options(self) -> Options[Any]:
+    def options(self) -> Options:
         """Options of the command line."""
         return Options(
             values=(0.02, 1.0),

@@ -1,7 +1,6 @@
 """Figures: a frame of runs in, a matplotlib figure out."""
 
 from analysis.plots.along_axis import HEAT_MAP_CAPTION as HEAT_MAP_CAPTION
-from analysis.plots.along_axis import QUALITY_CAPTION as QUALITY_CAPTION
 from analysis.plots.along_axis import class_errors as class_errors
 from analysis.plots.along_axis import conditions as conditions
 from analysis.plots.along_axis import heat_map as heat_map
@@ -9,6 +8,7 @@ from analysis.plots.along_axis import metrics_along_axis as metrics_along_axis
 from analysis.plots.along_axis import metrics_along_latent_size as metrics_along_latent_size
 from analysis.plots.along_axis import one_curve as one_curve
 from analysis.plots.along_axis import quality_along_axis as quality_along_axis
+from analysis.plots.along_axis import usual as usual
 from analysis.plots.latents import KL_CAPTION as KL_CAPTION
 from analysis.plots.latents import kl_per_latent as kl_per_latent
 from analysis.plots.latents import latent_scatter as latent_scatter

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis import frames, tables
+from analysis.plots.latents import KL_CAPTION, kl_per_latent
+from analysis.plots.planes import rate_distortion
 from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
 
 if TYPE_CHECKING:
@@ -28,6 +31,27 @@ HEAT_MAP_CAPTION = (
     "Mean on test data and half width of its 95 % t interval over seeds. Framed: lowest mean on "
     "validation data, of cells with all seeds. A dash: no run has finished."
 )
+
+
+def usual(axis: str, metrics: str, group: str = "") -> dict[str, Any]:
+    """Return the figures of a study along an axis, which has groups or not, with their captions.
+
+    `metrics` is the caption of `metrics_along_axis`.
+    """
+    where = {"axis": axis, "group": group}
+    both = {
+        "metrics_along_axis": (partial(metrics_along_axis, **where), metrics),
+        "rate_distortion": (
+            partial(rate_distortion, **where),
+            "The rate-distortion plane; along a thin line neg_elbo is constant.",
+        ),
+    }
+    if group:
+        return both
+    return both | {
+        "kl_per_latent": (partial(kl_per_latent, axis=axis), KL_CAPTION),
+        "quality_along_axis": (partial(quality_along_axis, axis=axis), QUALITY_CAPTION),
+    }
 
 
 def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:

@@ -1,7 +1,7 @@
 """A self-contained HTML page per study, made from its summary folder alone.
 
-A summary folder holds `summary.json` (the fields of `Summary`), the figures, pictures and tables
-that it names, and `runs.csv`, one row per run.
+A summary folder holds `summary.json`, the figures, pictures and tables that it names, and
+`runs.csv`, one row per run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,51 +31,20 @@ WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell br
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
 
 
-@dataclass(frozen=True)
-class Exhibit:
-    """A file of the folder with its caption; `rows` names a picture's rows, top to bottom."""
-
-    file: str
-    caption: str
-    rows: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The question and the results of a study; blank lines separate paragraphs."""
-
-    study: str
-    name: str
-    dataset: str
-    question: str
-    answer: str
-    command: str
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
-    dataset_digest: str
-    experiment_id: str
-    tracking_uri: str
-    figures: Sequence[Exhibit]
-    pictures: Sequence[Exhibit]
-    tables: Sequence[Exhibit]
-
-
 def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
-    summary = read(folder)
-    store = without_password(summary.tracking_uri)
+    summary = _read(folder)
+    store = without_password(summary["tracking_uri"])
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
-    pages = f"{server or UI}/#/experiments/{quote(summary.experiment_id)}/runs"
+    pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"
     return _write(
         folder / "report.html",
-        title=f"{summary.name}: {_paragraphs(summary.question)[0]}",
+        title=f"{summary['name']}: {_paragraphs(summary['question'])[0]}",
         summary=summary,
-        figures=[_image(folder, exhibit) for exhibit in summary.figures],
-        pictures=[_image(folder, exhibit) for exhibit in summary.pictures],
-        tables=[
-            (shown.caption, table(*read_cells(folder, shown.file))) for shown in summary.tables
-        ],
+        figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
+        pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
+        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -88,7 +56,7 @@ def build(folder: Path) -> Path:
 def index(reports: Iterable[Path], out: Path) -> Path:
     """Write a page with the question and the answer of reports that `build` returned, and links."""
     entries = [
-        (read(report.parent), quote(Path(os.path.relpath(report, out.parent)).as_posix()))
+        (_read(report.parent), quote(Path(os.path.relpath(report, out.parent)).as_posix()))
         for report in reports
     ]
     return _write(out, title="Studies", reports=entries)
@@ -110,9 +78,9 @@ def _paragraphs(text: str) -> list[str]:
     return re.split(r"\n\s*\n", text.strip())
 
 
-def _image(folder: Path, exhibit: Exhibit) -> tuple[Exhibit, str, str]:
+def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
     """Return an exhibit with its image as an address, and its size in CSS."""
-    path = folder / exhibit.file
+    path = folder / exhibit["file"]
     with Image.open(path) as opened:
         kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
         width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
@@ -138,7 +106,7 @@ def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:
 
 def _runs(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the list of runs, and their ids."""
-    header, rows = read_cells(folder, "runs.csv")
+    header, rows = _cells(folder / "runs.csv")
     runs = [dict(zip(header, row, strict=True)) for row in rows]
     best = [name.removeprefix("best/") for name in header if name.startswith("best/")]
     pairs = [("epochs" if name == "epoch" else name, f"best/{name}") for name in best]
@@ -155,16 +123,11 @@ def _metric(value: str | None, name: str) -> str:
     return f"{float(value):.{decimals}f}" if value else "–"
 
 
-def read(folder: Path) -> Summary:
-    """Read the `summary.json` of a folder."""
-    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    for kind in ("figures", "pictures", "tables"):
-        values[kind] = [Exhibit(**exhibit) for exhibit in values[kind]]
-    return Summary(**values)
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
 
 
-def read_cells(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
-    """Read the header and the rows of a folder's CSV file as text."""
-    with (folder / name).open(encoding="utf-8", newline="") as file:
+def _cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    with path.open(encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     return header, rows

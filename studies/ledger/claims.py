@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.config import RunConfig
@@ -92,26 +92,3 @@ def required(ledger: Ledger, *, gpu: bool = True) -> list[Runs]:
     """Return the runs that a ledger's claims need, each once, in the order of the claims."""
     every = (runs for claims in ledger.values() for claim in claims for runs in claim.needs)
     return [runs for runs in dict.fromkeys(every) if gpu or not runs.gpu]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A judged claim; `obtained` is the formatted value, `note` why it was not run."""
-
-    heading: str
-    claim: Claim
-    obtained: str
-    verdict: str
-    note: str = ""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Claim, reference, obtained, tolerance and verdict as text."""
-        verdict = f"{self.verdict}: {self.note}" if self.note else self.verdict
-        claim = self.claim
-        return claim.name, claim.reference, self.obtained, claim.tolerance, verdict
-
-
-def count(rows: Iterable[Row], verdict: str) -> int:
-    """Count the rows of a verdict."""
-    return sum(row.verdict == verdict for row in rows)

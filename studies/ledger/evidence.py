@@ -20,7 +20,7 @@ from harness.metrics.likelihood import likelihood_metrics
 from harness.models.vae import VAE
 from harness.tracking.record import TrackedRun
 from harness.tracking.runs import Run
-from studies.ledger.claims import NOT_RUN, Ledger, Row, Runs
+from studies.ledger.claims import NOT_RUN, Ledger, Runs
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,19 @@ class Evidence:
                 return "needs --full on a GPU" if runs.gpu else f"{runs.label!r} did not finish"
         return ""
 
-    def judge(self, ledger: Ledger) -> list[Row]:
-        """Measure and judge every claim whose runs have finished."""
+    def judge(self, ledger: Ledger) -> pd.DataFrame:
+        """Measure every claim whose runs have finished; return a row of text for each claim."""
         rows = []
         for heading, claims in ledger.items():
             for claim in claims:
-                obtained, verdict, missing = "", NOT_RUN, self.missing(claim.needs)
-                if not missing:
+                obtained, verdict = "", f"{NOT_RUN}: {self.missing(claim.needs)}"
+                if not self.missing(claim.needs):
                     value = claim.measure(self, *claim.needs)
                     obtained, verdict = claim.write(value), claim.verdict(value)
-                rows.append(Row(heading, claim, obtained, verdict, missing))
-        return rows
+                row = {"heading": heading, "claim": claim.name, "reference": claim.reference}
+                row |= {"obtained": obtained, "tolerance": claim.tolerance, "verdict": verdict}
+                rows.append(row | {"source": claim.source, "why this tolerance": claim.reason})
+        return pd.DataFrame(rows)
 
     def found(self, runs: Runs) -> list[Run]:
         """Return the runs of a configuration, in the order of their seeds."""

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, make_dataclass
@@ -27,10 +28,9 @@ from studies.runner.options import (
     Common,
     Options,
     Places,
-    is_page,
-    program,
     read_named,
     setting_options,
+    start_words,
 )
 from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own
 from studies.runner.terminal import CLOSED, Terminal, expected
@@ -68,13 +68,12 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
                 raise UserError(f"{name}={options[name]!r} beside data=: leave one of them out")
         if data.name in KNOWN:
             raise UserError(f"data= is {data.name!r}: give dataset={data.name!r} in its place")
-    if options.get("workers", 1) > 1 and (
-        data is not None or not (study.start or is_page(study.name))
-    ):
+    words = study.start or start_words(study.name)
+    if options.get("workers", 1) > 1 and (data is not None or words[0] != "-m"):
         why = "workers start a command line, which has neither your data nor your study"
         raise UserError(f"workers={options['workers']}: {why}; leave it out")
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    given = Options[Any](**options, settings=settings)
+    given = Options(**options, settings=settings)
     terminal = Terminal(json=given.json)
     with terminal.shown():
         return execute(partial(make_plan, study, given), given, terminal, data)
@@ -124,12 +123,11 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         sys.exit(code)
 
 
-def parse(study: Study, args: Sequence[str] | None = None) -> Options[Any]:
+def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     """Return the options of a study from its command line; else UserError."""
     swept = dict.fromkeys((study.axis.name, study.group), "swept by this study")
     settings = setting_options(study.base, swept)
-    kind = Options[study.axis.kind]  # type: ignore[name-defined]
-    return read(kind, study.name, study.question, args, settings)
+    return read(Options, study.name, study.question, args, settings)
 
 
 def read(
@@ -152,7 +150,7 @@ def read(
         with contextlib.redirect_stderr(printed):
             found = tyro.cli(
                 parsed,
-                prog=program(name),
+                prog=shlex.join(["python", *start_words(name)]),
                 description=question.strip(),
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),

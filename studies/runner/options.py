@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import docstring_parser
 from tyro.conf import UseAppendAction, arg
 
 from harness import registry
 from harness.config import RunConfig, UserError, checked_name
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,9 @@ class Common(Places):
         if "terms" in given:
             given["terms"] = {registry.load(t, "term"): w for t, w in given["terms"].items()}
         found = config.replace(**{"epochs": epochs, **given})
-        for name in found.terms:
-            if name not in (*registry.BUILT_IN_TERMS, *registry.TERMS):
-                known = ", ".join(dict.fromkeys([*registry.BUILT_IN_TERMS, *registry.TERMS]))
-                raise UserError(f"term {name!r}: choose one of {known}, or give FILE.py:NAME")
+        if unknown := [name for name in found.terms if name not in terms()]:
+            known = ", ".join(terms())
+            raise UserError(f"term {unknown[0]!r}: choose one of {known}, or give FILE.py:NAME")
         for name, model in (("hidden", "mlp"), ("channels", "conv")):
             if name in self.settings and found.model != model:
                 raise UserError(f"--{name} with model={found.model!r}: only {model} has them")
@@ -109,7 +105,7 @@ class Common(Places):
 
 
 @dataclass(frozen=True)
-class Options(Common, Generic[Value]):
+class Options(Common):
     """Options of every study's command line.
 
     Attributes:
@@ -118,7 +114,7 @@ class Options(Common, Generic[Value]):
         seeds: repetitions of every value (3, unless the study has another number).
     """
 
-    values: tuple[Value, ...] | None = None
+    values: tuple[str, ...] | None = None  # of any kind from Python
     seeds: int | None = None
 
 
@@ -162,6 +158,11 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
     return make_dataclass("Settings", made, frozen=True)
 
 
+def terms() -> list[str]:
+    """Return the names of all loss terms: the built-in and the registered ones."""
+    return [*dict.fromkeys([*registry.BUILT_IN_TERMS, *registry.TERMS])]
+
+
 def at_least(least: int, **numbers: int) -> None:
     """Raise UserError for a number that is too low."""
     for name, value in numbers.items():
@@ -169,20 +170,10 @@ def at_least(least: int, **numbers: int) -> None:
             raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
-def is_page(name: str) -> bool:
-    """Return whether a study is a page of `studies`."""
-    page = Path(__file__).parents[1] / f"{name}.py"
-    return page.exists() and '__name__ == "__main__"' in page.read_text(encoding="utf-8")
-
-
 def start_words(name: str) -> list[str]:
-    """Return how Python runs a study: as a page of `studies`, or as the user's script."""
-    return ["-m", f"studies.{name}"] if is_page(name) else [sys.argv[0]]
-
-
-def program(name: str) -> str:
-    """Return the command that starts a study, without options."""
-    return shlex.join(["python", *start_words(name)])
+    """Return the words after `python` that start a study: a page of `studies`, or this script."""
+    is_page = (Path(__file__).parents[1] / f"{name}.py").exists()
+    return ["-m", f"studies.{name}"] if is_page else [sys.argv[0]]
 
 
 def text(value: object) -> str:

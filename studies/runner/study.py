@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness import registry
 from harness.config import Options as Named
@@ -23,7 +23,9 @@ from studies.runner.options import (
     at_least,
     chosen,
     option_value,
+    read_named,
     start_words,
+    terms,
     text,
     words,
 )
@@ -156,27 +158,30 @@ class Axis:
         if not values:
             raise UserError(f"axis {name!r} has no values: give at least one")
         self.apply = apply or (lambda config, value, data: with_named(config, name, value))
-        self._is_option = apply is None and name not in SETTINGS
-        kind = type(self.values[0]) if apply else get_type_hints(RunConfig).get(name, str)
-        self.kind = str if isinstance(self.values[0], tuple | Named) else kind
+        first = self.values[0]
+        of_any_kind = apply is None and name not in SETTINGS and not isinstance(first, tuple)
+        self._like = None if of_any_kind else first
 
     def read(self, value: Any) -> Any:  # noqa: ANN401 - of any kind
-        """Return a value given by the user; "512,256" becomes a tuple on an axis of tuples."""
-        first = self.values[0]
-        if self._is_option and isinstance(value, str):
-            found = option_value(value)
-            single = isinstance(first, tuple) and not isinstance(found, tuple)
-            return (found,) if single else found
-        if not isinstance(value, str) or not isinstance(first, tuple | Named):
-            return _hashable(value)
-        parts = [] if value == "none" else value.split(",")
-        try:
-            if isinstance(first, tuple):
-                return tuple(map(float if any(isinstance(v, float) for v in first) else int, parts))
-            return _hashable({k: float(w) for k, w in (part.split("=") for part in parts)})
-        except ValueError:
-            form = "512,256" if isinstance(first, tuple) else "name=0.5"
-            raise UserError(f"--values {value}: write values as {form}, or none") from None
+        """Return a value given by the user; text is read as `read_value` does."""
+        return read_value(self.name, value, self._like) if isinstance(value, str) else value
+
+
+def read_value(name: str, word: str, like: Any) -> Any:  # noqa: ANN401 - of any kind
+    """Return a value of an axis from text: of the kind of another value, for None of any kind.
+
+    "512,256" is a tuple on an axis of tuples, and "none" an empty one.
+    """
+    if isinstance(like, str):
+        return word
+    if isinstance(like, tuple | Named):
+        parts = [] if word == "none" else word.removesuffix(",").split(",")
+        named = isinstance(like, Named)
+        return _hashable(read_named(name, parts) if named else [option_value(p) for p in parts])
+    value = option_value(word)
+    if like is not None and not isinstance(value, int | float):
+        raise UserError(f"{name}={word}: give a number")
+    return float(value) if isinstance(like, float) else value
 
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
@@ -188,7 +193,7 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
     is_option = "." not in name and (allowed is None or name in allowed)
     term, dot, option = name.partition(".")
-    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+    if name in terms():
         if allowed is not None and is_option:
             given = f"axis {name!r} is a term and an option of network {config.model!r}"
             raise UserError(f"{given}; rename one")
@@ -198,7 +203,7 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
         return config.replace(term_options={**config.term_options, term: of_term})
     if is_option:
         return config.replace(model_options={**config.model_options, name: value})
-    known = [*SETTINGS, *(allowed or ()), *registry.BUILT_IN_TERMS, *registry.TERMS]
+    known = [*SETTINGS, *(allowed or ()), *terms()]
     close = difflib.get_close_matches(name, known, 1)
     raise UserError(
         f"axis {name!r} is no setting of RunConfig that can be swept, no option of network "
@@ -304,7 +309,7 @@ class Plan:
         return f"run(STUDY, {self.words}, study_name={self.name!r})  # {about}"
 
 
-def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
+def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Plan:
     """Return the plan of a study; all settings are checked here, before anything is written.
 
     The user's own data, if given, take the place of `options.dataset`.
@@ -314,7 +319,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     axis, given = study.axis, options.values
     if study.start and given is not None:
         raise UserError(f"values={list(given)}: give those of a sweep with its axes")
-    values = axis.values if given is None else tuple(map(axis.read, given))
+    values = axis.values if given is None else tuple(_hashable(axis.read(value)) for value in given)
     if not values or len(set(values)) < len(values):
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, own)

@@ -7,12 +7,13 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from filelock import FileLock
@@ -22,7 +23,6 @@ from optuna.trial import FrozenTrial
 from PIL import Image
 
 from analysis import frames, plots, report, tables
-from analysis.report.page import Exhibit, Summary
 from harness import provenance, registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
@@ -184,27 +184,28 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     for name, (draw, caption) in findings.figures.items():
         file = f"figures/{name}.png"
         if attempt(f"figure {name!r}", partial(_draw, draw, folder / file, words)):
-            figures.append(Exhibit(file, words(caption)))
+            figures.append({"file": file, "caption": words(caption)})
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
-    drawn = [replace(exhibit, caption=words(exhibit.caption)) for exhibit in drawn]
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
-    summary = Summary(
-        study=plan.page,
-        name=plan.name,
-        question=plan.question.strip(),
-        command=plan.command,
-        settings=dict(findings.settings),
-        figures=figures,
-        pictures=drawn,
-        tables=[Exhibit(f"{name}.csv", text) for name, (_, text) in findings.tables.items()],
-        dataset=found.data.name,
-        answer="\n\n".join([answer, *left_out]),
-        versions={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        dataset_digest=found.data.digest,
-        experiment_id=experiment_id,
-        tracking_uri=without_password(found.store.uri),
-    )
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2))
+    summary = {
+        "study": plan.page,
+        "name": plan.name,
+        "question": plan.question.strip(),
+        "command": plan.command,
+        "settings": findings.settings,
+        "figures": figures,
+        "pictures": [shown | {"caption": words(shown["caption"])} for shown in drawn],
+        "tables": [
+            {"file": f"{n}.csv", "caption": text} for n, (_, text) in findings.tables.items()
+        ],
+        "dataset": found.data.name,
+        "answer": "\n\n".join([answer, *left_out]),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "dataset_digest": found.data.digest,
+        "experiment_id": experiment_id,
+        "tracking_uri": without_password(found.store.uri),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     report.build(folder)
     if failures:
         raise SummaryError(
@@ -314,30 +315,32 @@ def _differences(
     return frames.differences(frame, axes, reference, compared), caption
 
 
-def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhibit]:
-    """Draw models side by side, and one of them in detail."""
+def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[str, Any]]:
+    """Draw models side by side, and one of them in detail; return files, captions and rows."""
     if not findings.models:
         return []
     log.info("drawing pictures of the models")
     data, uri, best = found.data, found.store.uri, findings.best
     models = {label: load_run(run, uri).model for label, run in findings.models.items()}
-    labels, stack, detailed = (
-        list(models),
-        list(models.values()),
-        load_run(best["run_id"], uri).model,
-    )
-    drawn = (
-        {
-            "reconstructions": pictures.reconstructions(stack, data.test),
-            "prior_samples": pictures.sample_rows(stack),
-            "traversals": pictures.traversals(detailed, data),
-            "interpolations": pictures.interpolations(detailed, data.test),
-        }
-        if data.is_image
-        else {}
-    )
-    for name, picture in drawn.items():
-        Image.fromarray(picture).save(folder / f"pictures/{name}.png")
+    labels, stack = [*models], [*models.values()]
+    written = []
+
+    def write(name: str, picture: np.ndarray, caption: str, *rows: str) -> None:
+        file = f"pictures/{name}.png"
+        Image.fromarray(picture).save(folder / file)
+        written.append({"file": file, "caption": caption} | ({"rows": rows} if rows else {}))
+
+    if data.is_image:
+        detailed, of = load_run(best["run_id"], uri).model, best["name"]
+        shown = "Test images (top row) and reconstructions from the posterior mean."
+        picture = pictures.reconstructions(stack, data.test)
+        write("reconstructions", picture, shown, "test images", *labels)
+        shown = "Decoder means of z drawn from the prior N(0, I)."
+        write("prior_samples", pictures.sample_rows(stack), shown, *labels)
+        shown = f"{of}: a latent a row from -3 to 3, largest KL first, others 0."
+        write("traversals", pictures.traversals(detailed, data), shown)
+        shown = f"{of}: lines between posterior means of pairs of test images."
+        write("interpolations", pictures.interpolations(detailed, data.test), shown)
     part = data.test.head(1000)
     classes = [data.class_name(label) if data.classes else "" for label in part.labels.tolist()]
     planes = []
@@ -345,17 +348,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[Exhib
         x, y = probes.latent_plane(model, part).T
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
-    captions = {
-        "reconstructions": "Test images (top row) and reconstructions from the posterior mean.",
-        "prior_samples": "Decoder means of z drawn from the prior N(0, I).",
-        "traversals": f"{best['name']}: a latent a row from -3 to 3, largest KL first, others 0.",
-        "interpolations": f"{best['name']}: lines between posterior means of pairs of test images.",
-        "latents": f"Posterior means of {len(classes)} test images: both latents of two, the first "
-        "two principal components of more. Each panel has its own scale.",
-    }
-    rows = {"reconstructions": ["test images", *labels], "prior_samples": labels}
-    return [
-        Exhibit(f"pictures/{name}.png", caption, rows.get(name, ()))
-        for name, caption in captions.items()
-        if name in (*drawn, "latents")
-    ]
+    shown = (
+        f"Posterior means of {len(classes)} test images: both latents of two, the first two "
+        "principal components of more. Each panel has its own scale."
+    )
+    return [*written, {"file": "pictures/latents.png", "caption": shown}]

@@ -10,7 +10,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -191,16 +191,6 @@ class Terminal(logging.Handler):
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table of text, its first column flush left."""
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
     """Return a table of as many columns as fit."""
     from analysis import tables  # it loads pandas, which the plan does not need
@@ -212,8 +202,12 @@ def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
     wide = out.options.update(max_width=1000)
     for spare in ((), *SPARE):
         cells = cells.drop(columns=spare, errors="ignore")
-        header = [name.replace("/", "/\n").replace("_", "_\n") for name in cells]
-        shown = table(header, cells.itertuples(index=False))
+        shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for place, name in enumerate(cells):
+            broken = name.replace("/", "/\n").replace("_", "_\n")
+            shown.add_column(broken, justify="right" if place else "left")
+        for row in cells.itertuples(index=False):
+            shown.add_row(*row)
         if out.measure(shown, options=wide).maximum <= out.width:
             break
     return shown

@@ -75,10 +75,11 @@ def test_a_claim_without_runs_is_not_run_and_a_large_one_needs_a_gpu(evidence):
         Claim("nowhere", "x", "1", 1.0, "none", loss, (ABSENT,)),
         Claim("far", "x", "1", 1.0, "none", gain, (WIDE, large)),
     ]
-    here, nowhere, far = evidence.judge({"x": claims})
-    assert (here.verdict, here.note) == ("pass", "")
-    assert (nowhere.obtained, nowhere.verdict) == ("", "not run")
-    assert (far.verdict, far.note) == ("not run", "needs --full on a GPU")
+    rows = evidence.judge({"x": claims})
+    assert rows["verdict"].tolist() == [
+        *("pass", "not run: 'absent' did not finish", "not run: needs --full on a GPU")
+    ]
+    assert rows["obtained"].tolist()[1:] == ["", ""]
 
 
 def test_means_and_gains_are_over_seeds(evidence):

@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
-from studies.runner import answers
 
 LUCK = (0.0, 0.1, -0.1)
 
@@ -60,8 +59,8 @@ def test_what_the_seeds_cannot_tell_apart_is_not_ranked():
 
 def test_the_worst_class_is_named():
     frame = frame_of((0.1,), (0.0,)).assign(**{"mse_class/3": 0.5})
-    assert answers.worst_class(frame) == "Class 3 reconstructs worst (mse 0.5000)."
-    assert answers.worst_class(frame.drop(columns="mse_class/3")) == ""
+    assert kl_weight.worst_class(frame) == "Class 3 reconstructs worst (mse 0.5000)."
+    assert kl_weight.worst_class(frame.drop(columns="mse_class/3")) == ""
 
 
 def sizes_frame():

@@ -61,7 +61,6 @@ def test_an_axis_has_values():
 def test_an_axis_that_is_no_setting_needs_a_function(name):
     with pytest.raises(UserError, match=f"axis '{name}' is no setting of RunConfig"):
         make_plan(replace(kl_weight.STUDY, axis=Axis(name, (1, 2))), Options())
-    assert Axis(name, (1, 2), lambda config, value, data: config).kind is int
 
 
 OTHERS = {
@@ -100,10 +99,10 @@ def test_every_setting_can_be_an_axis_and_an_option(name, registered):
         assert {text(getattr(config, name)) for config in planned.configs} == {text(value)}
 
 
-@pytest.mark.parametrize("values", ["x", "8,", "8,x", "8.5"])
+@pytest.mark.parametrize("values", ["x", "8,,", "8,x", "8.5"])
 def test_a_text_that_is_no_tuple_is_refused_in_one_line(values):
     study = replace(kl_weight.STUDY, axis=Axis("hidden", ((16,), (8, 4))))
-    with pytest.raises(UserError, match=f"--values {values}: write values as 512,256, or none"):
+    with pytest.raises(UserError, match="hidden=.*: give a whole number >= 1"):
         make_plan(study, cli.parse(study, ["--values", values]))
     (config,) = make_plan(study, cli.parse(study, ["--values", "none", "--seeds", "1"])).configs
     assert config.hidden == ()
