@@ -65,7 +65,7 @@ ARGUMENTS = [
     ("kl_weight", "--wieght 1", "--wieght"),
     ("kl_weight", "surplus", "surplus"),
     ("kl_weight", "--device tpu", "'tpu'"),
-    ("kl_weight", "--sigma free", "'free'"),
+    ("kl_weight", "--sigma free", "--sigma 'free': choose one of fixed, learned, optimal; --help"),
     ("kl_weight", "--free-bits -1", "free_bits=-1.0: give a finite number >= 0"),
     ("kl_weight", "--likelihood bernoulli", "is no likelihood"),
     ("kl_weight", "--binarization threshold", "need likelihood='bernoulli'"),

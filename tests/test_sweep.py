@@ -83,6 +83,11 @@ AXES = [
     ("sigma=fixed,optimal,learned", {"sigma": ["fixed", "optimal", "learned"]}),
     ("model=mlp,parts.py:small", {"model": ["mlp", "small"]}),
     ("latent=stochastic,deterministic", {"kl_weight": [1.0, 0.0]}),
+    ("lr_factor=0.1,0.5 --lr-schedule exponential", {"lr_factor": [0.1, 0.5]}),
+    (
+        "lr_milestones=1,1x2 --axis lr_factor=0.5 --lr-schedule steps",
+        {"lr_milestones": [(1,), (1, 2)], "lr_factor": [0.5, 0.5]},
+    ),
     ("latent=deterministic --kl-weight 0", {"latent": ["deterministic"]}),
     ("width=16,32 --model parts.py:small", {"width": [16, 32]}),
     ("sizes=4,8x2 --model parts.py:small", {"sizes": [(4,), (8, 2)]}),
@@ -171,17 +176,19 @@ def test_what_may_grow_is_no_setting(file):
 # --- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
-    ("", "axes none: give one, or two of different names"),
+    ("", "give --axis NAME=VALUE,VALUE: one, or two of different names"),
     ("--axis", "--axis"),
     ("--axis learning_rate", "--axis learning_rate: write NAME=VALUE,VALUE"),
     ("--axis learning_rate=", "--axis learning_rate=: write NAME=VALUE,VALUE"),
     ("--axis epochs=1 --axis epochs=2", "--axis epochs is given twice"),
     ("--axis epochs=1 --axis sigma=fixed --axis head=relu", "axes epochs, sigma, head: give one"),
-    ("--axis learning_rate=1e-3,0.001", "axis 'learning_rate': give every value once"),
+    ("--axis learning_rate=1e-3,0.001", "learning_rate=0.001,0.001: give every value once"),
     ("--axis learning_rate=1e-3,x", "--axis learning_rate=1e-3,x: give numbers"),
     ("--axis batch_size=8,8.5", "--axis batch_size=8,8.5: give whole numbers"),
     ("--axis batch_size=8,5000", "digits has 1280 training images"),
     ("--axis learning_rate=0.1,-1", "learning_rate=-1.0: give a finite number > 0"),
+    ("--axis lr_factor=0.1,2 --lr-schedule exponential", "lr_factor=2.0: give a number <= 1"),
+    ("--axis lr_factor=0.1,0.5", "lr_factor=0.1 with lr_schedule='constant' has no effect"),
     ("--axis learning_rate=nan", "learning_rate=nan: give a finite number > 0"),
     ("--axis hidden=8x4,8xx", "hidden=''"),
     ("--axis sigma=fixed,free", "sigma='free': choose one of fixed, optimal, learned"),
