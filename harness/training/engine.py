@@ -418,7 +418,8 @@ def _begin(
 
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
-    model = build(config, data.image_shape, data.train.largest, data.columns)
+    largest = max(data.train.largest, data.train.levels - 1)  # levels: of dequantised pixels
+    model = build(config, data.image_shape, largest, data.columns)
     model.to(data.train.labels.device, dtype).eval()
     if config.sigma == "learned":
         torch.nn.init.constant_(model.log_decoder_variance, math.log(_initial_scale(model, data)))
