@@ -185,7 +185,7 @@ REFUSED = [
     ("--axis learning_rate=1e-3,0.001", "learning_rate=0.001,0.001: give every value once"),
     ("--axis learning_rate=1e-3,x", "--axis learning_rate=1e-3,x: give numbers"),
     ("--axis batch_size=8,8.5", "--axis batch_size=8,8.5: give whole numbers"),
-    ("--axis batch_size=8,5000", "digits has 1280 training images"),
+    ("--axis batch_size=8,5000", "digits has 1280 training images; give at most 1280"),
     ("--axis learning_rate=0.1,-1", "learning_rate=-1.0: give a finite number > 0"),
     ("--axis lr_factor=0.1,2 --lr-schedule exponential", "lr_factor=2.0: give a number <= 1"),
     ("--axis lr_factor=0.1,0.5", "lr_factor=0.1 with lr_schedule='constant' has no effect"),

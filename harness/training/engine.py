@@ -316,7 +316,8 @@ def check_runs(
     for config in configs:
         if (size := config.batch_size) > (images := len(data.train)):
             what = "images" if data.columns is None else "rows"
-            raise UserError(f"batch_size={size}: {data.name} has {images} training {what}")
+            problem = f"batch_size={size}: {data.name} has {images} training {what}"
+            raise UserError(f"{problem}; give at most {images}")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
