@@ -71,11 +71,12 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
         if address == "model":
             given = tuple(registry.load(value, "network") for value in given)
         if len(set(given)) < len(given):
-            raise UserError(f"axis {address!r}: give every value once")
+            raise UserError(f"{words[-1]}: give every value once")
         swept.append(Axis(registry.load(address, "term"), given))
     names = [axis.name for axis in swept]
     if len(set(names)) < len(axes) or len(axes) not in (1, 2):
-        raise UserError(f"axes {', '.join(names) or 'none'}: give one, or two of different names")
+        which = f"axes {', '.join(names)}: give" if names else "give --axis NAME=VALUE,VALUE:"
+        raise UserError(f"{which} one, or two of different names")
     group, axis = names[0] * (len(names) - 1), swept[-1]
 
     def apply(config: RunConfig, value: object, data: Source) -> RunConfig:
@@ -107,6 +108,7 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
         objective="",
         table=(*TABLE, *(f"term/{name.partition('.')[0]}" for name in names)),
         start=("-m", f"studies.{NAME}", *words),
+        first={a.name: a.values[0] for a in swept if a.name in ("lr_factor", "lr_milestones")},
     )
 
 

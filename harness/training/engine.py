@@ -316,7 +316,8 @@ def check_runs(
     for config in configs:
         if (size := config.batch_size) > (images := len(data.train)):
             what = "images" if data.columns is None else "rows"
-            raise UserError(f"batch_size={size}: {data.name} has {images} training {what}")
+            problem = f"batch_size={size}: {data.name} has {images} training {what}"
+            raise UserError(f"{problem}; give at most {images}")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
@@ -418,7 +419,8 @@ def _begin(
 
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
-    model = build(config, data.image_shape, data.train.largest, data.columns)
+    largest = max(data.train.largest, data.train.levels - 1)  # levels: of dequantised pixels
+    model = build(config, data.image_shape, largest, data.columns)
     model.to(data.train.labels.device, dtype).eval()
     if config.sigma == "learned":
         torch.nn.init.constant_(model.log_decoder_variance, math.log(_initial_scale(model, data)))

@@ -130,6 +130,10 @@ def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     return read(Options, study.name, study.question, args, settings)
 
 
+def _names(listed: str) -> str:
+    return ", ".join(sorted(set(re.findall("'(.*?)'", listed)) - {"None"}))
+
+
 def read(
     options: type[Given],
     name: str,
@@ -160,6 +164,11 @@ def read(
             raise
         # The message between the first two rules of tyro's box.
         text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())
+        text = re.sub(
+            r"invalid choice (.+?) for argument '(\S+?)'\. Expected one of \((.*?)\)\.",
+            lambda found: f"{found[2]} {found[1]}: choose one of {_names(found[3])}",
+            text,
+        )
         # Without the types that were tried one after the other.
         text = re.sub(
             r"Error parsing (\S+): no type matching (?:{None}\|)?(.+?) could be .+? \[(.*?)\].*",

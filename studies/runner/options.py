@@ -80,10 +80,12 @@ class Common(Places):
     metric: Annotated[tuple[str, ...], UseAppendAction] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def base(self, config: RunConfig, epochs: int) -> RunConfig:
+    def base(
+        self, config: RunConfig, epochs: int, first: Mapping[str, Any] | None = None
+    ) -> RunConfig:
         """Return a configuration with the given settings; `epochs` are the dataset's.
 
-        The user's files are loaded.
+        The user's files are loaded. `first` are values of swept settings that others need.
         """
         for address in self.metric:
             if registry.load(address, "metric") not in registry.METRICS:
@@ -94,7 +96,7 @@ class Common(Places):
                 given[name] = registry.load(given[name], kind)
         if "terms" in given:
             given["terms"] = {registry.load(t, "term"): w for t, w in given["terms"].items()}
-        found = config.replace(**{"epochs": epochs, **given})
+        found = config.replace(**{"epochs": epochs, **(first or {}), **given})
         if unknown := [name for name in found.terms if name not in terms()]:
             known = ", ".join(terms())
             raise UserError(f"term {unknown[0]!r}: choose one of {known}, or give FILE.py:NAME")

@@ -238,6 +238,7 @@ class Study:
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
         start: words after `python` that start it, unless they are those of its page or file.
+        first: values of swept settings without which the base is refused.
     """
 
     name: str
@@ -253,6 +254,7 @@ class Study:
     table: tuple[str, ...] = TABLE
     reference: Any = None
     start: tuple[str, ...] = ()
+    first: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checked_name(self.name)
@@ -324,7 +326,7 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, own)
     name = options.named(f"{study.name}-{data.name}")
-    base = options.base(study.base, data.epochs)
+    base = options.base(study.base, data.epochs, study.first)
     points = {
         (group, value): axis.apply(base.replace(**changes), value, data)
         for group, changes in study.groups(base, data).items()

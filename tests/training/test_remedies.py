@@ -247,3 +247,10 @@ def test_dequantization_is_refused_where_there_are_no_grey_levels_or_no_density(
     config = SMALL.replace(dequantize="uniform", batch_size=4)
     with pytest.raises(UserError, match="rows has no grey levels"):
         check_runs([config], table)
+
+
+def test_a_model_of_dequantized_pixels_takes_grey_levels(tiny):
+    (result,) = train_and_evaluate([DEQUANTIZED.replace(epochs=1)], tiny)
+    images = tiny.train.images[:4]
+    found, expected = result.model.encode(images), result.model.encode(images / tiny.train.largest)
+    torch.testing.assert_close(found.mean, expected.mean)
