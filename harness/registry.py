@@ -194,7 +194,15 @@ MEASURED = (  # names of built-in metrics
         "calibration_ratio",
         "active_units",
     ),
-    *("learned_variance", "learned_scale", "fitted_scale", "gap_to_linear", "pca_floor", *QUALITY),
+    *(
+        "learned_variance",
+        "learned_scale",
+        "fitted_scale",
+        "laplace_scale",
+        "gap_to_linear",
+        "pca_floor",
+        *QUALITY,
+    ),
 )
 
 

@@ -302,12 +302,15 @@ def test_means_over_images_are_the_logged_values(tiny, file):
                 np.testing.assert_allclose(values.mean(), of, rtol=1e-9)
 
 
-def test_a_scale_that_the_weight_sets_is_a_parameter_and_no_variance(tiny):
+def test_a_scale_that_the_weight_sets_is_a_metric_and_no_variance(tiny):
     config = BASE.replace(likelihood="laplace", kl_weight=0.1, latent="stochastic")
-    params = record.parameters(config, tiny)
-    assert params["laplace_scale"] == params["beta"] == 0.1
-    assert "decoder_variance" not in params
-    assert "laplace_scale" not in record.parameters(config.replace(sigma="optimal"), tiny)
+    assert "decoder_variance" not in record.parameters(config, tiny)
+    free = harness.train_and_evaluate(config.replace(sigma="optimal"), tiny, "cpu").metrics
+    assert free["laplace_scale"] == pytest.approx(0.1 * free["val/fitted_scale"], rel=1e-12)
+    learned = harness.train_and_evaluate(config.replace(sigma="learned"), tiny, "cpu").metrics
+    assert learned["laplace_scale"] == pytest.approx(0.1 * learned["learned_scale"], rel=1e-12)
+    fixed = harness.train_and_evaluate(config, tiny, "cpu").metrics
+    assert fixed["laplace_scale"] == fixed["val/laplace_scale"] == pytest.approx(0.1, rel=1e-12)
     result = harness.train_and_evaluate(config, tiny, "cpu")
     assert frames.to_frame([result])["decoder_variance"].isna().all()
     assert calibrated(config, KNOWN["digits"]).kl_weight == pytest.approx(math.sqrt(0.01 / 2))

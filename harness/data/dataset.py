@@ -131,6 +131,7 @@ class Dataset:
         class_names: names of the classes of a user's images; () where classes are numbers.
         columns: of a table, whose values are standardised; None of pixels in [0, 1].
         options: of `load_dataset`, with which the user's files are read again.
+        rounded: whether grey levels are rounded floats, which are not dequantised.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     columns: Columns | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    rounded: bool = False
 
     @classmethod
     def from_tensors(
@@ -181,8 +183,8 @@ class Dataset:
             count = max(int(classes.max()) + 1, len(class_names))
         if class_names and len(class_names) != count:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
-        if not isinstance(images, Mapped) and torch.as_tensor(images).is_floating_point():
-            largest = 255
+        rounded = not isinstance(images, Mapped) and torch.as_tensor(images).is_floating_point()
+        largest = 255 if rounded else largest
         parts, known = split_rows(len(values), rows), None
         if values.dtype == torch.float64:
             known, largest = _columns(Split(values, classes, 1).rows(parts[0]).images, columns), 1
@@ -200,7 +202,8 @@ class Dataset:
         tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
         about: list[Any] = [shape, largest, count, *map(len, all_parts), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
-        return cls(name, shape, count, *all_parts, found, tuple(class_names), known)
+        named = tuple(class_names)
+        return cls(name, shape, count, *all_parts, found, named, known, rounded=rounded)
 
     @property
     def has_classes(self) -> bool:

@@ -110,12 +110,14 @@ def measure(
         if config.drawing != "none":
             bits = metrics["neg_elbo"] / (pixels * math.log(2)) + math.log2(split.levels)
             metrics["bits_per_dim"] = bits
+    is_gaussian = config.likelihood == "gaussian"
     if kind.has_scale and (config.sigma != "fixed" or SET_RATE.isdisjoint(config.terms)):
         # The loss is an ELBO for the decoder variance, or scale, beta * unit.
         free = fitted if scale is None else scale
         unit = free if config.sigma != "fixed" else likelihoods.unit(kind, pixels)
         metrics["calibration_ratio"] = coefficients.beta * unit / best
-    is_gaussian = config.likelihood == "gaussian"
+        if not is_gaussian:
+            metrics[f"{config.likelihood}_scale"] = coefficients.beta * unit
     if kind.has_scale and not is_gaussian:
         metrics["fitted_scale"] = best
     metrics["active_units"] = active_units(posterior_means)

@@ -355,10 +355,9 @@ def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
     """Return the parameters of a run: its settings, what follows from them, and its dataset."""
     params = config.named() | {"beta": objectives.beta(config, data.pixels)}
     params |= {"dataset": data.name, "dataset_digest": data.digest}
-    scale, names = objectives.decoder_scale(config, data.pixels), json.dumps(data.class_names)
-    if not math.isnan(scale):
-        of = config.likelihood
-        params["decoder_variance" if of == "gaussian" else f"{of}_scale"] = scale
+    variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)
+    if not math.isnan(variance):
+        params["decoder_variance"] = variance
     if data.class_names and len(names) < 6_000:  # MLflow refuses longer parameters
         params["class_names"] = names
     return params

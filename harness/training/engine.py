@@ -337,8 +337,9 @@ def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
         option = "dequantize" if drawn[0].binarization == "none" else "binarization"
         problem = f"{option}={drawn[0].drawing!r}: {data.name} is too large for memory"
         raise UserError(f"{problem}; give a smaller one, or 0 and 255 in the file")
-    if data.columns is not None and any(config.dequantize != "none" for config in configs):
-        raise UserError(f"dequantize='uniform': {data.name} has no grey levels; leave it out")
+    if (data.columns or data.rounded) and any(config.dequantize != "none" for config in configs):
+        given = f"dequantize='uniform': {data.name} has floats, and no grey levels of its own"
+        raise UserError(f"{given}; give uint8 images, or leave it out")
     if data.is_image:
         return
     for config in configs:

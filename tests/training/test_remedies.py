@@ -245,7 +245,7 @@ def test_dequantization_is_refused_where_there_are_no_grey_levels_or_no_density(
         DEQUANTIZED.replace(likelihood="bernoulli")
     table = Dataset.from_tensors("rows", np.random.default_rng(0).normal(size=(40, 3)))
     config = SMALL.replace(dequantize="uniform", batch_size=4)
-    with pytest.raises(UserError, match="rows has no grey levels"):
+    with pytest.raises(UserError, match="rows has floats, and no grey levels"):
         check_runs([config], table)
 
 
