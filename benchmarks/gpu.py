@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from harness import provenance
+from harness.training import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -69,9 +69,9 @@ def replay(run: str, data: Dataset | None = None, **options: Any) -> bool:
 
 
 def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None = None) -> bool:
-    from harness import provenance  # --help answers without PyTorch
     from harness.tracking.record import WALL_CLOCK
     from harness.tracking.store import connect
+    from harness.training import provenance  # --help answers without PyTorch
     from harness.training.engine import resolve_device
 
     uri = addresses.tracking_address(options.tracking_uri)

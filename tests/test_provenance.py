@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import provenance
-from harness.provenance import Code, read_code
+from harness.training import provenance
+from harness.training.provenance import Code, read_code
 
 ROOT = Path(__file__).resolve().parents[1]
 

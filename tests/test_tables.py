@@ -30,8 +30,8 @@ from harness.metrics.quality import measure_quality
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
 from harness.objective import with_decoder_variance
-from harness.provenance import dataset
 from harness.training.engine import check_runs
+from harness.training.provenance import dataset
 from studies import replay
 
 NAMES = ["height", "width (cm)", "year", "share"]

@@ -21,7 +21,7 @@ from scipy.io import savemat
 from harness import Dataset, UserError, load_dataset
 from harness.data import folder as folders
 from harness.data.torchvision_sets import SETS
-from harness.provenance import provenance
+from harness.training.provenance import provenance
 from studies import replay
 
 DRAWN = np.random.default_rng(0)

@@ -82,17 +82,8 @@ class Classifier(nn.Module):
 
     def __init__(self, image_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        first, second = CHANNELS
-        places = math.prod(-(-side // 4) for side in (height, width))
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, first, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(second * places, FEATURES),
-        )
+        # An encoder, whose FEATURES outputs are here no posterior's.
+        self.features, _ = networks.conv(image_shape, FEATURES // 2, channels=CHANNELS)
         self.head = nn.Linear(FEATURES, classes)
 
     def embed(self, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 from uuid import uuid4
 
 from harness import objective as objectives
-from harness import provenance, registry
+from harness import registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.data.load import is_named
@@ -24,7 +24,7 @@ from harness.tracking import End, Planned
 from harness.tracking.addresses import default_tracking, project_root, without_password
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
-from harness.training import engine
+from harness.training import engine, provenance
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import (
     EpochRecord,

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from harness import provenance, registry
+from harness import registry
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
 from harness.models.files import put
+from harness.training import provenance
 
 
 class Epoch(NamedTuple):

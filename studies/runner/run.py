@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import Planned, addresses, connect
 from harness.tracking import record as recording
 from harness.tracking.runs import RunLog
 from harness.tracking.store import Store
+from harness.training import provenance
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers

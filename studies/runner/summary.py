@@ -23,7 +23,7 @@ from PIL import Image
 
 from analysis import frames, plots, report, tables
 from analysis.report.page import Exhibit, Summary
-from harness import provenance, registry
+from harness import registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
@@ -33,6 +33,7 @@ from harness.tracking.page import save_view
 from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
+from harness.training import provenance
 from studies.runner.proposers import has_result, keys
 
 if TYPE_CHECKING:
