@@ -25,35 +25,15 @@ Kind = Any
 """A likelihood: a class as `registry.likelihood` describes it."""
 
 
-def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return the squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
-
-    Pixel^2, shape (B,), of pixels x and decoder means y of shape (B, ...).
-    """
-    return (x - y).square().flatten(1).sum(-1)
-
-
-def absolute_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return the absolute error of each image, summed over its pixels: S1 = sum_d |x_d - y_d|."""
-    return (x - y).abs().flatten(1).sum(-1)
-
-
-def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
-    """Return the cross-entropy of each image under independent Bernoulli pixels.
-
-    CE = sum_d ln(1 + exp(a_d)) - x_d a_d   (Kingma & Welling 2013, appendix C.1)
-
-    Nats, shape (B,), of pixels x and logits a of shape (B, ...). It is -ln p(x|z) for pixels that
-    are 0 or 1, and no likelihood for grey ones.
-    """
-    return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
-
-
 class Gaussian:
     """Independent Gaussian pixels whose variance is the scale: the error is SSE, pixel^2."""
 
     logits, has_scale = False, True
-    error = staticmethod(squared_error)
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return SSE = sum_d (x_d - y_d)^2, shape (B,), of decoder means y."""
+        return (x - output).square().flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
@@ -87,8 +67,12 @@ class Laplace:
     """Independent Laplace pixels of scale b: the error is S1, pixel."""
 
     logits, has_scale = False, True
-    error = staticmethod(absolute_error)
     mean, fit = Gaussian.mean, Gaussian.fit
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return S1 = sum_d |x_d - y_d|, shape (B,), of decoder means y."""
+        return (x - output).abs().flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
@@ -105,7 +89,12 @@ class Bernoulli:
     """Independent Bernoulli pixels: a likelihood of pixels that are 0 or 1."""
 
     logits, has_scale = True, False
-    error, mean = staticmethod(cross_entropy), staticmethod(torch.sigmoid)
+    mean = staticmethod(torch.sigmoid)
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return CE = sum_d ln(1 + exp(a_d)) - x_d a_d, nats (Kingma & Welling 2013, C.1)."""
+        return (functional.softplus(output) - x * output).flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:

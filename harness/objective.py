@@ -222,14 +222,6 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
     return (done % (config.epochs * steps / config.kl_cycles) / length).clamp(max=1.0)
 
 
-def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
-    """Return the rate that the loss counts: sum over latents of max(free_bits, KL of the latent).
-
-    Nats, shape (), of batch means, shape (L,). (Kingma et al. 2016, 1606.04934, appendix C.8.)
-    """
-    return kl.maximum(free_bits).sum(-1)
-
-
 def per_image(config: RunConfig, batch: Batch, kind: Kind | None = None) -> Parts:
     """Return the parts of the loss of each image of a batch.
 
@@ -254,8 +246,9 @@ def loss(
     (data + beta * rate) / D, where data is the error of the likelihood with sigma="fixed": the SSE
     of a Gaussian decoder, the cross-entropy of a Bernoulli decoder; and else its negative
     log-density at the scale that it fits to the error (sigma="optimal") or learns (`scale`; Rybkin
-    et al. 2021, 2006.13202). Pixel^2 with the SSE, else nats per pixel. Of `config`, only settings
-    that all runs of a stack share are read.
+    et al. 2021, 2006.13202). Free bits are the least KL that counts of each latent's mean (Kingma
+    et al. 2016, 1606.04934, C.8). Pixel^2 with the SSE, else nats per pixel. Of `config`, only
+    settings that all runs of a stack share are read.
     """
     data = means.error
     if config.sigma != "fixed":
@@ -263,8 +256,8 @@ def loss(
     if means.kl is None:
         return data / pixels
     free = coefficients.free_bits
-    rate = means.kl.sum(-1) if free is None else free_rate(means.kl, free)
-    return (data + coefficients.beta * rate) / pixels
+    kl = means.kl if free is None else means.kl.maximum(free)
+    return (data + coefficients.beta * kl.sum(-1)) / pixels
 
 
 def objective(

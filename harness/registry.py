@@ -97,7 +97,7 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
         name: not that of a built-in network; a second function of the same name replaces the first.
         output: non-linearity that follows the decoder: "sigmoid" for pixels in [0, 1], "identity".
     """
-    _check("network", name, BUILT_IN)
+    _check("network", name)
     if output not in get_args(Output):
         raise UserError(f"output={output!r} of network {name!r}: choose sigmoid or identity")
 
@@ -117,10 +117,8 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
     one that takes the output before the non-linearity, `has_scale = False` for one without scale.
     A second class of a name replaces the first.
     """
-    _check("likelihood", name, BUILT_IN_LIKELIHOODS)
-    caller = inspect.currentframe()
-    caller = caller.f_back if caller else None
-    file = caller.f_code.co_filename if caller else ""
+    _check("likelihood", name)
+    file = inspect.stack(0)[1].filename
 
     def register(kind: type[T]) -> type[T]:
         if not isinstance(kind, type):
@@ -142,7 +140,7 @@ def term(name: str) -> Callable[[Function], Function]:
     The function is (`harness.objective.Batch`, **options) -> Tensor of shape (); a second one of a
     name replaces the first. `RunConfig.term_options` are its options.
     """
-    _check("term", name, BUILT_IN_TERMS)
+    _check("term", name)
 
     def register(function: Function) -> Function:
         TERMS[name] = function
@@ -163,7 +161,7 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
         name: not that of a built-in metric.
         every_epoch: measure it on the validation split after every epoch too.
     """
-    _check("metric", name, MEASURED)
+    _check("metric", name)
 
     def register(function: Function) -> Function:
         METRICS[name] = Metric(function, every_epoch)
@@ -183,26 +181,23 @@ QUALITY = (  # names of the metrics of `measure_quality`
     *("latent_std", "posterior_sigma"),
 )
 MEASURED = (  # names of built-in metrics
-    *(
-        "loss",
-        "mse",
-        "mae",
-        "rate",
-        "distortion",
-        "neg_elbo",
-        "bits_per_dim",
-        "calibration_ratio",
-        "active_units",
-    ),
+    *("loss", "mse", "mae", "rate", "distortion", "neg_elbo", "bits_per_dim"),
+    *("calibration_ratio", "active_units"),
     *("learned_variance", "learned_scale", "fitted_scale", "gap_to_linear", "pca_floor", *QUALITY),
 )
+TAKEN: dict[Kind, tuple[str, ...]] = {  # names of built-in parts
+    "network": BUILT_IN,
+    "likelihood": BUILT_IN_LIKELIHOODS,
+    "term": BUILT_IN_TERMS,
+    "metric": MEASURED,
+}
 
 
-def _check(kind: Kind, name: str, taken: tuple[str, ...]) -> None:
+def _check(kind: Kind, name: str) -> None:
     if not name.isidentifier():
         raise UserError(f"{kind} {name!r}: choose a name of letters, digits and _")
-    if name in taken:
-        raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(taken)}")
+    if name in TAKEN[kind]:
+        raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
 
 
 # --- a user's files -----------------------------------------------------------------------------
@@ -309,10 +304,7 @@ def digest(text: str) -> str:
 
 def sources(config: RunConfig) -> dict[tuple[Kind, str], str]:
     """Return the source of each part of a run that a user has registered."""
-    parts: list[tuple[Kind, str]] = []
-    if config.model not in BUILT_IN:
-        parts.append(("network", config.model))
-    if config.likelihood not in BUILT_IN_LIKELIHOODS:
-        parts.append(("likelihood", config.likelihood))
-    parts += [("term", name) for name in config.terms if name not in BUILT_IN_TERMS]
-    return {part: source(*part) for part in [*parts, *(("metric", name) for name in METRICS)]}
+    named: list[tuple[Kind, str]] = [("network", config.model), ("likelihood", config.likelihood)]
+    named += [("term", name) for name in config.terms]
+    named += [("metric", name) for name in METRICS]
+    return {(kind, name): source(kind, name) for kind, name in named if name not in TAKEN[kind]}

@@ -356,7 +356,7 @@ def test_a_users_likelihood_is_saved_and_loaded_with_trust(file, tmp_path):
 class Right:
     """A likelihood that can be used."""
 
-    error = staticmethod(likelihoods.absolute_error)
+    error = staticmethod(likelihoods.Laplace.error)
     mean = staticmethod(likelihoods.Laplace.mean)
     neg_log_density = staticmethod(likelihoods.Laplace.neg_log_density)
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from harness.config import UserError
 from harness.data.dataset import PARTS, Dataset
+from harness.errors import UserError, one_line
 
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
 BLOCK = 64  # images that a thread reads at a time; one by one, small ones take twice as long
@@ -166,7 +166,7 @@ def _pixels(
             picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
         return np.atleast_3d(np.array(picture)).transpose(2, 0, 1)
     except BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{named(i)} cannot be read as an image ({reason}); replace it") from None
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from harness.config import UserError
 from harness.data.dataset import Dataset
 from harness.data.folder import as_size, read_pictures, upright
+from harness.errors import UserError, one_line
 
 Parts = dict[str, dict[str, Any]]  # official part -> the class's arguments for it
 
@@ -99,7 +99,7 @@ def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
         for folder in (*(Path(at) for at, *_ in walked), *made):
             with contextlib.suppress(OSError):  # never made, or not empty
                 folder.rmdir()
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
             "as torchvision arranges it (a broken file: delete it first), or name the folder that "
