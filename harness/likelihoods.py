@@ -143,8 +143,8 @@ class ContinuousBernoulli:
 def fitted(kind: Kind, mean_error: Tensor, pixels: int) -> Tensor:
     """Return the scale at which the density of a mean error, shape (), is largest; 1 without one.
 
-    By the `fit` of the likelihood, else by bisection of the slope in ln(scale), where the density
-    has one maximum. No gradient flows through the latter: at the maximum it is 0.
+    By the likelihood's `fit`, else by bisection of the slope in ln(scale), without a gradient: at
+    the maximum it is 0.
     """
     if not kind.has_scale:
         return torch.ones_like(mean_error)
@@ -203,22 +203,21 @@ def check(name: str, kind: Kind, data_shape: tuple[int, ...]) -> None:
     call("error", (3,), torch.full(shape, 0.5), torch.full(shape, 0.25))
     call("mean", shape, torch.full(shape, 0.25))
     first, second, third = (density(error, 1.0) for error in (1.0, 2.0, 3.0))
-    wide = density(2.0, 2.0) - density(1.0, 2.0)
-    near = 1e-6 * max(map(abs, (first, second, third, 1.0)))
-    if not abs(third - 2 * second + first) < near:  # NaN too
+    wide, weight = density(2.0, 2.0) - density(1.0, 2.0), second - first
+    near, why = 1e-6 * max(map(abs, (first, second, third, 1.0))), ""
+    if not abs(third - second - weight) < near:  # NaN too
         why = f"is not linear in the error: {first:g}, {second:g} and {third:g} at errors 1, 2, 3"
+    elif not kind.has_scale and density(1.0, 2.0) != first:
+        why = "has a scale; leave has_scale = False out"
+    elif kind.has_scale and not (weight > 0 and abs(weight - 2 * wide) < near):
+        why = (
+            f"weighs the error by {weight:g} at scale 1 and {wide:g} at scale 2; it must be "
+            "proportional to 1 / scale (a variance, no deviation), or has_scale = False"
+        )
+    if why:
         raise UserError(f"{what}: its neg_log_density {why}")
     if not kind.has_scale:
-        if density(1.0, 2.0) != first:
-            why = "has a scale; leave has_scale = False out"
-            raise UserError(f"{what}: its neg_log_density {why}")
         return
-    if not (second > first and abs(second - first - 2 * wide) < near):
-        weights = f"{second - first:g} at scale 1 and {wide:g} at scale 2"
-        why = (
-            "it must be proportional to 1 / scale (a variance, no deviation), or has_scale = False"
-        )
-        raise UserError(f"{what}: its neg_log_density weighs the error by {weights}; {why}")
     if getattr(kind, "fit", None):
         call("fit", (), torch.ones(()), pixels)
     best = float(fitted(kind, torch.ones((), dtype=torch.float64), pixels))

@@ -34,9 +34,6 @@ class Network:
 
     function: Callable[..., Any] | str  # as `network` registers it, or its address
     output: Output  # non-linearity behind the decoder's last layer
-    # Weights are drawn from the run's stream "weights", or by the function itself from PyTorch's
-    # generator, seeded from that stream.
-    initialize: Literal["stream", "torch"] = "torch"
     settings: tuple[str, ...] = ()  # fields of `RunConfig` that a built-in network takes
 
     def build(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - of any network
@@ -68,9 +65,9 @@ class Metric:
 
 _BUILT_IN = "harness.models.networks:"
 NETWORKS = {  # by the name that `RunConfig.model` takes
-    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", "stream", ("hidden", "activation")),
-    "linear": Network(f"{_BUILT_IN}linear", "identity", "stream"),
-    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", "stream", ("channels", "activation")),
+    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", ("hidden", "activation")),
+    "linear": Network(f"{_BUILT_IN}linear", "identity"),
+    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", ("channels", "activation")),
 }
 BUILT_IN = tuple(NETWORKS)
 LIKELIHOODS = {  # by the name that `RunConfig.likelihood` takes
@@ -90,12 +87,9 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     """Register the decorated function as the network `RunConfig(model=name)`.
 
     The function is (data_shape, latent_size, **options) -> (encoder, decoder): two plain modules
-    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape).
-    `RunConfig.model_options` are its options.
-
-    Args:
-        name: not that of a built-in network; a second function of the same name replaces the first.
-        output: non-linearity that follows the decoder: "sigmoid" for pixels in [0, 1], "identity".
+    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape), behind
+    which `output` is the non-linearity. `RunConfig.model_options` are its options. A second
+    function of a name replaces the first.
     """
     _check("network", name)
     if output not in get_args(Output):
@@ -153,13 +147,10 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
     """Register the decorated function as a metric of every run that is measured from now on.
 
     The function is (`harness.VAE`, `harness.Split`) -> float. It is called once a run is trained,
-    with the model in `eval` mode and without gradients, on the validation and the test split; the
-    values are the metrics `val/NAME` and `test/NAME`. A second function of a name replaces the
-    first. An exception or NaN costs the run that metric alone.
-
-    Args:
-        name: not that of a built-in metric.
-        every_epoch: measure it on the validation split after every epoch too.
+    with the model in `eval` mode and without gradients, on the validation and the test split, with
+    `every_epoch` on the former after every epoch too; the values are the metrics `val/NAME` and
+    `test/NAME`. A second function of a name replaces the first. An exception or NaN costs the run
+    that metric alone.
     """
     _check("metric", name)
 

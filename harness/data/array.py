@@ -24,12 +24,9 @@ def read_array(path: Path, label: str | None = None) -> Dataset:
     The array holds images, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or
     floats in [0, 1], or vectors (N, D): grey values if they are uint8, else columns of a table
     (`Dataset.from_tensors`). A file larger than a quarter of memory is mapped: its rows are read
-    when they are needed, and all results are those of a file in memory.
-
-    Args:
-        path: of the file.
-        label: path of a .npy file with the class of each row, a whole number or a name. It is
-            taken from the folder of the array if it is not in the working folder.
+    when they are needed, and all results are those of a file in memory. The `label` is a .npy file
+    with the class of each row, a whole number or a name; it is taken from the folder of the array
+    if it is not in the working folder.
     """
     path = path.expanduser()
     try:

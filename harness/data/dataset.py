@@ -90,23 +90,21 @@ class Split:
         """
         if kind == "none" or self.levels > 1:
             return self
+        shape = tuple(self.images.shape)
         if kind == "uniform":
             assert stream is not None
-            u = torch.from_numpy(stream.random(tuple(self.images.shape), dtype=np.float32))
+            u = torch.from_numpy(stream.random(shape, dtype=np.float32))
             images = (self.images[:] + u.to(self.images.device)) / (self.largest + 1)
             return replace(self, images=images, largest=1, levels=self.largest + 1)
         levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
-            shape = tuple(self.images.shape)
             levels = stream.integers(self.largest, size=shape, dtype=np.uint8)
         ones = self.images[:] > torch.from_numpy(levels).to(self.images.device)
         return replace(self, images=ones.to(torch.uint8), largest=1)
 
     def loaded(self, device: torch.device) -> Split:
         """Return the split with its tensors on the device, and images of a file in its memory."""
-        if not isinstance(self.images, Mapped):
-            return self.to(device)
         images = torch.cat([some.to(device) for some in in_chunks(self.images)])
         return replace(self, images=images, labels=self.labels.to(device))
 
@@ -119,29 +117,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in three fixed parts.
+    """A dataset in parts for training, for choosing settings, and for measuring once.
 
-    Attributes:
-        name: as given to `load_dataset` or `from_tensors`; KIND-NAME of the user's files, as
-            "folder-NAME" of a folder of images.
-        image_shape: (channels, height, width); (D,) of a table or of vectors.
-        classes: number of classes; 0 for images without labels.
-        train, val, test: images for training, for choosing settings, and for measuring once.
-        digest: SHA-256 of all images, in the source's order; of a user's, of parts and labels too.
-        class_names: names of the classes of a user's images; () where classes are numbers.
-        columns: of a table, whose values are standardised; None of pixels in [0, 1].
-        options: of `load_dataset`, with which the user's files are read again.
+    Its name is that of `load_dataset` or `from_tensors`; KIND-NAME of the user's files, as
+    "folder-NAME". The `options` are those of `load_dataset`, with which files are read again.
     """
 
     name: str
-    image_shape: tuple[int, ...]
-    classes: int
+    image_shape: tuple[int, ...]  # (channels, height, width); (D,) of a table or of vectors
+    classes: int  # number of classes; 0 for images without labels
     train: Split
     val: Split
     test: Split
-    digest: str
-    class_names: tuple[str, ...] = ()
-    columns: Columns | None = None
+    digest: str  # SHA-256 of all images, in the source's order; of a user's, parts and labels too
+    class_names: tuple[str, ...] = ()  # of a user's images; () where classes are numbers
+    columns: Columns | None = None  # of a table, whose values are standardised
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -192,15 +182,14 @@ class Dataset:
                 if isinstance(values, Mapped)
                 else known.standardized(values).float()
             )
-        train, val, test = map(Split(values, classes, largest).rows, parts)
+        train, val, test = splits = tuple(map(Split(values, classes, largest).rows, parts))
         first = train.images[:1]
         if all(bool((some == first).all()) for some in in_chunks(train.images)):
             raise UserError("all training images are the same: there is nothing to learn from them")
-        all_parts = train, val, test
-        tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
-        about: list[Any] = [shape, largest, count, *map(len, all_parts), *filter(None, [known])]
+        tensors = [tensor for part in splits for tensor in (part.images, part.labels)]
+        about: list[Any] = [shape, largest, count, *map(len, splits), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
-        return cls(name, shape, count, *all_parts, found, tuple(class_names), known)
+        return cls(name, shape, count, train, val, test, found, tuple(class_names), known)
 
     @property
     def has_classes(self) -> bool:
@@ -359,9 +348,8 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < MOST_CLASSES:
-        raise UserError(
-            f"labels from {low} to {high}: give numbers from 0 on, below {MOST_CLASSES}"
-        )
+        allowed = f"give numbers from 0 on, below {MOST_CLASSES}"
+        raise UserError(f"labels from {low} to {high}: {allowed}")
     return labels
 
 

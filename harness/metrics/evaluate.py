@@ -24,7 +24,7 @@ from harness.likelihoods import Gaussian, Laplace
 from harness.linear.vae import gap_to_linear, linear_losses
 from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import SET_RATE, Batch, Coefficients, Parts, Posterior, Terms
+from harness.objective import SET_RATE, Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
 CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
@@ -87,7 +87,7 @@ def measure(
     split; `variance` is the decoder's, or its scale, for `distortion`, by default fitted to the
     split. Terms are averaged over parts of the split of about a batch.
     """
-    errors, means, posterior_means, term_means = _forward(
+    each, means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
     )
     pixels, kind = split.images.shape[1], model.kind
@@ -97,7 +97,7 @@ def measure(
     loss = objective.loss(config, means, coefficients, scale, pixels, kind)
     for name, value in term_means.items():
         loss = loss + coefficients.weights[name] * value / pixels
-    metrics = {"loss": loss} | {k: each.mean(0) / pixels for k, each in errors.items()}
+    metrics = {"loss": loss} | {name: each[name].mean(0) / pixels for name in ERRORS}
     if means.kl is not None:
         metrics["rate"] = means.kl.sum(-1)
     if config.has_likelihood:
@@ -115,7 +115,7 @@ def measure(
     is_gaussian = config.likelihood == "gaussian"
     if kind.has_scale and not is_gaussian:
         metrics["fitted_scale"] = best
-    metrics["active_units"] = active_units(posterior_means)
+    metrics["active_units"] = active_units(each["mean"])
     if scale is not None:
         metrics["learned_variance" if is_gaussian else "learned_scale"] = scale
     if linear_loss is not None:
@@ -124,8 +124,8 @@ def measure(
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
     if classes:
-        each = mse_per_class(errors["mse"] / pixels, split.labels, classes)
-        metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
+        of_class = mse_per_class(each["mse"] / pixels, split.labels, classes)
+        metrics |= {f"mse_class/{c}": value for c, value in enumerate(of_class.unbind())}
     return metrics
 
 
@@ -135,19 +135,22 @@ def _forward(
     split: Split,
     noise: Tensor,
     terms: Terms,
-    prior: Tensor | None,
-    training_size: int,
-) -> tuple[dict[str, Tensor], Parts, Tensor, Metrics]:
-    # SSE and S1 of each image (N,), means over images, posterior means, and mean terms.
+    prior: Tensor | None = None,
+    training_size: int = 0,
+) -> tuple[Metrics, Parts, Metrics]:
+    # Of each image, error, SSE, S1, rate and posterior mean; means over images; and mean terms.
     kept = defaultdict[str, list[Tensor]](list)
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
         batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
         part = objective.per_image(config, batch, model.kind)
         each = {"error": part.error, "mean": batch.posterior.mean}
-        each |= {name: _error(model, batch, part, of) for name, of in ERRORS.items()}
+        for name, error in ERRORS.items():  # that of the likelihood is computed already
+            known = model.kind.error is error
+            each[name] = part.error if known else error(batch.x, batch.reconstruction)
         if part.kl is not None:
             each["kl"] = part.kl.double().sum(0, keepdim=True)
+            each["rate"] = part.kl.double().sum(-1)
         each |= {f"term/{n}": term(batch).double().view(1) * len(x) for n, term in terms.items()}
         for name, value in each.items():
             # Joined now and then: thousands of small tensors that are kept between large ones that
@@ -155,16 +158,10 @@ def _forward(
             kept[name].append(value)
             if len(kept[name]) == TOGETHER:
                 kept[name] = [torch.cat(kept[name])]
-    found = {name: torch.cat(values) for name, values in kept.items()}
+    found = {name: torch.cat(values).double() for name, values in kept.items()}
     kl = found["kl"].sum(0) / len(split) if "kl" in found else None
-    means = Parts(found["error"].double().mean(0), kl)
-    named = {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
-    return {name: found[name].double() for name in ERRORS}, means, found["mean"], named
-
-
-def _error(model: VAE, batch: Batch, part: Parts, error: Callable[..., Tensor]) -> Tensor:
-    # That of the likelihood is computed already.
-    return part.error if model.kind.error is error else error(batch.x, batch.reconstruction)
+    means = Parts(found["error"].mean(0), kl)
+    return found, means, {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
 
 
 def fitted_scale(metrics: Metrics) -> Tensor:
@@ -222,20 +219,14 @@ def per_image(
     config = RunConfig(latent=model.latent)  # type: ignore[arg-type]
     eps = streams.noise(seed, f"evaluate/{part}", len(split), model.latent_size)
     eps = eps.to(model.device, model.dtype)
-    parts, squares = [], []
-    for rows in chunks(*split.images.shape):
-        batch = model.batch(pixels(model, split, rows), eps[rows])
-        parts.append(objective.per_image(config, batch, model.kind))
-        squares.append(_error(model, batch, parts[-1], Gaussian.error))
-    errors, kls = zip(*parts, strict=True)
-    found = {"error": torch.cat(squares).double() / model.pixels}
-    if kls[0] is not None:
-        found["rate"] = torch.cat(kls).double().sum(-1)
+    each, means, _ = _forward(config, model, split, eps, {})
+    found = {"error": each["mse"] / model.pixels}
+    if means.kl is not None:
+        found["rate"] = each["rate"]
     if model.likelihood != "bernoulli" or split.largest == 1:  # of grey pixels it is no likelihood
-        error = torch.cat(errors).double()
-        fitted = likelihoods.fitted(model.kind, error.mean(), model.pixels)
-        scale = fitted if variance is None else error.new_tensor(variance)
-        found["distortion"] = likelihoods.distortion(model.kind, error, scale, model.pixels)
+        fitted = likelihoods.fitted(model.kind, means.error, model.pixels)
+        scale = fitted if variance is None else fitted.new_tensor(variance)
+        found["distortion"] = likelihoods.distortion(model.kind, each["error"], scale, model.pixels)
     if {"rate", "distortion"} <= found.keys():
         found["neg_elbo"] = found["distortion"] + found["rate"]
     return {name: values.cpu().numpy() for name, values in found.items()}

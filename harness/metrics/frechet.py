@@ -104,8 +104,8 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
     file = folder / f"{data.name}-{key}.safetensors"
-    net = _untrained(data)
     try:
+        net = _untrained(data)
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
         net = _trained(data)

@@ -17,7 +17,6 @@ KERNEL, STRIDE, PADDING = 3, 2, 1
 Pair = tuple[nn.Sequential, nn.Sequential]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
 
-
 ACTIVATIONS = {  # by the name that `RunConfig.activation` takes
     "relu": nn.ReLU,
     "tanh": nn.Tanh,

@@ -89,10 +89,7 @@ class VAE(nn.Module):
         return Posterior.from_head(self.encoder(x), self.head)
 
     def decoder_mean(self, z: Tensor) -> Tensor:
-        """Return the decoder means (B, *data_shape) of latents (B, L), as the loss compares them.
-
-        They are pixels in [0, 1], or standardised columns of a table.
-        """
+        """Return decoder means (B, *data_shape) of latents (B, L), of standardised columns too."""
         return self.kind.mean(self.decoded(self.decoder(z)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,10 +177,7 @@ class VAE(nn.Module):
 
 
 def lay_out(model: nn.Module) -> None:
-    """Store the weights of linear layers as (in, out), seen through transposed views.
-
-    The order of summation, and so the bits, then do not depend on how the model was created.
-    """
+    """Store weights of linear layers as (in, out), which fixes the order of sums, and so bits."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.weight.data = module.weight.data.t().contiguous().t()
@@ -280,8 +274,9 @@ def build(
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     options = {name: getattr(config, name) for name in network.settings}
     options |= config.model_options
+    is_built_in = config.model in registry.BUILT_IN
     with torch.random.fork_rng(devices=[]):  # PyTorch's generator stays as it was
-        if network.initialize == "torch":
+        if not is_built_in:  # it draws its weights itself
             torch.manual_seed(int(stream.integers(2**63)))
         made = network.build(tuple(data_shape), config.latent_size, **options)
     is_pair = isinstance(made, tuple) and len(made) == 2
@@ -289,7 +284,7 @@ def build(
         given = f"network {config.model!r} returns {made!r}"
         raise UserError(f"{given}; return two modules: encoder, decoder")
     encoder, decoder = made
-    if network.initialize == "stream":
+    if is_built_in:
         networks.draw((*encoder.modules(), *decoder.modules()), stream)
     return VAE(
         encoder,
