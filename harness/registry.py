@@ -275,11 +275,8 @@ def source(kind: Kind, name: str) -> str:
 
 
 def options_of(function: Callable[..., Any] | str) -> dict[str, Any] | None:
-    """Return the options of a network or a term, parameters with a name alone or a default, and it.
-
-    None if it takes any. A built-in network has none: its options are fields of `RunConfig`.
-    """
-    if isinstance(function, str):
+    """Return options of a network or a term with their defaults; None if it takes any."""
+    if isinstance(function, str):  # built in: its options are fields of `RunConfig`
         return {}
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -111,11 +111,7 @@ def open_array(path: Path) -> np.ndarray:
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return (C, H, W) of images (N, H, W), (N, C, H, W) or (N, H, W, C), (D,) of vectors (N, D).
-
-    Raises:
-        UserError: for any other shape, and for one that can be read in two ways.
-    """
+    """Return (C, H, W) of images (N, H, W), (N, C, H, W), (N, H, W, C), (D,) of vectors (N, D)."""
     if 0 in shape or not 2 <= len(shape) <= 4:
         raise UserError(f"its shape is {shape}: give (N, H, W), (N, C, H, W), (N, H, W, C), (N, D)")
     if len(shape) < 4:
@@ -142,13 +138,10 @@ def rounded(images: Tensor) -> Tensor:
 
 
 def memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or of a control group.
-
-    Groups limit jobs of Slurm and containers: version 2 by memory.max, version 1 by
-    memory.limit_in_bytes, of a process's group and of those that it is in.
-    """
+    """Return the bytes of memory that this process may use: the machine's, or of control groups."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     file = Path("/proc/self/cgroup")
+    # Groups, of version 1 or 2, limit jobs of Slurm and containers, and lie in one another.
     for line in file.read_text().splitlines() if file.exists() else []:
         _, kind, group = line.split(":", 2)
         if kind in ("", "memory"):

@@ -140,10 +140,9 @@ def gap_to_linear(linear_loss: Loss, loss: Loss) -> Loss:
 def linear_losses(
     configs: Sequence[RunConfig], data: Dataset, split: Split | None = None
 ) -> np.ndarray:
-    """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
+    """Return each run's loss on a split of the exact linear model, pixel^2, shape (S,).
 
-    pixel^2, shape (S,); None is the training split. NaN for large images, and where the run's loss
-    has another optimum or unit.
+    None is the training split. NaN for large images, and where a loss has another optimum or unit.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):

@@ -250,9 +250,8 @@ def conditions(
 def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
     """Return the final metrics of runs, pairs of a configuration and a model on one device.
 
-    The noise is fixed by their seeds, and the decoder variance fitted on the validation split. One
-    dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics that are not
-    defined for the run, or not finite, are absent.
+    The decoder variance is fitted on the validation split. Names are prefixed `val/` and `test/`,
+    and plain for test. Metrics that are not defined for the run, or not finite, are absent.
     """
     configs = [config for config, _ in runs]
     linear = [linear_losses(configs, data, split).tolist() for split in (data.val, data.test)]

@@ -34,8 +34,7 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
 
 
 @dataclass
-class _Group:
-    # Runs of a stack with equal settings of the update, which one call of a kernel computes.
+class _Group:  # runs of a stack with equal settings of the update: one call of a kernel
     config: RunConfig
     kernel: Callable[..., None]
     tensors: list[list[Tensor]]
