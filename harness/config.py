@@ -13,18 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from harness import registry
 from harness.errors import UserError as UserError
 
-Head = Literal["gaussian", "relu"]
-Latent = Literal["stochastic", "deterministic"]
-KLNormalization = Literal["pixels", "batch", "latent", "sum"]
-Sigma = Literal["fixed", "optimal", "learned"]
-Binarization = Literal["none", "stochastic", "threshold"]
-Dequantize = Literal["none", "uniform"]
 Drawing = Literal["none", "stochastic", "threshold", "uniform"]
 Precision = Literal["float32", "tf32"]
-Activation = Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"]
-Optimizer = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "cosine", "exponential", "steps"]
-Keep = Literal["last", "best"]
 
 # Settings of the update of weights, all numbers of each run.
 UPDATE = (
@@ -124,32 +114,32 @@ class RunConfig:
     model: str = "mlp"
     hidden: tuple[int, ...] = (256, 64)
     channels: tuple[int, ...] = (32, 64)
-    activation: Activation = "relu"
+    activation: Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"] = "relu"
     latent_size: int = 10
-    head: Head = "gaussian"
-    latent: Latent = "stochastic"
+    head: Literal["gaussian", "relu"] = "gaussian"
+    latent: Literal["stochastic", "deterministic"] = "stochastic"
     kl_weight: float = Default(1.0)
-    kl_normalization: KLNormalization = "pixels"
+    kl_normalization: Literal["pixels", "batch", "latent", "sum"] = "pixels"
     kl_warmup_epochs: int = 0
     kl_cycles: int = 1
     free_bits: float = 0.0
-    sigma: Sigma = "fixed"
+    sigma: Literal["fixed", "optimal", "learned"] = "fixed"
     likelihood: str = "gaussian"
-    binarization: Binarization = "none"
-    dequantize: Dequantize = "none"
-    optimizer: Optimizer = "adam"
+    binarization: Literal["none", "stochastic", "threshold"] = "none"
+    dequantize: Literal["none", "uniform"] = "none"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1e-3
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
     momentum: float = 0.0
     weight_decay: float = 0.0
-    lr_schedule: Schedule = "constant"
+    lr_schedule: Literal["constant", "cosine", "exponential", "steps"] = "constant"
     lr_milestones: tuple[int, ...] = ()
     lr_factor: float = 1.0
     lr_warmup_epochs: int = 0
     clip_norm: float = 0.0
     patience: int = 0
-    keep: Keep = "last"
+    keep: Literal["last", "best"] = "last"
     batch_size: int = 32
     epochs: int = 20
     precision: Precision = "float32"
@@ -257,29 +247,18 @@ class RunConfig:
             if (value := getattr(self, name)) != defaults[name].default:
                 given = f"{name}={value!r} with model={self.model!r}"
                 raise UserError(f"{given}: only a built-in network has it; give model_options")
-        taken = {"fields of RunConfig": [*defaults], "terms": [*self.terms]}
         for option in self.model_options:
-            for what, names in taken.items():
-                if option in names:
-                    raise UserError(
-                        f"model_options: {option!r} is one of the {what} too; rename it"
-                    )
-        checked = [
-            ("model_options", f"network {self.model!r}", network.function, self.model_options)
-        ]
+            if option in defaults or option in self.terms:
+                what = "fields of RunConfig" if option in defaults else "terms"
+                raise UserError(f"model_options: {option!r} is one of the {what} too; rename it")
+        what = f"network {self.model!r}"
+        _known("model_options", self.model_options, what, registry.options_of(network.function))
         for name, options in self.term_options.items():
             if name not in self.terms:
                 raise UserError(f"term_options: {name!r} is none of the terms; give its weight too")
             if name in registry.TERMS:
-                what = f"term {name!r}"
-                checked.append((f"term_options[{name!r}]", what, registry.TERMS[name], options))
-        for field_name, what, function, options in checked:
-            allowed = registry.options_of(function)
-            if unknown := [name for name in options if allowed is not None and name not in allowed]:
-                has = ", ".join(allowed or ()) or "none"
-                raise UserError(
-                    f"{field_name}: {unknown[0]!r} is no option of {what} (it has: {has})"
-                )
+                allowed = registry.options_of(registry.TERMS[name])
+                _known(f"term_options[{name!r}]", options, f"term {name!r}", allowed)
 
     @classmethod
     def seed_recipe(cls, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
@@ -287,12 +266,7 @@ class RunConfig:
         return cls(head="relu", **changes)
 
     def replace(self, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
-        """Return a copy with some fields changed and everything checked again.
-
-        Examples:
-            >>> RunConfig(seed=1).replace(kl_weight=0.05)  # doctest: +ELLIPSIS
-            RunConfig(model='mlp', ... kl_weight=0.05, ... seed=1, ...)
-        """
+        """Return a copy with some fields changed and everything checked again."""
         return replace(self, **changes)
 
     @property
@@ -349,6 +323,15 @@ class RunConfig:
 def _choices() -> dict[str, tuple[str, ...]]:
     kinds = get_type_hints(RunConfig).items()
     return {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
+
+
+def _known(
+    name: str, given: Mapping[str, Any], what: str, allowed: Mapping[str, Any] | None
+) -> None:
+    for option in given:
+        if allowed is not None and option not in allowed:
+            has = ", ".join(allowed) or "none"
+            raise UserError(f"{name}: {option!r} is no option of {what} (it has: {has})")
 
 
 def _named(name: str, value: object, what: str) -> dict[str, Any]:

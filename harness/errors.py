@@ -22,6 +22,11 @@ class SummaryError(UserError):
     """A figure, an answer or a metric that failed after its runs were trained; exit code 3."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def line_of(error: BaseException) -> str:
     """Return an error with the line of the user's code that it comes from, in one line."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

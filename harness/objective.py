@@ -4,11 +4,8 @@ Symbols: D pixels (all channels), L latents, B images of a batch. The loss of a 
 SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c set by
 `kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
 to scale and a constant, for a Gaussian decoder of variance beta / 2. Other likelihoods have another
-error in place of the SSE (`harness/likelihoods.py`).
-
-Training differentiates `objective`; for plain MLPs on a CPU `training/mlp_gradient.py` has its
-gradient written out. Its parts are means over images, so that the same `loss` applies to a batch
-and to a whole split.
+error in place of the SSE (`harness/parts/likelihoods.py`). Parts are means over images, so that the same
+`loss` applies to a batch and to a whole split.
 """
 
 from __future__ import annotations
@@ -22,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness import likelihoods, registry
-from harness import terms as _built_in  # noqa: F401 - registers the built-in terms
+from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.likelihoods import Kind
+from harness.parts import likelihoods
+from harness.parts import terms as _built_in  # noqa: F401 - registers the built-in terms
+from harness.parts.likelihoods import Kind
 
 ACTIVE_VARIANCE = 0.01  # of a posterior mean over the data, above which a latent is active
 MIN_VARIANCE = 1e-8  # of a posterior with `head="relu"`, inside the logarithm as in the blog
@@ -43,9 +41,8 @@ class Posterior(NamedTuple):
     def from_head(cls, output: Tensor, head: str) -> Posterior:
         """Return the posterior of an encoder's output, shape (B, 2 L).
 
-        gaussian: the halves are mean and log-variance.
-        relu: the halves behind a ReLU are mean and standard deviation sigma, as in the blog;
-        log_variance = ln(sigma^2 + 1e-8).
+        Its halves are mean and log-variance; with the head "relu", behind a ReLU, mean and standard
+        deviation sigma, as in the blog: log_variance = ln(sigma^2 + 1e-8).
         """
         if head == "gaussian":
             return cls(*output.chunk(2, dim=-1))
@@ -118,10 +115,6 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
     KL = (mean^2 + exp(log_variance) - log_variance - 1) / 2   (Kingma & Welling 2013, appendix B)
 
     Nats, shape (B, L) as the arguments, never negative beyond rounding.
-
-    Examples:
-        >>> kl_per_latent(torch.tensor([0.0, 2.0]), torch.zeros(2))
-        tensor([0., 2.])
     """
     return (mean.square() + log_variance.exp() - log_variance - 1) / 2
 
@@ -137,10 +130,6 @@ def beta(config: RunConfig, pixels: int) -> float:
 
     beta = kl_weight * D * B / c (Higgins et al. 2017, up to their 1/2), where c divides the KL
     summed over batch and latents in the loss.
-
-    Examples:
-        >>> beta(RunConfig(kl_weight=0.5, kl_normalization="batch"), pixels=784)
-        392.0
     """
     c = {
         "pixels": config.batch_size * pixels,
@@ -156,10 +145,6 @@ def decoder_variance(config: RunConfig, pixels: int) -> float:
 
     NaN where the KL weight does not set it: `sigma` is not "fixed", the decoder is not Gaussian, or
     a term of `SET_RATE` does. (Lucas et al. 2019; Rybkin et al. 2021.)
-
-    Examples:
-        >>> decoder_variance(RunConfig(kl_normalization="batch"), pixels=784)
-        392.0
     """
     return decoder_scale(config, pixels) if config.likelihood == "gaussian" else math.nan
 
@@ -182,12 +167,7 @@ def decoder_std(config: RunConfig, pixels: int) -> float:
 
 
 def acts_as(config: RunConfig, pixels: int) -> str:
-    """Return which decoder standard deviation a KL weight acts as, "" where there is none.
-
-    Examples:
-        >>> acts_as(RunConfig(kl_weight=0.02), pixels=784)
-        'kl_weight 0.02 acts as a decoder standard deviation of 0.1 (25.5 grey levels of 255)'
-    """
+    """Return which decoder standard deviation a KL weight acts as, "" where there is none."""
     std = decoder_std(config, pixels)
     if not std > 0:  # NaN too
         return ""
@@ -196,10 +176,7 @@ def acts_as(config: RunConfig, pixels: int) -> str:
 
 
 def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> RunConfig:
-    """Return the configuration with the KL weight whose decoder variance is the given one.
-
-    kl_weight = 2 * variance * c / (D B): the inverse of `decoder_variance` in any normalisation.
-    """
+    """Return the configuration with the KL weight of a `decoder_variance`, in any normalisation."""
     unit = decoder_variance(config.replace(kl_weight=1.0), pixels)
     if math.isnan(unit):
         given = f"sigma={config.sigma!r}, likelihood={config.likelihood!r}"
@@ -220,14 +197,6 @@ def kl_warmup(config: RunConfig, epoch: int, steps: int) -> Tensor:
         return torch.ones(steps, dtype=torch.float64)
     done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
     return (done % (config.epochs * steps / config.kl_cycles) / length).clamp(max=1.0)
-
-
-def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
-    """Return the rate that the loss counts: sum over latents of max(free_bits, KL of the latent).
-
-    Nats, shape (), of batch means, shape (L,). (Kingma et al. 2016, 1606.04934, appendix C.8.)
-    """
-    return kl.maximum(free_bits).sum(-1)
 
 
 def per_image(config: RunConfig, batch: Batch, kind: Kind | None = None) -> Parts:
@@ -254,8 +223,9 @@ def loss(
     (data + beta * rate) / D, where data is the error of the likelihood with sigma="fixed": the SSE
     of a Gaussian decoder, the cross-entropy of a Bernoulli decoder; and else its negative
     log-density at the scale that it fits to the error (sigma="optimal") or learns (`scale`; Rybkin
-    et al. 2021, 2006.13202). Pixel^2 with the SSE, else nats per pixel. Of `config`, only settings
-    that all runs of a stack share are read.
+    et al. 2021, 2006.13202). Free bits are the least KL that counts of each latent's mean (Kingma
+    et al. 2016, 1606.04934, C.8). Pixel^2 with the SSE, else nats per pixel. Of `config`, only
+    settings that all runs of a stack share are read.
     """
     data = means.error
     if config.sigma != "fixed":
@@ -263,8 +233,8 @@ def loss(
     if means.kl is None:
         return data / pixels
     free = coefficients.free_bits
-    rate = means.kl.sum(-1) if free is None else free_rate(means.kl, free)
-    return (data + coefficients.beta * rate) / pixels
+    kl = means.kl if free is None else means.kl.maximum(free)
+    return (data + coefficients.beta * kl.sum(-1)) / pixels
 
 
 def objective(

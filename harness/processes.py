@@ -48,8 +48,7 @@ def one_thread() -> Iterator[None]:
 def shared(tensor: Tensor) -> Tensor:
     """Return a contiguous copy of a tensor in memory that workers share with this process.
 
-    In a result, and as a view, it is copied again. It is an ordinary copy on a GPU and on other
-    systems than Linux.
+    It is an ordinary copy on a GPU, on other systems than Linux, in a result and as a view.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor.clone()

@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import subprocess
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -68,7 +67,7 @@ def _git(root: Path, *words: str) -> str | None:
 @cache
 def code() -> Code:
     """Return the code of this process; read once, since git is slow."""
-    return read_code(Path(__file__).resolve().parents[1])
+    return read_code(Path(__file__).resolve().parents[2])
 
 
 @cache
@@ -136,24 +135,3 @@ def provenance(data: Dataset, device_kind: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "dataset": dataset(data),
     }
-
-
-def tags(made_with: Mapping[str, Any]) -> dict[str, str]:
-    """Return the short values of a `provenance`, as tags; MLflow shows one as the commit."""
-    commit, dirty = made_with["code"]["commit"], made_with["code"]["dirty"]
-    known = {} if commit == UNKNOWN else {"mlflow.source.git.commit": commit}
-    return known | {
-        "git_commit": commit,
-        "git_dirty": UNKNOWN if dirty is None else str(dirty).lower(),
-        "sources": made_with["code"]["sources"][:12],  # the record has all
-        "versions": ", ".join(f"{name} {v}" for name, v in made_with["versions"].items()),
-        "device_name": made_with["device"]["name"],
-    }
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each difference of two `provenance`s but in threads, which replays set."""
-    parts = ("code", "versions", "device", "dataset")
-    pairs = [(f"{p} {name}", then[p].get(name), now[p][name]) for p in parts for name in now[p]]
-    pairs.append(("platform", then["platform"], now["platform"]))
-    return [f"{what}: {old} then, {new} now" for what, old, new in pairs if old != new]

@@ -34,9 +34,6 @@ class Network:
 
     function: Callable[..., Any] | str  # as `network` registers it, or its address
     output: Output  # non-linearity behind the decoder's last layer
-    # Weights are drawn from the run's stream "weights", or by the function itself from PyTorch's
-    # generator, seeded from that stream.
-    initialize: Literal["stream", "torch"] = "torch"
     settings: tuple[str, ...] = ()  # fields of `RunConfig` that a built-in network takes
 
     def build(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - of any network
@@ -53,7 +50,7 @@ class Likelihood:
     has_scale: bool
     file: str = ""  # with the source of a user's
 
-    def load(self) -> Any:  # noqa: ANN401 - a class of `harness.likelihoods`' protocol
+    def load(self) -> Any:  # noqa: ANN401 - a class of `harness.parts.likelihoods`' protocol
         """Return the class."""
         return resolve_name(self.kind) if isinstance(self.kind, str) else self.kind
 
@@ -68,16 +65,18 @@ class Metric:
 
 _BUILT_IN = "harness.models.networks:"
 NETWORKS = {  # by the name that `RunConfig.model` takes
-    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", "stream", ("hidden", "activation")),
-    "linear": Network(f"{_BUILT_IN}linear", "identity", "stream"),
-    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", "stream", ("channels", "activation")),
+    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", ("hidden", "activation")),
+    "linear": Network(f"{_BUILT_IN}linear", "identity"),
+    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", ("channels", "activation")),
 }
 BUILT_IN = tuple(NETWORKS)
 LIKELIHOODS = {  # by the name that `RunConfig.likelihood` takes
-    "gaussian": Likelihood("harness.likelihoods:Gaussian", has_scale=True),
-    "laplace": Likelihood("harness.likelihoods:Laplace", has_scale=True),
-    "bernoulli": Likelihood("harness.likelihoods:Bernoulli", has_scale=False),
-    "continuous_bernoulli": Likelihood("harness.likelihoods:ContinuousBernoulli", has_scale=False),
+    "gaussian": Likelihood("harness.parts.likelihoods:Gaussian", has_scale=True),
+    "laplace": Likelihood("harness.parts.likelihoods:Laplace", has_scale=True),
+    "bernoulli": Likelihood("harness.parts.likelihoods:Bernoulli", has_scale=False),
+    "continuous_bernoulli": Likelihood(
+        "harness.parts.likelihoods:ContinuousBernoulli", has_scale=False
+    ),
 }
 BUILT_IN_LIKELIHOODS = tuple(LIKELIHOODS)
 TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes
@@ -90,14 +89,11 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     """Register the decorated function as the network `RunConfig(model=name)`.
 
     The function is (data_shape, latent_size, **options) -> (encoder, decoder): two plain modules
-    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape).
-    `RunConfig.model_options` are its options.
-
-    Args:
-        name: not that of a built-in network; a second function of the same name replaces the first.
-        output: non-linearity that follows the decoder: "sigmoid" for pixels in [0, 1], "identity".
+    (B, *data_shape) -> (B, 2 L), the posterior's parameters, and (B, L) -> (B, *data_shape), behind
+    which `output` is the non-linearity. `RunConfig.model_options` are its options. A second
+    function of a name replaces the first.
     """
-    _check("network", name, BUILT_IN)
+    _check("network", name)
     if output not in get_args(Output):
         raise UserError(f"output={output!r} of network {name!r}: choose sigmoid or identity")
 
@@ -117,10 +113,8 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
     one that takes the output before the non-linearity, `has_scale = False` for one without scale.
     A second class of a name replaces the first.
     """
-    _check("likelihood", name, BUILT_IN_LIKELIHOODS)
-    caller = inspect.currentframe()
-    caller = caller.f_back if caller else None
-    file = caller.f_code.co_filename if caller else ""
+    _check("likelihood", name)
+    file = inspect.stack(0)[1].filename
 
     def register(kind: type[T]) -> type[T]:
         if not isinstance(kind, type):
@@ -142,7 +136,7 @@ def term(name: str) -> Callable[[Function], Function]:
     The function is (`harness.objective.Batch`, **options) -> Tensor of shape (); a second one of a
     name replaces the first. `RunConfig.term_options` are its options.
     """
-    _check("term", name, BUILT_IN_TERMS)
+    _check("term", name)
 
     def register(function: Function) -> Function:
         TERMS[name] = function
@@ -155,15 +149,12 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
     """Register the decorated function as a metric of every run that is measured from now on.
 
     The function is (`harness.VAE`, `harness.Split`) -> float. It is called once a run is trained,
-    with the model in `eval` mode and without gradients, on the validation and the test split; the
-    values are the metrics `val/NAME` and `test/NAME`. A second function of a name replaces the
-    first. An exception or NaN costs the run that metric alone.
-
-    Args:
-        name: not that of a built-in metric.
-        every_epoch: measure it on the validation split after every epoch too.
+    with the model in `eval` mode and without gradients, on the validation and the test split, with
+    `every_epoch` on the former after every epoch too; the values are the metrics `val/NAME` and
+    `test/NAME`. A second function of a name replaces the first. An exception or NaN costs the run
+    that metric alone.
     """
-    _check("metric", name, MEASURED)
+    _check("metric", name)
 
     def register(function: Function) -> Function:
         METRICS[name] = Metric(function, every_epoch)
@@ -183,34 +174,23 @@ QUALITY = (  # names of the metrics of `measure_quality`
     *("latent_std", "posterior_sigma"),
 )
 MEASURED = (  # names of built-in metrics
-    *(
-        "loss",
-        "mse",
-        "mae",
-        "rate",
-        "distortion",
-        "neg_elbo",
-        "bits_per_dim",
-        "calibration_ratio",
-        "active_units",
-    ),
-    *(
-        "learned_variance",
-        "learned_scale",
-        "fitted_scale",
-        "laplace_scale",
-        "gap_to_linear",
-        "pca_floor",
-        *QUALITY,
-    ),
+    *("loss", "mse", "mae", "rate", "distortion", "neg_elbo", "bits_per_dim"),
+    *("calibration_ratio", "active_units", "learned_variance", "learned_scale", "fitted_scale"),
+    *("laplace_scale", "gap_to_linear", "pca_floor", *QUALITY),
 )
+TAKEN: dict[Kind, tuple[str, ...]] = {  # names of built-in parts
+    "network": BUILT_IN,
+    "likelihood": BUILT_IN_LIKELIHOODS,
+    "term": BUILT_IN_TERMS,
+    "metric": MEASURED,
+}
 
 
-def _check(kind: Kind, name: str, taken: tuple[str, ...]) -> None:
+def _check(kind: Kind, name: str) -> None:
     if not name.isidentifier():
         raise UserError(f"{kind} {name!r}: choose a name of letters, digits and _")
-    if name in taken:
-        raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(taken)}")
+    if name in TAKEN[kind]:
+        raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
 
 
 # --- a user's files -----------------------------------------------------------------------------
@@ -297,11 +277,8 @@ def source(kind: Kind, name: str) -> str:
 
 
 def options_of(function: Callable[..., Any] | str) -> dict[str, Any] | None:
-    """Return the options of a network or a term, parameters with a name alone or a default, and it.
-
-    None if it takes any. A built-in network has none: its options are fields of `RunConfig`.
-    """
-    if isinstance(function, str):
+    """Return options of a network or a term with their defaults; None if it takes any."""
+    if isinstance(function, str):  # built in: its options are fields of `RunConfig`
         return {}
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -317,10 +294,7 @@ def digest(text: str) -> str:
 
 def sources(config: RunConfig) -> dict[tuple[Kind, str], str]:
     """Return the source of each part of a run that a user has registered."""
-    parts: list[tuple[Kind, str]] = []
-    if config.model not in BUILT_IN:
-        parts.append(("network", config.model))
-    if config.likelihood not in BUILT_IN_LIKELIHOODS:
-        parts.append(("likelihood", config.likelihood))
-    parts += [("term", name) for name in config.terms if name not in BUILT_IN_TERMS]
-    return {part: source(*part) for part in [*parts, *(("metric", name) for name in METRICS)]}
+    named: list[tuple[Kind, str]] = [("network", config.model), ("likelihood", config.likelihood)]
+    named += [("term", name) for name in config.terms]
+    named += [("metric", name) for name in METRICS]
+    return {(kind, name): source(kind, name) for kind, name in named if name not in TAKEN[kind]}

@@ -83,10 +83,10 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
     device = resolve_device("cpu" if as_recorded else options.device).type
     now = provenance.provenance(data, device)
-    differences = provenance.differences(then, now)
+    changed = differences(then, now)
     run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
     terminal.line(f"Training run {run}.")
-    for line in differences or ["Code, versions, device and data are those of the record."]:
+    for line in changed or ["Code, versions, device and data are those of the record."]:
         terminal.line(f"  {line}")
     with provenance.blas_threads(then["threads"]["blas"]):
         values = retrain(record, data, device, terminal)
@@ -95,6 +95,14 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     passed, sentence = compare(logged, values, exact=exact)
     terminal.line(sentence)
     return passed
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each difference of two `provenance`s but in threads, which replays set."""
+    parts = ("code", "versions", "device", "dataset")
+    pairs = [(f"{p} {name}", then[p].get(name), now[p][name]) for p in parts for name in now[p]]
+    pairs.append(("platform", then["platform"], now["platform"]))
+    return [f"{what}: {old} then, {new} now" for what, old, new in pairs if old != new]
 
 
 def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:

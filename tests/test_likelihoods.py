@@ -15,12 +15,13 @@ from torch.nn import functional
 
 import harness
 from analysis import frames
-from harness import RunConfig, UserError, likelihoods, objective, registry
+from harness import RunConfig, UserError, objective, registry
 from harness.metrics import per_image
 from harness.metrics.evaluate import evaluate
 from harness.metrics.likelihood import importance_bounds
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
+from harness.parts import likelihoods
 from harness.streams import noise
 from harness.tracking import record
 from harness.training.engine import train
@@ -44,7 +45,7 @@ class Unfitted(Power):
 
 
 @harness.likelihood("odds")
-class Odds(harness.likelihoods.ContinuousBernoulli):
+class Odds(harness.parts.likelihoods.ContinuousBernoulli):
     pass
 """
 )
@@ -359,7 +360,7 @@ def test_a_users_likelihood_is_saved_and_loaded_with_trust(file, tmp_path):
 class Right:
     """A likelihood that can be used."""
 
-    error = staticmethod(likelihoods.absolute_error)
+    error = staticmethod(likelihoods.Laplace.error)
     mean = staticmethod(likelihoods.Laplace.mean)
     neg_log_density = staticmethod(likelihoods.Laplace.neg_log_density)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from harness import likelihoods, objective
+from harness import objective
 from harness.config import RunConfig
+from harness.parts import likelihoods
 
 MODES = ("pixels", "batch", "latent", "sum")
 all_modes = pytest.mark.parametrize("mode", MODES)
@@ -50,7 +51,7 @@ def test_kl_is_zero_at_the_prior_and_least_there():
 
 def test_squared_error_is_summed_over_the_pixels():
     x, y = torch.rand(2, 4, 2, 5, 5, dtype=torch.float64)
-    error = likelihoods.squared_error(x, y)
+    error = likelihoods.Gaussian.error(x, y)
     expected = torch.nn.functional.mse_loss(y, x, reduction="none").sum((1, 2, 3))
     torch.testing.assert_close(error, expected, **EXACT)
 
@@ -150,7 +151,7 @@ def test_warm_up_rises_linearly_by_steps_from_zero(epochs):
 def test_cross_entropy_is_that_of_bernoulli_pixels():
     x, logits = torch.rand(4, 2, 3, dtype=torch.float64), torch.randn(4, 2, 3).double()
     expected = -Bernoulli(logits=logits).log_prob(x.round()).sum((1, 2))
-    torch.testing.assert_close(likelihoods.cross_entropy(x.round(), logits), expected, **EXACT)
+    torch.testing.assert_close(likelihoods.Bernoulli.error(x.round(), logits), expected, **EXACT)
 
 
 # --- terms ----------------------------------------------------------------------------------------

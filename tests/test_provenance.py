@@ -10,6 +10,8 @@ import torch
 
 from harness import provenance
 from harness.provenance import Code, read_code
+from harness.tracking import record as recording
+from studies.replay import differences
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,7 +126,7 @@ def test_the_record_is_json_without_paths_and_recognises_the_dataset(tiny):
 
 def test_the_tags_are_short(tiny):
     made = provenance.provenance(tiny, "cpu")
-    tags = provenance.tags(made)
+    tags = recording.tags_of(made)
     assert tags["git_commit"] == made["code"]["commit"]
     assert tags["git_dirty"] in ("true", "false", "unknown")
     assert tags["sources"] == made["code"]["sources"][:12]
@@ -135,7 +137,7 @@ def test_the_tags_are_short(tiny):
 def test_an_unknown_commit_is_not_shown_as_one(tiny):
     made = provenance.provenance(tiny, "cpu")
     made["code"] = Code("unknown", None, (), "0" * 64, "").record()
-    tags = provenance.tags(made)
+    tags = recording.tags_of(made)
     assert (tags["git_commit"], tags["git_dirty"]) == ("unknown", "unknown")
     assert "mlflow.source.git.commit" not in tags
 
@@ -153,15 +155,15 @@ CHANGES = {
 def test_differences_of_code_are_named(tiny, changes, expected):
     then = provenance.provenance(tiny, "cpu") | {"code": CODE.record()}
     now = then | {"code": replace(CODE, **changes).record()}
-    assert provenance.differences(then, then) == []
-    assert any(line.startswith(expected) for line in provenance.differences(then, now))
+    assert differences(then, then) == []
+    assert any(line.startswith(expected) for line in differences(then, now))
 
 
 def test_differences_of_versions_device_and_data_are_named(tiny, data):
     then = json.loads(json.dumps(provenance.provenance(tiny, "cpu")))
     now = json.loads(json.dumps(provenance.provenance(data, "cpu")))
     then["versions"]["torch"], then["device"]["name"] = "1.0", "Z80"
-    found = provenance.differences(then, now)
+    found = differences(then, now)
     assert f"versions torch: 1.0 then, {now['versions']['torch']} now" in found
     assert f"device name: Z80 then, {now['device']['name']} now" in found
     assert any(line.startswith("dataset images:") for line in found)

@@ -2,6 +2,7 @@
 
 import re
 import tokenize
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import numpy as np
 
 from harness.data.dataset import CHUNK, Dataset, as_values
 from harness.data.mapped import Mapped, image_shape, laid_out, memory, open_array
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 
 SHARE = 1 / 4  # of memory; a larger file is mapped: making its parts and sharing them takes copies
-KINDS = {"M": "dates", "m": "times", "O": "Python objects", "V": "records", "c": "complex numbers"}
+KINDS = {"M": "dates", "m": "times", "V": "records", "c": "complex numbers"}  # others are text
 # NumPy's errors for files that are no arrays, or cut short.
 BROKEN = (OSError, ValueError, TypeError, OverflowError, SyntaxError, EOFError, tokenize.TokenError)
 
@@ -23,12 +24,9 @@ def read_array(path: Path, label: str | None = None) -> Dataset:
     The array holds images, (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or
     floats in [0, 1], or vectors (N, D): grey values if they are uint8, else columns of a table
     (`Dataset.from_tensors`). A file larger than a quarter of memory is mapped: its rows are read
-    when they are needed, and all results are those of a file in memory.
-
-    Args:
-        path: of the file.
-        label: path of a .npy file with the class of each row, a whole number or a name. It is
-            taken from the folder of the array if it is not in the working folder.
+    when they are needed, and all results are those of a file in memory. The `label` is a .npy file
+    with the class of each row, a whole number or a name; it is taken from the folder of the array
+    if it is not in the working folder.
     """
     path = path.expanduser()
     try:
@@ -39,7 +37,7 @@ def read_array(path: Path, label: str | None = None) -> Dataset:
 
 def _read(path: Path, label: str | None) -> Dataset:
     array = _opened(path)
-    if array.dtype.kind in KINDS or array.dtype.kind in "SU":
+    if array.dtype.kind not in "biuf":
         kind = KINDS.get(array.dtype.kind, "text")
         raise UserError(f"it holds {kind} ({array.dtype}); give real numbers")
     image_shape(array.shape)
@@ -70,15 +68,12 @@ def _opened(path: Path) -> np.ndarray:
         found = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"{found}; name a .npy file")
     try:
-        with path.open("rb") as file:
-            if file.read(2) == b"PK":
-                save = "give one of its arrays, saved by np.save"
-                raise UserError(f"it is an archive of arrays (.npz); {save}")
         return open_array(path)
-    except UserError:
-        raise
     except BROKEN as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if zipfile.is_zipfile(path):
+            save = "give one of its arrays, saved by np.save"
+            raise UserError(f"it is an archive of arrays (.npz); {save}") from None
+        reason = one_line(error)[:200]
         raise UserError(f"it cannot be read ({reason}); give an array of np.save") from None
 
 

@@ -90,23 +90,21 @@ class Split:
         """
         if kind == "none" or self.levels > 1:
             return self
+        shape = tuple(self.images.shape)
         if kind == "uniform":
             assert stream is not None
-            u = torch.from_numpy(stream.random(tuple(self.images.shape), dtype=np.float32))
+            u = torch.from_numpy(stream.random(shape, dtype=np.float32))
             images = (self.images[:] + u.to(self.images.device)) / (self.largest + 1)
             return replace(self, images=images, largest=1, levels=self.largest + 1)
         levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
-            shape = tuple(self.images.shape)
             levels = stream.integers(self.largest, size=shape, dtype=np.uint8)
         ones = self.images[:] > torch.from_numpy(levels).to(self.images.device)
         return replace(self, images=ones.to(torch.uint8), largest=1)
 
     def loaded(self, device: torch.device) -> Split:
         """Return the split with its tensors on the device, and images of a file in its memory."""
-        if not isinstance(self.images, Mapped):
-            return self.to(device)
         images = torch.cat([some.to(device) for some in in_chunks(self.images)])
         return replace(self, images=images, labels=self.labels.to(device))
 
@@ -135,8 +133,8 @@ class Dataset:
     """
 
     name: str
-    image_shape: tuple[int, ...]
-    classes: int
+    image_shape: tuple[int, ...]  # (channels, height, width); (D,) of a table or of vectors
+    classes: int  # number of classes; 0 for images without labels
     train: Split
     val: Split
     test: Split
@@ -194,16 +192,15 @@ class Dataset:
                 if isinstance(values, Mapped)
                 else known.standardized(values).float()
             )
-        train, val, test = map(Split(values, classes, largest).rows, parts)
+        train, val, test = splits = tuple(map(Split(values, classes, largest).rows, parts))
         first = train.images[:1]
         if all(bool((some == first).all()) for some in in_chunks(train.images)):
             raise UserError("all training images are the same: there is nothing to learn from them")
-        all_parts = train, val, test
-        tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
-        about: list[Any] = [shape, largest, count, *map(len, all_parts), *filter(None, [known])]
+        tensors = [tensor for part in splits for tensor in (part.images, part.labels)]
+        about: list[Any] = [shape, largest, count, *map(len, splits), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
         named = tuple(class_names)
-        return cls(name, shape, count, *all_parts, found, named, known, rounded=rounded)
+        return cls(name, shape, count, *splits, found, named, known, rounded=rounded)
 
     @property
     def has_classes(self) -> bool:
@@ -362,9 +359,8 @@ def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tenso
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < MOST_CLASSES:
-        raise UserError(
-            f"labels from {low} to {high}: give numbers from 0 on, below {MOST_CLASSES}"
-        )
+        allowed = f"give numbers from 0 on, below {MOST_CLASSES}"
+        raise UserError(f"labels from {low} to {high}: {allowed}")
     return labels
 
 

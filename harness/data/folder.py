@@ -2,18 +2,19 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from harness.config import UserError
 from harness.data.dataset import PARTS, Dataset
+from harness.errors import UserError, one_line
 
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
 BLOCK = 64  # images that a thread reads at a time; one by one, small ones take twice as long
@@ -45,13 +46,12 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     if not pairs:
         raise UserError(f"folder:{path}: no image in it; endings are {' '.join(ENDINGS)}")
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
-    files = [file for file, _ in pairs]
-    images = read_pictures(len(files), lambda i: upright(files[i]), lambda i: str(files[i]), size)
+    images, labels = read_pictures(pairs, size)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
     data = Dataset.from_tensors(
         f"folder-{name or 'images'}",
         images,
-        [label for _, label in pairs] if names else None,
+        labels if names else None,
         rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
         class_names=names,
     )
@@ -117,57 +117,51 @@ def _is_image(name: str) -> bool:
 
 
 def read_pictures(
-    count: int,
-    opened: Callable[[int], Image.Image],
-    named: Callable[[int], str],
-    size: tuple[int, int] | None,
-) -> Tensor:
-    """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours.
+    pairs: Sequence[tuple[Any, int]], size: tuple[int, int] | None
+) -> tuple[Tensor, np.ndarray]:
+    """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours, and labels (N,).
 
-    Args:
-        count: N.
-        opened: returns an image by its number; called by several threads.
-        named: returns an image's name for an error.
-        size: height and width that images are resized to; None demands that all have one size.
+    The pairs, which several threads read, hold a file or an image, and its class. Images are
+    resized to a size (height, width); None demands that all have one size.
     """
+    labels = np.empty(len(pairs), np.int64)
+
+    def read(i: int) -> tuple[str, np.ndarray]:
+        name = f"image {i}"
+        try:
+            image, labels[i] = pairs[i]
+            if isinstance(image, str | Path):
+                name = str(image)
+                image = upright(image)
+            image = _eight_bits(image)
+            if size is not None:
+                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            return name, np.atleast_3d(np.array(image)).transpose(2, 0, 1)
+        except BROKEN as error:
+            reason = one_line(error)
+            raise UserError(f"{name} cannot be read as an image ({reason}); replace it") from None
 
     def picture(i: int) -> np.ndarray:
-        read = _pixels(opened, i, named, size)
-        if read.shape[1:] != (height, width) or max(height, width) > LARGEST_SIDE:
-            found = f"{named(i)} has {read.shape[1]} x {read.shape[2]} pixels"
-            first = f"{named(0)} {height} x {width}"
-            raise UserError(f"{found}, {first}: give --image-size (at most {LARGEST_SIDE})")
-        return read
+        name, pixels = read(i)
+        if pixels.shape[1:] != (height, width) or max(height, width) > LARGEST_SIDE:
+            found = f"{name} has {pixels.shape[1]} x {pixels.shape[2]} pixels"
+            sizes = f"{found}, {first} {height} x {width}"
+            raise UserError(f"{sizes}: give --image-size (at most {LARGEST_SIDE})")
+        return pixels
 
-    channels, height, width = _pixels(opened, 0, named, size).shape
+    first, pixels = read(0)
+    channels, height, width = pixels.shape
     picture(0)  # may be too large, and others many
-    images = np.empty((count, channels, height, width), np.uint8)
-    blocks = [range(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
+    images = np.empty((len(pairs), channels, height, width), np.uint8)
+    blocks = [range(i, min(i + BLOCK, len(pairs))) for i in range(0, len(pairs), BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         every = pool.map(lambda rows: [*map(picture, rows)], blocks)
-        for rows, read in zip(blocks, every, strict=True):
-            for i, one in zip(rows, read, strict=True):
+        for rows, found in zip(blocks, every, strict=True):
+            for i, one in zip(rows, found, strict=True):
                 if len(one) > images.shape[1]:
                     images = images.repeat(3, axis=1)
                 images[i] = one
-    return torch.from_numpy(images)
-
-
-def _pixels(
-    opened: Callable[[int], Image.Image],
-    i: int,
-    named: Callable[[int], str],
-    size: tuple[int, int] | None,
-) -> np.ndarray:
-    """Return one image as uint8, (1, H, W) or (3, H, W)."""
-    try:
-        picture = _eight_bits(opened(i))
-        if size is not None:
-            picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
-        return np.atleast_3d(np.array(picture)).transpose(2, 0, 1)
-    except BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{named(i)} cannot be read as an image ({reason}); replace it") from None
+    return torch.from_numpy(images), labels
 
 
 def upright(file: str | Path) -> Image.Image:

@@ -29,26 +29,19 @@ class Mapped:
 
     They are the numbers that the array would have as images of a `Split` in memory. Pages of the
     file are the system's cache and no memory of this process; other processes open the file again.
-
-    Attributes:
-        path: of a .npy file, absolute.
-        state: size and time of change of the file, which must not change.
-        rows: places in the array, int64, shape (N,).
-        columns: of a table, by which values are standardised.
     """
 
-    path: Path
-    state: tuple[int, int]
-    rows: Tensor
-    columns: Columns | None = None
+    path: Path  # of a .npy file, absolute
+    state: tuple[int, int]  # size and time of change of the file, which must not change
+    rows: Tensor  # places in the array, int64, shape (N,)
+    columns: Columns | None = None  # of a table, by which values are standardised
 
     device = torch.device("cpu")
 
     @classmethod
     def whole(cls, path: Path) -> Mapped:
         """Return all rows of a file."""
-        rows = torch.arange(len(open_array(path)))
-        return cls(path.resolve(), _state(path), rows)
+        return cls(path.resolve(), _state(path), torch.arange(len(open_array(path))))
 
     @property
     def _array(self) -> np.ndarray:
@@ -81,10 +74,11 @@ class Mapped:
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """Read the chosen rows; `rows` of shape (...) gives (..., D)."""
         chosen = self.rows[rows]
-        values = as_rows(laid_out(self._array[chosen.flatten().numpy()]))
+        values = torch.from_numpy(laid_out(self._array[chosen.flatten().numpy()]))
+        values = rounded(values) if values.ndim > 2 else values
         if self.columns is not None:
-            values = self.columns.standardized(values).float()
-        return values.view(*chosen.shape, values.shape[1])
+            values = self.columns.standardized(values)
+        return values.to(self.dtype).view(*chosen.shape, -1)
 
     def chosen(self, rows: Tensor | slice) -> Mapped:
         """Return the chosen rows without reading them."""
@@ -117,11 +111,7 @@ def open_array(path: Path) -> np.ndarray:
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return (C, H, W) of images (N, H, W), (N, C, H, W) or (N, H, W, C), (D,) of vectors (N, D).
-
-    Raises:
-        UserError: for any other shape, and for one that can be read in two ways.
-    """
+    """Return (C, H, W) of images (N, H, W), (N, C, H, W), (N, H, W, C), (D,) of vectors (N, D)."""
     if 0 in shape or not 2 <= len(shape) <= 4:
         raise UserError(f"its shape is {shape}: give (N, H, W), (N, C, H, W), (N, H, W, C), (N, D)")
     if len(shape) < 4:
@@ -142,27 +132,16 @@ def laid_out(array: np.ndarray) -> np.ndarray:
     return np.require(array, np.dtype(known).newbyteorder("="), ["C", "W"])  # a copy, if of a file
 
 
-def as_rows(array: np.ndarray) -> Tensor:
-    """Return rows in memory, laid out, as (n, D): grey values of images, float64 of a table."""
-    values = torch.from_numpy(array)
-    if values.ndim > 2:
-        return rounded(values).flatten(1)
-    return values if values.dtype == torch.uint8 else values.double()
-
-
 def rounded(images: Tensor) -> Tensor:
     """Return images as uint8: floats in [0, 1] are rounded to 256 levels."""
     return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
 
 
 def memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or of a control group.
-
-    Groups limit jobs of Slurm and containers: version 2 by memory.max, version 1 by
-    memory.limit_in_bytes, of a process's group and of those that it is in.
-    """
+    """Return the bytes of memory that this process may use: the machine's, or of control groups."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     file = Path("/proc/self/cgroup")
+    # Groups, of version 1 or 2, limit jobs of Slurm and containers, and lie in one another.
     for line in file.read_text().splitlines() if file.exists() else []:
         _, kind, group = line.split(":", 2)
         if kind in ("", "memory"):

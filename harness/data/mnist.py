@@ -27,7 +27,11 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
         if all(file.is_file() for file in files):
             images, labels = map(read_idx, files)
         else:
-            images, labels = _download(name, root, train=train)
+            import torchvision  # takes seconds
+
+            source = getattr(torchvision.datasets, TORCHVISION[name])
+            part = source(root, train=train, download=True)
+            images, labels = part.data, part.targets
         count = 60_000 if train else 10_000
         if images.shape != (count, 28, 28) or labels.shape != (count,):
             found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
@@ -59,16 +63,3 @@ def read_idx(file: Path) -> Tensor:
         sizes = " x ".join(map(str, shape))
         raise ValueError(f"{file.name} holds {len(values):,} values, not {sizes}")
     return torch.from_numpy(values.reshape(shape))
-
-
-def _download(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    import torchvision  # takes seconds
-
-    source = getattr(torchvision.datasets, TORCHVISION[name])
-    try:
-        part = source(root, train=train)  # unpacks .gz files that are there
-    except RuntimeError as error:
-        if "not found" not in str(error):  # torchvision's message where files are missing
-            raise
-        part = source(root, train=train, download=True)
-    return part.data, part.targets

@@ -18,8 +18,8 @@ import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
-from harness.config import UserError
 from harness.data.dataset import LEAST, MOST_CLASSES, Dataset
+from harness.errors import UserError, one_line
 
 FILES = r"(\.(csv|tsv|txt)(\.(gz|bz2|zst))?|\.(parquet|pq))$"  # endings of names
 INDEX = "__index_level_"  # of the names under which pandas writes an index without a name
@@ -38,7 +38,7 @@ def read_table(path: Path, label: str | None = None) -> Dataset:
     try:
         return _read(path, label)
     except (UserError, OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if not isinstance(error, UserError):
             reason = f"it cannot be read ({reason}); give a CSV file in UTF-8, or a Parquet file"
         raise UserError(f"table:{path}: {reason}") from None

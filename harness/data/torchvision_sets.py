@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from harness.config import UserError
 from harness.data.dataset import Dataset
-from harness.data.folder import as_size, read_pictures, upright
+from harness.data.folder import as_size, read_pictures
+from harness.errors import UserError, one_line
 
 Parts = dict[str, dict[str, Any]]  # official part -> the class's arguments for it
 
@@ -55,12 +53,8 @@ def read_torchvision(
     """Read a set of torchvision, downloaded unless it is there; its name is "torchvision-NAME".
 
     Official parts are kept, and those that a set lacks, or has without labels, are split off its
-    training images. Images keep their colours, and are resized to `image_size` as a folder's are.
-
-    Args:
-        name: class in `torchvision.datasets`, one of `SETS`.
-        root: folder that holds the set as torchvision arranges it.
-        image_size: height and width, or one number for both; needed if images have several sizes.
+    training images. Images keep their colours, and are resized to `image_size` as a folder's are,
+    which is needed if they have several sizes. The `root` holds sets as torchvision arranges them.
     """
     size = as_size(image_size)
     if name not in SETS:
@@ -72,10 +66,11 @@ def read_torchvision(
     ends = np.cumsum([0, *map(len, parts.values())]).tolist()
     rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
     try:
-        images, labels = _read([*parts.values()], size)
+        pairs: Any = ConcatDataset([*parts.values()])
+        images, labels = read_pictures(pairs, size)
     except UserError as error:
         raise UserError(f"torchvision:{name} in {root.resolve()}: {error}") from None
-    del parts  # some hold their images, which are copied once more below
+    del parts, pairs  # some hold their images, which are copied once more below
     names = names if labels.max() < len(names) else []
     data = Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
     return data if size is None else replace(data, options={"image_size": [*size]})
@@ -99,7 +94,7 @@ def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
         for folder in (*(Path(at) for at, *_ in walked), *made):
             with contextlib.suppress(OSError):  # never made, or not empty
                 folder.rmdir()
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
             "as torchvision arranges it (a broken file: delete it first), or name the folder that "
@@ -137,17 +132,3 @@ def _part(name: str, root: Path, part: str, mark: Path) -> tuple[Any, list[str]]
         names = sorted(set(classes))
         pairs = [(pair[0], names.index(one)) for pair, one in zip(pairs, classes, strict=True)]
     return pairs, names
-
-
-def _read(parts: Sequence[Any], size: tuple[int, int] | None) -> tuple[Tensor, np.ndarray]:
-    pairs = ConcatDataset[tuple[Any, int]](parts)
-    labels = np.empty(len(pairs), np.int64)
-
-    def opened(i: int) -> Image.Image:
-        image, labels[i] = pairs[i]
-        return upright(image) if isinstance(image, str) else image
-
-    def named(i: int) -> str:
-        return pairs[i][0] if isinstance(parts[0], list) else f"image {i}"
-
-    return read_pictures(len(pairs), opened, named, size), labels

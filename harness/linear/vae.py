@@ -140,10 +140,9 @@ def gap_to_linear(linear_loss: Loss, loss: Loss) -> Loss:
 def linear_losses(
     configs: Sequence[RunConfig], data: Dataset, split: Split | None = None
 ) -> np.ndarray:
-    """Return the loss on a split of the exact linear model at each run's KL weight and latent size.
+    """Return each run's loss on a split of the exact linear model, pixel^2, shape (S,).
 
-    pixel^2, shape (S,); None is the training split. NaN for large images, and where the run's loss
-    has another optimum or unit.
+    None is the training split. NaN for large images, and where a loss has another optimum or unit.
     """
     losses = np.full(len(configs), np.nan)
     for i, config in enumerate(configs):
@@ -160,8 +159,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
     as many principal components. Infinite values are left out; a deterministic latent, a Bernoulli
     decoder, dequantised pixels and large images have no metrics.
     """
-    is_gaussian = config.likelihood == "gaussian" and config.dequantize == "none"
-    if config.latent != "stochastic" or not is_gaussian or not is_small(data):
+    if not (_has_optimum(config) and is_small(data)):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
@@ -205,10 +203,14 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
     return math.exp(brentq(excess, low, high, xtol=1e-14))
 
 
+def _has_optimum(config: RunConfig) -> bool:
+    is_gaussian = config.likelihood == "gaussian" and config.dequantize == "none"
+    return is_gaussian and config.latent == "stochastic"
+
+
 def _comparable(config: RunConfig) -> bool:
     plain = config.sigma == "fixed" and config.free_bits == 0 and not config.terms
-    plain = plain and config.dequantize == "none"
-    return plain and config.likelihood == "gaussian" and config.latent == "stochastic"
+    return plain and _has_optimum(config)
 
 
 def linear_vae(config: RunConfig, data: Dataset) -> VAE:

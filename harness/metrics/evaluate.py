@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import likelihoods, objective, registry, streams
+from harness import objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import line_of
-from harness.likelihoods import absolute_error, squared_error
 from harness.linear.vae import gap_to_linear, linear_losses
 from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import SET_RATE, Batch, Coefficients, Parts, Posterior, Terms
+from harness.objective import SET_RATE, Coefficients, Parts, Posterior, Terms
+from harness.parts import likelihoods
+from harness.parts.likelihoods import Gaussian, Laplace
 from harness.processes import Pool
 
 CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
 TOGETHER = 32  # tensors of chunks that are kept one by one
 CHUNK_PIXELS = 2**24  # most pixels evaluated at once: 64 MiB a run
-ERRORS = {"mse": squared_error, "mae": absolute_error}  # of the decoder means, per pixel
+ERRORS = {"mse": Gaussian.error, "mae": Laplace.error}  # of the decoder means, per pixel
 
 R = TypeVar("R")
 Run = tuple[RunConfig, VAE]
@@ -81,16 +82,13 @@ def measure(
     """Return every metric of a run on a split: those of docs/metrics.md that are defined for it.
 
     No branch depends on values, so that `torch.vmap` can map the function over runs and a GPU can
-    capture it.
-
-    Of the configuration only settings that all runs of a stack share are read. The model is in
-    `eval` mode; noise (N, L) and draws from the prior (N, L), for loss terms, are of its dtype, and
-    all other numbers float64. `linear_loss` is that of the exact linear model on the split;
-    `variance` is the decoder's, or its scale, for `distortion`, and by default fitted to the split:
-    of a Gaussian its mse.
-    Terms are averaged over parts of the split of about a batch.
+    capture it; of the configuration only settings that all runs of a stack share are read. The
+    model is in `eval` mode; noise (N, L) and draws from the prior (N, L), for loss terms, are of
+    its dtype, and all other numbers float64. `linear_loss` is that of the exact linear model on the
+    split; `variance` is the decoder's, or its scale, for `distortion`, by default fitted to the
+    split. Terms are averaged over parts of the split of about a batch.
     """
-    errors, means, posterior_means, term_means = _forward(
+    each, means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
     )
     pixels, kind = split.images.shape[1], model.kind
@@ -100,7 +98,7 @@ def measure(
     loss = objective.loss(config, means, coefficients, scale, pixels, kind)
     for name, value in term_means.items():
         loss = loss + coefficients.weights[name] * value / pixels
-    metrics = {"loss": loss} | {k: each.mean(0) / pixels for k, each in errors.items()}
+    metrics = {"loss": loss} | {name: each[name].mean(0) / pixels for name in ERRORS}
     if means.kl is not None:
         metrics["rate"] = means.kl.sum(-1)
     if config.has_likelihood:
@@ -120,7 +118,7 @@ def measure(
             metrics[f"{config.likelihood}_scale"] = coefficients.beta * unit
     if kind.has_scale and not is_gaussian:
         metrics["fitted_scale"] = best
-    metrics["active_units"] = active_units(posterior_means)
+    metrics["active_units"] = active_units(each["mean"])
     if scale is not None:
         metrics["learned_variance" if is_gaussian else "learned_scale"] = scale
     if linear_loss is not None:
@@ -129,8 +127,8 @@ def measure(
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
     if classes:
-        each = mse_per_class(errors["mse"] / pixels, split.labels, classes)
-        metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
+        of_class = mse_per_class(each["mse"] / pixels, split.labels, classes)
+        metrics |= {f"mse_class/{c}": value for c, value in enumerate(of_class.unbind())}
     return metrics
 
 
@@ -140,19 +138,22 @@ def _forward(
     split: Split,
     noise: Tensor,
     terms: Terms,
-    prior: Tensor | None,
-    training_size: int,
-) -> tuple[dict[str, Tensor], Parts, Tensor, Metrics]:
-    # SSE and S1 of each image (N,), means over images, posterior means, and mean terms.
+    prior: Tensor | None = None,
+    training_size: int = 0,
+) -> tuple[Metrics, Parts, Metrics]:
+    # Of each image, error, SSE, S1, rate and posterior mean; means over images; and mean terms.
     kept = defaultdict[str, list[Tensor]](list)
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
         batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
         part = objective.per_image(config, batch, model.kind)
         each = {"error": part.error, "mean": batch.posterior.mean}
-        each |= {name: _error(model, batch, part, of) for name, of in ERRORS.items()}
+        for name, error in ERRORS.items():  # that of the likelihood is computed already
+            known = model.kind.error is error
+            each[name] = part.error if known else error(batch.x, batch.reconstruction)
         if part.kl is not None:
             each["kl"] = part.kl.double().sum(0, keepdim=True)
+            each["rate"] = part.kl.double().sum(-1)
         each |= {f"term/{n}": term(batch).double().view(1) * len(x) for n, term in terms.items()}
         for name, value in each.items():
             # Joined now and then: thousands of small tensors that are kept between large ones that
@@ -160,19 +161,10 @@ def _forward(
             kept[name].append(value)
             if len(kept[name]) == TOGETHER:
                 kept[name] = [torch.cat(kept[name])]
-    found = {name: torch.cat(values) for name, values in kept.items()}
-    kl = found.get("kl")
-    means = Parts(
-        found["error"].double().mean(0),
-        None if kl is None else kl.sum(0) / len(split),
-    )
-    named = {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
-    return {name: found[name].double() for name in ERRORS}, means, found["mean"], named
-
-
-def _error(model: VAE, batch: Batch, part: Parts, error: Callable[..., Tensor]) -> Tensor:
-    # That of the likelihood is computed already.
-    return part.error if model.kind.error is error else error(batch.x, batch.reconstruction)
+    found = {name: torch.cat(values).double() for name, values in kept.items()}
+    kl = found["kl"].sum(0) / len(split) if "kl" in found else None
+    means = Parts(found["error"].mean(0), kl)
+    return found, means, {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
 
 
 def fitted_scale(metrics: Metrics) -> Tensor:
@@ -212,43 +204,32 @@ def posteriors(model: VAE, split: Split) -> Posterior:
 def per_image(
     model: VAE, split: Split, seed: int = 0, *, part: str = "test", variance: float | None = None
 ) -> dict[str, np.ndarray]:
-    """Return metrics of every image of a split: error, rate, distortion and neg_elbo.
+    """Return metrics of every image of a split, float64, shape (N,), by name.
 
-    The error is the squared error per pixel, whose mean over images is `mse`; the means of the
-    others are the metrics of their names. They are the logged values of a run where seed and part
-    are its own and the variance is its `val/mse`, which for validation images is the default; for a
-    likelihood that is not Gaussian it is the scale, `val/fitted_scale`.
-    What is not defined for the model is absent, as in docs/metrics.md.
+    The error is the squared error per pixel, whose mean over images is `mse`; the means of rate,
+    distortion and neg_elbo are the metrics of their names. What is not defined for the model is
+    absent, as in docs/metrics.md.
 
     Args:
         model: a trained model.
         split: images as the model is measured on: `data.drawn(config.drawing)`.
-        seed: that of the run; it fixes the noise.
-        part: "val" or "test": the split whose noise is drawn.
-        variance: of the decoder, pixel^2, or its scale, for `distortion`; None fits it to these
-            images.
-
-    Returns:
-        float64 arrays of shape (N,) by name.
+        seed: that of the run; with the part, "val" or "test", it fixes the noise.
+        part: of the dataset.
+        variance: of the decoder, pixel^2, or its scale, for `distortion`: the logged values have
+            the run's `val/mse`, or `val/fitted_scale`. None fits it to these images.
     """
     model, split = frozen(model), split.to(model.device)
     config = RunConfig(latent=model.latent)  # type: ignore[arg-type]
     eps = streams.noise(seed, f"evaluate/{part}", len(split), model.latent_size)
     eps = eps.to(model.device, model.dtype)
-    parts, squares = [], []
-    for rows in chunks(*split.images.shape):
-        batch = model.batch(pixels(model, split, rows), eps[rows])
-        parts.append(objective.per_image(config, batch, model.kind))
-        squares.append(_error(model, batch, parts[-1], squared_error))
-    errors, kls = zip(*parts, strict=True)
-    found = {"error": torch.cat(squares).double() / model.pixels}
-    if kls[0] is not None:
-        found["rate"] = torch.cat(kls).double().sum(-1)
+    each, means, _ = _forward(config, model, split, eps, {})
+    found = {"error": each["mse"] / model.pixels}
+    if means.kl is not None:
+        found["rate"] = each["rate"]
     if model.likelihood != "bernoulli" or split.largest == 1:  # of grey pixels it is no likelihood
-        error = torch.cat(errors).double()
-        fitted = likelihoods.fitted(model.kind, error.mean(), model.pixels)
-        scale = fitted if variance is None else error.new_tensor(variance)
-        found["distortion"] = likelihoods.distortion(model.kind, error, scale, model.pixels)
+        fitted = likelihoods.fitted(model.kind, means.error, model.pixels)
+        scale = fitted if variance is None else fitted.new_tensor(variance)
+        found["distortion"] = likelihoods.distortion(model.kind, each["error"], scale, model.pixels)
     if {"rate", "distortion"} <= found.keys():
         found["neg_elbo"] = found["distortion"] + found["rate"]
     return {name: values.cpu().numpy() for name, values in found.items()}
@@ -272,26 +253,21 @@ def conditions(
 def evaluate(runs: Sequence[Run], data: Dataset) -> list[dict[str, float]]:
     """Return the final metrics of runs, pairs of a configuration and a model on one device.
 
-    The noise is fixed by their seeds, and the decoder variance fitted on the validation split. One
-    dict per run: names prefixed `val/` and `test/`, and plain names for test. Metrics that are not
-    defined for the run, or not finite, are absent.
+    The decoder variance is fitted on the validation split. Names are prefixed `val/` and `test/`,
+    and plain for test. Metrics that are not defined for the run, or not finite, are absent.
     """
-    if not runs:
-        return []
     configs = [config for config, _ in runs]
     linear = [linear_losses(configs, data, split).tolist() for split in (data.val, data.test)]
-    items = [
-        (config, model, objective.terms_of(config), losses)
-        for (config, model), losses in zip(runs, zip(*linear, strict=True), strict=True)
+    further = [
+        (objective.terms_of(config), losses)
+        for config, losses in zip(configs, zip(*linear, strict=True), strict=True)
     ]
-    return on_all_cores(_finals, (as_measured(runs, data),), items, runs[0][1].device)
+    return on_all_cores(_finals, runs, as_measured(runs, data), further)
 
 
 def _finals(
-    parts: dict[str, Dataset], item: tuple[RunConfig, VAE, Terms, tuple[float, float]]
+    config: RunConfig, model: VAE, data: Dataset, terms: Terms, linear: tuple[float, float]
 ) -> dict[str, float]:
-    config, trained, terms, linear = item
-    model, data = frozen(trained), parts[config.drawing]
     found: dict[str, Metrics] = {}
     variance = None
     for part, loss in zip(("val", "test"), linear, strict=True):
@@ -310,16 +286,15 @@ def registered_metrics(
     runs: Sequence[Run], data: Dataset
 ) -> list[tuple[dict[str, float], dict[str, str]]]:
     """Return the values of registered metrics as `val/NAME` and `test/NAME`, and errors by name."""
-    if not registry.METRICS or not runs:
+    if not registry.METRICS:
         return [({}, {})] * len(runs)
-    common = as_measured(runs, data), dict(registry.METRICS)
-    return on_all_cores(_registered, common, runs, runs[0][1].device)
+    function = partial(_registered, dict(registry.METRICS))
+    return on_all_cores(function, runs, as_measured(runs, data))
 
 
 def _registered(
-    parts: dict[str, Dataset], metrics: dict[str, registry.Metric], run: Run
+    metrics: dict[str, registry.Metric], config: RunConfig, model: VAE, data: Dataset
 ) -> tuple[dict[str, float], dict[str, str]]:
-    data, model = parts[run[0].drawing], frozen(run[1])
     values, errors = dict[str, float](), dict[str, str]()
     for part in ("val", "test"):
         found, failed = registered_values(model, getattr(data, part), metrics)
@@ -347,9 +322,8 @@ def registered_values(
 
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
     """Return the dataset on the device of the runs, for each `drawing` among them."""
-    moved = data.to(runs[0][1].device)
-    kinds = {config.drawing for config, _ in runs}
-    return {kind: moved.drawn(kind).shared() for kind in kinds}
+    kinds = {config.drawing: model.device for config, model in runs}
+    return {kind: data.to(device).drawn(kind).shared() for kind, device in kinds.items()}
 
 
 def frozen(model: VAE) -> VAE:
@@ -360,15 +334,27 @@ def frozen(model: VAE) -> VAE:
 
 
 def on_all_cores(
-    function: Callable[..., R], common: tuple[Any, ...], items: Sequence[Any], device: torch.device
+    function: Callable[..., R],
+    runs: Sequence[Run],
+    by_drawing: Mapping[str, Any],
+    further: Sequence[tuple[Any, ...]] | None = None,
 ) -> list[R]:
-    """Return `function(*common, item)` of each item; on a CPU each core computes one at a time."""
-    models = [part for item in items for part in item if isinstance(part, VAE)]
+    """Return `function(config, model, data of its drawing)` of each run, in their order.
+
+    On a CPU each core computes one run at a time. The models are `frozen`; `further` arguments are
+    those of each run.
+    """
     # Models with hooks cannot always be sent to another process.
-    here = device.type != "cpu" or any(map(has_hooks, models))
-    with Pool(1 if here else len(items), common) as pool:
-        found = dict(pool.map(function, items))
-    return [found[index] for index in range(len(items))]
+    here = any(model.device.type != "cpu" or has_hooks(model) for _, model in runs)
+    with Pool(1 if here else len(runs), (function, by_drawing)) as pool:
+        items = zip(runs, further or [()] * len(runs), strict=True)
+        found = dict(pool.map(_of_run, items))
+    return [found[index] for index in range(len(runs))]
+
+
+def _of_run(function: Callable[..., R], by_drawing: Mapping[str, Any], item: Any) -> R:  # noqa: ANN401
+    (config, model), further = item
+    return function(config, frozen(model), by_drawing[config.drawing], *further)
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

@@ -82,17 +82,8 @@ class Classifier(nn.Module):
 
     def __init__(self, image_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        first, second = CHANNELS
-        places = math.prod(-(-side // 4) for side in (height, width))
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, first, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(second * places, FEATURES),
-        )
+        # An encoder, whose FEATURES outputs are here no posterior's.
+        self.features, _ = networks.conv(image_shape, FEATURES // 2, channels=CHANNELS)
         self.head = nn.Linear(FEATURES, classes)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -113,8 +104,8 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
     file = folder / f"{data.name}-{key}.safetensors"
-    net = _untrained(data)
     try:
+        net = _untrained(data)
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError):
         net = _trained(data)

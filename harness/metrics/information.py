@@ -1,11 +1,8 @@
 """Information in the latents, and their distance from the prior, in nats.
 
-The rate is the information that the latents carry of an image plus the divergence of their
-distribution over all images, the aggregate posterior q(z) = mean_x q(z|x), from the prior:
-
-    rate = I(x; z) + KL(q(z) || p(z))     (Hoffman & Johnson 2016, "ELBO surgery")
-
-Neither part has a closed form; the functions here bound both, from means and log-variances (N, L).
+rate = I(x; z) + KL(q(z) || p(z)), q(z) = mean_x q(z|x) being the aggregate posterior (Hoffman &
+Johnson 2016). Neither part has a closed form; the functions bound both, from means and
+log-variances (N, L).
 """
 
 import math

@@ -15,15 +15,8 @@ from torch import Tensor
 from harness import streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
-from harness.metrics.evaluate import (
-    conditions,
-    finite,
-    fitted_scale,
-    measure,
-    pixels,
-    posteriors,
-    to_floats,
-)
+from harness.metrics import evaluate
+from harness.metrics.evaluate import pixels, posteriors
 from harness.models.vae import VAE
 from harness.objective import Posterior
 
@@ -77,8 +70,8 @@ def likelihood_metrics(
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
-    given = conditions(config, model, "val", len(data.val))
-    variance = fitted_scale(measure(config, model, data.val, 0, **given))
+    given = evaluate.conditions(config, model, "val", len(data.val))
+    variance = evaluate.fitted_scale(evaluate.measure(config, model, data.val, 0, **given))
     split = data.test.head(LIKELIHOOD_IMAGES)
     found = importance_bounds(config, model, split, variance, samples)
     tightest = -found.bounds[max(found.bounds)]
@@ -86,7 +79,7 @@ def likelihood_metrics(
     metrics["neg_log_likelihood"] = tightest.mean()
     metrics["neg_log_likelihood_se"] = tightest.std() / math.sqrt(len(tightest))
     metrics["effective_samples"] = found.effective_samples.mean()
-    return finite(to_floats(metrics))
+    return evaluate.finite(evaluate.to_floats(metrics))
 
 
 def _log_weights(
@@ -103,15 +96,10 @@ def _log_weights(
             block = slice(start, start + rows)
             q, eps = Posterior(*(values[block] for values in posterior)), drawn[:, block]
             z = q.sample(eps)
-            log_p = _log_p_image(model, pixels(model, split, block), z, variance)
+            decoded = model.decoded(model.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+            error = torch.vmap(model.kind.error, (None, 0))(pixels(model, split, block), decoded)
+            log_p = -model.kind.neg_log_density(error.double(), variance, model.pixels)
             # ln p(z) - ln q(z|x) = sum_i (eps_i^2 + log_variance_i - z_i^2) / 2
             prior = eps.double().square() + q.log_variance.double() - z.double().square()
             blocks.append(log_p + prior.sum(-1) / 2)
         yield from torch.cat(blocks, -1).unbind()
-
-
-def _log_p_image(model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:
-    """Return log p(x|z), nats, float64, shape (J, n), for x (n, *data_shape) and z (J, n, L)."""
-    decoded = model.decoded(model.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
-    error = torch.vmap(model.kind.error, (None, 0))(x, decoded).double()
-    return -model.kind.neg_log_density(error, variance, model.pixels)

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.metrics import frechet, information, likelihood, probes
-from harness.metrics.evaluate import Run, as_measured, finite, frozen, on_all_cores, to_floats
+from harness.metrics.evaluate import Run, as_measured, finite, on_all_cores, to_floats
 from harness.models.stack import kernels
+from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,13 @@ def measure_quality(
     }
     distances = "Fréchet distances, " if data.is_image else ""
     log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
-    return on_all_cores(_measured, (known,), runs, runs[0][1].device)
+    return on_all_cores(_measured, runs, known)
 
 
-def _measured(known: dict[str, Any], run: Run) -> dict[str, float]:
-    config, model = run[0], frozen(run[1])
-    data, reference = known[config.drawing]
+def _measured(
+    config: RunConfig, model: VAE, known: tuple[Dataset, frechet.Reference | None]
+) -> dict[str, float]:
+    data, reference = known
     found = to_floats(information.measure_information(config, model, data.test))
     found |= likelihood.likelihood_metrics(config, model, data)
     if reference is not None:

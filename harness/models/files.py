@@ -95,9 +95,8 @@ def _restore_parts(folder: Path, trust: Callable[[str], bool]) -> None:
         named = [(kind, config.get(setting)) for setting, kind in PARTS.items()]
     except (OSError, ValueError, RecursionError, AttributeError):
         return  # refused as a configuration
-    built_in = {"network": registry.BUILT_IN, "likelihood": registry.BUILT_IN_LIKELIHOODS}
     for kind, name in named:
-        if isinstance(name, str) and name not in built_in[kind]:
+        if isinstance(name, str) and name not in registry.TAKEN[kind]:
             file = folder / f"{kind}.py"
             text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
             registry.restore(kind, name, text, trust)

@@ -14,9 +14,8 @@ from torch import nn
 
 KERNEL, STRIDE, PADDING = 3, 2, 1
 
-Pair = tuple[nn.Module, nn.Module]
+Pair = tuple[nn.Sequential, nn.Sequential]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
-
 
 ACTIVATIONS = {  # by the name that `RunConfig.activation` takes
     "relu": nn.ReLU,

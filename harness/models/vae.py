@@ -15,9 +15,9 @@ from harness import registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Columns
 from harness.errors import UserError, line_of
-from harness.likelihoods import Kind
 from harness.models import networks
 from harness.objective import Batch, Posterior
+from harness.parts.likelihoods import Kind
 
 
 class VAE(nn.Module):
@@ -89,11 +89,8 @@ class VAE(nn.Module):
         return Posterior.from_head(self.encoder(x), self.head)
 
     def decoder_mean(self, z: Tensor) -> Tensor:
-        """Return the decoder means (B, *data_shape) of latents (B, L), as the loss compares them.
-
-        They are pixels in [0, 1], or standardised columns of a table.
-        """
-        return self._means(self.decoder(z))
+        """Return decoder means (B, *data_shape) of latents (B, L), of standardised columns too."""
+        return self.kind.mean(self.decoded(self.decoder(z)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstructions of pixels (B, *data_shape) from their posterior means."""
@@ -112,8 +109,8 @@ class VAE(nn.Module):
         z = posterior.mean if self.latent == "deterministic" else posterior.sample(eps)
         output = self.decoder(z)
         decoded = self.decoded(output)
-        given = self.kind.mean(decoded), self.scale, prior, training_size, progress
-        return Batch(x, posterior, z, output, *given, decoded)
+        given = self.scale, prior, training_size, progress, decoded
+        return Batch(x, posterior, z, output, self.kind.mean(decoded), *given)
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posteriors (B, L) of images (B, *data_shape) or (B, D).
@@ -154,9 +151,6 @@ class VAE(nn.Module):
         """Return what the likelihood takes: the output of the decoder behind its non-linearity."""
         return output.sigmoid() if self.has_sigmoid else output
 
-    def _means(self, output: Tensor) -> Tensor:
-        return self.kind.mean(self.decoded(output))
-
     def _pixels(self, images: Tensor) -> Tensor:
         shape, kind = tuple(images.shape), images.dtype
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
@@ -183,10 +177,7 @@ class VAE(nn.Module):
 
 
 def lay_out(model: nn.Module) -> None:
-    """Store the weights of linear layers as (in, out), seen through transposed views.
-
-    The order of summation, and so the bits, then do not depend on how the model was created.
-    """
+    """Store weights of linear layers as (in, out), which fixes the order of sums, and so bits."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.weight.data = module.weight.data.t().contiguous().t()
@@ -203,18 +194,17 @@ def check_network(config: RunConfig, data_shape: Sequence[int]) -> None:
         raise UserError(f"{name} cannot be built: {line_of(error)}") from error
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{name} has no parameter to train")
-    modules = [(f"{name}: layer {n} ({type(m).__name__})", m) for n, m in model.named_modules()]
+    modules = {f"{name}: layer {n} ({type(m).__name__})": m for n, m in model.named_modules()}
     known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    for layer, module in modules:
+    for layer, module in modules.items():
         if why := _unsupported(module, known):
             raise UserError(f"{layer} {why}")
-    before = [_attributes(module) for _, module in modules]
-    sizes = (*data_shape,), (2 * config.latent_size,), (config.latent_size,)
-    parts = (
-        ("encoder", sizes[0], sizes[1], "2 L parameters of the posterior"),
-        ("decoder", sizes[2], sizes[0], "an image"),
-    )
-    for part, given, wanted, what in parts:
+    before = {layer: _attributes(module) for layer, module in modules.items()}
+    size = config.latent_size
+    for part, given, wanted, what in (
+        ("encoder", tuple(data_shape), (2 * size,), "2 L parameters of the posterior"),
+        ("decoder", (size,), tuple(data_shape), "an image"),
+    ):
         shape, outputs = (count, *given), list[Any]()
         for same in (copy.deepcopy(model).eval(), copy.deepcopy(model), model):
             try:
@@ -222,9 +212,8 @@ def check_network(config: RunConfig, data_shape: Sequence[int]) -> None:
                     torch.manual_seed(0)
                     outputs.append(getattr(same, part)(torch.full(shape, 0.5)))
             except Exception as error:
-                raise UserError(
-                    f"{name}: its {part} fails on shape {shape}: {line_of(error)}"
-                ) from error
+                failed = f"{name}: its {part} fails on shape {shape}"
+                raise UserError(f"{failed}: {line_of(error)}") from error
         for output in outputs:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             if found != (count, *wanted):
@@ -232,9 +221,9 @@ def check_network(config: RunConfig, data_shape: Sequence[int]) -> None:
                 raise UserError(f"{name}: its {part} returns {found}; {expected}")
         if not torch.allclose(outputs[1], outputs[2], equal_nan=True):
             raise UserError(f"{name}: its {part} draws numbers that are not PyTorch's; use torch")
-    for (layer, module), held in zip(modules, before, strict=True):
+    for layer, module in modules.items():
         for attribute, values in _attributes(module).items():
-            then = held.get(attribute, [])
+            then = before[layer].get(attribute, [])
             if len(then) != len(values) or any(map(operator.is_not, then, values)):
                 why = f"sets {attribute} in its forward, which is lost between processes"
                 raise UserError(f"{layer} {why}; change a buffer in place instead")
@@ -285,16 +274,17 @@ def build(
     stream = streams.generator(config.seed, "weights", latent_size=config.latent_size)
     options = {name: getattr(config, name) for name in network.settings}
     options |= config.model_options
+    is_built_in = config.model in registry.BUILT_IN
     with torch.random.fork_rng(devices=[]):  # PyTorch's generator stays as it was
-        if network.initialize == "torch":
+        if not is_built_in:  # it draws its weights itself
             torch.manual_seed(int(stream.integers(2**63)))
         made = network.build(tuple(data_shape), config.latent_size, **options)
-    if not (isinstance(made, tuple) and list(map(isinstance, made, [nn.Module] * 2)) == [True] * 2):
-        raise UserError(
-            f"network {config.model!r} returns {made!r}; return two modules: encoder, decoder"
-        )
+    is_pair = isinstance(made, tuple) and len(made) == 2
+    if not (is_pair and all(isinstance(part, nn.Module) for part in made)):
+        given = f"network {config.model!r} returns {made!r}"
+        raise UserError(f"{given}; return two modules: encoder, decoder")
     encoder, decoder = made
-    if network.initialize == "stream":
+    if is_built_in:
         networks.draw((*encoder.modules(), *decoder.modules()), stream)
     return VAE(
         encoder,

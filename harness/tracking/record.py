@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 from uuid import uuid4
 
 from harness import objective as objectives
@@ -58,6 +58,19 @@ class Trained(NamedTuple):
     model: VAE
 
 
+def tags_of(made_with: Mapping[str, Any]) -> dict[str, str]:
+    """Return the short values of a `provenance`, as tags; MLflow shows one as the commit."""
+    commit, dirty = made_with["code"]["commit"], made_with["code"]["dirty"]
+    known = {} if commit == provenance.UNKNOWN else {"mlflow.source.git.commit": commit}
+    return known | {
+        "git_commit": commit,
+        "git_dirty": provenance.UNKNOWN if dirty is None else str(dirty).lower(),
+        "sources": made_with["code"]["sources"][:12],  # the record has all
+        "versions": ", ".join(f"{name} {v}" for name, v in made_with["versions"].items()),
+        "device_name": made_with["device"]["name"],
+    }
+
+
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
     """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
     found, folder = [], project_root() / "cache" / "features"
@@ -99,7 +112,7 @@ def record(
     configs = [run.config for run in planned]
     parts = {config: registry.sources(config) for config in configs}
     made_with = provenance.provenance(data, device)
-    tags, diff = provenance.tags(made_with), provenance.code().diff
+    tags, diff = tags_of(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
     finished: dict[int, Trained] = {}
     histories: list[list[Metrics]] = [[] for _ in planned]

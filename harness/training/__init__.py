@@ -1,1 +1,1 @@
-"""Training: the step, the epochs, and checkpoints of unfinished runs."""
+"""Training: the step, the epochs, checkpoints of unfinished runs, and the provenance of runs."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import likelihoods, objective, registry
+from harness import objective, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Columns, Dataset
 from harness.data.mapped import Mapped
@@ -34,6 +34,7 @@ from harness.metrics.evaluate import (
 )
 from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE, build, check_network
+from harness.parts import likelihoods
 from harness.processes import Pool
 from harness.training.checkpoint import Checkpoints, Epoch, Saved, made_with
 from harness.training.step import Measured, State, Step
@@ -48,32 +49,22 @@ STACKED = {"cuda"}  # devices on which runs of equal shapes are computed as one
 class EpochRecord:
     """Metrics of one epoch of all S runs in training; arrays are float64, shape (S,).
 
-    Attributes:
-        epoch: epochs finished, counted from 1.
-        seconds: wall time of the epoch, less the share of evaluation.
-        images: training images seen in the epoch by all runs together.
-        train: metric name -> values on the first training images, as many as `val` has.
-        val: metric name -> values on the validation split.
-        kl_warmup: factor of beta at the epoch's last step.
-        rows: positions of the runs in the list that `train` was given, ascending.
-        resumed: epoch after which each run was resumed from a checkpoint, or 0. Records up to
-            it repeat stored metrics and hold the model of that epoch.
-        stopped: rows whose training `patience` ends with this record.
-        dropped: rows whose training the caller ends with this record.
+    Records up to the epoch after which a run was resumed from a checkpoint repeat stored metrics,
+    and hold the model of that epoch.
     """
 
-    epoch: int
-    seconds: float
-    images: int
-    train: dict[str, np.ndarray]
-    val: dict[str, np.ndarray]
-    kl_warmup: np.ndarray
+    epoch: int  # epochs finished, counted from 1
+    seconds: float  # wall time of the epoch, less the share of evaluation
+    images: int  # training images seen in the epoch by all runs together
+    train: dict[str, np.ndarray]  # metrics on the first training images, as many as `val` has
+    val: dict[str, np.ndarray]  # metrics on the validation split
+    kl_warmup: np.ndarray  # factor of beta at the epoch's last step
     configs: tuple[RunConfig, ...]
-    rows: tuple[int, ...]
-    resumed: tuple[int, ...]
+    rows: tuple[int, ...]  # positions of the runs in the list that `train` was given, ascending
+    resumed: tuple[int, ...]  # epoch after which each run was resumed, or 0
     _places: Sequence[tuple[State, int]] = field(repr=False)
-    stopped: frozenset[int] = frozenset()
-    dropped: set[int] = field(default_factory=set)
+    stopped: frozenset[int] = frozenset()  # rows whose training `patience` ends with this record
+    dropped: set[int] = field(default_factory=set)  # rows that the caller ends with this record
 
     @property
     def finished(self) -> list[int]:

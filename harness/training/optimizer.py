@@ -34,8 +34,7 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
 
 
 @dataclass
-class _Group:
-    # Runs of a stack with equal settings of the update, which one call of a kernel computes.
+class _Group:  # runs of a stack with equal settings of the update: one call of a kernel
     config: RunConfig
     kernel: Callable[..., None]
     tensors: list[list[Tensor]]
@@ -43,23 +42,14 @@ class _Group:
 
 
 class Optimizer:
-    """The update of the weights (S, P) of runs by their gradient (S, P).
+    """The update of weights of runs in place.
 
-    `first` and `second` are moments (S, P), and `counts` the steps taken, shape (S,). The step is
-    `captured` by a GPU: then rates that change lie in its memory.
+    The buffers are weights, gradient, first and second moment, shape (S, P), and steps taken (S,).
+    The step is `captured` by a GPU: then rates that change lie in its memory.
     """
 
-    def __init__(
-        self,
-        configs: Sequence[RunConfig],
-        weights: Tensor,
-        gradient: Tensor,
-        first: Tensor,
-        second: Tensor,
-        counts: Tensor,
-        *,
-        captured: bool,
-    ) -> None:
+    def __init__(self, configs: Sequence[RunConfig], *buffers: Tensor, captured: bool) -> None:
+        weights, gradient, first, second, counts = buffers
         self._gradient, self._counts = gradient, counts
         limits = gradient.new_tensor([config.clip_norm for config in configs]).unsqueeze(1)
         self._limits = limits if configs[0].clip_norm else None
@@ -70,10 +60,10 @@ class Optimizer:
         self._groups = []
         for rows in alike.values():
             config = configs[rows[0]]
-            buffers: tuple[Any, ...] = (weights, gradient, first, second, (), counts)
+            read: tuple[Any, ...] = (weights, gradient, first, second, (), counts)
             if config.optimizer == "sgd":
-                buffers = weights, gradient, first if config.momentum else ()
-            tensors = [[buffer[row] for row in rows if len(buffer)] for buffer in buffers]
+                read = weights, gradient, first if config.momentum else ()
+            tensors = [[buffer[row] for row in rows if len(buffer)] for buffer in read]
             rate: float | Tensor = config.learning_rate
             if captured and (config.lr_schedule != "constant" or config.lr_warmup_epochs):
                 kind = torch.float32 if weights.is_cuda else torch.float64  # as kernels read it

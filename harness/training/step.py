@@ -51,12 +51,10 @@ class State:
     Attributes:
         rows: positions of the runs in the list that `train` was given.
         model: the architecture of each run; of one run the model itself, after `attach`.
-        weights, first, second: weights and the optimiser's moments, shape (S, P), S = 1 for one
-            run.
+        weights, first, second: weights and the optimiser's moments, shape (S, P).
         counts: steps taken, shape (S,).
         constants: layers' buffers and frozen parameters by name, shape (S, ...).
-        best: weights and constants of the best epoch so far, shape (S, ...); none unless all runs
-            keep them.
+        best: weights and constants of the best epoch so far; none unless all runs keep them.
     """
 
     def __init__(
@@ -263,6 +261,10 @@ class Step:
         if isinstance(images, Mapped):
             row = images.shape[1] * images.dtype.itemsize
             size = max(1, PART // (order[0].numel() * row))
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(self._x if part.is_floating_point() else self._x.device)
+
         for start in range(0, steps, size):
             some = slice(start, start + size)
             places, held = order[some], images
@@ -286,10 +288,7 @@ class Step:
                 )
                 for c, beta in zip(configs, betas, strict=True)
             ]
-            yield held, map_tensors(self._moved, self.state.join(draws, 1))
-
-    def _moved(self, part: Tensor) -> Tensor:
-        return part.to(self._x if part.is_floating_point() else self._x.device)
+            yield held, map_tensors(moved, self.state.join(draws, 1))
 
     def train(self, parts: Iterable[Drawn], epoch: int) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""

@@ -167,7 +167,7 @@ def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
 
 def _compare_making(site: Site) -> None:
     """Warn if finished runs were made with other code, versions or kind of device than here."""
-    here = provenance.tags(provenance.provenance(site.data, site.device))
+    here = recording.tags_of(provenance.provenance(site.data, site.device))
     here["device"] = site.device
     runs = site.store.runs(site.plan.experiment, study=site.plan.name, role="run")
     for part, (kind, name) in recording.MADE_WITH.items():

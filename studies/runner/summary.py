@@ -28,6 +28,7 @@ from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
 from harness.tracking import load_run
+from harness.tracking import record as recording
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
 from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
@@ -133,7 +134,7 @@ def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]
     for place, run in enumerate(found.runs):
         if run.tags.get("place") != str(place):
             found.store.tag(run.run_id, "place", str(place))
-    tags = provenance.tags(provenance.provenance(found.data, "cpu"))
+    tags = recording.tags_of(provenance.provenance(found.data, "cpu"))
     del tags["device_name"]  # of the runs, if they were trained on a GPU
     tags |= {"study": found.plan.name, "role": "summary"}
     tags |= {"configuration": f"best: {findings.best['name']}"}

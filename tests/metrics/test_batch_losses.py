@@ -6,12 +6,12 @@ import torch
 
 from harness import streams
 from harness.config import RunConfig
-from harness.likelihoods import squared_error
 from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum, linear_vae
 from harness.metrics.evaluate import batch_losses
 from harness.models.vae import build
 from harness.objective import beta, kl_per_latent
+from harness.parts.likelihoods import Gaussian
 from harness.training.engine import train
 
 CONFIGS = [
@@ -30,7 +30,7 @@ def test_each_batch_has_mean_squared_error_plus_weighted_kl(data, config):
     eps = streams.noise(config.seed, "noise", steps * 32, 10, config.epochs + 1)[32:64]
     x = data.train.pixels(rows, torch.float64).view(-1, 1, 8, 8)
     posterior = model.posterior(x)
-    error = squared_error(x, model.decode(posterior.sample(eps.double()))).mean() / 64
+    error = Gaussian.error(x, model.decode(posterior.sample(eps.double()))).mean() / 64
     kl = kl_per_latent(posterior.mean, posterior.log_variance).sum(-1).mean()
     term = beta(config, 64) * kl / 64
     assert found.kl_term[1] == pytest.approx(term.item(), rel=1e-9)

@@ -110,7 +110,9 @@ OTHER = {
 def test_every_setting_that_changes_a_shape_or_a_branch_is_shared():
     base = SMALL.replace(kl_weight=0)
     options = {"model_options", "term_options"}
-    assert {*OTHER, *MAPPED, "binarization", *options} == set(SMALL.__dataclass_fields__)
+    assert {*OTHER, *MAPPED, "binarization", "dequantize", *options} == set(
+        SMALL.__dataclass_fields__
+    )
     for name, value in OTHER.items():
         assert stack_key(base.replace(**{name: value})) != stack_key(base), name
     grey = base.replace(likelihood="bernoulli")

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 import harness
 from harness import RunConfig
 from harness.data.dataset import Dataset
-from harness.likelihoods import Laplace
 from harness.models.stack import kernels
 from harness.objective import Batch
+from harness.parts.likelihoods import Laplace
 from harness.registry import BUILT_IN_TERMS
 from harness.training import engine
 from harness.training.checkpoint import Saved

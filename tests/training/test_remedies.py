@@ -15,7 +15,14 @@ from harness.linear.vae import LinearOptimum, linear_metrics, matched_variance
 from harness.metrics.evaluate import evaluate
 from harness.models.files import load_model, save_model
 from harness.models.vae import build
-from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
+from harness.objective import (
+    Coefficients,
+    Parts,
+    decoder_variance,
+    kl_warmup,
+    loss,
+    with_decoder_variance,
+)
 from harness.training.engine import check_runs, train, train_and_evaluate
 
 SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8, latent_size=3, learning_rate=3e-3)
@@ -42,7 +49,8 @@ def test_the_cyclical_warm_up_starts_again_in_every_cycle():
 
 def test_free_bits_charge_each_latent_at_least_the_floor_and_give_none_a_gradient_below():
     kl = torch.tensor([0.2, 3.0, 0.4], requires_grad=True)
-    rate = free_rate(kl, torch.tensor(0.5))
+    known = Coefficients(torch.tensor(1.0), torch.tensor(0.5))
+    rate = loss(RunConfig(), Parts(torch.tensor(0.0), kl), known, None, 1)
     rate.backward()
     assert rate.item() == pytest.approx(0.5 + 3.0 + 0.5)
     assert kl.grad.tolist() == [0, 1, 0]

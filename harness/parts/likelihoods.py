@@ -25,35 +25,15 @@ Kind = Any
 """A likelihood: a class as `registry.likelihood` describes it."""
 
 
-def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return the squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
-
-    Pixel^2, shape (B,), of pixels x and decoder means y of shape (B, ...).
-    """
-    return (x - y).square().flatten(1).sum(-1)
-
-
-def absolute_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return the absolute error of each image, summed over its pixels: S1 = sum_d |x_d - y_d|."""
-    return (x - y).abs().flatten(1).sum(-1)
-
-
-def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
-    """Return the cross-entropy of each image under independent Bernoulli pixels.
-
-    CE = sum_d ln(1 + exp(a_d)) - x_d a_d   (Kingma & Welling 2013, appendix C.1)
-
-    Nats, shape (B,), of pixels x and logits a of shape (B, ...). It is -ln p(x|z) for pixels that
-    are 0 or 1, and no likelihood for grey ones.
-    """
-    return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
-
-
 class Gaussian:
     """Independent Gaussian pixels whose variance is the scale: the error is SSE, pixel^2."""
 
     logits, has_scale = False, True
-    error = staticmethod(squared_error)
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return SSE = sum_d (x_d - y_d)^2, shape (B,), of decoder means y."""
+        return (x - output).square().flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
@@ -87,8 +67,12 @@ class Laplace:
     """Independent Laplace pixels of scale b: the error is S1, pixel."""
 
     logits, has_scale = False, True
-    error = staticmethod(absolute_error)
     mean, fit = Gaussian.mean, Gaussian.fit
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return S1 = sum_d |x_d - y_d|, shape (B,), of decoder means y."""
+        return (x - output).abs().flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
@@ -105,7 +89,12 @@ class Bernoulli:
     """Independent Bernoulli pixels: a likelihood of pixels that are 0 or 1."""
 
     logits, has_scale = True, False
-    error, mean = staticmethod(cross_entropy), staticmethod(torch.sigmoid)
+    mean = staticmethod(torch.sigmoid)
+
+    @staticmethod
+    def error(x: Tensor, output: Tensor) -> Tensor:
+        """Return CE = sum_d ln(1 + exp(a_d)) - x_d a_d, nats (Kingma & Welling 2013, C.1)."""
+        return (functional.softplus(output) - x * output).flatten(1).sum(-1)
 
     @staticmethod
     def neg_log_density(error: Tensor, scale: Tensor, pixels: int) -> Tensor:
@@ -154,8 +143,8 @@ class ContinuousBernoulli:
 def fitted(kind: Kind, mean_error: Tensor, pixels: int) -> Tensor:
     """Return the scale at which the density of a mean error, shape (), is largest; 1 without one.
 
-    By the `fit` of the likelihood, else by bisection of the slope in ln(scale), where the density
-    has one maximum. No gradient flows through the latter: at the maximum it is 0.
+    By the likelihood's `fit`, else by bisection of the slope in ln(scale), without a gradient: at
+    the maximum it is 0.
     """
     if not kind.has_scale:
         return torch.ones_like(mean_error)
@@ -214,22 +203,21 @@ def check(name: str, kind: Kind, data_shape: tuple[int, ...]) -> None:
     call("error", (3,), torch.full(shape, 0.5), torch.full(shape, 0.25))
     call("mean", shape, torch.full(shape, 0.25))
     first, second, third = (density(error, 1.0) for error in (1.0, 2.0, 3.0))
-    wide = density(2.0, 2.0) - density(1.0, 2.0)
-    near = 1e-6 * max(map(abs, (first, second, third, 1.0)))
-    if not abs(third - 2 * second + first) < near:  # NaN too
+    wide, weight = density(2.0, 2.0) - density(1.0, 2.0), second - first
+    near, why = 1e-6 * max(map(abs, (first, second, third, 1.0))), ""
+    if not abs(third - second - weight) < near:  # NaN too
         why = f"is not linear in the error: {first:g}, {second:g} and {third:g} at errors 1, 2, 3"
+    elif not kind.has_scale and density(1.0, 2.0) != first:
+        why = "has a scale; leave has_scale = False out"
+    elif kind.has_scale and not (weight > 0 and abs(weight - 2 * wide) < near):
+        why = (
+            f"weighs the error by {weight:g} at scale 1 and {wide:g} at scale 2; it must be "
+            "proportional to 1 / scale (a variance, no deviation), or has_scale = False"
+        )
+    if why:
         raise UserError(f"{what}: its neg_log_density {why}")
     if not kind.has_scale:
-        if density(1.0, 2.0) != first:
-            why = "has a scale; leave has_scale = False out"
-            raise UserError(f"{what}: its neg_log_density {why}")
         return
-    if not (second > first and abs(second - first - 2 * wide) < near):
-        weights = f"{second - first:g} at scale 1 and {wide:g} at scale 2"
-        why = (
-            "it must be proportional to 1 / scale (a variance, no deviation), or has_scale = False"
-        )
-        raise UserError(f"{what}: its neg_log_density weighs the error by {weights}; {why}")
     if getattr(kind, "fit", None):
         call("fit", (), torch.ones(()), pixels)
     best = float(fitted(kind, torch.ones((), dtype=torch.float64), pixels))

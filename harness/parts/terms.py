@@ -64,10 +64,6 @@ def mmd(batch: Batch, *, bandwidth: float = 1.0) -> Tensor:
     averages over all B^2 pairs (V-statistic), those of a draw with itself included; 2 L is the mean
     squared distance of two draws from the prior. In [0, 2], no unit. (Gretton et al. 2012; InfoVAE,
     Zhao et al. 2017, 1706.02262.) It needs z and prior.
-
-    Args:
-        batch: that of the run.
-        bandwidth: of the Gaussian kernel.
     """
     if batch.prior is None:
         raise UserError("prior=None: mmd needs draws from the prior, of the shape of z")
@@ -85,10 +81,6 @@ def dip_i(batch: Batch, *, ratio: float = 10.0) -> Tensor:
 
     sum_(i != j) C_ij^2 + ratio * sum_i (C_ii - 1)^2, C = Cov(mean) over the batch, divided by B. No
     unit. (Kumar et al. 2018, 1711.00848, equation 6.) It needs posterior.
-
-    Args:
-        batch: that of the run.
-        ratio: weight of the diagonal.
     """
     return _from_identity(_covariance(batch.posterior.mean), ratio)
 
@@ -98,10 +90,6 @@ def dip_ii(batch: Batch, *, ratio: float = 1.0) -> Tensor:
 
     The formula is that of `dip_i`, C = Cov(mean) + diag(mean of the posterior variances). No unit.
     (Kumar et al. 2018, 1711.00848, equation 7.) It needs posterior.
-
-    Args:
-        batch: that of the run.
-        ratio: weight of the diagonal.
     """
     mean, log_variance = batch.posterior
     return _from_identity(_covariance(mean) + log_variance.exp().mean(0).diag(), ratio)
@@ -113,14 +101,9 @@ def capacity(
     """Return the distance of the rate from a capacity that rises linearly: |rate - C|.
 
     C = nats * min(1, progress / share). Nats. Meant with kl_weight 0, in whose place its weight is
-    that of a rate above C. (Burgess et al. 2018, 1804.03599, equation 8.) It needs posterior and
+    that of a rate above C. The rate is the mean over images, or with `per_image` that of each, and
+    the distance is averaged. (Burgess et al. 2018, 1804.03599, equation 8.) It needs posterior and
     progress.
-
-    Args:
-        batch: that of the run.
-        nats: the capacity at the end.
-        share: first share of the training in which C rises, above 0.
-        per_image: whether the rate is that of each image, |rate - C| being averaged, or the mean.
     """
     if not share > 0:
         raise UserError(f"share={share!r}: capacity rises over a share of the training, > 0")
@@ -135,10 +118,6 @@ def rate_floor(batch: Batch, *, nats: float = 16.0) -> Tensor:
 
     Nats. Meant with kl_weight 0, in whose place its weight is. (Ha & Schmidhuber 2018, 1803.10122,
     have half a nat for each of 32 latents.) It needs posterior.
-
-    Args:
-        batch: that of the run.
-        nats: the floor.
     """
     return batch.posterior.rate().clamp(min=nats).mean()
 

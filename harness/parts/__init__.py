@@ -1,0 +1,1 @@
+"""Parts of a loss that are built in, written as a user would: likelihoods and loss terms."""
