@@ -4,8 +4,8 @@ Symbols: D pixels (all channels), L latents, B images of a batch. The loss of a 
 SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c set by
 `kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
 to scale and a constant, for a Gaussian decoder of variance beta / 2. Other likelihoods have another
-error in place of the SSE (`harness/parts/likelihoods.py`). Parts are means over images, so that the same
-`loss` applies to a batch and to a whole split.
+error in place of the SSE (`harness/parts/likelihoods.py`). Parts are means over images, so that the
+same `loss` applies to a batch and to a whole split.
 """
 
 from __future__ import annotations

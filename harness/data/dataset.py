@@ -199,8 +199,8 @@ class Dataset:
         tensors = [tensor for part in splits for tensor in (part.images, part.labels)]
         about: list[Any] = [shape, largest, count, *map(len, splits), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
-        named = tuple(class_names)
-        return cls(name, shape, count, *splits, found, named, known, rounded=rounded)
+        more: dict[str, Any] = {"columns": known, "rounded": rounded}
+        return cls(name, shape, count, train, val, test, found, tuple(class_names), **more)
 
     @property
     def has_classes(self) -> bool:
