@@ -145,7 +145,9 @@ def conventions() -> dict[str, Convention]:
     file = Path(__file__).with_suffix(".toml")
     found = {}
     for name, row in tomllib.loads(file.read_text(encoding="utf-8")).items():
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "loss"}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "loss"
+        }
         found[name] = replace(parse(row["loss"]), name=name, **values)
     return found
 
