@@ -105,7 +105,7 @@ def text(found: Translation, convention: Convention) -> str:
         "standard deviation": (found.grey_levels, "of that decoder, in grey levels of 255"),
     }
     if found.beta is None:
-        how = {"optimal": "fitted to each batch", "learned": "trained"}[convention.scale]
+        how = {"optimal": "fitted", "learned": "trained"}[convention.scale]
         rows["beta"] = 1, f"beside -ln p(x|z), whose scale is {how}"
     for name, (value, what) in rows.items():
         if value is not None:
