@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 import numpy as np
@@ -81,7 +81,7 @@ def to_frame(results: Sequence[RunResult]) -> pd.DataFrame:
         at_best = {"best/epoch": float(result.best_epoch)}
         at_best |= {} if best is None else {"best/val/neg_elbo": best}
         final = {k: v for k, v in result.metrics.items() if not k.startswith("test/")}
-        rows.append(settings | final | result.history[-1] | at_best)
+        rows.append(settings | result.history[-1] | final | at_best)
     return _frame(rows)
 
 
@@ -97,8 +97,10 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).rename(columns=lambda c: c.removeprefix("test/")).apply(_numbers)
     nothing = pd.Series(np.nan, frame.index)
     ratio = frame.get("calibration_ratio", nothing)
-    # The variance of runs whose KL weight does not set it. A Bernoulli decoder has none.
+    # The variance of runs whose KL weight does not set it. Only a Gaussian decoder has one.
     fitted = frame.get("val/calibration_ratio", nothing) * frame.get("val/mse", nothing)
+    if "likelihood" in frame:
+        fitted = fitted.where(frame["likelihood"] == "gaussian")
     variance = frame.get("decoder_variance", nothing).fillna(fitted)
     return frame.assign(decoder_variance=variance, calibration_ratio=ratio)
 
@@ -191,9 +193,29 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def best_value(frame: pd.DataFrame, axis: str, metric: str = "val/neg_elbo") -> object:
-    """Return the axis value with the lowest mean of a metric; chosen on validation data."""
-    return frame.groupby(axis)[metric].mean().idxmin()
+def compared(frame: pd.DataFrame) -> str:
+    """Return the metric by which runs are compared: `neg_elbo` if all have it, else `loss`."""
+    lacking = "neg_elbo" not in frame or frame["neg_elbo"].isna().any()
+    return "loss" if lacking and "loss" in frame else "neg_elbo"
+
+
+def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Return the runs of the points that have the most seeds; others are not ranked."""
+    seeds = frame.groupby(keys)["seed"].transform("size")
+    return frame[seeds == seeds.max()]
+
+
+def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
+    """Return the runs that have some metrics; deterministic latents have no rate, for example."""
+    return frame.dropna(subset=[*metrics]) if {*metrics} <= {*frame} else frame[:0]
+
+
+def best_value(frame: pd.DataFrame, axis: str | list[str], metric: str = "") -> Any:  # noqa: ANN401
+    """Return the axis value with the lowest mean of a metric; chosen on validation data.
+
+    The metric is `val/neg_elbo`, or `val/loss` where not all runs have it, unless it is given.
+    """
+    return frame.groupby(axis)[metric or f"val/{compared(frame)}"].mean().idxmin()
 
 
 def collapse_value(frame: pd.DataFrame, axis: str) -> float | None:

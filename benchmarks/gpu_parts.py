@@ -153,7 +153,7 @@ def throughput(made: Sequence[Step]) -> Values:
     measuring = [sum(seconds for _, seconds, _ in epoch) for epoch in epochs]
     start = time.perf_counter()
     for own in made:
-        own.draw(SEVERAL + 2)
+        list(own.parts(SEVERAL + 2))
     drawing = time.perf_counter() - start
     rates = [seen / seconds for seconds in training]
     return {
@@ -174,7 +174,7 @@ def memory(args: argparse.Namespace) -> Values:
 
 def step(own: Step, device: str) -> Values:
     """Return the seconds of a step: an epoch that is drawn already, over its steps."""
-    drawn = own.draw(1)
+    drawn = list(own.parts(1))
     taken = [timed(lambda: own.train(drawn, 1), device) / own.steps for _ in range(SEVERAL)]
     return {"seconds": taken[1:]}
 
@@ -199,7 +199,7 @@ def profile(args: argparse.Namespace, own: Step) -> Values:
 
     on_gpu = args.device == "cuda"
     seconds = median(step(own, args.device)["seconds"])
-    drawn = own.draw(1)
+    drawn = list(own.parts(1))
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profiler(activities=[activity], acc_events=True) as seen:
         timed(lambda: own.train(drawn, 1), args.device)

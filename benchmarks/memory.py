@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,11 @@ def first_steps(*given: Any) -> Measured:  # noqa: ANN401 - as `engine._compute`
     return compute(*given)
 
 
-def train_first(step: Step, drawn: Drawn, epoch: int) -> None:
+def train_first(step: Step, parts: Iterable[Drawn], epoch: int) -> None:
     """Take the first steps of an epoch that is drawn whole."""
-    whole, (images, draw) = step.steps, drawn
-    if step.state.stacked:
-        step.steps = STEPS
-    else:
-        drawn = images, Draw(*(None if part is None else part[:STEPS] for part in draw))
-    train_all(step, drawn, epoch)
-    step.steps = whole
+    ((images, draw),) = parts
+    few = Draw(*(None if part is None else part[:STEPS] for part in draw))
+    train_all(step, [(images, few)], epoch)
 
 
 def watch(child: subprocess.Popen[str]) -> tuple[int, int]:

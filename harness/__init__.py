@@ -7,9 +7,9 @@
     result.metrics["neg_elbo"], result.model.sample(3)
 
 Results are returned, and nothing is written; `harness.tracking.train_and_evaluate` takes the name
-of an MLflow experiment as well, to which it writes every run. `network`, `term` and `metric`
-register your parts. Names load on first use: a command line can show its help without importing
-PyTorch.
+of an MLflow experiment as well, to which it writes every run. `network`, `likelihood`, `term` and
+`metric` register your parts. Names load on first use: a command line can show its help without
+importing PyTorch.
 """
 
 import ast as _ast

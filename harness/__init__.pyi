@@ -7,6 +7,7 @@ from .errors import UserError as UserError
 from .metrics.evaluate import evaluate as evaluate
 from .metrics.quality import measure_quality as measure_quality
 from .models.vae import VAE as VAE
+from .registry import likelihood as likelihood
 from .registry import metric as metric
 from .registry import network as network
 from .registry import term as term

@@ -17,9 +17,30 @@ Head = Literal["gaussian", "relu"]
 Latent = Literal["stochastic", "deterministic"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
 Sigma = Literal["fixed", "optimal", "learned"]
-Likelihood = Literal["gaussian", "bernoulli"]
 Binarization = Literal["none", "stochastic", "threshold"]
+Dequantize = Literal["none", "uniform"]
+Drawing = Literal["none", "stochastic", "threshold", "uniform"]
 Precision = Literal["float32", "tf32"]
+Activation = Literal["relu", "tanh", "gelu", "silu", "leaky_relu", "elu"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "exponential", "steps"]
+Keep = Literal["last", "best"]
+
+# Settings of the update of weights, all numbers of each run.
+UPDATE = (
+    *("optimizer", "learning_rate", "adam_betas", "adam_eps", "momentum", "weight_decay"),
+    *("lr_schedule", "lr_milestones", "lr_factor", "lr_warmup_epochs"),
+)
+
+# Settings that have an effect only beside some values of another setting.
+NEEDS = {
+    "adam_betas": ("optimizer", ("adam", "adamw")),
+    "adam_eps": ("optimizer", ("adam", "adamw")),
+    "momentum": ("optimizer", ("sgd",)),
+    "lr_milestones": ("lr_schedule", ("steps",)),
+    "lr_factor": ("lr_schedule", ("exponential", "steps")),
+    "activation": ("model", ("mlp", "conv")),
+}
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
@@ -53,6 +74,7 @@ class RunConfig:
         model_options: options of a registered network by name.
         hidden: widths of the encoder's hidden layers, for "mlp"; the decoder mirrors them.
         channels: channels of the encoder's convolutions, for "conv"; the decoder mirrors them.
+        activation: of hidden layers, a name of `torch.nn.functional`; for "mlp" and "conv".
         latent_size: number of latents L.
         head: "gaussian": mean, log-variance; "relu": ReLUs of mean, standard deviation (the blog).
         latent: "stochastic", or "deterministic": a plain autoencoder without noise or KL.
@@ -64,15 +86,34 @@ class RunConfig:
         free_bits: nats of each latent's batch-mean KL that are not penalised (Kingma et al. 2016).
         sigma: the Gaussian decoder's variance: "fixed": beta / 2; "optimal": the mse of each batch;
             "learned": one trained scalar (sigma-VAE, Rybkin et al. 2021). Unless fixed, the loss is
-            an exact negative ELBO per pixel at beta = 1.
-        likelihood: "gaussian"; "bernoulli": cross-entropy, exact ELBO of binary data at beta = 1.
+            an exact negative ELBO per pixel at beta = 1. Likewise the scale of a Laplace decoder:
+            beta, the mean absolute error, or learned.
+        likelihood: "gaussian"; "laplace": absolute error; "bernoulli": cross-entropy, exact ELBO of
+            binary data at beta = 1; "continuous_bernoulli": density of grey pixels in [0, 1], exact
+            ELBO at beta = 1; or the name of a registered likelihood.
         binarization: "none"; "stochastic": training pixels are drawn anew every epoch with their
             grey value as probability; "threshold": at a half. Only with "bernoulli", which without
             it is grey-pixel cross-entropy: a loss, and no likelihood.
+        dequantize: "uniform": a pixel of grey level k, 0 to K, is (k + u) / (K + 1) with u from
+            U(0, 1), drawn anew every epoch, so that a density bounds the likelihood of grey levels.
         terms: weight of each registered loss term by name, in the unit of beta: the loss is
             proportional to error + beta * rate + weight * term for all settings of the KL.
         term_options: options of loss terms by name: {term: {option: value}}.
-        learning_rate: Adam's step size.
+        optimizer: "adam", "adamw" (decoupled weight decay) or "sgd", those of `torch.optim`.
+        learning_rate: the optimiser's rate.
+        adam_betas: decay of Adam's two moments per step.
+        adam_eps: Adam's summand of the root of the second moment.
+        momentum: factor of SGD's former step.
+        weight_decay: of all weights: an L2 penalty in the gradient, or with "adamw" a shrinkage.
+        lr_schedule: of the rate, by epochs t after the warm-up: "constant"; "cosine" to 0 at the
+            end; "exponential": lr_factor^t; "steps": lr_factor at each milestone.
+        lr_milestones: epochs t after which "steps" multiplies the rate, ascending.
+        lr_factor: in (0, 1], of "exponential" and "steps".
+        lr_warmup_epochs: epochs n = 1 to W before that, at n / (W + 1) of the rate.
+        clip_norm: greatest norm of the gradient of all weights, to which it is shortened; 0: any.
+        patience: epochs without a new best one after which training stops; 0: never.
+        keep: weights that are evaluated, saved and shown: of the "last" or the "best" epoch, that
+            with the lowest validation neg_elbo, or loss where that is not defined.
         batch_size: images per step; an incomplete last batch is left out of its epoch.
         epochs: passes over the training split.
         precision: of training's matrix products: "float32", or "tf32" (10 instead of 23 bits of
@@ -83,6 +124,7 @@ class RunConfig:
     model: str = "mlp"
     hidden: tuple[int, ...] = (256, 64)
     channels: tuple[int, ...] = (32, 64)
+    activation: Activation = "relu"
     latent_size: int = 10
     head: Head = "gaussian"
     latent: Latent = "stochastic"
@@ -92,9 +134,22 @@ class RunConfig:
     kl_cycles: int = 1
     free_bits: float = 0.0
     sigma: Sigma = "fixed"
-    likelihood: Likelihood = "gaussian"
+    likelihood: str = "gaussian"
     binarization: Binarization = "none"
+    dequantize: Dequantize = "none"
+    optimizer: Optimizer = "adam"
     learning_rate: float = 1e-3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr_schedule: Schedule = "constant"
+    lr_milestones: tuple[int, ...] = ()
+    lr_factor: float = 1.0
+    lr_warmup_epochs: int = 0
+    clip_norm: float = 0.0
+    patience: int = 0
+    keep: Keep = "last"
     batch_size: int = 32
     epochs: int = 20
     precision: Precision = "float32"
@@ -104,7 +159,7 @@ class RunConfig:
     term_options: Mapping[str, Mapping[str, Any]] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "channels"):
+        for name in ("hidden", "channels", "lr_milestones"):
             widths = getattr(self, name)
             if not isinstance(widths, list | tuple):
                 raise UserError(f"{name}={widths!r}: give a list of whole numbers >= 1")
@@ -114,18 +169,30 @@ class RunConfig:
         if self.model not in list(registry.NETWORKS):  # a list, for what has no hash
             known = f"one of {', '.join(registry.NETWORKS)}, or register a network of that name"
             raise UserError(f"model={self.model!r}: choose {known}")
+        if self.likelihood not in list(registry.LIKELIHOODS):
+            known = f"one of {', '.join(registry.LIKELIHOODS)}, or register one of that name"
+            raise UserError(f"likelihood={self.likelihood!r}: choose {known}")
         for name, choices in _choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
         for name in ("latent_size", "kl_cycles", "batch_size", "epochs"):
             _whole(name, getattr(self, name), at_least=1)
-        for name in ("kl_warmup_epochs", "seed"):
+        for name in ("kl_warmup_epochs", "lr_warmup_epochs", "patience", "seed"):
             _whole(name, getattr(self, name), at_least=0)
         if self.latent == "deterministic" and isinstance(self.kl_weight, Default):
             object.__setattr__(self, "kl_weight", 0.0)
-        for name, sign in (("kl_weight", ">= 0"), ("free_bits", ">= 0"), ("learning_rate", "> 0")):
-            number = _finite(name, getattr(self, name), sign)
-            object.__setattr__(self, name, number)  # 1 and 1.0 are one run
+        for sign, names in (
+            (">= 0", ("kl_weight", "free_bits", "momentum", "weight_decay", "clip_norm")),
+            ("> 0", ("learning_rate", "adam_eps", "lr_factor")),
+        ):
+            for name in names:
+                number = _finite(name, getattr(self, name), sign)
+                object.__setattr__(self, name, number)  # 1 and 1.0 are one run
+        betas = self.adam_betas
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise UserError(f"adam_betas={betas!r}: give two numbers >= 0 and < 1")
+        numbers = tuple(_finite("adam_betas", beta, ">= 0") for beta in betas)
+        object.__setattr__(self, "adam_betas", numbers)
         weights = _named("terms", self.terms, "weights")
         weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
         object.__setattr__(self, "terms", Options(weights))
@@ -135,6 +202,7 @@ class RunConfig:
         of_terms = {n: _values(f"term_options[{n!r}]", o) for n, o in of_terms.items()}
         object.__setattr__(self, "term_options", Options(of_terms))
         self._check_together()
+        self._check_update()
         self._check_options()
 
     def _check_together(self) -> None:
@@ -145,15 +213,43 @@ class RunConfig:
                 if (value := getattr(self, name)) != off:
                     given = f"{name}={value!r} with latent='deterministic', which has no KL"
                     raise UserError(f"{given} and no likelihood: set {name}={off!r}")
-        if self.likelihood == "bernoulli" and self.sigma != "fixed":
-            given = f"sigma={self.sigma!r} with likelihood='bernoulli'"
-            raise UserError(f"{given}: only a Gaussian decoder has a variance; set sigma='fixed'")
-        if self.likelihood == "gaussian" and self.binarization != "none":
-            given = f"binarization={self.binarization!r} with likelihood='gaussian'"
+        if not self.has_scale and self.sigma != "fixed":
+            given = f"sigma={self.sigma!r} with likelihood={self.likelihood!r}"
+            raise UserError(f"{given}, which has no variance or scale; set sigma='fixed'")
+        if self.likelihood != "bernoulli" and self.binarization != "none":
+            given = f"binarization={self.binarization!r} with likelihood={self.likelihood!r}"
             raise UserError(f"{given}: binary pixels need likelihood='bernoulli'")
+        if self.likelihood == "bernoulli" and self.dequantize != "none":
+            given = f"dequantize={self.dequantize!r} with likelihood='bernoulli'"
+            raise UserError(f"{given}: it needs a density; choose another likelihood")
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
             given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
             raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
+
+    def _check_update(self) -> None:
+        for name, value, allowed, fits in (
+            ("adam_betas", self.adam_betas, "two numbers < 1", max(self.adam_betas) < 1),
+            ("momentum", self.momentum, "a number < 1", self.momentum < 1),
+            ("lr_factor", self.lr_factor, "a number <= 1", self.lr_factor <= 1),
+        ):
+            if not fits:
+                raise UserError(f"{name}={value!r}: give {allowed}")
+        if [*self.lr_milestones] != sorted(set(self.lr_milestones)):
+            raise UserError(f"lr_milestones={self.lr_milestones!r}: give ascending epochs")
+        if self.lr_warmup_epochs >= self.epochs:
+            given = f"lr_warmup_epochs={self.lr_warmup_epochs} with epochs={self.epochs}"
+            raise UserError(f"{given}: the warm-up must end before the last epoch")
+        for name, (other, values) in NEEDS.items():
+            value, given = getattr(self, name), getattr(self, other)
+            if given not in values and value != RunConfig.__dataclass_fields__[name].default:
+                allowed = " or ".join(f"{other}={v!r}" for v in values)
+                with_it = f"{name}={value!r} with {other}={given!r}"
+                raise UserError(f"{with_it} has no effect: leave it out, or give {allowed}")
+        given = f"lr_schedule={self.lr_schedule!r}"
+        if self.lr_schedule == "steps" and not self.lr_milestones:
+            raise UserError(f"{given} with lr_milestones=(): give at least one epoch")
+        if self.lr_schedule in NEEDS["lr_factor"][1] and self.lr_factor == 1:
+            raise UserError(f"{given} with lr_factor=1.0 has no effect: give a factor below 1")
 
     def _check_options(self) -> None:
         network, defaults = registry.NETWORKS[self.model], RunConfig.__dataclass_fields__
@@ -217,9 +313,24 @@ class RunConfig:
         return replace(self, **changes)
 
     @property
+    def selection(self) -> str:
+        """The validation metric by which `keep` and `patience` compare epochs."""
+        return "neg_elbo" if self.has_likelihood and self.latent == "stochastic" else "loss"
+
+    @property
     def has_likelihood(self) -> bool:
         """Whether the decoder's output is a likelihood of the data: all but grey cross-entropy."""
-        return self.likelihood == "gaussian" or self.binarization != "none"
+        return self.likelihood != "bernoulli" or self.binarization != "none"
+
+    @property
+    def drawing(self) -> Drawing:
+        """How pixels are drawn from grey ones: the binarization, or "uniform" dequantisation."""
+        return self.binarization if self.dequantize == "none" else self.dequantize
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the likelihood has a scale: variance of a Gaussian, b of a Laplace decoder."""
+        return registry.LIKELIHOODS[self.likelihood].has_scale
 
     def named(self) -> dict[str, Any]:
         """Return every setting by the name under which it is recorded and swept.

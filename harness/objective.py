@@ -3,7 +3,8 @@
 Symbols: D pixels (all channels), L latents, B images of a batch. The loss of a run is
 SSE / (B D) + kl_weight * KL / c, with KL summed over batch and latents and c set by
 `kl_normalization`. Times D it is SSE + beta * rate per image, which is an exact negative ELBO, up
-to scale and a constant, for a Gaussian decoder of variance beta / 2.
+to scale and a constant, for a Gaussian decoder of variance beta / 2. Other likelihoods have another
+error in place of the SSE (`harness/likelihoods.py`).
 
 Training differentiates `objective`; for plain MLPs on a CPU `training/mlp_gradient.py` has its
 gradient written out. Its parts are means over images, so that the same `loss` applies to a batch
@@ -20,15 +21,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from harness import registry
+from harness import likelihoods, registry
 from harness import terms as _built_in  # noqa: F401 - registers the built-in terms
 from harness.config import RunConfig
 from harness.errors import UserError
+from harness.likelihoods import Kind
 
 ACTIVE_VARIANCE = 0.01  # of a posterior mean over the data, above which a latent is active
 MIN_VARIANCE = 1e-8  # of a posterior with `head="relu"`, inside the logarithm as in the blog
+SET_RATE = {"capacity", "rate_floor"}  # terms that take the place of the KL weight
 
 
 class Posterior(NamedTuple):
@@ -54,6 +56,10 @@ class Posterior(NamedTuple):
         """Return z = mean + exp(log_variance / 2) * eps, shape (B, L) for eps of that shape."""
         return self.mean + (self.log_variance / 2).exp() * eps
 
+    def rate(self) -> Tensor:
+        """Return the KL divergence from N(0, I) of each image, nats, shape (B,)."""
+        return kl_per_latent(*self).sum(-1)
+
 
 class Batch(NamedTuple):
     """One batch of a run and the model's output on it: the argument of a loss term.
@@ -66,10 +72,11 @@ class Batch(NamedTuple):
     z: Tensor  # shape (B, L)
     output: Tensor  # of the decoder, before the non-linearity, shape (B, *data_shape)
     reconstruction: Tensor  # decoder means, shape (B, *data_shape)
-    scale: Tensor | None = None  # learned decoder variance, pixel^2, shape ()
+    scale: Tensor | None = None  # learned decoder variance, pixel^2, or scale; shape ()
     prior: Tensor | None = None  # draws from N(0, I), shape (B, L), for a run with terms
     training_size: int = 0  # number of training images N
     progress: Tensor | float = 1.0  # of training, in [0, 1], shape ()
+    decoded: Tensor | None = None  # as the likelihood takes it; None: reconstruction, or output
 
 
 class Coefficients(NamedTuple):
@@ -97,8 +104,7 @@ def terms_of(config: RunConfig) -> Terms:
 class Parts(NamedTuple):
     """The parts of a loss: of each image, with a leading axis B, or averaged over images."""
 
-    error: Tensor  # SSE, pixel^2, shape ()
-    cross_entropy: Tensor | None  # nats, shape (); None for a Gaussian decoder
+    error: Tensor  # of the likelihood: SSE, pixel^2, for a Gaussian decoder; shape ()
     kl: Tensor | None  # nats of each latent, shape (L,); None if the latent is deterministic
 
     def mean(self) -> Parts:
@@ -120,23 +126,10 @@ def kl_per_latent(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (mean.square() + log_variance.exp() - log_variance - 1) / 2
 
 
-def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the squared error of each image, summed over its pixels: SSE = sum_d (x_d - y_d)^2.
-
-    Pixel^2, shape (B,), of pixels x and decoder means y of shape (B, ...).
-    """
-    return (x - reconstruction).square().flatten(1).sum(-1)
-
-
-def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
-    """Return the cross-entropy of each image under independent Bernoulli pixels.
-
-    CE = sum_d ln(1 + exp(a_d)) - x_d a_d   (Kingma & Welling 2013, appendix C.1)
-
-    Nats, shape (B,), of pixels x and logits a of shape (B, ...). It is -ln p(x|z) for pixels that
-    are 0 or 1, and no likelihood for grey ones.
-    """
-    return (functional.softplus(logits) - x * logits).flatten(1).sum(-1)
+def likelihood_of(config: RunConfig) -> Kind:
+    """Return the likelihood of a run: a class, whose functions are static."""
+    kind: Kind = registry.LIKELIHOODS[config.likelihood].load()
+    return kind
 
 
 def beta(config: RunConfig, pixels: int) -> float:
@@ -161,16 +154,45 @@ def beta(config: RunConfig, pixels: int) -> float:
 def decoder_variance(config: RunConfig, pixels: int) -> float:
     """Return the variance of the Gaussian decoder that makes the loss an ELBO: beta / 2, pixel^2.
 
-    NaN where the KL weight does not set it: `sigma` is not "fixed", or the decoder is Bernoulli.
-    (Lucas et al. 2019; Rybkin et al. 2021.)
+    NaN where the KL weight does not set it: `sigma` is not "fixed", the decoder is not Gaussian, or
+    a term of `SET_RATE` does. (Lucas et al. 2019; Rybkin et al. 2021.)
 
     Examples:
         >>> decoder_variance(RunConfig(kl_normalization="batch"), pixels=784)
         392.0
     """
-    if config.sigma != "fixed" or config.likelihood != "gaussian":
+    return decoder_scale(config, pixels) if config.likelihood == "gaussian" else math.nan
+
+
+def decoder_scale(config: RunConfig, pixels: int) -> float:
+    """Return the scale of the decoder that makes the loss an ELBO: beta * `likelihoods.unit`.
+
+    beta / 2 of a Gaussian, its variance, and beta of a Laplace decoder: S1 + beta * rate is beta
+    times S1 / beta + rate. NaN where the KL weight does not set it.
+    """
+    if config.sigma != "fixed" or not config.has_scale or not SET_RATE.isdisjoint(config.terms):
         return math.nan
-    return beta(config, pixels) / 2
+    return beta(config, pixels) * likelihoods.unit(likelihood_of(config), pixels)
+
+
+def decoder_std(config: RunConfig, pixels: int) -> float:
+    """Return the standard deviation of a pixel at that scale; NaN where it is not known."""
+    std = vars(likelihood_of(config)).get("std")
+    return math.nan if std is None else float(std(decoder_scale(config, pixels)))
+
+
+def acts_as(config: RunConfig, pixels: int) -> str:
+    """Return which decoder standard deviation a KL weight acts as, "" where there is none.
+
+    Examples:
+        >>> acts_as(RunConfig(kl_weight=0.02), pixels=784)
+        'kl_weight 0.02 acts as a decoder standard deviation of 0.1 (25.5 grey levels of 255)'
+    """
+    std = decoder_std(config, pixels)
+    if not std > 0:  # NaN too
+        return ""
+    acts = f"acts as a decoder standard deviation of {std:.3g}"
+    return f"kl_weight {config.kl_weight:.3g} {acts} ({255 * std:.3g} grey levels of 255)"
 
 
 def with_decoder_variance(config: RunConfig, variance: float, pixels: int) -> RunConfig:
@@ -208,44 +230,36 @@ def free_rate(kl: Tensor, free_bits: Tensor) -> Tensor:
     return kl.maximum(free_bits).sum(-1)
 
 
-def distortion(mse: Tensor, variance: Tensor, pixels: int) -> Tensor:
-    """Return the negative log-likelihood of an image under a Gaussian decoder.
+def per_image(config: RunConfig, batch: Batch, kind: Kind | None = None) -> Parts:
+    """Return the parts of the loss of each image of a batch.
 
-    -E_q log p(x|z) = D/2 * (ln(2 pi variance) + mse / variance), mse per pixel with z from q(z|x)
-
-    Nats per image, in the shape of mse and variance, pixel^2.
+    A worker process has no names of a user's likelihoods: there the `kind` is that of the model.
     """
-    return pixels / 2 * (torch.log(2 * math.pi * variance) + mse / variance)
-
-
-def per_image(config: RunConfig, batch: Batch) -> Parts:
-    """Return the parts of the loss of each image of a batch."""
-    error, entropy, kl = squared_error(batch.x, batch.reconstruction), None, None
-    if config.likelihood == "bernoulli":
-        entropy = cross_entropy(batch.x, batch.output)
-    if config.latent == "stochastic":
-        kl = kl_per_latent(*batch.posterior)
-    return Parts(error, entropy, kl)
+    kind = kind or likelihood_of(config)
+    given = batch.output if kind.logits else batch.reconstruction
+    error = kind.error(batch.x, given if batch.decoded is None else batch.decoded)
+    return Parts(error, kl_per_latent(*batch.posterior) if config.latent == "stochastic" else None)
 
 
 def loss(
-    config: RunConfig, means: Parts, coefficients: Coefficients, scale: Tensor | None, pixels: int
+    config: RunConfig,
+    means: Parts,
+    coefficients: Coefficients,
+    scale: Tensor | None,
+    pixels: int,
+    kind: Kind | None = None,
 ) -> Tensor:
     """Return the loss computed from means over images, without a user's terms, shape ().
 
-    (data + beta * rate) / D, where data is the cross-entropy of a Bernoulli decoder, the SSE of a
-    Gaussian decoder with sigma="fixed", and else its `distortion` at the variance that it fits to
-    the error (sigma="optimal") or learns (`scale`; Rybkin et al. 2021, 2006.13202). Pixel^2 with
-    the SSE, else nats per pixel. Of `config`, only settings that all runs of a
-    stack share are read.
+    (data + beta * rate) / D, where data is the error of the likelihood with sigma="fixed": the SSE
+    of a Gaussian decoder, the cross-entropy of a Bernoulli decoder; and else its negative
+    log-density at the scale that it fits to the error (sigma="optimal") or learns (`scale`; Rybkin
+    et al. 2021, 2006.13202). Pixel^2 with the SSE, else nats per pixel. Of `config`, only settings
+    that all runs of a stack share are read.
     """
-    if means.cross_entropy is not None:
-        data = means.cross_entropy
-    elif config.sigma == "fixed":
-        data = means.error
-    else:
-        mse = means.error / pixels
-        data = distortion(mse, mse if scale is None else scale, pixels)
+    data = means.error
+    if config.sigma != "fixed":
+        data = likelihoods.distortion(kind or likelihood_of(config), means.error, scale, pixels)
     if means.kl is None:
         return data / pixels
     free = coefficients.free_bits
@@ -254,14 +268,18 @@ def loss(
 
 
 def objective(
-    config: RunConfig, batch: Batch, coefficients: Coefficients, terms: Terms | None = None
+    config: RunConfig,
+    batch: Batch,
+    coefficients: Coefficients,
+    terms: Terms | None = None,
+    kind: Kind | None = None,
 ) -> Tensor:
     """Return the loss that training minimises on a batch, shape ().
 
     `loss` of the batch's averages + sum_k weight_k * term_k(batch) / D
     """
-    pixels = batch.x[0].numel()
-    total = loss(config, per_image(config, batch).mean(), coefficients, batch.scale, pixels)
+    pixels, means = batch.x[0].numel(), per_image(config, batch, kind).mean()
+    total = loss(config, means, coefficients, batch.scale, pixels, kind)
     for name, term in (terms or {}).items():
         total = total + coefficients.weights[name] * term(batch) / pixels
     return total

@@ -1,6 +1,6 @@
-"""Names of networks, loss terms and metrics: the built-in ones, and a user's with their source.
+"""Names of networks, likelihoods, terms and metrics: built-in ones, and a user's with their source.
 
-This module imports no PyTorch: a built-in network is the address of a function, "module:function".
+This module imports no PyTorch: a built-in part is the address "module:name" of its code.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from harness.errors import UserError, line_of
 
+if TYPE_CHECKING:
+    from harness.config import RunConfig
+
 Output = Literal["sigmoid", "identity"]
-Kind = Literal["network", "term", "metric"]
+Kind = Literal["network", "likelihood", "term", "metric"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """A registered likelihood."""
+
+    kind: type | str  # as `likelihood` registers it, or its address
+    has_scale: bool
+    file: str = ""  # with the source of a user's
+
+    def load(self) -> Any:  # noqa: ANN401 - a class of `harness.likelihoods`' protocol
+        """Return the class."""
+        return resolve_name(self.kind) if isinstance(self.kind, str) else self.kind
+
+
+@dataclass(frozen=True)
 class Metric:
     """A registered metric; with `every_epoch` it is measured on validation data every epoch too."""
 
@@ -49,12 +66,20 @@ class Metric:
     every_epoch: bool
 
 
+_BUILT_IN = "harness.models.networks:"
 NETWORKS = {  # by the name that `RunConfig.model` takes
-    "mlp": Network("harness.models.networks:mlp", "sigmoid", "stream", ("hidden",)),
-    "linear": Network("harness.models.networks:linear", "identity", "stream"),
-    "conv": Network("harness.models.networks:conv", "sigmoid", "stream", ("channels",)),
+    "mlp": Network(f"{_BUILT_IN}mlp", "sigmoid", "stream", ("hidden", "activation")),
+    "linear": Network(f"{_BUILT_IN}linear", "identity", "stream"),
+    "conv": Network(f"{_BUILT_IN}conv", "sigmoid", "stream", ("channels", "activation")),
 }
 BUILT_IN = tuple(NETWORKS)
+LIKELIHOODS = {  # by the name that `RunConfig.likelihood` takes
+    "gaussian": Likelihood("harness.likelihoods:Gaussian", has_scale=True),
+    "laplace": Likelihood("harness.likelihoods:Laplace", has_scale=True),
+    "bernoulli": Likelihood("harness.likelihoods:Bernoulli", has_scale=False),
+    "continuous_bernoulli": Likelihood("harness.likelihoods:ContinuousBernoulli", has_scale=False),
+}
+BUILT_IN_LIKELIHOODS = tuple(LIKELIHOODS)
 TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes
 METRICS: dict[str, Metric] = {}
 
@@ -79,6 +104,34 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     def register(function: Function) -> Function:
         NETWORKS[name] = Network(function, output)
         return function
+
+    return register
+
+
+def likelihood(name: str) -> Callable[[type[T]], type[T]]:
+    """Register the decorated class as the likelihood `RunConfig(likelihood=name)`.
+
+    Its static functions are `error(x, output)`, which training sums, shape (B,), of images and the
+    decoder's output behind its non-linearity; `neg_log_density(error, scale, D)`, in nats; and
+    `mean(output)`. `fit(mean_error, D)`, the best scale, may be left out. `logits = True` is for
+    one that takes the output before the non-linearity, `has_scale = False` for one without scale.
+    A second class of a name replaces the first.
+    """
+    _check("likelihood", name, BUILT_IN_LIKELIHOODS)
+    caller = inspect.currentframe()
+    caller = caller.f_back if caller else None
+    file = caller.f_code.co_filename if caller else ""
+
+    def register(kind: type[T]) -> type[T]:
+        if not isinstance(kind, type):
+            raise UserError(f"likelihood {name!r} is {kind!r}: decorate a class")
+        for function in ("error", "neg_log_density", "mean"):
+            if not callable(getattr(kind, function, None)):
+                raise UserError(f"likelihood {name!r} has no {function}: give it that function")
+        for flag, default in (("logits", False), ("has_scale", True)):
+            setattr(kind, flag, bool(getattr(kind, flag, default)))
+        LIKELIHOODS[name] = Likelihood(kind, kind.has_scale, file)  # type: ignore[attr-defined]
+        return kind
 
     return register
 
@@ -119,15 +172,29 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
     return register
 
 
-BUILT_IN_TERMS = ("total_correlation", "total_correlation_weighted", "mmd", "dip_i", "dip_ii")
+BUILT_IN_TERMS = (
+    *("total_correlation", "total_correlation_weighted", "mmd", "dip_i", "dip_ii"),
+    *("capacity", "rate_floor"),
+)
 QUALITY = (  # names of the metrics of `measure_quality`
     *("neg_log_likelihood", "neg_log_likelihood_se", "effective_samples", "aggregate_gap"),
     *("mutual_information", "mutual_information_lower", "probe_accuracy", "knn_accuracy"),
     *("feature_accuracy", "frechet", "frechet_reconstructions", "frechet_floor"),
+    *("latent_std", "posterior_sigma"),
 )
 MEASURED = (  # names of built-in metrics
-    *("loss", "mse", "rate", "distortion", "neg_elbo", "calibration_ratio", "active_units"),
-    *("learned_variance", "gap_to_linear", "pca_floor", *QUALITY),
+    *(
+        "loss",
+        "mse",
+        "mae",
+        "rate",
+        "distortion",
+        "neg_elbo",
+        "bits_per_dim",
+        "calibration_ratio",
+        "active_units",
+    ),
+    *("learned_variance", "learned_scale", "fitted_scale", "gap_to_linear", "pca_floor", *QUALITY),
 )
 
 
@@ -203,31 +270,36 @@ def _execute(text: str, file: str) -> None:
 
 
 def _registered(kind: Kind) -> dict[str, Any]:
-    known: dict[Kind, dict[str, Any]] = {"network": NETWORKS, "term": TERMS, "metric": METRICS}
-    return known[kind]
+    known: dict[Kind, dict[str, Any]] = {"network": NETWORKS, "likelihood": LIKELIHOODS}
+    return (known | {"term": TERMS, "metric": METRICS})[kind]
 
 
 def source(kind: Kind, name: str) -> str:
     """Return the text of the file, or notebook cell, that defines a part, or ""."""
     part = _registered(kind)[name]
-    function = inspect.unwrap(getattr(part, "function", part))
-    function = getattr(function, "func", function)  # of a partial
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    text = "".join(linecache.getlines(code.co_filename)) if code else ""
+    if isinstance(part, Likelihood):
+        file = part.file
+    else:
+        function = inspect.unwrap(getattr(part, "function", part))
+        function = getattr(function, "func", function)  # of a partial
+        call = getattr(type(function).__call__, "__code__", None)
+        file = getattr(getattr(function, "__code__", None) or call, "co_filename", "")
+    text = "".join(linecache.getlines(file))
     return text if text.endswith("\n") or not text else f"{text}\n"  # as linecache reads a file
 
 
-def options_of(function: Callable[..., Any] | str) -> list[str] | None:
-    """Return the options of a network or a term, its parameters with a name alone or a default.
+def options_of(function: Callable[..., Any] | str) -> dict[str, Any] | None:
+    """Return the options of a network or a term, parameters with a name alone or a default, and it.
 
     None if it takes any. A built-in network has none: its options are fields of `RunConfig`.
     """
     if isinstance(function, str):
-        return []
+        return {}
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    return {p.name: p.default for p in named}
 
 
 def digest(text: str) -> str:
@@ -235,8 +307,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def sources(model: str, terms: tuple[str, ...]) -> dict[tuple[Kind, str], str]:
+def sources(config: RunConfig) -> dict[tuple[Kind, str], str]:
     """Return the source of each part of a run that a user has registered."""
-    parts: list[tuple[Kind, str]] = [] if model in BUILT_IN else [("network", model)]
-    parts += [("term", name) for name in terms if name not in BUILT_IN_TERMS]
+    parts: list[tuple[Kind, str]] = []
+    if config.model not in BUILT_IN:
+        parts.append(("network", config.model))
+    if config.likelihood not in BUILT_IN_LIKELIHOODS:
+        parts.append(("likelihood", config.likelihood))
+    parts += [("term", name) for name in config.terms if name not in BUILT_IN_TERMS]
     return {part: source(*part) for part in [*parts, *(("metric", name) for name in METRICS)]}

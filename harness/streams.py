@@ -32,5 +32,9 @@ def batches(config: RunConfig, images: int, epoch: int) -> Tensor:
 
 def noise(seed: int, purpose: str, images: int, latent_size: int, epoch: int = 0) -> Tensor:
     """Return standard normal noise of a run, float32, shape (images, L)."""
-    stream = generator(seed, purpose, epoch, latent_size)
+    return normal(generator(seed, purpose, epoch, latent_size), images, latent_size)
+
+
+def normal(stream: np.random.Generator, images: int, latent_size: int) -> Tensor:
+    """Return the next standard normal numbers of a stream, float32, shape (images, L)."""
     return torch.from_numpy(stream.standard_normal((images, latent_size), dtype=np.float32))

@@ -107,6 +107,42 @@ def dip_ii(batch: Batch, *, ratio: float = 1.0) -> Tensor:
     return _from_identity(_covariance(mean) + log_variance.exp().mean(0).diag(), ratio)
 
 
+def capacity(
+    batch: Batch, *, nats: float = 25.0, share: float = 1.0, per_image: bool = False
+) -> Tensor:
+    """Return the distance of the rate from a capacity that rises linearly: |rate - C|.
+
+    C = nats * min(1, progress / share). Nats. Meant with kl_weight 0, in whose place its weight is
+    that of a rate above C. (Burgess et al. 2018, 1804.03599, equation 8.) It needs posterior and
+    progress.
+
+    Args:
+        batch: that of the run.
+        nats: the capacity at the end.
+        share: first share of the training in which C rises, above 0.
+        per_image: whether the rate is that of each image, |rate - C| being averaged, or the mean.
+    """
+    if not share > 0:
+        raise UserError(f"share={share!r}: capacity rises over a share of the training, > 0")
+    done = batch.progress / share  # a number where runs are measured
+    risen = done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+    rate = batch.posterior.rate()
+    return ((rate if per_image else rate.mean()) - nats * risen).abs().mean()
+
+
+def rate_floor(batch: Batch, *, nats: float = 16.0) -> Tensor:
+    """Return the mean over images of max(rate, nats): no image is pressed below so many nats.
+
+    Nats. Meant with kl_weight 0, in whose place its weight is. (Ha & Schmidhuber 2018, 1803.10122,
+    have half a nat for each of 32 latents.) It needs posterior.
+
+    Args:
+        batch: that of the run.
+        nats: the floor.
+    """
+    return batch.posterior.rate().clamp(min=nats).mean()
+
+
 def _covariance(mean: Tensor) -> Tensor:
     centred = mean - mean.mean(0)
     return centred.T @ centred / len(mean)
@@ -118,5 +154,5 @@ def _from_identity(covariance: Tensor, ratio: float) -> Tensor:
     return others.square().sum() + ratio * (diagonal - 1).square().sum()
 
 
-_TERMS = (total_correlation, total_correlation_weighted, mmd, dip_i, dip_ii)
+_TERMS = (total_correlation, total_correlation_weighted, mmd, dip_i, dip_ii, capacity, rate_floor)
 registry.TERMS |= {function.__name__: function for function in _TERMS}

@@ -28,13 +28,15 @@ def best_weight(frame: pd.DataFrame) -> str:
     means = frames.along_axis(frame, AXIS, metrics).set_index(AXIS)
     row, collapse = means.loc[best], frames.collapse_value(frame, AXIS)
     equal = [f"{w:.3g}" for w in means.index if w != best and not is_worse(frame, AXIS, w, best)]
+    variance = plain(row["decoder_variance"])
+    of_gaussian = f"Its decoder variance is {variance} pixel², its calibration ratio"
+    begins = "Its calibration ratio is" if variance == "-" else of_gaussian
     sentences = [
         f"{AXIS} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
         f"{plus_minus(row, 'val/neg_elbo')} nats / image (test {plus_minus(row, 'neg_elbo')}; "
         f"{over(row['seeds'])}); not distinguishable from it: {', '.join(equal) or 'none'}.",
-        f"Its decoder variance is {plain(row['decoder_variance'])} pixel², its calibration ratio "
-        f"{plain(row['calibration_ratio'])}, and {row['active_units']:.1f} of {size} latents are "
-        "active.",
+        f"{begins} {plain(row['calibration_ratio'])}, and {row['active_units']:.1f} of {size} "
+        "latents are active.",
     ]
     if BLOG_WEIGHT in means.index and best != BLOG_WEIGHT:
         cost = compare(frame, AXIS, BLOG_WEIGHT, best, "neg_elbo")

@@ -21,12 +21,12 @@ from harness.config import UserError
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
+from studies.runner.terminal import Terminal
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
     from harness.tracking.runs import Logged, Record
     from harness.training.engine import EpochRecord
-    from studies.runner.terminal import Terminal
 
 STOPPED = "Stopped. A replay keeps nothing; the same command starts it anew."
 
@@ -55,49 +55,80 @@ def main(args: Sequence[str] | None = None) -> None:
     """Replay a run from the command line; exit code 0, 1, or 2 for bad input."""
     with clear_errors(args, STOPPED) as terminal:
         options = read(ReplayOptions, "replay", __doc__ or "", args)
-        from harness import provenance  # --help answers without PyTorch
-        from harness.tracking.record import WALL_CLOCK
-        from harness.tracking.store import connect
-        from harness.training.engine import resolve_device
-
-        uri = addresses.tracking_address(options.tracking_uri)
-        if addresses.is_new(uri):
-            raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
-        record = connect(uri).record(options.run, trust=options.trust or None)
-        then = record.made_with
-        data = load(record, options.data_dir)
-        as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
-        device = resolve_device("cpu" if as_recorded else options.device).type
-        now = provenance.provenance(data, device)
-        differences = provenance.differences(then, now)
-        run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
-        terminal.line(f"Training run {run}.")
-        for line in differences or ["Code, versions, device and data are those of the record."]:
-            terminal.line(f"  {line}")
-        with provenance.blas_threads(then["threads"]["blas"]):
-            values = retrain(record, data, device, terminal)
-        logged = [value for value in record.values if value.metric not in WALL_CLOCK]
-        exact = device == "cpu" and then["device"] == now["device"]
-        passed, sentence = compare(logged, values, exact=exact)
-        terminal.line(sentence)
-        sys.exit(0 if passed else 1)
+        sys.exit(0 if _replayed(options, terminal) else 1)
 
 
-def load(record: Record, data_dir: Path) -> Dataset:
-    """Load the dataset of a record."""
+def replay(run: str, data: Dataset | None = None, **options: Any) -> bool:
+    """Replay a run from Python and return whether it comes out again: `replay("RUN_ID", data)`.
+
+    `options` are those of the command line by name; `data` is the dataset of a run on tensors.
+    """
+    terminal = Terminal()
+    with terminal.shown():
+        return _replayed(ReplayOptions(run, **options), terminal, data)
+
+
+def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None = None) -> bool:
+    from harness import provenance  # --help answers without PyTorch
+    from harness.tracking.record import WALL_CLOCK
+    from harness.tracking.store import connect
+    from harness.training.engine import resolve_device
+
+    uri = addresses.tracking_address(options.tracking_uri)
+    if addresses.is_new(uri):
+        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
+    record = connect(uri).record(options.run, trust=options.trust or None)
+    then = record.made_with
+    data = load(record, options.data_dir, data)
+    as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"
+    device = resolve_device("cpu" if as_recorded else options.device).type
+    now = provenance.provenance(data, device)
+    differences = provenance.differences(then, now)
+    run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
+    terminal.line(f"Training run {run}.")
+    for line in differences or ["Code, versions, device and data are those of the record."]:
+        terminal.line(f"  {line}")
+    with provenance.blas_threads(then["threads"]["blas"]):
+        values = retrain(record, data, device, terminal)
+    logged = [value for value in record.values if value.metric not in WALL_CLOCK]
+    exact = device == "cpu" and then["device"] == now["device"]
+    passed, sentence = compare(logged, values, exact=exact)
+    terminal.line(sentence)
+    return passed
+
+
+def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
+    """Load the dataset of a record, or return the given one if it is the record's."""
     then = record.made_with["dataset"]
-    from harness.data.load import OWN
+    from harness.data.load import OWN, is_named
 
-    kind, dash, _ = then["name"].partition("-")
-    if dash and kind in OWN:  # runs of an earlier version have no options
-        given = then.get("options") or {"image_size": then["image_shape"][1:]}
-        data = harness.load_dataset(f"{kind}:{data_dir}", **given)
+    if own is not None:
+        if own.digest != then["digest"]:
+            raise UserError(
+                f"data= is not the dataset of run {record.run_id}: digest {then['digest']} then, "
+                f"{own.digest} now; give the tensors and rows that it was trained on"
+            )
+        return own
+    if not is_named(then["name"]):
+        raise UserError(
+            f"run {record.run_id} was trained on tensors, dataset {then['name']!r}; repeat it from "
+            f"Python: studies.replay.replay({record.run_id!r}, DATA), with that dataset as DATA"
+        )
+    kind, dash, name = then["name"].partition("-")
+    if dash and kind in OWN:
+        # Runs of an earlier version have no options; images of that size are kept as they are.
+        size = {"image_size": then["image_shape"][1:]} if OWN[kind] == "image_size" else {}
+        place = name if kind == "torchvision" else data_dir
+        try:
+            data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))
+        except UserError as error:
+            raise UserError(f"{error} (--data-dir {data_dir})") from None
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:
         raise UserError(
             f"{then['name']} in {data_dir} is not the dataset of run {record.run_id}: digest "
-            f"{then['digest']} then, {data.digest} now; name its folder with --data-dir"
+            f"{then['digest']} then, {data.digest} now; name its folder or file with --data-dir"
         )
     return data
 

@@ -20,7 +20,7 @@ from analysis import frames
 from studies.ledger import references
 from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, Row, count, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
-from studies.runner.options import ELSEWHERE, Places, arguments, program
+from studies.runner.options import ELSEWHERE, Places, arguments, program, start_words
 from studies.runner.proposers import Cell, Listed, repeated
 from studies.runner.study import KNOWN, Plan
 
@@ -66,6 +66,7 @@ def make_plan(
         configs=configs,
         proposer=Listed(cells, {"dataset": data.name, "dataset_digest": data.digest}),
         find=partial(find, ledger=ledger, form=form),
+        start=start_words(NAME),
         words=" ".join([program(NAME), *arguments(options, ELSEWHERE)]),
         sentence="\n".join([*each, total] if options.dry_run else [total]),
         summary_key=hashlib.sha256(repr((ledger, configs)).encode()).hexdigest()[:16],

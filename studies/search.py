@@ -19,7 +19,7 @@ from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.answers import plus_minus
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, at_least, setting_options
+from studies.runner.options import Common, at_least, setting_options, start_words
 from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
 from studies.runner.study import Plan, calibrated, check_objective, command, parts, source
 
@@ -102,7 +102,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     data = source(options.dataset, own)
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base)
-    fixed = {*options.settings, *(["sigma"] if base.likelihood == "bernoulli" else [])}
+    fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")
@@ -121,7 +121,8 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         configs=[base] * (options.trials * options.seeds + 2 * CONFIRMING),
         proposer=proposer,
         find=partial(find, proposer),
-        words=command(NAME, data, replace(options, pruner=pruner), base),
+        start=start_words(NAME),
+        words=command(start_words(NAME), data, replace(options, pruner=pruner), base),
         sentence=f"{options.trials} configurations of {', '.join(searched)}, seeds: "
         f"{options.seeds}, {base.epochs} epochs, minimising {' and '.join(objectives)}, pruner "
         f"{pruner}, then {CONFIRMING} fresh seeds of the best",

@@ -81,10 +81,16 @@ def mnist_folder() -> Path:
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """Forget after the test which networks, terms and metrics it registered."""
+    """Forget after the test which parts it registered."""
     from harness import registry
 
-    known = (registry.NETWORKS, registry.TERMS, registry.METRICS, registry._files)
+    known = (
+        registry.NETWORKS,
+        registry.LIKELIHOODS,
+        registry.TERMS,
+        registry.METRICS,
+        registry._files,
+    )
     before = [dict(names) for names in known]
     yield
     for names, had in zip(known, before, strict=True):

@@ -16,7 +16,7 @@ every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.rela
 
 LAYERS = (
     {"errors", "registry", "config", "streams", "forkserver", "processes"},
-    {"data", "objective", "terms", "provenance"},
+    {"data", "objective", "likelihoods", "terms", "provenance"},
     {"models"},
     {"linear"},
     {"metrics"},

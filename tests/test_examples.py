@@ -1,5 +1,7 @@
-"""The examples of `docs/own-parts.md`, as a user runs them, and the bar of `progress=True`."""
+"""The examples, as a user runs them, and the bar of `progress=True`."""
 
+import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -16,7 +18,10 @@ from studies.kl_weight import STUDY
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", ["residual", "total_correlation"])
+NAMES = ("residual", "total_correlation", "table_study", "grid_on_tensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
 
@@ -53,6 +58,33 @@ def test_the_study_of_total_correlation_answers(
     assert "Weight 4: neg_elbo" in printed
     runs = tracking.connect(tracking_uri).runs("total_correlation-digits", role="run")
     assert {float(one.params["total_correlation"]) for one in runs} == {0.0, 4.0}
+
+
+def test_the_study_of_a_table_answers(tracking_uri, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("harness.data.table")
+    file = str(EXAMPLES / "table_study.py")
+    places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
+    options = ["--values", "1", "2", "--seeds", "1", "--epochs", "1", *places]
+    monkeypatch.setattr(sys, "argv", [file, *options])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(file, run_name="__main__")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "on table-tumours (30 columns)" in printed
+    assert re.search(r"Latents keep -?\d+% with 1, -?\d+% with 2; neg_elbo is lowest", printed)
+    page = (tmp_path / "reports" / "table_study-table-tumours" / "report.html").read_text()
+    assert "--dataset table:tumours.csv --label target" in page
+
+
+def test_the_grid_on_tensors_has_a_heat_map(tracking_uri, tmp_path):
+    pytest.importorskip("studies.sweep")
+    found = runpy.run_path(str(EXAMPLES / "grid_on_tensors.py"))
+    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
+    outcome = run(found["STUDY"], data=found["waves"](80), seeds=1, epochs=1, **places)
+    assert outcome.folder.name == "sweep-learning_rate-kl_weight-waves"
+    assert (outcome.folder / "figures" / "heat_map.png").exists()
+    assert len(outcome.table) == 6
+    command = json.loads((outcome.folder / "summary.json").read_text())["command"]
+    assert command.startswith("run(STUDY, data=DATA, ")
 
 
 @pytest.mark.parametrize("tracked", [False, True])

@@ -62,7 +62,8 @@ def test_results_and_stored_runs_make_the_same_frame(tiny, tracking_uri):
     np.testing.assert_allclose(made["decoder_variance"], stored["decoder_variance"], rtol=1e-12)
     settings = list(RunConfig().named())
     different = [name for name in settings if made[name].tolist() != stored[name].tolist()]
-    assert different == ["hidden", "channels"]  # MLflow has Python's form of a tuple
+    # MLflow has Python's form of a tuple.
+    assert different == ["hidden", "channels", "adam_betas", "lr_milestones"]
     assert set(made["hidden"]) == {"16,8"}
 
 

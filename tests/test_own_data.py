@@ -332,7 +332,7 @@ def test_an_image_size_that_is_none_is_refused(folder, size):
 
 
 def test_only_own_images_are_resized():
-    with pytest.raises(UserError, match="only images of folder:PATH"):
+    with pytest.raises(UserError, match="only folder:PATH and torchvision:PATH"):
         load_dataset("digits", image_size=4)
 
 

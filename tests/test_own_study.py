@@ -121,7 +121,7 @@ def test_pictures_without_classes_and_too_large_for_a_linear_model(
 BAD = [
     ("--dataset folder:HERE/none", "there is no such folder"),
     ("--dataset folder:", "no image in it|give --image-size|differ"),
-    ("--image-size 4", "only images of folder:PATH are resized"),
+    ("--image-size 4", "only folder:PATH and torchvision:PATH"),
     ("--dataset folder:HERE --image-size 0", "image_size=(0,)"),
     ("--dataset folder:HERE --image-size 1 2 3", "image_size=(1, 2, 3)"),
     ("--dataset folder:HERE --image-size x", "--image-size"),

@@ -28,7 +28,8 @@ def test_a_network_is_built_by_its_name():
 def test_the_output_of_a_network_is_that_of_its_registration():
     harness.network("mine", output="identity")(pair)
     assert not build(RunConfig(model="mine"), (4,)).has_sigmoid
-    assert build(RunConfig(model="mine", likelihood="bernoulli"), (4,)).has_sigmoid
+    model = build(RunConfig(model="mine", likelihood="bernoulli", latent_size=2), (4,))
+    assert torch.equal(model.decode(z := torch.randn(3, 2)), model.decoder(z).sigmoid())
 
 
 def test_a_second_network_of_a_name_replaces_the_first():

@@ -10,7 +10,10 @@ from textbook import flat
 from torch import Tensor
 
 import harness
-from harness import RunConfig, UserError, streams
+from harness import RunConfig, UserError, objective, streams
+from harness.linear.vae import linear_metrics
+from harness.metrics.evaluate import evaluate
+from harness.models.vae import build
 from harness.objective import TERMS, Batch, Posterior
 from harness.registry import BUILT_IN_TERMS
 
@@ -106,6 +109,57 @@ def test_dip_is_zero_where_the_covariance_is_the_identity_and_its_formula_elsewh
         diagonal = sum((c[i, i] - 1) ** 2 for i in range(3))
         torch.testing.assert_close(TERMS[name](batch), apart + ratio * diagonal)
         torch.testing.assert_close(TERMS[name](batch, ratio=0.5), apart + diagonal / 2)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.25, 0.5, 1.0, torch.tensor(0.25)])
+def test_capacity_rises_linearly_over_its_share_and_stays(progress):
+    batch = of_latents(torch.randn(6, 3), torch.randn(6, 3), progress=progress)
+    mean, log_variance = batch.posterior
+    q = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    rate = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(-1)
+    for share, risen in ((1.0, float(progress)), (0.5, min(1.0, 2 * float(progress)))):
+        options = {"nats": 5.0, "share": share}
+        found = TERMS["capacity"](batch, **options)
+        torch.testing.assert_close(found, (rate.mean() - 5 * risen).abs())
+        each = TERMS["capacity"](batch, **options, per_image=True)
+        torch.testing.assert_close(each, (rate - 5 * risen).abs().mean())
+    for nats in (0.0, 2.0, 1000.0):
+        floor = TERMS["rate_floor"](batch, nats=nats)
+        torch.testing.assert_close(floor, rate.clamp(min=nats).mean())
+    with pytest.raises(
+        UserError, match="share=0: capacity rises over a share of the training, > 0"
+    ):
+        TERMS["capacity"](batch, share=0)
+
+
+@pytest.mark.parametrize("term", ["capacity", "rate_floor"])
+def test_a_term_that_sets_the_rate_leaves_no_decoder_variance(tiny, term):
+    config = CONFIG.replace(kl_weight=0.0, terms={term: 1.0})
+    for variance in (objective.decoder_variance, objective.decoder_scale, objective.decoder_std):
+        assert math.isnan(variance(config, 64))
+    metrics = harness.train_and_evaluate(config, tiny, "cpu").metrics
+    assert not {"calibration_ratio", "gap_to_linear"} & metrics.keys()
+    assert linear_metrics(config, tiny).keys() == {"test/pca_floor"}
+    assert "calibration_ratio" in evaluated(config.replace(sigma="optimal"), tiny)
+
+
+def evaluated(config, data) -> dict[str, float]:
+    return evaluate([(config, build(config, data.image_shape, 16))], data)[0]
+
+
+def test_a_rate_floor_of_nothing_is_the_rate(tiny):
+    floor = CONFIG.replace(kl_weight=0.0, terms={"rate_floor": 0.3})
+    floor = floor.replace(term_options={"rate_floor": {"nats": 0.0}})
+    both = [*harness.train([floor, CONFIG.replace(kl_weight=0.3)], tiny, "cpu", torch.float64)][-1]
+    torch.testing.assert_close(flat(both.model(0)), flat(both.model(1)), rtol=1e-9, atol=1e-9)
+
+
+def test_the_rate_follows_the_capacity(tiny):
+    config = CONFIG.replace(kl_weight=0.0, terms={"capacity": 10.0}, epochs=60)
+    config = config.replace(term_options={"capacity": {"nats": 4.0, "share": 0.5}})
+    rates = [float(r.train["rate"][0]) for r in harness.train([config], tiny, "cpu")]
+    assert rates[9] == pytest.approx(4 / 3, abs=0.5)  # a third of the way up
+    assert rates[-1] == pytest.approx(4, abs=0.5)
 
 
 @pytest.mark.parametrize("name", BUILT_IN_TERMS)

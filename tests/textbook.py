@@ -1,6 +1,7 @@
 """One run in plain PyTorch, written from SCIENCE.md; and lists of runs to compare with it."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,28 @@ KINDS = [
 """Networks and heads that have a textbook form."""
 
 
+ACTIVATIONS = {
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+}
+
+
+class Activation(nn.Module):
+    """A function between layers, by its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.function = ACTIVATIONS[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the function's values."""
+        return self.function(x)
+
+
 class Textbook(nn.Module):
     """A VAE of `nn.Linear` layers in float64 with the same initial weights as the harness's run."""
 
@@ -54,8 +77,9 @@ class Textbook(nn.Module):
         if config.model == "conv":
             self.encoder, self.decoder = _convolutions(config, image_shape)
         else:
-            self.encoder = _layers([pixels, *hidden, 2 * config.latent_size])
-            self.decoder = _layers([config.latent_size, *hidden[::-1], pixels])
+            activation = config.activation
+            self.encoder = _layers([pixels, *hidden, 2 * config.latent_size], activation)
+            self.decoder = _layers([config.latent_size, *hidden[::-1], pixels], activation)
         if config.sigma == "learned":
             self.log_variance = nn.Parameter(torch.zeros(()))
         self.double()
@@ -104,12 +128,25 @@ class Textbook(nn.Module):
         c = scale[self.config.kl_normalization]
         return self.error(x, q.mean + q.stddev * eps) + warmup * self.config.kl_weight * kl / c
 
-    def train_epochs(self, pixels: Tensor) -> None:
-        """Train with `torch.optim.Adam` on pixels (N, D), batches and noise as in the harness."""
+    def train_epochs(
+        self,
+        pixels: Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        clip: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """Train on pixels (N, D), with batches and noise as in the harness.
+
+        The optimiser is Adam unless given; its scheduler is stepped once an epoch. The loss is
+        multiplied by `scale`, and its gradient clipped where `clip` is above 0.
+        """
         config = self.config
         if config.sigma == "learned":
             nn.init.constant_(self.log_variance, math.log(pixels.var(0, correction=0).mean()))
-        optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, foreach=False)
+        adam = partial(torch.optim.Adam, lr=config.learning_rate, foreach=False)
+        optimizer = optimizer or adam(self.parameters())
         steps = len(pixels) // config.batch_size
         for epoch in range(config.epochs):
             images, latents = steps * config.batch_size, config.latent_size
@@ -120,14 +157,18 @@ class Textbook(nn.Module):
                 since = math.fmod(epoch * steps + step, config.epochs * steps / config.kl_cycles)
                 warmup = min(1.0, since / length) if length else 1.0
                 optimizer.zero_grad()
-                self.loss(pixels[rows[step]], eps, warmup).backward()
+                (scale * self.loss(pixels[rows[step]], eps, warmup)).backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(self.parameters(), clip)
                 optimizer.step()
+            if schedule is not None:
+                schedule.step()
 
 
-def _layers(sizes: list[int]) -> nn.Sequential:
+def _layers(sizes: list[int], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, size in enumerate(sizes[1:]):
-        layers += [nn.ReLU()] if i else []
+        layers += [Activation(activation)] if i else []
         layers.append(nn.Linear(sizes[i], size))
     return nn.Sequential(*layers)
 
@@ -145,8 +186,8 @@ def _convolutions(
         even = [int(side % 2 == 0) for side in image.shape[2:]]
         turned = nn.ConvTranspose2d(channels, image.shape[1], 3, 2, 1, output_padding=even)
         assert turned(smaller).shape == image.shape
-        there += [conv, nn.ReLU()]
-        back = [nn.ReLU(), turned, *back]
+        there += [conv, Activation(config.activation)]
+        back = [Activation(config.activation), turned, *back]
         image = smaller
     head = nn.Linear(image.numel(), 2 * config.latent_size)
     first = nn.Linear(config.latent_size, image.numel())

@@ -14,7 +14,7 @@ class Mean(torch.nn.Module):
     def __init__(self, pixels, shape=(1, 8, 8)):
         super().__init__()
         self.register_buffer("image", pixels)
-        self.data_shape, self.largest = shape, 16
+        self.data_shape, self.largest, self.columns = shape, 16, None
 
 
 def train_means(configs, data, device, checkpoints=None):
@@ -25,7 +25,7 @@ def train_means(configs, data, device, checkpoints=None):
         mse = [float((val - model.image).square().mean()) for model in models]
         metrics = {"loss": np.array(mse), "mse": np.array(mse)}
         rows, ones = tuple(range(len(configs))), np.ones(len(configs))
-        states = [SimpleNamespace(model_of=lambda place, m=m: m) for m in models]
+        states = [SimpleNamespace(model=m, model_of=lambda place, m=m: m) for m in models]
         yield EpochRecord(
             *(epoch, 0.1, len(images), metrics, metrics, ones, tuple(configs), rows),
             *((0,) * len(rows), [(state, 0) for state in states]),

@@ -1,8 +1,10 @@
 """Figures: a frame of runs in, a matplotlib figure out."""
 
+from analysis.plots.along_axis import HEAT_MAP_CAPTION as HEAT_MAP_CAPTION
 from analysis.plots.along_axis import QUALITY_CAPTION as QUALITY_CAPTION
 from analysis.plots.along_axis import class_errors as class_errors
 from analysis.plots.along_axis import conditions as conditions
+from analysis.plots.along_axis import heat_map as heat_map
 from analysis.plots.along_axis import metrics_along_axis as metrics_along_axis
 from analysis.plots.along_axis import metrics_along_latent_size as metrics_along_latent_size
 from analysis.plots.along_axis import one_curve as one_curve
@@ -16,3 +18,4 @@ from analysis.plots.search import search_front as search_front
 from analysis.plots.search import search_history as search_history
 from analysis.plots.search import search_importances as search_importances
 from analysis.plots.search import search_parameters as search_parameters
+from analysis.plots.style import of_a_table as of_a_table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis import frames
+from analysis import frames, tables
 from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
 
 if TYPE_CHECKING:
@@ -24,11 +24,22 @@ QUALITY_CAPTION = (
     "test images of prior samples and of reconstructions; dotted, of as many training images."
 )
 
+HEAT_MAP_CAPTION = (
+    "Mean on test data and half width of its 95 % t interval over seeds. Framed: lowest mean on "
+    "validation data, of cells with all seeds. A dash: no run has finished."
+)
+
 
 def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
-    """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity."""
+    """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity.
+
+    Where not all runs have a `neg_elbo`, `loss` takes its place.
+    """
     figure, panels = canvas(10, 7, rows=2, columns=2, sharex=True)
-    for panel, metric in zip(panels.flat, FOUR, strict=True):
+    for panel, metric in zip(panels.flat, (frames.compared(frame), *FOUR[1:]), strict=True):
+        if metric not in frame:
+            empty_panel(panel, f"no run has a {metric}")
+            continue
         _runs_and_means(panel, frame, axis, metric, group)
         _linear_model(panel, frame, axis, metric, group)
         if not group and axis in ("kl_weight", "decoder_variance"):
@@ -77,7 +88,7 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     left.set_ylabel("nats / image")
     right.set_ylabel(label("frechet"))
     if "frechet" not in frame:
-        empty_panel(right, "fewer than two classes: no features\nto compare images by")
+        empty_panel(right, "no Fréchet distances: they need\npictures of two classes")
     for panel in (left, right):
         if panel.get_lines():
             panel.legend(frameon=False)
@@ -142,6 +153,41 @@ def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     return figure
 
 
+def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
+    """Plot the test metric of two axes' combinations: mean and interval over seeds in each cell.
+
+    The metric is `neg_elbo`, or `loss` where not all runs have it. The cell with the lowest mean on
+    validation data is framed; one without a finished run has a dash.
+    """
+    import seaborn as sns
+
+    metric, keys = frames.compared(frame), [rows, columns]
+    means = frames.along_axis(frame, keys, [metric])
+    means["text"] = tables.cells(means)[metric].str.replace(" ± ", "\n± ")
+    down, across = (frames.along_axis(frame, key, [])[key].tolist() for key in keys)
+    values, texts = (
+        means.pivot(index=rows, columns=columns, values=name).reindex(down, columns=across)
+        for name in (metric, "text")
+    )
+    low, middle, high = means[metric].quantile([0, 0.5, 1])
+    top = min(high, low + 3 * (middle - low))  # a cell far off would flatten all others
+    figure, panel = canvas(0.9 * len(across) + 2.5, max(2.5, 0.55 * len(down) + 1.2))
+    ticks = {"xticklabels": [*map(tables.plain, across)]}
+    ticks["yticklabels"] = [*map(tables.plain, down)]
+    bar = {"label": label(metric), "extend": "max" if top < high else "neither"}
+    look = {"cmap": "cividis_r", "vmin": low, "vmax": top, "linewidths": 0.5, "cbar_kws": bar}
+    sns.heatmap(values, ax=panel, annot=texts, fmt="", annot_kws={"fontsize": 9}, **ticks, **look)
+    for i, j in np.argwhere(values.isna().to_numpy()):
+        panel.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=GREY)
+    best = frames.best_value(frames.complete(frame, keys), keys)
+    i, j = down.index(best[0]), across.index(best[1])
+    border = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) + (j, i)
+    panel.plot(*border.T, color=COLORS[1], lw=3, clip_on=False, zorder=3)
+    panel.set(xlabel=label(columns), ylabel=label(rows))
+    panel.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def _mean(
     panel: Axes, frame: pd.DataFrame, axis: str, metric: str, color: str, style: str, name: str
 ) -> None:
@@ -155,7 +201,7 @@ def _parts(frame: pd.DataFrame, group: str) -> Iterator[tuple[str, pd.DataFrame,
     """Yield name, runs and colour of each group; without groups, of all runs."""
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
-        yield name, part, color
+        yield f"{group} = {name}" if group and frames.is_numeric(part[group]) else name, part, color
 
 
 def _runs_and_means(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str) -> None:
@@ -210,7 +256,7 @@ def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
     if axis != "kl_weight" or zero.empty or rest.empty:
         return
     span = rest.max() - rest.min()
-    if zero.mean() > rest.max() + span:
+    if span and zero.mean() > rest.max() + span:
         panel.set_ylim(rest.min() - 0.1 * span, rest.max() + 0.4 * span)
         note(panel, f"kl_weight = 0: {zero.mean():.3g}, above")
 

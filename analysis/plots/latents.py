@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames
-from analysis.plots.style import COLORS, canvas, plain_text
+from analysis.plots.style import COLORS, canvas, empty_figure, plain_text
 from analysis.tables import plain
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ COLLAPSED = 0.01  # rate below which a value has no panel, nats / image
 
 def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """Plot the test KL of each latent as bars, largest first, for some values of an axis."""
-    frame = frame.dropna(subset=["rate"])
+    frame = frames.having(frame, "rate")
+    if frame.empty:
+        return empty_figure("no run has a rate")
     parts = list(frame.groupby(group, sort=False)) if group else [("", frame)]
     shown = [(name, part, shown_values(part, axis)) for name, part in parts]
     columns = max(len(values) for *_, values in shown)

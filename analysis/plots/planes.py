@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis import frames
-from analysis.plots.style import COLORS, GREY, canvas, label
+from analysis.plots.style import COLORS, GREY, canvas, empty_figure, label
 from analysis.tables import plain
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     """
     import seaborn as sns
 
+    frame = frames.having(frame, "rate", "distortion")
+    if frame.empty:
+        return empty_figure("no run has a rate and a distortion")
     figure, panel = canvas(8, 6)
-    frame = frame.dropna(subset=["rate"])
     shown = _bounded(frame, axis)
     _iso_lines(panel, shown)
     keys = [group, axis] if group else [axis]
@@ -36,7 +38,9 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     colors = cycle(COLORS if group else sns.color_palette("viridis", len(means)))
     for name, part in lines:
         line_color = next(colors) if group else GREY
-        panel.plot(part["rate"], part["distortion"], color=line_color, lw=1, label=name or None)
+        panel.plot(
+            part["rate"], part["distortion"], color=line_color, lw=1, label=str(name) or None
+        )
         for _, point in part.iterrows():
             color = line_color if group else next(colors)
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]

@@ -11,12 +11,20 @@ if TYPE_CHECKING:
 UNITS = {
     **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
     **dict.fromkeys(("mse", "decoder_variance"), "pixel²"),
+    **dict.fromkeys(("mae", "laplace_scale"), "pixel"),
     **dict.fromkeys(("active_units", "latent_size"), "count"),
     **dict.fromkeys(("probe_accuracy", "knn_accuracy"), "share"),
     "frechet": "variance of a feature",
     "free_bits": "nats",
     "gap_to_linear": "%",
     "kl_warmup_epochs": "epochs",
+}
+
+# What is said of images, and of the rows and standardised columns of a table.
+OF_TABLES = {
+    **{"pixel²": "std²", "nats / image": "nats / row", "image and": "row and"},
+    **{f"{part} images": f"{part} rows" for part in ("test", "training", "of", "the")},
+    "images without": "rows without",
 }
 
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow.
@@ -28,6 +36,13 @@ def label(name: str) -> str:
     """Return the label of a setting or metric: its name, and its unit if it has one."""
     unit = UNITS.get(name.rpartition("/")[2])
     return f"{name} ({unit})" if unit else name
+
+
+def of_a_table(text: str) -> str:
+    """Return a text about images as one about the rows and columns of a table."""
+    for phrase, other in OF_TABLES.items():
+        text = text.replace(phrase, other)
+    return text
 
 
 def canvas(
@@ -53,6 +68,13 @@ def note(panel: Axes, text: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the lines behind it
     look: dict[str, Any] = {"ha": "right", "va": "top", "color": GREY, "bbox": box}
     panel.text(0.99, 0.99, text, transform=panel.transAxes, **look)
+
+
+def empty_figure(reason: str) -> Figure:
+    """Return a figure of a reason alone."""
+    figure, panel = canvas(8, 1)
+    empty_panel(panel, reason)
+    return figure
 
 
 def empty_panel(panel: Axes, reason: str) -> None:

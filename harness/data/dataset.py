@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from harness import processes
-from harness.config import Binarization, UserError, checked_name
+from harness.config import Drawing, UserError, checked_name
+from harness.data.mapped import Mapped, rounded
 from harness.data.mnist import DATASETS
 from harness.streams import generator
 
 PARTS = ("train", "val", "test")
 SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
 LEAST = 20  # images that can be split
+FARTHEST = 1e6  # standard deviations of a table's value from the mean: of its square, 1e12
 MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
+# Streams of drawn pixels.
+PURPOSE = {"threshold": "binarize", "stochastic": "binarize", "uniform": "dequantize"}
+CHUNK = 2**23  # values that are read at once: 64 MiB of float64
 
 
 class Columns(NamedTuple):
@@ -47,9 +52,10 @@ class Columns(NamedTuple):
 class Split:
     """Images, or rows of a table, and labels of one part of a dataset."""
 
-    images: Tensor  # shape (N, D): uint8, or a table's standardised columns, float32
+    images: Tensor | Mapped  # (N, D): uint8, or a table's standardised columns, float32
     labels: Tensor  # class of each image, int64, shape (N,); 0 if the dataset has no classes
     largest: int  # grey value that stands for 1; 1 of a table
+    levels: int = 1  # grey levels that dequantised pixels stand for; 1 of others
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,31 +74,45 @@ class Split:
 
     def rows(self, rows: Tensor | slice) -> Split:
         """Return the chosen images and their labels."""
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        images = self.images.chosen(rows) if isinstance(self.images, Mapped) else self.images[rows]
+        return replace(self, images=images, labels=self.labels[rows])
 
     def head(self, images: int) -> Split:
         """Return the first images of the split, which is in random order."""
         return self.rows(slice(images))
 
-    def binarized(self, kind: Binarization, stream: np.random.Generator | None = None) -> Split:
-        """Return the split with pixels 0 or 1.
+    def drawn(self, kind: Drawing, stream: np.random.Generator | None = None) -> Split:
+        """Return the split with pixels 0 or 1, or dequantised ones.
 
         "threshold": 1 from half the largest grey value on; "stochastic": 1 with the pixel's value
-        as probability, drawn from the stream (Salakhutdinov & Murray 2008).
+        as probability, drawn from the stream (Salakhutdinov & Murray 2008); "uniform": (k + u) /
+        (K + 1) of a grey level k of 0 to K, u from U(0, 1) (Uria et al. 2013, 1306.0186), float32.
         """
-        if kind == "none":
+        if kind == "none" or self.levels > 1:
             return self
+        if kind == "uniform":
+            assert stream is not None
+            u = torch.from_numpy(stream.random(tuple(self.images.shape), dtype=np.float32))
+            images = (self.images[:] + u.to(self.images.device)) / (self.largest + 1)
+            return replace(self, images=images, largest=1, levels=self.largest + 1)
         levels = np.full(1, (self.largest + 1) // 2 - 1, dtype=np.uint8)
         if kind == "stochastic":
             assert stream is not None
             shape = tuple(self.images.shape)
             levels = stream.integers(self.largest, size=shape, dtype=np.uint8)
-        ones = self.images > torch.from_numpy(levels).to(self.images.device)
+        ones = self.images[:] > torch.from_numpy(levels).to(self.images.device)
         return replace(self, images=ones.to(torch.uint8), largest=1)
 
+    def loaded(self, device: torch.device) -> Split:
+        """Return the split with its tensors on the device, and images of a file in its memory."""
+        if not isinstance(self.images, Mapped):
+            return self.to(device)
+        images = torch.cat([some.to(device) for some in in_chunks(self.images)])
+        return replace(self, images=images, labels=self.labels.to(device))
+
     def to(self, device: torch.device) -> Split:
-        """Return the split with its tensors on the device."""
-        if self.images.device == device:
+        """Return the split with its tensors on the device; those of a file are read when needed."""
+        if self.labels.device == device:
             return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -128,7 +148,7 @@ class Dataset:
     def from_tensors(
         cls,
         name: str,
-        images: Tensor | np.ndarray,
+        images: Tensor | np.ndarray | Mapped,
         labels: Tensor | np.ndarray | Sequence[int] | None = None,
         *,
         rows: Mapping[str, Iterable[int]] | None = None,
@@ -161,17 +181,24 @@ class Dataset:
             count = max(int(classes.max()) + 1, len(class_names))
         if class_names and len(class_names) != count:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
-        grey = 255 if torch.as_tensor(images).is_floating_point() else largest
+        if not isinstance(images, Mapped) and torch.as_tensor(images).is_floating_point():
+            largest = 255
         parts, known = split_rows(len(values), rows), None
         if values.dtype == torch.float64:
-            known = _columns(values[parts[0]], columns)
-            values, grey = known.standardized(values).float(), 1
-        train, val, test = map(Split(values, classes, grey).rows, parts)
-        if bool((train.images == train.images[0]).all()):
+            known, largest = _columns(Split(values, classes, 1).rows(parts[0]).images, columns), 1
+            _check_range(values, known)
+            values = (
+                replace(values, columns=known)
+                if isinstance(values, Mapped)
+                else known.standardized(values).float()
+            )
+        train, val, test = map(Split(values, classes, largest).rows, parts)
+        first = train.images[:1]
+        if all(bool((some == first).all()) for some in in_chunks(train.images)):
             raise UserError("all training images are the same: there is nothing to learn from them")
         all_parts = train, val, test
         tensors = [tensor for part in all_parts for tensor in (part.images, part.labels)]
-        about: list[Any] = [shape, grey, count, *map(len, all_parts), *([known] if known else [])]
+        about: list[Any] = [shape, largest, count, *map(len, all_parts), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
         return cls(name, shape, count, *all_parts, found, tuple(class_names), known)
 
@@ -204,17 +231,21 @@ class Dataset:
         """Return the name of a class, or its number where classes have no names."""
         return self.class_names[label] if self.class_names else str(label)
 
-    def binarized(self, kind: Binarization) -> Dataset:
-        """Return the dataset as runs of every seed with this `binarization` are measured on it."""
+    def drawn(self, kind: Drawing) -> Dataset:
+        """Return the dataset as runs of every seed with this `drawing` are measured on it."""
         if kind == "none":
             return self
-        streams = {part: generator(SPLIT_SEED, f"binarize/{part}") for part in PARTS}
-        parts = {part: getattr(self, part).binarized(kind, streams[part]) for part in PARTS}
+        streams = {part: generator(SPLIT_SEED, f"{PURPOSE[kind]}/{part}") for part in PARTS}
+        parts = {part: getattr(self, part).drawn(kind, streams[part]) for part in PARTS}
         return replace(self, **parts)
 
     def shared(self) -> Dataset:
         """Return the dataset with images on a CPU in memory that worker processes share."""
-        return self._each(lambda split: replace(split, images=processes.shared(split.images)))
+
+        def share(images: Tensor | Mapped) -> Tensor | Mapped:
+            return images.shared() if isinstance(images, Mapped) else processes.shared(images)
+
+        return self._each(lambda split: replace(split, images=share(split.images)))
 
     def to(self, device: torch.device) -> Dataset:
         """Return the dataset with its tensors on the device."""
@@ -227,26 +258,36 @@ class Dataset:
 
 def with_official_training(data: Dataset) -> Dataset:
     """Return an MNIST dataset with its official 60,000 training images, those of validation too."""
-    images = torch.cat([data.train.images, data.val.images])
+    images = torch.cat([data.train.images[:], data.val.images[:]])
     labels = torch.cat([data.train.labels, data.val.labels])
     return replace(data, train=replace(data.train, images=images, labels=labels))
 
 
-def digest(*parts: Tensor, about: str = "") -> str:
+def in_chunks(images: Tensor | Mapped) -> Iterator[Tensor]:
+    """Yield the rows of a tensor, or of a file, some at a time, in their order."""
+    size = max(1, CHUNK // max(1, math.prod(images.shape[1:])))
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def digest(*parts: Tensor | Mapped, about: str = "") -> str:
     """Return SHA-256, in hexadecimal, of a text and then the bytes of tensors."""
     whole = hashlib.sha256(about.encode())
     for part in parts:
-        whole.update(part.cpu().contiguous().numpy().data)
+        for some in in_chunks(part):
+            whole.update(some.cpu().contiguous().numpy().data)
     return whole.hexdigest()
 
 
 def as_values(
-    images: Tensor | np.ndarray, largest: int, columns: Sequence[str]
-) -> tuple[Tensor, tuple[int, ...]]:
+    images: Tensor | np.ndarray | Mapped, largest: int, columns: Sequence[str]
+) -> tuple[Tensor | Mapped, tuple[int, ...]]:
     """Return what `Dataset.from_tensors` takes, (N, D), and the shape of an image.
 
-    Images are uint8 and the columns of a table float64.
+    Images are uint8 and the columns of a table float64. Rows of a file have been checked.
     """
+    if isinstance(images, Mapped):
+        return images, images.image_shape
     values = torch.as_tensor(images).detach().cpu()
     if values.ndim != 2:
         if columns:
@@ -262,18 +303,30 @@ def as_values(
     return values.double(), shape
 
 
-def _columns(train: Tensor, names: Sequence[str]) -> Columns:
+def _columns(train: Tensor | Mapped, names: Sequence[str]) -> Columns:
     """Return the columns of a table by its training rows (N, D), float64."""
     names = [str(name) for name in names] or [*map(str, range(train.shape[1]))]
     if len(names) != train.shape[1] or len(set(names)) < len(names):
         raise UserError(f"columns {names}: give {train.shape[1]} different names")
-    mean, std = train.mean(0), train.std(0, correction=0)
-    for name, column, spread in zip(names, train.T, std.tolist(), strict=True):
-        if column.min() == column.max():
+    found = [torch.stack([some.sum(0), some.amin(0), some.amax(0)]) for some in in_chunks(train)]
+    sums, low, high = torch.stack(found, 1)
+    mean, is_constant = sums.sum(0) / len(train), low.amin(0) == high.amax(0)
+    squares = torch.stack([(some - mean).square().sum(0) for some in in_chunks(train)]).sum(0)
+    std = (squares / len(train)).sqrt()
+    for name, constant, spread in zip(names, is_constant.tolist(), std.tolist(), strict=True):
+        if constant:
             raise UserError(f"column {name!r} is constant in the training rows: leave it out")
         if not 0 < spread < math.inf:
             raise UserError(f"column {name!r} has values that are no finite numbers, or too large")
     return Columns(tuple(names), tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _check_range(values: Tensor | Mapped, columns: Columns) -> None:
+    each = [columns.standardized(some).abs().amax(0) for some in in_chunks(values)]
+    for name, distance in zip(columns.names, torch.stack(each).amax(0).tolist(), strict=True):
+        if not distance < FARTHEST:  # NaN too
+            given = f"column {name!r} has a value {distance:.3g} standard deviations from the mean"
+            raise UserError(f"{given} of the training rows: correct it, or leave out its row")
 
 
 def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
@@ -293,7 +346,7 @@ def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
     if not 0 <= low <= high <= allowed:  # NaN too
         given = f"images from {low:g} to {high:g}: {images.dtype}"
         raise UserError(f"{given} must be from 0 to {allowed}; scale them, or give largest=")
-    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+    return rounded(images)
 
 
 def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tensor:
@@ -328,14 +381,18 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     missing = [part for part in PARTS if part not in rows]
     count = len(rows["train"])
     if missing and count < LEAST:
-        raise UserError(f"{count} images: give {LEAST} to split, or give every part")
+        raise UserError(f"{count} images or rows: give {LEAST} to split, or give every part")
     for part in missing:
         rows[part], rows["train"] = rows["train"].tensor_split([count // 10])
     return [rows[part] for part in PARTS]
 
 
 def _rows(part: str, given: Iterable[int]) -> Tensor:
-    rows = torch.as_tensor(list(given))
+    rows = (
+        torch.arange(given.start, given.stop, given.step)
+        if isinstance(given, range)
+        else torch.as_tensor(list(given))
+    )
     if len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:
         found = f"part {part!r} has {len(rows)} images, rows of type {rows.dtype}"
         raise UserError(f"{found}: give at least 2 whole numbers")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from harness.config import UserError
 from harness.data.dataset import PARTS, Dataset
 
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
+BLOCK = 64  # images that a thread reads at a time; one by one, small ones take twice as long
 
 # Torchvision's, whose import takes seconds.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -34,7 +35,7 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     bilinear interpolation, which may change their proportions, to `image_size`. Transparency is
     dropped, and 16-bit grey is cut to 8 bits.
     """
-    size = _size(image_size)
+    size = as_size(image_size)
     path = path.expanduser()
     try:
         names, found = _listed(path)
@@ -44,8 +45,9 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
     if not pairs:
         raise UserError(f"folder:{path}: no image in it; endings are {' '.join(ENDINGS)}")
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
+    files = [file for file, _ in pairs]
+    images = read_pictures(len(files), lambda i: upright(files[i]), lambda i: str(files[i]), size)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    images = _read([file for file, _ in pairs], size)
     data = Dataset.from_tensors(
         f"folder-{name or 'images'}",
         images,
@@ -76,7 +78,8 @@ def _folders(path: Path) -> list[str]:
     return sorted(e.name for e in path.iterdir() if e.is_dir() and e.name[0] != ".")
 
 
-def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
+def as_size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return a given `image_size` as height and width, None if images keep theirs."""
     if given is None:
         return None
     sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
@@ -113,37 +116,64 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def _read(files: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
-    """Return all images as one tensor (N, C, H, W), C = 3 if any has colours."""
-    height, width, _ = _picture(files[0], size).shape
+def read_pictures(
+    count: int,
+    opened: Callable[[int], Image.Image],
+    named: Callable[[int], str],
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours.
 
-    def picture(file: Path) -> np.ndarray:
-        read = _picture(file, size)
-        if read.shape[:2] != (height, width) or max(height, width) > LARGEST_SIDE:
-            found = f"{file} has {read.shape[0]} x {read.shape[1]} pixels"
-            first = f"{files[0]} {height} x {width}"
+    Args:
+        count: N.
+        opened: returns an image by its number; called by several threads.
+        named: returns an image's name for an error.
+        size: height and width that images are resized to; None demands that all have one size.
+    """
+
+    def picture(i: int) -> np.ndarray:
+        read = _pixels(opened, i, named, size)
+        if read.shape[1:] != (height, width) or max(height, width) > LARGEST_SIDE:
+            found = f"{named(i)} has {read.shape[1]} x {read.shape[2]} pixels"
+            first = f"{named(0)} {height} x {width}"
             raise UserError(f"{found}, {first}: give --image-size (at most {LARGEST_SIDE})")
         return read
 
-    picture(files[0])  # may be too large, and others many
+    channels, height, width = _pixels(opened, 0, named, size).shape
+    picture(0)  # may be too large, and others many
+    images = np.empty((count, channels, height, width), np.uint8)
+    blocks = [range(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        every = list(pool.map(picture, files))
-    shape = (height, width, max(one.shape[2] for one in every))
-    together = np.stack([np.broadcast_to(one, shape) for one in every])
-    return torch.from_numpy(together).permute(0, 3, 1, 2).contiguous()
+        every = pool.map(lambda rows: [*map(picture, rows)], blocks)
+        for rows, read in zip(blocks, every, strict=True):
+            for i, one in zip(rows, read, strict=True):
+                if len(one) > images.shape[1]:
+                    images = images.repeat(3, axis=1)
+                images[i] = one
+    return torch.from_numpy(images)
 
 
-def _picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
-    """Return one image as uint8, (H, W, 1) or (H, W, 3)."""
+def _pixels(
+    opened: Callable[[int], Image.Image],
+    i: int,
+    named: Callable[[int], str],
+    size: tuple[int, int] | None,
+) -> np.ndarray:
+    """Return one image as uint8, (1, H, W) or (3, H, W)."""
     try:
-        with Image.open(file) as opened:
-            picture = _eight_bits(ImageOps.exif_transpose(opened))
-            if size is not None:
-                picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
-            return np.atleast_3d(np.array(picture))
+        picture = _eight_bits(opened(i))
+        if size is not None:
+            picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.atleast_3d(np.array(picture)).transpose(2, 0, 1)
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read as an image ({reason})") from None
+        raise UserError(f"{named(i)} cannot be read as an image ({reason}); replace it") from None
+
+
+def upright(file: str | Path) -> Image.Image:
+    """Return the image of a file, turned as its EXIF orientation demands."""
+    with Image.open(file) as opened:
+        return ImageOps.exif_transpose(opened)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -12,7 +12,12 @@ from harness.data.mnist import DATASETS, TORCHVISION, read_official
 from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
-OWN = ("folder",)  # kinds of the user's data, named KIND:PATH
+OWN = {  # kinds of the user's data, named KIND:PATH -> the option that it takes
+    "folder": "image_size",
+    "torchvision": "image_size",
+    "table": "label",
+    "array": "label",
+}
 
 
 def load_dataset(
@@ -26,25 +31,48 @@ def load_dataset(
     Args:
         name: "digits": 1,797 scans of 8 x 8 pixels with 17 grey levels, from scikit-learn's files;
             "mnist", "fashion_mnist", "kmnist": 28 x 28 pixels; "folder:PATH": your images, grey or
-            colour, one folder a class (`harness.data.folder.read_folder`).
-        root: folder of the MNIST family's IDX files, to which missing ones are downloaded.
-        image_size: height and width, or one number for both, that a folder's images are resized to.
-        label: column of a table that holds the class of each row.
+            colour, one folder a class (`harness.data.folder.read_folder`); "torchvision:NAME": a
+            classification set of torchvision (`harness.data.torchvision_sets.read_torchvision`);
+            "table:FILE": the columns of a CSV or Parquet file (`harness.data.table.read_table`);
+            "array:FILE.npy": images or vectors of NumPy (`harness.data.array.read_array`).
+        root: folder of the MNIST family's IDX files and of torchvision's sets, to which missing
+            ones are downloaded.
+        image_size: height and width, or one number for both, that images of a folder or of a set
+            of torchvision are resized to.
+        label: column of a table that holds the class of each row; of an array, a .npy file.
     """
     kind, _, path = name.partition(":")
-    if image_size is not None and kind != "folder":
-        raise UserError(f"image_size={image_size!r}: only images of folder:PATH are resized")
-    if label is not None and kind not in OWN[1:]:
-        raise UserError(f"label={label!r}: only table:FILE has columns")
+    for option, value in (("image_size", image_size), ("label", label)):
+        if value is not None and OWN.get(kind) != option:
+            taking = " and ".join(f"{one}:PATH" for one, taken in OWN.items() if taken == option)
+            raise UserError(f"{option}={value!r}: only {taking} have this option")
     if kind == "folder":
         from harness.data.folder import read_folder
 
         return read_folder(Path(path), image_size)
+    if kind == "torchvision":
+        from harness.data.torchvision_sets import read_torchvision
+
+        return read_torchvision(path, Path(root), image_size)
+    if kind == "table":
+        from harness.data.table import read_table
+
+        return read_table(Path(path), label)
+    if kind == "array":
+        from harness.data.array import read_array
+
+        return read_array(Path(path), label)
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _mnist_family(name, Path(root))
-    raise UserError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+    known = ", ".join([*DATASETS, *(f"{kind}:PATH" for kind in OWN)])
+    raise UserError(f"dataset={name!r}: choose one of {known}")
+
+
+def is_named(name: str) -> bool:
+    """Return whether the dataset of this name is one of `load_dataset`, and not of tensors."""
+    return name in DATASETS or name.startswith(tuple(f"{kind}-" for kind in OWN))
 
 
 def _digits() -> Dataset:

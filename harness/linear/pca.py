@@ -1,12 +1,13 @@
 """Principal components of a dataset's training images, computed once."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from harness.data.dataset import Dataset, Split
+from harness.data.dataset import Dataset, Split, in_chunks
 
 MOST_PIXELS = 4_096  # of an image that has a linear model, which takes 18 s; 8 min for 12,288
 
@@ -40,13 +41,17 @@ class PCA:
             return self._moments[split.digest]
 
     def _measured(self, split: Split) -> Moments:
-        c = (pixels(split) - self.mean) @ self.components
-        means, squares = c.mean(0), np.square(c).mean(0)
-        if others := len(self.mean) - len(squares):
-            rest = pixels(split) - self.mean - c @ self.components.T
-            share = np.square(rest).sum(1).mean() / others
+        sums, rest, others = np.zeros((2, self.components.shape[1])), 0.0, 0
+        for some in _in_chunks(split):
+            x = some - self.mean
+            c = x @ self.components
+            sums += [c.sum(0), np.square(c).sum(0)]
+            if others := len(self.mean) - len(sums[0]):
+                rest += np.square(x - c @ self.components.T).sum(1).sum()
+        means, squares = sums / len(split)
+        if others:
             means = np.append(means, np.zeros(others))
-            squares = np.append(squares, np.full(others, share))
+            squares = np.append(squares, np.full(others, rest / len(split) / others))
         return Moments(means, squares)
 
     def floor(self, split: Split, latent_size: int) -> float:
@@ -89,12 +94,15 @@ def begin_pca(data: Dataset) -> None:
 
 def _decompose(split: Split) -> PCA:
     images, size = split.images.shape
-    mean = split.images.cpu().numpy().mean(0, dtype=np.float64) / split.largest
+    sums = np.zeros(size)
+    for some in in_chunks(split.images):
+        sums += some.cpu().numpy().sum(0, dtype=np.float64)
+    mean = sums / images / split.largest
     if 2 * images <= size:  # twice as fast at this limit, a third as fast at N = D
         _, scales, rows = np.linalg.svd(pixels(split) - mean, full_matrices=False)
         variances = _cleared(np.append(np.square(scales) / images, np.zeros(size - images)))
         return PCA(mean, rows[: np.count_nonzero(variances)].T, variances)
-    variances, components = np.linalg.eigh(_covariance(split))
+    variances, components = np.linalg.eigh(_covariance(split, mean))
     return PCA(mean, components[:, ::-1], _cleared(variances)[::-1])
 
 
@@ -103,22 +111,32 @@ def _cleared(variances: np.ndarray) -> np.ndarray:
     return np.where(variances > rounding, variances, 0.0)
 
 
-def _covariance(split: Split) -> np.ndarray:
+def _covariance(split: Split, mean: np.ndarray) -> np.ndarray:
     # Sums of whole numbers are exact: in float32, twice as fast, over so few images that they are
     # below 2^24; N sum(x x^T) - sum(x) sum(x)^T in float64, below 2^53 for up to 372,000 images.
+    images, size = split.images.shape
+    products, sums = np.zeros((size, size)), np.zeros(size)
     if split.images.is_floating_point():
-        return np.atleast_2d(np.cov(pixels(split), rowvar=False, bias=True))
-    images = split.images.cpu().numpy()
-    together = 2**24 // int(images.max(initial=1)) ** 2
-    products = np.zeros((images.shape[1], images.shape[1]))
-    some = np.empty_like(products, dtype=np.float32)
-    for start in range(0, len(images), together):
-        x = images[start : start + together].astype(np.float32)
-        products += np.matmul(x.T, x, out=some)
-    sums = images.sum(0, dtype=np.float64)
-    return (len(images) * products - np.outer(sums, sums)) / (len(images) * split.largest) ** 2
+        for x in _in_chunks(split):
+            products += (x - mean).T @ (x - mean)
+        return products / images
+    product = np.empty_like(products, dtype=np.float32)
+    for some in in_chunks(split.images):
+        grey = some.cpu().numpy()
+        sums += grey.sum(0, dtype=np.float64)
+        together = 2**24 // int(grey.max(initial=1)) ** 2
+        for start in range(0, len(grey), together):
+            x = grey[start : start + together].astype(np.float32)
+            products += np.matmul(x.T, x, out=product)
+    return (images * products - np.outer(sums, sums)) / (images * split.largest) ** 2
+
+
+def _in_chunks(split: Split) -> Iterator[np.ndarray]:
+    # Pixels in [0, 1], float64; of one chunk the sums are those of the whole to the last bit.
+    for some in in_chunks(split.images):
+        yield some.cpu().numpy().astype(np.float64) / split.largest
 
 
 def pixels(split: Split) -> np.ndarray:
     """Return a split's pixels in [0, 1] as float64, shape (N, D)."""
-    return split.images.cpu().numpy().astype(np.float64) / split.largest
+    return np.concatenate(list(_in_chunks(split)))

@@ -158,13 +158,17 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
 
     The decoder variance of `neg_elbo` is fitted on validation data; `test/pca_floor` is the mse of
     as many principal components. Infinite values are left out; a deterministic latent, a Bernoulli
-    decoder and large images have no metrics.
+    decoder, dequantised pixels and large images have no metrics.
     """
-    if config.latent != "stochastic" or config.likelihood != "gaussian" or not is_small(data):
+    is_gaussian = config.likelihood == "gaussian" and config.dequantize == "none"
+    if config.latent != "stochastic" or not is_gaussian or not is_small(data):
         return {}
     known, variance = pca(data), objective.decoder_variance(config, data.pixels)
     if config.sigma != "fixed":
         variance = matched_variance(known, config, data.pixels)
+    floor = {"test/pca_floor": known.floor(data.test, config.latent_size)}
+    if math.isnan(variance):  # a term sets the rate
+        return floor
     val, test = (
         LinearOptimum(known, config.latent_size, variance, split) for split in (data.val, data.test)
     )
@@ -177,7 +181,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "collapse_variance": float(known.variances[0]),  # no latent is active at larger ones
     }
     finite = {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
-    return finite | {"test/pca_floor": known.floor(data.test, config.latent_size)}
+    return finite | floor
 
 
 def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
@@ -203,6 +207,7 @@ def matched_variance(known: PCA, config: RunConfig, pixels: int) -> float:
 
 def _comparable(config: RunConfig) -> bool:
     plain = config.sigma == "fixed" and config.free_bits == 0 and not config.terms
+    plain = plain and config.dequantize == "none"
     return plain and config.likelihood == "gaussian" and config.latent == "stochastic"
 
 

@@ -6,6 +6,7 @@ latents and images, and metrics of them, in float64. Names and units are those o
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness import objective, registry, streams
+from harness import likelihoods, objective, registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.errors import line_of
+from harness.likelihoods import absolute_error, squared_error
 from harness.linear.vae import gap_to_linear, linear_losses
 from harness.models.stack import has_hooks, kernels
 from harness.models.vae import VAE, lay_out
-from harness.objective import Coefficients, Parts, Posterior, Terms
+from harness.objective import SET_RATE, Batch, Coefficients, Parts, Posterior, Terms
 from harness.processes import Pool
 
 CHUNK = 500  # most images evaluated at once; fixed, so that sums are always the same
+TOGETHER = 32  # tensors of chunks that are kept one by one
 CHUNK_PIXELS = 2**24  # most pixels evaluated at once: 64 MiB a run
+ERRORS = {"mse": squared_error, "mae": absolute_error}  # of the decoder means, per pixel
 
 R = TypeVar("R")
 Run = tuple[RunConfig, VAE]
@@ -82,42 +86,48 @@ def measure(
     Of the configuration only settings that all runs of a stack share are read. The model is in
     `eval` mode; noise (N, L) and draws from the prior (N, L), for loss terms, are of its dtype, and
     all other numbers float64. `linear_loss` is that of the exact linear model on the split;
-    `variance` is the decoder's, for `distortion`, and by default fitted to the split: its mse.
+    `variance` is the decoder's, or its scale, for `distortion`, and by default fitted to the split:
+    of a Gaussian its mse.
     Terms are averaged over parts of the split of about a batch.
     """
-    error, means, posterior_means, term_means = _forward(
+    errors, means, posterior_means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
     )
-    pixels = split.images.shape[1]
+    pixels, kind = split.images.shape[1], model.kind
     scale = None if model.scale is None else model.scale.double()
-    mse = means.error / pixels
-    fitted = mse if variance is None else variance
-    loss = objective.loss(config, means, coefficients, scale, pixels)
+    best = likelihoods.fitted(kind, means.error, pixels)
+    fitted = best if variance is None else variance
+    loss = objective.loss(config, means, coefficients, scale, pixels, kind)
     for name, value in term_means.items():
         loss = loss + coefficients.weights[name] * value / pixels
-    metrics = {"loss": loss, "mse": mse}
+    metrics = {"loss": loss} | {k: each.mean(0) / pixels for k, each in errors.items()}
     if means.kl is not None:
         metrics["rate"] = means.kl.sum(-1)
-    if means.cross_entropy is None:
-        metrics["distortion"] = objective.distortion(mse, fitted, pixels)
-    elif config.has_likelihood:
-        metrics["distortion"] = means.cross_entropy
+    if config.has_likelihood:
+        metrics["distortion"] = likelihoods.distortion(kind, means.error, fitted, pixels)
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
-    if config.likelihood == "gaussian":
-        # The loss is an ELBO for the decoder variance beta * unit.
-        unit = 1 / 2 if config.sigma == "fixed" else fitted if scale is None else scale
-        metrics["calibration_ratio"] = coefficients.beta * unit / mse
+        if config.drawing != "none":
+            bits = metrics["neg_elbo"] / (pixels * math.log(2)) + math.log2(split.levels)
+            metrics["bits_per_dim"] = bits
+    if kind.has_scale and (config.sigma != "fixed" or SET_RATE.isdisjoint(config.terms)):
+        # The loss is an ELBO for the decoder variance, or scale, beta * unit.
+        free = fitted if scale is None else scale
+        unit = free if config.sigma != "fixed" else likelihoods.unit(kind, pixels)
+        metrics["calibration_ratio"] = coefficients.beta * unit / best
+    is_gaussian = config.likelihood == "gaussian"
+    if kind.has_scale and not is_gaussian:
+        metrics["fitted_scale"] = best
     metrics["active_units"] = active_units(posterior_means)
     if scale is not None:
-        metrics["learned_variance"] = scale
+        metrics["learned_variance" if is_gaussian else "learned_scale"] = scale
     if linear_loss is not None:
         metrics["gap_to_linear"] = gap_to_linear(linear_loss, loss)
     metrics |= {f"term/{name}": value for name, value in term_means.items()}
     if means.kl is not None:
         metrics |= {f"kl/{i}": value for i, value in enumerate(means.kl.unbind())}
     if classes:
-        each = mse_per_class(error / pixels, split.labels, classes)
+        each = mse_per_class(errors["mse"] / pixels, split.labels, classes)
         metrics |= {f"mse_class/{c}": value for c, value in enumerate(each.unbind())}
     return metrics
 
@@ -130,26 +140,42 @@ def _forward(
     terms: Terms,
     prior: Tensor | None,
     training_size: int,
-) -> tuple[Tensor, Parts, Tensor, Metrics]:
-    # The error of each image (N,), means over images, posterior means, and mean terms.
-    parts, posterior_means, values = [], [], []
+) -> tuple[dict[str, Tensor], Parts, Tensor, Metrics]:
+    # SSE and S1 of each image (N,), means over images, posterior means, and mean terms.
+    kept = defaultdict[str, list[Tensor]](list)
     for rows in _batches(config, split) if terms else chunks(*split.images.shape):
         x = pixels(model, split, rows)
         batch = model.batch(x, noise[rows], None if prior is None else prior[rows], training_size)
-        part = objective.per_image(config, batch)
-        parts.append(part._replace(kl=None if part.kl is None else part.kl.double().sum(0)))
-        posterior_means.append(batch.posterior.mean)
-        values.append([term(batch).double() * len(x) for term in terms.values()])
-    errors, cross_entropies, kls = zip(*parts, strict=True)
-    error = torch.cat(errors).double()
+        part = objective.per_image(config, batch, model.kind)
+        each = {"error": part.error, "mean": batch.posterior.mean}
+        each |= {name: _error(model, batch, part, of) for name, of in ERRORS.items()}
+        if part.kl is not None:
+            each["kl"] = part.kl.double().sum(0, keepdim=True)
+        each |= {f"term/{n}": term(batch).double().view(1) * len(x) for n, term in terms.items()}
+        for name, value in each.items():
+            # Joined now and then: thousands of small tensors that are kept between large ones that
+            # are freed would break up the heap, by 1 GB for 300,000 images.
+            kept[name].append(value)
+            if len(kept[name]) == TOGETHER:
+                kept[name] = [torch.cat(kept[name])]
+    found = {name: torch.cat(values) for name, values in kept.items()}
+    kl = found.get("kl")
     means = Parts(
-        error.mean(0),
-        None if cross_entropies[0] is None else torch.cat(cross_entropies).double().mean(0),
-        None if kls[0] is None else torch.stack(kls).sum(0) / len(split),
+        found["error"].double().mean(0),
+        None if kl is None else kl.sum(0) / len(split),
     )
-    averages = [torch.stack(each).sum(0) / len(split) for each in zip(*values, strict=True)]
-    named = dict(zip(terms, averages, strict=True))
-    return error, means, torch.cat(posterior_means), named
+    named = {name: found[f"term/{name}"].sum(0) / len(split) for name in terms}
+    return {name: found[name].double() for name in ERRORS}, means, found["mean"], named
+
+
+def _error(model: VAE, batch: Batch, part: Parts, error: Callable[..., Tensor]) -> Tensor:
+    # That of the likelihood is computed already.
+    return part.error if model.kind.error is error else error(batch.x, batch.reconstruction)
+
+
+def fitted_scale(metrics: Metrics) -> Tensor:
+    """Return the decoder's variance, or scale, that was fitted to a split, from its metrics."""
+    return metrics.get("fitted_scale", metrics["mse"])
 
 
 def _batches(config: RunConfig, split: Split) -> Iterator[slice]:
@@ -188,36 +214,39 @@ def per_image(
 
     The error is the squared error per pixel, whose mean over images is `mse`; the means of the
     others are the metrics of their names. They are the logged values of a run where seed and part
-    are its own and the variance is its `val/mse`, which for validation images is the default.
+    are its own and the variance is its `val/mse`, which for validation images is the default; for a
+    likelihood that is not Gaussian it is the scale, `val/fitted_scale`.
     What is not defined for the model is absent, as in docs/metrics.md.
 
     Args:
         model: a trained model.
-        split: images as the model is measured on: with pixels 0 or 1 after `binarization`.
+        split: images as the model is measured on: `data.drawn(config.drawing)`.
         seed: that of the run; it fixes the noise.
         part: "val" or "test": the split whose noise is drawn.
-        variance: of the decoder, pixel^2, for `distortion`; None fits it to these images.
+        variance: of the decoder, pixel^2, or its scale, for `distortion`; None fits it to these
+            images.
 
     Returns:
         float64 arrays of shape (N,) by name.
     """
     model, split = frozen(model), split.to(model.device)
-    config = RunConfig(latent=model.latent, likelihood=model.likelihood)  # type: ignore[arg-type]
+    config = RunConfig(latent=model.latent)  # type: ignore[arg-type]
     eps = streams.noise(seed, f"evaluate/{part}", len(split), model.latent_size)
     eps = eps.to(model.device, model.dtype)
-    batches = (
-        model.batch(pixels(model, split, rows), eps[rows]) for rows in chunks(*split.images.shape)
-    )
-    errors, entropies, kls = zip(*(objective.per_image(config, b) for b in batches), strict=True)
-    found = {"error": torch.cat(errors).double() / model.pixels}
+    parts, squares = [], []
+    for rows in chunks(*split.images.shape):
+        batch = model.batch(pixels(model, split, rows), eps[rows])
+        parts.append(objective.per_image(config, batch, model.kind))
+        squares.append(_error(model, batch, parts[-1], squared_error))
+    errors, kls = zip(*parts, strict=True)
+    found = {"error": torch.cat(squares).double() / model.pixels}
     if kls[0] is not None:
         found["rate"] = torch.cat(kls).double().sum(-1)
-    if entropies[0] is None:
-        mse = found["error"]
-        fitted = mse.mean() if variance is None else mse.new_tensor(variance)
-        found["distortion"] = objective.distortion(mse, fitted, model.pixels)
-    elif split.largest == 1:  # cross-entropy of grey pixels is no likelihood
-        found["distortion"] = torch.cat(entropies).double()
+    if model.likelihood != "bernoulli" or split.largest == 1:  # of grey pixels it is no likelihood
+        error = torch.cat(errors).double()
+        fitted = likelihoods.fitted(model.kind, error.mean(), model.pixels)
+        scale = fitted if variance is None else error.new_tensor(variance)
+        found["distortion"] = likelihoods.distortion(model.kind, error, scale, model.pixels)
     if {"rate", "distortion"} <= found.keys():
         found["neg_elbo"] = found["distortion"] + found["rate"]
     return {name: values.cpu().numpy() for name, values in found.items()}
@@ -260,7 +289,7 @@ def _finals(
     parts: dict[str, Dataset], item: tuple[RunConfig, VAE, Terms, tuple[float, float]]
 ) -> dict[str, float]:
     config, trained, terms, linear = item
-    model, data = frozen(trained), parts[config.binarization]
+    model, data = frozen(trained), parts[config.drawing]
     found: dict[str, Metrics] = {}
     variance = None
     for part, loss in zip(("val", "test"), linear, strict=True):
@@ -269,7 +298,7 @@ def _finals(
         given = conditions(config, model, part, len(split), exact)
         given |= {"variance": variance, "terms": terms, "training_size": len(data.train)}
         found[part] = measure(config, model, split, data.classes, **given)
-        variance = found["val"]["mse"]
+        variance = fitted_scale(found["val"])
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
     return finite(to_floats(named | found["test"]))
 
@@ -288,7 +317,7 @@ def registered_metrics(
 def _registered(
     parts: dict[str, Dataset], metrics: dict[str, registry.Metric], run: Run
 ) -> tuple[dict[str, float], dict[str, str]]:
-    data, model = parts[run[0].binarization], frozen(run[1])
+    data, model = parts[run[0].drawing], frozen(run[1])
     values, errors = dict[str, float](), dict[str, str]()
     for part in ("val", "test"):
         found, failed = registered_values(model, getattr(data, part), metrics)
@@ -315,10 +344,10 @@ def registered_values(
 
 
 def as_measured(runs: Sequence[Run], data: Dataset) -> dict[str, Dataset]:
-    """Return the dataset on the device of the runs, for each `binarization` among them."""
+    """Return the dataset on the device of the runs, for each `drawing` among them."""
     moved = data.to(runs[0][1].device)
-    kinds = {config.binarization for config, _ in runs}
-    return {kind: moved.binarized(kind).shared() for kind in kinds}
+    kinds = {config.drawing for config, _ in runs}
+    return {kind: moved.drawn(kind).shared() for kind in kinds}
 
 
 def frozen(model: VAE) -> VAE:
@@ -366,7 +395,7 @@ def batch_losses(config: RunConfig, model: VAE, data: Dataset) -> BatchLosses:
     The KL term is the loss less the loss at beta = 0 with the same noise. Loss terms are left out.
     """
     model, epoch = frozen(model), config.epochs + 1
-    split = data.to(model.device).binarized(config.binarization).train
+    split = data.to(model.device).drawn(config.drawing).train
     order = streams.batches(config, len(split), epoch)
     noise = streams.noise(config.seed, "noise", len(order), config.latent_size, epoch)
     known = coefficients(config, data.pixels, model.device, model.dtype)

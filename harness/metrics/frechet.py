@@ -183,9 +183,10 @@ class Reference(NamedTuple):
 @torch.no_grad()
 def reference(data: Dataset, folder: Path | None = None) -> Reference:
     """Return the reference of a dataset; `folder` is that of its `classifier`."""
-    net = classifier(data, folder).to(data.test.images.device)
+    device = data.test.labels.device
+    net = classifier(data, folder).to(device)
     images = min(len(data.test), len(data.train), IMAGES)
-    known, seen = data.test.head(images), data.train.head(images)
+    known, seen = (part.head(images).loaded(device) for part in (data.test, data.train))
     with one_thread():
         test, train = (_embed(net, part, partial(_images, data, part)) for part in (known, seen))
         guesses = net.head(test.relu()).argmax(1)

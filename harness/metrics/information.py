@@ -61,16 +61,29 @@ def mutual_information_lower(mean: Tensor, log_variance: Tensor, eps: Tensor) ->
     return math.log(len(mean)) - torch.cat(logs).mean()
 
 
+def latent_std(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return the standard deviation of all latents of all images together, z drawn from q(z|x).
+
+    sqrt(mean_nl [(mean_nl - m)^2 + variance_nl]), m = mean_nl mean_nl, of N images and L latents:
+    of every number in z. Without unit, float64, shape (). Its inverse is the factor by which latent
+    diffusion scales latents. (Rombach et al. 2022, 2112.10752, appendix G.)
+    """
+    mean = mean.double()
+    return ((mean - mean.mean()).square() + variance.double()).mean().sqrt()
+
+
 @torch.no_grad()
 def measure_information(config: RunConfig, model: VAE, split: Split) -> Metrics:
-    """Return bounds of the information that the latents carry of a split, if they are random."""
-    if config.latent == "deterministic":
-        return {}
+    """Return the spread of the latents, and bounds of the information that random ones carry."""
     mean, log_variance = posteriors(model, split)
+    if config.latent == "deterministic":
+        return {"latent_std": latent_std(mean, torch.zeros_like(mean))}
     rate = objective.kl_per_latent(mean.double(), log_variance.double()).mean(0).sum(-1)
     gap = aggregate_gap(mean, log_variance)
     first = min(len(split), SAMPLED_IMAGES)
     eps = streams.noise(config.seed, "information", first, config.latent_size).to(mean.device)
     lower = mutual_information_lower(mean[:first], log_variance[:first], eps)
     bounds = {"mutual_information": rate - gap, "mutual_information_lower": lower}
-    return {"aggregate_gap": gap} | bounds
+    std = (log_variance.double() / 2).exp()
+    spread = {"latent_std": latent_std(mean, std.square()), "posterior_sigma": std.mean()}
+    return {"aggregate_gap": gap} | bounds | spread

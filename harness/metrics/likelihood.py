@@ -12,10 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness import objective, streams
+from harness import streams
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
-from harness.metrics.evaluate import conditions, finite, measure, pixels, posteriors, to_floats
+from harness.metrics.evaluate import (
+    conditions,
+    finite,
+    fitted_scale,
+    measure,
+    pixels,
+    posteriors,
+    to_floats,
+)
 from harness.models.vae import VAE
 from harness.objective import Posterior
 
@@ -45,7 +53,7 @@ def importance_bounds(
     """Bound log p(x) of each image with the first k of one set of posterior samples, for every k.
 
     The run's seed fixes the noise of sample j of an image. The variance is that of a Gaussian
-    decoder, pixel^2, shape (); a Bernoulli decoder has none.
+    decoder, pixel^2, shape (), or another's scale; a Bernoulli decoder has none.
     """
     total = torch.full((len(split),), -torch.inf, dtype=torch.float64, device=model.device)
     squares = total
@@ -64,13 +72,13 @@ def likelihood_metrics(
 ) -> dict[str, float]:
     """Estimate the negative log-likelihood of the first 1,000 test images (docs/metrics.md).
 
-    The variance of a Gaussian decoder is fitted on validation data. No metrics are returned where
+    The decoder's variance, or scale, is fitted on validation data. No metrics are returned where
     there is no likelihood: for a deterministic latent, and for cross-entropy of grey pixels.
     """
     if config.latent == "deterministic" or not config.has_likelihood:
         return {}
     given = conditions(config, model, "val", len(data.val))
-    variance = measure(config, model, data.val, 0, **given)["mse"]
+    variance = fitted_scale(measure(config, model, data.val, 0, **given))
     split = data.test.head(LIKELIHOOD_IMAGES)
     found = importance_bounds(config, model, split, variance, samples)
     tightest = -found.bounds[max(found.bounds)]
@@ -95,21 +103,15 @@ def _log_weights(
             block = slice(start, start + rows)
             q, eps = Posterior(*(values[block] for values in posterior)), drawn[:, block]
             z = q.sample(eps)
-            log_p = _log_p_image(config, model, pixels(model, split, block), z, variance)
+            log_p = _log_p_image(model, pixels(model, split, block), z, variance)
             # ln p(z) - ln q(z|x) = sum_i (eps_i^2 + log_variance_i - z_i^2) / 2
             prior = eps.double().square() + q.log_variance.double() - z.double().square()
             blocks.append(log_p + prior.sum(-1) / 2)
         yield from torch.cat(blocks, -1).unbind()
 
 
-def _log_p_image(config: RunConfig, model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:
-    """Return log p(x|z), nats, float64, shape (J, n), for x (n, *data_shape) and z (J, n, L).
-
-    Gaussian decoder: -(D ln(2 pi variance) + SSE / variance) / 2; Bernoulli: -cross-entropy.
-    """
-    decode = model.decoder if config.likelihood == "bernoulli" else model.decoder_mean
-    output = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    if config.likelihood == "bernoulli":
-        return -torch.vmap(objective.cross_entropy, (None, 0))(x, output).double()
-    error = torch.vmap(objective.squared_error, (None, 0))(x, output).double()
-    return -(model.pixels * (2 * math.pi * variance).log() + error / variance) / 2
+def _log_p_image(model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:
+    """Return log p(x|z), nats, float64, shape (J, n), for x (n, *data_shape) and z (J, n, L)."""
+    decoded = model.decoded(model.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+    error = torch.vmap(model.kind.error, (None, 0))(x, decoded).double()
+    return -model.kind.neg_log_density(error, variance, model.pixels)

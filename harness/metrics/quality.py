@@ -26,20 +26,21 @@ def measure_quality(
     """
     if not runs:
         return []
-    known = {  # the dataset by binarization, and the reference of its Fréchet distances
+    known = {  # the dataset by drawing, and the reference of its Fréchet distances
         kind: (
-            binarized,
-            frechet.reference(binarized, folder) if data.is_image and data.has_classes else None,
+            drawn,
+            frechet.reference(drawn, folder) if data.is_image and data.has_classes else None,
         )
-        for kind, binarized in as_measured(runs, data).items()
+        for kind, drawn in as_measured(runs, data).items()
     }
-    log.info("measuring finished runs (log-likelihood, Fréchet distances, probes)")
+    distances = "Fréchet distances, " if data.is_image else ""
+    log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
     return on_all_cores(_measured, (known,), runs, runs[0][1].device)
 
 
 def _measured(known: dict[str, Any], run: Run) -> dict[str, float]:
     config, model = run[0], frozen(run[1])
-    data, reference = known[config.binarization]
+    data, reference = known[config.drawing]
     found = to_floats(information.measure_information(config, model, data.test))
     found |= likelihood.likelihood_metrics(config, model, data)
     if reference is not None:

@@ -16,7 +16,9 @@ from harness.data.dataset import Columns
 from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
-WEIGHTS, CONFIG, NETWORK = "weights.safetensors", "config.json", "network.py"
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+# Parts of a user that a model needs, by the setting that names them; their files are KIND.py.
+PARTS: dict[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 
 
 def put(file: Path, content: bytes) -> None:
@@ -36,11 +38,12 @@ def put(file: Path, content: bytes) -> None:
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     """Write a model's weights, the shape and range of its images, and its configuration.
 
-    With a user's network, its source too.
+    With a user's network or likelihood, its source too.
     """
-    if config.model not in registry.BUILT_IN:
-        text = registry.source("network", config.model)
-        (folder / NETWORK).write_text(text, encoding="utf-8")
+    sources = registry.sources(config)
+    for setting, kind in PARTS.items():
+        if (part := (kind, getattr(config, setting))) in sources:
+            (folder / f"{kind}.py").write_text(sources[part], encoding="utf-8")
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
     if model.columns is not None:
         metadata["columns"] = json.dumps(model.columns)
@@ -55,9 +58,9 @@ def load_model(
 ) -> tuple[RunConfig, VAE]:
     """Rebuild a model from the files of `save_model`; a `UserError` if they cannot be used.
 
-    `trust` is that of `registry.restore`, for the source of a user's network.
+    `trust` is that of `registry.restore`, for the source of a user's network or likelihood.
     """
-    _restore_network(folder, trust)
+    _restore_parts(folder, trust)
     try:
         config = RunConfig.from_json((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -85,16 +88,19 @@ def load_model(
     return config, model.eval()
 
 
-def _restore_network(folder: Path, trust: Callable[[str], bool]) -> None:
-    # Before the configuration is read, which is refused without its network.
+def _restore_parts(folder: Path, trust: Callable[[str], bool]) -> None:
+    # Before the configuration is read, which is refused without them.
     try:
-        name = json.loads((folder / CONFIG).read_text())["model"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        config = json.loads((folder / CONFIG).read_text())
+        named = [(kind, config.get(setting)) for setting, kind in PARTS.items()]
+    except (OSError, ValueError, RecursionError, AttributeError):
         return  # refused as a configuration
-    if isinstance(name, str) and name not in registry.BUILT_IN:
-        file = folder / NETWORK
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        registry.restore("network", name, text, trust)
+    built_in = {"network": registry.BUILT_IN, "likelihood": registry.BUILT_IN_LIKELIHOODS}
+    for kind, name in named:
+        if isinstance(name, str) and name not in built_in[kind]:
+            file = folder / f"{kind}.py"
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            registry.restore(kind, name, text, trust)
 
 
 def _renamed(weights: Mapping[str, Tensor], model: VAE) -> dict[str, Tensor]:

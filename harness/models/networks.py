@@ -1,7 +1,7 @@
 """The built-in networks, as two plain modules of one run.
 
-A ReLU lies between layers and none after the last. Convolutions are 3 x 3 of stride 2, so that a
-side of n pixels becomes n / 2, rounded up; images may have any size.
+An activation lies between layers and none after the last. Convolutions are 3 x 3 of stride 2, so
+that a side of n pixels becomes n / 2, rounded up; images may have any size.
 """
 
 import math
@@ -18,11 +18,28 @@ Pair = tuple[nn.Module, nn.Module]
 """Encoder (B, *data_shape) -> (B, 2 L) and decoder (B, L) -> (B, *data_shape)."""
 
 
-def mlp(data_shape: Sequence[int], latent_size: int, *, hidden: Sequence[int] = (256, 64)) -> Pair:
+ACTIVATIONS = {  # by the name that `RunConfig.activation` takes
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+}
+
+
+def mlp(
+    data_shape: Sequence[int],
+    latent_size: int,
+    *,
+    hidden: Sequence[int] = (256, 64),
+    activation: str = "relu",
+) -> Pair:
     """Return an encoder with hidden layers of these widths, and a decoder that mirrors it."""
     pixels = math.prod(data_shape)
-    encoder = nn.Sequential(nn.Flatten(), *_linears((pixels, *hidden, 2 * latent_size)))
-    layers = _linears((latent_size, *reversed(hidden), pixels))
+    layers = _linears((pixels, *hidden, 2 * latent_size), activation)
+    encoder = nn.Sequential(nn.Flatten(), *layers)
+    layers = _linears((latent_size, *reversed(hidden), pixels), activation)
     return encoder, nn.Sequential(*layers, nn.Unflatten(1, tuple(data_shape)))
 
 
@@ -32,31 +49,35 @@ def linear(data_shape: Sequence[int], latent_size: int) -> Pair:
 
 
 def conv(
-    data_shape: Sequence[int], latent_size: int, *, channels: Sequence[int] = (32, 64)
+    data_shape: Sequence[int],
+    latent_size: int,
+    *,
+    channels: Sequence[int] = (32, 64),
+    activation: str = "relu",
 ) -> Pair:
     """Return an encoder of convolutions and one linear layer, and a decoder that mirrors it."""
-    shapes = [tuple(data_shape)]
+    shapes, between = [tuple(data_shape)], ACTIVATIONS[activation]
     for outputs in channels:
         shapes.append((outputs, *(-(-side // STRIDE) for side in shapes[-1][1:])))
     flat = math.prod(shapes[-1])
     encoder: list[nn.Module] = []
     for (inputs, *_), (outputs, *_) in pairwise(shapes):
-        encoder += [nn.Conv2d(inputs, outputs, KERNEL, STRIDE, PADDING), nn.ReLU()]
+        encoder += [nn.Conv2d(inputs, outputs, KERNEL, STRIDE, PADDING), between()]
     encoder += [nn.Flatten(), nn.Linear(flat, 2 * latent_size)]
-    decoder: list[nn.Module] = [nn.Linear(latent_size, flat), nn.ReLU()]
+    decoder: list[nn.Module] = [nn.Linear(latent_size, flat), between()]
     decoder.append(nn.Unflatten(1, shapes[-1]))
     for small, large in pairwise(reversed(shapes)):
         # A transposed convolution makes 2 n - 1 pixels of n: an even side lacks one.
         more = 1 - large[1] % 2, 1 - large[2] % 2
         layer = nn.ConvTranspose2d(small[0], large[0], KERNEL, STRIDE, PADDING, more)
-        decoder += [layer, nn.ReLU()]
+        decoder += [layer, between()]
     return nn.Sequential(*encoder), nn.Sequential(*decoder[:-1])
 
 
-def _linears(sizes: Sequence[int]) -> list[nn.Module]:
+def _linears(sizes: Sequence[int], activation: str) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return layers[:-1]
 
 

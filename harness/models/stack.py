@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.config import Precision, RunConfig
+from harness.config import UPDATE, Precision, RunConfig
 from harness.models.vae import VAE
 
-# Settings in which runs of one stack may differ; free bits and weights of terms may, too.
-MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "learning_rate", "seed"}
+# Settings in which runs of one stack may differ; free bits, clip_norm and terms' weights may, too.
+MAPPED = {"kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "seed", "patience"}
+MAPPED |= {*UPDATE}
 
 
 def stack_key(config: RunConfig) -> tuple[object, ...]:
     """Return what all runs of a stack share: shapes, branches and the names of terms."""
-    mapped = {*MAPPED, "free_bits", "terms"}
+    mapped = {*MAPPED, "free_bits", "clip_norm", "terms"}
     shared = [getattr(config, f.name) for f in fields(config) if f.name not in mapped]
-    return (*shared, config.free_bits > 0, *config.terms)
+    return (*shared, config.free_bits > 0, config.clip_norm > 0, *config.terms)
 
 
 class _Call(nn.Module):

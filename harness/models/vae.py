@@ -15,6 +15,7 @@ from harness import registry, streams
 from harness.config import RunConfig
 from harness.data.dataset import Columns
 from harness.errors import UserError, line_of
+from harness.likelihoods import Kind
 from harness.models import networks
 from harness.objective import Batch, Posterior
 
@@ -28,8 +29,8 @@ class VAE(nn.Module):
         data_shape: shape of an image, e.g. (channels, height, width).
         latent_size: L.
         head, latent, likelihood: as in `RunConfig`; a "bernoulli" decoder returns logits.
-        output: non-linearity of a Gaussian decoder: "sigmoid" or "identity".
-        learned_variance: whether the Gaussian decoder's variance is a trained parameter.
+        output: non-linearity of a decoder that returns no logits: "sigmoid" or "identity".
+        learned_variance: whether the decoder's variance, or scale, is a trained parameter.
         largest: grey value of uint8 images that stands for 1; None accepts floats alone.
         columns: of a table, in whose own units `encode` takes values and `decode` gives them.
 
@@ -60,7 +61,8 @@ class VAE(nn.Module):
         self.data_shape, self.latent_size = tuple(data_shape), latent_size
         self.pixels = math.prod(data_shape)  # D: values of an image, all channels
         self.head, self.latent, self.likelihood = head, latent, likelihood
-        self.has_sigmoid = output == "sigmoid" or likelihood == "bernoulli"
+        self.kind: Kind = registry.LIKELIHOODS[likelihood].load()
+        self.has_sigmoid = output == "sigmoid" and not self.kind.logits
         self.largest, self.columns = largest, columns
         if learned_variance:
             self.log_decoder_variance = nn.Parameter(torch.zeros(()))
@@ -78,7 +80,7 @@ class VAE(nn.Module):
 
     @property
     def scale(self) -> Tensor | None:
-        """Learned variance of the decoder, pixel^2, shape (); None if none is learned."""
+        """Learned variance of the decoder, pixel^2, or scale, shape (); None if none is learned."""
         logarithm = getattr(self, "log_decoder_variance", None)
         return None if logarithm is None else logarithm.exp()
 
@@ -109,8 +111,9 @@ class VAE(nn.Module):
         posterior = self.posterior(x)
         z = posterior.mean if self.latent == "deterministic" else posterior.sample(eps)
         output = self.decoder(z)
-        means = self._means(output)
-        return Batch(x, posterior, z, output, means, self.scale, prior, training_size, progress)
+        decoded = self.decoded(output)
+        given = self.kind.mean(decoded), self.scale, prior, training_size, progress
+        return Batch(x, posterior, z, output, *given, decoded)
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posteriors (B, L) of images (B, *data_shape) or (B, D).
@@ -147,14 +150,20 @@ class VAE(nn.Module):
         z = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), share.view(1, -1, 1))
         return self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
-    def _means(self, output: Tensor) -> Tensor:
+    def decoded(self, output: Tensor) -> Tensor:
+        """Return what the likelihood takes: the output of the decoder behind its non-linearity."""
         return output.sigmoid() if self.has_sigmoid else output
+
+    def _means(self, output: Tensor) -> Tensor:
+        return self.kind.mean(self.decoded(output))
 
     def _pixels(self, images: Tensor) -> Tensor:
         shape, kind = tuple(images.shape), images.dtype
         if len(shape) < 2 or shape[1:] not in (self.data_shape, (self.pixels,)):
-            wanted = ", ".join(map(str, self.data_shape))
-            raise UserError(f"images of shape {shape}: give (B, {wanted}) or (B, {self.pixels})")
+            sizes = dict.fromkeys([", ".join(map(str, self.data_shape)), str(self.pixels)])
+            what = "images" if self.columns is None else "rows"
+            wanted = " or ".join(f"(B, {size})" for size in sizes)
+            raise UserError(f"{what} of shape {shape}: give {wanted}")
         if self.columns is not None:
             x = self.columns.standardized(images.to(self.device))
             if not x.isfinite().all():

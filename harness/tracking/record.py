@@ -15,6 +15,7 @@ from harness import objective as objectives
 from harness import provenance, registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
+from harness.data.load import is_named
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
@@ -45,6 +46,7 @@ MADE_WITH = {
     "device": ("params", "device"),
 }
 FAILED = "failed_metrics"  # tag of a finished run of which registered metrics failed
+ACTS = "kl_weight_acts_as"  # tag with the decoder standard deviation that a KL weight acts as
 
 Metrics = dict[str, float]
 
@@ -86,18 +88,20 @@ def record(
     `start` starts the log of a run (`log_in`). A run that diverges, or of whose row `judge` returns
     an end, leaves the stack at once; `on_epoch` is called after that. Whatever interrupts the
     training, every run that was started gets a true end: KILLED by KeyboardInterrupt and
-    SystemExit, else FAILED. The best epoch is chosen by `objective`. Final metrics of the
-    validation split are not logged where the epochs have them.
+    SystemExit, else FAILED. The best epoch is chosen by `objective`, or is the one whose weights
+    are kept. Final metrics of the validation split are not logged where the epochs have them; of
+    kept weights, they are a further value of each, at the step after the last epoch.
 
     Returns:
         A result for each run. Its metrics are all final ones, those of the test split under their
         plain names too; a run that was ended early has none, and the model of its last epoch.
     """
     configs = [run.config for run in planned]
-    parts = {config: registry.sources(config.model, tuple(config.terms)) for config in configs}
+    parts = {config: registry.sources(config) for config in configs}
     made_with = provenance.provenance(data, device)
     tags, diff = provenance.tags(made_with), provenance.code().diff
     results: dict[int, RunResult] = {}
+    finished: dict[int, Trained] = {}
     histories: list[list[Metrics]] = [[] for _ in planned]
     pictured = pictured and data.is_image
     logs: dict[int, RunLog] = {}
@@ -105,7 +109,11 @@ def record(
         for row, run in enumerate(planned):
             params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
-            logs[row] = start(run._replace(params=params, tags=run.tags | tags))
+            of_run = run.tags | tags
+            if len(data.image_shape) == 3 and (acts := objectives.acts_as(run.config, data.pixels)):
+                log.info(acts, extra={"progress": True})
+                of_run |= {ACTS: acts}
+            logs[row] = start(run._replace(params=params, tags=of_run))
             logs[row].dataset(data)
             used = {" ".join(part): text for part, text in parts[run.config].items()}
             digests = {part: registry.digest(text) for part, text in used.items()}
@@ -129,9 +137,11 @@ def record(
                 metrics = histories[place][-1] | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
                 logs[place].metrics(metrics, current.epoch)
-            if pictured and current.epoch in picture_epochs(configs[0].epochs):
+            due = current.epoch in picture_epochs(configs[0].epochs)
+            if pictured and (due or current.stopped):
                 # A resumed run repeats its metrics; its model is of a later epoch.
                 rows = [row for row, last in enumerate(current.resumed) if last <= current.epoch]
+                rows = [row for row in rows if due or row in current.stopped]
                 there = [logs[current.rows[row]] for row in rows]
                 _log_pictures(there, _trained(current, rows), data, current.epoch)
             found = {row: divergence(current, row) for row in range(len(current.rows))}
@@ -145,29 +155,36 @@ def record(
                 logs[place].end(end.status, end.reason)
                 del logs[place]
                 current.drop([row])
+            places = [current.rows[row] for row in current.finished]
+            finished |= zip(places, _trained(current, current.finished), strict=True)
             on_epoch(current)
-        rows = [row for row in range(len(current.rows)) if row not in current.dropped]
-        trained = _trained(current, rows)
+        trained = list(finished.values())
         finals, further = measure(trained, data), evaluate.registered_metrics(trained, data)
-        each = zip(rows, trained, finals, further, strict=True)
-        for i, (row, done, final, (values, errors)) in enumerate(each, 1):
-            log.info("writing finished runs: %d of %d", i, len(rows), extra={"progress": True})
-            place = current.rows[row]
-            best = _best(histories[place], objective)
+        each = zip(finished, trained, finals, further, strict=True)
+        for i, (place, done, final, (values, errors)) in enumerate(each, 1):
+            log.info("writing finished runs: %d of %d", i, len(trained), extra={"progress": True})
+            history, config = histories[place], done.config
+            last = len(history)
+            best = _best(config, history, objective)
             once = {name: value for name, value in final.items() if not name.startswith("val/")}
-            once |= {k: v for k, v in values.items() if k not in histories[place][-1]}
-            logs[place].metrics(once | best, done.config.epochs)
+            once |= {k: v for k, v in values.items() if k not in history[-1]}
+            logs[place].metrics(once | best, last)
+            if config.keep == "best":  # the last values are those of the weights that are saved
+                again = {k: v for k, v in (final | values).items() if k.startswith("val/")}
+                logs[place].metrics({k: v for k, v in again.items() if k not in once}, last + 1)
             if errors:
                 text = "; ".join(f"{name}: {error}" for name, error in errors.items())
                 logs[place].tag(FAILED, text)
             if pictured:
-                samples = pictures.prior_samples(done.model, done.config.seed)
-                logs[place].picture("prior_samples", samples, done.config.epochs)
+                samples = pictures.prior_samples(done.model, config.seed)
+                logs[place].picture("prior_samples", samples, last)
             logs[place].model(*done)
-            logs[place].end()
+            waited = f"{config.patience} epochs without a better val/{config.selection}"
+            reason = f"stopped at epoch {last}: {waited}" if last < config.epochs else ""
+            logs[place].end(reason=reason)
             del logs[place]
             metrics = with_plain_names(final | values | best)
-            results[place] = RunResult(done.config, metrics, histories[place], done.model.cpu())
+            results[place] = RunResult(config, metrics, history, done.model.cpu())
     except BaseException as error:
         for one in logs.values():
             with suppress(Exception):  # what cannot be written now, the next start writes
@@ -298,7 +315,8 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
     experiment_id = store.experiment(experiment, question)
 
     def start(run: Planned) -> RunLog:
-        tags = run.tags | {NOTE: description(run.key, store.uri)}
+        note = description(run.key, store.uri, run.params.get("dataset", ""))
+        tags = run.tags | {NOTE: "\n\n".join(filter(None, (note, run.tags.get(ACTS, ""))))}
         try:
             return store.start(experiment_id, run.key, run.name, tags, run.params)
         except BaseException as error:  # it may have been created
@@ -310,11 +328,17 @@ def log_in(store: Store, experiment: str, question: str) -> Callable[[Planned], 
     return start
 
 
-def description(key: str, tracking_uri: str) -> str:
-    """Return the Markdown on a run's page: the command that repeats it, without a data folder."""
+def description(key: str, tracking_uri: str, dataset: str) -> str:
+    """Return the Markdown on a run's page: the command that repeats it, without a data folder.
+
+    A dataset of tensors is given in Python alone, so that the command is a call.
+    """
+    known, elsewhere = without_password(tracking_uri), tracking_uri != default_tracking()
     command = f"python -m studies.replay {key}"
-    if tracking_uri != default_tracking():
-        command += f" --tracking-uri {shlex.quote(without_password(tracking_uri))}"
+    command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
+    if not is_named(dataset):
+        given = f"{key!r}, DATA" + f", tracking_uri={known!r}" * elsewhere
+        command = f"studies.replay.replay({given})  # DATA: dataset {dataset!r}"
     return f"Train it again from its record and compare every metric:\n\n    {command}"
 
 
@@ -331,18 +355,19 @@ def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:
     """Return the parameters of a run: its settings, what follows from them, and its dataset."""
     params = config.named() | {"beta": objectives.beta(config, data.pixels)}
     params |= {"dataset": data.name, "dataset_digest": data.digest}
-    variance, names = objectives.decoder_variance(config, data.pixels), json.dumps(data.class_names)
-    if not math.isnan(variance):
-        params["decoder_variance"] = variance
+    scale, names = objectives.decoder_scale(config, data.pixels), json.dumps(data.class_names)
+    if not math.isnan(scale):
+        of = config.likelihood
+        params["decoder_variance" if of == "gaussian" else f"{of}_scale"] = scale
     if data.class_names and len(names) < 6_000:  # MLflow refuses longer parameters
         params["class_names"] = names
     return params
 
 
-def _best(history: Sequence[Metrics], objective: str) -> Metrics:
-    course = [metrics.get(objective, math.inf) for metrics in history]
-    epoch = best_epoch(course)
-    best = course[epoch - 1]
+def _best(config: RunConfig, history: Sequence[Metrics], objective: str) -> Metrics:
+    by = f"val/{config.selection}" if config.keep == "best" else objective
+    epoch = best_epoch([metrics.get(by, math.inf) for metrics in history])
+    best = history[epoch - 1].get(objective, math.inf)
     return {"best/epoch": float(epoch), f"best/{objective}": best} if math.isfinite(best) else {}
 
 
@@ -382,5 +407,5 @@ def _log_pictures(
 ) -> None:
     measured = evaluate.as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
-        val = measured[config.binarization].val
+        val = measured[config.drawing].val
         log.picture("reconstructions", pictures.reconstructions([model], val), epoch)

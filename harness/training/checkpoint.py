@@ -1,6 +1,6 @@
 """Checkpoints of unfinished runs.
 
-A file holds one run as safetensors, followed by their SHA-256: weights, Adam's moments, buffers,
+A file holds one run as safetensors, followed by their SHA-256: weights, moments, buffers,
 and as "json" the metrics of all epochs and the run's provenance. Random streams need no state.
 """
 
@@ -103,12 +103,12 @@ class Checkpoints:
 def made_with(config: RunConfig, data: Dataset, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the provenance that a run's checkpoint must have to be resumed from.
 
-    Of a user's network, terms and metrics of every epoch it is the digest of their source.
+    Of a user's network, likelihood, terms and metrics of every epoch it is their source's digest.
     """
     every = {name for name, metric in registry.METRICS.items() if metric.every_epoch}
     digests = {
         f"{kind} {name}": registry.digest(text)
-        for (kind, name), text in registry.sources(config.model, tuple(config.terms)).items()
+        for (kind, name), text in registry.sources(config).items()
         if kind != "metric" or name in every
     }
     return digests | {

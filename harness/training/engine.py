@@ -2,7 +2,7 @@
 
 On a GPU runs of equal shapes are computed as one stack, in this process. On a CPU each run is
 computed alone, in a worker of the `Pool`, and gives the same bits alone or beside others. A `State`
-holds weights and Adam's moments of a run or a stack; a `Step` trains it for an epoch and measures
+holds weights and moments of a run or a stack; a `Step` trains it for an epoch and measures
 it. The epochs of a run so far and its tensors make a checkpoint (`Saved`).
 """
 
@@ -18,12 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import objective, registry
+from harness import likelihoods, objective, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Columns, Dataset
+from harness.data.mapped import Mapped
 from harness.errors import UserError
 from harness.linear.vae import linear_losses
-from harness.metrics.evaluate import evaluate, finite, registered_metrics, registered_values
+from harness.metrics.evaluate import (
+    CHUNK,
+    evaluate,
+    finite,
+    pixels,
+    registered_metrics,
+    registered_values,
+)
 from harness.models.stack import has_hooks, stack_key
 from harness.models.vae import VAE, build, check_network
 from harness.processes import Pool
@@ -50,7 +58,8 @@ class EpochRecord:
         rows: positions of the runs in the list that `train` was given, ascending.
         resumed: epoch after which each run was resumed from a checkpoint, or 0. Records up to
             it repeat stored metrics and hold the model of that epoch.
-        dropped: rows of this record whose training ends.
+        stopped: rows whose training `patience` ends with this record.
+        dropped: rows whose training the caller ends with this record.
     """
 
     epoch: int
@@ -63,7 +72,14 @@ class EpochRecord:
     rows: tuple[int, ...]
     resumed: tuple[int, ...]
     _places: Sequence[tuple[State, int]] = field(repr=False)
+    stopped: frozenset[int] = frozenset()
     dropped: set[int] = field(default_factory=set)
+
+    @property
+    def finished(self) -> list[int]:
+        """Rows whose training is complete with this record, and that the caller has not dropped."""
+        rows = set(range(len(self.rows))) if self.epoch == self.configs[0].epochs else self.stopped
+        return sorted(rows - self.dropped)
 
     def drop(self, rows: Iterable[int]) -> None:
         """End the training of some rows of this record; the next one is over the others alone."""
@@ -74,14 +90,17 @@ class EpochRecord:
         self.dropped.update(chosen)
 
     def model(self, row: int) -> VAE:
-        """Return a copy of the model of a row; not after the next record is requested."""
+        """Return a copy of the model of a row; not after the next record is requested.
+
+        With `keep="best"` it is that of the best epoch so far.
+        """
         state, place = self._places[row]
         return state.model_of(place)
 
     @property
     def columns(self) -> Columns | None:
         """Columns of the table that the runs are trained on; None of pixels in [0, 1]."""
-        return self._places[0][0].model.columns
+        return self._places[0][0].model.columns if self._places else None
 
     @property
     def images_per_second(self) -> float:
@@ -101,13 +120,13 @@ class RunResult:
     @property
     def best_epoch(self) -> int:
         """Epoch with the lowest `val/neg_elbo`, or `val/loss` for a run without ELBO; from 1."""
-        losses = [e.get("val/neg_elbo", e.get("val/loss", math.inf)) for e in self.history]
-        return best_epoch(losses)
+        return best_epoch([e.get(f"val/{self.config.selection}", math.inf) for e in self.history])
 
 
 def best_epoch(values: Sequence[float]) -> int:
     """Return the first epoch, counted from 1, at which a metric given epoch by epoch is lowest."""
-    return 1 + min(range(len(values)), key=values.__getitem__)
+    numbers = [math.inf if math.isnan(value) else value for value in values]
+    return 1 + numbers.index(min(numbers))
 
 
 def resolve_device(name: str, precision: Precision = "float32") -> torch.device:
@@ -168,12 +187,14 @@ def train_and_evaluate(
     with progress_bar(configs, shown=progress) as advance:
         for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
             histories: list[list[dict[str, float]]] = [[] for _ in rows]
+            done: dict[int, VAE] = {}
             for record in train([configs[row] for row in rows], data, device, dtype):
-                for s, history in enumerate(histories):
-                    history.append(flat_record(record, s))
+                for s, place in enumerate(record.rows):
+                    histories[place].append(flat_record(record, s))
+                done |= {record.rows[s]: record.model(s) for s in record.finished}
                 advance(record)
-            models = [record.model(s) for s in range(len(rows))]
-            trained = list(zip(record.configs, models, strict=True))
+            models = [done[place] for place in range(len(rows))]
+            trained = [(configs[row], model) for row, model in zip(rows, models, strict=True)]
             finals, further = evaluate(trained, data), registered_metrics(trained, data)
             del record  # and with it the stack, before the next one takes a GPU's memory
             for s, row in enumerate(rows):
@@ -198,7 +219,8 @@ def progress_bar(
     with tqdm(total=sum(config.epochs for config in configs), unit="epoch") as bar:
 
         def advance(record: EpochRecord) -> None:
-            bar.total -= sum(record.configs[i].epochs - record.epoch for i in record.dropped)
+            ended = record.dropped | record.stopped
+            bar.total -= sum(record.configs[i].epochs - record.epoch for i in ended)
             bar.update(len(record.rows))
 
         yield advance
@@ -230,11 +252,12 @@ def train(
     dtype: torch.dtype = torch.float32,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[EpochRecord]:
-    """Train runs with Adam and yield one record an epoch; the caller can drop runs.
+    """Train runs and yield one record an epoch; the caller can drop runs.
 
     The runs are equal in `epochs` and `precision`; other arguments are those of
-    `train_and_evaluate`. With `checkpoints` unfinished runs are written and resumed, on a CPU to
-    the same bits as if they had never been stopped.
+    `train_and_evaluate`. A run that `patience` stops is in no later record. With `checkpoints`
+    unfinished runs are written and resumed, on a CPU to the same bits as if they had never been
+    stopped.
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
@@ -256,7 +279,8 @@ def train(
         for epoch in range(1, last + 1):
             for row, trained in _train_epoch(work, resumed, pool, epoch):
                 runs[row].epochs.append(trained)
-            record = _record(work, resumed, runs, epoch)
+            stopped = [*_select(work, resumed, runs, epoch)]
+            record = _record(work, resumed, runs, epoch, stopped)
             try:
                 yield record
             except GeneratorExit:
@@ -265,9 +289,9 @@ def train(
                 except OSError as error:
                     log.warning("The last epochs could not be kept as checkpoints: %s", error)
                 raise
-            if checkpoints and (epoch % checkpoints.every == 0 or epoch == last):
+            if checkpoints and (epoch % checkpoints.every == 0 or record.finished):
                 save(record)
-            dropped = {record.rows[r] for r in record.dropped}
+            dropped = {record.rows[r] for r in record.dropped | record.stopped}
             for index, state in list(work.states.items()):
                 kept = [s for s, row in enumerate(state.rows) if row not in dropped]
                 if len(kept) < len(state.rows):
@@ -291,12 +315,15 @@ def check_runs(
             raise UserError(f"{name}: runs that are trained together must agree; given {given}")
     for config in configs:
         if (size := config.batch_size) > (images := len(data.train)):
-            raise UserError(f"batch_size={size}: {data.name} has {images} training images")
+            what = "images" if data.columns is None else "rows"
+            raise UserError(f"batch_size={size}: {data.name} has {images} training {what}")
         if unknown := sorted(set(config.terms) - set(registry.TERMS)):
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
         config.replace()  # checks options of terms that were not registered when it was made
     _check_data(configs, data)
+    for name in {c.likelihood for c in configs} - {*registry.BUILT_IN_LIKELIHOODS}:
+        likelihoods.check(name, registry.LIKELIHOODS[name].load(), data.image_shape)
     for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
         check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):
@@ -304,14 +331,21 @@ def check_runs(
 
 
 def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
+    drawn = [config for config in configs if config.drawing != "none"]
+    if drawn and isinstance(data.train.images, Mapped):
+        option = "dequantize" if drawn[0].binarization == "none" else "binarization"
+        problem = f"{option}={drawn[0].drawing!r}: {data.name} is too large for memory"
+        raise UserError(f"{problem}; give a smaller one, or 0 and 255 in the file")
+    if data.columns is not None and any(config.dequantize != "none" for config in configs):
+        raise UserError(f"dequantize='uniform': {data.name} has no grey levels; leave it out")
     if data.is_image:
         return
     for config in configs:
         if config.model == "conv":
             raise UserError(f"model='conv': {data.name} holds no images; give mlp or linear")
-        if config.likelihood == "bernoulli" and data.columns is not None:
-            given = f"likelihood='bernoulli': the columns of {data.name} are no pixels in [0, 1]"
-            raise UserError(f"{given}; give gaussian")
+        if config.likelihood.endswith("bernoulli") and data.columns is not None:
+            given = f"likelihood={config.likelihood!r}: the columns of {data.name} are no pixels"
+            raise UserError(f"{given} in [0, 1]; give gaussian or laplace")
 
 
 class Work(NamedTuple):
@@ -332,8 +366,8 @@ def _begin(
     dtype: torch.dtype,
 ) -> Work:
     grey = data.to(device).shared()
-    kinds = {config.binarization for config in configs} - {"none"}
-    shown = {"none": grey} | {kind: grey.binarized(kind).shared() for kind in kinds}
+    kinds = {config.drawing for config in configs} - {"none"}
+    shown = {"none": grey} | {kind: grey.drawn(kind).shared() for kind in kinds}
     splits = (data.train.head(len(data.val)), data.val)  # grey, as the linear model is fitted
     losses = np.stack([linear_losses(configs, data, split) for split in splits], 1)
     linear = torch.from_numpy(losses).to(device)
@@ -342,7 +376,7 @@ def _begin(
 
     def begin(rows: list[int], *, stacked: bool) -> None:
         chosen = [configs[row] for row in rows]
-        models = [_untrained(config, shown[config.binarization], dtype) for config in chosen]
+        models = [_untrained(config, shown[config.drawing], dtype) for config in chosen]
         terms = objective.terms_of(chosen[0])
         state = State(rows, chosen, models, terms, stacked=stacked)
         if stacked:
@@ -366,6 +400,7 @@ def _begin(
         except Exception as error:  # any error of a user's layer or of PyTorch
             full, reason = _is_out_of_memory(error), (str(error) or repr(error)).splitlines()[0]
             from_user = first.terms or first.model not in registry.BUILT_IN
+            from_user = from_user or first.likelihood not in registry.BUILT_IN_LIKELIHOODS
             if not full and not (stacked and from_user):
                 raise
         torch.cuda.empty_cache()
@@ -384,10 +419,20 @@ def _begin(
 
 def _untrained(config: RunConfig, data: Dataset, dtype: torch.dtype) -> VAE:
     model = build(config, data.image_shape, data.train.largest, data.columns)
-    model.to(data.train.images.device, dtype).eval()
-    if config.sigma == "learned":  # the mse of a decoder that returns the mean image
-        torch.nn.init.constant_(model.log_decoder_variance, math.log(data.pixel_variance))
+    model.to(data.train.labels.device, dtype).eval()
+    if config.sigma == "learned":
+        torch.nn.init.constant_(model.log_decoder_variance, math.log(_initial_scale(model, data)))
     return model
+
+
+def _initial_scale(model: VAE, data: Dataset) -> float:
+    # Of a decoder that returns the mean image: its mse; of other likelihoods from fewer images.
+    if model.likelihood == "gaussian":
+        return data.pixel_variance
+    x = pixels(model, data.train, slice(CHUNK))
+    output = x.new_zeros(()).expand_as(x) if model.kind.logits else x.mean(0).expand_as(x)
+    mean_error = model.kind.error(x, output).double().mean()
+    return float(likelihoods.fitted(model.kind, mean_error, model.pixels))
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
@@ -420,12 +465,27 @@ def _compute(work: Work, item: tuple[int, int]) -> Measured:
     step = work.steps[index]
     measured = step.epoch(epoch)
     for row, (_, val) in enumerate(measured[2] if work.metrics else ()):
-        model = step.state.model_of(row)
+        model = step.state.model_of(row, now=True)
         val |= registered_values(model, step.data.val, work.metrics)[0]
     return measured
 
 
-def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> EpochRecord:
+def _select(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int) -> Iterator[int]:
+    # Keeps the weights of runs whose best epoch is this one, and yields runs to stop early.
+    for state in work.states.values():
+        for s, (row, config) in enumerate(zip(state.rows, state.configs, strict=True)):
+            if not config.patience and config.keep == "last":
+                continue
+            best = best_epoch([done.val[config.selection] for done in runs[row].epochs[:epoch]])
+            if best == epoch > resumed[row]:
+                state.keep_best(s)
+            if 0 < config.patience <= epoch - best:
+                yield row
+
+
+def _record(
+    work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: int, stopped: Iterable[int]
+) -> EpochRecord:
     places = {row: (state, s) for state in work.states.values() for s, row in enumerate(state.rows)}
     rows = tuple(sorted(places))
     found = [places[row] for row in rows]
@@ -438,7 +498,8 @@ def _record(work: Work, resumed: Sequence[int], runs: Sequence[Saved], epoch: in
     newest = each[behind.index(min(behind))]
     train, val = (_joined([getattr(e, part) for e in each]) for part in ("train", "val"))
     return EpochRecord(
-        epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found
+        *(epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found),
+        frozenset(map(rows.index, stopped)),
     )
 
 

@@ -18,8 +18,10 @@ def covers(config: RunConfig, model: VAE, terms: Terms) -> bool:
 
     It is a whitelist by exact types of layers and by names, never by values: linear layers with
     ReLUs between them, behind `nn.Flatten` and before `nn.Unflatten`, every parameter trained, used
-    once and without hooks; no loss terms, even of weight 0.
+    once and without hooks; a Gaussian or Bernoulli likelihood; no loss terms, even of weight 0.
     """
+    if config.likelihood not in ("gaussian", "bernoulli"):
+        return False
     if terms or type(model) is not VAE or has_hooks(model):
         return False
     if not type(model.encoder) is type(model.decoder) is nn.Sequential:
@@ -81,7 +83,7 @@ class MLPGradient:
 
     def _output_slope(self, output: Tensor, x: Tensor) -> None:
         config, slope = self.config, self.decoder.slopes[-1]
-        if self.model.has_sigmoid:
+        if self.model.has_sigmoid or config.likelihood == "bernoulli":
             output.sigmoid_()
         torch.sub(output, x, out=slope)
         if config.likelihood == "bernoulli":

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from harness import objective, processes, streams
 from harness.config import RunConfig
-from harness.data.dataset import Dataset
-from harness.metrics.evaluate import coefficients, conditions, measure
+from harness.data.dataset import PURPOSE, Dataset
+from harness.data.mapped import Mapped
+from harness.metrics.evaluate import coefficients, conditions, fitted_scale, measure
 from harness.models.stack import kernels, lift, map_tensors
 from harness.models.vae import VAE
 from harness.objective import Coefficients, Terms
 from harness.training.mlp_gradient import MLPGradient, covers
+from harness.training.optimizer import Optimizer
 
-ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
-ADAM |= {"amsgrad": False, "maximize": False}
+RANDOM = ("stochastic", "uniform")  # drawings of pixels that are new every epoch
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
+PART = 2**25  # bytes of the images that are read from a file at once, for some hundred steps
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
 WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
 
@@ -49,9 +51,12 @@ class State:
     Attributes:
         rows: positions of the runs in the list that `train` was given.
         model: the architecture of each run; of one run the model itself, after `attach`.
-        weights, first, second: weights and Adam's moments, shape (S, P), S = 1 for one run.
+        weights, first, second: weights and the optimiser's moments, shape (S, P), S = 1 for one
+            run.
         counts: steps taken, shape (S,).
         constants: layers' buffers and frozen parameters by name, shape (S, ...).
+        best: weights and constants of the best epoch so far, shape (S, ...); none unless all runs
+            keep them.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class State:
         for name, view in self.views(self.weights).items():
             for row, one in enumerate(given):
                 view[row].copy_(one[name].detach())
+        kept = [self.weights, *self.constants.values()] if configs[0].keep == "best" else []
+        self.best = [processes.shared(value.clone()) for value in kept]
         for tensor in given[0].values():  # a worker process is sent no numbers twice
             tensor.data = tensor.new_empty(()).expand(tensor.shape)
 
@@ -97,9 +104,19 @@ class State:
             found[name] = stored.mT if transposed else stored
         return found
 
+    def numbers(self, *, best: bool = False) -> dict[str, Tensor]:
+        """Return weights and constants by name, shape (S, ...); those of the best epoch if kept."""
+        weights, *constants = (best and self.best) or (self.weights, *self.constants.values())
+        return self.views(weights) | dict(zip(self.constants, constants, strict=True))
+
+    def keep_best(self, row: int) -> None:
+        """Keep weights and constants of a run as those of its best epoch."""
+        for kept, now in zip(self.best, (self.weights, *self.constants.values()), strict=False):
+            kept[row].copy_(now[row])
+
     def attach(self) -> None:
         """Make the numbers of one run's model those of this state, in the process that trains."""
-        numbers = self.views(self.weights) | self.constants
+        numbers = self.numbers()
         for name, tensor in _tensors(self.model):
             tensor.data = numbers[name][0]
 
@@ -116,9 +133,9 @@ class State:
         lifted = lift(self.model, function, gradient=gradient)
         return partial(lifted, self.views(self.weights), self.constants)
 
-    def model_of(self, row: int) -> VAE:
-        """Return a copy of a run's model as it is now."""
-        model, numbers = copy.deepcopy(self.model), self.views(self.weights) | self.constants
+    def model_of(self, row: int, *, now: bool = False) -> VAE:
+        """Return a copy of a run's model; unless as it is `now`, at the best epoch if kept."""
+        model, numbers = copy.deepcopy(self.model), self.numbers(best=not now)
         for name, tensor in _tensors(model):
             tensor.data = numbers[name][row].clone()
         return model.eval()
@@ -126,7 +143,8 @@ class State:
     def keep(self, places: Sequence[int]) -> State:
         """Return the state of some runs of a stack."""
         rows, configs = [self.rows[s] for s in places], [self.configs[s] for s in places]
-        kept = State(rows, configs, [*map(self.model_of, places)], self.terms, stacked=True)
+        models = [self.model_of(s, now=True) for s in places]
+        kept = State(rows, configs, models, self.terms, stacked=True)
         for new, s in enumerate(places):
             kept.restore(new, self.of_run(s))
         return kept
@@ -137,7 +155,9 @@ class State:
         for kind in ("weights", "first", "second"):
             views = self.views(getattr(self, kind))
             found |= {f"{kind}.{name}": view[row] for name, view in views.items()}
-        return found | {f"constants.{name}": value[row] for name, value in self.constants.items()}
+        found |= {f"constants.{name}": value[row] for name, value in self.constants.items()}
+        kept = self.numbers(best=True) if self.best else {}
+        return found | {f"best.{name}": value[row] for name, value in kept.items()}
 
     def restore(self, row: int, given: Mapping[str, Tensor]) -> None:
         """Set a run to the tensors that `of_run` returned."""
@@ -150,7 +170,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class Draw(NamedTuple):
-    """The draws of an epoch; those of a stack have an axis S behind that of steps."""
+    """The draws of an epoch or a part of it; a stack's have an axis S behind that of steps."""
 
     order: Tensor  # rows of the images, int64, shape (steps, B)
     noise: Tensor  # of the posterior samples, shape (steps, B, L)
@@ -159,20 +179,20 @@ class Draw(NamedTuple):
     prior: Tensor | None  # N(0, I) for loss terms, shape (steps, B, L); None without terms
 
 
-Drawn = tuple[Tensor, Draw]  # images of an epoch, uint8, and its draws
+Drawn = tuple[Tensor, Draw]  # images, uint8 or a table's, and draws of consecutive steps
 
 
 class Step:
     """The training step of one run or of a stack, with its buffers, and their metrics.
 
-    `state` is updated in place; `data` is the dataset for each `binarization`, as runs are measured
+    `state` is updated in place; `data` is the dataset for each `drawing`, as runs are measured
     on it; `linear` has the exact linear model's losses by row of the run, on train and val.
     """
 
     def __init__(self, state: State, data: Mapping[str, Dataset], linear: Tensor) -> None:
         config, pixels, new = state.configs[0], state.model.pixels, state.weights.new_zeros
-        self.state, self.data = state, data[config.binarization]
-        self.images = data["none"].train if config.binarization == "stochastic" else self.data.train
+        self.state, self.data = state, data[config.drawing]
+        self.images = data["none"].train if config.drawing in RANDOM else self.data.train
         self.steps = len(self.images) // config.batch_size
         self._x = state.join([new(config.batch_size, pixels) for _ in state.configs])
         self._coefficients: Coefficients = state.join(
@@ -180,12 +200,8 @@ class Step:
         )
         gradient = torch.zeros_like(state.weights)
         self._gradient, self._slopes = gradient, state.views(gradient)
-        buffers = (state.weights, gradient, state.first, state.second, (), state.counts)
-        rates = [c.learning_rate for c in state.configs]  # one call of Adam has one of them
-        self._by_rate = {
-            rate: [[b[s] for s in range(len(b)) if rates[s] == rate] for b in buffers]
-            for rate in rates
-        }
+        buffers = (state.weights, gradient, state.first, state.second, state.counts)
+        self._optimizer = Optimizer(state.configs, *buffers, captured=state.stacked)
         self._written: MLPGradient | None = None
         if not state.stacked:
             state.attach()
@@ -193,77 +209,109 @@ class Step:
                 parameter.grad = self._slopes[name][0] if name in self._slopes else None
             if not self._x.is_cuda and covers(config, state.model, state.terms):
                 self._written = MLPGradient(config, state.model)
-        self._first, val = self.data.train.head(len(self.data.val)), self.data.val
+        self._first, self._val = self.data.train.head(len(self.data.val)), self.data.val
+        if state.stacked:  # a GPU's graph reads no file
+            self._first, self._val = (s.loaded(self._x.device) for s in (self._first, self._val))
         given = []  # to `measure`, of each run on both splits
         for c, losses in zip(state.configs, linear[list(state.rows)], strict=True):
             on_train = conditions(c, state.model, "train", len(self._first), losses[0])
-            given.append((on_train, conditions(c, state.model, "val", len(val), losses[1])))
+            on_val = conditions(c, state.model, "val", len(self._val), losses[1])
+            given.append((on_train, on_val))
         self._given = state.join(given)
-        self._ahead: dict[int, Drawn] = {}
+        self._ahead: dict[int, Iterator[Drawn]] = {}
         if state.stacked:
             self.capture()
 
     def epoch(self, epoch: int) -> Measured:
         """Train an epoch, counted from 1, and measure the runs."""
         start = time.perf_counter()
-        self.train(self._ahead.pop(epoch) if epoch in self._ahead else self.draw(epoch), epoch)
+        self.train(self._ahead.pop(epoch) if epoch in self._ahead else self.parts(epoch), epoch)
         if self.state.stacked and epoch < self.state.configs[0].epochs:
-            self._ahead = {epoch + 1: self.draw(epoch + 1)}  # while a GPU computes
+            self._ahead = {epoch + 1: _begun(self.parts(epoch + 1))}  # while a GPU computes
         if self._x.is_cuda:
             torch.cuda.synchronize(self._x.device)
         between = time.perf_counter()
         metrics = self.measure()
         return between - start, time.perf_counter() - between, metrics
 
-    def draw(self, epoch: int) -> Drawn:
-        """Return the images, with a copy for each seed if pixels are drawn, and the draws."""
+    def parts(self, epoch: int) -> Iterator[Drawn]:
+        """Yield the images of an epoch and its draws; of a file in parts of some steps.
+
+        There is a copy of the images for each seed if pixels are drawn.
+        """
         configs, steps, images = self.state.configs, self.steps, self.images.images
-        shape = steps, configs[0].batch_size, configs[0].latent_size
-        is_random = configs[0].binarization == "stochastic"
-
-        def latents(seed: int, purpose: str) -> Tensor:
-            return streams.noise(seed, purpose, steps * shape[1], shape[2], epoch).view(shape)
-
-        of_seed: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        draws = []
+        of_seed = {c.seed: c for c in configs}
+        first, seeds = configs[0], list(of_seed)
+        purposes = ("noise", "prior") if first.terms else ("noise",)
+        noise = {
+            (seed, purpose): streams.generator(seed, purpose, epoch, first.latent_size)
+            for seed in seeds
+            for purpose in purposes
+        }
+        orders = (streams.batches(c, len(images), epoch) for c in of_seed.values())
+        order = torch.stack([each.view(steps, first.batch_size) for each in orders], 1)
+        if (kind := first.drawing) in RANDOM:
+            drawn = (streams.generator(seed, PURPOSE[kind], epoch) for seed in seeds)
+            images = torch.cat([self.images.drawn(kind, s).images[:] for s in drawn])
+            order += len(self.images) * torch.arange(len(seeds)).unsqueeze(1)
         done = (epoch - 1) * steps + torch.arange(steps, dtype=torch.float64)
-        for c in configs:
-            if c.seed not in of_seed:
-                order = streams.batches(c, len(images), epoch).view(shape[:2])
-                order += len(of_seed) * len(images) if is_random else 0
-                prior = latents(c.seed, "prior") if c.terms else None
-                of_seed[c.seed] = order, latents(c.seed, "noise"), prior
-            order, noise, prior = of_seed[c.seed]
-            betas = objective.kl_warmup(c, epoch, steps) * objective.beta(c, self.data.pixels)
-            draws.append(Draw(order, noise, betas, done / (c.epochs * steps), prior))
-        if is_random:
-            drawn = (streams.generator(seed, "binarize", epoch) for seed in of_seed)
-            images = torch.cat([self.images.binarized("stochastic", s).images for s in drawn])
+        betas = [
+            objective.kl_warmup(c, epoch, steps) * objective.beta(c, self.data.pixels)
+            for c in configs
+        ]
+        size = steps
+        if isinstance(images, Mapped):
+            row = images.shape[1] * images.dtype.itemsize
+            size = max(1, PART // (order[0].numel() * row))
+        for start in range(0, steps, size):
+            some = slice(start, start + size)
+            places, held = order[some], images
+            shape = len(places), first.batch_size, first.latent_size
+            if isinstance(held, Mapped):
+                held = held[places.flatten()]
+                if self._x.is_cuda:  # copied while it computes
+                    held = held.pin_memory().to(self._x.device, non_blocking=True)
+                places = torch.arange(len(held)).view(places.shape)
+            latents = {
+                key: streams.normal(stream, shape[0] * shape[1], shape[2]).view(shape)
+                for key, stream in noise.items()
+            }
+            draws = [
+                Draw(
+                    places[:, seeds.index(c.seed)],
+                    latents[c.seed, "noise"],
+                    beta[some],
+                    done[some] / (c.epochs * steps),
+                    latents.get((c.seed, "prior")),
+                )
+                for c, beta in zip(configs, betas, strict=True)
+            ]
+            yield held, map_tensors(self._moved, self.state.join(draws, 1))
 
-        def moved(part: Tensor) -> Tensor:
-            return part.to(self._x if part.is_floating_point() else self._x.device)
+    def _moved(self, part: Tensor) -> Tensor:
+        return part.to(self._x if part.is_floating_point() else self._x.device)
 
-        return images, map_tensors(moved, self.state.join(draws, 1))
-
-    def train(self, drawn: Drawn, epoch: int) -> None:
+    def train(self, parts: Iterable[Drawn], epoch: int) -> None:
         """Take every step of an epoch; a GPU may still compute on return."""
+        self._optimizer.begin(epoch)
         with kernels(self.state.configs[0].precision):
             if self.state.stacked:
-                map_tensors(Tensor.copy_, self._laid_out, drawn)
-                self._now.zero_()
-                for _ in range(self.steps):
-                    self._replay()
+                for images, draw in parts:
+                    map_tensors(_lay_out, self._laid_out, (images, draw))
+                    self._now.zero_()
+                    for _ in range(len(draw.betas)):
+                        self._replay()
                 return
-            images, draw = drawn
-            parts = (repeat(None) if part is None else part.unbind() for part in draw)
             gpus, may_draw = [self._x.device] if self._x.is_cuda else [], self._written is None
             with torch.random.fork_rng(gpus, enabled=may_draw):
                 if may_draw:  # layers draw the same numbers in every process
                     stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
                     torch.manual_seed(int(stream.integers(2**63)))
                 self.state.model.train()
-                for now in map(Draw, *parts):
-                    self._take(images, now)
+                for images, draw in parts:
+                    each = (repeat(None) if part is None else part.unbind() for part in draw)
+                    for now in map(Draw, *each):
+                        self._take(images, now)
                 self.state.model.eval()
 
     def _take(self, images: Tensor, now: Draw) -> None:
@@ -281,20 +329,13 @@ class Step:
                 self._gradient.zero_()
                 with torch.enable_grad():
                     self._loss(state.model, *given).backward()
-        self._update()
+        self._optimizer.step()
 
     def _loss(self, model: VAE, x: Tensor, now: Draw, coefficients: Coefficients) -> Tensor:
         batch = model.batch(x, now.noise, now.prior, len(self.images), now.progress)
         coefficients = coefficients._replace(beta=now.betas)
-        return objective.objective(self.state.configs[0], batch, coefficients, self.state.terms)
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        # Adam's kernel itself, as of PyTorch 2.11 to 2.15: `torch.optim.adam.adam` needs 65 us more
-        # a step on a CPU, and the class imports torch.compile at its first use, for seconds.
-        self.state.counts.add_(1)
-        for rate, lists in self._by_rate.items():
-            torch._fused_adam_(*lists, lr=rate, **ADAM)
+        given = self.state.configs[0], batch, coefficients, self.state.terms, model.kind
+        return objective.objective(*given)
 
     def measure(self) -> list[tuple[Metrics, Metrics]]:
         """Return each run's metrics on the first training images and on validation images."""
@@ -311,20 +352,21 @@ class Step:
     def _of_run(self, model: VAE, on_train: Metrics, on_val: Metrics) -> tuple[Metrics, Metrics]:
         config, classes = self.state.configs[0], self.data.classes
         same: dict[str, Any] = {"terms": self.state.terms, "training_size": len(self.images)}
-        val = measure(config, model, self.data.val, classes, **on_val, **same)
-        same["variance"] = val["mse"]
+        val = measure(config, model, self._val, classes, **on_val, **same)
+        same["variance"] = fitted_scale(val)
         return measure(config, model, self._first, classes, **on_train, **same), val
 
     def capture(self) -> None:
         """Make step and metrics of a stack repeatable, and take the memory of an epoch."""
         state, device = self.state, self._x.device
-        self._laid_out, self._now = self.draw(1), torch.zeros(1, dtype=torch.int64, device=device)
+        self._laid_out = next(self.parts(1))
+        self._now = torch.zeros(1, dtype=torch.int64, device=device)
         changed = [state.weights, state.first, state.second, state.counts, self._now]
         with kernels(state.configs[0].precision):
             self._replay = repeatable(self._step, device, [*changed, *state.constants.values()])
         with kernels(), torch.no_grad():
             self._measure = repeatable(self._metrics, device)
-        self._ahead = {1: self.draw(1)}
+        self._ahead = {1: _begun(self.parts(1))}
         if (free := free_memory(device)) < MARGIN:
             raise torch.OutOfMemoryError(f"{free:.1%} of the memory is left")
 
@@ -332,6 +374,14 @@ class Step:
         images, draw = self._laid_out
         self._take(images, map_tensors(lambda every: every.index_select(0, self._now)[0], draw))
         self._now.add_(1)
+
+
+def _begun(parts: Iterator[Drawn]) -> Iterator[Drawn]:
+    return chain([next(parts)], parts)
+
+
+def _lay_out(buffer: Tensor, part: Tensor) -> Tensor:
+    return buffer[: len(part)].copy_(part)
 
 
 def repeatable(

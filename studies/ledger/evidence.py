@@ -99,6 +99,6 @@ class Evidence:
 
     def neg_log_likelihood(self, runs: Runs, samples: int) -> float:
         """Return -log p(x) of 1,000 test images, nats / image, mean over seeds."""
-        binary = self.data.binarized(runs.config.binarization)
+        binary = self.data.drawn(runs.config.drawing)
         found = [likelihood_metrics(*run, binary, (samples,)) for run in self.trained(runs)]
         return fmean(metrics["neg_log_likelihood"] for metrics in found)

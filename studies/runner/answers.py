@@ -29,7 +29,7 @@ def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> boo
 
 def plus_minus(row: pd.Series, metric: str) -> str:
     """Write a mean with its half width, or alone where there is none."""
-    return tables.pair(row[metric], row[f"{metric}±"], 2)
+    return tables.pair(row[metric], row[f"{metric}±"], tables.decimals(metric))
 
 
 def over(seeds: float) -> str:

@@ -27,11 +27,12 @@ from studies.runner.options import (
     Common,
     Options,
     Places,
+    is_page,
     program,
     read_named,
     setting_options,
 )
-from studies.runner.study import Plan, Study, make_plan, read_own
+from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own
 from studies.runner.terminal import CLOSED, Terminal, expected
 
 if TYPE_CHECKING:
@@ -61,6 +62,17 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
     answer, and the folder of its report; None for a dry run, or where another process writes the
     summary.
     """
+    if data is not None:
+        for name in ("dataset", "image_size", "label"):
+            if options.get(name) is not None:
+                raise UserError(f"{name}={options[name]!r} beside data=: leave one of them out")
+        if data.name in KNOWN:
+            raise UserError(f"data= is {data.name!r}: give dataset={data.name!r} in its place")
+    if options.get("workers", 1) > 1 and (
+        data is not None or not (study.start or is_page(study.name))
+    ):
+        why = "workers start a command line, which has neither your data nor your study"
+        raise UserError(f"workers={options['workers']}: {why}; leave it out")
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     given = Options[Any](**options, settings=settings)
     terminal = Terminal(json=given.json)
@@ -213,7 +225,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     for config in plan.configs:
         engine.check_runs([config], data)
         kind = engine.resolve_device(options.device, config.precision).type
-    terminal.plan(plan, data.pixels)
+    terminal.plan(plan, data.pixels, "pixels" if data.columns is None else "columns")
     if tryout.is_needed(plan):
         tryout.try_out(plan, data)
     if options.dry_run:

@@ -67,14 +67,14 @@ class Common(Places):
     """Options of every command line that trains configurations of the user.
 
     Attributes:
-        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, or folder:PATH, your
-            images in PATH/CLASS/ or in PATH.
+        dataset: digits, which needs no download, mnist, fashion_mnist, kmnist, folder:PATH, your
+            images in PATH/CLASS/ or in PATH, or table:FILE, the columns of a CSV or Parquet file.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
         label: column of a table that holds the class of each row.
         metric: a registered metric of every run, FILE.py:NAME.
         settings: settings of every run (`RunConfig`); those that a study sweeps are refused. A
-            network or a term may be FILE.py:NAME.
+            network, a likelihood or a term may be FILE.py:NAME.
     """
 
     dataset: str = "digits"
@@ -92,8 +92,9 @@ class Common(Places):
             if registry.load(address, "metric") not in registry.METRICS:
                 raise UserError(f"--metric {address}: it is not registered; give FILE.py:NAME")
         given = dict(self.settings)
-        if "model" in given:
-            given["model"] = registry.load(given["model"], "network")
+        for name, kind in PARTS.items():
+            if name in given:
+                given[name] = registry.load(given[name], kind)
         if "terms" in given:
             given["terms"] = {registry.load(t, "term"): w for t, w in given["terms"].items()}
         found = config.replace(**{"epochs": epochs, **given})
@@ -121,6 +122,8 @@ class Options(Common, Generic[Value]):
     seeds: int | None = None
 
 
+# Settings that name a part, which may be FILE.py:NAME.
+PARTS: Mapping[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 # Options of several words NAME=VALUE, or, of terms, one option each.
 NAMED = ("terms", "model_options", "term_options")
 REPEATED = {"terms": "term", "metric": "metric"}
@@ -238,17 +241,22 @@ def words(value: object) -> list[str]:
     return [text(part) for part in value] if isinstance(value, tuple) else [str(value)]
 
 
-def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
-    """Return the command line that gives options, but for those left out."""
+def chosen(options: Places, left_out: Container[str] = ()) -> dict[str, Any]:
+    """Return the options and settings that are given, but for those left out, by name."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     defaults = {f.name: f.default for f in fields(options)}
+    both = {**given.pop("settings", {}), **given}
+    return {k: v for k, v in both.items() if k not in left_out and v != defaults.get(k)}
+
+
+def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
+    """Return the command line that gives options, but for those left out."""
     line = []
-    for name, value in {**given.pop("settings", {}), **given}.items():
-        if name not in left_out and value != defaults.get(name):
-            option = f"--{REPEATED.get(name, name).replace('_', '-')}"
-            given_words = [] if value is True else words(value)
-            if name in REPEATED:
-                line += [word for pair in given_words for word in (option, pair)]
-            else:
-                line += [option, *given_words]
+    for name, value in chosen(options, left_out).items():
+        option = f"--{REPEATED.get(name, name).replace('_', '-')}"
+        given_words = [] if value is True else words(value)
+        if name in REPEATED:
+            line += [word for pair in given_words for word in (option, pair)]
+        else:
+            line += [option, *given_words]
     return line

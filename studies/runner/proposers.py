@@ -261,6 +261,8 @@ class TPE:
         warm = all(record.kl_warmup[row] == 1 for row in rows)  # else its KL weight is still low
         if self.pruner == "none" or record.epoch not in self.judged or not warm:
             return {}
+        if len(rows) < self.seeds:  # `patience` has stopped a seed, which has its result
+            return {}
         mean = sum(float(record.val["neg_elbo"][row]) for row in rows) / len(rows)
         if not report(mean, record.epoch):
             return {}

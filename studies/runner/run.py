@@ -86,7 +86,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     steps = terminal.progress(done + left, left)
     if options.workers > 1:
         cache, counts = store.home / "cache", partial(_counts, queue)
-        workers.train(options, plan.page, plan.name, cache, counts, steps.elsewhere)
+        workers.train(options, plan.start, plan.name, cache, counts, steps.elsewhere)
     else:
         work(queue, site, steps, leave=options.leave)
     if workers.started() or _is_left(queue):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +17,13 @@ from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name
 from studies.runner.options import (
     ELSEWHERE,
+    PARTS,
     SETTINGS,
     arguments,
     at_least,
+    chosen,
     option_value,
-    program,
+    start_words,
     text,
     words,
 )
@@ -42,7 +46,7 @@ class Source(NamedTuple):
 
     `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
     `epochs` the default; `words` are its options on a command line, without the folder of the
-    user's files; `settings` identify it, the user's data by a digest too.
+    user's files, "" of tensors; `settings` identify it, the user's data by a digest too.
     """
 
     name: str
@@ -85,13 +89,13 @@ def source(name: str, own: Dataset | None) -> Source:
     if own is None:
         return KNOWN[name]
     kind, colon, path = name.partition(":")
-    known = [f"{kind}:{Path(path).expanduser().resolve().name}" if colon else own.name]
+    known = [f"{kind}:{Path(path).expanduser().resolve().name}"]
     for option, value in own.options.items():
         known += [
             f"--{option.replace('_', '-')}",
             *words(tuple(value) if isinstance(value, list) else value),
         ]
-    line = f"--dataset {shlex.join(known)}"
+    line = f"--dataset {shlex.join(known)}" if colon else ""
     epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
     counts = [len(own.train), len(own.val), len(own.test)]
     settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": counts}
@@ -100,7 +104,8 @@ def source(name: str, own: Dataset | None) -> Source:
 
 def sets_variance(config: RunConfig) -> bool:
     """Return whether the KL weight sets the decoder's variance."""
-    return config.sigma == "fixed" and config.likelihood == "gaussian"
+    is_set = config.sigma == "fixed" and config.likelihood == "gaussian"
+    return is_set and not {"capacity", "rate_floor"} & set(config.terms)
 
 
 def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig:
@@ -111,11 +116,16 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
 
 
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
-    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1)."""
-    from harness.objective import beta  # loads torch
+    """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
+
+    A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
+    """
+    from harness.objective import beta, decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
+    if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
+        return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
     return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
@@ -162,7 +172,7 @@ class Axis:
         parts = [] if value == "none" else value.split(",")
         try:
             if isinstance(first, tuple):
-                return tuple(map(int, parts))
+                return tuple(map(float if any(isinstance(v, float) for v in first) else int, parts))
             return _hashable({k: float(w) for k, w in (part.split("=") for part in parts)})
         except ValueError:
             form = "512,256" if isinstance(first, tuple) else "name=0.5"
@@ -171,8 +181,8 @@ class Axis:
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
     """Set a field, an option of the network, the weight of a term or a term's option, by name."""
-    if name == "model":
-        return config.replace(model=registry.load(value, "network"))
+    if name in PARTS:
+        value = registry.load(value, PARTS[name])
     if name in SETTINGS:
         return config.replace(**{name: value})
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
@@ -188,16 +198,19 @@ def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: 
         return config.replace(term_options={**config.term_options, term: of_term})
     if is_option:
         return config.replace(model_options={**config.model_options, name: value})
+    known = [*SETTINGS, *(allowed or ()), *registry.BUILT_IN_TERMS, *registry.TERMS]
+    close = difflib.get_close_matches(name, known, 1)
     raise UserError(
         f"axis {name!r} is no setting of RunConfig that can be swept, no option of network "
-        f"{config.model!r} or of the run's terms, and no term; give a function `apply` that sets "
-        f"it, or choose among {', '.join(SETTINGS)}"
+        f"{config.model!r} or of the run's terms, and no term; "
+        + (f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(SETTINGS)}")
     )
 
 
 def _hashable(value: Any) -> Any:  # noqa: ANN401 - of any kind
     if isinstance(value, Mapping):
         return Named(sorted(value.items()))
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or PyTorch
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -215,9 +228,11 @@ class Study:
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
-        objective: validation metric by which points and epochs are compared.
+        objective: validation metric by which points and epochs are compared; "" means val/neg_elbo
+            where every run has it, else val/loss, which then replaces it in the table.
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
+        start: words after `python` that start it, unless they are those of its page or file.
     """
 
     name: str
@@ -232,6 +247,7 @@ class Study:
     objective: str = SELECTION
     table: tuple[str, ...] = TABLE
     reference: Any = None
+    start: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked_name(self.name)
@@ -249,12 +265,14 @@ class Plan:
     """A study before it starts; the only form of a study that the runner takes.
 
     Attributes:
-        page: name of the study's module or file, and first part of its experiment's name.
+        page: first part of its experiment's name.
         name: of the Optuna study, and tag of its runs.
         configs: the runs; of a search, its base as often as it trains.
-        words: the command line that repeats it, but for its name.
+        words: the command line that repeats it, but for its name; of tensors, the arguments of
+            `run`.
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
+        start: words after `python` that start it, before its options.
     """
 
     page: str
@@ -269,6 +287,7 @@ class Plan:
     objective: str = SELECTION
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
+    start: Sequence[str] = ()
 
     @property
     def experiment(self) -> str:
@@ -277,8 +296,12 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The command line that repeats the study."""
-        return f"{self.words} --study-name {self.name}"
+        """The command line that repeats the study; of tensors, the call in Python."""
+        if self.source.words:
+            return f"{self.words} --study-name {self.name}"
+        digest = self.source.settings["dataset_digest"][:12]
+        about = f"STUDY: {self.page!r}, DATA: dataset {self.source.name!r}, digest {digest}"
+        return f"run(STUDY, {self.words}, study_name={self.name!r})  # {about}"
 
 
 def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -> Plan:
@@ -289,6 +312,8 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
     axis, given = study.axis, options.values
+    if study.start and given is not None:
+        raise UserError(f"values={list(given)}: give those of a sweep with its axes")
     values = axis.values if given is None else tuple(map(axis.read, given))
     if not values or len(set(values)) < len(values):
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
@@ -300,6 +325,11 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         for group, changes in study.groups(base, data).items()
         for value in values
     }
+    if not study.objective:
+        exact = all(c.has_likelihood and c.latent == "stochastic" for c in points.values())
+        metric = "neg_elbo" if exact else "loss"
+        table = tuple(column.replace("neg_elbo", metric) for column in study.table)
+        study = replace(study, objective=f"val/{metric}", table=table)
     texts = _distinct(values)
     cells = list[Cell]()
     for (group, value), config in points.items():
@@ -309,13 +339,17 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             if _given_part(getattr(config, setting), chosen) != chosen:
                 raise UserError(f"{setting}={chosen}: {study.name} sweeps it; leave it out")
         written = texts[value] if axis.name == "condition" else f"{axis.name}={texts[value]}"
-        label = f"{group}, {written}" if group else written
+        named = f"{study.group}={group}" if study.start else group  # an axis as well
+        label = f"{named}, {written}" if group else written
         params = {study.group: group} if study.group else {}
         params[axis.name] = text(value)
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    groups = f" x {len(points) // len(values)} groups" if study.group else ""
+    kind = f"values of {study.group}" if study.start else "groups"
+    groups = f" x {len(points) // len(values)} {kind}" if study.group else ""
+    start = study.start or start_words(study.name)
+    effective = replace(options, seeds=seeds, values=None if given is None else values)
     epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
     return Plan(
         page=study.name,
@@ -327,10 +361,11 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
             cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
         ),
         find=partial(_find, study),
-        words=command(study.name, data, replace(options, seeds=seeds), base, axis.name),
+        words=command(start, data, effective, base, study.columns),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
+        start=start,
     )
 
 
@@ -345,7 +380,7 @@ def _given_part(value: Any, given: Any) -> Any:  # noqa: ANN401 - of any kind
 
 def parts(configs: Iterable[RunConfig]) -> dict[str, dict[str, str]]:
     """Return the digests of the files of all user's parts, as a setting of a study."""
-    used = [registry.sources(config.model, tuple(config.terms)) for config in configs]
+    used = [registry.sources(config) for config in configs]
     texts = {" ".join(part): text for found in used for part, text in found.items()}
     return {"parts": {part: registry.digest(t) for part, t in texts.items()}} if texts else {}
 
@@ -359,11 +394,23 @@ def _distinct(values: Sequence[Any]) -> dict[Any, str]:
     return dict(zip(values, texts, strict=True))
 
 
-def command(page: str, data: Source, options: Common, base: RunConfig, axis: str = "") -> str:
-    """Return the command line that repeats a study, but for its name, stores and device."""
+def command(
+    start: Sequence[str],
+    data: Source,
+    options: Common,
+    base: RunConfig,
+    swept: Sequence[str] = (),
+) -> str:
+    """Return the command line that repeats a study, but for its name, stores and device.
+
+    Of tensors, return the arguments of `run`.
+    """
     effective = replace(options, settings={"epochs": base.epochs, **options.settings})
-    left_out = ("dataset", "image_size", "label", axis, *ELSEWHERE)
-    words = [program(page), data.words, shlex.join(arguments(effective, left_out))]
+    left_out = ("dataset", "image_size", "label", *swept, *ELSEWHERE)
+    if not data.words:
+        named = chosen(effective, left_out).items()
+        return ", ".join(["data=DATA", *(f"{name}={value!r}" for name, value in named)])
+    words = [shlex.join(["python", *start]), data.words, shlex.join(arguments(effective, left_out))]
     return " ".join(word for word in words if word)
 
 

@@ -7,7 +7,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import optuna
 import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from optuna.trial import FrozenTrial
 from PIL import Image
 
@@ -29,7 +30,7 @@ from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking.addresses import without_password
 from harness.tracking.page import save_view
-from harness.tracking.record import FAILED, MADE_WITH, interruption
+from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
@@ -161,6 +162,7 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
     plan, failures = found.plan, list[str]()
+    words = str if found.data.columns is None else plots.of_a_table
 
     def attempt(part: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - the result
         try:
@@ -169,9 +171,11 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             log.warning("%s failed", part, exc_info=True)
             failures.append(f"{part} failed: {line_of(error)}")
 
-    answer = attempt("the answer", findings.answer) or "The answer failed."
+    answer = words(attempt("the answer", findings.answer) or "The answer failed.")
     failed = failed_metrics(found.finished)
-    answer = "\n\n".join([answer, *differing(found.finished), *failed])
+    best = next(run for run in found.runs if run.run_id == findings.best["run_id"])
+    acts = [f"Best run: {best.tags[ACTS]}."] if ACTS in best.tags else []
+    answer = "\n\n".join([answer, *acts, *differing(found.finished), *failed])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
         tables.cells(table).to_csv(folder / f"{name}.csv", index=False)
@@ -179,9 +183,10 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     figures = []
     for name, (draw, caption) in findings.figures.items():
         file = f"figures/{name}.png"
-        if attempt(f"figure {name!r}", partial(_draw, draw, folder / file)):
-            figures.append(Exhibit(file, caption))
+        if attempt(f"figure {name!r}", partial(_draw, draw, folder / file, words)):
+            figures.append(Exhibit(file, words(caption)))
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
+    drawn = [replace(exhibit, caption=words(exhibit.caption)) for exhibit in drawn]
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
     summary = Summary(
         study=plan.page,
@@ -209,8 +214,11 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     return Outcome(plan, findings.table, answer, folder, experiment_id, failed)
 
 
-def _draw(draw: Callable[[], Figure], file: Path) -> bool:
-    draw().savefig(file, dpi=150)
+def _draw(draw: Callable[[], Figure], file: Path, words: Callable[[str], str]) -> bool:
+    figure = draw()
+    for text in figure.findobj(Text):
+        text.set_text(words(text.get_text()))
+    figure.savefig(file, dpi=150)
     return True
 
 
@@ -258,6 +266,9 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     columns = dict.fromkeys([*study.table, *registry.METRICS])
+    if ranked.empty:
+        name = found.plan.name
+        raise UserError(f"study {name!r} has no point to rank: a seed of every one diverged")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     first = frame[frame["seed"] == 0]
     if study.group and len(first):

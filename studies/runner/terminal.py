@@ -62,11 +62,12 @@ class Steps:
         self._start, self._share = time.monotonic(), 0.0
 
     def __call__(self, record: EpochRecord) -> None:
-        """Count an epoch of a stack; epochs that a dropped run is not trained count as done."""
+        """Count an epoch of a stack; epochs that a run which ends is not trained count as done."""
         runs, epochs = len(record.rows), record.configs[0].epochs
-        saved = len(record.dropped) * (epochs - record.epoch)
+        saved = len(record.dropped | record.stopped) * (epochs - record.epoch)
         of = f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}"
-        self.advance((runs + saved) / epochs, f"{of}, {record.images_per_second:,.0f} images/s")
+        what = "images" if record.columns is None else "rows"
+        self.advance((runs + saved) / epochs, f"{of}, {record.images_per_second:,.0f} {what}/s")
 
     def elsewhere(self, runs: int, text: str = "") -> None:
         """Count the runs that other processes have finished since the start."""
@@ -111,11 +112,11 @@ class Terminal(logging.Handler):
         """Return whether the last line is old."""
         return time.monotonic() - self._last >= EVERY
 
-    def plan(self, plan: Plan, pixels: int) -> None:
+    def plan(self, plan: Plan, pixels: int, unit: str = "pixels") -> None:
         """Show the runs of a plan; later results belong to this study."""
         of_plan = {"study": plan.name, "dataset": plan.source.name}
         self.results = [*filter(None, self.results), of_plan]
-        where = f"on {plan.source.name} ({pixels} pixels), study {plan.name!r}"
+        where = f"on {plan.source.name} ({pixels} {unit}), study {plan.name!r}"
         self.out.print(f"{plan.sentence} {where}")
 
     def dry_run(self, tracking_uri: str | None, storage: str | None, estimate: str) -> None:

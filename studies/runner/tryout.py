@@ -26,7 +26,6 @@ from harness.tracking import record as recording
 from harness.tracking.runs import Run
 from harness.training import engine
 from studies.runner import workers
-from studies.runner.options import is_page
 from studies.runner.proposers import Listed
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ MADE_UP = 0.5  # value of a metric that is not measured here
 
 def is_needed(plan: Plan) -> bool:
     """Return whether a study has code of a user that no process has tried for this one."""
-    own = any(registry.sources(config.model, tuple(config.terms)) for config in plan.configs)
-    return not workers.started() and (own or not is_page(plan.page))
+    own = any(registry.sources(config) for config in plan.configs)
+    return not workers.started() and (own or "-m" not in plan.start[:1])
 
 
 def try_out(plan: Plan, data: Dataset) -> None:
@@ -75,14 +74,15 @@ def _refusing(part: str) -> Iterator[None]:
 
 def _measured(config: RunConfig, data: Dataset, selection: str) -> dict[str, float]:
     """Train a run of one step, and return its metrics by the names under which they are logged."""
-    one: dict[str, Any] = {"epochs": 1, "kl_warmup_epochs": 0, "kl_cycles": 1}
+    one: dict[str, Any] = {"epochs": 1, "kl_warmup_epochs": 0, "lr_warmup_epochs": 0}
+    one |= {"kl_cycles": 1}
     config = config.replace(**one, learning_rate=RATE, precision="float32")
     train = data.train.head(max(config.batch_size, IMAGES))
     few = replace(data, train=train, val=_few(data.val), test=_few(data.test))
     what = f"network {config.model!r}"
     with _refusing(what):
         untrained = build(config, data.image_shape, data.train.largest, data.columns).eval()
-        shown = few.binarized(config.binarization).train.head(config.batch_size)
+        shown = few.drawn(config.drawing).train.head(config.batch_size)
         x = evaluate.pixels(untrained, shown, slice(None))
         noise = streams.noise(0, "noise", len(x), config.latent_size).to(untrained.dtype)
         batch = untrained.batch(x, noise, noise, len(data.train))

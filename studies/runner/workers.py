@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.config import UserError
 from studies.runner import stopping
-from studies.runner.options import Places, arguments, start_words
+from studies.runner.options import Places, arguments
 
 NUMBER = "VAE_SWEEP_WORKER"  # variable of a worker: its number, from 1, and how many: "2/4"
 INTERVAL = 1.0  # seconds between two queries of the workers and the database
@@ -25,7 +25,7 @@ def started() -> int:
 
 def train(
     options: Places,
-    page: str,
+    start: Sequence[str],
     study: str,
     cache: Path,
     counts: Callable[[], tuple[int, int]],
@@ -33,6 +33,7 @@ def train(
 ) -> None:
     """Train what is left of a study by worker processes; all have ended when this returns.
 
+    `start` are the words after `python` that start it, before its options.
     Their logs are CACHE/workers/STUDY/N.log. `counts()` returns how many runs have finished and how
     many are left; `show` gets the number of runs that finished meanwhile, and a text.
     """
@@ -42,7 +43,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     given = replace(options, study_name=study, fresh=False)
     left_out = ("workers", "json", "leave")
-    command = [sys.executable, *start_words(page), *arguments(given, left_out)]
+    command = [sys.executable, *start, *arguments(given, left_out)]
     cores, more = divmod(processes.available(), options.workers)
     team: dict[int, subprocess.Popen[bytes]] = {}
     try:

@@ -6,11 +6,12 @@ import torch
 
 from harness import streams
 from harness.config import RunConfig
+from harness.likelihoods import squared_error
 from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum, linear_vae
 from harness.metrics.evaluate import batch_losses
 from harness.models.vae import build
-from harness.objective import beta, kl_per_latent, squared_error
+from harness.objective import beta, kl_per_latent
 from harness.training.engine import train
 
 CONFIGS = [

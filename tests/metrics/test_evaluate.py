@@ -65,7 +65,7 @@ def by_hand(config: RunConfig, model: VAE, split: Split, name: str) -> dict:
     weights = [p.detach().numpy() for p in model.parameters()]
     half = len(weights) // 2
     eps = noise(config.seed, name, len(split), config.latent_size).double().numpy()
-    errors, kls, means = [], [], []
+    errors, absolute, kls, means = [], [], [], []
     for image, e in zip(split.images.numpy(), eps, strict=True):
         x = image / 16
         mean, variance = posterior(config, network(weights[:half], x))
@@ -73,9 +73,15 @@ def by_hand(config: RunConfig, model: VAE, split: Split, name: str) -> dict:
         y = network(weights[half:], z)
         y = 1 / (1 + np.exp(-y)) if config.model == "mlp" else y
         errors.append(np.sum((x - y) ** 2))
+        absolute.append(np.mean(np.abs(x - y)))
         kls.append((mean**2 + variance - np.log(variance) - 1) / 2)
         means.append(mean)
-    return {"error": np.array(errors), "kl": np.mean(kls, 0), "mean": np.array(means)}
+    return {
+        "error": np.array(errors),
+        "absolute": np.mean(absolute),
+        "kl": np.mean(kls, 0),
+        "mean": np.array(means),
+    }
 
 
 def network(weights: list[np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -108,6 +114,7 @@ def expected_metrics(
     labels = split.labels.numpy()
     metrics = {
         "mse": mse,
+        "mae": raw["absolute"],
         "distortion": distortion,
         "calibration_ratio": beta_by_hand(config) / 2 / mse,
         "active_units": active.sum(),

@@ -128,6 +128,23 @@ def test_the_information_and_the_gap_add_up_to_the_rate_of_the_evaluation(data):
     assert float(both) == pytest.approx(float(rate))
 
 
-def test_a_deterministic_latent_has_none_of_it(data):
+def test_a_deterministic_latent_has_its_spread_alone(data):
     config = RunConfig(latent="deterministic", kl_weight=0.0)
-    assert measure_information(config, build(config, data.image_shape), data.test) == {}
+    model = build(config, data.image_shape)
+    found = measure_information(config, model, data.test)
+    z = model.encode(data.test.images / 16).mean.double()
+    assert found == {"latent_std": pytest.approx(z.std(correction=0).item(), rel=1e-6)}
+
+
+# --- spread ---------------------------------------------------------------------------------------
+
+
+def test_the_spread_is_that_of_samples_of_all_posteriors_together(data):
+    config = RunConfig(latent_size=3, seed=1)
+    model = build(config, data.image_shape)
+    found = measure_information(config, model, data.test)
+    mean, log_variance = model.encode(data.test.images / 16)
+    std = (log_variance / 2).exp()
+    samples = mean + std * torch.randn(500, *mean.shape)
+    assert float(found["latent_std"]) == pytest.approx(samples.std().item(), rel=5e-3)
+    assert float(found["posterior_sigma"]) == pytest.approx(std.mean().item(), rel=1e-6)

@@ -88,7 +88,7 @@ def weights_by_hand(
 @every_kind
 def test_the_bound_is_the_logarithm_of_the_mean_weight(tiny, settings):
     config, model = untrained(**settings)
-    split = tiny.binarized(config.binarization).test
+    split = tiny.drawn(config.binarization).test
     found = importance_bounds(config, model, split, VARIANCE, samples=(1, 3, 20))
     assert list(found.bounds) == [1, 3, 20]
     log_w = weights_by_hand(config, model, split, float(VARIANCE), 20)
@@ -229,7 +229,7 @@ INTEGRALS = {"gaussian": gaussian_integral, "bernoulli": bernoulli_integral}
 def test_many_samples_reach_the_integral_over_the_latents(data, likelihood, latents, step):
     config = SMALL.replace(latent_size=latents, **(BINARY if likelihood == "bernoulli" else {}))
     model = lively(config)
-    split = data.binarized(config.binarization).test.head(12)
+    split = data.drawn(config.binarization).test.head(12)
     x = split.pixels(slice(None), torch.float64)
     exact, coarse = (INTEGRALS[likelihood](model, x, h) for h in (step, 2 * step))
     torch.testing.assert_close(exact, coarse, rtol=0, atol=1e-3)
@@ -300,7 +300,7 @@ def test_single_precision_is_as_good_as_the_decoder(trained, tiny):
 @every_kind
 def test_a_gpu_gives_what_the_cpu_gives(tiny, settings):
     config, model = untrained(**settings)
-    split = tiny.binarized(config.binarization).test
+    split = tiny.drawn(config.binarization).test
     expected = importance_bounds(config, model, split, VARIANCE, samples=(8,)).bounds[8]
     split, variance = split.to(torch.device("cuda")), VARIANCE.cuda()
     found = importance_bounds(config, model.cuda(), split, variance, samples=(8,)).bounds[8]
@@ -345,7 +345,7 @@ def test_only_the_first_test_images_are_read(tiny, trained, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["stochastic", "threshold"])
 def test_a_bernoulli_run_is_measured_on_binary_test_images(tiny, kind):
-    run, binary = untrained(likelihood="bernoulli", binarization=kind), tiny.binarized(kind)
+    run, binary = untrained(likelihood="bernoulli", binarization=kind), tiny.drawn(kind)
     found = likelihood_metrics(*run, binary)
     expected = -importance_bounds(*run, binary.test, VARIANCE).bounds[512].mean().item()
     assert found["neg_log_likelihood"] == pytest.approx(expected, rel=1e-12)

@@ -22,7 +22,7 @@ SETTINGS = [
 def test_means_over_images_are_the_logged_values(settings, tiny):
     config = SMALL.replace(epochs=1, **settings)
     logged = harness.train_and_evaluate(config, tiny, device="cpu")
-    measured = tiny.binarized(config.binarization)
+    measured = tiny.drawn(config.binarization)
     for part in ("val", "test"):
         split, variance = getattr(measured, part), logged.metrics["val/mse"]
         found = per_image(logged.model, split, config.seed, part=part, variance=variance)

@@ -13,6 +13,7 @@ from harness.metrics.quality import measure_quality
 from harness.models.vae import VAE, build
 
 INFORMATION = {"aggregate_gap", "mutual_information", "mutual_information_lower"}
+INFORMATION |= {"latent_std", "posterior_sigma"}
 LIKELIHOOD = {"neg_log_likelihood", "neg_log_likelihood_se", "effective_samples"} | {
     f"neg_log_likelihood/k{k}" for k in SAMPLES
 }
@@ -63,7 +64,7 @@ def test_runs_on_binary_pixels_are_measured_on_them(tiny, folder):
     run = untrained(likelihood="bernoulli", binarization="threshold")
     grey = untrained()
     both = measure_quality([run, grey], tiny, folder)
-    assert [both[0]] == measure_quality([run], tiny.binarized("threshold"), folder)
+    assert [both[0]] == measure_quality([run], tiny.drawn("threshold"), folder)
     assert both[0]["frechet_floor"] != both[1]["frechet_floor"]
 
 
@@ -79,4 +80,4 @@ def test_a_diverged_run_has_no_metrics_of_its_own_and_no_error(tiny, folder):
 def test_a_deterministic_latent_has_no_information_but_probes_and_images(tiny, folder):
     run = untrained(latent="deterministic", kl_weight=0.0)
     (found,) = measure_quality([run], tiny, folder)
-    assert found.keys() == OTHERS
+    assert found.keys() == OTHERS | {"latent_std"}

@@ -89,6 +89,7 @@ OTHER = {
     "model": "linear",
     "hidden": (8,),
     "channels": (8,),
+    "activation": "elu",
     "latent_size": 11,
     "head": "relu",
     "latent": "deterministic",
@@ -97,7 +98,9 @@ OTHER = {
     "batch_size": 16,
     "epochs": 3,
     "precision": "tf32",
+    "keep": "best",
     "free_bits": 0.1,
+    "clip_norm": 0.1,
     "terms": {"mine": 0.0},
 }
 """A value of each setting that runs of a stack share."""
@@ -123,16 +126,28 @@ def test_options_of_networks_and_terms_are_shared(registered):
         assert stack_key(one) != stack_key(one.replace(**other))
 
 
+CHANGES = {
+    "kl_normalization": {"kl_normalization": "sum"},
+    "optimizer": {"optimizer": "adamw"},
+    "adam_betas": {"adam_betas": (0.5, 0.9)},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9},
+    "lr_schedule": {"lr_schedule": "cosine"},
+    "lr_milestones": {"lr_schedule": "steps", "lr_milestones": (1,), "lr_factor": 0.5},
+    "lr_factor": {"lr_schedule": "exponential", "lr_factor": 0.5},
+}
+
+
 @pytest.mark.parametrize("name", sorted(MAPPED))
-def test_settings_that_are_numbers_of_the_loss_differ_in_a_stack(name):
-    value = "sum" if name == "kl_normalization" else getattr(SMALL, name) + 1
-    changed = SMALL.replace(**{name: value}, epochs=9)
+def test_settings_that_are_numbers_of_the_loss_or_the_update_differ_in_a_stack(name):
+    changes = CHANGES.get(name) or {name: getattr(SMALL, name) + 1}
+    changed = SMALL.replace(**changes, epochs=9)
     assert stack_key(changed) == stack_key(SMALL.replace(epochs=9))
 
 
-def test_values_of_free_bits_and_weights_of_terms_differ_in_a_stack():
-    one = SMALL.replace(free_bits=0.1, terms={"mine": 1.0, "other": 0.0})
-    assert stack_key(one) == stack_key(one.replace(free_bits=2.0, terms={"other": 3, "mine": 0}))
+def test_values_of_free_bits_clip_norm_and_weights_of_terms_differ_in_a_stack():
+    one = SMALL.replace(free_bits=0.1, clip_norm=0.1, terms={"mine": 1.0, "other": 0.0})
+    other = one.replace(clip_norm=3)
+    assert stack_key(one) == stack_key(other.replace(free_bits=2.0, terms={"other": 3, "mine": 0}))
     assert stack_key(one) != stack_key(one.replace(terms={"mine": 1.0}))
 
 

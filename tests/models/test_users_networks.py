@@ -281,7 +281,7 @@ def test_no_network_here_is_refused_and_no_number_is_drawn(name):
 
 SOURCE = """
 from torch import nn
-from harness import metric, network, term
+from harness import likelihood, metric, network, term
 
 @network("small")
 def small(shape, latent_size, width=6):
@@ -289,6 +289,17 @@ def small(shape, latent_size, width=6):
     layers = nn.Linear(pixels, width), nn.Linear(width, 2 * latent_size)
     decoder = nn.Sequential(nn.Linear(latent_size, pixels), nn.Unflatten(1, shape))
     return nn.Sequential(nn.Flatten(), *layers), decoder
+
+@likelihood("absolute")
+class Absolute:
+    def error(x, output):
+        return (x - output).abs().flatten(1).sum(1)
+
+    def neg_log_density(error, scale, D):
+        return D * (2 * scale).log() + error / scale
+
+    def mean(output):
+        return output
 
 @term("size")
 def size(batch, *, power=2):
@@ -301,6 +312,7 @@ def brightness(model, split):
 PARTS = {
     "model": "small",
     "model_options": {"width": 5},
+    "likelihood": "absolute",
     "terms": {"size": 0.1},
     "term_options": {"size": {"power": 1}},
 }
@@ -313,8 +325,9 @@ def users(**changes) -> RunConfig:
 def forget():
     """Forget all parts, as a new process has none."""
     registry._files.clear()
-    for names in (registry.NETWORKS, registry.TERMS, registry.METRICS):
-        for name in set(names) - {*registry.BUILT_IN, *registry.BUILT_IN_TERMS}:
+    kept = {*registry.BUILT_IN, *registry.BUILT_IN_LIKELIHOODS, *registry.BUILT_IN_TERMS}
+    for names in (registry.NETWORKS, registry.LIKELIHOODS, registry.TERMS, registry.METRICS):
+        for name in set(names) - kept:
             del names[name]
 
 
@@ -343,7 +356,9 @@ def test_a_checkpoint_is_resumed_with_the_same_source_alone(tiny, file, tmp_path
         change(file)
     *_, again = train([config], tiny, "cpu", checkpoints=kept)
     assert again.resumed == ((0,) if changed else (2,))
-    assert ("it was made with another network small, term size" in caplog.text) == changed
+    assert (
+        "it was made with another network small, likelihood absolute, term size" in caplog.text
+    ) == changed
     assert torch.equal(flat(again.model(0)), flat(whole.model(0)))
     assert again.val["brightness"] == whole.val["brightness"]
 
@@ -415,7 +430,7 @@ def test_a_terminal_shows_the_code_and_is_asked(run, tracking_uri, monkeypatch, 
 
 
 def test_terms_and_metrics_are_not_needed_to_load_a_run(data, file, tracking_uri):
-    config = users(model="mlp", model_options={})
+    config = users(model="mlp", model_options={}, likelihood="gaussian")
     result = record.train_and_evaluate(config, data, experiment="users", tracking_uri=tracking_uri)
     forget()
     (run,) = connect(tracking_uri).runs("users")

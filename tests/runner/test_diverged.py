@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from analysis import frames
-from harness import RunConfig, train
+from harness import RunConfig, UserError, train
 from harness.tracking import connect
 from harness.tracking.record import divergence
 from studies import kl_normalization, kl_weight
@@ -146,3 +146,14 @@ def test_a_point_beside_a_lost_one_keeps_its_text(tracking_uri, tmp_path, tiny):
     found = run(plan, tiny, options, Terminal())
     assert list(found.table["hidden"]) == ["8"]
     assert found.answer.startswith("The best is 8.")
+
+
+def test_a_study_of_which_every_point_lost_a_seed_is_refused_in_one_line(
+    tracking_uri, tmp_path, tiny
+):
+    study = replace(kl_weight.STUDY, base=SMALL, figures={})
+    places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
+    options = Options(values=(0.5,), seeds=2, settings={"epochs": 1}, **places)
+    plan = diverging(make_plan(study, options), {"kl_weight=0.5 seed=1"})
+    with pytest.raises(UserError, match="has no point to rank: a seed of every one diverged"):
+        run(plan, tiny, options, Terminal())

@@ -22,7 +22,7 @@ import math
 
 from torch import nn
 
-from harness import metric, network, term
+from harness import likelihood, metric, network, term
 
 
 @network("small", output="identity")
@@ -37,6 +37,18 @@ def small(data_shape, latent_size, *, width=8, act="relu", deep=False, sizes=(1,
 @term("squares")
 def squares(batch, *, power=1.0):
     return batch.z.abs().pow(1 + power).mean()
+
+
+@likelihood("absolute")
+class Absolute:
+    def error(x, output):
+        return (x - output).abs().flatten(1).sum(-1)
+
+    def neg_log_density(error, scale, D):
+        return D * (2 * scale).log() + error / scale
+
+    def mean(output):
+        return output
 
 
 @metric("brightness")
@@ -54,7 +66,8 @@ def file(tmp_path, monkeypatch, registered):
 
 
 def words(file):
-    model = ["--model", f"{file}:small", "--model-options", "width=4", "act=tanh", "deep=true"]
+    model = ["--likelihood", f"{file}:absolute", "--model", f"{file}:small"]
+    model += ["--model-options", "width=4", "act=tanh", "deep=true"]
     terms = ["--term", f"{file}:squares=0.5", "--term-options", "squares.power=2"]
     return [*model, "sizes=64,32", *terms, "--metric", f"{file}:brightness", "--seeds", "1"]
 
@@ -69,7 +82,7 @@ def test_parts_of_a_file_are_settings_and_the_printed_command_repeats_them(file)
     plan = make_plan(kl_weight.STUDY, given)
     (config,) = plan.configs
     assert config == RunConfig(
-        model="small", kl_weight=0.1, epochs=50, terms={"squares": 0.5},
+        model="small", likelihood="absolute", kl_weight=0.1, epochs=50, terms={"squares": 0.5},
         model_options={"width": 4, "act": "tanh", "deep": True, "sizes": (64, 32)},
         term_options={"squares": {"power": 2}},
     )  # fmt: skip
@@ -82,7 +95,7 @@ def test_parts_of_a_file_are_settings_and_the_printed_command_repeats_them(file)
     assert searched.configs[0].replace(kl_weight=0.1) == config
     assert searched.proposer.settings["parts"] == plan.proposer.settings["parts"]
     assert [*searched.proposer.settings["parts"]] == [
-        *("network small", "term squares", "metric brightness")
+        *("network small", "likelihood absolute", "term squares", "metric brightness")
     ]
 
 
@@ -116,6 +129,8 @@ def test_every_option_and_weight_is_an_axis_under_its_name(file, name, value):
     [
         (["--model", "missing.py:small"], "network missing.py:small: .*missing.py cannot be read"),
         (["--model", "parts.py:large"], "the file registers no network of that name"),
+        (["--likelihood", "parts.py:cubic"], "the file registers no likelihood of that name"),
+        (["--likelihood", "cubic"], "likelihood='cubic': choose one of gaussian, laplace"),
         (["--term", "parts.py:squares"], r"--term parts.py:squares: write \[FILE.py:\]NAME=WEIGHT"),
         (["--term", "cubes=1"], "term 'cubes': choose one of total_correlation, .*FILE.py:NAME"),
         (["--term", "cubes=x"], "--term cubes=x: write"),

@@ -220,6 +220,7 @@ def test_no_trial_is_judged_in_a_warm_up_or_out_of_turn_or_without_a_pruner(queu
     trials = both(queue.take(1))
     assert queue.judge(trials, record([7, 8], warmup=[1.0, 0.5])) == {}
     assert queue.judge(trials, record([7, 8], epoch=3)) == {}
+    assert queue.judge(trials, record([8])) == {}  # `patience` has stopped the other seed
     queue.proposer.pruner = "none"
     assert queue.judge(trials, record([7, 8])) == {}
     assert queue.pruned == set()

@@ -149,5 +149,5 @@ def test_what_may_grow_is_no_setting():
 
 
 def test_addresses_in_commands_are_quoted():
-    text = description("0", "sqlite:////my place/m.db")
+    text = description("0", "sqlite:////my place/m.db", "digits")
     assert "--tracking-uri 'sqlite:////my place/m.db'" in text

@@ -83,8 +83,7 @@ def team(monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "INTERVAL", 0.05)
 
     def train(code, counts=lambda: (6, 0), show=lambda runs, text: None):
-        monkeypatch.setattr(workers, "start_words", lambda page: ["-c", code])
-        workers.train(Options(workers=2), "kl_weight", "mine", tmp_path, counts, show)
+        workers.train(Options(workers=2), ["-c", code], "mine", tmp_path, counts, show)
 
     return train
 
@@ -169,7 +168,7 @@ def test_a_signal_is_passed_on_and_all_workers_have_ended_afterwards(number, tea
 def test_a_dead_team_is_one_clear_error(capsys, tracking_uri, tmp_path, monkeypatch):
     # A worker that ends at once stands for one that is killed.
     end = ["-c", "import sys; print('so'); sys.exit(9)"]
-    monkeypatch.setattr(workers, "start_words", lambda page: end)
+    monkeypatch.setattr("studies.runner.study.start_words", lambda page: end)
     places = ["--tracking-uri", tracking_uri, "--storage", f"sqlite:///{tmp_path}/optuna.db"]
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, ["--values", "0.1", "--workers", "2", *places])

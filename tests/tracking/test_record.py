@@ -57,6 +57,9 @@ def test_a_run_is_logged_whole(store, tiny):
         assert steps(store, run, name) == [10]
     assert run.params["hidden"] == "(16,)"
     assert run.params["decoder_variance"] == "0.5"
+    acts = "kl_weight 1 acts as a decoder standard deviation of 0.707 (180 grey levels of 255)"
+    assert run.tags[record.ACTS] == acts
+    assert run.tags["mlflow.note.content"].endswith(acts)
     named = {"dataset": "digits", "dataset_digest": tiny.digest, "device": "cpu"}
     assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
     made = harness.provenance.tags(harness.provenance.provenance(tiny, "cpu"))
@@ -88,9 +91,9 @@ def test_the_page_of_a_run_has_the_command_that_repeats_it(store, tiny, tracking
 
 
 def test_the_command_names_no_password_and_no_default_store():
-    text = record.description("abc", "https://me:secret@host:5000")
+    text = record.description("abc", "https://me:secret@host:5000", "digits")
     assert text.endswith("python -m studies.replay abc --tracking-uri https://host:5000")
-    default = record.description("abc", addresses.default_tracking())
+    default = record.description("abc", addresses.default_tracking(), "digits")
     assert default.endswith("python -m studies.replay abc")
 
 

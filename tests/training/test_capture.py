@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import harness
 from harness import RunConfig
 from harness.data.dataset import Dataset
+from harness.likelihoods import Laplace
 from harness.models.stack import kernels
 from harness.objective import Batch
 from harness.registry import BUILT_IN_TERMS
@@ -41,9 +42,16 @@ STACKS = {
     "relu": [{"head": "relu", "learning_rate": 1e-3 * (1 + i)} for i in range(2)],
     "conv": [{"model": "conv", "seed": i} for i in range(2)],
     "bernoulli": [{"likelihood": "bernoulli", "binarization": "stochastic", "free_bits": 0.1}],
+    "laplace": [{"likelihood": "laplace", "seed": i} for i in range(2)],
+    "laplace optimal": [{"likelihood": "laplace", "sigma": "optimal", "seed": i} for i in range(2)],
+    "without fit": [{"likelihood": "unfitted", "sigma": "learned", "seed": i} for i in range(2)],
+    "continuous": [{"likelihood": "continuous_bernoulli", "seed": i} for i in range(2)],
     "optimal": [{"sigma": "optimal", "seed": i} for i in range(2)],
     "learned": [{"sigma": "learned", "free_bits": 0.1 * (1 + i)} for i in range(2)],
     "autoencoder": [{"latent": "deterministic", "kl_weight": 0.0}],
+    "recipes": [  # PyTorch's fake kernels have no rates in tensors, and no SGD
+        {"optimizer": name, "clip_norm": 0.1, "keep": "best"} for name in ("adam", "adamw")
+    ],
     "a term": [{"terms": {"to_prior": weight}} for weight in (0.0, 2.0)],
     "built-in terms": [{"terms": dict.fromkeys(BUILT_IN_TERMS, weight)} for weight in (0.0, 2.0)],
     "a network": [{"model": "normalized", "seed": i, **NO_SETTINGS} for i in range(2)],
@@ -70,6 +78,10 @@ def additions(registered: None) -> None:
             nn.Unflatten(1, data_shape),
         )
         return encoder, decoder
+
+    @harness.likelihood("unfitted")
+    class Unfitted(Laplace):
+        fit = None
 
     @harness.term("to_prior")
     def to_prior(batch: Batch) -> Tensor:
@@ -132,6 +144,7 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def move(step: Step) -> Step:
+    step._ahead = {}  # the next epoch's draws, an iterator, are no part of what is captured
     with ExitStack() as moving:
         moving.enter_context(Moved())
         moving.enter_context(patch.object(nn.Parameter, "__deepcopy__", moved_parameter))

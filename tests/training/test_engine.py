@@ -65,7 +65,7 @@ def test_every_remedy_trains_by_its_definition(tiny, parts, model):
 
 def test_a_bernoulli_decoder_trains_on_fixed_binary_pixels(tiny, parts):
     configs = [c.replace(binarization="threshold") for c in BERNOULLI]
-    check_training(configs, tiny.binarized("threshold"))
+    check_training(configs, tiny.drawn("threshold"))
 
 
 def trained_alone(

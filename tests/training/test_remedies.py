@@ -14,11 +14,13 @@ from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum, linear_metrics, matched_variance
 from harness.metrics.evaluate import evaluate
 from harness.models.files import load_model, save_model
+from harness.models.vae import build
 from harness.objective import decoder_variance, free_rate, kl_warmup, with_decoder_variance
-from harness.training.engine import train, train_and_evaluate
+from harness.training.engine import check_runs, train, train_and_evaluate
 
 SMALL = RunConfig(hidden=(16, 12), epochs=2, batch_size=8, latent_size=3, learning_rate=3e-3)
 BINARY = SMALL.replace(likelihood="bernoulli", binarization="stochastic")
+DEQUANTIZED = SMALL.replace(likelihood="continuous_bernoulli", dequantize="uniform")
 
 
 def finals(configs: list[RunConfig], data: Dataset) -> list[dict[str, float]]:
@@ -144,7 +146,7 @@ def test_a_loss_without_a_linear_closed_form_has_no_gap(tiny, changes):
 def test_pixels_are_one_with_their_grey_value_as_probability(data):
     drawn = np.mean(
         [
-            data.train.binarized("stochastic", np.random.default_rng(i)).images.double().numpy()
+            data.train.drawn("stochastic", np.random.default_rng(i)).images.double().numpy()
             for i in range(200)
         ],
         axis=0,
@@ -156,17 +158,17 @@ def test_pixels_are_one_with_their_grey_value_as_probability(data):
 
 
 def test_the_threshold_is_half_the_largest_value(data):
-    binary = data.train.binarized("threshold")
+    binary = data.train.drawn("threshold")
     assert torch.equal(binary.images == 1, data.train.images >= 8)
     assert binary.largest == 1
 
 
 def test_the_measured_pixels_are_the_same_for_everyone_and_binary_data_stay(data):
-    first, again = data.binarized("stochastic"), data.binarized("stochastic")
+    first, again = data.drawn("stochastic"), data.drawn("stochastic")
     assert torch.equal(first.test.images, again.test.images)
-    assert torch.equal(first.binarized("stochastic").val.images, first.val.images)
-    assert torch.equal(first.binarized("threshold").val.images, first.val.images)
-    assert data.binarized("none") is data
+    assert torch.equal(first.drawn("stochastic").val.images, first.val.images)
+    assert torch.equal(first.drawn("threshold").val.images, first.val.images)
+    assert data.drawn("none") is data
     assert first.digest == data.digest
 
 
@@ -184,11 +186,64 @@ def test_grey_cross_entropy_is_a_loss_and_no_likelihood(tiny):
     assert not {"distortion", "neg_elbo", "calibration_ratio"} & set(metrics)
 
 
-def test_pixels_are_drawn_anew_every_epoch_for_every_seed_alone_or_in_a_stack(tiny, parts):
-    configs = [BINARY.replace(seed=1), BINARY.replace(seed=0), BINARY.replace(kl_weight=0.1)]
+@pytest.mark.parametrize("base", [BINARY, DEQUANTIZED], ids=["binary", "dequantized"])
+def test_pixels_are_drawn_anew_every_epoch_for_every_seed_alone_or_in_a_stack(tiny, parts, base):
+    configs = [base.replace(seed=1), base.replace(seed=0), base.replace(kl_weight=0.1)]
     stacked = finals(configs, tiny)
     for config, metrics in zip(configs, stacked, strict=True):
         assert metrics == pytest.approx(finals([config], tiny)[0], rel=1e-9)
     # One epoch of fixed pixels is another training than one of drawn pixels.
-    fixed = replace(tiny, train=tiny.binarized("stochastic").train)
+    fixed = replace(tiny, train=tiny.drawn(base.drawing).train)
     assert finals([configs[0]], fixed)[0]["loss"] != pytest.approx(stacked[0]["loss"], rel=1e-6)
+
+
+# --- dequantised pixels ---------------------------------------------------------------------------
+
+
+def test_a_dequantized_pixel_is_uniform_within_its_grey_level(data):
+    first, again = data.drawn("uniform"), data.drawn("uniform")
+    for part in ("train", "val", "test"):
+        grey, drawn = getattr(data, part), getattr(first, part)
+        x = drawn.pixels(slice(None), torch.float64)
+        assert torch.equal((x * 17 - 1e-6).floor().clamp(min=0).to(torch.uint8), grey.images)
+        u = x * 17 - grey.images
+        assert u.min() >= 0
+        assert u.max() <= 1 + 1e-6
+        assert u.mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * u.numel()))
+        assert torch.equal(drawn.images, getattr(again, part).images)
+    assert torch.equal(first.drawn("uniform").val.images, first.val.images)
+    assert (first.train.largest, first.train.levels) == (1, 17)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace", "continuous_bernoulli"])
+def test_bits_per_dim_are_those_of_the_grey_levels(tiny, likelihood):
+    config = DEQUANTIZED.replace(likelihood=likelihood)
+    metrics, *_ = finals([config], tiny)
+    nats = metrics["neg_elbo"] / (tiny.pixels * math.log(2))
+    assert metrics["bits_per_dim"] == pytest.approx(nats + math.log2(17), rel=1e-12)
+    assert "bits_per_dim" not in finals([config.replace(dequantize="none")], tiny)[0]
+
+
+def test_the_uniform_density_needs_the_bits_of_a_grey_level(tiny):
+    # Logits 0 are the density 1 on [0, 1], and posteriors that are the prior cost nothing.
+    model = build(DEQUANTIZED, tiny.image_shape, 16)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    (metrics,) = evaluate([(DEQUANTIZED, model)], tiny)
+    assert metrics["test/neg_elbo"] == pytest.approx(0, abs=1e-6)
+    assert metrics["test/bits_per_dim"] == pytest.approx(math.log2(17), rel=1e-9)
+
+
+def test_bits_per_dim_of_binary_pixels_are_nats_in_bits(tiny):
+    metrics, *_ = finals([BINARY], tiny)
+    bits = metrics["neg_elbo"] / (tiny.pixels * math.log(2))
+    assert metrics["bits_per_dim"] == pytest.approx(bits, rel=1e-12)
+
+
+def test_dequantization_is_refused_where_there_are_no_grey_levels_or_no_density():
+    with pytest.raises(UserError, match="it needs a density"):
+        DEQUANTIZED.replace(likelihood="bernoulli")
+    table = Dataset.from_tensors("rows", np.random.default_rng(0).normal(size=(40, 3)))
+    config = SMALL.replace(dequantize="uniform", batch_size=4)
+    with pytest.raises(UserError, match="rows has no grey levels"):
+        check_runs([config], table)

@@ -36,6 +36,10 @@ KINDS = {
     "warm-up": {"kl_warmup_epochs": 2},
     "stochastic": {"likelihood": "bernoulli", "binarization": "stochastic"},
     "deterministic": {"latent": "deterministic", "kl_weight": 0.0},
+    "recipe": {
+        **{"optimizer": "adamw", "weight_decay": 0.1, "clip_norm": 0.1, "keep": "best"},
+        **{"lr_schedule": "exponential", "lr_factor": 0.1, "lr_warmup_epochs": 1},
+    },
     "terms": {"terms": {"moved": 0.5}},
     "normalised": {"model": "normalised", **NO_SETTINGS},
 }

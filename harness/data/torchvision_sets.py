@@ -1,0 +1,153 @@
+"""Torchvision's classification sets, which it downloads, as datasets in three parts."""
+
+import contextlib
+import difflib
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
+from harness.config import UserError
+from harness.data.dataset import Dataset
+from harness.data.folder import as_size, read_pictures, upright
+
+Parts = dict[str, dict[str, Any]]  # official part -> the class's arguments for it
+
+BY_TRAIN = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS")
+IN_TWO = ("FER2013", "Food101", "GTSRB", "STL10", "SVHN", "StanfordCars")
+IN_THREE = ("CLEVRClassification", "DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2")
+WHOLE = ("Caltech101", "Caltech256", "EuroSAT", "LFWPeople", "Omniglot", "SEMEION", "SUN397")
+
+TRAIN: Parts = {"train": {"train": True}, "test": {"train": False}}
+
+
+def _by_split(**splits: str) -> Parts:
+    return {part: {"split": split} for part, split in splits.items()}
+
+
+SETS: dict[str, Parts] = {
+    **dict.fromkeys(BY_TRAIN, TRAIN),
+    **dict.fromkeys(IN_TWO, _by_split(train="train", test="test")),
+    **dict.fromkeys(IN_THREE, _by_split(train="train", val="val", test="test")),
+    **dict.fromkeys(WHOLE, {"train": {}}),
+    "Country211": _by_split(train="train", val="valid", test="test"),
+    "EMNIST": {part: {"split": "balanced", **given} for part, given in TRAIN.items()},
+    "Imagenette": _by_split(train="train", val="val"),
+    "OxfordIIITPet": _by_split(train="trainval", test="test"),
+}
+"""Sets of images with one class each that fit in memory, by their class in torchvision.
+
+LFWPeople's parts and Omniglot's have classes of their own, of which one part cannot measure
+another. EMNIST is its split "balanced".
+"""
+
+
+def read_torchvision(
+    name: str, root: Path, image_size: int | Sequence[int] | None = None
+) -> Dataset:
+    """Read a set of torchvision, downloaded unless it is there; its name is "torchvision-NAME".
+
+    Official parts are kept, and those that a set lacks, or has without labels, are split off its
+    training images. Images keep their colours, and are resized to `image_size` as a folder's are.
+
+    Args:
+        name: class in `torchvision.datasets`, one of `SETS`.
+        root: folder that holds the set as torchvision arranges it.
+        image_size: height and width, or one number for both; needed if images have several sizes.
+    """
+    size = as_size(image_size)
+    if name not in SETS:
+        known, every = {one.lower(): one for one in SETS}, ", ".join(sorted(SETS))
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        choice = f"did you mean {known[near[0]]}?" if near else f"choose one of {every}"
+        raise UserError(f"torchvision:{name}: no such classification set; {choice}")
+    parts, names = _parts(name, root)
+    ends = np.cumsum([0, *map(len, parts.values())]).tolist()
+    rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
+    try:
+        images, labels = _read([*parts.values()], size)
+    except UserError as error:
+        raise UserError(f"torchvision:{name} in {root.resolve()}: {error}") from None
+    del parts  # some hold their images, which are copied once more below
+    names = names if labels.max() < len(names) else []
+    data = Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
+    return data if size is None else replace(data, options={"image_size": [*size]})
+
+
+def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
+    # Each part with labels, as a sequence of (image or file, label); names of the classes.
+    made = [place for place in (root, *root.parents) if not place.exists()]
+    before = {*root.glob("*")}
+    # Torchvision takes a set that is unpacked in part for whole: a file marks it until it is.
+    marks = {part: root / f".{name}-{part}-unfinished" for part in SETS[name]}
+    try:
+        parts = {part: _part(name, root, part, marks[part]) for part in SETS[name]}
+        kept = [p for p, (pairs, _) in parts.items() if p == "train" or pairs[0][1] is not None]
+    except Exception as error:  # torchvision has many for files that are absent or cut short
+        new = {*root.glob("*")} - before
+        walked = [step for place in new for step in os.walk(place, topdown=False)]
+        if not any(files for *_, files in walked):  # nothing was unpacked
+            for mark in new & {*marks.values()}:
+                mark.unlink()
+        for folder in (*(Path(at) for at, *_ in walked), *made):
+            with contextlib.suppress(OSError):  # never made, or not empty
+                folder.rmdir()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
+            "as torchvision arranges it (a broken file: delete it first), or name the folder that "
+            "holds it with --data-dir."
+        ) from error
+    return {part: parts[part][0] for part in kept}, parts["train"][1]
+
+
+def _part(name: str, root: Path, part: str, mark: Path) -> tuple[Any, list[str]]:
+    import torchvision  # takes seconds
+
+    make, given = getattr(torchvision.datasets, name), SETS[name][part]
+    accepted = inspect.signature(make).parameters
+    given = {**given, "loader": str} if "loader" in accepted else given  # files, opened later
+    try:
+        read = make(str(root), **given)
+        if mark.exists():
+            raise ValueError(f"its download was stopped: delete what is there of it, and {mark}")
+    except (RuntimeError, FileNotFoundError):  # torchvision's where files are missing
+        if not accepted.keys() & {"download", "kwargs"}:
+            raise
+        root.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        read = make(str(root), **given, download=True)
+        mark.unlink()
+    if not len(read):
+        raise ValueError("no image in it")
+    classes = getattr(read, "classes", getattr(read, "categories", []))
+    names = [one if isinstance(one, str) else one[0] for one in classes]
+    if "loader" not in accepted:
+        return read, names
+    pairs = sorted(read[i] for i in range(len(read)))  # some are in the file system's order
+    if name == "Omniglot":  # so are the numbers of its classes, which are nested folders
+        classes = ["/".join(Path(file).parts[-3:-1]) for file, _ in pairs]
+        names = sorted(set(classes))
+        pairs = [(pair[0], names.index(one)) for pair, one in zip(pairs, classes, strict=True)]
+    return pairs, names
+
+
+def _read(parts: Sequence[Any], size: tuple[int, int] | None) -> tuple[Tensor, np.ndarray]:
+    pairs = ConcatDataset[tuple[Any, int]](parts)
+    labels = np.empty(len(pairs), np.int64)
+
+    def opened(i: int) -> Image.Image:
+        image, labels[i] = pairs[i]
+        return upright(image) if isinstance(image, str) else image
+
+    def named(i: int) -> str:
+        return pairs[i][0] if isinstance(parts[0], list) else f"image {i}"
+
+    return read_pictures(len(pairs), opened, named, size), labels

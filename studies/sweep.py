@@ -1,0 +1,242 @@
+"""Which value of a setting is best, or which values of two?
+
+`--axis learning_rate=1e-4,1e-3` sweeps a setting, `--axis width=16,32` an option of the network,
+`--axis mmd=0,10` the weight of a loss term and `--axis mmd.bandwidth=0.5,1` its option. A second
+`--axis` is combined with the first. Widths have an x: `--axis hidden=256x64,128`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import UseAppendAction, arg
+
+from analysis import frames, plots, tables
+from harness import registry
+from harness.config import RunConfig, UserError
+from studies.runner.answers import over, plus_minus
+from studies.runner.cli import clear_errors, execute, read
+from studies.runner.options import (
+    NAMED,
+    SETTINGS,
+    Common,
+    Options,
+    option_value,
+    setting_options,
+    text,
+)
+from studies.runner.study import TABLE, Axis, Source, Study, make_plan, with_named
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+NAME = "sweep"
+
+
+@dataclass(frozen=True)
+class SweepOptions(Common):
+    """Options of a sweep's command line.
+
+    Attributes:
+        axis: a setting and its values, at most twice; the option of a network or a term that is
+            swept too comes second. The weight that --term gives a term is replaced.
+        seeds: repetitions of every point (3).
+    """
+
+    axis: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="NAME=VALUE,VALUE")] = ()
+    seeds: int | None = None
+
+
+def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
+    """Return the study of one or two axes: `run(sweep({"kl_weight": (0.1, 1)}), seeds=2)`.
+
+    Args:
+        axes: name -> values, as `Axis` has them; a term's name and a network may be FILE.py:NAME.
+            The first of two is the study's group.
+    """
+    swept, words = list[Axis](), list[str]()
+    for address, values in axes.items():
+        if address in ("seed", *NAMED):
+            give = "--seeds N" if address == "seed" else "the name of one term or option"
+            raise UserError(f"axis {address!r}: give {give} instead")
+        given = Axis(address, values).values
+        words += ["--axis", f"{address}={','.join(text(v).replace(',', 'x') for v in given)}"]
+        if address == "model":
+            given = tuple(registry.load(value, "network") for value in given)
+        if len(set(given)) < len(given):
+            raise UserError(f"axis {address!r}: give every value once")
+        swept.append(Axis(registry.load(address, "term"), given))
+    names = [axis.name for axis in swept]
+    if len(set(names)) < len(axes) or len(axes) not in (1, 2):
+        raise UserError(f"axes {', '.join(names) or 'none'}: give one, or two of different names")
+    group, axis = names[0] * (len(names) - 1), swept[-1]
+
+    def apply(config: RunConfig, value: object, data: Source) -> RunConfig:
+        try:
+            return _set(config, axis.name, value, group)
+        except UserError as error:
+            if not group:
+                raise
+            point = f"{group}={text(config.named()[group])}, {axis.name}={text(value)}: "
+            raise UserError(f"{point}{error}") from None
+
+    def groups(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
+        return {text(v): vars(_set(base, group, v)) for v in swept[0].values}
+
+    return Study(
+        name=re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([NAME, *names])),
+        question=f"Which {' and '.join(names)} {'are' if group else 'is'} best?",
+        base=RunConfig(),
+        axis=Axis(axis.name, axis.values, apply),
+        figures=_figures(axis.name, group),
+        answer=partial(best_point, axes=names),
+        group=group,
+        groups=groups if group else Study.groups,
+        objective="",
+        table=(*TABLE, *(f"term/{name.partition('.')[0]}" for name in names)),
+        start=("-m", f"studies.{NAME}", *words),
+    )
+
+
+def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunConfig:
+    if name == "latent" and value == "deterministic" and earlier != "kl_weight":
+        config = config.replace(kl_weight=0.0)  # the default of such a latent
+    if name in ("hidden", "channels") and name not in registry.NETWORKS[config.model].settings:
+        model = "mlp" if name == "hidden" else "conv"
+        raise UserError(f"axis {name!r} with model={config.model!r}: only {model} has it")
+    return with_named(config, name, value)
+
+
+def _figures(axis: str, group: str) -> dict[str, Any]:
+    where = {"axis": axis, "group": group}
+    lines = f"Test metrics against {axis}; dashed, the exact linear model."
+    plane = "The rate-distortion plane; along a thin line neg_elbo is constant."
+    both: dict[str, Any] = {
+        "metrics_along_axis": (partial(plots.metrics_along_axis, **where), lines),
+        "rate_distortion": (partial(plots.rate_distortion, **where), plane),
+    }
+    if group:
+        heat_map = partial(plots.heat_map, rows=group, columns=axis)
+        return {"heat_map": (heat_map, plots.HEAT_MAP_CAPTION), **both}
+    return both | {
+        "kl_per_latent": (partial(plots.kl_per_latent, axis=axis), plots.KL_CAPTION),
+        "quality_along_axis": (partial(plots.quality_along_axis, axis=axis), plots.QUALITY_CAPTION),
+    }
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def notes(counts: Mapping[str, int], seeds: float) -> list[str]:
+    """Return sentences on what axes with so many values, and so many seeds, cannot answer."""
+    single = [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
+    return single + ["One seed: no spread is known; give --seeds 3."] * (seeds == 1)
+
+
+def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
+    """Return which value of an axis, or combination of two, is best on validation data."""
+    keys, metric = [*axes], frames.compared(frame)
+    val, unit = f"val/{metric}", " nats / image" * (metric == "neg_elbo")
+    frame = frames.complete(frame, keys)
+    means = frames.along_axis(frame, keys, [metric, val])
+    best = means.loc[means[val].idxmin()]
+    seeds = int(best["seeds"])
+    runs = frame.groupby(keys)
+
+    def is_equal(row: pd.Series) -> bool:
+        one, other = (runs.get_group(tuple(point[keys])) for point in (row, best))
+        return not frames.paired_difference(one, other, val).distinguishable
+
+    rest = means.drop(best.name)
+    equal = [_point(row) for _, row in rest[keys].iterrows() if is_equal(row)]
+    equal = equal if len(equal) <= 5 else [f"{len(equal)} of the others"]
+    what = "combinations" if len(keys) > 1 else "values"
+    sentences = [
+        f"{_point(best[keys])} has the lowest validation {metric} of {len(means)} {what}: "
+        f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(seeds)})"
+        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (seeds > 1)
+        + "."
+    ]
+    if len(keys) > 1:
+        lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
+        each = [
+            f"{_point(row[keys[:1]])}: {tables.plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
+            for _, row in lowest.iterrows()
+        ]
+        sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
+    sentences += notes(frame[keys].nunique().to_dict(), seeds)
+    if metric == "loss" or {"likelihood", "binarization"}.intersection(keys):
+        sentences.append(f"Where an axis changes objective or data, {metric} does not rank runs.")
+    return " ".join(sentences)
+
+
+def _point(values: pd.Series) -> str:
+    return ", ".join(f"{name} = {tables.plain(value, 6)}" for name, value in values.items())
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def parse(args: Sequence[str] | None = None) -> tuple[Study, Options[Any]]:
+    """Return the study that a command line describes, and its options; else UserError."""
+    given = read(SweepOptions, NAME, __doc__ or "", args, setting_options(RunConfig(), {}))
+    settings = dict(given.settings)
+    network = RunConfig(model=registry.load(settings.get("model", "mlp"), "network")).model
+    terms = {registry.load(term, "term"): term for term in settings.get("terms", ())}
+    axes = dict[str, list[Any]]()
+    for word in given.axis:
+        name, _, values = word.partition("=")
+        if not (name and values):
+            raise UserError(f"--axis {word}: write NAME=VALUE,VALUE")
+        address = terms.get(name, name)
+        if address in axes:
+            raise UserError(f"--axis {name} is given twice")
+        if address in settings.get("terms", ()):
+            settings["terms"] = {t: w for t, w in settings["terms"].items() if t != address}
+        kind = _kind(registry.load(address, "term"), network)
+        try:
+            axes[address] = [_value(value, kind) for value in values.split(",")]
+        except ValueError:
+            numbers = "whole numbers" if kind is int else "numbers"
+            raise UserError(f"--axis {word}: give {numbers}") from None
+    options = {k: v for k, v in vars(given).items() if k != "axis"}
+    study = sweep(axes)
+    for note in notes({name: len(values) for name, values in axes.items()}, given.seeds or 3):
+        log.info(note)
+    return study, Options(**{**options, "settings": settings})
+
+
+def _kind(name: str, network: str) -> type | None:
+    """Return the type of an axis's values; None for an option, unless its default is a tuple."""
+    if name in SETTINGS and name not in NAMED:
+        return type(getattr(RunConfig(), name))
+    if name in (*registry.BUILT_IN_TERMS, *registry.TERMS):
+        return float
+    term, dot, option = name.partition(".")
+    function = registry.TERMS.get(term, "") if dot else registry.NETWORKS[network].function
+    default = (registry.options_of(function) or {}).get(option or name)
+    return tuple if isinstance(default, tuple) else None
+
+
+def _value(word: str, kind: type | None) -> Any:  # noqa: ANN401 - of any kind
+    if kind is tuple or (kind is None and re.fullmatch(r"\d+(x\d+)+", word)):
+        return tuple(map(option_value, [] if word == "none" else word.split("x")))
+    return option_value(word) if kind is None else kind(word)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a sweep from its command line; the exit codes are those of `clear_errors`."""
+    with clear_errors(args) as terminal:
+        study, options = parse(args)
+        execute(partial(make_plan, study, options), options, terminal)
+
+
+if __name__ == "__main__":
+    main()
