@@ -69,6 +69,9 @@ LOSSES: dict[str, Loss] = {
         functional.mse_loss(y * 255, x * 255, reduction="sum") / 255 / B
         + 4 * kl(mu, v).mean(0).sum()
     ),
+    "disentangling_vae_plain": lambda x, y, mu, v: (
+        functional.mse_loss(y * 255, x * 255, reduction="sum") / 255 / B + kl(mu, v).mean(0).sum()
+    ),
     "beta_vae_1konny": lambda x, y, mu, v: sse(x, y) / B + 4 * kl(mu, v).sum(1).mean(),
     "disentanglement_lib": lambda x, y, mu, v: sse(x, y) / B + kl(mu, v).sum(1).mean(),
     "world_models": lambda x, y, mu, v: (
@@ -177,6 +180,7 @@ DEFAULTS = {
     "pythae": 2,
     "lightning_bolts": 1.2,
     "disentangling_vae": 4 / 255,
+    "disentangling_vae_plain": 1 / 255,
     "beta_vae_1konny": 4,
     "disentanglement_lib": 1,
     "world_models": 1,

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis import frames, tables
-from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
+from analysis.plots.style import (
+    COLORS,
+    GREY,
+    canvas,
+    empty_figure,
+    empty_panel,
+    label,
+    note,
+    plain_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +139,43 @@ def conditions(frame: pd.DataFrame) -> Figure:
         panel.set_xlabel(label(metric))
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
+    return figure
+
+
+def conventions(frame: pd.DataFrame, axis: str, likelihood: str) -> Figure:
+    """Plot metrics of codebases of one likelihood, a numbered mark each, against their weight.
+
+    The weight is the decoder variance or scale that it means, or else beta. The mean run of each
+    has an interval over seeds; the dotted line is that of the first one that is calibrated.
+    """
+    x = {"gaussian": "decoder_variance", "laplace": "laplace_scale"}.get(likelihood, "beta")
+    part = frames.having(frame[frame["likelihood"] == likelihood], "mse")
+    if part.empty:
+        return empty_figure("no convention of this error")
+    if x == "laplace_scale":  # of a learned one, that of the last error
+        fitted = part["calibration_ratio"] * part["mae"]
+        part = part.assign(laplace_scale=part.get(x, fitted).fillna(fitted))
+    shown = ("val/neg_elbo", *FOUR[1:])
+    metrics = [metric for metric in shown if metric in part and part[metric].notna().any()]
+    means = frames.along_axis(part, axis, [x, *metrics])
+    figure, panels = canvas(12, 7, rows=2, columns=2, sharex=True)
+    for panel in panels.flat[len(metrics) :]:
+        empty_panel(panel, "")
+    for panel, metric in zip(panels.flat, metrics, strict=False):
+        for (number, row), color in zip(means.iterrows(), cycle(COLORS)):
+            place, half = (row[x], row[metric]), np.nan_to_num(row[f"{metric}±"])
+            name = f"{number}  {plain_text(str(row[axis]))}"
+            panel.errorbar(*place, yerr=half, fmt="o", color=color, ms=5, capsize=2, label=name)
+            look = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+            panel.annotate(str(number), place, color=color, **look)
+        of_model = part.sort_values(x)
+        _linear_model(panel, of_model, x, metric.removeprefix("val/"))
+        for value in means.loc[means[axis].str.startswith("calibrated"), x]:
+            panel.axvline(value, color=GREY, ls=":", lw=1.2, label="calibrated weight")
+        panel.set(xlabel=label(x), ylabel=label(metric))
+        panel.set_xscale("log")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
