@@ -232,6 +232,7 @@ class Study:
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
+        epochs: source of the data -> epochs where the user gives no number.
         objective: validation metric by which points and epochs are compared; "" means val/neg_elbo
             where every run has it, else val/loss, which then replaces it in the table.
         table: columns of the summary table.
@@ -252,6 +253,7 @@ class Study:
     group: str = ""
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
     seeds: int = 3
+    epochs: Callable[[Source], int] = lambda data: data.epochs
     objective: str = SELECTION
     table: tuple[str, ...] = TABLE
     reference: Any = None
@@ -330,7 +332,7 @@ def make_plan(study: Study, options: Options[Any], own: Dataset | None = None) -
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, own)
     name = options.named(f"{study.name}-{data.name}")
-    base = options.base(study.base, data.epochs)
+    base = options.base(study.base, study.epochs(data))
     points = {
         (group, value): axis.apply(base.replace(**changes), value, data)
         for group, changes in study.groups(base, data).items()
