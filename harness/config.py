@@ -294,7 +294,7 @@ class RunConfig:
         the latent and batch size that are given.
 
         Examples:
-            >>> RunConfig.from_convention("lightning_bolts", latent_size=20).kl_weight
+            >>> round(RunConfig.from_convention("lightning_bolts", latent_size=20).kl_weight, 9)
             0.1
         """
         from harness.conventions import find

@@ -80,8 +80,10 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
 
 # --- the answer ---------------------------------------------------------------------------------
 
-METRICS = ("calibration_ratio", "active_units", "nats_lost", "mse", "rate")
-METRICS += ("binary/neg_elbo", "binary/mse")
+METRICS = (
+    *("calibration_ratio", "active_units", "nats_lost", "rate"),
+    *("mse", "binary/mse", "binary/neg_elbo"),
+)
 
 
 def what_they_do(frame: pd.DataFrame) -> str:
@@ -124,7 +126,7 @@ def _lost(frame: pd.DataFrame, name: str) -> str:
 
 
 def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
-    """Return a codebase's paragraph, and those of others that are the same run here.
+    """Return a codebase's paragraph with its notes, and those of others that are the same run.
 
     Each begins with a name and a colon, by which the report has its anchor.
     """
@@ -148,10 +150,14 @@ def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
     if name not in REFERENCES and (lost := _lost(frame, name)) != "-":
         parts.append(f"nats lost {lost}")
     others = ", ".join(runs.get("equal", runs[AXIS][:0]).dropna().unique())
-    return [
-        f"{name}: {'; '.join(parts)}.",
-        *(f"{other}: here as {name}." for other in others.split(", ") if other),
-    ]
+    texts = {name: "; ".join(parts)}
+    texts |= {other: f"the same run as {name}" for other in others.split(", ") if other}
+    notes = {n: conventions()[n].notes if n in conventions() else () for n in texts}
+    return [f"{n}: {'. '.join([text, *map(_begun, notes[n])])}." for n, text in texts.items()]
+
+
+def _begun(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 STUDY = Study(

@@ -341,3 +341,28 @@ def test_the_table_has_a_source_for_every_convention():
     for row in tomllib.loads(text).values():
         assert row["source"]
         assert all(note == note.strip(". ") for note in row.get("notes", []))
+
+
+def table() -> str:
+    """Return the table of docs/conventions.md."""
+    lines = [
+        "| name | loss | images, latents, batch | beta | decoder variance or scale b | read in |",
+        "|---|---|---|--:|--:|---|",
+    ]
+    for name, row in conventions.conventions().items():
+        found, shape = translate(name), " x ".join(map(str, row.shape))
+        wide = "" if row.pixels == (0, 1) else ", pixels {:g} to {:g}".format(*row.pixels)
+        variance, scale = found.decoder_variance, found.laplace_scale
+        means = {"optimal": "fitted", "learned": "learned"}.get(row.scale, "no ELBO of grey pixels")
+        means = means if variance is None else f"{variance:.3g}"
+        means = means if scale is None else f"b {scale:.3g}"
+        means = "exact, binary pixels" if name == "tensorflow" else means
+        beta = "1, exact" if found.beta is None else f"{found.beta:,.4g}"
+        cells = (f"`{name}`", f"`{row.loss}`{wide}", f"{shape}, {row.latent_size}, {row.batch_size}")
+        lines.append("| " + " | ".join((*cells, beta, means, row.source)) + " |")
+    return "\n".join(lines)
+
+
+def test_the_pages_table_is_that_of_the_data():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "conventions.md").read_text()
+    assert table() in page, f"the table of docs/conventions.md should be:\n\n{table()}"

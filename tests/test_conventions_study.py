@@ -11,7 +11,8 @@ import pytest
 
 from analysis import frames
 from harness import UserError, load_dataset
-from harness.conventions import conventions, find
+from harness.conventions import conventions
+from harness.data.dataset import with_official_training
 from harness.linear.vae import linear_metrics
 from studies import conventions as page
 from studies.runner import cli
@@ -50,7 +51,10 @@ def test_conventions_of_one_configuration_are_one_run_named_by_the_first(study):
 def test_every_codebase_has_a_paragraph_with_an_anchor(study):
     for name in VALUES:
         assert study.report.count(f'<p id="{name}">{name}: ') == 1
-    assert '<p id="world_models">world_models: here as disentanglement_lib.</p>' in study.report
+    assert (
+        '<p id="world_models">world_models: the same run as disentanglement_lib. It charges '
+        in study.report
+    )
     assert len(re.findall(r'id="(\w+)"', study.report)) == len(VALUES)
 
 
@@ -106,10 +110,11 @@ def test_the_plans_images_are_those_of_the_training_split():
 def test_the_linear_oracle_counts_latents_above_the_variance_on_mnist():
     data = load_dataset("mnist", root=os.environ["VAE_DATA_DIR"])
     assert len(data.train) == KNOWN["mnist"].images
-    expected = {"diffusers": 705, "disentangling_vae_plain": 440, "disentangling_vae": 287}
-    expected |= {"blog": 23, "pythae": 12, "beta_vae_1konny": 6, "sigma_vae_mse": 0}
-    for name, count in expected.items():
+    counts = {"disentangling_vae": (287, 287), "blog": (23, 23), "pythae": (12, 12)}
+    counts |= {"diffusers": (703, 705), "disentangling_vae_plain": (441, 440)}
+    counts |= {"beta_vae_1konny": (6, 6), "sigma_vae_mse": (0, 0)}
+    for name, (of_55_000, of_60_000) in counts.items():
         config = page.paste(page.STUDY.base, name, KNOWN["mnist"])
-        found = linear_metrics(config, data)["linear/latents_above_variance"]
-        assert found == count, name
-        assert find(name).scale == "fixed"
+        for part, count in ((data, of_55_000), (with_official_training(data), of_60_000)):
+            found = linear_metrics(config, part)["linear/latents_above_variance"]
+            assert found == count, name

@@ -20,7 +20,7 @@ import harness
 ROOT = Path(__file__).resolve().parents[1]
 WITH_EXAMPLES = (
     *("harness.config", "harness.objective", "harness.models.vae", "harness.tracking.record"),
-    "analysis.frames",
+    *("harness.conventions", "analysis.frames"),
 )
 LOADED = re.compile(r'<(?:script|img|iframe|source)[^>]*src="?(?:https?:)?//[^">]*')
 LINKED = re.compile(r'<link[^>]*href="?(?:https?:)?//[^">]*')
