@@ -191,7 +191,7 @@ STUDY = Study(
     merges=True,
     reference="calibrated",
     table=(
-        *("own_beta", "beta", "decoder_variance", "calibration_ratio", "val/neg_elbo"),
+        *("own_beta", "beta", "decoder_variance", "val/neg_elbo"),
         *("nats_lost", "mse", "rate", "active_units", "linear/latents_above_variance"),
     ),
 )

@@ -358,7 +358,11 @@ def table() -> str:
         means = means if scale is None else f"b {scale:.3g}"
         means = "exact, binary pixels" if name == "tensorflow" else means
         beta = "1, exact" if found.beta is None else f"{found.beta:,.4g}"
-        cells = (f"`{name}`", f"`{row.loss}`{wide}", f"{shape}, {row.latent_size}, {row.batch_size}")
+        cells = (
+            f"`{name}`",
+            f"`{row.loss}`{wide}",
+            f"{shape}, {row.latent_size}, {row.batch_size}",
+        )
         lines.append("| " + " | ".join((*cells, beta, means, row.source)) + " |")
     return "\n".join(lines)
 

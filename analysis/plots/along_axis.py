@@ -167,8 +167,8 @@ def conventions(frame: pd.DataFrame, axis: str, likelihood: str) -> Figure:
             name = f"{place + 1}  {plain_text(str(row[axis]))}"
             panel.errorbar(*at, yerr=half, fmt="o", color=color, ms=5, capsize=2, label=name)
             if np.isfinite(at).all():
-                look = {"xytext": (0, 5 + 9 * (place % 3)), "textcoords": "offset points"}
-                panel.annotate(str(place + 1), at, color=color, fontsize=8, ha="center", **look)
+                look = {"xytext": (4, 3 + 9 * (place % 3)), "textcoords": "offset points"}
+                panel.annotate(str(place + 1), at, color=color, fontsize=8, **look)
         linear = f"linear/{metric.removeprefix('val/')}"
         fixed = part[part["sigma"] == "fixed"].sort_values(x)
         _linear_model(panel, fixed, x, metric.removeprefix("val/"))
