@@ -7,12 +7,12 @@ size and dataset, beside the calibrated weight.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from analysis import frames, plots
 from analysis.tables import plain
 from harness.config import RunConfig
-from harness.conventions import LIKELIHOODS, Data, conventions, find
+from harness.conventions import LIKELIHOODS, conventions, find
 from studies.runner.answers import compare, over
 from studies.runner.cli import main
 from studies.runner.study import Axis, Source, Study, calibrated
@@ -26,17 +26,6 @@ REFERENCES = {"calibrated": "gaussian", "calibrated_laplace": "laplace"}
 """Name -> likelihood of the runs that conventions are compared with."""
 
 NEAR = 3.0  # factor of the calibration ratio within which a default is called near
-
-
-def _values() -> tuple[str, ...]:
-    kinds = {LIKELIHOODS[data]: data for data in get_args(Data)}
-    first = {kinds[likelihood]: name for name, likelihood in REFERENCES.items()}
-    return tuple(
-        name
-        for data in get_args(Data)
-        for name in (first.get(data), *conventions())
-        if name and (name in REFERENCES or conventions()[name].data == data)
-    )
 
 
 def paste(config: RunConfig, name: str, data: Source) -> RunConfig:
@@ -138,8 +127,8 @@ def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
     elif found.scale != "fixed":
         parts = [found.loss, f"scale {found.scale} here, so that weight 1 is an exact ELBO"]
     else:
-        beta = f"beta {plain(row['beta'])} here, {plain(found.beta)} at its own shape"
-        parts = [found.loss, beta]
+        own = f", {plain(found.beta)} at its own shape" if name in conventions() else ""
+        parts = [found.loss, f"beta {plain(row['beta'])} here{own}"]
     if (ratio := row["calibration_ratio"]) == ratio:
         parts.append(f"calibration ratio {plain(ratio)}")
     parts.append(f"{row['active_units']:.1f} of {runs['latent_size'].max()} latents active")
@@ -153,18 +142,14 @@ def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
     texts = {name: "; ".join(parts)}
     texts |= {other: f"the same run as {name}" for other in others.split(", ") if other}
     notes = {n: conventions()[n].notes if n in conventions() else () for n in texts}
-    return [f"{n}: {'. '.join([text, *map(_begun, notes[n])])}." for n, text in texts.items()]
-
-
-def _begun(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
+    return [f"{n}: {'; '.join([text, *notes[n]])}." for n, text in texts.items()]
 
 
 STUDY = Study(
     name="conventions",
     question=__doc__,
     base=RunConfig(),
-    axis=Axis(AXIS, _values(), paste),
+    axis=Axis(AXIS, (*REFERENCES, *conventions()), paste),
     figures={
         "squared_error": (
             partial(plots.conventions, axis=AXIS, likelihood="gaussian"),

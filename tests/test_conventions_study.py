@@ -52,7 +52,7 @@ def test_every_codebase_has_a_paragraph_with_an_anchor(study):
     for name in VALUES:
         assert study.report.count(f'<p id="{name}">{name}: ') == 1
     assert (
-        '<p id="world_models">world_models: the same run as disentanglement_lib. It charges '
+        '<p id="world_models">world_models: the same run as disentanglement_lib; it charges '
         in study.report
     )
     assert len(re.findall(r'id="(\w+)"', study.report)) == len(VALUES)
