@@ -111,7 +111,8 @@ def _lost(frame: pd.DataFrame, name: str) -> str:
     likelihood = frame.loc[frame[AXIS] == name, "likelihood"].iloc[0]
     reference = next((n for n, of in REFERENCES.items() if of == likelihood), "")
     gap = compare(frame, AXIS, name, reference, "neg_elbo")
-    return str(gap) if gap.seeds else "-"
+    alone = f"{gap.mean:.3g}" if gap.seeds else "-"  # of one seed nothing is distinguishable
+    return str(gap) if gap.seeds > 1 else alone
 
 
 def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
