@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 # Decimals of metrics, others have 2; and columns without an interval, since equal for every seed.
 DIGITS = {"mse": 4, "mae": 4, "loss": 4, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
-SETTINGS = ("kl_weight", "beta", "decoder_variance", "pca_floor")
+SETTINGS = (
+    *("kl_weight", "beta", "own_beta", "decoder_variance", "pca_floor"),
+    "linear/latents_above_variance",
+)
 
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:

@@ -1,3 +1,4 @@
+from . import conventions as conventions
 from . import tracking as tracking
 from .config import RunConfig as RunConfig
 from .data.dataset import Dataset as Dataset

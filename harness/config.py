@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from harness import registry
@@ -263,7 +264,23 @@ class RunConfig:
     @classmethod
     def seed_recipe(cls, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
         """Return the blog's recipe (`head="relu"`, 10 latents, weight 1 / pixels), with changes."""
-        return cls(head="relu", **changes)
+        return cls.from_convention("blog", **changes)
+
+    @classmethod
+    def from_convention(cls, name: str, **changes: Any) -> RunConfig:  # noqa: ANN401 - of this class
+        """Return the settings of a codebase's loss (`harness.conventions`), with changes.
+
+        Its likelihood, KL weight and normalisation, latent and batch size; the KL weight is that of
+        the latent and batch size that are given.
+
+        Examples:
+            >>> round(RunConfig.from_convention("lightning_bolts", latent_size=20).kl_weight, 9)
+            0.1
+        """
+        find = resolve_name("harness.conventions:find")  # which imports this module
+        sizes = {k: v for k, v in changes.items() if k in ("latent_size", "batch_size")}
+        found = find(name, **sizes).config()
+        return replace(found, **{"kl_weight": Default(found.kl_weight), **changes})
 
     def replace(self, **changes: Any) -> RunConfig:  # noqa: ANN401 - fields of this class
         """Return a copy with some fields changed and everything checked again."""

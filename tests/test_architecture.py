@@ -15,7 +15,7 @@ MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).glob("**/*.
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 
 LAYERS = (
-    {"errors", "registry", "config", "streams", "forkserver", "processes"},
+    {"errors", "registry", "config", "conventions", "streams", "forkserver", "processes"},
     {"data", "objective", "parts", "provenance"},
     {"models"},
     {"linear"},

@@ -18,7 +18,10 @@ import yaml
 import harness
 
 ROOT = Path(__file__).resolve().parents[1]
-WITH_EXAMPLES = ("harness.models.vae", "harness.tracking.record", "analysis.frames")
+WITH_EXAMPLES = (
+    *("harness.config", "harness.conventions", "harness.models.vae"),
+    *("harness.tracking.record", "analysis.frames"),
+)
 LOADED = re.compile(r'<(?:script|img|iframe|source)[^>]*src="?(?:https?:)?//[^">]*')
 LINKED = re.compile(r'<link[^>]*href="?(?:https?:)?//[^">]*')
 

@@ -231,6 +231,7 @@ def test_without_kl_the_linear_model_is_the_pca_floor(data):
     assert best.rate == math.inf
     (metrics, with_kl) = (linear_metrics(LINEAR.replace(kl_weight=w), data) for w in (0.0, 0.1))
     names = {"loss", "mse", "rate", "neg_elbo", "active_units", "collapse_variance"}
+    names.add("latents_above_variance")
     assert with_kl.keys() == {f"linear/{name}" for name in names} | {"test/pca_floor"}
     assert with_kl["test/pca_floor"] == metrics["test/pca_floor"] == metrics["linear/mse"]
     assert with_kl.keys() - metrics.keys() == {"linear/rate", "linear/neg_elbo"}

@@ -3,6 +3,7 @@
 from analysis.plots.along_axis import HEAT_MAP_CAPTION as HEAT_MAP_CAPTION
 from analysis.plots.along_axis import class_errors as class_errors
 from analysis.plots.along_axis import conditions as conditions
+from analysis.plots.along_axis import conventions as conventions
 from analysis.plots.along_axis import heat_map as heat_map
 from analysis.plots.along_axis import metrics_along_axis as metrics_along_axis
 from analysis.plots.along_axis import metrics_along_latent_size as metrics_along_latent_size

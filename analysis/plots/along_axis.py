@@ -12,7 +12,16 @@ import numpy as np
 from analysis import frames, tables
 from analysis.plots.latents import KL_CAPTION, kl_per_latent
 from analysis.plots.planes import rate_distortion
-from analysis.plots.style import COLORS, GREY, canvas, empty_panel, label, note, plain_text
+from analysis.plots.style import (
+    COLORS,
+    GREY,
+    canvas,
+    empty_figure,
+    empty_panel,
+    label,
+    note,
+    plain_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,6 +163,48 @@ def conditions(frame: pd.DataFrame) -> Figure:
         panel.set_xlabel(label(metric))
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
+    return figure
+
+
+def conventions(frame: pd.DataFrame, axis: str, likelihood: str) -> Figure:
+    """Plot metrics of codebases of one likelihood, a numbered mark each, against their weight.
+
+    The weight is the decoder variance or the scale that it means, or else beta; vertical lines are
+    95 % intervals over seeds. Dotted: every value whose name begins with "calibrated".
+    """
+    x = {"gaussian": "decoder_variance", "laplace": "laplace_scale"}.get(likelihood, "beta")
+    part = frame[frame["likelihood"] == likelihood]
+    if part.empty:
+        return empty_figure("no convention of this error")
+    if x == "laplace_scale":  # a learned one is near its best value
+        fitted = part["calibration_ratio"] * part["mae"]
+        part = part.assign(**{x: part.get(x, fitted).fillna(fitted)})
+    shown = ("val/neg_elbo", *FOUR[1:])
+    metrics = [metric for metric in shown if metric in part and part[metric].notna().any()]
+    means = frames.along_axis(part, axis, [x, *metrics]).sort_values(x, ignore_index=True)
+    rows = len(metrics) // 4 + 1
+    columns = -(-len(metrics) // rows)
+    figure, panels = canvas(13, 3.5 * rows, rows=rows, columns=columns, squeeze=False)
+    for panel, metric in zip(panels.flat, metrics, strict=True):
+        for (place, row), color in zip(means.iterrows(), cycle(COLORS), strict=False):
+            at, half = (row[x], row[metric]), np.nan_to_num(row[f"{metric}±"])
+            name = f"{place + 1}  {plain_text(str(row[axis]))}"
+            panel.errorbar(*at, yerr=half, fmt="o", color=color, ms=5, capsize=2, label=name)
+            if np.isfinite(at).all():
+                look = {"xytext": (4, 3 + 9 * (place % 3)), "textcoords": "offset points"}
+                panel.annotate(str(place + 1), at, color=color, fontsize=8, **look)
+        linear = f"linear/{metric.removeprefix('val/')}"
+        fixed = part[part["sigma"] == "fixed"].sort_values(x)
+        _linear_model(panel, fixed, x, metric.removeprefix("val/"))
+        for value in means.loc[means[axis].str.startswith("calibrated"), x]:
+            panel.axvline(value, color=GREY, ls=":", lw=1.2, label="calibrated weight")
+        values = part[[metric, linear]].to_numpy() if linear in part else part[metric]
+        low, high = np.nanmin(values), np.nanmax(values)
+        span = max(high - low, 1e-9)
+        panel.set_ylim(low - 0.08 * span, high + 0.2 * span)
+        panel.set(xlabel=label(x), ylabel=label(metric), xscale="log")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 

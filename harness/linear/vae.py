@@ -177,6 +177,7 @@ def linear_metrics(config: RunConfig, data: Dataset) -> dict[str, float]:
         "neg_elbo": test.neg_elbo(val.mse) if val.mse > 0 else math.nan,
         "active_units": float(test.active_units),
         "collapse_variance": float(known.variances[0]),  # no latent is active at larger ones
+        "latents_above_variance": float((known.variances > variance).sum()),  # of any latent size
     }
     finite = {f"linear/{name}": value for name, value in values.items() if math.isfinite(value)}
     return finite | floor

@@ -125,8 +125,10 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
 
 def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     """Return the options of a study from its command line; else UserError."""
-    swept = dict.fromkeys((study.axis.name, study.group), "swept by this study")
-    settings = setting_options(study.base, swept)
+    notes = dict.fromkeys((study.axis.name, study.group), "swept by this study")
+    few, many = (study.epochs(KNOWN[name]) for name in ("digits", "mnist"))
+    notes["epochs"] = f"default: {few}; {many} for 10,000 training images or more"
+    settings = setting_options(study.base, notes)
     return read(Options, study.name, study.question, args, settings)
 
 

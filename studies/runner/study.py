@@ -48,7 +48,8 @@ class Source(NamedTuple):
 
     `calibrated` is a KL weight near calibration_ratio = 1 with 10 latents and mode "pixels",
     `epochs` the default; `words` are its options on a command line, without the folder of the
-    user's files, "" of tensors; `settings` identify it, the user's data by a digest too.
+    user's files, "" of tensors; `settings` identify it, the user's data by a digest too. `images`
+    are those of the training split.
     """
 
     name: str
@@ -57,17 +58,19 @@ class Source(NamedTuple):
     epochs: int
     words: str
     settings: Mapping[str, Any]
+    images: int
+    channels: int = 1
 
 
 # Weights of digits and mnist are measured by `python -m studies.kl_weight`, the others guessed from
 # their variance.
 KNOWN = {
-    name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name})
-    for name, pixels, calibrated, epochs in (
-        ("digits", 64, 0.02, 50),
-        ("mnist", 784, 0.05, 20),
-        ("fashion_mnist", 784, 0.03, 20),
-        ("kmnist", 784, 0.1, 20),
+    name: Source(name, pixels, calibrated, epochs, f"--dataset {name}", {"dataset": name}, images)
+    for name, pixels, calibrated, epochs, images in (
+        ("digits", 64, 0.02, 50, 1_280),
+        ("mnist", 784, 0.05, 20, 55_000),
+        ("fashion_mnist", 784, 0.03, 20, 55_000),
+        ("kmnist", 784, 0.1, 20, 55_000),
     )
 }
 
@@ -101,7 +104,8 @@ def source(name: str, own: Dataset | None) -> Source:
     epochs = KNOWN["digits" if len(own.train) < 10_000 else "mnist"].epochs
     counts = [len(own.train), len(own.val), len(own.test)]
     settings = {"dataset": own.name, "dataset_digest": own.digest, "dataset_images": counts}
-    return Source(own.name, own.pixels, own.pixel_variance / 2, epochs, line, settings)
+    weight, channels = own.pixel_variance / 2, own.image_shape[0] if own.is_image else 1
+    return Source(own.name, own.pixels, weight, epochs, line, settings, counts[0], channels)
 
 
 def sets_variance(config: RunConfig) -> bool:
@@ -233,10 +237,15 @@ class Study:
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
         seeds: repetitions where the user gives no number.
+        epochs: source of the data -> epochs where the user gives no number.
         objective: validation metric by which points and epochs are compared; "" means val/neg_elbo
             where every run has it, else val/loss, which then replaces it in the table.
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
+        ranking: metric of the best run, where it is not the objective; runs without it rank last.
+        prepare: frame of runs -> the frame with further columns, for table, figures and answer.
+        merges: whether points of one configuration are one, named by the first; the names of the
+            others are its parameter "equal".
         start: words after `python` that start it, unless they are those of its page or file.
         first: values of swept settings without which the base is refused.
     """
@@ -250,9 +259,13 @@ class Study:
     group: str = ""
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
     seeds: int = 3
+    epochs: Callable[[Source], int] = lambda data: data.epochs
     objective: str = SELECTION
     table: tuple[str, ...] = TABLE
     reference: Any = None
+    ranking: str = ""
+    prepare: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
+    merges: bool = False
     start: tuple[str, ...] = ()
     first: Mapping[str, Any] = field(default_factory=dict)
 
@@ -326,12 +339,18 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         raise UserError(f"--values {list(values)}: give at least one, and every value once")
     data = source(options.dataset, own)
     name = options.named(f"{study.name}-{data.name}")
-    base = options.base(study.base, data.epochs, study.first)
+    base = options.base(study.base, study.epochs(data), study.first)
     points = {
         (group, value): axis.apply(base.replace(**changes), value, data)
         for group, changes in study.groups(base, data).items()
         for value in values
     }
+    equal = dict[RunConfig, list[Any]]()
+    if study.merges:
+        for (_, value), config in points.items():
+            equal.setdefault(config, []).append(value)
+        points = {("", same[0]): config for config, same in equal.items()}
+        values = tuple(value for _, value in points)
     if not study.objective:
         exact = all(c.has_likelihood and c.latent == "stochastic" for c in points.values())
         metric = "neg_elbo" if exact else "loss"
@@ -350,6 +369,8 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         label = f"{named}, {written}" if group else written
         params = {study.group: group} if study.group else {}
         params[axis.name] = text(value)
+        if others := equal.get(config, [])[1:]:
+            params["equal"] = ", ".join(map(text, others))
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}

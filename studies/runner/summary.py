@@ -263,7 +263,7 @@ def failed_metrics(runs: Sequence[Run]) -> list[str]:
 def compare_points(study: Study, found: Ended) -> Findings:
     """Return the results of a grid of points."""
     axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
-    every = frames.tidy([*found.finished, *diverged])
+    every = study.prepare(frames.tidy([*found.finished, *diverged]))
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
@@ -275,7 +275,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
-    best = ranked.loc[ranked[study.objective].idxmin()]
+    best = ranked.loc[ranked[_ranking(study, ranked)].idxmin()]
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
@@ -301,6 +301,11 @@ def compare_points(study: Study, found: Ended) -> Findings:
     )
 
 
+def _ranking(study: Study, frame: pd.DataFrame) -> str:
+    has_it = study.ranking in frame and frame[study.ranking].notna().any()
+    return study.ranking if has_it else study.objective
+
+
 def _differences(
     study: Study, frame: pd.DataFrame, ranked: pd.DataFrame
 ) -> tuple[pd.DataFrame, str]:
@@ -308,7 +313,7 @@ def _differences(
     axes = study.columns
     reference = ranked[ranked[study.axis.name] == study.reference]
     if reference.empty:
-        best = ranked.groupby(axes)[study.objective].mean().idxmin()
+        best = ranked.groupby(axes)[_ranking(study, ranked)].mean().idxmin()
         reference = ranked[ranked.set_index(axes).index.isin([best])]
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
     name = reference["name"].iloc[0].rpartition(" seed=")[0]

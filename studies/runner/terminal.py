@@ -38,6 +38,7 @@ HIDDEN = (
     *("best/val/neg_elbo", "best/val/mse"),
 )
 SPARE = (
+    *("linear/latents_above_variance", "own_beta"),
     *("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio"),
     *("kl_cycles", "kl_warmup_epochs", "free_bits"),
 )

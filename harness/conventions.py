@@ -1,0 +1,308 @@
+"""The KL weights of well-known codebases, and of any loss, in one unit.
+
+A codebase's loss is A E + W rate for each image, where E is the data term, summed over the D values
+of an image, and the rate is the KL, summed over the L latents. Up to a factor of the whole loss,
+which Adam ignores but for its eps, that is E + beta * rate with
+
+    beta = W / (A a^k),   k = 2 of the squared, 1 of the absolute error, 0 of cross-entropy,
+
+of pixels from 0 to 1, where the codebase's own pixels are a wide. It is the loss of a Gaussian
+decoder of variance beta / 2, of a Laplace decoder of scale beta, and of binary pixels at beta = 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from harness.config import RunConfig
+from harness.errors import UserError
+
+Data = Literal["mse", "l1", "bce"]
+Reduction = Literal["mean", "sum", "total"]
+KLNormalization = Literal["pixels", "batch", "latent", "sum"]
+
+LIKELIHOODS: dict[Data, Any] = {"mse": "gaussian", "l1": "laplace", "bce": "bernoulli"}
+FORM = "[factor*]DATA:REDUCTION + weight*kl:REDUCTION"
+GREY = "cross-entropy is an exact ELBO of binary pixels at beta 1, and no likelihood of grey ones"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The loss of a codebase, with its defaults.
+
+    Attributes:
+        name: by which `translate` finds it.
+        data, reduction, factor: the data term, its reduction and its factor. "mean" is over values
+            and images, "sum" over values, with the mean over images, "total" the sum over both.
+        weight, kl, kl_factor: the KL's weight and reduction, and a factor beside the weight.
+        source: path and version in which it was read.
+        shape, latent_size, batch_size, training_size: of the images and the training.
+        weight_by: "training_size" where the weight is batch_size / training_size.
+        pixels: range of the pixels.
+        scale: whether the decoder's scale is fixed by the weight, fitted or learned.
+        channel_mean: whether the data term is a mean over channels.
+        settings: further settings of `RunConfig`.
+        notes: what a user has to know of it, a sentence each.
+    """
+
+    name: str
+    data: Data
+    reduction: Reduction
+    kl: Reduction
+    factor: float = 1.0
+    weight: float = 1.0
+    kl_factor: float = 1.0
+    source: str = ""
+    shape: tuple[int, ...] = (1, 28, 28)
+    latent_size: int = 10
+    batch_size: int = 32
+    training_size: int = 0
+    weight_by: str = ""
+    pixels: tuple[float, float] = (0.0, 1.0)
+    scale: Literal["fixed", "optimal", "learned"] = "fixed"
+    channel_mean: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = {"latent_size": self.latent_size, "batch_size": self.batch_size}
+        sizes |= {"training_size": self.training_size} if self.weight_by else {}
+        for name, value in [*sizes.items(), *(("shape", side) for side in self.shape or (0,))]:
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r}: give whole numbers >= 1")
+        if not (len(self.pixels) == 2 and -math.inf < self.pixels[0] < self.pixels[1] < math.inf):
+            raise UserError(f"pixels={self.pixels!r}: give the lowest and the highest value")
+        if self.data == "bce" and tuple(self.pixels) != (0, 1):
+            given = f"bce with pixels={self.pixels!r}"
+            raise UserError(f"{given}: cross-entropy needs pixels from 0 to 1; give mse or l1")
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"weight={self.weight!r}: give a finite number >= 0")
+        if not 0 < self.factor < math.inf:
+            raise UserError(f"factor={self.factor!r} of {self.data}: give a finite number > 0")
+
+    @property
+    def loss(self) -> str:
+        """The loss in the form of `parse`, without `scale` and `channel_mean`."""
+        factor = "" if self.factor == 1 else f"{self.factor:g}*"
+        weight = "B/N" if self.weight_by else f"{self.weight * self.kl_factor:g}"
+        return f"{factor}{self.data}:{self.reduction} + {weight}*kl:{self.kl}"
+
+    @property
+    def beta(self) -> float:
+        """Weight of the rate beside the summed data term of pixels from 0 to 1, if that is fixed.
+
+        Beside the negative log-likelihood, where the scale is fitted or learned.
+        """
+        values, batch = math.prod(self.shape), float(self.batch_size)
+        a = self.factor * {"mean": 1 / values, "sum": 1.0, "total": batch}[self.reduction]
+        if self.channel_mean:
+            a /= self.shape[0]
+        if self.scale == "fixed":
+            a *= (self.pixels[1] - self.pixels[0]) ** {"mse": 2, "l1": 1, "bce": 0}[self.data]
+        weight = batch / self.training_size if self.weight_by else self.weight
+        reduced = {"mean": 1 / self.latent_size, "sum": 1.0, "total": batch}[self.kl]
+        return weight * self.kl_factor * reduced / a
+
+    def equal_weights(self) -> dict[KLNormalization, float]:
+        """Return the KL weight of the same beta in each normalisation of the harness."""
+        values = math.prod(self.shape)
+        per_value = self.beta / values
+        return {
+            "pixels": self.beta,
+            "batch": per_value,
+            "latent": per_value * self.latent_size,
+            "sum": per_value / self.batch_size,
+        }
+
+    def config(self) -> RunConfig:
+        """Return a run whose loss has a gradient of the same direction.
+
+        In the normalisation whose weight is the same for images of any size.
+        """
+        of_kl: dict[Reduction, KLNormalization] = {"sum": "batch", "mean": "latent", "total": "sum"}
+        normalization = of_kl[self.kl] if self.reduction == "mean" else "pixels"
+        return RunConfig(
+            likelihood=LIKELIHOODS[self.data],
+            kl_weight=self.equal_weights()[normalization],
+            kl_normalization=normalization,
+            latent_size=self.latent_size,
+            batch_size=self.batch_size,
+            sigma=self.scale,
+            **self.settings,
+        )
+
+
+@cache
+def conventions() -> dict[str, Convention]:
+    """Return all conventions by name (harness/conventions.toml)."""
+    file = Path(__file__).with_suffix(".toml")
+    found = {}
+    for name, row in tomllib.loads(file.read_text(encoding="utf-8")).items():
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "loss"
+        }
+        found[name] = replace(parse(row["loss"]), name=name, **values)
+    return found
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A codebase's KL weight in the harness's units.
+
+    Attributes:
+        name: of the convention, or its loss as it was given.
+        beta: weight of the rate beside the data term, summed over an image of pixels from 0 to 1;
+            None where the decoder's scale is fitted or learned.
+        decoder_variance: beta / 2 of the squared error, pixel^2; else None.
+        laplace_scale: beta of the absolute error; else None.
+        grey_levels: standard deviation of that decoder, in grey levels of 255; else None.
+        equal_weights: KL weight of the same beta by normalisation.
+        config: a run whose loss has a gradient of the same direction.
+        warnings: what to know of it, a sentence each.
+    """
+
+    name: str
+    beta: float | None
+    decoder_variance: float | None
+    laplace_scale: float | None
+    grey_levels: float | None
+    equal_weights: Mapping[KLNormalization, float]
+    config: RunConfig
+    warnings: tuple[str, ...]
+
+
+def translate(
+    name: str,
+    *,
+    weight: float | None = None,
+    shape: Sequence[int] | None = None,
+    latent_size: int | None = None,
+    batch_size: int | None = None,
+    training_size: int | None = None,
+    pixels: Sequence[float] | None = None,
+) -> Translation:
+    """Return what the KL weight of a codebase means; what is not given has its defaults.
+
+    Args:
+        name: of a convention, or a loss as `parse` reads it.
+        weight: the KL weight.
+        shape: of an image, channels first.
+        latent_size: L.
+        batch_size: images of a step.
+        training_size: images of the training set.
+        pixels: lowest and highest value of the pixels.
+
+    Examples:
+        >>> translate("pytorch_vae").beta, translate("mse:mean + 0.1*kl:sum").beta
+        (3.072, 78.4)
+    """
+    found = find(name, weight, shape, latent_size, batch_size, training_size, pixels)
+    beta = found.beta if found.scale == "fixed" else None
+    variance = beta / 2 if beta is not None and found.data == "mse" else None
+    scale = beta if found.data == "l1" else None
+    deviation = None if scale is None else math.sqrt(2) * scale
+    if variance is not None:
+        deviation = math.sqrt(variance)
+    warnings = list(found.notes)
+    if found.data == "bce" and not math.isclose(found.beta, 1):
+        warnings.insert(
+            0, f"no ELBO of any data: cross-entropy needs beta 1, and here it is {found.beta:.4g}"
+        )
+    elif found.data == "bce" and not found.settings.get("binarization"):
+        warnings.insert(0, GREY)
+    return Translation(
+        name=found.name,
+        beta=beta,
+        decoder_variance=variance,
+        laplace_scale=scale,
+        grey_levels=None if deviation is None else 255 * deviation,
+        equal_weights=found.equal_weights(),
+        config=found.config(),
+        warnings=tuple(warnings),
+    )
+
+
+def find(
+    name: str,
+    weight: float | None = None,
+    shape: Sequence[int] | None = None,
+    latent_size: int | None = None,
+    batch_size: int | None = None,
+    training_size: int | None = None,
+    pixels: Sequence[float] | None = None,
+) -> Convention:
+    """Return the convention that `translate` takes; a UserError names those that are near."""
+    if ":" not in name and name not in conventions():
+        near = difflib.get_close_matches(name, conventions(), 3, 0.5) or list(conventions())
+        raise UserError(
+            f"convention {name!r}: choose among {', '.join(near)}, or give a loss {FORM}"
+        )
+    given: dict[str, Any] = {
+        "weight": weight,
+        "shape": None if shape is None else tuple(shape),
+        "latent_size": latent_size,
+        "batch_size": batch_size,
+        "training_size": training_size,
+        "pixels": None if pixels is None else tuple(pixels),
+    }
+    if weight is not None:
+        given["weight_by"] = ""
+    found = parse(name) if ":" in name else conventions()[name]
+    return replace(found, **{k: v for k, v in given.items() if v is not None})
+
+
+TERM = re.compile(
+    r"\s*(?:(?P<factor>[^*:\s]*)\s*\*)?\s*(?P<term>\w+)\s*(?::\s*(?P<reduction>\w+))?\s*"
+)
+
+
+def parse(loss: str) -> Convention:
+    """Return the convention of a loss `[factor*]DATA:REDUCTION + weight*kl:REDUCTION`.
+
+    DATA is mse, l1 or bce, and a reduction mean, sum or total, as in `Convention`. The two terms
+    have any order. A UserError names the place of what cannot be read.
+    """
+    found, at = dict[str, tuple[float, Any, Any]](), 0
+    while at <= len(loss) and len(found) < 3:
+        match = TERM.match(loss, at)
+        if match is None:
+            raise _unreadable(loss, at, f"give {FORM}")
+        term, reduction = match["term"], match["reduction"]
+        if term not in (*get_args(Data), "kl"):
+            raise _unreadable(loss, match.start("term"), f"{term!r}: give mse, l1, bce or kl")
+        if (kind := "kl" if term == "kl" else "data") in found:
+            raise _unreadable(loss, match.start("term"), f"a second term {term!r}: give {FORM}")
+        if reduction not in get_args(Reduction):
+            place = match.end("term") if reduction is None else match.start("reduction")
+            raise _unreadable(loss, place, f"give {term}:mean, {term}:sum or {term}:total")
+        found[kind] = _number(loss, match), term, reduction
+        at = match.end() + 1
+        if match.end() < len(loss) and loss[match.end()] != "+":
+            raise _unreadable(loss, match.end(), "join the two terms by +")
+    if len(found) < 2:
+        raise _unreadable(loss, len(loss), f"give {FORM}")
+    (factor, data, reduction), (weight, _, kl) = found["data"], found["kl"]
+    return Convention(loss, data, reduction, kl, factor, weight)
+
+
+def _number(loss: str, match: re.Match[str]) -> float:
+    try:
+        number = float(match["factor"] or (1 if match["factor"] is None else ""))
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        given = f"factor {match['factor']!r}"
+        raise _unreadable(loss, match.start("factor"), f"{given}: give a finite number >= 0")
+    return number
+
+
+def _unreadable(loss: str, at: int, why: str) -> UserError:
+    return UserError(f"loss {loss!r}, character {at + 1}: {why}")
