@@ -42,6 +42,7 @@ SPARE = (
     *("neg_log_likelihood", "frechet", "best/epoch", "pca_floor", "calibration_ratio"),
     *("kl_cycles", "kl_warmup_epochs", "free_bits"),
 )
+MOST_NAMED = 8  # paragraphs of an answer that begin with a name and a colon, on a terminal
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
@@ -173,7 +174,12 @@ class Terminal(logging.Handler):
         }
         if not self.json:
             self.out.print(_fitting(frame, self.out))
-            self.out.print(outcome.answer, soft_wrap=not self.out.is_terminal)
+            paragraphs = outcome.answer.split("\n\n")
+            named = [text for text in paragraphs if text.partition(": ")[0].isidentifier()]
+            if len(named) > MOST_NAMED:
+                paragraphs = [text for text in paragraphs if text not in named]
+                paragraphs.append(f"The report has {len(named)} paragraphs more, one a name.")
+            self.out.print("\n\n".join(paragraphs), soft_wrap=not self.out.is_terminal)
             self.line(f"\nReport: {report}")
             self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
 
