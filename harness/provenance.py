@@ -67,7 +67,7 @@ def _git(root: Path, *words: str) -> str | None:
 @cache
 def code() -> Code:
     """Return the code of this process; read once, since git is slow."""
-    return read_code(Path(__file__).resolve().parents[2])
+    return read_code(Path(__file__).resolve().parents[1])
 
 
 @cache

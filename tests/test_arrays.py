@@ -360,4 +360,5 @@ def test_a_mapped_file_takes_no_anonymous_memory(tmp_path):
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
         peaks.append(float(done.stdout))
     in_memory, from_file = peaks
-    assert from_file < in_memory - made.nbytes / 1e9
+    # Not all of it: measuring needs memory in both.
+    assert from_file < in_memory - 0.8 * made.nbytes / 1e9

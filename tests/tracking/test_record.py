@@ -62,7 +62,7 @@ def test_a_run_is_logged_whole(store, tiny):
     assert run.tags["mlflow.note.content"].endswith(acts)
     named = {"dataset": "digits", "dataset_digest": tiny.digest, "device": "cpu"}
     assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
-    made = record.tags_of(harness.training.provenance.provenance(tiny, "cpu"))
+    made = record.tags_of(harness.provenance.provenance(tiny, "cpu"))
     assert {**made, "place": "0", "role": "run", "run_key": KEYS[0]}.items() <= run.tags.items()
     pictures = {name for name in files(store, run, "images") if name.endswith(".png")}
     shown = sorted(name.removeprefix("images/").split("+timestamp")[0] for name in pictures)
