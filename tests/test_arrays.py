@@ -285,6 +285,7 @@ def test_a_stack_on_a_gpu_reads_the_file(kind, large, tmp_path):
             np.testing.assert_allclose(values, theirs.val[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_file(large, tmp_path):
     torch.set_num_threads(2)
     in_memory, from_file = both(tmp_path, GREY)

@@ -23,6 +23,9 @@ VALUES = ["calibrated", "disentanglement_lib", "world_models", "diffusers"]
 VALUES += ["calibrated_laplace", "repa_e", "pytorch_examples", "tensorflow"]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, empty_database):
     folder = tmp_path_factory.mktemp("study")

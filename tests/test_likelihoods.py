@@ -327,6 +327,7 @@ def test_a_learned_scale_begins_at_that_of_the_mean_image(tiny):
 # --- likelihoods of users -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_users_likelihood_has_the_same_bits_in_workers(tiny, file):
     farthest = harness.metric("farthest", every_epoch=True)
     farthest(lambda model, split: per_image(model, split)["neg_elbo"].max())
