@@ -204,7 +204,8 @@ def translate(
         >>> translate("pytorch_vae").beta, translate("mse:mean + 0.1*kl:sum").beta
         (3.072, 78.4)
     """
-    found = find(name, weight, shape, latent_size, batch_size, training_size, pixels)
+    sizes = {"latent_size": latent_size, "batch_size": batch_size, "training_size": training_size}
+    found = find(name, weight=weight, shape=shape, pixels=pixels, **sizes)
     beta = found.beta if found.scale == "fixed" else None
     variance = beta / 2 if beta is not None and found.data == "mse" else None
     scale = beta if found.data == "l1" else None
@@ -230,33 +231,19 @@ def translate(
     )
 
 
-def find(
-    name: str,
-    weight: float | None = None,
-    shape: Sequence[int] | None = None,
-    latent_size: int | None = None,
-    batch_size: int | None = None,
-    training_size: int | None = None,
-    pixels: Sequence[float] | None = None,
-) -> Convention:
+def find(name: str, **given: Any) -> Convention:  # noqa: ANN401 - the arguments of `translate`
     """Return the convention that `translate` takes; a UserError names those that are near."""
     if ":" not in name and name not in conventions():
         near = difflib.get_close_matches(name, conventions(), 3, 0.5) or list(conventions())
         raise UserError(
             f"convention {name!r}: choose among {', '.join(near)}, or give a loss {FORM}"
         )
-    given: dict[str, Any] = {
-        "weight": weight,
-        "shape": None if shape is None else tuple(shape),
-        "latent_size": latent_size,
-        "batch_size": batch_size,
-        "training_size": training_size,
-        "pixels": None if pixels is None else tuple(pixels),
+    values: dict[str, Any] = {
+        k: tuple(v) if k in ("shape", "pixels") else v for k, v in given.items() if v is not None
     }
-    if weight is not None:
-        given["weight_by"] = ""
-    found = parse(name) if ":" in name else conventions()[name]
-    return replace(found, **{k: v for k, v in given.items() if v is not None})
+    if "weight" in values:
+        values["weight_by"] = ""
+    return replace(parse(name) if ":" in name else conventions()[name], **values)
 
 
 TERM = re.compile(

@@ -146,7 +146,8 @@ def _labels(column: pa.ChunkedArray) -> tuple[np.ndarray, list[int]]:
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray | None:
-    # NaN where there is no value; None if any is no number, True or False.
+    # NaN where there is no value; None if any is no number, True or False: Arrow has no question
+    # whether a column can be cast, and the caller names the row that cannot.
     for kind in (pa.float64(), pa.bool_()):
         with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
             return column.cast(kind, safe=False).cast(pa.float64()).to_numpy()
