@@ -179,7 +179,9 @@ def unit(kind: Kind, pixels: int) -> float:
     error + beta * rate is a negative ELBO, up to a factor and a constant, at scale beta * unit.
     """
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    return float(torch.func.grad(lambda error: kind.neg_log_density(error, one, pixels))(one))
+    error = one.clone().requires_grad_()
+    with torch.enable_grad():  # not `torch.func.grad`, whose first call imports for two seconds
+        return float(torch.autograd.grad(kind.neg_log_density(error, one, pixels), error)[0])
 
 
 def check(name: str, kind: Kind, data_shape: tuple[int, ...]) -> None:
