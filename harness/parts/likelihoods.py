@@ -179,7 +179,7 @@ def unit(kind: Kind, pixels: int) -> float:
     error + beta * rate is a negative ELBO, up to a factor and a constant, at scale beta * unit.
     """
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    error = one.clone().requires_grad_()
+    error = torch.ones_like(one, requires_grad=True)
     with torch.enable_grad():  # not `torch.func.grad`, whose first call imports for two seconds
         return float(torch.autograd.grad(kind.neg_log_density(error, one, pixels), error)[0])
 

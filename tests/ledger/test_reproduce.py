@@ -206,6 +206,7 @@ def test_other_images_are_refused_under_the_same_name(copied, tiny):
         check(copied.folder, replace(tiny, digest="other"))
 
 
+@pytest.mark.slow
 def test_a_check_again_trains_only_what_is_new(home, tiny):
     diverging = Runs("diverging", SMALL.config.replace(learning_rate=1e30), 1)
     # The network of the paper, on digits and without a GPU.
