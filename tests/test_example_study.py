@@ -47,6 +47,7 @@ def test_the_study_of_the_readme_can_be_planned():
     assert [config.learning_rate for config in plan.configs[::3]] == [1e-4, 1e-3, 1e-2]
 
 
+@pytest.mark.slow
 def test_widths_are_an_axis_from_the_plan_to_the_report_and_the_study_grows(
     tracking_uri, tiny, tmp_path, monkeypatch
 ):

@@ -75,6 +75,7 @@ def test_the_study_of_a_table_answers(tracking_uri, tmp_path, monkeypatch, capsy
     assert "--dataset table:tumours.csv --label target" in page
 
 
+@pytest.mark.slow
 def test_the_grid_on_tensors_has_a_heat_map(tracking_uri, tmp_path):
     pytest.importorskip("studies.sweep")
     found = runpy.run_path(str(EXAMPLES / "grid_on_tensors.py"))

@@ -168,7 +168,8 @@ def killed_at(place: Place, step: int, by: int = signal.SIGKILL, among: str = ""
 # --- killed, again and again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [40, 1])
 def test_a_study_that_is_killed_again_and_again_gets_done(place, alone, stride):
     kills = next(n for n in count() if not killed_at(place, stride * (n + 1)))
     assert kills * stride > len(alone.steps) / 3

@@ -351,6 +351,7 @@ def test_a_trial_that_diverges_where_it_would_be_pruned_has_diverged(train_uneve
     assert queue.failed_keys() == []
 
 
+@pytest.mark.slow
 def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tiny):
     home = Home(tmp_path / "copy")
     copy_home(searched.folder, home.folder)

@@ -220,6 +220,7 @@ LOST = ["runs/create", "runs/log-batch", "PUT /api/2.0/mlflow-artifacts", "runs/
 LOST += ["runs/set-tag", "experiments/create", "runs/search"]
 
 
+@pytest.mark.slow
 def test_lost_answers_leave_no_trace(proxy, store, tmp_path):
     proxy.lose = dict.fromkeys(LOST, 1)
     experiment = store.experiment(proxy.uri, "Why?")
