@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 import harness
 from analysis import frames, plots
 from harness import RunConfig, tracking
