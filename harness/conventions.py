@@ -207,28 +207,19 @@ def translate(
     sizes = {"latent_size": latent_size, "batch_size": batch_size, "training_size": training_size}
     found = find(name, weight=weight, shape=shape, pixels=pixels, **sizes)
     beta = found.beta if found.scale == "fixed" else None
-    variance = beta / 2 if beta is not None and found.data == "mse" else None
-    scale = beta if found.data == "l1" else None
-    deviation = None if scale is None else math.sqrt(2) * scale
-    if variance is not None:
-        deviation = math.sqrt(variance)
-    warnings = list(found.notes)
+    variance = scale = levels = None
+    if beta is not None and found.data == "mse":
+        variance, levels = beta / 2, 255 * math.sqrt(beta / 2)
+    if beta is not None and found.data == "l1":
+        scale, levels = beta, 255 * (math.sqrt(2) * beta)
+    warnings = found.notes
     if found.data == "bce" and not math.isclose(found.beta, 1):
-        warnings.insert(
-            0, f"no ELBO of any data: cross-entropy needs beta 1, and here it is {found.beta:.4g}"
-        )
+        needed = f"cross-entropy needs beta 1, and here it is {found.beta:.4g}"
+        warnings = (f"no ELBO of any data: {needed}", *warnings)
     elif found.data == "bce" and not found.settings.get("binarization"):
-        warnings.insert(0, GREY)
-    return Translation(
-        name=found.name,
-        beta=beta,
-        decoder_variance=variance,
-        laplace_scale=scale,
-        grey_levels=None if deviation is None else 255 * deviation,
-        equal_weights=found.equal_weights(),
-        config=found.config(),
-        warnings=tuple(warnings),
-    )
+        warnings = (GREY, *warnings)
+    weights, config = found.equal_weights(), found.config()
+    return Translation(found.name, beta, variance, scale, levels, weights, config, warnings)
 
 
 def find(name: str, **given: Any) -> Convention:  # noqa: ANN401 - the arguments of `translate`

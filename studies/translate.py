@@ -90,13 +90,9 @@ def text(found: Translation, convention: Convention) -> str:
     low, high = convention.pixels
     of = f"images {shape}, {convention.latent_size} latents, batches of {convention.batch_size}"
     named = "" if ":" in convention.name else f"{convention.name}: "
-    lines = [f"{named}{convention.loss}"]
-    lines += [f"  {of}, pixels from {low:g} to {high:g}"]
-    if convention.source:
-        lines += textwrap.wrap(
-            f"read in {convention.source}", 78, initial_indent="  ", subsequent_indent="  "
-        )
-    lines.append("")
+    read_in = f"read in {convention.source}" if convention.source else ""
+    lines = [f"{named}{convention.loss}", f"  {of}, pixels from {low:g} to {high:g}"]
+    lines += [*(f"  {line}" for line in textwrap.wrap(read_in, 76)), ""]
     error = {"mse": "squared error", "l1": "absolute error", "bce": "cross-entropy"}
     rows = {
         "beta": (found.beta, f"weight of the KL beside the summed {error[convention.data]}"),
@@ -120,9 +116,8 @@ def text(found: Translation, convention: Convention) -> str:
 
 def pasted(config: RunConfig) -> str:
     """Return the call that makes a configuration, without the settings that have their defaults."""
-    defaults = RunConfig()
-    changed = {f.name: getattr(config, f.name) for f in fields(config)}
-    given = [f"{k}={v!r}" for k, v in changed.items() if v != getattr(defaults, k)]
+    defaults = vars(RunConfig())
+    given = [f"{k}={v!r}" for k, v in vars(config).items() if v != defaults[k]]
     return f"RunConfig({', '.join(given)})"
 
 
