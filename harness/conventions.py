@@ -44,9 +44,10 @@ class Convention:
             and images, "sum" over values, with the mean over images, "total" the sum over both.
         weight, kl, kl_factor: the KL's weight and reduction, and a factor beside the weight.
         source: path and version in which it was read.
-        shape, latent_size, batch_size, training_size: of the images and the training.
+        shape, latent_size, batch_size, training_size: of an image, channels first; number of
+            latents; images of a step; images of the training set.
         weight_by: "training_size" where the weight is batch_size / training_size.
-        pixels: range of the pixels.
+        pixels: lowest and highest value of the pixels.
         scale: whether the decoder's scale is fixed by the weight, fitted or learned.
         channel_mean: whether the data term is a mean over channels.
         settings: further settings of `RunConfig`.
@@ -191,14 +192,7 @@ def translate(
 ) -> Translation:
     """Return what the KL weight of a codebase means; what is not given has its defaults.
 
-    Args:
-        name: of a convention, or a loss as `parse` reads it.
-        weight: the KL weight.
-        shape: of an image, channels first.
-        latent_size: L.
-        batch_size: images of a step.
-        training_size: images of the training set.
-        pixels: lowest and highest value of the pixels.
+    The name is that of a convention, or a loss as `parse` reads it; all else is as in `Convention`.
 
     Examples:
         >>> translate("pytorch_vae").beta, translate("mse:mean + 0.1*kl:sum").beta
