@@ -245,7 +245,8 @@ def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
     low, middle, high = means[metric].quantile([0, 0.5, 1])
     top = min(high, low + 3 * (middle - low))  # a cell far off would flatten all others
     figure, panel = canvas(0.9 * len(across) + 2.5, max(2.5, 0.55 * len(down) + 1.2))
-    ticks = {"xticklabels": map(tables.plain, across), "yticklabels": map(tables.plain, down)}
+    ticks = {"xticklabels": [*map(tables.plain, across)]}
+    ticks["yticklabels"] = [*map(tables.plain, down)]
     bar = {"label": label(metric), "extend": "max" if top < high else "neither"}
     look = {"cmap": "cividis_r", "vmin": low, "vmax": top, "linewidths": 0.5, "cbar_kws": bar}
     sns.heatmap(values, ax=panel, annot=texts, fmt="", annot_kws={"fontsize": 9}, **ticks, **look)
