@@ -21,15 +21,7 @@ from analysis.tables import over, plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import (
-    NAMED,
-    SETTINGS,
-    Common,
-    Options,
-    setting_options,
-    terms,
-    text,
-)
+from studies.runner.options import NAMED, SETTINGS, Common, Options, setting_options, terms, text
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
 
 if TYPE_CHECKING:
