@@ -108,11 +108,6 @@ def loss(evidence: Evidence, runs: Runs) -> float:
     return fmean(evidence.batches(runs).loss.mean(1))
 
 
-def active_units(evidence: Evidence, runs: Runs) -> float:
-    """Return the number of active latents, mean over seeds."""
-    return evidence.mean(runs, "active_units")
-
-
 def relative_error(evidence: Evidence, runs: Runs) -> float:
     """Return the test mse of digit 8 over the mean of all classes, each the mean over seeds."""
     errors = class_errors(evidence.frame(runs))
@@ -170,7 +165,7 @@ MEASURES: Mapping[str, Callable[..., Any]] = {
     "gap to linear": lambda e, runs: fmean(e.gaps_to_linear(runs)),
     "batch losses": partial(batch_range, name="loss"),
     "batch KL terms": partial(batch_range, name="kl_term"),
-    "active_units": active_units,
+    "active_units": lambda e, runs: e.mean(runs, "active_units"),
     "relative_error": relative_error,
     "gain": gain,
     "best_ratio": best_ratio,
