@@ -10,8 +10,6 @@ of pixels from 0 to 1, where the codebase's own pixels are a wide. It is the los
 decoder of variance beta / 2, of a Laplace decoder of scale beta, and of binary pixels at beta = 1.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

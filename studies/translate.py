@@ -4,22 +4,17 @@ Of a well-known codebase by its name, or of any loss as
 `--loss "mse:mean + 0.00025*kl:sum" --shape 3 64 64 --latent-size 128`. Without either, all names.
 """
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from harness.config import RunConfig, UserError
-from harness.conventions import Convention, conventions, find, translate
+from harness.conventions import Convention, Translation, conventions, find, translate
 from studies.runner.cli import clear_errors, read
-
-if TYPE_CHECKING:
-    from harness.conventions import Translation
 
 JSON = ("beta", "decoder_variance", "laplace_scale", "equal_weights", "warnings")
 
