@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from harness.tracking.runs import Run
     from harness.training.engine import RunResult
+
+    Frame = pd.DataFrame  # for annotations of modules that do not import pandas
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 

@@ -10,8 +10,6 @@ of pixels from 0 to 1, where the codebase's own pixels are a wide. It is the los
 decoder of variance beta / 2, of a Laplace decoder of scale beta, and of binary pixels at beta = 1.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re
@@ -44,9 +42,10 @@ class Convention:
             and images, "sum" over values, with the mean over images, "total" the sum over both.
         weight, kl, kl_factor: the KL's weight and reduction, and a factor beside the weight.
         source: path and version in which it was read.
-        shape, latent_size, batch_size, training_size: of the images and the training.
+        shape, latent_size, batch_size, training_size: of an image, channels first; number of
+            latents; images of a step; images of the training set.
         weight_by: "training_size" where the weight is batch_size / training_size.
-        pixels: range of the pixels.
+        pixels: lowest and highest value of the pixels.
         scale: whether the decoder's scale is fixed by the weight, fitted or learned.
         channel_mean: whether the data term is a mean over channels.
         settings: further settings of `RunConfig`.
@@ -191,14 +190,7 @@ def translate(
 ) -> Translation:
     """Return what the KL weight of a codebase means; what is not given has its defaults.
 
-    Args:
-        name: of a convention, or a loss as `parse` reads it.
-        weight: the KL weight.
-        shape: of an image, channels first.
-        latent_size: L.
-        batch_size: images of a step.
-        training_size: images of the training set.
-        pixels: lowest and highest value of the pixels.
+    The name is that of a convention, or a loss as `parse` reads it; all else is as in `Convention`.
 
     Examples:
         >>> translate("pytorch_vae").beta, translate("mse:mean + 0.1*kl:sum").beta
@@ -207,28 +199,19 @@ def translate(
     sizes = {"latent_size": latent_size, "batch_size": batch_size, "training_size": training_size}
     found = find(name, weight=weight, shape=shape, pixels=pixels, **sizes)
     beta = found.beta if found.scale == "fixed" else None
-    variance = beta / 2 if beta is not None and found.data == "mse" else None
-    scale = beta if found.data == "l1" else None
-    deviation = None if scale is None else math.sqrt(2) * scale
-    if variance is not None:
-        deviation = math.sqrt(variance)
-    warnings = list(found.notes)
+    variance = scale = levels = None
+    if beta is not None and found.data == "mse":
+        variance, levels = beta / 2, 255 * math.sqrt(beta / 2)
+    if beta is not None and found.data == "l1":
+        scale, levels = beta, 255 * (math.sqrt(2) * beta)
+    warnings = found.notes
     if found.data == "bce" and not math.isclose(found.beta, 1):
-        warnings.insert(
-            0, f"no ELBO of any data: cross-entropy needs beta 1, and here it is {found.beta:.4g}"
-        )
+        needed = f"cross-entropy needs beta 1, and here it is {found.beta:.4g}"
+        warnings = (f"no ELBO of any data: {needed}", *warnings)
     elif found.data == "bce" and not found.settings.get("binarization"):
-        warnings.insert(0, GREY)
-    return Translation(
-        name=found.name,
-        beta=beta,
-        decoder_variance=variance,
-        laplace_scale=scale,
-        grey_levels=None if deviation is None else 255 * deviation,
-        equal_weights=found.equal_weights(),
-        config=found.config(),
-        warnings=tuple(warnings),
-    )
+        warnings = (GREY, *warnings)
+    weights, config = found.equal_weights(), found.config()
+    return Translation(found.name, beta, variance, scale, levels, weights, config, warnings)
 
 
 def find(name: str, **given: Any) -> Convention:  # noqa: ANN401 - the arguments of `translate`

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Output = Literal["sigmoid", "identity"]
 Kind = Literal["network", "likelihood", "term", "metric"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -93,15 +94,9 @@ def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Fu
     which `output` is the non-linearity. `RunConfig.model_options` are its options. A second
     function of a name replaces the first.
     """
-    _check("network", name)
     if output not in get_args(Output):
         raise UserError(f"output={output!r} of network {name!r}: choose sigmoid or identity")
-
-    def register(function: Function) -> Function:
-        NETWORKS[name] = Network(function, output)
-        return function
-
-    return register
+    return _registering("network", name, lambda function: Network(function, output))
 
 
 def likelihood(name: str) -> Callable[[type[T]], type[T]]:
@@ -113,10 +108,9 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
     one that takes the output before the non-linearity, `has_scale = False` for one without scale.
     A second class of a name replaces the first.
     """
-    _check("likelihood", name)
     file = inspect.stack(0)[1].filename
 
-    def register(kind: type[T]) -> type[T]:
+    def made(kind: type) -> Likelihood:
         if not isinstance(kind, type):
             raise UserError(f"likelihood {name!r} is {kind!r}: decorate a class")
         for function in ("error", "neg_log_density", "mean"):
@@ -124,10 +118,9 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
                 raise UserError(f"likelihood {name!r} has no {function}: give it that function")
         for flag, default in (("logits", False), ("has_scale", True)):
             setattr(kind, flag, bool(getattr(kind, flag, default)))
-        LIKELIHOODS[name] = Likelihood(kind, kind.has_scale, file)  # type: ignore[attr-defined]
-        return kind
+        return Likelihood(kind, kind.has_scale, file)  # type: ignore[attr-defined]
 
-    return register
+    return _registering("likelihood", name, made)
 
 
 def term(name: str) -> Callable[[Function], Function]:
@@ -136,13 +129,7 @@ def term(name: str) -> Callable[[Function], Function]:
     The function is (`harness.objective.Batch`, **options) -> Tensor of shape (); a second one of a
     name replaces the first. `RunConfig.term_options` are its options.
     """
-    _check("term", name)
-
-    def register(function: Function) -> Function:
-        TERMS[name] = function
-        return function
-
-    return register
+    return _registering("term", name, lambda function: function)
 
 
 def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Function]:
@@ -154,13 +141,7 @@ def metric(name: str, *, every_epoch: bool = False) -> Callable[[Function], Func
     `test/NAME`. A second function of a name replaces the first. An exception or NaN costs the run
     that metric alone.
     """
-    _check("metric", name)
-
-    def register(function: Function) -> Function:
-        METRICS[name] = Metric(function, every_epoch)
-        return function
-
-    return register
+    return _registering("metric", name, lambda function: Metric(function, every_epoch))
 
 
 BUILT_IN_TERMS = (
@@ -186,11 +167,17 @@ TAKEN: dict[Kind, tuple[str, ...]] = {  # names of built-in parts
 }
 
 
-def _check(kind: Kind, name: str) -> None:
+def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[[P], P]:
     if not name.isidentifier():
         raise UserError(f"{kind} {name!r}: choose a name of letters, digits and _")
     if name in TAKEN[kind]:
         raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
+
+    def register(part: P) -> P:
+        _registered(kind)[name] = made(part)
+        return part
+
+    return register
 
 
 # --- a user's files -----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ size and dataset, beside the calibrated weight.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from analysis import frames, plots, tables
 from analysis.tables import plain
@@ -15,9 +14,6 @@ from harness.config import RunConfig
 from harness.conventions import LIKELIHOODS, conventions, find
 from studies.runner.cli import main
 from studies.runner.study import Axis, Source, Study, calibrated
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "convention"
 
@@ -47,7 +43,7 @@ def paste(config: RunConfig, name: str, data: Source) -> RunConfig:
     )
 
 
-def prepare(frame: pd.DataFrame) -> pd.DataFrame:
+def prepare(frame: frames.Frame) -> frames.Frame:
     """Add each codebase's own beta, and the nats lost against the calibrated weight.
 
     The loss is paired by seed, and with the reference of the same likelihood. Binary pixels are
@@ -66,15 +62,13 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(nats_lost=lost)
 
 
-# --- the answer ---------------------------------------------------------------------------------
-
 METRICS = (
     *("calibration_ratio", "active_units", "nats_lost", "rate"),
     *("mse", "binary/mse", "binary/neg_elbo"),
 )
 
 
-def what_they_do(frame: pd.DataFrame) -> str:
+def what_they_do(frame: frames.Frame) -> str:
     """Return which defaults are near the calibrated weight, which collapse, which cost nats."""
     means = frames.along_axis(frame, AXIS, [*METRICS]).set_index(AXIS)
     theirs = means.drop(index=[*REFERENCES], errors="ignore")
@@ -107,7 +101,7 @@ def what_they_do(frame: pd.DataFrame) -> str:
     return "\n\n".join([" ".join(sentences), *paragraphs])
 
 
-def _lost(frame: pd.DataFrame, name: str) -> str:
+def _lost(frame: frames.Frame, name: str) -> str:
     likelihood = frame.loc[frame[AXIS] == name, "likelihood"].iloc[0]
     reference = next((n for n, of in REFERENCES.items() if of == likelihood), "")
     gap = frames.compare(frame, AXIS, name, reference, "neg_elbo")
@@ -115,7 +109,7 @@ def _lost(frame: pd.DataFrame, name: str) -> str:
     return str(gap) if gap.seeds > 1 else alone
 
 
-def _paragraphs(frame: pd.DataFrame, name: str) -> list[str]:
+def _paragraphs(frame: frames.Frame, name: str) -> list[str]:
     """Return a codebase's paragraph with its notes, and those of others that are the same run.
 
     Each begins with a name and a colon, by which the report has its anchor.

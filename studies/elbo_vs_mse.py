@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis import frames, plots
 from analysis.tables import over
 from harness.config import RunConfig, UserError
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "condition"
 
@@ -53,7 +50,7 @@ def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
     return config.replace(**{**changes, "kl_weight": weight})
 
 
-def cost_and_gain(frame: pd.DataFrame) -> str:
+def cost_and_gain(frame: frames.Frame) -> str:
     """Return what the KL term costs in reconstruction and buys elsewhere, paired by seed."""
     sentences = [
         f"Costs and gains of the KL term, paired, {over(frame['seed'].nunique())} (test mse in "

@@ -6,16 +6,11 @@ same decoder variances, so that each has its own logarithmic grid of weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from analysis import frames, plots
 from analysis.tables import plain
 from harness.config import RunConfig
 from studies.runner.cli import main
 from studies.runner.study import TABLE, Axis, Study, with_variance
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS, GROUP = "decoder_variance", "kl_normalization"
 
@@ -25,7 +20,7 @@ VARIANCES = tuple(5.0 * 10 ** (i / 2 - 4) for i in range(9))
 MODES = ("pixels", "batch", "latent", "sum")
 
 
-def one_curve(frame: pd.DataFrame) -> str:
+def one_curve(frame: frames.Frame) -> str:
     """Return how far the modes agree at equal decoder variance, and what the division changes."""
     cells = frame.pivot_table(index=[AXIS, "seed"], columns=GROUP, values="neg_elbo")
     modes = (cells.max(axis=1) - cells.min(axis=1)).max()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from analysis import frames, plots
 from analysis.tables import over, plain, plus_minus
 from harness.config import RunConfig
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, TABLE, Axis, Study
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "kl_weight"
 
@@ -19,7 +14,7 @@ WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))
 """0 and 13 weights, three a decade, from 0.001 to 10; the blog's weight 1 is among them."""
 
 
-def best_weight(frame: pd.DataFrame) -> str:
+def best_weight(frame: frames.Frame) -> str:
     """Return which weight is best on validation data, compared with the blog's weight."""
     best, size = frames.best_value(frame, AXIS), frame["latent_size"].max()
     metrics = ["neg_elbo", "val/neg_elbo", "decoder_variance", "calibration_ratio", "active_units"]
@@ -46,7 +41,7 @@ def best_weight(frame: pd.DataFrame) -> str:
     return " ".join([*sentences, worst_class(frame[frame[AXIS] == best])]).strip()
 
 
-def worst_class(frame: pd.DataFrame) -> str:
+def worst_class(frame: frames.Frame) -> str:
     """Return which class reconstructs worst; "" for images without labels, or of one class."""
     errors, names = frames.class_errors(frame), frames.class_names(frame)
     if len(errors) < 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis import frames, plots
 from harness.config import RunConfig, UserError
@@ -23,9 +23,6 @@ from studies.runner.study import (
     sets_variance,
     with_variance,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "latent_size"
 
@@ -44,7 +41,7 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     return {"blog's weight": {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
 
 
-def useful_latents(frame: pd.DataFrame) -> str:
+def useful_latents(frame: frames.Frame) -> str:
     """Return, for each weight, the number of latents from which on more of them change nothing."""
     sentences = []
     for name, part in frame.groupby("weight", sort=False):

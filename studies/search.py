@@ -31,18 +31,13 @@ if TYPE_CHECKING:
 
 NAME, BASE = "search", RunConfig()
 
-CONFIRMING = 3
-"""Fresh seeds with which the best configuration is trained again."""
+CONFIRMING = 3  # fresh seeds with which the best configuration is trained again
+DEFAULT = -1  # parameter `trial` of the runs of the default configuration
+TOP = 10  # configurations in the table
 
-DEFAULT = -1
-"""Parameter `trial` of the runs of the default configuration."""
-
-TOP = 10
-"""Configurations in the table."""
-
+# Metrics of the trials, and further ones of the configurations that are trained again.
 TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
 CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
-"""Metrics of the trials, and further ones of the configurations that are trained again."""
 
 CAPTIONS = {
     "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
@@ -168,9 +163,6 @@ def _importances(study: optuna.Study, objective: int) -> dict[str, float]:
 
 def _complete(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-
-
-# --- the answer ---------------------------------------------------------------------------------
 
 
 def find(proposer: TPE, ended: Ended) -> Findings:

@@ -21,15 +21,7 @@ from analysis.tables import over, plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import (
-    NAMED,
-    SETTINGS,
-    Common,
-    Options,
-    setting_options,
-    terms,
-    text,
-)
+from studies.runner.options import NAMED, SETTINGS, Common, Options, setting_options, terms, text
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
 
 if TYPE_CHECKING:
@@ -121,9 +113,6 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
     return with_named(config, name, value)
 
 
-# --- the answer ---------------------------------------------------------------------------------
-
-
 def notes(counts: Mapping[str, int], seeds: float) -> list[str]:
     """Return sentences on what axes with so many values, and so many seeds, cannot answer."""
     single = [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
@@ -169,9 +158,6 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
 
 def _point(values: pd.Series) -> str:
     return ", ".join(f"{name} = {plain(value, 6)}" for name, value in values.items())
-
-
-# --- the command line ---------------------------------------------------------------------------
 
 
 def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:

@@ -4,22 +4,17 @@ Of a well-known codebase by its name, or of any loss as
 `--loss "mse:mean + 0.00025*kl:sum" --shape 3 64 64 --latent-size 128`. Without either, all names.
 """
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from harness.config import RunConfig, UserError
-from harness.conventions import Convention, conventions, find, translate
+from harness.conventions import Convention, Translation, conventions, find, translate
 from studies.runner.cli import clear_errors, read
-
-if TYPE_CHECKING:
-    from harness.conventions import Translation
 
 JSON = ("beta", "decoder_variance", "laplace_scale", "equal_weights", "warnings")
 
@@ -90,13 +85,9 @@ def text(found: Translation, convention: Convention) -> str:
     low, high = convention.pixels
     of = f"images {shape}, {convention.latent_size} latents, batches of {convention.batch_size}"
     named = "" if ":" in convention.name else f"{convention.name}: "
-    lines = [f"{named}{convention.loss}"]
-    lines += [f"  {of}, pixels from {low:g} to {high:g}"]
-    if convention.source:
-        lines += textwrap.wrap(
-            f"read in {convention.source}", 78, initial_indent="  ", subsequent_indent="  "
-        )
-    lines.append("")
+    read_in = f"read in {convention.source}" if convention.source else ""
+    lines = [f"{named}{convention.loss}", f"  {of}, pixels from {low:g} to {high:g}"]
+    lines += [*(f"  {line}" for line in textwrap.wrap(read_in, 76)), ""]
     error = {"mse": "squared error", "l1": "absolute error", "bce": "cross-entropy"}
     rows = {
         "beta": (found.beta, f"weight of the KL beside the summed {error[convention.data]}"),
@@ -120,9 +111,8 @@ def text(found: Translation, convention: Convention) -> str:
 
 def pasted(config: RunConfig) -> str:
     """Return the call that makes a configuration, without the settings that have their defaults."""
-    defaults = RunConfig()
-    changed = {f.name: getattr(config, f.name) for f in fields(config)}
-    given = [f"{k}={v!r}" for k, v in changed.items() if v != getattr(defaults, k)]
+    defaults = vars(RunConfig())
+    given = [f"{k}={v!r}" for k, v in vars(config).items() if v != defaults[k]]
     return f"RunConfig({', '.join(given)})"
 
 

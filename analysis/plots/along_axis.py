@@ -240,10 +240,8 @@ def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
     means = frames.along_axis(frame, keys, [metric])
     means["text"] = tables.cells(means)[metric].str.replace(" ± ", "\n± ")
     down, across = (frames.along_axis(frame, key, [])[key].tolist() for key in keys)
-    values, texts = (
-        means.pivot(index=rows, columns=columns, values=name).reindex(down, columns=across)
-        for name in (metric, "text")
-    )
+    cells = means.pivot(index=rows, columns=columns)
+    values, texts = (cells[name].reindex(down, columns=across) for name in (metric, "text"))
     low, middle, high = means[metric].quantile([0, 0.5, 1])
     top = min(high, low + 3 * (middle - low))  # a cell far off would flatten all others
     figure, panel = canvas(0.9 * len(across) + 2.5, max(2.5, 0.55 * len(down) + 1.2))

@@ -4,8 +4,6 @@ A summary folder holds `summary.json`, the figures, pictures and tables that it 
 `runs.csv`, one row per run.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import json

@@ -24,21 +24,18 @@ IN_THREE = ("CLEVRClassification", "DTD", "FGVCAircraft", "Flowers102", "PCAM", 
 WHOLE = ("Caltech101", "Caltech256", "EuroSAT", "LFWPeople", "Omniglot", "SEMEION", "SUN397")
 
 TRAIN: Parts = {"train": {"train": True}, "test": {"train": False}}
-
-
-def _by_split(**splits: str) -> Parts:
-    return {part: {"split": split} for part, split in splits.items()}
-
+TWO: Parts = {part: {"split": part} for part in ("train", "test")}
+THREE: Parts = {part: {"split": part} for part in ("train", "val", "test")}
 
 SETS: dict[str, Parts] = {
     **dict.fromkeys(BY_TRAIN, TRAIN),
-    **dict.fromkeys(IN_TWO, _by_split(train="train", test="test")),
-    **dict.fromkeys(IN_THREE, _by_split(train="train", val="val", test="test")),
+    **dict.fromkeys(IN_TWO, TWO),
+    **dict.fromkeys(IN_THREE, THREE),
     **dict.fromkeys(WHOLE, {"train": {}}),
-    "Country211": _by_split(train="train", val="valid", test="test"),
+    "Country211": THREE | {"val": {"split": "valid"}},
     "EMNIST": {part: {"split": "balanced", **given} for part, given in TRAIN.items()},
-    "Imagenette": _by_split(train="train", val="val"),
-    "OxfordIIITPet": _by_split(train="trainval", test="test"),
+    "Imagenette": {part: {"split": part} for part in ("train", "val")},
+    "OxfordIIITPet": TWO | {"train": {"split": "trainval"}},
 }
 """Sets of images with one class each that fit in memory, by their class in torchvision.
 

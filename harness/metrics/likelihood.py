@@ -37,11 +37,7 @@ class ImportanceBounds(NamedTuple):
 
 @torch.no_grad()
 def importance_bounds(
-    config: RunConfig,
-    model: VAE,
-    split: Split,
-    variance: Tensor,
-    samples: Sequence[int] = SAMPLES,
+    config: RunConfig, model: VAE, split: Split, variance: Tensor, samples: Sequence[int] = SAMPLES
 ) -> ImportanceBounds:
     """Bound log p(x) of each image with the first k of one set of posterior samples, for every k.
 

@@ -1,7 +1,5 @@
 """Claims as data: a number that a source states, its measurement, and the values that pass."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Evidence for claims: finished runs, the losses of their batches, and the data themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

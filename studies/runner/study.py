@@ -423,11 +423,7 @@ def _distinct(values: Sequence[Any]) -> dict[Any, str]:
 
 
 def command(
-    start: Sequence[str],
-    data: Source,
-    options: Common,
-    base: RunConfig,
-    swept: Sequence[str] = (),
+    start: Sequence[str], data: Source, options: Common, base: RunConfig, swept: Sequence[str] = ()
 ) -> str:
     """Return the command line that repeats a study, but for its name, stores and device.
 

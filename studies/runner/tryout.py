@@ -1,7 +1,5 @@
 """A user's study tried in seconds before it trains: one step, metrics, then answer and figures."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -10,7 +8,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,9 +25,7 @@ from harness.tracking.runs import Run
 from harness.training import engine
 from studies.runner import workers
 from studies.runner.proposers import Listed
-
-if TYPE_CHECKING:
-    from studies.runner.study import Plan
+from studies.runner.study import Plan
 
 log = logging.getLogger(__name__)
 
