@@ -271,7 +271,7 @@ def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tenso
     if first is None or broken:
         count = f"{len(broken)} of {len(pairs)} images cannot be read"
         raise UserError(f"{count}: {listed(broken)}; replace or remove them")
-    _check_depth(deep)
+    _check_depth(deep, how)
     if differ and all(np.array_equal(image, images[0]) for image in images):
         lost = "8 bits a channel, --image-size or --background"
         raise UserError(f"the images differ, but in nothing that is left by {lost}: change these")
@@ -288,19 +288,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def _check_depth(deep: dict[str, tuple[float, float]]) -> None:
-    # Refuse values of more than 8 bits, unless they fill the 16 of which the upper 8 are kept.
+def _check_depth(deep: dict[str, tuple[float, float]], how: Reading) -> None:
+    # Refuse values outside the range or, without one, of more than 8 bits that do not fill the 16
+    # of which the upper 8 are kept.
     low = min((low for low, _ in deep.values()), default=0)
     high = max((high for _, high in deep.values()), default=HALF)
     whole = all(isinstance(value, int) for span in deep.values() for value in span)
+    if deep and how.span is not None:
+        what = "values outside --image-range {:g} {:g}".format(*how.span)
+        raise UserError(f"{what}, in all from {low} to {high}: {listed([*deep])}")
     if not (whole and low >= 0 and HALF <= high < 2**16):
-        white = 2 ** int(high).bit_length() - 1 if whole and low >= 0 else high
-        white = max(white, low + 1)
-        found = (
-            f"{listed([*deep])}: values of more than 8 bits, from {low:.6g} to {high:.6g} in all"
-        )
-        give = f"give those of black and white, as --image-range {min(low, 0):.6g} {white:.6g}"
-        raise UserError(f"{found}; {give}, or save the images with 8 bits a channel")
+        white = 2 ** int(high).bit_length() - 1 if whole and low >= 0 else max(high, low + 1)
+        what = f"values of more than 8 bits, in all from {low} to {high}: give those of black and"
+        give = f"white, as --image-range {min(low, 0)} {white}, or save with 8 bits a channel"
+        raise UserError(f"{what} {give}: {listed([*deep])}")
 
 
 def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or Pillow's image
@@ -309,18 +310,23 @@ def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or
         image, frames, is_cut = _opened(image)
     values, alpha = _values(image)
     low, high = values.min().item(), values.max().item()
+    if values.dtype.kind == "f":
+        low, high = (float(str(np.float32(end))) for end in (low, high))  # in few digits
+        if not math.isfinite(high - low):
+            raise ValueError("values that are not finite")
     deep = None if values.dtype == np.uint8 else (low, high)
+    levels = values if deep is None else np.zeros_like(values)
     if how.span is not None:
-        black, white = how.span
         if is_cut:
             raise ValueError("colours of 16 bits have no --image-range; save it with 8")
-        if not black <= low <= high <= white:  # NaN too
-            raise ValueError(f"values from {low:.6g} to {high:.6g}, outside --image-range")
-        levels, deep = np.rint((values.astype(float) - black) * (255 / (white - black))), None
-    elif deep:
-        levels = np.zeros_like(values) if values.dtype.kind == "f" else values >> 8
-    else:
-        levels, deep = values, (low << 8, high << 8 | 255) if is_cut else None
+        black, white = how.span
+        deep = None if black <= low <= high <= white else (low, high)
+        if deep is None:
+            levels = np.rint((values.astype(float) - black) * (255 / (white - black)))
+    elif is_cut:
+        deep = low << 8, high << 8 | 255
+    elif values.dtype.kind in "iu" and deep:
+        levels = values >> 8
     if alpha is not None:
         if not alpha.any():
             raise ValueError("it is wholly transparent")

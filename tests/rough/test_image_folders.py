@@ -113,11 +113,15 @@ DEPTHS = {
     "12 bits in a PNG": (
         ramp(np.uint16, 4095),
         {},
-        "from 0 to 4095 in all; .*--image-range 0 4095",
+        "in all from 0 to 4095: .*--image-range 0 4095",
     ),
-    "10 bits in a TIFF": (ramp(np.uint16, 1023, ".tif"), {}, "from 0 to 1023 .*image-range 0 1023"),
-    "a label map of 16 bits": (ramp(np.uint16, 19), {}, "from 0 to 19 in all.*--image-range 0 31"),
-    "not quite half of 16 bits": (ramp(np.uint16, 32_767), {}, "from 0 to 32767 in all"),
+    "10 bits in a TIFF": (
+        ramp(np.uint16, 1023, ".tif"),
+        {},
+        "from 0 to 1023: .*image-range 0 1023",
+    ),
+    "a label map of 16 bits": (ramp(np.uint16, 19), {}, "from 0 to 19: .*--image-range 0 31"),
+    "not quite half of 16 bits": (ramp(np.uint16, 32_767), {}, "from 0 to 32767"),
     "half of 16 bits": (
         ramp(np.uint16, 32_768),
         {},
@@ -134,10 +138,14 @@ DEPTHS = {
         {"image_range": (0, 4095)},
         [round(int(v) * 255 / 4095) for v in TWELVE],
     ),
-    "depth in metres": (ramp(np.float32, 7.5, ".tif"), {}, r"from 0 to 7.5 .*--image-range 0 7.5"),
+    "depth in metres": (
+        ramp(np.float32, 7.5, ".tif"),
+        {},
+        r"from 0.0 to 7.5: .*--image-range 0.0 7.5",
+    ),
     "depth with a range": (ramp(np.float32, 8, ".tif"), {"image_range": (0, 8)}, as_8(1)),
-    "32 bits": (ramp(np.int32, 70_000, ".tif"), {}, "from 0 to 70000 in all"),
-    "below zero": (ramp(np.int32, 40_000, ".tif", -1), {}, "from -1 to 40000 .*-range -1 40000"),
+    "32 bits": (ramp(np.int32, 70_000, ".tif"), {}, "from 0 to 70000"),
+    "below zero": (ramp(np.int32, 40_000, ".tif", -1), {}, "from -1 to 40000: .*-range -1 40000"),
     "a range below zero": (
         ramp(np.float32, 10, ".tif", -10),
         {"image_range": (-10.0, 10.0)},
@@ -146,11 +154,15 @@ DEPTHS = {
     "values outside": (
         ramp(np.uint16, 4095),
         {"image_range": (0, 4000)},
-        r"1 of 20 images .*19.png \(values from 4095 to 4095, outside --image-range\)",
+        "values outside --image-range 0 4000, in all from 4095 to 4095: .*19.png$",
     ),
-    "no number": (ramp(np.float32, np.nan, ".tif"), {"image_range": (0, 1)}, "values from nan"),
+    "no number": (
+        ramp(np.float32, np.nan, ".tif"),
+        {"image_range": (0, 1)},
+        "20 of 20 .*values that are not finite",
+    ),
     "8 bits with a range": (ramp(np.uint8, 19), {"image_range": (0, 19)}, None),
-    "12 bits in colour": (colours(4095), {}, "from 0 to 4095 in all.*save .* 8 bits"),
+    "12 bits in colour": (colours(4095), {}, "from 0 to 4095: .*save .* 8 bits"),
     "16 bits in colour": (colours(65_535), {}, [int(v) >> 8 for v in np.linspace(0, 65_535, 20)]),
     "colour and a range": (colours(4095), {"image_range": (0, 4095)}, "20 of 20.*colours of 16"),
     "lost below 8 bits": (near, {}, "the images differ, but in nothing that is left by 8 bits"),
@@ -368,7 +380,7 @@ LEFT_OUT = {
     "images beside parts": (beside_parts, "24 of 26 files used, .*2 beside the parts"),
     "other endings": (
         other_endings,
-        "24 of 29 files used, .*2 ending in .gif, 1 without an ending, 1 ending in .heic, 1 ending in",
+        "24 of 29 files used, .*2 ending in .gif, 1 without an ending, 1 ending in .heic, 1 ",
     ),
     "hidden files": (hidden, "24 of 25 files used, .*1 hidden"),
     "folders of programs": (
