@@ -125,7 +125,7 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
     kind, dash, name = then["name"].partition("-")
     if dash and kind in OWN:
         # Runs of an earlier version have no options; images of that size are kept as they are.
-        size = {"image_size": then["image_shape"][1:]} if OWN[kind] == "image_size" else {}
+        size = {"image_size": then["image_shape"][1:]} if "image_size" in OWN[kind] else {}
         place = name if kind == "torchvision" else data_dir
         try:
             data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))

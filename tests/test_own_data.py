@@ -208,11 +208,11 @@ def test_images_are_resized(folder, given, size):
 
 def test_sixteen_bits_are_cut_to_eight(tmp_path):
     for i in range(20):
-        pixels = np.full((3, 4), 256 * i + 77, dtype=np.uint16)
+        pixels = np.full((3, 4), 256 * (200 + i) + 77, dtype=np.uint16)
         Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
     data = load_dataset(f"folder:{tmp_path}")
     assert sorted(data.train.images[:, 0].tolist() + data.val.images[:, 0].tolist()) == sorted(
-        set(range(20)) - set(data.test.images[:, 0].tolist())
+        set(range(200, 220)) - set(data.test.images[:, 0].tolist())
     )
 
 
@@ -228,12 +228,6 @@ def test_parts_in_folders_are_kept(tmp_path):
     assert {image.numpy().tobytes() for image in found} == expected
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    for i in range(20):
-        draw(tmp_path / ("train" if i % 2 else "plane") / f"{i}.png", value=i)
-    assert load_dataset(f"folder:{tmp_path}").class_names == ("plane", "train")
-
-
 def test_a_folder_without_classes_has_no_labels(tmp_path):
     for i in range(20):
         draw(tmp_path / f"{i}.png", value=i)
@@ -242,22 +236,22 @@ def test_a_folder_without_classes_has_no_labels(tmp_path):
 
 def broken_picture(folder: Path) -> str:
     (folder / "dogs" / "x.png").write_bytes((folder / "dogs" / "00.png").read_bytes()[:90])
-    return "x.png cannot be read as an image"
+    return "1 of 25 images cannot be read: .*x.png"
 
 
 def no_picture(folder: Path) -> str:
     (folder / "dogs" / "page.jpg").write_text("<html>")
-    return "page.jpg cannot be read as an image"
+    return "cannot be read: .*page.jpg"
 
 
 def empty_picture(folder: Path) -> str:
     (folder / "dogs" / "nothing.png").touch()
-    return "nothing.png cannot be read"
+    return "cannot be read: .*nothing.png"
 
 
 def floats(folder: Path) -> str:
     Image.fromarray(np.zeros((6, 9), np.float32)).save(folder / "dogs" / "f.tif")
-    return "f.tif cannot be read as an image \\(mode F"
+    return "more than 8 bits, in all from 0.0 to 0.0: .*f.tif"
 
 
 def two_sizes(folder: Path) -> str:
@@ -267,7 +261,7 @@ def two_sizes(folder: Path) -> str:
 
 def huge(folder: Path) -> str:
     draw(folder / "cats" / "00.png", (513, 2), "L")
-    return "513 x 2: give --image-size"
+    return "513 x 2 pixels: give --image-size"
 
 
 def an_empty_class(folder: Path) -> str:

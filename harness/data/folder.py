@@ -1,12 +1,17 @@
 """Image files in a folder, in the layout of torchvision's ImageFolder, as a dataset."""
 
+import itertools
+import logging
+import math
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,37 +21,100 @@ from torch import Tensor
 from harness.data.dataset import PARTS, Dataset
 from harness.errors import UserError, one_line
 
+log = logging.getLogger(__name__)
+
 LARGEST_SIDE = 512  # pixels; the first layer of a larger image alone would have 10^8 weights
 BLOCK = 64  # images that a thread reads at a time; one by one, small ones take twice as long
-
-# Torchvision's, whose import takes seconds.
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-GREY = ("1", "L", "LA", "La")  # Pillow's modes without colour, except 16-bit grey
+HALF = 2**15  # images of 16 bits are cut to 8 if their largest value is at least this
+MOST_NAMED = 10  # files or folders that a message names
+GREY = ("1", "L", "LA", "La")  # Pillow's modes without colour, except those of more than 8 bits
+BACKGROUNDS = {"white": 255, "black": 0}
 
 # Pillow's errors for files that are cut short or are not images.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
 
+# Torchvision's, whose import takes seconds.
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Names of folders that are parts of the data, and of which.
+SPLIT = re.compile(
+    r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|tst))"
+    r"(?:[-_ .]?(?:set|data|images?|\d+))?",
+    re.IGNORECASE,
+)
+HELPERS = (  # folders of programs and systems, in lower case; hidden ones are others
+    *("@eadir", "__macosx", "__pycache__", "lost+found", "#recycle", "#snapshot", "$recycle.bin"),
+    "system volume information",
+)
 
-def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Dataset:
+
+class Reading(NamedTuple):
+    """How images are read: the options of `load_dataset`, checked."""
+
+    size: list[int] | None  # height and width; None keeps those of the images
+    span: list[float] | None  # values of black and white; None takes those of 8 or 16 bits
+    background: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that are no defaults, as they are recorded."""
+        given = {"image_size": self.size, "image_range": self.span, "background": self.background}
+        return {name: value for name, value in given.items() if value not in (None, "white")}
+
+
+def reading(
+    image_size: int | Sequence[int] | None, image_range: Sequence[float] | None, background: str
+) -> Reading:
+    """Return how images are read by these options of `load_dataset`."""
+    if background not in BACKGROUNDS:
+        raise UserError(f"background={background!r}: choose one of {', '.join(BACKGROUNDS)}")
+    return Reading(_size(image_size), _span(image_range), background)
+
+
+def _size(given: int | Sequence[int] | None) -> list[int] | None:
+    if given is None:
+        return None
+    sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
+    whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
+    if len(sides) not in (1, 2) or not whole:
+        allowed = f"height and width, or one number for both, from 1 to {LARGEST_SIDE} pixels"
+        raise UserError(f"image_size={given!r}: give {allowed}")
+    return [sides[0], sides[-1]]
+
+
+def _span(given: Sequence[float] | None) -> list[float] | None:
+    if given is None:
+        return None
+    try:
+        low, high = map(float, given)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f"image_range={given!r}: give two numbers, the value of black and of white")
+    return [int(end) if end.is_integer() else end for end in (low, high)]
+
+
+def read_folder(path: Path, how: Reading) -> Dataset:
     """Read the images below a folder; the dataset's name is "folder-" and the folder's.
 
     PATH/CLASS/... holds the images of a class; PATH/train/CLASS/... those of a part, and so do val
-    and test where they exist. Without folders of classes there are no labels. Files without the
-    ending of an image are ignored. Images are grey if all files are, and resized by antialiased
-    bilinear interpolation, which may change their proportions, to `image_size`. Transparency is
-    dropped, and 16-bit grey is cut to 8 bits.
+    and test where they exist. Without folders of classes there are no labels. What is left out, and
+    images that are in two parts, are counted in a line of the log.
     """
-    size = as_size(image_size)
     path = path.expanduser()
+    left = Counter[str]()
     try:
-        names, found = _listed(path)
+        names, found = _listed(path, left)
     except OSError as error:
         raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
     pairs = [pair for part in found.values() for pair in part]
     if not pairs:
-        raise UserError(f"folder:{path}: no image in it; endings are {' '.join(ENDINGS)}")
+        raise _no_image(path, left)
+    if left:
+        total = len(pairs) + sum(n for what, n in left.items() if not what.startswith("folder"))
+        line = "folder:%s: %d of %d files used, because these are left out: %s"
+        log.warning(line, path, len(pairs), total, _counted(left))
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
-    images, labels = read_pictures(pairs, size)
+    images, labels = read_pictures(pairs, how)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
     data = Dataset.from_tensors(
         f"folder-{name or 'images'}",
@@ -55,127 +123,254 @@ def read_folder(path: Path, image_size: int | Sequence[int] | None = None) -> Da
         rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
         class_names=names,
     )
-    return replace(data, options={"image_size": [*images.shape[2:]]})
+    report_equal(data)
+    return replace(data, options=how._replace(size=[*data.image_shape[1:]]).options)
 
 
-def _listed(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
+def _no_image(folder: Path, left: Counter[str]) -> UserError:
+    why = f"; left out: {_counted(left)}" if left else ""
+    what = f"no image in it: fill or remove it; endings are {' '.join(ENDINGS)}"
+    return UserError(f"folder:{folder}: {what}{why}")
+
+
+def _counted(left: Counter[str]) -> str:
+    return listed([f"{count} {what}" for what, count in left.most_common()])
+
+
+def _listed(path: Path, left: Counter[str]) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
     # Names of the classes, and the images of each part with their classes.
     if not path.is_dir():
         raise UserError(f"folder:{path}: there is no such folder; name one that holds images")
-    inside = _folders(path)
-    in_parts = "train" in inside and set(inside) <= set(PARTS)
-    parts = {part: path / part for part in PARTS if part in inside} if in_parts else {"train": path}
-    classes = {part: _folders(folder) for part, folder in parts.items()}
-    names = classes["train"]
-    for part, others in classes.items():
-        if not set(others) <= set(names) or bool(others) != bool(names):
-            given = f"folder:{parts[part]}: its classes {others}"
+    inside, loose = _entries(path, left, in_parts=True)
+    layout = {"train": (path, inside, loose)}
+    if splits := {name: part for name in inside if (part := _part(name))}:
+        parts, others = [*splits.values()], [repr(name) for name in inside if name not in splits]
+        if others or len({*parts}) < len(parts) or "train" not in parts:
+            why = "two of the same part" if "train" in parts else "none of training"
+            raise _misnamed(path, splits, f"beside {listed(others)}" if others else why)
+        places = {part: path / name for part in PARTS for name in splits if splits[name] == part}
+        layout = {part: (place, *_entries(place, left)) for part, place in places.items()}
+        left.update(["beside the parts"] * len(loose))
+    names, found = layout["train"][1], dict[str, list[tuple[Path, int]]]()
+    for part, (place, classes, loose) in layout.items():
+        if not set(classes) <= set(names) or bool(classes) != bool(names):
+            given = f"folder:{place}: its classes {classes}"
             raise UserError(f"{given} are not those of training, {names}; give every part the same")
-    return tuple(names), {part: _files(folder, names) for part, folder in parts.items()}
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(e.name for e in path.iterdir() if e.is_dir() and e.name[0] != ".")
-
-
-def as_size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Return a given `image_size` as height and width, None if images keep theirs."""
-    if given is None:
-        return None
-    sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
-    whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
-    if len(sides) not in (1, 2) or not whole:
-        allowed = f"height and width, or one number for both, from 1 to {LARGEST_SIDE} pixels"
-        raise UserError(f"image_size={given!r}: give {allowed}")
-    return sides[0], sides[-1]
-
-
-def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    if not classes:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return [(file, 0) for file in files if _is_image(file.name)]
-    found = []
-    for label, name in enumerate(classes):
-        if (folder / name).is_dir():
-            images = _below(folder / name)
+        left.update(["beside the folders of classes"] * len(loose) * bool(classes))
+        found[part] = [] if classes else [(place / name, 0) for name in loose]
+        for name in classes:
+            images = _below(place / name, left)
             if not images:
-                raise UserError(f"folder:{folder / name}: no image in it; remove or fill it")
-            found += [(file, label) for file in images]
-    return found
+                raise _no_image(place / name, left)
+            found[part] += [(file, names.index(name)) for file in images]
+    return names, found
 
 
-def _below(folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    walked = sorted(os.walk(folder, onerror=fail))  # torchvision's order
-    return [Path(at, file) for at, _, files in walked for file in sorted(files) if _is_image(file)]
+def _part(name: str) -> str | None:
+    found = SPLIT.fullmatch(name)
+    return found and found.lastgroup
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(ENDINGS)
+def _misnamed(folder: Path, named: Iterable[str], why: str) -> UserError:
+    what = f"folder:{folder}: {', '.join(map(repr, named))} named like parts of the data, {why}"
+    return UserError(f"{what}: rename what is a class; move, merge or add what is a part")
 
 
-def read_pictures(
-    pairs: Sequence[tuple[Any, int]], size: tuple[int, int] | None
-) -> tuple[Tensor, np.ndarray]:
+def _entries(
+    folder: Path, left: Counter[str], *, in_parts: bool = False
+) -> tuple[list[str], list[str]]:
+    # Names of the folders, which may be parts of the data or not, and of the images in a folder.
+    folders, files, links = list[str](), list[str](), list[str]()
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = entry.name
+        is_hidden, is_image = name[0] == ".", name.lower().endswith(ENDINGS)
+        if entry.is_dir():
+            if is_hidden or name.lower() in HELPERS:
+                left[f"folder {name}"] += 1
+            else:
+                folders.append(name)
+        elif is_hidden:
+            left.update(["hidden"] * is_image)
+        elif is_image:
+            files.append(name)
+        elif entry.is_symlink() and not os.path.exists(entry):
+            links.append(name)
+        else:
+            end = os.path.splitext(name)[1]
+            left[f"ending in {end}" if end else "without an ending"] += 1
+    if links:
+        raise UserError(f"folder:{folder}: broken links, {listed(links)}; mend or remove them")
+    if not in_parts and (named := [*filter(_part, folders)]):
+        raise _misnamed(folder, named, "in a part or a class")
+    return folders, files
+
+
+def _below(folder: Path, left: Counter[str]) -> list[Path]:
+    found, todo = list[tuple[str, str]](), [folder]
+    while todo:
+        place = todo.pop()
+        inside, files = _entries(place, left)
+        links = [name for name in inside if (place / name).is_symlink()]
+        left.update(f"folder {name}, a link" for name in links)
+        todo += [place / name for name in inside if name not in links]
+        found += [(str(place), name) for name in files]
+    return [Path(*pair) for pair in sorted(found)]  # torchvision's order
+
+
+class _Picture(NamedTuple):
+    pixels: np.ndarray  # uint8, (C, H, W)
+    digest: int  # of the values of the file
+    deep: tuple[float, float] | None  # least and largest of values of more than 8 bits
+    frames: int
+    name: str = ""
+    label: int = 0
+
+
+def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
     """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours, and labels (N,).
 
     The pairs, which several threads read, hold a file or an image, and its class. Images are
-    resized to a size (height, width); None demands that all have one size.
+    resized to the size in `how`; None demands that all have one size.
     """
-    labels = np.empty(len(pairs), np.int64)
+    resize = f"give --image-size (at most {LARGEST_SIDE})"
 
-    def read(i: int) -> tuple[str, np.ndarray]:
+    def read(i: int) -> _Picture | str:
         name = f"image {i}"
         try:
-            image, labels[i] = pairs[i]
-            if isinstance(image, str | Path):
-                name = str(image)
-                image = upright(image)
-            image = _eight_bits(image)
-            if size is not None:
-                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-            return name, np.atleast_3d(np.array(image)).transpose(2, 0, 1)
+            image, label = pairs[i]
+            name = str(image) if isinstance(image, str | Path) else name
+            picture = _picture(image, how)._replace(name=name, label=label)
         except BROKEN as error:
-            reason = one_line(error)
-            raise UserError(f"{name} cannot be read as an image ({reason}); replace it") from None
+            return f"{name} ({one_line(error)})"
+        height, width = picture.pixels.shape[1:]
+        if max(height, width) > LARGEST_SIDE:  # at once: many of them fill the memory
+            raise UserError(f"{name} has {height} x {width} pixels: {resize}")
+        return picture
 
-    def picture(i: int) -> np.ndarray:
-        name, pixels = read(i)
-        if pixels.shape[1:] != (height, width) or max(height, width) > LARGEST_SIDE:
-            found = f"{name} has {pixels.shape[1]} x {pixels.shape[2]} pixels"
-            sizes = f"{found}, {first} {height} x {width}"
-            raise UserError(f"{sizes}: give --image-size (at most {LARGEST_SIDE})")
-        return pixels
-
-    first, pixels = read(0)
-    channels, height, width = pixels.shape
-    picture(0)  # may be too large, and others many
-    images = np.empty((len(pairs), channels, height, width), np.uint8)
     blocks = [range(i, min(i + BLOCK, len(pairs))) for i in range(0, len(pairs), BLOCK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        every = pool.map(lambda rows: [*map(picture, rows)], blocks)
-        for rows, found in zip(blocks, every, strict=True):
-            for i, one in zip(rows, found, strict=True):
-                if len(one) > images.shape[1]:
-                    images = images.repeat(3, axis=1)
-                images[i] = one
+    first, differ, labels = None, False, np.empty(len(pairs), np.int64)
+    broken, deep, frames = list[str](), dict[str, tuple[float, float]](), dict[str, int]()
+    with ThreadPool(os.cpu_count()) as pool:  # one blocked in a file does not hold up the end
+        every = pool.imap(lambda rows: [*map(read, rows)], blocks)
+        for i, one in enumerate(itertools.chain.from_iterable(every)):
+            if isinstance(one, str):
+                broken.append(one)
+                continue
+            if first is None:
+                first, images = one, np.empty((len(pairs), *one.pixels.shape), np.uint8)
+            (height, width), (h, w) = one.pixels.shape[1:], first.pixels.shape[1:]
+            if (height, width) != (h, w):
+                sizes = f"{one.name} has {height} x {width} pixels, {first.name} {h} x {w}"
+                raise UserError(f"{sizes}: {resize}")
+            if len(one.pixels) > images.shape[1]:
+                images = images.repeat(3, axis=1)
+            images[i], labels[i] = one.pixels, one.label
+            differ = differ or one.digest != first.digest
+            deep |= {one.name: one.deep} if one.deep else {}
+            frames |= {one.name: one.frames} if one.frames > 1 else {}
+    if first is None or broken:
+        count = f"{len(broken)} of {len(pairs)} images cannot be read"
+        raise UserError(f"{count}: {listed(broken)}; replace or remove them")
+    _check_depth(deep, how)
+    if differ and all(np.array_equal(image, images[0]) for image in images):
+        lost = "8 bits a channel, --image-size or --background"
+        raise UserError(f"the images differ, but in nothing that is left by {lost}: change these")
+    if frames:
+        total = len(pairs) - len(frames) + sum(frames.values())
+        line = "%d of %d pages or frames used, because the first of each file is read, as of %s"
+        log.warning(line, len(pairs), total, listed([*frames]))
     return torch.from_numpy(images), labels
 
 
-def upright(file: str | Path) -> Image.Image:
-    """Return the image of a file, turned as its EXIF orientation demands."""
-    with Image.open(file) as opened:
-        return ImageOps.exif_transpose(opened)
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture in mode L or RGB."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode}: give 8 or 16 bits a channel")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # at once to RGB, Pillow warns
-    return picture.convert("L" if picture.mode in GREY else "RGB")
+def _check_depth(deep: dict[str, tuple[float, float]], how: Reading) -> None:
+    # Refuse values outside the range or, without one, of more than 8 bits that do not fill the 16
+    # of which the upper 8 are kept.
+    low = min((low for low, _ in deep.values()), default=0)
+    high = max((high for _, high in deep.values()), default=HALF)
+    whole = all(isinstance(value, int) for span in deep.values() for value in span)
+    if deep and how.span is not None:
+        what = "values outside --image-range {:g} {:g}".format(*how.span)
+        raise UserError(f"{what}, in all from {low} to {high}: {listed([*deep])}")
+    if not (whole and low >= 0 and HALF <= high < 2**16):
+        white = 2 ** int(high).bit_length() - 1 if whole and low >= 0 else max(high, low + 1)
+        what = f"values of more than 8 bits, in all from {low} to {high}: give those of black and"
+        give = f"white, as --image-range {min(low, 0)} {white}, or save with 8 bits a channel"
+        raise UserError(f"{what} {give}: {listed([*deep])}")
+
+
+def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or Pillow's image
+    frames, is_cut = 1, False
+    if isinstance(image, str | Path):
+        image, frames, is_cut = _opened(image)
+    values, alpha = _values(image)
+    low, high = values.min().item(), values.max().item()
+    if values.dtype.kind == "f":
+        low, high = (float(str(np.float32(end))) for end in (low, high))  # in few digits
+        if not math.isfinite(high - low):
+            raise ValueError("values that are not finite")
+    deep = None if values.dtype == np.uint8 else (low, high)
+    levels = values if deep is None else np.zeros_like(values)
+    if how.span is not None:
+        if is_cut:
+            raise ValueError("colours of 16 bits have no --image-range; save it with 8")
+        black, white = how.span
+        deep = None if black <= low <= high <= white else (low, high)
+        if deep is None:
+            levels = np.rint((values.astype(float) - black) * (255 / (white - black)))
+    elif is_cut:
+        deep = low << 8, high << 8 | 255
+    elif values.dtype.kind in "iu" and deep:
+        levels = values >> 8
+    if alpha is not None:
+        if not alpha.any():
+            raise ValueError("it is wholly transparent")
+        opacity, ground = alpha.astype(np.uint32), BACKGROUNDS[how.background]
+        levels = (levels * opacity + ground * (255 - opacity) + 127) // 255
+    pixels = levels.astype(np.uint8)
+    if how.size is not None:
+        picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        picture = picture.resize((how.size[1], how.size[0]), Image.Resampling.BILINEAR)
+        pixels = np.atleast_3d(np.asarray(picture))
+    digest = hash((values.tobytes(), alpha is not None and alpha.tobytes()))
+    return _Picture(pixels.transpose(2, 0, 1), digest, deep, frames)
+
+
+def _opened(file: str | Path) -> tuple[Image.Image, int, bool]:
+    # The image of a file, turned as its EXIF orientation demands; how many frames it has; whether
+    # they are colours of 16 bits, which Pillow cuts to 8.
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("a FIFO, a socket or a device")  # to open it would wait for ever
+    with Image.open(file) as picture:
+        is_cut = any(re.search(r";16[BLN]|65535", str(tile.args)) for tile in picture.tile)
+        frames = getattr(picture, "n_frames", 1)
+        return ImageOps.exif_transpose(picture), frames, is_cut and picture.mode[0] != "I"
+
+
+def _values(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    # Values, shape (H, W, C), and opacity from 0 to 255, (H, W, 1).
+    if picture.mode[0] in "IF":  # 16 or 32 bits
+        values, clear = np.asarray(picture)[..., None], picture.info.get("transparency")
+        return values, None if clear is None else np.where(values == clear, 0, 255)
+    grey = picture.mode in GREY
+    if picture.has_transparency_data:
+        both = np.asarray(picture.convert("LA" if grey else "RGBA"))
+        return both[..., :-1], both[..., -1:]
+    return np.atleast_3d(np.asarray(picture.convert("L" if grey else "RGB"))), None
+
+
+def report_equal(data: Dataset) -> None:
+    """Log how many images of a part are equal to one of an earlier part."""
+    seen, found = set[int](), list[str]()
+    for part in PARTS:
+        every = [hash(row.tobytes()) for row in getattr(data, part).images.numpy()]
+        count = sum(one in seen for one in every)
+        found += [f"{count} of {len(every)} of {part}"] * (count > 0)
+        seen.update(every)
+    if found:
+        log.warning("%s: images equal to one of an earlier part: %s", data.name, ", ".join(found))

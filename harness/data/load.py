@@ -12,11 +12,12 @@ from harness.data.mnist import DATASETS, TORCHVISION, read_official
 from harness.streams import generator
 
 VALIDATION_IMAGES = 5_000  # of the 60,000 training images of the MNIST family
-OWN = {  # kinds of the user's data, named KIND:PATH -> the option that it takes
-    "folder": "image_size",
-    "torchvision": "image_size",
-    "table": "label",
-    "array": "label",
+IMAGES = ("image_size", "image_range", "background")
+OWN = {  # kinds of the user's data, named KIND:PATH -> the options that they take
+    "folder": IMAGES,
+    "torchvision": IMAGES,
+    "table": ("label",),
+    "array": ("label",),
 }
 
 
@@ -25,6 +26,8 @@ def load_dataset(
     root: str | Path = "data",
     image_size: int | Sequence[int] | None = None,
     label: str | None = None,
+    image_range: Sequence[float] | None = None,
+    background: str = "white",
 ) -> Dataset:
     """Load a dataset in its three parts.
 
@@ -40,20 +43,25 @@ def load_dataset(
         image_size: height and width, or one number for both, that images of a folder or of a set
             of torchvision are resized to.
         label: column of a table that holds the class of each row; of an array, a .npy file.
+        image_range: the values of black and white, of images that have more than 8 bits.
+        background: "white" or "black", on which transparent images are composed.
     """
     kind, _, path = name.partition(":")
-    for option, value in (("image_size", image_size), ("label", label)):
-        if value is not None and OWN.get(kind) != option:
-            taking = " and ".join(f"{one}:PATH" for one, taken in OWN.items() if taken == option)
+    ground = None if background == "white" else background
+    images = {"image_size": image_size, "image_range": image_range, "background": ground}
+    for option, value in {**images, "label": label}.items():
+        if value is not None and option not in OWN.get(kind, ()):
+            taking = " and ".join(f"{one}:PATH" for one, taken in OWN.items() if option in taken)
             raise UserError(f"{option}={value!r}: only {taking} have this option")
-    if kind == "folder":
-        from harness.data.folder import read_folder
+    if kind in ("folder", "torchvision"):
+        from harness.data.folder import read_folder, reading  # they load Pillow
 
-        return read_folder(Path(path), image_size)
-    if kind == "torchvision":
+        how = reading(image_size, image_range, background)
+        if kind == "folder":
+            return read_folder(Path(path), how)
         from harness.data.torchvision_sets import read_torchvision
 
-        return read_torchvision(path, Path(root), image_size)
+        return read_torchvision(path, Path(root), how)
     if kind == "table":
         from harness.data.table import read_table
 

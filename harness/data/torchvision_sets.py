@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import inspect
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from harness.data.dataset import Dataset
-from harness.data.folder import as_size, read_pictures
+from harness.data.folder import Reading, read_pictures, report_equal
 from harness.errors import UserError, one_line
 
 Parts = dict[str, dict[str, Any]]  # official part -> the class's arguments for it
@@ -44,16 +43,13 @@ another. EMNIST is its split "balanced".
 """
 
 
-def read_torchvision(
-    name: str, root: Path, image_size: int | Sequence[int] | None = None
-) -> Dataset:
+def read_torchvision(name: str, root: Path, how: Reading) -> Dataset:
     """Read a set of torchvision, downloaded unless it is there; its name is "torchvision-NAME".
 
     Official parts are kept, and those that a set lacks, or has without labels, are split off its
-    training images. Images keep their colours, and are resized to `image_size` as a folder's are,
-    which is needed if they have several sizes. The `root` holds sets as torchvision arranges them.
+    training images. Images keep their colours, and are read as a folder's are. The
+    `root` holds sets as torchvision arranges them.
     """
-    size = as_size(image_size)
     if name not in SETS:
         known, every = {one.lower(): one for one in SETS}, ", ".join(sorted(SETS))
         near = difflib.get_close_matches(name.lower(), known, 1)
@@ -64,13 +60,14 @@ def read_torchvision(
     rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
     try:
         pairs: Any = ConcatDataset([*parts.values()])
-        images, labels = read_pictures(pairs, size)
+        images, labels = read_pictures(pairs, how)
     except UserError as error:
         raise UserError(f"torchvision:{name} in {root.resolve()}: {error}") from None
     del parts, pairs  # some hold their images, which are copied once more below
     names = names if labels.max() < len(names) else []
     data = Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
-    return data if size is None else replace(data, options={"image_size": [*size]})
+    report_equal(data)
+    return replace(data, options=how.options)
 
 
 def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:

@@ -24,6 +24,7 @@ from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import (
     NAMED,
+    READ_WITH,
     SETTINGS,
     Common,
     Options,
@@ -63,7 +64,7 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
     summary.
     """
     if data is not None:
-        for name in ("dataset", "image_size", "label"):
+        for name in ("dataset", *READ_WITH):
             if options.get(name) is not None:
                 raise UserError(f"{name}={options[name]!r} beside data=: leave one of them out")
         if data.name in KNOWN:

@@ -56,6 +56,7 @@ class Places:
         return checked_name(default if self.study_name is None else self.study_name)
 
 
+READ_WITH = frozenset({"image_size", "image_range", "background", "label"})  # options of data
 ELSEWHERE = tuple(field.name for field in fields(Places))  # they do not change the results
 
 
@@ -68,6 +69,8 @@ class Common(Places):
             images in PATH/CLASS/ or in PATH, or table:FILE, the columns of a CSV or Parquet file.
         image_size: height and width to which images of a folder are resized, or one number for
             both.
+        image_range: the values of black and white, of images that have more than 8 bits.
+        background: on which transparent images are composed.
         label: column of a table that holds the class of each row.
         metric: a registered metric of every run, FILE.py:NAME.
         settings: settings of every run (`RunConfig`); those that a study sweeps are refused. A
@@ -76,6 +79,8 @@ class Common(Places):
 
     dataset: str = "digits"
     image_size: tuple[int, ...] | None = None
+    image_range: tuple[float, float] | None = None
+    background: Literal["white", "black"] = "white"
     label: str | None = None
     metric: Annotated[tuple[str, ...], UseAppendAction] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from harness.config import RunConfig, UserError, checked_name
 from studies.runner.options import (
     ELSEWHERE,
     PARTS,
+    READ_WITH,
     SETTINGS,
     arguments,
     at_least,
@@ -77,12 +78,12 @@ KNOWN = {
 
 def read_own(options: Common) -> Dataset | None:
     """Load the user's data, on which a plan depends; return None for a dataset of `KNOWN`."""
-    if options.dataset in KNOWN and options.image_size is None and options.label is None:
+    if options.dataset in KNOWN and not READ_WITH & chosen(options).keys():
         return None
     import harness
 
-    given = options.data_dir, options.image_size, options.label
-    return harness.load_dataset(options.dataset, *given)
+    given = {name: getattr(options, name) for name in READ_WITH}
+    return harness.load_dataset(options.dataset, options.data_dir, **given)
 
 
 def source(name: str, own: Dataset | None) -> Source:
@@ -430,7 +431,7 @@ def command(
     Of tensors, return the arguments of `run`.
     """
     effective = replace(options, settings={"epochs": base.epochs, **options.settings})
-    left_out = ("dataset", "image_size", "label", *swept, *ELSEWHERE)
+    left_out = ("dataset", *READ_WITH, *swept, *ELSEWHERE)
     if not data.words:
         named = chosen(effective, left_out).items()
         return ", ".join(["data=DATA", *(f"{name}={value!r}" for name, value in named)])
