@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pkgutil import resolve_name
@@ -150,6 +151,8 @@ class RunConfig:
     term_options: Mapping[str, Mapping[str, Any]] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         for name in ("hidden", "channels", "lr_milestones"):
             widths = getattr(self, name)
             if not isinstance(widths, list | tuple):
@@ -230,6 +233,9 @@ class RunConfig:
         if self.lr_warmup_epochs >= self.epochs:
             given = f"lr_warmup_epochs={self.lr_warmup_epochs} with epochs={self.epochs}"
             raise UserError(f"{given}: the warm-up must end before the last epoch")
+        if self.patience > self.epochs:
+            given = f"patience={self.patience} with epochs={self.epochs}"
+            raise UserError(f"{given} never ends a training: give fewer epochs of patience, or 0")
         for name, (other, values) in NEEDS.items():
             value, given = getattr(self, name), getattr(self, other)
             if given not in values and value != RunConfig.__dataclass_fields__[name].default:
@@ -333,6 +339,8 @@ class RunConfig:
             raise UserError(f"configuration is not a JSON object ({type(values).__name__})")
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise UserError(f"configuration has unknown fields {unknown}, of another version")
+        with suppress(KeyError, TypeError):  # earlier versions took more, to no effect
+            values["patience"] = min(values["patience"], values["epochs"])
         return cls(**values)
 
 
@@ -370,6 +378,15 @@ def _values(name: str, given: object) -> Options:
                 )
         values[option] = tuple(each) if isinstance(value, list | tuple) else value
     return Options(values)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any setting
+    # With Python's numbers and lists in place of those of NumPy and PyTorch.
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _whole(name: str, value: object, at_least: int) -> None:

@@ -22,6 +22,13 @@ class SummaryError(UserError):
     """A figure, an answer or a metric that failed after its runs were trained; exit code 3."""
 
 
+def checked_text(given: object) -> str:
+    """Return a name as text; one whose bytes are no UTF-8 cannot be recorded, a `UserError`."""
+    if (text := str(given)).encode(errors="ignore").decode() != text:
+        raise UserError(f"the name {text!r} is no UTF-8 and cannot be recorded; rename it")
+    return text
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

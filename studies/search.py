@@ -95,7 +95,7 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     pruner: Pruner = options.pruner or ("none" if options.multi_objective else "median")
     data = source(options.dataset, own)
     base = options.base(BASE, data.epochs)
-    check_objective(f"the {NAME}", base)
+    check_objective(f"the {NAME}", base, SELECTION, own)
     fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
     searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
     if not searched:

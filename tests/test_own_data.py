@@ -130,7 +130,7 @@ WRONG = {
     "a row that is not there": ({"rows": {"train": range(1, 41)}}, "once at most"),
     "a negative row": ({"rows": {"train": range(-1, 30)}}, "once at most"),
     "rows that are no whole numbers": ({"rows": {"train": [0.5, 1.5, 2.5]}}, "whole numbers"),
-    "rows as a mask": ({"rows": {"train": [True] * 40}}, "whole numbers"),
+    "rows as a short mask": ({"rows": {"train": [True] * 39}}, "whole numbers"),
     "no rows": ({"rows": {"train": range(30), "test": []}}, "'test' has 0 images"),
     "one image": ({"rows": {"train": range(30), "test": [39]}}, "'test' has 1 images"),
     "one picture again and again": ({"images": torch.ones(40, 5, 7)}, "are the same"),

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from harness.data.dataset import CHUNK, Dataset, as_values
-from harness.data.mapped import Mapped, image_shape, laid_out, memory, open_array
+from harness.data.dataset import CHUNK, Dataset, as_labels, as_tensor, as_values, check_pixels
+from harness.data.mapped import Mapped, check_kind, image_shape, laid_out, memory, open_array
 from harness.errors import UserError, one_line
 
 SHARE = 1 / 4  # of memory; a larger file is mapped: making its parts and sharing them takes copies
-KINDS = {"M": "dates", "m": "times", "V": "records", "c": "complex numbers"}  # others are text
 # NumPy's errors for files that are no arrays, or cut short.
 BROKEN = (OSError, ValueError, TypeError, OverflowError, SyntaxError, EOFError, tokenize.TokenError)
 
@@ -37,9 +37,7 @@ def read_array(path: Path, label: str | None = None) -> Dataset:
 
 def _read(path: Path, label: str | None) -> Dataset:
     array = _opened(path)
-    if array.dtype.kind not in "biuf":
-        kind = KINDS.get(array.dtype.kind, "text")
-        raise UserError(f"it holds {kind} ({array.dtype}); give real numbers")
+    check_kind(array, "it holds")
     image_shape(array.shape)
     is_large = path.stat().st_size > SHARE * memory()
     if is_large and array.flags.f_contiguous and not array.flags.c_contiguous:
@@ -47,7 +45,7 @@ def _read(path: Path, label: str | None) -> Dataset:
             "it is too large for memory and stored by columns (Fortran order), of which rows are "
             "read slowly; save it by rows (C order)"
         )
-    size = max(1, CHUNK // array[0].size)
+    size, low, high = max(1, CHUNK // array[0].size), 0.0, 0.0
     for start in range(0, len(array), size):
         some = laid_out(array[start : start + size])
         if some.dtype.kind == "f" and not np.isfinite(some).all():
@@ -55,8 +53,13 @@ def _read(path: Path, label: str | None) -> Dataset:
             found = f"row {start + place[0]} has {some[tuple(place)]} at {place[1:].tolist()}"
             raise UserError(f"{found}, counted from 0; give finite numbers")
         if is_large:
-            as_values(some, 255, ())  # checks them as `from_tensors` does
-    labels, names = (None, ()) if label is None else _labels(path, label)
+            low, high = min(low, some.min()), max(high, some.max())
+    if is_large:  # checked as by `from_tensors`
+        first = as_tensor(np.zeros_like(some[:1]), "images")
+        as_values(first, 255, ())
+        if array.ndim > 2:
+            check_pixels(first.dtype, float(low), float(high))
+    labels, names = (None, ()) if label is None else _labels(path, label, len(array))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().stem)[:50]
     images = Mapped.whole(path) if is_large else laid_out(array)
     data = Dataset.from_tensors(f"array-{stem or 'rows'}", images, labels, class_names=names)
@@ -77,17 +80,10 @@ def _opened(path: Path) -> np.ndarray:
         raise UserError(f"it cannot be read ({reason}); give an array of np.save") from None
 
 
-def _labels(array: Path, label: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    # The class of each row, and names of the classes.
+def _labels(array: Path, label: str, rows: int) -> tuple[Tensor, list[str]]:
     path = Path(label).expanduser()
     path = path if path.is_file() else array.parent / path.name
     try:
-        labels = np.array(_opened(path))
+        return as_labels(_opened(path), rows)
     except UserError as error:
         raise UserError(f"--label {label}: {error}") from None
-    if labels.dtype.kind not in "US":
-        return np.asarray(labels, dtype=labels.dtype.newbyteorder("=")), ()
-    names, classes = np.unique(labels, return_inverse=True)
-    return classes, tuple(
-        n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in names
-    )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from harness import processes
-from harness.config import Drawing, UserError, checked_name
-from harness.data.mapped import Mapped, rounded
+from harness.config import Drawing, checked_name
+from harness.data.mapped import Mapped, check_kind, in_order, rounded
 from harness.data.mnist import DATASETS
+from harness.errors import UserError, checked_text, one_line
 from harness.streams import generator
+
+log = logging.getLogger(__name__)
 
 PARTS = ("train", "val", "test")
 SPLIT_SEED = 0  # of the permutation that makes the parts, the same for runs of every seed
@@ -28,6 +35,9 @@ MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 # Streams of drawn pixels.
 PURPOSE = {"threshold": "binarize", "stochastic": "binarize", "uniform": "dequantize"}
 CHUNK = 2**23  # values that are read at once: 64 MiB of float64
+ROUNDING = 1e-6  # by which floats may miss [0, 1]: some units in the last place of float32
+# Errors of NumPy, PyTorch and pandas for what is no array, or none of numbers.
+NO_ARRAY = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError)
 
 
 class Columns(NamedTuple):
@@ -148,15 +158,18 @@ class Dataset:
     def from_tensors(
         cls,
         name: str,
-        images: Tensor | np.ndarray | Mapped,
-        labels: Tensor | np.ndarray | Sequence[int] | None = None,
+        images: ArrayLike | Tensor | Mapped,
+        labels: ArrayLike | Tensor | None = None,
         *,
-        rows: Mapping[str, Iterable[int]] | None = None,
+        rows: Mapping[str, ArrayLike | Tensor | Iterable[int]] | None = None,
         class_names: Sequence[str] = (),
         largest: int = 255,
         columns: Sequence[str] = (),
     ) -> Dataset:
         """Make a dataset of your images, or of the rows of a table.
+
+        Images, labels and rows are tensors, arrays, objects of pandas, whose index is not used, or
+        lists, of any byte order and strides.
 
         Args:
             name: its name in MLflow; letters, digits, ".", "_", "-".
@@ -164,25 +177,34 @@ class Dataset:
                 in [0, 1], which are rounded to 256 levels. Or vectors of shape (N, D): grey values
                 if they are uint8, else the columns of a table, of any unit, which are standardised
                 by their mean and standard deviation in the training part.
-            labels: class of each image, counted from 0, shape (N,); None leaves out the metrics
-                that need classes.
-            rows: part ("train", "val", "test") -> its rows. A part that is missing gets a tenth of
-                "train"; None splits all images 8 : 1 : 1, always in the same way.
+            labels: class of each image, shape (N,), counted from 0, or its name; None leaves out
+                the metrics that need classes.
+            rows: part ("train", "val", "test") -> its rows, or a mask of all. A part that is
+                missing gets a tenth of "train"; None splits all 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
-            columns: names of a table's columns; then uint8 values are those of a table too.
+            columns: names of a table's columns; then uint8 values are those of a table too. Those
+                of a frame of pandas are its own.
         """
+        columns, class_names = ([*map(checked_text, given)] for given in (columns, class_names))
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
             raise UserError(f"dataset name {name!r} is taken; choose another")
-        values, shape = as_values(images, largest, columns)
+        given = images if isinstance(images, Mapped) else as_tensor(images, "images")
+        axes = "permute" if isinstance(images, Tensor) else "transpose"
+        values, shape = as_values(given, largest, columns, axes)
+        if values.dtype == torch.float64:
+            columns = columns or [*map(checked_text, getattr(images, "columns", None) or ())]
         classes, count = torch.zeros(len(values), dtype=torch.int64), 0
         if labels is not None:
-            classes = as_labels(labels, len(values))
+            classes, names = as_labels(labels, len(values))
+            if names and class_names:
+                raise UserError("class_names beside labels that are names: leave it out")
+            class_names = class_names or names
             count = max(int(classes.max()) + 1, len(class_names))
         if class_names and len(class_names) != count:
             raise UserError(f"class_names has {len(class_names)} names: the labels have {count}")
-        rounded = not isinstance(images, Mapped) and torch.as_tensor(images).is_floating_point()
-        largest = 255 if rounded else largest
+        rounded = not isinstance(given, Mapped) and given.is_floating_point()
+        largest = 255 if rounded else int(largest)
         parts, known = split_rows(len(values), rows), None
         if values.dtype == torch.float64:
             known, largest = _columns(Split(values, classes, 1).rows(parts[0]).images, columns), 1
@@ -279,28 +301,65 @@ def digest(*parts: Tensor | Mapped, about: str = "") -> str:
     return whole.hexdigest()
 
 
+def as_array(given: object, what: str) -> np.ndarray:
+    """Return numbers or texts of a tensor, an array, an object of pandas or a list, as an array.
+
+    All that a user gives comes through here; what is no array is a UserError.
+    """
+    parts = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        raise UserError(f"{what}: a masked array, whose mask is not used; fill it, or leave it out")
+    try:
+        if parts and all(isinstance(part, Tensor) for part in parts):
+            dense = [part.detach().cpu().to_dense().numpy() for part in parts]
+            given = dense[0] if parts[0] is given else dense
+        array = np.asarray(given)
+        array = np.array(array.tolist()) if array.dtype == object else array
+        if array.dtype.kind in "OUS":
+            items = np.asarray(given, dtype=object)
+            known = str | bytes if isinstance(items.flat[0], str | bytes) else Real | Decimal
+            for place, item in np.ndenumerate(items):
+                if not isinstance(item, known):
+                    found = f"{str(item)[:40]!r} ({type(item).__name__}) at {[*place]}"
+                    raise UserError(f"{what}: {found}; give numbers alone, or names as labels")
+            array = array.astype(np.float64) if known == Real | Decimal else array
+    except NO_ARRAY as error:
+        why = f"no array ({one_line(error)[:100]}); give numbers in rows of one length"
+        raise error if isinstance(error, UserError) else UserError(f"{what}: {why}") from None
+    return array
+
+
+def as_tensor(given: object, what: str) -> Tensor:
+    """Return the numbers that `Dataset.from_tensors` takes as a tensor on the CPU."""
+    if isinstance(given, Tensor) and given.dtype == torch.bfloat16:  # NumPy lacks it
+        return given.detach().cpu()
+    array = as_array(given, what)
+    check_kind(array, f"{what}: it holds")
+    return torch.from_numpy(in_order(array))
+
+
 def as_values(
-    images: Tensor | np.ndarray | Mapped, largest: int, columns: Sequence[str]
+    images: Tensor | Mapped, largest: int, columns: Sequence[str], axes: str = "permute"
 ) -> tuple[Tensor | Mapped, tuple[int, ...]]:
     """Return what `Dataset.from_tensors` takes, (N, D), and the shape of an image.
 
-    Images are uint8 and the columns of a table float64. Rows of a file have been checked.
+    Images are uint8 and the columns of a table float64. Rows of a file have been checked. `axes`
+    is the method that changes the order of the user's axes.
     """
     if isinstance(images, Mapped):
         return images, images.image_shape
-    values = torch.as_tensor(images).detach().cpu()
-    if values.ndim != 2:
+    if images.ndim != 2:
         if columns:
-            raise UserError(f"columns with values of shape {tuple(values.shape)}: give (N, D)")
-        pictures = as_images(values, largest)
+            raise UserError(f"columns with values of shape {tuple(images.shape)}: give (N, D)")
+        pictures = _as_images(images, largest, axes)
         return pictures.flatten(1), tuple(pictures.shape[1:])
-    if 0 in values.shape or values.is_complex() or values.dtype == torch.bool:
-        given = f"vectors of shape {tuple(values.shape)} and type {values.dtype}"
+    if 0 in images.shape or images.is_complex() or images.dtype == torch.bool:
+        given = f"vectors of shape {tuple(images.shape)} and type {images.dtype}"
         raise UserError(f"{given}: give at least one row and column of real numbers")
-    shape = (values.shape[1],)
-    if values.dtype == torch.uint8 and not columns:
-        return as_images(values.unsqueeze(1), largest).flatten(1), shape
-    return values.double(), shape
+    shape = (images.shape[1],)
+    if images.dtype == torch.uint8 and not columns:
+        return _as_images(images.unsqueeze(1), largest, axes).flatten(1), shape
+    return images.double(), shape
 
 
 def _columns(train: Tensor | Mapped, names: Sequence[str]) -> Columns:
@@ -329,47 +388,59 @@ def _check_range(values: Tensor | Mapped, columns: Columns) -> None:
             raise UserError(f"{given} of the training rows: correct it, or leave out its row")
 
 
-def as_images(images: Tensor | np.ndarray, largest: int) -> Tensor:
-    """Return images, as `Dataset.from_tensors` takes them, as uint8 of shape (N, C, H, W)."""
-    if not 1 <= largest <= 255:
+def _as_images(images: Tensor, largest: int, axes: str) -> Tensor:
+    # As uint8 of shape (N, C, H, W).
+    if largest not in range(1, 256):
         raise UserError(f"largest={largest}: give a whole number from 1 to 255")
-    images = torch.as_tensor(images).detach().cpu()
     shape = tuple(images.shape)
     images = images.unsqueeze(1) if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape:
-        wanted = "(N, H, W) or (N, C, H, W) with 1 or 3 channels, as images.permute(0, 3, 1, 2)"
+        wanted = f"(N, H, W) or (N, C, H, W) with 1 or 3 channels, as images.{axes}(0, 3, 1, 2)"
         raise UserError(f"images of shape {shape}: give {wanted} of (N, H, W, C)")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise UserError(f"images of type {images.dtype}: give torch.uint8, or floats from 0 to 1")
-    low, high = float(images.min()), float(images.max())
-    allowed = 1 if images.is_floating_point() else largest
-    if not 0 <= low <= high <= allowed:  # NaN too
-        given = f"images from {low:g} to {high:g}: {images.dtype}"
-        raise UserError(f"{given} must be from 0 to {allowed}; scale them, or give largest=")
+    check_pixels(images.dtype, float(images.min()), float(images.max()), largest)
     return rounded(images)
 
 
-def as_labels(labels: Tensor | np.ndarray | Sequence[int], images: int) -> Tensor:
-    """Return the class of each image as int64, shape (N,)."""
-    labels = torch.as_tensor(labels).detach().cpu()
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if tuple(labels.shape) != (images,) or not whole:
-        given = f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
-        raise UserError(f"{given}: give one whole number for each of {images} images")
-    labels = labels.long()
-    low, high = int(labels.min()), int(labels.max())
+def check_pixels(dtype: torch.dtype, low: float, high: float, largest: int = 255) -> None:
+    """Refuse pixels outside their range; `rounded` clips what is beyond it by a rounding alone."""
+    allowed, tolerance = (1, ROUNDING) if dtype.is_floating_point else (largest, 0)
+    excess = max(-low, high - allowed)
+    if not excess <= tolerance:  # NaN too
+        given = f"images from {low:.7g} to {high:.7g}: {dtype}"
+        raise UserError(f"{given} must be from 0 to {allowed}; scale them, or give largest=")
+    if excess > 0:
+        log.warning("images leave [0, 1] by %.2g, as by rounding, and are clipped", excess)
+
+
+def as_labels(labels: object, images: int) -> tuple[Tensor, list[str]]:
+    """Return the class of each image, int64, (N,), and the sorted names if labels are names."""
+    given, names = labels if isinstance(labels, Tensor) else as_array(labels, "labels"), list[str]()
+    if isinstance(given, np.ndarray) and given.dtype.kind in "US":
+        texts, given = np.unique(given, return_inverse=True)
+        every = (t.decode(errors="replace") if isinstance(t, bytes) else t for t in texts)
+        names = [*map(checked_text, every)]
+    found = as_tensor(given, "labels")
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if tuple(found.shape) != (images,) or not whole:
+        about = f"labels of shape {tuple(found.shape)} and type {found.dtype}"
+        raise UserError(f"{about}: give one whole number for each of {images} images")
+    found = found.long()
+    low, high = int(found.min()), int(found.max())
     if not 0 <= low <= high < MOST_CLASSES:
         allowed = f"give numbers from 0 on, below {MOST_CLASSES}"
         raise UserError(f"labels from {low} to {high}: {allowed}")
-    return labels
+    return found, names
 
 
-def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[Tensor]:
+def split_rows(images: int, given: Mapping[str, Any] | None) -> list[Tensor]:
     """Return the rows of train, val and test in a random order that is always the same."""
     given = {"train": range(images)} if given is None else given
-    if "train" not in given or not set(given) <= set(PARTS):
-        raise UserError(f"parts {sorted(given)}: name 'train' and, if you like, 'val' and 'test'")
-    rows = {part: _rows(part, chosen) for part, chosen in given.items()}
+    found = sorted(map(str, given)) if isinstance(given, Mapping) else [type(given).__name__]
+    if "train" not in found or not {*found} <= {*PARTS}:
+        raise UserError(f"parts {found}: name 'train' and, if you like, 'val' and 'test'")
+    rows = {part: _rows(part, chosen, images) for part, chosen in given.items()}
     every = torch.cat(list(rows.values()))
     if int(every.min()) < 0 or int(every.max()) >= images or len(every.unique()) < len(every):
         names = ", ".join(rows)
@@ -386,13 +457,16 @@ def split_rows(images: int, given: Mapping[str, Iterable[int]] | None) -> list[T
     return [rows[part] for part in PARTS]
 
 
-def _rows(part: str, given: Iterable[int]) -> Tensor:
-    rows = (
-        torch.arange(given.start, given.stop, given.step)
-        if isinstance(given, range)
-        else torch.as_tensor(list(given))
-    )
-    if len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:
-        found = f"part {part!r} has {len(rows)} images, rows of type {rows.dtype}"
-        raise UserError(f"{found}: give at least 2 whole numbers")
+def _rows(part: str, given: Any, images: int) -> Tensor:  # noqa: ANN401 - numbers or a mask
+    if isinstance(given, range):
+        rows = torch.arange(given.start, given.stop, given.step)
+    else:
+        if isinstance(given, Iterable) and not hasattr(given, "__array__"):
+            given = list(given)
+        rows = as_tensor(given, f"rows of {part!r}")
+    if rows.dtype == torch.bool and tuple(rows.shape) == (images,):
+        rows = rows.nonzero().flatten()
+    if rows.ndim != 1 or len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:
+        found = f"part {part!r} has {rows.numel()} images, rows of type {rows.dtype}"
+        raise UserError(f"{found}: give at least 2 whole numbers, or a mask of all {images} images")
     return rows.long()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHANNELS = (1, 3)
 GROUPS = Path("/sys/fs/cgroup")
+OTHERS = {"M": "dates", "m": "times", "V": "records", "c": "complex numbers"}  # else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +125,22 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:] if first else (shape[3], *shape[1:3])
 
 
+def check_kind(array: np.ndarray, it_holds: str) -> None:
+    """Refuse an array of other things than real numbers and truth values."""
+    if array.dtype.kind not in "biuf":
+        kind = OTHERS.get(array.dtype.kind, "text")
+        raise UserError(f"{it_holds} {kind} ({array.dtype}); give real numbers")
+
+
 def laid_out(array: np.ndarray) -> np.ndarray:
     """Return rows of an array as `Dataset.from_tensors` takes them."""
     if array.ndim == 4 and array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
+    return in_order(array)
+
+
+def in_order(array: np.ndarray) -> np.ndarray:
+    """Return numbers in an order of bytes and axes, and of a type, that PyTorch has."""
     known = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype
     return np.require(array, np.dtype(known).newbyteorder("="), ["C", "W"])  # a copy, if of a file
 

@@ -1,7 +1,9 @@
 """The MNIST family (MNIST, Fashion-MNIST, Kuzushiji-MNIST), read from LeCun's IDX files."""
 
 import contextlib
+import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,9 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
     """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing."""
     folder = root / TORCHVISION[name] / "raw"
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    files = [folder / f"{PARTS[0 if train else 1]}-{kind}" for kind in KINDS]
     try:
-        if all(file.is_file() for file in files):
-            images, labels = map(read_idx, files)
-        else:
+        images, labels = (_find(folder, f"{PARTS[0 if train else 1]}-{kind}") for kind in KINDS)
+        if images is None or labels is None:
             import torchvision  # takes seconds
 
             source = getattr(torchvision.datasets, TORCHVISION[name])
@@ -50,9 +50,23 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
     return images, labels
 
 
+def _find(folder: Path, name: str) -> Tensor | None:
+    # The first file of the name, with .gz or another ending behind it, or a dot for a hyphen in it.
+    for file in sorted(folder.glob(name.replace("-idx", "?idx") + "*")):
+        with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error):  # a download that was cut
+            if file.is_file():
+                return read_idx(file)
+    return None
+
+
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file: bytes 0, 0, 8, the number of axes, big-endian sizes, uint8 values."""
+    """Read an IDX file: bytes 0, 0, 8, the number of axes, big-endian sizes, uint8 values.
+
+    It may be compressed by gzip, whatever its name.
+    """
     content = bytearray(file.read_bytes())
+    if content.startswith(b"\x1f\x8b"):
+        content = bytearray(gzip.decompress(content))
     axes = content[3] if content.startswith(b"\0\0\x08") and len(content) > 3 else 0
     start = 4 + 4 * axes
     if axes == 0 or len(content) < start:

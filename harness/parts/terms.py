@@ -67,6 +67,8 @@ def mmd(batch: Batch, *, bandwidth: float = 1.0) -> Tensor:
     """
     if batch.prior is None:
         raise UserError("prior=None: mmd needs draws from the prior, of the shape of z")
+    if not bandwidth > 0:
+        raise UserError(f"bandwidth={bandwidth!r}: mmd divides by its square, give a number > 0")
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         distance = (a.unsqueeze(1) - b).square().mean(-1)

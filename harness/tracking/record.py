@@ -389,7 +389,8 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     It has where a value is no number, where its squared error is above 1, more than any constant
     image has (of a table, whose columns have variance 1: above 10,000), or its rate is above 10,000
     nats a latent although the loss counts it: posterior means lie 141 standard deviations of the
-    prior from 0.
+    prior from 0. So has a run of which some weights stand still, as Adam's second moment of their
+    gradient is too large for its type.
     """
     config = record.configs[row]
     limits = {"loss": math.inf, "mse": 1.0 if record.columns is None else 1e4}
@@ -402,7 +403,8 @@ def divergence(record: EpochRecord, row: int) -> str | None:
                 return f"{part} {name} is {value}"
             if value > limit:
                 return f"{part} {name} is {value:.3g}, above {limit:,.0f}"
-    return None
+    still = "a gradient's square is too large for Adam, whose weight stands still"
+    return still if row in record.still else None
 
 
 def _trained(record: EpochRecord, rows: Sequence[int]) -> list[Trained]:

@@ -65,6 +65,7 @@ class EpochRecord:
     _places: Sequence[tuple[State, int]] = field(repr=False)
     stopped: frozenset[int] = frozenset()  # rows whose training `patience` ends with this record
     dropped: set[int] = field(default_factory=set)  # rows that the caller ends with this record
+    still: frozenset[int] = frozenset()  # rows with a weight whose second moment, Adam's, is inf
 
     @property
     def finished(self) -> list[int]:
@@ -313,7 +314,7 @@ def check_runs(
             known = ", ".join(registry.TERMS) or "none"
             raise UserError(f"terms: {unknown[0]!r} is not registered (registered: {known})")
         config.replace()  # checks options of terms that were not registered when it was made
-    _check_data(configs, data)
+    check_data(configs, data)
     for name in {c.likelihood for c in configs} - {*registry.BUILT_IN_LIKELIHOODS}:
         likelihoods.check(name, registry.LIKELIHOODS[name].load(), data.image_shape)
     for own in {stack_key(c): c for c in configs if c.model not in registry.BUILT_IN}.values():
@@ -322,7 +323,8 @@ def check_runs(
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
 
 
-def _check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
+def check_data(configs: Sequence[RunConfig], data: Dataset) -> None:
+    """Raise a `UserError` for runs whose settings are not for data of this kind."""
     drawn = [config for config in configs if config.drawing != "none"]
     if drawn and isinstance(data.train.images, Mapped):
         option = "dequantize" if drawn[0].binarization == "none" else "binarization"
@@ -491,9 +493,12 @@ def _record(
     behind = tuple(resumed[row] for row in rows)
     newest = each[behind.index(min(behind))]
     train, val = (_joined([getattr(e, part) for e in each]) for part in ("train", "val"))
+    largest = {id(s): s.second.amax(1).tolist() for s in work.states.values() if s.second.numel()}
+    still = {i for i, (s, k) in enumerate(found) if math.inf in largest.get(id(s), [])[k : k + 1]}
     return EpochRecord(
         *(epoch, newest.seconds, newest.images, train, val, warmup, configs, rows, behind, found),
         frozenset(map(rows.index, stopped)),
+        still=frozenset(still),
     )
 
 

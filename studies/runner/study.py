@@ -360,7 +360,7 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
     texts = _distinct(values)
     cells = list[Cell]()
     for (group, value), config in points.items():
-        check_objective(study.name, config, study.objective)
+        check_objective(study.name, config, study.objective, own)
         for setting in options.settings:
             chosen = getattr(base, setting)
             if _given_part(getattr(config, setting), chosen) != chosen:
@@ -445,8 +445,12 @@ def _find(study: Study, ended: Ended) -> Findings:
     return compare_points(study, ended)
 
 
-def check_objective(page: str, config: RunConfig, objective: str = SELECTION) -> None:
-    """Refuse a configuration without the metric by which a study compares its runs."""
+def check_objective(page: str, config: RunConfig, objective: str, own: Dataset | None) -> None:
+    """Refuse a configuration that is not for the user's data, or without a metric to compare."""
+    if own is not None:
+        from harness.training.engine import check_data  # PyTorch, which loaded them
+
+        check_data([config], own)
     if not objective.endswith("neg_elbo"):
         return
     if not config.has_likelihood:

@@ -71,7 +71,7 @@ def _refusing(part: str) -> Iterator[None]:
 def _measured(config: RunConfig, data: Dataset, selection: str) -> dict[str, float]:
     """Train a run of one step, and return its metrics by the names under which they are logged."""
     one: dict[str, Any] = {"epochs": 1, "kl_warmup_epochs": 0, "lr_warmup_epochs": 0}
-    one |= {"kl_cycles": 1}
+    one |= {"kl_cycles": 1, "patience": 0}
     config = config.replace(**one, learning_rate=RATE, precision="float32")
     train = data.train.head(max(config.batch_size, IMAGES))
     few = replace(data, train=train, val=_few(data.val), test=_few(data.test))
