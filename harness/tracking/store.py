@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import sys
 import tempfile
@@ -22,17 +23,20 @@ import requests
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import addresses, runs
+from harness.tracking import addresses, artifacts, runs
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
+
+log = logging.getLogger(__name__)
 
 START = ["attributes.start_time ASC"]
 
@@ -83,7 +87,25 @@ class Store:
             )
         if self.spool is not None:
             _check_artifacts(self.uri, found.artifact_location)
+        elif left := self.rebase(name):
+            log.warning("%s", left)
         return found.experiment_id
+
+    def rebase(self, experiment: str = "") -> str:
+        """Make a database that was moved or copied name the artifacts beside it.
+
+        Return a line on what was changed, "" if nothing. Those of `experiment` will be written.
+        """
+        database = addresses.sqlite_file(self.uri)
+        if database is None:
+            raise UserError(f"{self.uri} is a server, which names its own artifacts")
+        try:
+            left = artifacts.rebase(database, experiment)
+        except sqlite3.Error as error:
+            raise addresses.unusable(self.uri, "--tracking-uri", error) from error
+        moved = f"{addresses.without_password(self.uri)} was moved or copied from "
+        moved += ", ".join(map(str, left))
+        return f"{moved}; it now names the artifacts beside it" if left else ""
 
     def start(
         self,
@@ -183,7 +205,11 @@ class Store:
         above = path.rpartition("/")[0] or None
         while True:
             try:
-                return Path(self.client.download_artifacts(run_id, path, folder))
+                if here := self._beside(run_id):
+                    found = LocalArtifactRepository(here.as_uri()).download_artifacts(path, folder)
+                else:
+                    found = self.client.download_artifacts(run_id, path, folder)
+                return Path(found)
             except Exception as error:  # the file system's, a server's, MLflow's
                 names = self.call(self.client.list_artifacts, run_id, above) if self.spool else []
                 if path not in [file.path for file in names] or time.monotonic() > end:
@@ -191,6 +217,16 @@ class Store:
                         f"{path} of run {run_id} cannot be read ({addresses.reason(error)})"
                     ) from error
             time.sleep(1)
+
+    def _beside(self, run_id: str) -> Path | None:
+        """Return the artifacts of a run beside a database that names those of another folder."""
+        if self.spool is not None:
+            return None
+        here = artifacts.beside(self.client.get_run(run_id).info.artifact_uri, self.home)
+        if here is None or not here.exists():
+            return None
+        _warn_of_move(self.uri)
+        return here
 
     def history(self, run_id: str) -> list[Logged]:
         """Return every logged value of a run, metric by metric."""
@@ -227,6 +263,17 @@ class Store:
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
         return _call(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
+
+
+@cache
+def _warn_of_move(uri: str) -> None:
+    known = addresses.without_password(uri)
+    log.warning(
+        "%s was moved or copied; artifacts are read beside it, and its page in MLflow shows them "
+        "after: python -m studies.rebase --tracking-uri %s",
+        known,
+        shlex.quote(known),
+    )
 
 
 def trusting(*, trust: bool | None) -> Callable[[str], bool]:
