@@ -1,7 +1,7 @@
 """Local artifacts of a database: those beside it, wherever it was moved or copied to.
 
 MLflow stores absolute places, `file:///D/mlruns/EXPERIMENT/RUN/artifacts`, in its database. After
-`mv D E`, or in a copy E, the place beside E's database is used in its stead.
+`mv D E`, or in a copy E, the places beside E's database are used in their stead.
 """
 
 import shlex
@@ -11,47 +11,57 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from harness.errors import UserError
+from harness.tracking.addresses import sqlite_file, unusable, without_password
 from harness.tracking.runs import NOTE
 
-ROOT = "mlruns"
-# Where MLflow has places: table, column, and the parts of a place below ROOT.
-EXPERIMENTS, RUNS = ("experiments", "artifact_location", 1), ("runs", "artifact_uri", 3)
-PLACES = (EXPERIMENTS, RUNS, ("logged_models", "artifact_location", 4))
+PLACES = {"experiments": "artifact_location", "runs": "artifact_uri"}  # columns of MLflow's tables
 
 
-def beside(location: str, home: Path, parts: int = RUNS[2]) -> Path | None:
-    """Return where a local place of artifacts in a folder moved to `home` is now.
+def moved(location: str, home: Path, experiment: str = "") -> tuple[Path, Path] | None:
+    """Return the folder that a place of artifacts is in, and the same place beside `home`.
 
-    None if it is there already, or is of another kind: a place that the user chose.
+    None if that folder is `home`, or nothing is there, unless it is the place of `experiment`.
     """
     place = urlsplit(location)
-    folders = Path(url2pathname(place.path)).parents
-    if place.scheme not in ("", "file") or len(folders) <= parts or folders[parts - 1].name != ROOT:
+    folder, found, name = url2pathname(place.path).rpartition("/mlruns/")
+    before, here = Path(folder), home / "mlruns" / name
+    if not found or place.scheme not in ("", "file"):
         return None
-    before = folders[parts]
-    if before == home or (before.is_dir() and before.samefile(home)):
+    if before.exists() and before.samefile(home):
         return None
-    return home / Path(url2pathname(place.path)).relative_to(before)
+    return (before, here) if here.exists() or name == experiment else None
 
 
-def rebase(database: Path, experiment: str = "") -> list[Path]:
-    """Make a database name the artifacts beside it, and return the folders named before.
+def rebase(uri: str, experiment: str = "") -> str:
+    """Make a database name the artifacts beside it; return a line on it, "" if nothing changes.
 
-    Also those of `experiment`, which will be written, where there are none yet. The commands in
-    the descriptions of runs then name this database too.
+    Those of `experiment`, too, where there are none yet: they will be written. The commands in the
+    descriptions of runs then name this database.
     """
-    home, left = database.parent, set[Path]()
-    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        for table, column, parts in PLACES:
-            for row, location in connection.execute(f"select rowid, {column} from {table}"):
-                here = beside(location, home, parts)
-                if here and (here.exists() or here == home / ROOT / experiment):
-                    new = (here.as_uri(), row)
-                    connection.execute(f"update {table} set {column} = ? where rowid = ?", new)
-                    left.add(Path(url2pathname(urlsplit(location).path)).parents[parts])
-        for before in left:
-            for quoted in (repr, shlex.quote):  # in Python, and on a command line
-                names = [quoted(f"sqlite:///{at / database.name}") for at in (before, home)]
-                replaced = "update tags set value = replace(value, ?, ?) where key = ?"
-                connection.execute(replaced, (*names, NOTE))
-    return sorted(left)
+    database, left = sqlite_file(uri), set[Path]()
+    if database is None or not database.exists():
+        raise UserError(
+            f"{without_password(uri)} is no database file; name one with --tracking-uri"
+        )
+    home = database.parent
+    try:
+        with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+            for table, column in PLACES.items():
+                elsewhere = f"select {column} from {table} where instr({column}, ?) != 1"
+                for (place,) in connection.execute(elsewhere, (home.as_uri() + "/",)).fetchall():
+                    if both := moved(place, home, experiment):
+                        left.add(both[0])
+                        new = f"update {table} set {column} = ? where {column} = ?"
+                        connection.execute(new, (both[1].as_uri(), place))
+            for before in left:
+                for quoted in (repr, shlex.quote):  # in Python, and on a command line
+                    names = [quoted(f"sqlite:///{at / database.name}") for at in (before, home)]
+                    new = "update tags set value = replace(value, ?, ?) where key = ?"
+                    connection.execute(new, (*names, NOTE))
+    except sqlite3.Error as error:
+        raise unusable(uri, "--tracking-uri", error) from error
+    if not left:
+        return ""
+    places = f"{home} was moved or copied from {', '.join(map(str, sorted(left)))}"
+    return f"{places}; its database now names the artifacts beside it"

@@ -21,12 +21,7 @@ from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
-from harness.tracking.addresses import (
-    default_tracking,
-    project_root,
-    sqlite_file,
-    without_password,
-)
+from harness.tracking.addresses import default_tracking, project_root, sqlite_file, without_password
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine

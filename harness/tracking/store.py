@@ -36,7 +36,7 @@ for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
-log = logging.getLogger(__name__)
+_warn = cache(logging.getLogger(__name__).warning)  # once a text
 
 START = ["attributes.start_time ASC"]
 
@@ -87,25 +87,9 @@ class Store:
             )
         if self.spool is not None:
             _check_artifacts(self.uri, found.artifact_location)
-        elif left := self.rebase(name):
-            log.warning("%s", left)
+        elif rebased := artifacts.rebase(self.uri, name):
+            _warn(rebased)
         return found.experiment_id
-
-    def rebase(self, experiment: str = "") -> str:
-        """Make a database that was moved or copied name the artifacts beside it.
-
-        Return a line on what was changed, "" if nothing. Those of `experiment` will be written.
-        """
-        database = addresses.sqlite_file(self.uri)
-        if database is None:
-            raise UserError(f"{self.uri} is a server, which names its own artifacts")
-        try:
-            left = artifacts.rebase(database, experiment)
-        except sqlite3.Error as error:
-            raise addresses.unusable(self.uri, "--tracking-uri", error) from error
-        moved = f"{addresses.without_password(self.uri)} was moved or copied from "
-        moved += ", ".join(map(str, left))
-        return f"{moved}; it now names the artifacts beside it" if left else ""
 
     def start(
         self,
@@ -205,11 +189,7 @@ class Store:
         above = path.rpartition("/")[0] or None
         while True:
             try:
-                if here := self._beside(run_id):
-                    found = LocalArtifactRepository(here.as_uri()).download_artifacts(path, folder)
-                else:
-                    found = self.client.download_artifacts(run_id, path, folder)
-                return Path(found)
+                return Path(self._artifacts(run_id)(path, folder))
             except Exception as error:  # the file system's, a server's, MLflow's
                 names = self.call(self.client.list_artifacts, run_id, above) if self.spool else []
                 if path not in [file.path for file in names] or time.monotonic() > end:
@@ -218,15 +198,17 @@ class Store:
                     ) from error
             time.sleep(1)
 
-    def _beside(self, run_id: str) -> Path | None:
-        """Return the artifacts of a run beside a database that names those of another folder."""
-        if self.spool is not None:
-            return None
-        here = artifacts.beside(self.client.get_run(run_id).info.artifact_uri, self.home)
-        if here is None or not here.exists():
-            return None
-        _warn_of_move(self.uri)
-        return here
+    def _artifacts(self, run_id: str) -> Callable[[str, str], str]:
+        location = self.client.get_run(run_id).info.artifact_uri
+        moved = None if self.spool else artifacts.moved(location, self.home)
+        if moved is None:
+            return partial(self.client.download_artifacts, run_id)
+        command = f"from harness.tracking.artifacts import rebase; print(rebase({self.uri!r}))"
+        _warn(
+            f"{self.home} was moved or copied from {moved[0]}; its artifacts are read here, and "
+            f"`mlflow ui` shows them after: python -c {shlex.quote(command)}"
+        )
+        return LocalArtifactRepository(moved[1].as_uri()).download_artifacts
 
     def history(self, run_id: str) -> list[Logged]:
         """Return every logged value of a run, metric by metric."""
@@ -263,17 +245,6 @@ class Store:
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
         return _call(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
-
-
-@cache
-def _warn_of_move(uri: str) -> None:
-    known = addresses.without_password(uri)
-    log.warning(
-        "%s was moved or copied; artifacts are read beside it, and its page in MLflow shows them "
-        "after: python -m studies.rebase --tracking-uri %s",
-        known,
-        shlex.quote(known),
-    )
 
 
 def trusting(*, trust: bool | None) -> Callable[[str], bool]:
