@@ -203,7 +203,8 @@ class Store:
         moved = None if self.spool else artifacts.moved(location, self.home)
         if moved is None:
             return partial(self.client.download_artifacts, run_id)
-        command = f"from harness.tracking.artifacts import rebase; print(rebase({self.uri!r}))"
+        uri = json.dumps(self.uri, ensure_ascii=False)
+        command = f"from harness.tracking.artifacts import rebase; print(rebase({uri}))"
         _warn(
             f"{self.home} was moved or copied from {moved[0]}; its artifacts are read here, and "
             f"`mlflow ui` shows them after: python -c {shlex.quote(command)}"
