@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from harness import streams
@@ -27,7 +27,7 @@ from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split, digest
 from harness.metrics.evaluate import chunks, pixels
 from harness.models import networks
-from harness.models.files import put
+from harness.models.files import put_sealed, read_sealed
 from harness.models.stack import kernels
 from harness.models.vae import VAE
 from harness.processes import one_thread
@@ -103,15 +103,15 @@ def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     train = data.train.to(torch.device("cpu"))
     about = [RECIPE, data.image_shape, data.classes, train.largest, len(train)]
     key = digest(train.images, train.labels, about=json.dumps(about))[:32]
-    file = folder / f"{data.name}-{key}.safetensors"
+    file = folder / f"{data.name}-{key}.classifier"
     try:
         net = _untrained(data)
-        net.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError):
+        net.load_state_dict(load(read_sealed(file)))
+    except (OSError, ValueError, SafetensorError, RuntimeError):
         net = _trained(data)
         with contextlib.suppress(OSError):  # the folder is a cache
             folder.mkdir(parents=True, exist_ok=True)
-            put(file, save(net.state_dict()))
+            put_sealed(file, save(net.state_dict()))
     return net
 
 

@@ -1,5 +1,6 @@
 """A trained model as two files, without pickle: weights (safetensors) and configuration (JSON)."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -33,6 +34,20 @@ def put(file: Path, content: bytes) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise
+
+
+def put_sealed(file: Path, content: bytes) -> None:
+    """Write a file with `put`, its SHA-256 at its end."""
+    put(file, content + hashlib.sha256(content).digest())
+
+
+def read_sealed(file: Path) -> bytes:
+    """Return the content of a file of `put_sealed`; a ValueError if it has changed."""
+    whole = file.read_bytes()
+    content, digest = whole[:-32], whole[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("its contents have changed")
+    return content
 
 
 def save_model(config: RunConfig, model: VAE, folder: Path) -> None:

@@ -21,7 +21,7 @@ from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
-from harness.tracking.addresses import default_tracking, project_root, without_password
+from harness.tracking.addresses import default_tracking, project_root, sqlite_file, without_password
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
@@ -346,7 +346,8 @@ def description(key: str, tracking_uri: str, dataset: str) -> str:
 
     A dataset of tensors is given in Python alone, so that the command is a call.
     """
-    known, elsewhere = without_password(tracking_uri), tracking_uri != default_tracking()
+    file, elsewhere = sqlite_file(tracking_uri), tracking_uri != default_tracking()
+    known = f"sqlite:///{file}" if file else without_password(tracking_uri)  # from any folder
     command = f"python -m studies.replay {key}"
     command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
     if not is_named(dataset):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import sys
 import tempfile
@@ -22,17 +23,20 @@ import requests
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import addresses, runs
+from harness.tracking import addresses, artifacts, runs
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
+
+_warn = cache(logging.getLogger(__name__).warning)  # once a text
 
 START = ["attributes.start_time ASC"]
 
@@ -83,6 +87,8 @@ class Store:
             )
         if self.spool is not None:
             _check_artifacts(self.uri, found.artifact_location)
+        elif rebased := artifacts.rebase(self.uri, name):
+            _warn(rebased)
         return found.experiment_id
 
     def start(
@@ -183,7 +189,7 @@ class Store:
         above = path.rpartition("/")[0] or None
         while True:
             try:
-                return Path(self.client.download_artifacts(run_id, path, folder))
+                return Path(self._artifacts(run_id)(path, folder))
             except Exception as error:  # the file system's, a server's, MLflow's
                 names = self.call(self.client.list_artifacts, run_id, above) if self.spool else []
                 if path not in [file.path for file in names] or time.monotonic() > end:
@@ -191,6 +197,19 @@ class Store:
                         f"{path} of run {run_id} cannot be read ({addresses.reason(error)})"
                     ) from error
             time.sleep(1)
+
+    def _artifacts(self, run_id: str) -> Callable[[str, str], str]:
+        location = self.client.get_run(run_id).info.artifact_uri
+        moved = None if self.spool else artifacts.moved(location, self.home)
+        if moved is None:
+            return partial(self.client.download_artifacts, run_id)
+        uri = json.dumps(self.uri, ensure_ascii=False)
+        command = f"from harness.tracking.artifacts import rebase; print(rebase({uri}))"
+        _warn(
+            f"{self.home} was moved or copied from {moved[0]}; its artifacts are read here, and "
+            f"`mlflow ui` shows them after: python -c {shlex.quote(command)}"
+        )
+        return LocalArtifactRepository(moved[1].as_uri()).download_artifacts
 
     def history(self, run_id: str) -> list[Logged]:
         """Return every logged value of a run, metric by metric."""

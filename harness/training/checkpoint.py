@@ -22,7 +22,7 @@ from harness import provenance, registry
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
 from harness.errors import UserError
-from harness.models.files import put
+from harness.models.files import put_sealed, read_sealed
 
 
 class Epoch(NamedTuple):
@@ -68,17 +68,13 @@ class Checkpoints:
         state = {n: value.cpu().clone(memory_format=plain) for n, value in saved.state.items()}
         content = save(state | {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
         self.folder.mkdir(parents=True, exist_ok=True)
-        put(self.file(config), content + hashlib.sha256(content).digest())
+        put_sealed(self.file(config), content)
 
     def load(self, config: RunConfig, made_with: Mapping[str, Any]) -> Saved:
         """Return a run as its file holds it; if that cannot be used, no epochs and a warning."""
         file = self.file(config)
         try:
-            content = file.read_bytes()
-            written, digest = content[:-32], content[-32:]
-            if hashlib.sha256(written).digest() != digest:
-                raise ValueError("its contents have changed")
-            state = load(written)
+            state = load(read_sealed(file))
             then, epochs = json.loads(state.pop("json").numpy().tobytes())
             if different := [name for name in made_with if made_with[name] != then.get(name)]:
                 raise ValueError(f"it was made with another {', '.join(different)}")

@@ -154,11 +154,25 @@ def write(findings: Findings, found: Ended, experiment_id: str) -> Outcome:
 
     Where a figure or the answer fails, all others are written before SummaryError is raised.
     """
-    folder = found.store.home / "reports" / found.plan.name
-    for part in ("figures", "pictures"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    reports, name = found.store.home / "reports", found.plan.name
+    reports.mkdir(parents=True, exist_ok=True)
+    with FileLock(reports / f"{name}.lock"):
+        folder, number = reports / name, 1
+        while not _is_free(folder, found):
+            number += 1
+            folder = reports / f"{name}.{number}"
+        for part in ("figures", "pictures"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
         return _write(folder, findings, found, experiment_id)
+
+
+def _is_free(folder: Path, found: Ended) -> bool:
+    """Return whether a folder holds no report of other runs: of a study in a store beside."""
+    try:
+        theirs = {*pd.read_csv(folder / "runs.csv", usecols=["run_id"])["run_id"]}
+    except (OSError, ValueError):  # there is none, or a torn one
+        return True
+    return not theirs or not theirs.isdisjoint(run.run_id for run in found.runs)
 
 
 def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -> Outcome:
