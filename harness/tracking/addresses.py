@@ -17,9 +17,14 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
+LACKING[errno.EAGAIN] = "processes"  # of a process that cannot be started
 SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
     "disk": ("database or disk is full", "disk I/O error"),
-    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
+    "memory": (
+        *("can't allocate memory", "annot allocate memory", "out of memory", "failed to map"),
+        "a worker process was killed",
+    ),
+    "processes": ("can't start new thread",),
 }
 
 
@@ -72,7 +77,7 @@ def reason(error: BaseException) -> str:
 
 
 def shortage(error: BaseException) -> str | None:
-    """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
+    """Return "disk", "memory" or "processes" if an error or a cause of it means a lack of it."""
     for cause in causes(error):
         if isinstance(cause, MemoryError):
             return "memory"
