@@ -211,6 +211,7 @@ def start(options: Places, question: str, dataset: str, terminal: Terminal) -> s
     log.info("loading PyTorch and %s", dataset)
     from harness.training.engine import resolve_device  # --help answers without it
 
+    stopping.check()
     return resolve_device(options.device).type
 
 

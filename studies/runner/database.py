@@ -67,7 +67,10 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
-                url, _engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
+                url.replace("{", "{{").replace("}", "}}"),  # it fills in its version
+                _engine_options(url),
+                heartbeat_interval=seconds,
+                grace_period=MISSED * seconds,
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
