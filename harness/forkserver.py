@@ -56,6 +56,13 @@ def fork() -> tuple[Connection, Connection]:
     return here, lifeline
 
 
+def failure() -> OSError | None:
+    """Return why the server could not fork the last worker, None if it could, or has ended."""
+    with contextlib.suppress(EOFError, OSError):
+        return _server[0].recv() if _server[0].poll() else None
+    return None
+
+
 def _started() -> tuple[Connection, Connection]:
     here, there, lifeline = _linked()
     with there:
@@ -110,7 +117,12 @@ def serve() -> None:
             __import__(name)
         while True:
             worker = Connection(recv_handle(parent))
-            if os.fork() == 0:
+            try:
+                child = os.fork()
+            except OSError as error:  # a limit on processes, or too little memory
+                child = -1
+                parent.send(error)
+            if child == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 with contextlib.suppress(EOFError, OSError):  # the pool has been closed

@@ -145,8 +145,11 @@ class Pool:
 def _worker_lost() -> Iterator[None]:
     try:
         yield
+    except BlockingIOError:  # the server cannot be started: a limit on processes
+        raise
     except (EOFError, OSError) as error:
-        raise RuntimeError("a worker process was killed; was there too little memory?") from error
+        killed = RuntimeError("a worker process was killed; was there too little memory?")
+        raise forkserver.failure() or killed from error
 
 
 def _dumps(value: object) -> bytes:

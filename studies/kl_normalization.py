@@ -30,13 +30,15 @@ def one_curve(frame: frames.Frame) -> str:
     weights = frame[frame[AXIS] == best].groupby(GROUP, sort=False)["kl_weight"].first()
     named = ", ".join(f"{mode} {weight:.3g}" for mode, weight in weights.items())
     active = frame.loc[frame["active_units"] > 0, AXIS].max()
+    until = f"latents are active up to {active:.3g} only" if active > 0 else "no latent is active"
+    which = "only" if frame[AXIS].nunique() == 1 else "best"
     return (
         f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
         f"differs by at most {modes:.2g} nats / image, that of seeds by {plain(seeds, 2)} (median "
-        f"standard deviation): the modes are {verdict}. The best decoder variance, {best:.3g} "
+        f"standard deviation): the modes are {verdict}. The {which} decoder variance, {best:.3g} "
         f'pixel², is kl_weight = {named}. "Without dividing this value it cannot learn properly" '
         "holds of weight 1: undivided (sum), it means decoder variance "
-        f"{best / weights['sum']:,.0f}, and latents are active up to {active:.3g} only."
+        f"{best / weights['sum']:,.0f}, and {until}."
     )
 
 

@@ -26,10 +26,13 @@ def best_weight(frame: frames.Frame) -> str:
     variance = plain(row["decoder_variance"])
     of_gaussian = f"Its decoder variance is {variance} pixel², its calibration ratio"
     begins = "Its calibration ratio is" if variance == "-" else of_gaussian
+    lowest = f"has the lowest validation neg_elbo of {len(means)} values"
+    others = f"; not distinguishable from it: {', '.join(equal) or 'none'}"
+    if len(means) == 1:
+        lowest, others = "is the only value; its validation neg_elbo", ""
     sentences = [
-        f"{AXIS} = {best:.3g} has the lowest validation neg_elbo of {len(means)} values: "
-        f"{plus_minus(row, 'val/neg_elbo')} nats / image (test {plus_minus(row, 'neg_elbo')}; "
-        f"{over(row['seeds'])}); not distinguishable from it: {', '.join(equal) or 'none'}.",
+        f"{AXIS} = {best:.3g} {lowest}: {plus_minus(row, 'val/neg_elbo')} nats / image "
+        f"(test {plus_minus(row, 'neg_elbo')}; {over(row['seeds'])}){others}.",
         f"{begins} {plain(row['calibration_ratio'])}, and {row['active_units']:.1f} of {size} "
         "latents are active.",
     ]

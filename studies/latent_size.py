@@ -48,10 +48,12 @@ def useful_latents(frame: frames.Frame) -> str:
         best = frames.best_value(part, AXIS)
         enough = min(s for s in part[AXIS].unique() if not frames.is_worse(part, AXIS, s, best))
         largest = part[part[AXIS] == part[AXIS].max()]
+        lowest = f"validation neg_elbo is lowest at {best} latents; the smallest size not "
+        lowest += f"distinguishable from that is {enough}. Of {largest[AXIS].iloc[0]} latents"
         sentences.append(
-            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) validation neg_elbo is lowest at "
-            f"{best} latents; the smallest size not distinguishable from that is {enough}. Of "
-            f"{largest[AXIS].iloc[0]} latents {largest['active_units'].mean():.1f} are active."
+            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
+            + (lowest if part[AXIS].nunique() > 1 else f"of {best} latents, the only size,")
+            + f" {largest['active_units'].mean():.1f} are active."
         )
     return "\n\n".join(sentences)
 

@@ -137,10 +137,13 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     equal = [_point(row) for _, row in rest[keys].iterrows() if is_equal(row)]
     equal = equal if len(equal) <= 5 else [f"{len(equal)} of the others"]
     what = "combinations" if len(keys) > 1 else "values"
+    lowest = f"has the lowest validation {metric} of {len(means)} {what}"
+    if len(means) == 1:
+        lowest = f"is alone; its validation {metric}"
     sentences = [
-        f"{_point(best[keys])} has the lowest validation {metric} of {len(means)} {what}: "
+        f"{_point(best[keys])} {lowest}: "
         f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(seeds)})"
-        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (seeds > 1)
+        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (seeds > 1 < len(means))
         + "."
     ]
     if len(keys) > 1:

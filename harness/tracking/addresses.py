@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
 from harness.errors import UserError
 
@@ -17,9 +18,14 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
 LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
+LACKING[errno.EAGAIN] = "processes"  # of a process that cannot be started
 SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
     "disk": ("database or disk is full", "disk I/O error"),
-    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
+    "memory": (
+        *("can't allocate memory", "annot allocate memory", "out of memory", "failed to map"),
+        "a worker process was killed",
+    ),
+    "processes": ("can't start new thread",),
 }
 
 
@@ -31,7 +37,11 @@ def project_root() -> Path:
 
 def default_tracking() -> str:
     """Return the default tracking URI, `mlflow.db` in the default folder."""
-    return f"sqlite:///{project_root()}/mlflow.db"
+    return _default("mlflow.db")
+
+
+def _default(name: str) -> str:
+    return f"sqlite:///{str(project_root() / name).replace('%', '%25').replace('?', '%3F')}"
 
 
 def tracking_address(uri: str | None) -> str:
@@ -45,14 +55,15 @@ def tracking_address(uri: str | None) -> str:
             f"set {LOGIN}"
         )
     if not is_server(uri) and not uri.startswith("sqlite:"):
-        error = ValueError("it is neither an SQLite file nor a server")
+        kind = "a folder or file" if "://" not in uri else "another kind of store"
+        error = ValueError(f"it is {kind}, not the address of an SQLite file or a server")
         raise unusable(uri, "--tracking-uri", error)
     return uri.rstrip("/") if is_server(uri) else uri
 
 
 def storage_address(url: str | None) -> str:
     """Return the URL of Optuna's storage; for None `optuna.db` in the default folder."""
-    return _given(f"sqlite:///{project_root() / 'optuna.db'}" if url is None else url, "--storage")
+    return _given(_default("optuna.db") if url is None else url, "--storage")
 
 
 def _given(address: str, option: str) -> str:
@@ -72,7 +83,7 @@ def reason(error: BaseException) -> str:
 
 
 def shortage(error: BaseException) -> str | None:
-    """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
+    """Return "disk", "memory" or "processes" if an error or a cause of it means a lack of it."""
     for cause in causes(error):
         if isinstance(cause, MemoryError):
             return "memory"
@@ -97,9 +108,9 @@ def is_server(uri: str) -> bool:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of an SQLite URL, None for any other URL."""
+    """Return the file of an SQLite URL, None for any other URL; %3F in it is a "?"."""
     kind, _, path = url.partition("sqlite:///")
-    return None if kind or not path else Path(path.partition("?")[0]).absolute()
+    return None if kind or not path else Path(unquote(path.partition("?")[0])).absolute()
 
 
 def is_new(url: str) -> bool:
@@ -124,6 +135,11 @@ def check_database(url: str, option: str) -> None:
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
             raise OSError("a database in memory ends with the process")
+        path, question, options = url.removeprefix("sqlite:///").partition("?")
+        if file is not None and question and "=" not in options:
+            raise OSError("? ends the file's name; write %3F for one in it")
+        if file is not None and not file.parent.exists() and Path(path).parent.exists():
+            raise OSError(f"it means {file}; write %25 for a % in a name")
         if file is not None and not file.exists():
             try_folder(file.parent)
         elif file is not None and not file.is_file():

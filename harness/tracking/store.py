@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from harness.tracking import addresses, artifacts, runs
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
+# SQLAlchemy's 2.1 about MLflow 3.17, an error with `python -W error`.
+warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated")
 for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
@@ -338,11 +341,10 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
 @cache
 def _empty_database() -> bytes:
     """Return an empty database of MLflow, made in memory: 300 commits to a disk take seconds."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        database = Path(folder) / "mlflow.db"
-        _client(f"sqlite:///{database}")
-        return database.read_bytes()
+    address = f"file:{os.urandom(8).hex()}?mode=memory&cache=shared"
+    with closing(sqlite3.connect(address, uri=True)) as connection:
+        _client(f"sqlite:///{address}&uri=true")
+        return connection.serialize()
 
 
 def _client(uri: str) -> MlflowClient:

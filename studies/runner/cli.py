@@ -34,7 +34,7 @@ from studies.runner.options import (
     start_words,
 )
 from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own
-from studies.runner.terminal import CLOSED, Terminal, expected
+from studies.runner.terminal import CLOSED, Terminal, drop, expected, reopen
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -45,7 +45,11 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
-LACKING = {"disk": "the disk is full", "memory": "there is too little memory"}
+LACKING = {
+    "disk": "the disk is full",
+    "memory": "there is too little memory",
+    "processes": "no more processes and threads are allowed (ulimit -u)",
+}
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -89,6 +93,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
     where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
     """
+    reopen()
     terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
     code, message = 0, ""
     try:
@@ -100,6 +105,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         code, message = stopping.exit_code() or 130, stopped
     except SystemExit as end:
         code = int(end.code or 0)
+        message = f"standard output was closed. {stopped}" if code == CLOSED else ""
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
@@ -110,16 +116,18 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         code, message = 2, f"error: {why}; free some, and the same command continues"
     if not code and terminal.failures:
         code, message = 3, f"error: {' '.join(terminal.failures)}"
+    if code == CLOSED:
+        code = stopping.exit_code() or CLOSED
     try:
-        if message:
-            print(message, file=sys.stderr)
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
+    try:
         terminal.finish(code, message)
         print(end="", flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        code = code or CLOSED
-    if code == CLOSED:
-        code = stopping.exit_code() or CLOSED
+        drop(sys.stdout)  # for Python's last flush
+        code = code or stopping.exit_code() or CLOSED
     if code:
         sys.exit(code)
 
@@ -204,6 +212,7 @@ def start(options: Places, question: str, dataset: str, terminal: Terminal) -> s
     log.info("loading PyTorch and %s", dataset)
     from harness.training.engine import resolve_device  # --help answers without it
 
+    stopping.check()
     return resolve_device(options.device).type
 
 

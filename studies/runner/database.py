@@ -67,7 +67,10 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
-                url, _engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
+                url.replace("{", "{{").replace("}", "}}"),  # it fills in its version
+                _engine_options(url),
+                heartbeat_interval=seconds,
+                grace_period=MISSED * seconds,
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
@@ -191,16 +194,17 @@ def heartbeat_seconds() -> int:
 
 
 def process_name(process: int | None = None) -> str:
-    """Return the name of a process of this machine, by default this one: "HOST/PIDNS:PID:START".
+    """Return the name of a process here, by default this one: "HOST/BOOT/PIDNS:PID:START".
 
-    START, the process's start in ticks of the kernel, differs for later processes of that id.
+    START, the process's start in ticks since the boot, differs for later processes of that id.
+    Other machines may have the host's name, and the same number of a namespace.
     """
     process = process or os.getpid()
     return f"{_host()}:{process}:{_start(process)}"
 
 
 def is_gone(owner: str) -> bool:
-    """Return whether a process of this machine and container has ended; False for any other."""
+    """Return whether a process of this boot and container has ended; False for any other."""
     host, process, start = owner.rsplit(":", 2)
     return host == _host() and _start(int(process)) != start
 
@@ -212,7 +216,8 @@ def in_words(owner: str) -> str:
 
 
 def _host() -> str:
-    return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _start(process: int) -> str:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 """Exit codes after a signal; 75 is EX_TEMPFAIL: repeat the command."""
 
 _received: list[int] = []
+
+
+def end_at_once() -> None:
+    """Let Ctrl-C and SIGTERM end the process without a traceback: nothing has been begun."""
+    for number, code in CODES.items():
+        signal.signal(number, lambda *_, code=code: os._exit(code))
 
 
 @contextmanager
@@ -45,5 +51,5 @@ def _note(number: int, frame: FrameType | None) -> None:
     if _received:
         raise KeyboardInterrupt("stopped by a second signal")
     _received.append(number)
-    # Not print: a signal may arrive within one.
-    os.write(2, b"\nStopping at the next safe point; Ctrl-C once more stops at once.\n")
+    with suppress(OSError):  # not print: a signal may arrive within one
+        os.write(2, b"\nStopping at the next safe point; Ctrl-C once more stops at once.\n")

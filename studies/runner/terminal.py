@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import logging
 import math
+import os
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from statistics import median
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 import rich.box
 import rich.console
@@ -48,12 +51,29 @@ BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "fre
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
 
 
+PLAIN = {"±": "+-", "²": "^2", "é": "e", "–": "-", "−": "-", "×": "x"}  # where there is ASCII alone
+
+
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once standard output is closed."""
 
-    def on_broken_pipe(self) -> NoReturn:
-        self.quiet = True
-        raise SystemExit(CLOSED)
+    def on_broken_pipe(self) -> None:
+        drop(self.file)
+        if not self.stderr:
+            raise SystemExit(CLOSED)
+
+
+def drop(stream: IO[str]) -> None:
+    """Let a standard stream that cannot be written take everything and show nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reopen() -> None:
+    """Open the closed standard streams on nothing, before another file takes their numbers."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
 
 
 class Steps:
@@ -130,7 +150,9 @@ class Terminal(logging.Handler):
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Show messages of the library meanwhile."""
+        """Show messages of the library meanwhile, in the letters that the terminal has."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="plain")
         with contextlib.ExitStack() as after:
             for logger in map(logging.getLogger, LOGGERS):
                 after.callback(logger.removeHandler, self)
@@ -196,6 +218,14 @@ class Terminal(logging.Handler):
             result = self.results[0] if len(self.results) == 1 else {"studies": self.results}
             failed = {"error": error.removeprefix("error: ")} if error else {}
             print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
 
 
 def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
