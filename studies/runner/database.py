@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ import sqlalchemy
 from filelock import FileLock
 
 from harness.config import UserError
-from harness.tracking import addresses
+from harness.tracking import addresses, schema
 from harness.tracking.addresses import sqlite_file, unusable
 from studies.runner import stopping
 
@@ -48,26 +48,37 @@ _retrying = threading.local()
 def checked_address(url: str | None) -> str:
     """Return the URL of Optuna's database; refuse one that cannot be used. Write nothing."""
     url = addresses.storage_address(url)
-    addresses.check_database(url, "--storage")
+    schema.check_database(url, "--storage")
     kind = url.partition("://")[0]
     if sqlite_file(url) is None and kind not in POSTGRES:
         raise UserError(
             f"--storage {addresses.without_password(url)}: studies are kept in SQLite or "
             "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
         )
+    if sqlite_file(url) is None:
+        with _connected(url) as connection:
+            schema.check_tables(connection, url, "--storage")
     return url
 
 
-def open_storage(url: str | None) -> optuna.storages.RDBStorage:
-    """Open Optuna's database, creating its tables where they are missing."""
+def open_storage(url: str | None, *, write: bool = True) -> optuna.storages.RDBStorage:
+    """Open Optuna's database, creating its tables where they are missing.
+
+    Without `write` it must have them; no lock is taken then, and no file made.
+    """
     url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seconds = heartbeat_seconds()
     try:
-        with exclusive(url, "tables"), warnings.catch_warnings():
+        lock = exclusive(url, "tables") if write else nullcontext()
+        with lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
-                url, _engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
+                url,
+                _engine_options(url),
+                heartbeat_interval=seconds,
+                grace_period=MISSED * seconds,
+                skip_table_creation=not write,
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
@@ -76,10 +87,18 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
 def has_study(url: str, name: str) -> bool:
     """Return whether a database has a study of a name; nothing is written, no tables either."""
     query = sqlalchemy.text("select 1 from studies where study_name = :name")
+    with _connected(url) as connection:
+        tables = sqlalchemy.inspect(connection).has_table("studies")
+        return tables and connection.execute(query, {"name": name}).first() is not None
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[sqlalchemy.Connection]:
     try:
         with _lock_engine(url).connect() as connection:
-            tables = sqlalchemy.inspect(connection).has_table("studies")
-            return tables and connection.execute(query, {"name": name}).first() is not None
+            yield connection
+    except UserError:
+        raise
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import Planned, addresses, connect
+from harness.tracking import Planned, addresses, connect, schema
 from harness.tracking import record as recording
 from harness.tracking.runs import RunLog
 from harness.tracking.store import Store
@@ -136,7 +136,7 @@ def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
 
 def _addresses(options: Places) -> tuple[str, str]:
     tracking = addresses.tracking_address(options.tracking_uri)
-    addresses.check_database(tracking, "--tracking-uri")
+    schema.check_database(tracking, "--tracking-uri")
     url = checked_address(options.storage)
     if addresses.sqlite_file(tracking) == addresses.sqlite_file(url) is not None:
         raise UserError(f"--storage {url} is the tracking database too; give each its own file")
@@ -147,7 +147,7 @@ def check_study(plan: Plan, options: Places) -> None:
     """Raise UserError if the plan's study exists with other settings; nothing is written."""
     _, url = _addresses(options)
     if not options.fresh and not addresses.is_new(url) and has_study(url, plan.name):
-        check_settings(open_storage(url), plan.name, plan.proposer.settings)
+        check_settings(open_storage(url, write=False), plan.name, plan.proposer.settings)
 
 
 def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
