@@ -1,14 +1,10 @@
 """Whose a database is, MLflow's or Optuna's, and of which version; finding out writes nothing."""
 
-import importlib.metadata
-import importlib.util
 import shlex
 import sqlite3
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
+from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy
 from alembic.script import ScriptDirectory
@@ -16,68 +12,40 @@ from alembic.script import ScriptDirectory
 from harness.errors import UserError
 from harness.tracking.addresses import is_new, sqlite_file, try_folder, unusable, without_password
 
-
-@dataclass(frozen=True)
-class Library:
-    """A library that keeps a database: its option, migrations, and columns of its own tables."""
-
-    name: str
-    option: str
-    migrations: str
-    upgrade: str
-    columns: Mapping[str, set[str]]
-    maker: str = "select null"  # query for the version that made the tables
-
-
-LIBRARIES = (
-    Library(
-        "MLflow",
-        "--tracking-uri",
-        "store/db_migrations",
-        "mlflow db upgrade",
+# By option: the library, its migrations, how to migrate, and columns that no other's tables have.
+LIBRARIES = {
+    "--tracking-uri": (
+        *("MLflow", "store/db_migrations", "mlflow db upgrade"),
         {"experiments": {"experiment_id", "artifact_location", "lifecycle_stage"}},
     ),
-    Library(
-        "Optuna",
-        "--storage",
-        "storages/_rdb/alembic",
-        "optuna storage upgrade --storage",
-        {
-            "studies": {"study_id", "study_name"},
-            "version_info": {"schema_version", "library_version"},
-        },
-        "select library_version from version_info",
+    "--storage": (
+        *("Optuna", "storages/_rdb/alembic", "optuna storage upgrade --storage"),
+        {"studies": {"study_id", "study_name"}, "version_info": {"schema_version"}},
     ),
-)
+}
 
 
 def check_database(url: str, option: str, *, write: bool = True) -> None:
-    """Refuse a database that cannot be used as that of an option; nothing is written.
-
-    One that is to be read must exist. Of other kinds than SQLite, `check_tables` is the check.
-    """
+    """Refuse an SQLite URL that cannot be used, or read; nothing is written, others pass."""
     file = sqlite_file(url)
     try:
         if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
             raise OSError("a database in memory ends with the process")
-        if file is None:
-            return
-        if file.exists() and not file.is_file():
-            raise OSError(f"{file} is not a file")
         if is_new(url) and not write:
-            what = "is empty" if file.exists() else "does not exist"
-            raise UserError(f"{file} {what}; name the store of the runs with {option}")
-        if not file.exists():
+            raise UserError(f"{file} does not exist, or is empty; name the store with {option}")
+        if file is not None and not file.exists():
             try_folder(file.parent)
-            return
-        engine = sqlalchemy.create_engine(read_only(file), poolclass=sqlalchemy.NullPool)
-        with engine.connect() as connection:
-            check_tables(connection, url, option)
+        elif file is not None and not file.is_file():
+            raise OSError(f"{file} is not a file")
+        elif file is not None:
+            engine = sqlalchemy.create_engine(read_only(file), poolclass=sqlalchemy.NullPool)
+            with engine.connect() as connection:
+                check_tables(connection, url, option)
     except (OSError, sqlalchemy.exc.DBAPIError) as error:
-        cause = getattr(error, "orig", None) or error
         # Read without locks and without its log, a database that is in use may look corrupt.
-        if getattr(cause, "sqlite_errorcode", None) != sqlite3.SQLITE_CORRUPT:
-            raise unusable(url, option, cause) from error
+        code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+        if code != sqlite3.SQLITE_CORRUPT:
+            raise unusable(url, option, error) from error
 
 
 def read_only(file: Path) -> str:
@@ -87,8 +55,8 @@ def read_only(file: Path) -> str:
     SQLite: closing the file otherwise takes this process's locks on it, and what it then writes to
     the log, which another process may delete, is lost.
     """
-    logged = Path(f"{file}-wal").exists()
-    query = {"mode": "ro", "uri": "true"} | ({} if logged else {"immutable": "1"})
+    log = Path(f"{file}-wal")
+    query = {"mode": "ro", "uri": "true"} | ({} if log.exists() else {"immutable": "1"})
     # Named with its driver: of a plain "sqlite:///" MLflow makes the folder, here "file:".
     return str(sqlalchemy.URL.create("sqlite+pysqlite", database=file.as_uri(), query=query))
 
@@ -102,46 +70,37 @@ def check_tables(connection: sqlalchemy.Connection, url: str, option: str) -> No
     def columns(table: str) -> set[str]:
         return set(connection.exec_driver_sql(f"select * from {table} limit 0").keys())
 
-    def value(query: str) -> Any:  # noqa: ANN401 - of any kind
-        return connection.exec_driver_sql(query).scalar()
-
-    wanted = next(library for library in LIBRARIES if library.option == option)
-    shown, new = f"{option} {without_password(url)}", f"give {wanted.name} a new database"
-    begun = wanted.name == "Optuna" and tables == {"studies"}  # it was killed after its first table
-    if begun and columns("studies") == wanted.columns["studies"]:
+    library, migrations, upgrade, _ = LIBRARIES[option]
+    shown, new = f"{option} {without_password(url)}", f"give {library} a new database"
+    begun = library == "Optuna" and tables == {"studies"}  # it was killed after its first table
+    if begun and columns("studies") == {"study_id", "study_name"}:
         return
-    for found in LIBRARIES:
-        own = found.columns.items()
-        if all(table in tables and had <= columns(table) for table, had in own):
-            break
+    for of, (name, *_, own) in LIBRARIES.items():
+        if all(table in tables and had <= columns(table) for table, had in own.items()):
+            if of == option:
+                break
+            raise UserError(f"{shown} is a database of {name}, to be given as {of}; {new}")
     else:
         some = ", ".join(sorted(tables)[:3])
         raise UserError(f"{shown} is a database of another program (tables: {some}); {new}")
-    if found is not wanted:
-        raise UserError(f"{shown} is a database of {found.name}, for {found.option}; {new}")
-    version = value("select version_num from alembic_version") if names > tables else None
-    maker, revisions = value(found.maker), _revisions(found.name, found.migrations)
-    installed = importlib.metadata.version(found.name)
-    # Optuna writes its version after its tables: another process makes them, or was killed then.
-    unfinished = found.name == "Optuna" and version is None and maker in (None, installed)
-    if version == revisions[0] or unfinished:
+    version = None
+    if names > tables:
+        version = connection.exec_driver_sql("select version_num from alembic_version").scalar()
+    revisions = _revisions(library.lower(), migrations)
+    # Optuna writes the version last: another process makes the tables, or was killed then.
+    if version == revisions[0] or (library == "Optuna" and version is None):
         return
-    age, way = "a newer", f"`pip install -U {found.name.lower()}`"
+    age, way = "a newer", f"`pip install -U {library.lower()}`"
     if version is None or version in revisions:
         address = shlex.quote(without_password(url))
-        age, way = "an older", f"copy it, then migrate it with `{found.upgrade} {address}`"
-    made = f" {maker}" if maker else ""
+        age, way = "an older", f"copy it, then migrate it with `{upgrade} {address}`"
     raise UserError(
-        f"{shown} is a database of {age} {found.name}{made}, schema {version} ({found.name} "
-        f"{installed} is installed, schema {revisions[0]}); {way}, or {new}"
+        f"{shown} is a database of {age} {library}, schema {version} ({library} "
+        f"{metadata.version(library)} is installed, schema {revisions[0]}); {way}, or {new}"
     )
 
 
 @cache
-def _revisions(library: str, migrations: str) -> list[str]:
-    """Return the versions of a library's tables, latest first; the library is not imported."""
-    spec = importlib.util.find_spec(library.lower())
-    assert spec is not None
-    assert spec.submodule_search_locations
-    scripts = ScriptDirectory(str(Path(spec.submodule_search_locations[0]) / migrations))
+def _revisions(package: str, migrations: str) -> list[str]:  # latest first
+    scripts = ScriptDirectory(str(resources.files(package) / migrations))
     return [script.revision for script in scripts.walk_revisions()]

@@ -337,10 +337,9 @@ def _client(uri: str) -> MlflowClient:
 
 def _reader(database: Path) -> MlflowClient:
     # One connection a call: if one that reads stays open, a writer that ends leaves its log behind.
-    pool, before = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS", dict(os.environ)
-    os.environ[pool] = "NullPool"
+    pool = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+    before, os.environ[pool] = os.environ.get(pool, ""), "NullPool"
     try:
         return _client(schema.read_only(database))
     finally:
-        del os.environ[pool]
-        os.environ |= {pool: before[pool]} if pool in before else {}
+        os.environ[pool] = before

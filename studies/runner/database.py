@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,27 +61,24 @@ def checked_address(url: str | None) -> str:
     return url
 
 
-def open_storage(url: str | None, *, write: bool = True) -> optuna.storages.RDBStorage:
-    """Open Optuna's database, creating its tables where they are missing.
-
-    Without `write` it must have them; no lock is taken then, and no file made.
-    """
+def open_storage(url: str | None) -> optuna.storages.RDBStorage:
+    """Open Optuna's database, creating its tables where they are missing."""
     url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seconds = heartbeat_seconds()
     try:
-        lock = exclusive(url, "tables") if write else nullcontext()
-        with lock, warnings.catch_warnings():
+        with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
-                url,
-                _engine_options(url),
-                heartbeat_interval=seconds,
-                grace_period=MISSED * seconds,
-                skip_table_creation=not write,
+                url, _engine_options(url), heartbeat_interval=seconds, grace_period=MISSED * seconds
             )
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
+
+
+def read_storage(url: str) -> optuna.storages.RDBStorage:
+    """Open Optuna's database to read a study that it has: without a lock, which is a file."""
+    return optuna.storages.RDBStorage(url, _engine_options(url), skip_table_creation=True)
 
 
 def has_study(url: str, name: str) -> bool:
