@@ -3,26 +3,36 @@
 What is refused is not changed by a byte, and reading leaves a folder as it is.
 """
 
+import contextlib
 import os
+import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import optuna
 import pytest
 import sqlalchemy
+from alembic import command
+from mlflow.store.db.utils import InitialBase, _get_alembic_config
 from optuna.storages._rdb.models import BaseModel
+from real_stores import copy_home
 
 from analysis.frames import load_study
 from harness import RunConfig, UserError, load_run
 from harness.models.vae import build
 from harness.tracking import connect
+from harness.tracking.addresses import sqlite_file
 from harness.tracking.schema import check_database
 from studies import kl_weight, replay
 from studies.runner import cli
-from studies.runner.database import has_study, open_storage
+from studies.runner.database import has_study, open_storage, read_storage
 from studies.runner.options import Places
 from studies.runner.run import open_stores
 
@@ -36,9 +46,15 @@ def run_sql(file: Path, script: str) -> None:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of all that is in a folder."""
+    """Return size and time of change of all that is in a folder.
+
+    Without the time of "-shm", which is memory that the processes of a database share.
+    """
     stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
-    return {name: (found.st_size, found.st_mtime_ns) for name, found in stats.items()}
+    return {
+        name: (found.st_size, 0 if name.endswith("-shm") else found.st_mtime_ns)
+        for name, found in stats.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -185,21 +201,28 @@ def unfinished(url: str, tables: int | None) -> None:
 @pytest.fixture(scope="module")
 def home(made: Path, data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run in MLflow and a study in Optuna, whose processes have ended."""
-    folder, first = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("first")
+    folder = tmp_path_factory.mktemp("home")
+    first = tmp_path_factory.mktemp("first")
     shutil.copy(made / "mlflow.db", first)
+    shutil.copy(made / "optuna.db", first)
     store = connect(f"sqlite:///{first}/mlflow.db")
     tags = {"study": "s", "role": "run", "host": "here"}
     log = store.start(store.experiment("e", "Why?"), KEY, "a run", tags, {"seed": 0})
     config = RunConfig(hidden=(7,), latent_size=3)
     log.model(config, build(config, data.image_shape))
     log.end()
-    with closing(sqlite3.connect(first / "mlflow.db")) as old:
-        with closing(sqlite3.connect(folder / "mlflow.db")) as new:
-            new.execute("pragma journal_mode=WAL")
-            old.backup(new)
-    shutil.copy(made / "optuna.db", folder)
-    assert [path.name for path in sorted(folder.iterdir())] == ["mlflow.db", "optuna.db"]
+    move(first, folder)
     return folder
+
+
+def move(there: Path, here: Path) -> None:
+    """Copy a folder with databases; the processes that made them have ended."""
+    copy_home(there, here)
+    for lock in here.glob("*.lock"):
+        lock.unlink()
+    run_sql(here / "mlflow.db", "pragma journal_mode=WAL")
+    names = [path.name for path in sorted(here.iterdir())]
+    assert names == ["mlflow.db", "mlruns", "optuna.db"]
 
 
 def places(folder: Path, name: str = "") -> list[str]:
@@ -207,11 +230,11 @@ def places(folder: Path, name: str = "") -> list[str]:
     return [*words, STORAGE, f"sqlite:///{folder}/{name or 'optuna'}.db"]
 
 
-def read_all(folder: Path) -> None:
+def read_all(folder: Path, name: str = "a run") -> None:
     """Read a store in every way there is."""
     uri = f"sqlite:///{folder}/mlflow.db"
     assert load_run(KEY, uri).config.hidden == (7,)
-    assert load_study("s", tracking_uri=uri)["name"].tolist() == ["a run"]
+    assert load_study("s", tracking_uri=uri)["name"].tolist() == [name]
     with pytest.raises(UserError, match="provenance.json of run"):
         replay.replay(KEY, tracking_uri=uri)
     cli.main(kl_weight.STUDY, ["--dry-run", "--study-name", "other", *places(folder)])
@@ -252,13 +275,122 @@ def test_a_reader_sees_what_a_writer_has_in_its_log_and_does_not_keep_it(home, t
     assert connect(f"sqlite:///{file}", write=False).client.get_experiment_by_name("renamed")
 
 
-@pytest.fixture
-def readable(home: Path) -> Iterator[Path]:
-    """Return a copy that another user can read, in a folder that pytest does not close to him."""
+@pytest.mark.slow
+@pytest.mark.parametrize("log", ["no log", "a log in use", "the log of a killed process"])
+def test_a_folder_of_another_user_is_read_without_a_right_to_write(log, home):
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
-    folder = Path("/tmp") / f"readable-{os.getpid()}"
-    shutil.copytree(home, folder)
-    artifacts = connect(f"sqlite:///{home}/mlflow.db", write=False).run(KEY)
-    yield folder
-    shutil.rmtree(folder)
+    read_all(home)  # Python itself may lie where only root can read
+    with tempfile.TemporaryDirectory() as above, contextlib.ExitStack() as open_:
+        folder = Path(above) / "home"
+        folder.mkdir()
+        move(home, folder)
+        for path in (Path(above), folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if log != "no log":
+            writer = open_.enter_context(closing(sqlite3.connect(folder / "mlflow.db")))
+            writer.execute("update runs set name = 'of the log'")
+            writer.commit()
+        if log.endswith("killed process"):  # a copy has no process
+            folder = Path(shutil.copytree(folder, Path(above) / "copy"))
+        before = listing(folder)
+        failure = as_nobody(lambda: read_all(folder, "a run" if log == "no log" else "of the log"))
+        assert not failure
+        assert listing(folder) == before
+
+
+def as_nobody(work: Callable[[], None]) -> str:
+    """Return the traceback of a function in a process of another user, "" if it is done."""
+    with tempfile.TemporaryFile() as file:
+        if (child := os.fork()) == 0:
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                os.chdir("/")
+                work()
+            except BaseException:
+                file.write(traceback.format_exc().encode())
+                file.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        file.seek(0)
+        return file.read().decode()
+
+
+# --- migration ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["MLflow", "Optuna"])
+def test_an_older_database_is_migrated_by_the_command_that_the_line_has(library, tmp_path):
+    url, way = f"sqlite:///{tmp_path}/it's old.db", connect if library == "MLflow" else open_storage
+    make_older(library, url)
+    with pytest.raises(UserError, match=f"an older {library}") as refusal:
+        way(url)
+    (typed,) = re.findall("`(.*)`", str(refusal.value))
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(typed, shell=True, check=True, env=os.environ | path, capture_output=True)
+    way(url)
+
+
+def make_older(library: str, url: str) -> None:
+    """Make a database as an older release did, by the library's own migrations."""
+    if library == "MLflow":
+        engine = sqlalchemy.create_engine(url)
+        InitialBase.metadata.create_all(engine)
+        config = _get_alembic_config(url)
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "acf3f17fdcc7")  # of MLflow 2.13
+        engine.dispose()
+    else:
+        optuna.storages.RDBStorage(url).engine.dispose()
+        run_sql(sqlite_file(url), f"{VERSION} 'v3.0.0.d'")  # which lacks an index alone
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------
+
+SERVED = {
+    "another program": (*("create table studies(id int)", f"{FOREIGN} (tables: studies)"),),
+    "MLflow": (
+        "create table experiments(experiment_id int, artifact_location int, lifecycle_stage int)",
+        "is a database of MLflow, to be given as --tracking-uri",
+    ),
+    "newer": (
+        "create table studies(study_id int, study_name int);"
+        "create table version_info(schema_version int);"
+        "create table alembic_version(version_num text);"
+        "insert into alembic_version values ('v9.0.0.a')",
+        "is a database of a newer Optuna, schema v9.0.0.a",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "why"), SERVED.values(), ids=[*SERVED])
+def test_a_served_database_that_is_not_ours_gets_no_tables(script, why, postgres, request):
+    url = postgres.create(re.sub(r"\W", "_", request.node.callspec.id).lower())
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(script)
+        before = sqlalchemy.inspect(connection).get_table_names()
+    with pytest.raises(UserError) as refusal:
+        open_storage(url)
+    assert why in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+    with engine.connect() as connection:
+        assert sqlalchemy.inspect(connection).get_table_names() == before
+    engine.dispose()
+
+
+@pytest.mark.slow
+def test_a_served_database_is_opened_again(postgres):
+    url = postgres.create("twice")
+    opened = [open_storage(url), open_storage(url), read_storage(url)]
+    optuna.create_study(storage=opened[0], study_name="mine")
+    for storage in opened:
+        assert [study.study_name for study in storage.get_all_studies()] == ["mine"]
+        storage.remove_session()
+        storage.engine.dispose()
