@@ -43,7 +43,7 @@ def load_study(
     from harness.tracking import connect  # MLflow
 
     name = checked_name(f"{name}-{dataset}" if dataset else name)
-    store = connect(tracking_uri)
+    store = connect(tracking_uri, write=False)
     every = [found.name for found in store.call(store.client.search_experiments)]
     runs = [run for each in every for run in store.runs(each, study=name, role="run")]
     frame = tidy_search(runs) if pruned else tidy([r for r in runs if r.status == "FINISHED"])

@@ -18,7 +18,6 @@ import tyro
 
 import harness
 from harness.config import UserError
-from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
 from studies.runner.terminal import Terminal
@@ -74,10 +73,8 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     from harness.tracking.store import connect
     from harness.training.engine import resolve_device
 
-    uri = addresses.tracking_address(options.tracking_uri)
-    if addresses.is_new(uri):
-        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
-    record = connect(uri).record(options.run, trust=options.trust or None)
+    store = connect(options.tracking_uri, write=False)
+    record = store.record(options.run, trust=options.trust or None)
     then = record.made_with
     data = load(record, options.data_dir, data)
     as_recorded = options.device == "auto" and then["device"]["kind"] == "cpu"

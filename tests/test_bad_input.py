@@ -130,7 +130,7 @@ PLACES = [
     ("--storage", "sqlite:///:memory:", "in memory"),
     ("--storage", "sqlite:///HERE/text.db", "not a database"),
     ("--storage", "sqlite:///HERE/newer_optuna.db", "pip install -U optuna"),
-    ("--storage", "sqlite:///HERE/good.db", "cannot be used"),
+    ("--storage", "sqlite:///HERE/good.db", "is a database of MLflow"),
     ("--storage", "sqlite:///HERE/new.db", "is the tracking database too"),
     ("--storage", "HERE/optuna.db", "--storage"),
     ("--storage", "gopher://there", "--storage"),

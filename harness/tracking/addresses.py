@@ -5,7 +5,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -114,9 +113,9 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def is_new(url: str) -> bool:
-    """Return whether opening a database would create its file."""
+    """Return whether a database has no file yet, or an empty one."""
     file = sqlite_file(url)
-    return file is not None and not file.exists()
+    return file is not None and not (file.exists() and file.stat().st_size)
 
 
 def unusable(url: str, option: str, error: BaseException) -> UserError:
@@ -125,35 +124,6 @@ def unusable(url: str, option: str, error: BaseException) -> UserError:
         f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
         "place, for instance sqlite:///here.db, or a running server's address"
     )
-
-
-def check_database(url: str, option: str) -> None:
-    """Refuse an SQLite URL that cannot be used; nothing is written, and other URLs pass."""
-    import sqlite3  # --help does not wait for it
-
-    file = sqlite_file(url)
-    try:
-        if url in ("sqlite://", "sqlite:///") or url.startswith("sqlite:///:memory:"):
-            raise OSError("a database in memory ends with the process")
-        path, question, options = url.removeprefix("sqlite:///").partition("?")
-        if file is not None and question and "=" not in options:
-            raise OSError("? ends the file's name; write %3F for one in it")
-        if file is not None and not file.parent.exists() and Path(path).parent.exists():
-            raise OSError(f"it means {file}; write %25 for a % in a name")
-        if file is not None and not file.exists():
-            try_folder(file.parent)
-        elif file is not None and not file.is_file():
-            raise OSError(f"{file} is not a file")
-        elif file is not None:
-            # Through SQLite: closing the file otherwise takes this process's locks on it, and what
-            # it then writes to the log, which another process may delete, is lost.
-            address = f"{file.as_uri()}?mode=ro&immutable=1"
-            with closing(sqlite3.connect(address, uri=True)) as connection:
-                connection.execute("pragma schema_version")
-    except (OSError, sqlite3.Error) as error:
-        # Read without locks and without its log, a database that is in use may look corrupt.
-        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_CORRUPT:
-            raise unusable(url, option, error) from error
 
 
 def try_folder(folder: Path) -> None:

@@ -307,7 +307,7 @@ def load_run(
         UserError: there is no such run, its model files are missing or broken, or code is not
             trusted.
     """
-    store = connect(tracking_uri)
+    store = connect(tracking_uri, write=False)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
         config, model = load_model(store.fetch(run.run_id, "model", folder), trusting(trust=trust))

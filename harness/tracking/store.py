@@ -29,7 +29,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import addresses, artifacts, runs
+from harness.tracking import addresses, artifacts, runs, schema
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
@@ -306,11 +306,12 @@ def _run(found: mlflow.entities.Run) -> Run:
 _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each
 
 
-def connect(uri: str | None = None, *, patience: float = 0) -> Store:
+def connect(uri: str | None = None, *, write: bool = True, patience: float = 0) -> Store:
     """Open a tracking store, creating a database that does not exist.
 
-    No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. A server that does not answer
-    is waited for as many seconds as `patience`.
+    No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Without `write` a database
+    must exist; no file is made and no permission to write needed. A server that does not answer is
+    waited for as many seconds as `patience`.
     """
     uri = addresses.tracking_address(uri)
     if addresses.is_server(uri):
@@ -321,13 +322,15 @@ def connect(uri: str | None = None, *, patience: float = 0) -> Store:
             store = Store(client, uri, root, Spool(folder, uri, client))
             _servers.setdefault((os.getpid(), uri), store)
         return _servers[os.getpid(), uri]
-    addresses.check_database(uri, "--tracking-uri")
+    schema.check_database(uri, "--tracking-uri", write=write)
     database = addresses.sqlite_file(uri)
     try:
         assert database is not None  # as `tracking_address` has checked
+        if not write:
+            return Store(_reader(database), uri, database.parent)
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock"):  # creating the tables twice breaks them
-            if not database.exists():
+            if addresses.is_new(uri):
                 new = database.with_name(f".{database.name}.{os.getpid()}.new")
                 new.write_bytes(_empty_database())
                 new.replace(database)  # whole or not at all, even after a kill
@@ -351,3 +354,13 @@ def _client(uri: str) -> MlflowClient:
     client = MlflowClient(uri)
     client.search_experiments(max_results=1)
     return client
+
+
+def _reader(database: Path) -> MlflowClient:
+    # One connection a call: if one that reads stays open, a writer that ends leaves its log behind.
+    pool = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+    before, os.environ[pool] = os.environ.get(pool, ""), "NullPool"
+    try:
+        return _client(schema.read_only(database))
+    finally:
+        os.environ[pool] = before

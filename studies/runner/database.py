@@ -23,7 +23,7 @@ import sqlalchemy
 from filelock import FileLock
 
 from harness.config import UserError
-from harness.tracking import addresses
+from harness.tracking import addresses, schema
 from harness.tracking.addresses import sqlite_file, unusable
 from studies.runner import stopping
 
@@ -48,13 +48,16 @@ _retrying = threading.local()
 def checked_address(url: str | None) -> str:
     """Return the URL of Optuna's database; refuse one that cannot be used. Write nothing."""
     url = addresses.storage_address(url)
-    addresses.check_database(url, "--storage")
+    schema.check_database(url, "--storage")
     kind = url.partition("://")[0]
     if sqlite_file(url) is None and kind not in POSTGRES:
         raise UserError(
             f"--storage {addresses.without_password(url)}: studies are kept in SQLite or "
             "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
         )
+    if sqlite_file(url) is None:
+        with _connected(url) as connection:
+            schema.check_tables(connection, url, "--storage")
     return url
 
 
@@ -76,13 +79,26 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
         raise unusable(url, "--storage", error) from error
 
 
+def read_storage(url: str) -> optuna.storages.RDBStorage:
+    """Open Optuna's database to read a study that it has: without a lock, which is a file."""
+    return optuna.storages.RDBStorage(url, _engine_options(url), skip_table_creation=True)
+
+
 def has_study(url: str, name: str) -> bool:
     """Return whether a database has a study of a name; nothing is written, no tables either."""
     query = sqlalchemy.text("select 1 from studies where study_name = :name")
+    with _connected(url) as connection:
+        tables = sqlalchemy.inspect(connection).has_table("studies")
+        return tables and connection.execute(query, {"name": name}).first() is not None
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[sqlalchemy.Connection]:
     try:
         with _lock_engine(url).connect() as connection:
-            tables = sqlalchemy.inspect(connection).has_table("studies")
-            return tables and connection.execute(query, {"name": name}).first() is not None
+            yield connection
+    except UserError:
+        raise
     except Exception as error:  # any driver's error
         raise unusable(url, "--storage", error) from error
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import Planned, addresses, connect
+from harness.tracking import Planned, addresses, connect, schema
 from harness.tracking import record as recording
 from harness.tracking.runs import RunLog
 from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
-from studies.runner.database import checked_address, has_study, open_storage
+from studies.runner.database import checked_address, has_study, open_storage, read_storage
 from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
@@ -136,7 +136,7 @@ def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
 
 def _addresses(options: Places) -> tuple[str, str]:
     tracking = addresses.tracking_address(options.tracking_uri)
-    addresses.check_database(tracking, "--tracking-uri")
+    schema.check_database(tracking, "--tracking-uri")
     url = checked_address(options.storage)
     if addresses.sqlite_file(tracking) == addresses.sqlite_file(url) is not None:
         raise UserError(f"--storage {url} is the tracking database too; give each its own file")
@@ -147,7 +147,7 @@ def check_study(plan: Plan, options: Places) -> None:
     """Raise UserError if the plan's study exists with other settings; nothing is written."""
     _, url = _addresses(options)
     if not options.fresh and not addresses.is_new(url) and has_study(url, plan.name):
-        check_settings(open_storage(url), plan.name, plan.proposer.settings)
+        check_settings(read_storage(url), plan.name, plan.proposer.settings)
 
 
 def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:

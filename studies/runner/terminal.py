@@ -267,7 +267,7 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
 
     address, each = addresses.tracking_address(tracking_uri), list[float]()
     if not addresses.is_server(address) and not addresses.is_new(address):  # a dry run creates none
-        client = connect(address).client
+        client = connect(address, write=False).client
         experiment = client.get_experiment_by_name(plan.experiment)
         ids = [experiment.experiment_id] if experiment else []
         test = f"tags.host = '{socket.gethostname()}' and attributes.status = 'FINISHED'"

@@ -15,7 +15,7 @@ import torch
 
 from harness import RunConfig, UserError, load_run
 from harness.models.vae import build
-from harness.tracking import addresses, connect
+from harness.tracking import addresses, connect, schema
 from harness.tracking.addresses import reason, shortage, storage_address, without_password
 
 ADDRESSES = {
@@ -128,6 +128,8 @@ def test_a_database_that_is_written_meanwhile_is_not_refused(tmp_path):
 
     def write():
         with closing(sqlite3.connect(tmp_path / "busy.db")) as database:
+            database.execute("create table studies(study_id, study_name)")
+            database.execute("create table version_info(schema_version, library_version)")
             for i in range(150):
                 database.execute(f"create table t{i}(a)")
                 database.commit()
@@ -136,5 +138,5 @@ def test_a_database_that_is_written_meanwhile_is_not_refused(tmp_path):
     writer = threading.Thread(target=write)
     writer.start()
     while not written.is_set():
-        addresses.check_database(f"sqlite:///{tmp_path}/busy.db", "--storage")
+        schema.check_database(f"sqlite:///{tmp_path}/busy.db", "--storage")
     writer.join()
