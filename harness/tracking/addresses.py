@@ -4,9 +4,10 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.errors import UserError
 
@@ -16,11 +17,55 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
-LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
-SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
-    "disk": ("database or disk is full", "disk I/O error"),
-    "memory": ("can't allocate memory", "out of memory", "a worker process was killed"),
-}
+DATABASE_PATIENCE = 600.0  # seconds for which a database may be away or locked
+
+
+class Trouble(NamedTuple):
+    """What can be wrong outside of a process, and how it is recognised.
+
+    `way` is what helps, `numbers` are of a system's errors, `codes` primary ones of SQLite's, and
+    `texts` of errors whose library gives no number.
+    """
+
+    what: str
+    way: str
+    numbers: Set[int]
+    codes: Set[int]
+    texts: tuple[str, ...]
+
+
+TROUBLES = (
+    Trouble(
+        "the disk is full",
+        "free some",
+        {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+        {10, 13},  # I/O error, full
+        ("database or disk is full", "No space left on device"),
+    ),
+    Trouble(
+        "there is too little memory",
+        "free some",
+        {errno.ENOMEM},
+        {7},
+        ("can't allocate memory", "out of memory", "a worker process was killed"),
+    ),
+    Trouble(
+        "a file or folder cannot be used",
+        "give yourself the right to read and write it",
+        {errno.EACCES, errno.EPERM, errno.EROFS},
+        {3, 8, 14},  # permission, read-only, cannot open
+        (),
+    ),
+    Trouble("another process holds a database", "end it", set(), {5, 6}, ()),
+    Trouble(
+        "a file is no intact database",
+        "restore it from a copy",
+        {errno.EIO},
+        {11, 26},  # corrupt, not a database
+        ("no such table", "no such column"),
+    ),
+)
+_LOCKED = TROUBLES[3]
 
 
 def project_root() -> Path:
@@ -71,17 +116,21 @@ def reason(error: BaseException) -> str:
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def shortage(error: BaseException) -> str | None:
-    """Return "disk" or "memory" if an error or one of its causes means that it is used up."""
+def trouble(error: BaseException) -> Trouble | None:
+    """Return what is wrong outside of this process if an error or one of its causes means that."""
     for cause in causes(error):
-        if isinstance(cause, MemoryError):
-            return "memory"
-        if isinstance(cause, OSError) and cause.errno in LACKING:
-            return LACKING[cause.errno]
-        for resource, texts in SHORTAGES.items():
-            if any(text in str(cause) for text in texts):
-                return resource
+        number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        for one in TROUBLES:
+            known = number in one.numbers or code in one.codes
+            if known or any(text in str(cause) for text in one.texts):
+                return one
     return None
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return whether an error means that another process holds the lock of an SQLite database."""
+    return trouble(error) is _LOCKED
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -108,11 +157,20 @@ def is_new(url: str) -> bool:
     return file is not None and not file.exists()
 
 
+def in_words(found: Trouble, error: BaseException, of: str = "") -> str:
+    """Return a trouble in one line; `of` is the option with the address of a store."""
+    why = f"{of}: {reason(error)}" if of else reason(error)
+    return f"{found.what} ({why}); {found.way}, and the same command goes on"
+
+
 def unusable(url: str, option: str, error: BaseException) -> UserError:
     """Return the error of an address that cannot be used."""
+    named = f"{option} {without_password(url)}"
+    if found := trouble(error):
+        return UserError(in_words(found, error, named))
     return UserError(
-        f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
-        "place, for instance sqlite:///here.db, or a running server's address"
+        f"{named} cannot be used ({reason(error)}); give a writable place, for instance "
+        "sqlite:///here.db, or a running server's address"
     )
 
 

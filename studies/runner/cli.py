@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
-LACKING = {"disk": "the disk is full", "memory": "there is too little memory"}
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -102,11 +101,10 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
-        lacking = addresses.shortage(error)
-        if lacking is None:
+        found = addresses.trouble(error)
+        if found is None:
             raise
-        why = f"{LACKING[lacking]} ({addresses.reason(error)})"
-        code, message = 2, f"error: {why}; free some, and the same command continues"
+        code, message = 2, f"error: {addresses.in_words(found, error)}"
     if not code and terminal.failures:
         code, message = 3, f"error: {' '.join(terminal.failures)}"
     try:

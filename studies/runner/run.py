@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import optuna
+
 from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
@@ -22,7 +24,7 @@ from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage
 from studies.runner.options import Places
-from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
+from studies.runner.proposers import CELL, Cell, Listed, Proposer, Value, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
 from studies.runner.terminal import way
 
@@ -43,6 +45,10 @@ SERVER_PATIENCE = 600.0
 
 ENDED = "its process ended, or missed its heartbeats"
 """Reason of the runs of failed trials."""
+
+ENDS = {"FINISHED", "FAILED", "KILLED"}
+
+RESTORED = "deleted in MLflow, made again, and restored"
 
 SUPERSEDED = "superseded by a later summary"
 
@@ -66,13 +72,13 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         The outcome; None if another process writes the summary.
     """
     log.info("opening MLflow and Optuna")
-    store, storage = open_stores(options, plan.name)
+    store, storage = open_stores(options, plan)
     if options.fresh:
         taken = {run.tags.get("study", "") for run in store.runs(plan.experiment)}
         taken |= {study.study_name for study in storage.get_all_studies()}
         names = (plan.name, *(f"{plan.name}-{i}" for i in range(2, len(taken) + 3)))
         plan = replace(plan, name=next(name for name in names if name not in taken))
-    _check_storage(storage, store, plan)
+    check_settings(storage, plan.name, plan.proposer.settings)
     start = recording.log_in(store, plan.experiment, plan.question)
     queue = open_queue(storage, plan.name, plan.proposer, store.complete)
     folder = store.home / "cache" / "checkpoints" / plan.name
@@ -81,6 +87,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     device = resolve_device(options.device).type
     site = Site(plan, data, device, store, start, checkpoints)
     close_failed(queue, site)
+    lose_deleted(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
     steps = terminal.progress(done + left, left)
@@ -117,20 +124,25 @@ def _counts(queue: Queue) -> tuple[int, int]:
     return sum(map(has_result, queue.trials())) * seeds, queue.left() * seeds
 
 
-def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
-    """Open tracking store and storage; if either cannot be used, create neither."""
+def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
+    """Open tracking store and storage; if either cannot be used for a plan, create neither."""
     tracking, url = _addresses(options)
     late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
     storage = None if late else open_storage(url)
+    if not options.fresh and addresses.is_new(tracking):
+        _check_results(plan, tracking, url, None)
     try:
         store = connect(tracking)
     except UserError as error:
         shared = addresses.is_server(tracking) and addresses.sqlite_file(url) is None
-        if not (shared and has_study(url, name)):
+        if not (shared and has_study(url, plan.name)):
             raise
         log.warning("%s; this process waits up to 10 minutes for it", error)
         store = connect(tracking, patience=SERVER_PATIENCE)
     store.check_home()
+    store.find(plan.experiment)  # refuses one that was deleted
+    if not options.fresh:
+        _check_results(plan, tracking, url, store)
     return store, storage or open_storage(url)
 
 
@@ -150,19 +162,30 @@ def check_study(plan: Plan, options: Places) -> None:
         check_settings(open_storage(url), plan.name, plan.proposer.settings)
 
 
-def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
-    """Refuse a study with runs in MLflow and none in the storage: they would be trained again."""
-    if has_study(storage.url, plan.name):
-        return
-    runs = store.runs(plan.experiment, study=plan.name)
+def _check_results(plan: Plan, tracking: str, url: str, store: Store | None) -> None:
+    """Refuse a study with runs in one store that the other, which may be None, does not have.
+
+    They would be trained again, or were.
+    """
+    new = addresses.is_new(url)
+    known = not new and has_study(url, plan.name)
+    runs = store.runs(plan.experiment, deleted=True, study=plan.name) if store else []
+    theirs, ours = f"--tracking-uri {tracking}", f"--storage {addresses.without_password(url)}"
     # Another process may have created the study before it wrote these runs.
-    if runs and not has_study(storage.url, plan.name):
-        raise UserError(
-            f"{addresses.without_password(store.uri)} has {len(runs)} runs of study "
-            f"{plan.name!r}, which --storage {addresses.without_password(storage.url)} does not "
-            "have; give the storage that it was run with, start another with --study-name, or "
-            "delete those runs"
-        )
+    if runs and not known and (new or not has_study(url, plan.name)):
+        count, there, here = len(runs), theirs, ours
+    elif known:
+        study = optuna.load_study(study_name=plan.name, storage=open_storage(url))
+        done = keys(*(t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"))
+        if not done or not {run.key for run in runs}.isdisjoint(done):
+            return
+        count, there, here = len(done), ours, theirs
+    else:
+        return
+    raise UserError(
+        f"{there} has {count} runs of study {plan.name!r}, and {here} does not have them; give the "
+        "address that it was run with, or start another with --fresh or --study-name"
+    )
 
 
 def _compare_making(site: Site) -> None:
@@ -186,8 +209,36 @@ def close_failed(queue: Queue, site: Site) -> int:
     """
     queue.reassign()
     failed = queue.failed_keys()
+    site.store.close(site.plan.experiment, queue.lost_keys(), RESTORED)
     site.store.close(site.plan.experiment, failed, ENDED)
     return len(failed)
+
+
+def lose_deleted(queue: Queue, site: Site) -> bool:
+    """Count ended trials as failed whose runs were deleted or changed in MLflow; return if any.
+
+    Runs of pruned trials are not missed, nor is a summary that a later one has superseded.
+    """
+    proposer, lost = queue.proposer, []
+    trials = [trial for trial in queue.trials() if has_result(trial)]  # before their runs are read
+    runs = site.store.runs(site.plan.experiment, study=site.plan.name) if trials else []
+    statuses = {run.key: run.status for run in runs}
+    for trial in trials:
+        summary, planned = part_of(trial) == "summary", proposer.place(trial) is not None
+        if trial.state.name == "PRUNED" or (summary and not planned):
+            continue
+        done = trial.state.name == "COMPLETE" and not summary
+        gone = [k for k in keys(trial) if statuses.get(k) not in ({"FINISHED"} if done else ENDS)]
+        for key in gone:
+            run = str(trial.user_attrs[CELL])
+            if planned:
+                run = next(one.name for one in proposer.planned(trial) if one.key == key)
+            way = "another is made in its place" if planned else "the study answers without it"
+            log.warning("Run %s was deleted or changed in MLflow; %s.", run, way)
+        lost += [trial] * bool(gone)
+    if lost:
+        queue.lose(lost)
+    return bool(lost)
 
 
 class Recorded(NamedTuple):
@@ -222,7 +273,7 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
                 site.store.deliver(keys(*(one.trial for one in recorded)))
             elif queue.left() and not leave:
                 queue.wait()
-            else:
+            elif queue.left() or not lose_deleted(queue, site):
                 return
             finished += _finish(queue, site, recorded)
             stopping.check()  # after the runs that have ended are finished
@@ -298,6 +349,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     find = partial(summary.ended, plan, site.data, store, queue.study, [*trials, *confirmed])
     for one in (queue, summaries):
         close_failed(one, site)
+    lose_deleted(summaries, site)
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):
