@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator, Set
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 from harness.errors import UserError
 
@@ -20,52 +19,32 @@ LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of 
 DATABASE_PATIENCE = 600.0  # seconds for which a database may be away or locked
 
 
-class Trouble(NamedTuple):
-    """What can be wrong outside of a process, and how it is recognised.
-
-    `way` is what helps, `numbers` are of a system's errors, `codes` primary ones of SQLite's, and
-    `texts` of errors whose library gives no number.
-    """
-
-    what: str
-    way: str
-    numbers: Set[int]
-    codes: Set[int]
-    texts: tuple[str, ...]
-
-
-TROUBLES = (
-    Trouble(
-        "the disk is full",
-        "free some",
+LOCKED = "another process holds a database"
+# What can be wrong outside of a process and what helps, by numbers of a system's errors, primary
+# codes of SQLite's, and texts of errors whose library gives no number.
+TROUBLES: dict[str, tuple[Set[int], Set[int], tuple[str, ...]]] = {
+    "the disk is full; free some": (
         {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
-        {10, 13},  # I/O error, full
+        {10, 13},
         ("database or disk is full", "No space left on device"),
     ),
-    Trouble(
-        "there is too little memory",
-        "free some",
+    "there is too little memory; free some": (
         {errno.ENOMEM},
         {7},
         ("can't allocate memory", "out of memory", "a worker process was killed"),
     ),
-    Trouble(
-        "a file or folder cannot be used",
-        "give yourself the right to read and write it",
+    "a file or folder cannot be used; give yourself the right to read and write it": (
         {errno.EACCES, errno.EPERM, errno.EROFS},
-        {3, 8, 14},  # permission, read-only, cannot open
+        {3, 8, 14},
         (),
     ),
-    Trouble("another process holds a database", "end it", set(), {5, 6}, ()),
-    Trouble(
-        "a file is no intact database",
-        "restore it from a copy",
+    f"{LOCKED}; end it": (set(), {5, 6}, ()),
+    "a file is no intact database; restore it from a copy": (
         {errno.EIO},
-        {11, 26},  # corrupt, not a database
+        {11, 26},
         ("no such table", "no such column"),
     ),
-)
-_LOCKED = TROUBLES[3]
+}
 
 
 def project_root() -> Path:
@@ -116,21 +95,24 @@ def reason(error: BaseException) -> str:
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def trouble(error: BaseException) -> Trouble | None:
-    """Return what is wrong outside of this process if an error or one of its causes means that."""
+def trouble(error: BaseException, of: str = "") -> str | None:
+    """Return in one line what is wrong with a disk, memory or a database, None for other errors.
+
+    The error may be one of the causes of `error`; `of` is the option with a store's address.
+    """
     for cause in causes(error):
         number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
-        for one in TROUBLES:
-            known = number in one.numbers or code in one.codes
-            if known or any(text in str(cause) for text in one.texts):
-                return one
+        for known, (numbers, codes, texts) in TROUBLES.items():
+            if number in numbers or code in codes or any(text in str(cause) for text in texts):
+                (what, way), why = known.split("; "), f"{of}{': ' if of else ''}{reason(cause)}"
+                return f"{what} ({why}); {way}, and the same command goes on"
     return None
 
 
 def is_locked(error: BaseException) -> bool:
     """Return whether an error means that another process holds the lock of an SQLite database."""
-    return trouble(error) is _LOCKED
+    return (trouble(error) or "").startswith(LOCKED)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -157,19 +139,12 @@ def is_new(url: str) -> bool:
     return file is not None and not file.exists()
 
 
-def in_words(found: Trouble, error: BaseException, of: str = "") -> str:
-    """Return a trouble in one line; `of` is the option with the address of a store."""
-    why = f"{of}: {reason(error)}" if of else reason(error)
-    return f"{found.what} ({why}); {found.way}, and the same command goes on"
-
-
 def unusable(url: str, option: str, error: BaseException) -> UserError:
     """Return the error of an address that cannot be used."""
     named = f"{option} {without_password(url)}"
-    if found := trouble(error):
-        return UserError(in_words(found, error, named))
     return UserError(
-        f"{named} cannot be used ({reason(error)}); give a writable place, for instance "
+        trouble(error, named)
+        or f"{named} cannot be used ({reason(error)}); give a writable place, for instance "
         "sqlite:///here.db, or a running server's address"
     )
 

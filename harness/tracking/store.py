@@ -112,9 +112,10 @@ class Store:
 
     def _check_active(self, experiment: Experiment) -> None:
         if experiment.lifecycle_stage == "deleted":
-            known, number = shlex.quote(self.uri), experiment.experiment_id
-            way = f"MLFLOW_TRACKING_URI={known} python -m mlflow experiments restore -x {number}"
-            gone = f"python -m mlflow gc --backend-store-uri {known} --experiment-ids {number}"
+            address, number = shlex.quote(self.uri), experiment.experiment_id
+            tool = f"MLFLOW_TRACKING_URI={address} {shlex.quote(sys.executable)} -m mlflow"
+            way = f"{tool} experiments restore -x {number}"
+            gone = f"{tool} gc --backend-store-uri {address} --experiment-ids {number}"
             other = "" if self.spool else f", or remove it by `{gone}` and begin again with --fresh"
             named = f"experiment {experiment.name!r}"
             raise UserError(f"{named} was deleted in MLflow; restore it by `{way}`{other}")
@@ -136,9 +137,9 @@ class Store:
         }
         if self.spool is not None:
             return RunLog(self.spool.put, key, create)  # every epoch at once: live curves
-        return RunLog(self._writer(experiment_id, name), key, create, runs.BATCH)
+        return RunLog(self.writer(experiment_id, name), key, create, runs.BATCH)
 
-    def _writer(self, experiment_id: str, name: str) -> Callable[[str, Write], None]:
+    def writer(self, experiment_id: str, name: str) -> Callable[[str, Write], None]:
         """Return a function that performs the writes of a run, until the run is deleted."""
         run_id, deleted = "", False
 

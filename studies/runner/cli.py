@@ -101,10 +101,9 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
-        found = addresses.trouble(error)
-        if found is None:
+        if (trouble := addresses.trouble(error)) is None:
             raise
-        code, message = 2, f"error: {addresses.in_words(found, error)}"
+        code, message = 2, f"error: {trouble}"
     if not code and terminal.failures:
         code, message = 3, f"error: {' '.join(terminal.failures)}"
     try:

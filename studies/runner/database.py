@@ -63,7 +63,10 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seconds = heartbeat_seconds()
+    file = sqlite_file(url)
     try:
+        if file is not None and not file.exists():
+            file.touch()  # with the rights of the umask, as SQLite's own are not
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
@@ -171,7 +174,7 @@ def retry(work: Callable[[], Result], url: str) -> Result:
             return work()
         except Exception as error:
             away = is_away(error)
-            if time.monotonic() > given_up if away else trouble(error) is not None:
+            if time.monotonic() > given_up if away else trouble(error):
                 raise unusable(url, "--storage", error) from error
             if not away:
                 raise

@@ -62,9 +62,8 @@ class _Study(optuna.Study):
         deepcopy: bool = True,  # noqa: FBT001, FBT002
         states: Container[optuna.trial.TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        lost = self.user_attrs.get(LOST, ())
         trials = super().get_trials(deepcopy)
-        for number in lost:
+        for number in self.user_attrs.get(LOST, ()):
             trials[number] = found = copy(trials[number])  # Optuna keeps the other
             found.state = optuna.trial.TrialState.FAIL
             found.user_attrs = {k: v for k, v in found.user_attrs.items() if k != DIVERGED}

@@ -17,14 +17,15 @@ from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import Planned, addresses, connect
 from harness.tracking import record as recording
-from harness.tracking.runs import RunLog
+from harness.tracking.addresses import storage_address
+from harness.tracking.runs import Run, RunLog
 from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
 from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage
 from studies.runner.options import Places
-from studies.runner.proposers import CELL, Cell, Listed, Proposer, Value, has_result, keys, part_of
+from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
 from studies.runner.terminal import way
 
@@ -45,8 +46,6 @@ SERVER_PATIENCE = 600.0
 
 ENDED = "its process ended, or missed its heartbeats"
 """Reason of the runs of failed trials."""
-
-ENDS = {"FINISHED", "FAILED", "KILLED"}
 
 RESTORED = "deleted in MLflow, made again, and restored"
 
@@ -129,8 +128,8 @@ def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
     tracking, url = _addresses(options)
     late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
     storage = None if late else open_storage(url)
-    if not options.fresh and addresses.is_new(tracking):
-        _check_results(plan, tracking, url, None)
+    if addresses.is_new(tracking):
+        _check_results(plan, options, storage, [])
     try:
         store = connect(tracking)
     except UserError as error:
@@ -140,9 +139,9 @@ def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
         log.warning("%s; this process waits up to 10 minutes for it", error)
         store = connect(tracking, patience=SERVER_PATIENCE)
     store.check_home()
-    store.find(plan.experiment)  # refuses one that was deleted
-    if not options.fresh:
-        _check_results(plan, tracking, url, store)
+    runs = store.runs(plan.experiment, deleted=True, study=plan.name)
+    storage = storage if storage or addresses.is_new(url) else open_storage(url)
+    _check_results(plan, options, storage, runs)
     return store, storage or open_storage(url)
 
 
@@ -162,30 +161,27 @@ def check_study(plan: Plan, options: Places) -> None:
         check_settings(open_storage(url), plan.name, plan.proposer.settings)
 
 
-def _check_results(plan: Plan, tracking: str, url: str, store: Store | None) -> None:
-    """Refuse a study with runs in one store that the other, which may be None, does not have.
-
-    They would be trained again, or were.
-    """
-    new = addresses.is_new(url)
-    known = not new and has_study(url, plan.name)
-    runs = store.runs(plan.experiment, deleted=True, study=plan.name) if store else []
-    theirs, ours = f"--tracking-uri {tracking}", f"--storage {addresses.without_password(url)}"
-    # Another process may have created the study before it wrote these runs.
-    if runs and not known and (new or not has_study(url, plan.name)):
-        count, there, here = len(runs), theirs, ours
-    elif known:
-        study = optuna.load_study(study_name=plan.name, storage=open_storage(url))
-        done = keys(*(t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"))
-        if not done or not {run.key for run in runs}.isdisjoint(done):
-            return
-        count, there, here = len(done), ours, theirs
-    else:
-        return
-    raise UserError(
-        f"{there} has {count} runs of study {plan.name!r}, and {here} does not have them; give the "
-        "address that it was run with, or start another with --fresh or --study-name"
+def _check_results(
+    plan: Plan, options: Places, storage: RDBStorage | None, runs: Sequence[Run]
+) -> None:
+    """Refuse a study with results in one store and none in the other: it is another one."""
+    places, results = (
+        [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"],
+        len(runs),
     )
+    places.append(f"--storage {addresses.without_password(storage_address(options.storage))}")
+    # Now that its runs are read: another process creates the study first.
+    if storage is not None and has_study(storage.url, plan.name):
+        trials = optuna.load_study(study_name=plan.name, storage=storage).get_trials(deepcopy=False)
+        done = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
+        results = 0 if done & {run.key for run in runs} else len(done)
+        places.reverse()
+    if results and not options.fresh:
+        raise UserError(
+            f"{places[0]} has {results} runs of study {plan.name!r}, and {places[1]} has none of "
+            "them; give the address that it was run with, or start another with --fresh or "
+            "--study-name"
+        )
 
 
 def _compare_making(site: Site) -> None:
@@ -225,17 +221,14 @@ def lose_deleted(queue: Queue, site: Site) -> bool:
     statuses = {run.key: run.status for run in runs}
     for trial in trials:
         summary, planned = part_of(trial) == "summary", proposer.place(trial) is not None
-        if trial.state.name == "PRUNED" or (summary and not planned):
-            continue
-        done = trial.state.name == "COMPLETE" and not summary
-        gone = [k for k in keys(trial) if statuses.get(k) not in ({"FINISHED"} if done else ENDS)]
-        for key in gone:
-            run = str(trial.user_attrs[CELL])
-            if planned:
-                run = next(one.name for one in proposer.planned(trial) if one.key == key)
+        other = {"KILLED", "FAILED"} if summary or trial.state.name == "FAIL" else set[str]()
+        gone = [key for key in keys(trial) if statuses.get(key) not in {"FINISHED", *other}]
+        if gone and trial.state.name != "PRUNED" and (planned or not summary):
+            names = {run.key: run.name for run in proposer.planned(trial)} if planned else {}
+            run = ", ".join(names.get(key, key) for key in gone)
             way = "another is made in its place" if planned else "the study answers without it"
             log.warning("Run %s was deleted or changed in MLflow; %s.", run, way)
-        lost += [trial] * bool(gone)
+            lost.append(trial)
     if lost:
         queue.lose(lost)
     return bool(lost)
@@ -338,7 +331,9 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     from studies.runner import summary  # imports seaborn: not needed for training
 
     plan, store = site.plan, site.store
-    experiment_id = store.experiment(plan.experiment, plan.question)
+    experiment = store.find(plan.experiment)
+    assert experiment is not None  # it has runs
+    experiment_id = experiment.experiment_id
     summaries = _after(queue, Listed([], {}))
     trials, confirmed = queue.trials(), summaries.trials()
     confirmed = [trial for trial in confirmed if part_of(trial) == "confirmation"]
