@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from harness import registry
@@ -64,7 +64,7 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
         metadata["columns"] = json.dumps(model.columns)
     plain = torch.contiguous_format  # clones, since safetensors refuses tied weights
     state = {name: value.clone(memory_format=plain) for name, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata=metadata)
+    put(folder / WEIGHTS, save(state, metadata))  # `save_file` has no OSError and no umask
     (folder / CONFIG).write_text(config.to_json())
 
 

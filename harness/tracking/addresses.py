@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,15 +16,42 @@ SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNOR
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
-LACKING = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EFBIG: "disk", errno.ENOMEM: "memory"}
-LACKING[errno.EAGAIN] = "processes"  # of a process that cannot be started
-SHORTAGES = {  # texts of SQLite's and PyTorch's errors where it is used up; they carry no number
-    "disk": ("database or disk is full", "disk I/O error"),
-    "memory": (
-        *("can't allocate memory", "annot allocate memory", "out of memory", "failed to map"),
-        "a worker process was killed",
+DATABASE_PATIENCE = 600.0  # seconds for which a database may be away or locked
+
+
+LOCKED = "another process holds a database"
+# What can be wrong outside of a process and what helps, by numbers of a system's errors, primary
+# codes of SQLite's, and texts of errors whose library gives no number.
+TROUBLES: dict[str, tuple[Set[int], Set[int], tuple[str, ...]]] = {
+    "the disk is full; free some": (
+        {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+        {10, 13},
+        ("database or disk is full", "No space left on device"),
     ),
-    "processes": ("can't start new thread",),
+    "there is too little memory; free some": (
+        {errno.ENOMEM},
+        {7},
+        (
+            *("annot allocate memory", "can't allocate memory", "failed to map"),
+            *("out of memory", "a worker process was killed"),
+        ),
+    ),
+    "no more processes and threads are allowed (ulimit -u); allow or end some": (
+        {errno.EAGAIN},
+        set(),
+        ("can't start new thread",),
+    ),
+    "a file or folder cannot be used; give yourself the right to read and write it": (
+        {errno.EACCES, errno.EPERM, errno.EROFS},
+        {3, 8, 14},
+        (),
+    ),
+    f"{LOCKED}; end it": (set(), {5, 6}, ()),
+    "a file is no intact database; restore it from a copy": (
+        {errno.EIO},
+        {11, 26},
+        ("no such table", "no such column"),
+    ),
 }
 
 
@@ -81,17 +108,24 @@ def reason(error: BaseException) -> str:
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def shortage(error: BaseException) -> str | None:
-    """Return "disk", "memory" or "processes" if an error or a cause of it means a lack of it."""
+def trouble(error: BaseException, of: str = "") -> str | None:
+    """Return in one line what is wrong with a disk, memory or a database, None for other errors.
+
+    The error may be one of the causes of `error`; `of` is the option with a store's address.
+    """
     for cause in causes(error):
-        if isinstance(cause, MemoryError):
-            return "memory"
-        if isinstance(cause, OSError) and cause.errno in LACKING:
-            return LACKING[cause.errno]
-        for resource, texts in SHORTAGES.items():
-            if any(text in str(cause) for text in texts):
-                return resource
+        number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        for known, (numbers, codes, texts) in TROUBLES.items():
+            if number in numbers or code in codes or any(text in str(cause) for text in texts):
+                (what, way), why = known.split("; "), f"{of}{': ' if of else ''}{reason(cause)}"
+                return f"{what} ({why}); {way}, and the same command goes on"
     return None
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return whether an error means that another process holds the lock of an SQLite database."""
+    return (trouble(error) or "").startswith(LOCKED)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -120,9 +154,11 @@ def is_new(url: str) -> bool:
 
 def unusable(url: str, option: str, error: BaseException) -> UserError:
     """Return the error of an address that cannot be used."""
+    named = f"{option} {without_password(url)}"
     return UserError(
-        f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
-        "place, for instance sqlite:///here.db, or a running server's address"
+        trouble(error, named)
+        or f"{named} cannot be used ({reason(error)}); give a writable place, for instance "
+        "sqlite:///here.db, or a running server's address"
     )
 
 

@@ -21,7 +21,13 @@ from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
-from harness.tracking.addresses import default_tracking, project_root, sqlite_file, without_password
+from harness.tracking.addresses import (
+    default_tracking,
+    is_locked,
+    project_root,
+    sqlite_file,
+    without_password,
+)
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
@@ -199,6 +205,8 @@ def record(
             metrics = with_plain_names(final | values | best)
             results[place] = RunResult(config, metrics, history, done.model.cpu())
     except BaseException as error:
+        if is_locked(error):  # each end would wait for it once more
+            raise
         for one in logs.values():
             with suppress(Exception):  # what cannot be written now, the next start writes
                 one.end(*interruption(error))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from harness.config import RunConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
 NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
+DROPPED = "its further records are dropped"  # of a run that was deleted while it was written
 BATCH = 1000  # metric values of one request: MLflow's largest batch
 
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.
@@ -187,16 +189,12 @@ def perform(client: MlflowClient, run_id: str, write: Write) -> None:
         client.set_terminated(run_id, write["status"], write["time"])
 
 
-def performing(client: MlflowClient) -> Callable[[str, Write], None]:
-    """Return a function that performs the writes of runs at once."""
-    run_ids: dict[str, str] = {}
-
-    def put(key: str, write: Write) -> None:
-        if write["kind"] == "create":
-            run_ids[key] = create(client, key, write)
-        perform(client, run_ids[key], write)
-
-    return put
+def is_deleted(client: MlflowClient, run_id: str) -> bool:
+    """Return whether a run was deleted in MLflow."""
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "deleted"
+    except MlflowException as error:
+        return error.error_code == "RESOURCE_DOES_NOT_EXIST"  # for good
 
 
 def origin() -> dict[str, str]:

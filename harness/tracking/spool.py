@@ -30,7 +30,7 @@ from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
 from harness.tracking.addresses import LOGIN, causes, is_server, reason, without_password
-from harness.tracking.runs import KEY, Write, create, perform
+from harness.tracking.runs import DROPPED, KEY, Write, create, is_deleted, perform
 
 WRITES = "writes.jsonl"
 END = b'{"kind": "end"'  # how the last line of a run begins
@@ -78,6 +78,7 @@ class _Delivery:
     experiment: str = ""
     offset: int = 0
     failures: int = 0
+    deleted: bool = False
     refusal: UserError | None = None
 
     @property
@@ -253,10 +254,16 @@ class Spool:
             self._finish(run)
         for write, offset in writes:
             try:
-                self._perform(run, write)
+                if not run.deleted:
+                    self._perform(run, write)
             except Exception as error:
                 if status(error) not in REFUSALS:
                     raise
+                if run.run_id and is_deleted(self._client, run.run_id):
+                    logger.warning("Run %s was deleted in MLflow; %s", run.run_id, DROPPED)
+                    run.deleted = True
+                    self._appended.set()
+                    return
                 what = f"to write run {run.folder.name}"
                 self._refuse(run, refused(self.uri, what, error, run.folder))
                 return

@@ -23,6 +23,7 @@ import mlflow.artifacts
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
@@ -30,7 +31,17 @@ from harness import registry
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import addresses, artifacts, runs, schema
-from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
+from harness.tracking.runs import (
+    KEY,
+    NOTE,
+    PROVENANCE,
+    Logged,
+    Record,
+    Run,
+    RunLog,
+    Write,
+    part_file,
+)
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
 
 # SQLAlchemy's 2.1 about MLflow 3.17, an error with `python -W error`.
@@ -39,8 +50,10 @@ for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
-_warn = cache(logging.getLogger(__name__).warning)  # once a text
+log = logging.getLogger(__name__)
+_warn = cache(log.warning)  # once a text
 
+NAME = "made_as"  # tag of an experiment with the name that it was made with
 START = ["attributes.start_time ASC"]
 
 
@@ -59,7 +72,7 @@ class Store:
 
     def check_home(self) -> None:
         """Refuse a store beside which nothing can be written, before hours of training."""
-        for name in ("reports", "cache"):
+        for name in ("reports", "cache") if self.spool else ("reports", "cache", "mlruns"):
             try:
                 addresses.try_folder(self.home / name)
             except OSError as error:
@@ -74,25 +87,45 @@ class Store:
         # A server has a default location; a database would take the current directory.
         location = None if addresses.is_server(self.uri) else (self.home / "mlruns" / name).as_uri()
         # Of this kind, MLflow's page opens with runs and charts instead of its GenAI view.
-        tags = {NOTE: description, "mlflow.experimentKind": "custom_model_development"}
-        find = partial(self.call, self.client.get_experiment_by_name, name)
-        if find() is None:
+        tags = {NOTE: description, "mlflow.experimentKind": "custom_model_development", NAME: name}
+        if self.find(name) is None:
             try:
                 self.call(self.client.create_experiment, name, location, tags)
             except UserError:  # another process was first, or the answer was lost
-                if find() is None:
+                if self.find(name) is None:
                     raise
-        found = find()
-        if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"experiment {name!r} was deleted in MLflow; restore it there, or delete it for "
-                "good with `mlflow gc`"
-            )
+        found = self.find(name)
+        assert found is not None
+        if found.name != name:
+            log.warning("Experiment %r is called %r in MLflow, where runs go.", name, found.name)
+        elif NAME not in found.tags:  # of an earlier version: so that it can be renamed
+            self.call(self.client.set_experiment_tag, found.experiment_id, NAME, name)
         if self.spool is not None:
             _check_artifacts(self.uri, found.artifact_location)
         elif rebased := artifacts.rebase(self.uri, name):
             _warn(rebased)
         return found.experiment_id
+
+    def find(self, name: str) -> Experiment | None:
+        """Return an experiment by the name that it was made with; None if there is none."""
+        found = self.call(self.client.get_experiment_by_name, name)
+        if found is None:
+            named, every = f"tags.`{NAME}` = '{name}'", ViewType.ALL
+            renamed = self.call(self.client.search_experiments, every, filter_string=named)
+            found = min(renamed, key=lambda one: one.lifecycle_stage, default=None)  # active first
+        if found is not None:
+            self._check_active(found)
+        return found
+
+    def _check_active(self, experiment: Experiment) -> None:
+        if experiment.lifecycle_stage == "deleted":
+            address, number = shlex.quote(self.uri), experiment.experiment_id
+            tool = f"MLFLOW_TRACKING_URI={address} {shlex.quote(sys.executable)} -m mlflow"
+            way = f"{tool} experiments restore -x {number}"
+            gone = f"{tool} gc --backend-store-uri {address} --experiment-ids {number}"
+            other = "" if self.spool else f", or remove it by `{gone}` and begin again with --fresh"
+            named = f"experiment {experiment.name!r}"
+            raise UserError(f"{named} was deleted in MLflow; restore it by `{way}`{other}")
 
     def start(
         self,
@@ -111,19 +144,41 @@ class Store:
         }
         if self.spool is not None:
             return RunLog(self.spool.put, key, create)  # every epoch at once: live curves
-        return RunLog(runs.performing(self.client), key, create, runs.BATCH)
+        return RunLog(self.writer(experiment_id, name), key, create, runs.BATCH)
 
-    def runs(self, experiment: str, **tags: str) -> list[Run]:
+    def writer(self, experiment_id: str, name: str) -> Callable[[str, Write], None]:
+        """Return a function that performs the writes of a run, until the run is deleted."""
+        run_id, deleted = "", False
+
+        def put(key: str, write: Write) -> None:
+            nonlocal run_id, deleted
+            try:
+                if write["kind"] == "create":
+                    run_id = self.call(runs.create, self.client, key, write)
+                if not deleted:
+                    self.call(runs.perform, self.client, run_id, write)
+            except UserError:
+                self._check_active(self.call(self.client.get_experiment, experiment_id))
+                deleted = bool(run_id) and runs.is_deleted(self.client, run_id)
+                if not deleted:
+                    raise
+                log.warning("Run %s was deleted in MLflow; %s", name, runs.DROPPED)
+
+        return put
+
+    def runs(self, experiment: str, *, deleted: bool = False, **tags: str) -> list[Run]:
         """Deliver what waits, and return the runs with some tags, in the order of the plan.
 
+        With `deleted`, those that were deleted in MLflow too.
         Runs without a place in the plan, and those with the same one, come in the order of start.
         """
         self.deliver()
-        among = self.call(self.client.get_experiment_by_name, experiment)
+        among = self.find(experiment)
         terms = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
         if among is None:
             return []
-        search = partial(self.call, self.client.search_runs, [among.experiment_id], terms)
+        view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+        search = partial(self.call, self.client.search_runs, [among.experiment_id], terms, view)
         page = search(order_by=START)
         found = [*map(_run, page)]
         while page.token:
@@ -264,14 +319,19 @@ def trusting(*, trust: bool | None) -> Callable[[str], bool]:
 
 
 def _call(uri: str, patience: float, call: Callable[[], Any], name: str) -> Any:  # noqa: ANN401
-    end = time.monotonic() + patience
+    server, begun = addresses.is_server(uri), time.monotonic()
+    failures = (MlflowException, requests.RequestException if server else OSError)
     while True:
         try:
             return call()
-        except (MlflowException, requests.RequestException) as error:
-            if not addresses.is_server(uri) or status(error) in REFUSALS:
+        except failures as error:
+            waited = time.monotonic() - begun
+            if not server and addresses.trouble(error):
+                if not addresses.is_locked(error) or waited >= addresses.DATABASE_PATIENCE:
+                    raise addresses.unusable(uri, "--tracking-uri", error) from error
+            elif not server or status(error) in REFUSALS:
                 raise refused(uri, name, error) from error
-            if time.monotonic() >= end:
+            elif waited >= patience:
                 raise UserError(
                     f"--tracking-uri {uri} does not answer ({root_reason(error)}); the same "
                     "command goes on once its MLflow server is back"

@@ -45,11 +45,6 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
-LACKING = {
-    "disk": "the disk is full",
-    "memory": "there is too little memory",
-    "processes": "no more processes and threads are allowed (ulimit -u)",
-}
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -109,11 +104,9 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     except BrokenPipeError:
         code = CLOSED
     except Exception as error:
-        lacking = addresses.shortage(error)
-        if lacking is None:
+        if (trouble := addresses.trouble(error)) is None:
             raise
-        why = f"{LACKING[lacking]} ({addresses.reason(error)})"
-        code, message = 2, f"error: {why}; free some, and the same command continues"
+        code, message = 2, f"error: {trouble}"
     if not code and terminal.failures:
         code, message = 3, f"error: {' '.join(terminal.failures)}"
     if code == CLOSED:

@@ -24,7 +24,8 @@ from filelock import FileLock
 
 from harness.config import UserError
 from harness.tracking import addresses, schema
-from harness.tracking.addresses import sqlite_file, unusable
+from harness.tracking.addresses import DATABASE_PATIENCE as PATIENCE
+from harness.tracking.addresses import is_locked, sqlite_file, trouble, unusable
 from studies.runner import stopping
 
 Result = TypeVar("Result")
@@ -36,7 +37,6 @@ CONNECTING = {
     "tcp_user_timeout": "20000",  # ms, after which a connection into the void is closed
     "options": "-c timezone=utc",  # Optuna's heartbeats have no time zone
 }
-PATIENCE = 600.0  # seconds for which a database may be away before `retry` gives up
 SILENCE = 60  # seconds after which PostgreSQL takes a lock from a process that is stopped
 BEAT = "VAE_SWEEP_BEAT"  # variable with the seconds between heartbeats, the same for all processes
 MISSED = 6  # heartbeats that a process may miss before its trials are reassigned
@@ -66,7 +66,10 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seconds = heartbeat_seconds()
+    file = sqlite_file(url)
     try:
+        if file is not None and not file.exists():
+            file.touch()  # with the rights of the umask, as SQLite's own are not
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
@@ -174,8 +177,7 @@ def is_away(error: BaseException | None) -> bool:
     if not isinstance(error, sqlalchemy.exc.DBAPIError):
         return error is not None and is_away(error.__cause__ or error.__context__)
     if isinstance(error.orig, sqlite3.Error):
-        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        return is_locked(error.orig)
     away = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
     return error.connection_invalidated or isinstance(error, away)
 
@@ -190,10 +192,11 @@ def retry(work: Callable[[], Result], url: str) -> Result:
             _retrying.begun = True
             return work()
         except Exception as error:
-            if not is_away(error):
-                raise
-            if time.monotonic() > given_up:
+            away = is_away(error)
+            if time.monotonic() > given_up if away else trouble(error):
                 raise unusable(url, "--storage", error) from error
+            if not away:
+                raise
         finally:
             _retrying.begun = False
         stopping.check()

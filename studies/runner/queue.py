@@ -13,8 +13,9 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 OWNER, RESULT = "process", "result"
 """User attributes of a trial: the process that runs it ("": none), and its `Value` once trained."""
 
+LOST = "lost"
+"""User attribute of a study: the numbers of ended trials of whose runs one was deleted."""
+
 FORMAT = 2
 """Edition of studies: trials with keys, in a grid one trial per run."""
 
@@ -48,6 +52,22 @@ DEFAULTS = json.loads(RunConfig().to_json())
 """Settings of a study that was begun before the harness had them."""
 
 REASSIGNED = "trial reassigned: its process missed its heartbeats"
+
+
+class _Study(optuna.Study):
+    """A study in which a trial of whose runs one was deleted in MLflow counts as failed."""
+
+    def get_trials(  # with Optuna's parameters
+        self,
+        deepcopy: bool = True,  # noqa: FBT001, FBT002
+        states: Container[optuna.trial.TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        trials = super().get_trials(deepcopy)
+        for number in self.user_attrs.get(LOST, ()):
+            trials[number] = found = copy(trials[number])  # Optuna keeps the other
+            found.state = optuna.trial.TrialState.FAIL
+            found.user_attrs = {k: v for k, v in found.user_attrs.items() if k != DIVERGED}
+        return [trial for trial in trials if states is None or trial.state in states]
 
 
 @dataclass
@@ -82,6 +102,20 @@ class Queue:
     def failed_keys(self) -> list[str]:
         """Return the keys of the runs of failed trials, without those that diverged."""
         return keys(*(t for t in self.trials("FAIL") if DIVERGED not in t.user_attrs))
+
+    def lost_keys(self) -> list[str]:
+        """Return the keys of the runs of the trials that `lose` counted as failed."""
+        lost = self.study.user_attrs.get(LOST, ())
+        return keys(*(trial for trial in self.trials("FAIL") if trial.number in lost))
+
+    def lose(self, lost: Collection[FrozenTrial]) -> None:
+        """Count ended trials as failed, since a run of each was deleted in MLflow."""
+
+        def lose() -> None:
+            before = self.study.user_attrs.get(LOST, [])
+            self.study.set_user_attr(LOST, sorted({*before, *(trial.number for trial in lost)}))
+
+        self._alone(lose)
 
     def take(self, count: int, workers: int = 1) -> list[FrozenTrial]:
         """Take trials: those that can be adopted, else this process's share of the rest.
@@ -306,18 +340,19 @@ def open_queue(
 ) -> Queue:
     """Create or continue a study."""
 
-    def open_study() -> optuna.Study:
+    def open_study() -> _Study:
         if check_settings(storage, name, proposer.settings):
-            study = optuna.load_study(study_name=name, storage=storage)
+            study = _Study(name, storage)
             settings = study.user_attrs["settings"]
             there, here = settings.get("parts", {}), proposer.settings.get("parts", {})
             if here.keys() - there.keys():  # of values of the axis by which the study grows
                 study.set_user_attr("settings", {**settings, "parts": {**there, **here}})
             return study
         directions = [optuna.study.StudyDirection.MINIMIZE] * len(proposer.objectives)
-        study = optuna.create_study(
+        optuna.create_study(
             storage=storage, study_name=name, directions=directions, load_if_exists=True
         )
+        study = _Study(name, storage)
         study.set_user_attr("settings", {**proposer.settings, "format": FORMAT})
         return study
 

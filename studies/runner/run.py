@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import optuna
+
 from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import Planned, addresses, connect, schema
 from harness.tracking import record as recording
-from harness.tracking.runs import RunLog
+from harness.tracking.addresses import storage_address
+from harness.tracking.runs import Run, RunLog
 from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
@@ -44,6 +47,8 @@ SERVER_PATIENCE = 600.0
 ENDED = "its process ended, or missed its heartbeats"
 """Reason of the runs of failed trials."""
 
+RESTORED = "deleted in MLflow, made again, and restored"
+
 SUPERSEDED = "superseded by a later summary"
 
 
@@ -66,13 +71,13 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         The outcome; None if another process writes the summary.
     """
     log.info("opening MLflow and Optuna")
-    store, storage = open_stores(options, plan.name)
+    store, storage = open_stores(options, plan)
     if options.fresh:
         taken = {run.tags.get("study", "") for run in store.runs(plan.experiment)}
         taken |= {study.study_name for study in storage.get_all_studies()}
         names = (plan.name, *(f"{plan.name}-{i}" for i in range(2, len(taken) + 3)))
         plan = replace(plan, name=next(name for name in names if name not in taken))
-    _check_storage(storage, store, plan)
+    check_settings(storage, plan.name, plan.proposer.settings)
     start = recording.log_in(store, plan.experiment, plan.question)
     queue = open_queue(storage, plan.name, plan.proposer, store.complete)
     folder = store.home / "cache" / "checkpoints" / plan.name
@@ -81,6 +86,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     device = resolve_device(options.device).type
     site = Site(plan, data, device, store, start, checkpoints)
     close_failed(queue, site)
+    lose_deleted(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
     steps = terminal.progress(done + left, left)
@@ -117,20 +123,25 @@ def _counts(queue: Queue) -> tuple[int, int]:
     return sum(map(has_result, queue.trials())) * seeds, queue.left() * seeds
 
 
-def open_stores(options: Places, name: str) -> tuple[Store, RDBStorage]:
-    """Open tracking store and storage; if either cannot be used, create neither."""
+def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
+    """Open tracking store and storage; if either cannot be used for a plan, create neither."""
     tracking, url = _addresses(options)
     late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
     storage = None if late else open_storage(url)
+    if addresses.is_new(tracking):
+        _check_results(plan, options, storage, [])
     try:
         store = connect(tracking)
     except UserError as error:
         shared = addresses.is_server(tracking) and addresses.sqlite_file(url) is None
-        if not (shared and has_study(url, name)):
+        if not (shared and has_study(url, plan.name)):
             raise
         log.warning("%s; this process waits up to 10 minutes for it", error)
         store = connect(tracking, patience=SERVER_PATIENCE)
     store.check_home()
+    runs = store.runs(plan.experiment, deleted=True, study=plan.name)
+    storage = storage if storage or addresses.is_new(url) else open_storage(url)
+    _check_results(plan, options, storage, runs)
     return store, storage or open_storage(url)
 
 
@@ -150,21 +161,26 @@ def check_study(plan: Plan, options: Places) -> None:
         check_settings(read_storage(url), plan.name, plan.proposer.settings)
 
 
-def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
-    """Refuse stores with runs of a study of which they share none; they would be mixed."""
-    name, ended = plan.name, set[str]()
-    if is_there := has_study(storage.url, name):
-        trials = storage.get_all_trials(storage.get_study_id_from_name(name))
-        ended = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
-    runs = {run.key for run in store.runs(plan.experiment, study=name)}
-    # Another process may have created the study before it wrote these runs.
-    is_there = is_there or not runs or has_study(storage.url, name)
-    if not is_there or (ended and ended.isdisjoint(runs)):
-        here, there = map(addresses.without_password, (store.uri, storage.url))
+def _check_results(
+    plan: Plan, options: Places, storage: RDBStorage | None, runs: Sequence[Run]
+) -> None:
+    """Refuse a study with results in one store and none in the other: it is another one."""
+    places, results = (
+        [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"],
+        len(runs),
+    )
+    places.append(f"--storage {addresses.without_password(storage_address(options.storage))}")
+    # Now that its runs are read: another process creates the study first.
+    if storage is not None and has_study(storage.url, plan.name):
+        trials = optuna.load_study(study_name=plan.name, storage=storage).get_trials(deepcopy=False)
+        done = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
+        results = 0 if done & {run.key for run in runs} else len(done)
+        places.reverse()
+    if results and not options.fresh:
         raise UserError(
-            f"study {name!r} has {len(runs)} runs in {here} and {len(ended)} finished ones in "
-            f"--storage {there}, none of them in both; give the two that it was run with, or start "
-            "another with --study-name"
+            f"{places[0]} has {results} runs of study {plan.name!r}, and {places[1]} has none of "
+            "them; give the address that it was run with, or start another with --fresh or "
+            "--study-name"
         )
 
 
@@ -189,8 +205,33 @@ def close_failed(queue: Queue, site: Site) -> int:
     """
     queue.reassign()
     failed = queue.failed_keys()
+    site.store.close(site.plan.experiment, queue.lost_keys(), RESTORED)
     site.store.close(site.plan.experiment, failed, ENDED)
     return len(failed)
+
+
+def lose_deleted(queue: Queue, site: Site) -> bool:
+    """Count ended trials as failed whose runs were deleted or changed in MLflow; return if any.
+
+    Runs of pruned trials are not missed, nor is a summary that a later one has superseded.
+    """
+    proposer, lost = queue.proposer, []
+    trials = [trial for trial in queue.trials() if has_result(trial)]  # before their runs are read
+    runs = site.store.runs(site.plan.experiment, study=site.plan.name) if trials else []
+    statuses = {run.key: run.status for run in runs}
+    for trial in trials:
+        summary, planned = part_of(trial) == "summary", proposer.place(trial) is not None
+        other = {"KILLED", "FAILED"} if summary or trial.state.name == "FAIL" else set[str]()
+        gone = [key for key in keys(trial) if statuses.get(key) not in {"FINISHED", *other}]
+        if gone and trial.state.name != "PRUNED" and (planned or not summary):
+            names = {run.key: run.name for run in proposer.planned(trial)} if planned else {}
+            run = ", ".join(names.get(key, key) for key in gone)
+            way = "another is made in its place" if planned else "the study answers without it"
+            log.warning("Run %s was deleted or changed in MLflow; %s.", run, way)
+            lost.append(trial)
+    if lost:
+        queue.lose(lost)
+    return bool(lost)
 
 
 class Recorded(NamedTuple):
@@ -225,7 +266,7 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
                 site.store.deliver(keys(*(one.trial for one in recorded)))
             elif queue.left() and not leave:
                 queue.wait()
-            else:
+            elif queue.left() or not lose_deleted(queue, site):
                 return
             finished += _finish(queue, site, recorded)
             stopping.check()  # after the runs that have ended are finished
@@ -290,7 +331,9 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     from studies.runner import summary  # imports seaborn: not needed for training
 
     plan, store = site.plan, site.store
-    experiment_id = store.experiment(plan.experiment, plan.question)
+    experiment = store.find(plan.experiment)
+    assert experiment is not None  # it has runs
+    experiment_id = experiment.experiment_id
     summaries = _after(queue, Listed([], {}))
     trials, confirmed = queue.trials(), summaries.trials()
     confirmed = [trial for trial in confirmed if part_of(trial) == "confirmation"]
@@ -301,6 +344,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
     find = partial(summary.ended, plan, site.data, store, queue.study, [*trials, *confirmed])
     for one in (queue, summaries):
         close_failed(one, site)
+    lose_deleted(summaries, site)
     with summaries.working():
         while summaries.left():
             for trial in summaries.take(1):

@@ -112,7 +112,7 @@ def ended(
     # The plan's order, which changes when a study grows; trials that it lacks come last.
     places = {key: plan.proposer.place(t) for t in trials if has_result(t) for key in keys(t)}
     every = store.runs(plan.experiment, study=plan.name, role="run")
-    runs = [run for run in every if run.key in places]
+    runs = [_as_planned(run) for run in every if run.key in places]
     runs.sort(key=lambda run: (places[run.key] is None, places[run.key] or 0))
     found = Ended(plan, data, store, study, trials, runs)
     complete = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
@@ -121,10 +121,15 @@ def ended(
     if missing := complete - {run.key for run in found.finished}:
         raise UserError(
             f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
-            f"{len(missing)} are not in {without_password(store.uri)}; give their store with "
-            "--tracking-uri, or begin a new study with --study-name"
+            f"{len(missing)} are not in {without_password(store.uri)}; the same command makes "
+            "them again"
         )
     return found
+
+
+def _as_planned(run: Run) -> Run:
+    """Return a run under the name that it was made with, which MLflow's page can change."""
+    return run._replace(name=f"{run.tags['configuration']} seed={run.params['seed']}")
 
 
 def summarize(found: Ended, experiment_id: str, key: str) -> tuple[Outcome, str]:

@@ -16,7 +16,7 @@ import torch
 from harness import RunConfig, UserError, load_run
 from harness.models.vae import build
 from harness.tracking import addresses, connect, schema
-from harness.tracking.addresses import reason, shortage, storage_address, without_password
+from harness.tracking.addresses import reason, storage_address, trouble, without_password
 
 ADDRESSES = {
     "postgresql+psycopg://user:secret@host/db": "postgresql+psycopg://host/db",
@@ -70,11 +70,10 @@ def test_a_shortage_is_found_behind_other_errors():
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped = RuntimeError("x")
     wrapped.__cause__ = full
-    assert (shortage(wrapped), shortage(MemoryError()), shortage(ValueError())) == (
-        *("disk", "memory"),
-        None,
-    )
-    assert shortage(sqlite3.OperationalError("database or disk is full")) == "disk"
+    assert trouble(wrapped).startswith("the disk is full (")
+    assert trouble(MemoryError()).startswith("there is too little memory (")
+    assert trouble(ValueError()) is None
+    assert "is full" in trouble(sqlite3.OperationalError("database or disk is full"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from real_servers import MlflowServer
 
 from harness import RunConfig, UserError, load_run
 from harness.models.vae import build
-from harness.tracking.runs import RunLog, performing
+from harness.tracking.runs import RunLog
 from harness.tracking.spool import WRITES, Spool
 from harness.tracking.store import connect
 from tests.tracking.writer import EPOCHS, key_of, write_run
@@ -148,7 +148,7 @@ def test_a_server_holds_what_a_file_holds(store, experiment, tracking_uri, data)
     model = build(config, data.image_shape)
     file = connect(tracking_uri)
     for place, home in ((store, experiment), (file, file.experiment("e", "Why?"))):
-        put = place.spool.put if place.spool else performing(place.client)
+        put = place.spool.put if place.spool else place.writer(home, "a run")
         log = write_run(put, home, new_key(), end=False)
         log.dataset(data)
         log.model(config, model)
