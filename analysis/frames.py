@@ -15,7 +15,7 @@ import lazy_loader
 import numpy as np
 
 from harness.config import UserError, checked_name
-from harness.tracking.addresses import without_password
+from harness.tracking.addresses import without_secrets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def load_study(
     tags = [run.tags for each in every for run in store.runs(each, role="run")]
     others = sorted({found["study"] for found in tags if "study" in found} - {name})
     raise UserError(
-        f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
+        f"no finished runs of study {name!r} in {without_secrets(store.uri)}, which has "
         f"{', '.join(others) or 'no other study'}; make them with: "
         f"python -m studies.{name.partition('-')[0]}"
     )

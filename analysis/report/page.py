@@ -21,7 +21,7 @@ import jinja2
 from PIL import Image
 
 from analysis import tables
-from harness.tracking.addresses import without_password
+from harness.tracking.addresses import without_secrets
 
 UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
 RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of runs
@@ -34,7 +34,7 @@ NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?
 def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
     summary = _read(folder)
-    store = without_password(summary["tracking_uri"])
+    store = without_secrets(summary["tracking_uri"])
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
     pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"

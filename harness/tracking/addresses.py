@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
 from harness.errors import UserError
 
-# User and password before an address's host; a password may hold all but line breaks and "@".
-USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
-SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
+# An address in a text; a password in it may hold blanks, unless it may be a port.
+ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*")
+SECRET = re.compile(r"(pass|pwd|token|secret|key|auth|cred|sig)\w*=", re.IGNORECASE)  # parameters
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
@@ -39,9 +40,9 @@ def tracking_address(uri: str | None) -> str:
     if uri is None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
     uri = _given(uri, "--tracking-uri")
-    if is_server(uri) and without_password(uri) != uri:
+    if is_server(uri) and without_secrets(uri) != uri:
         raise UserError(
-            f"--tracking-uri {without_password(uri)} holds a user or password; leave them out and "
+            f"--tracking-uri {without_secrets(uri)} holds a user or password; leave them out and "
             f"set {LOGIN}"
         )
     if not is_server(uri) and not uri.startswith("sqlite:"):
@@ -61,9 +62,31 @@ def _given(address: str, option: str) -> str:
     return address
 
 
+def without_secrets(address: str) -> str:
+    """Return an address as it is printed: without user, password and secret parameters.
+
+    It is read as SQLAlchemy does; where that leaves an "@" in doubt, nothing of it is returned.
+    """
+    rest, query = address.partition("://")[2] or address, unquote(address.partition("?")[2])
+    has_login, has_secret = "@" in rest and not rest.startswith("/"), SECRET.search(query)
+    if not has_login and not has_secret:
+        return address
+    import sqlalchemy  # --help does not wait for it
+
+    try:
+        url = sqlalchemy.make_url(address)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "***"
+    if has_login and (url.username is None or rest.count("@") > 1):
+        return "***"
+    parts = {"host": url.host, "port": url.port, "database": url.database}
+    parts |= {} if has_secret else {"query": url.query}
+    return sqlalchemy.URL.create(url.drivername, **parts).render_as_string()
+
+
 def without_password(text: str) -> str:
-    """Return a text with addresses in it without their users and passwords."""
-    return SECRET.sub(r"\1***", USERINFO.sub("", text))
+    """Return a text with the addresses in it as they are printed."""
+    return ADDRESS.sub(lambda found: without_secrets(found[0]), text)
 
 
 def reason(error: BaseException) -> str:
@@ -111,7 +134,7 @@ def is_new(url: str) -> bool:
 def unusable(url: str, option: str, error: BaseException) -> UserError:
     """Return the error of an address that cannot be used."""
     return UserError(
-        f"{option} {without_password(url)} cannot be used ({reason(error)}); give a writable "
+        f"{option} {without_secrets(url)} cannot be used ({reason(error)}); give a writable "
         "place, for instance sqlite:///here.db, or a running server's address"
     )
 

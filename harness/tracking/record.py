@@ -21,7 +21,12 @@ from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
-from harness.tracking.addresses import default_tracking, project_root, without_password
+from harness.tracking.addresses import (
+    default_tracking,
+    project_root,
+    without_password,
+    without_secrets,
+)
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
@@ -346,7 +351,7 @@ def description(key: str, tracking_uri: str, dataset: str) -> str:
 
     A dataset of tensors is given in Python alone, so that the command is a call.
     """
-    known, elsewhere = without_password(tracking_uri), tracking_uri != default_tracking()
+    known, elsewhere = without_secrets(tracking_uri), tracking_uri != default_tracking()
     command = f"python -m studies.replay {key}"
     command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
     if not is_named(dataset):
@@ -361,7 +366,7 @@ def interruption(error: BaseException) -> tuple[str, str]:
         return "KILLED", f"its process ended with exit code {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", str(error) or "stopped by Ctrl-C"
-    return "FAILED", repr(error)
+    return "FAILED", without_password(repr(error))
 
 
 def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:

@@ -170,7 +170,7 @@ class Store:
             if found := self.call(self.client.search_runs, ids, f"tags.{KEY} = '{run}'"):
                 return _run(found[0])
             raise UserError(
-                f"run {run!r} is not in {addresses.without_password(self.uri)}; its page in MLflow "
+                f"run {run!r} is not in {addresses.without_secrets(self.uri)}; its page in MLflow "
                 "shows the id, and --tracking-uri names another store"
             ) from error
 

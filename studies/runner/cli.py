@@ -151,7 +151,7 @@ def read(
     if settings is not None:
         nested = ("settings", settings, field(default_factory=settings))
         parsed = make_dataclass("Options", [nested], bases=(options,), frozen=True)
-    printed = io.StringIO()
+    args, printed = sys.argv[1:] if args is None else args, io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             found = tyro.cli(
@@ -164,6 +164,11 @@ def read(
     except SystemExit as error:
         if error.code != 2:
             raise
+        # The message repeats arguments: it is that of addresses without their passwords.
+        pairs = [re.fullmatch("(-[^=]*=)?(.*)", word, re.DOTALL) for word in args]
+        hidden = [(m[1] or "") + addresses.without_secrets(m[2]) for m in pairs if m]
+        if hidden != [*args]:
+            read(options, name, question, hidden, settings)
         # The message between the first two rules of tyro's box.
         text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())
         text = re.sub(

@@ -50,9 +50,14 @@ def checked_address(url: str | None) -> str:
     url = addresses.storage_address(url)
     addresses.check_database(url, "--storage")
     kind = url.partition("://")[0]
+    if kind in POSTGRES and addresses.without_secrets(url) == "***":
+        raise UserError(
+            "--storage holds a character that an address cannot have there; write @, :, / and ? of "
+            "a password as %40, %3A, %2F and %3F"
+        )
     if sqlite_file(url) is None and kind not in POSTGRES:
         raise UserError(
-            f"--storage {addresses.without_password(url)}: studies are kept in SQLite or "
+            f"--storage {addresses.without_secrets(url)}: studies are kept in SQLite or "
             "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
         )
     return url

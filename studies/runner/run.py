@@ -139,7 +139,10 @@ def _addresses(options: Places) -> tuple[str, str]:
     addresses.check_database(tracking, "--tracking-uri")
     url = checked_address(options.storage)
     if addresses.sqlite_file(tracking) == addresses.sqlite_file(url) is not None:
-        raise UserError(f"--storage {url} is the tracking database too; give each its own file")
+        raise UserError(
+            f"--storage {addresses.without_secrets(url)} is the tracking database too; give each "
+            "its own file"
+        )
     return tracking, url
 
 
@@ -158,8 +161,8 @@ def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
     # Another process may have created the study before it wrote these runs.
     if runs and not has_study(storage.url, plan.name):
         raise UserError(
-            f"{addresses.without_password(store.uri)} has {len(runs)} runs of study "
-            f"{plan.name!r}, which --storage {addresses.without_password(storage.url)} does not "
+            f"{addresses.without_secrets(store.uri)} has {len(runs)} runs of study "
+            f"{plan.name!r}, which --storage {addresses.without_secrets(storage.url)} does not "
             "have; give the storage that it was run with, start another with --study-name, or "
             "delete those runs"
         )
@@ -315,7 +318,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
         return summary.write(plan.find(found), found, experiment_id)
     written = [t for t in summaries.trials("COMPLETE") if summaries.proposer.place(t) == 0][-1]
     run_id, answer = written.user_attrs["run_id"], written.user_attrs["answer"]
-    shown = way(addresses.without_password(store.uri))
+    shown = way(addresses.without_secrets(store.uri))
     address = f"{shown}/#/experiments/{experiment_id}/runs/{run_id}"
     terminal.summary_elsewhere(run_id, address, answer)
     return None

@@ -29,7 +29,7 @@ from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking import record as recording
-from harness.tracking.addresses import without_password
+from harness.tracking.addresses import without_secrets
 from harness.tracking.page import save_view
 from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
@@ -121,7 +121,7 @@ def ended(
     if missing := complete - {run.key for run in found.finished}:
         raise UserError(
             f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
-            f"{len(missing)} are not in {without_password(store.uri)}; give their store with "
+            f"{len(missing)} are not in {without_secrets(store.uri)}; give their store with "
             "--tracking-uri, or begin a new study with --study-name"
         )
     return found
@@ -204,7 +204,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
-        "tracking_uri": without_password(found.store.uri),
+        "tracking_uri": without_secrets(found.store.uri),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     report.build(folder)

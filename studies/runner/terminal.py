@@ -123,8 +123,8 @@ class Terminal(logging.Handler):
 
     def dry_run(self, tracking_uri: str | None, storage: str | None, estimate: str) -> None:
         """Show the stores of a dry run and the estimated duration."""
-        tracking = addresses.without_password(addresses.tracking_address(tracking_uri))
-        storage = addresses.without_password(addresses.storage_address(storage))
+        tracking = addresses.without_secrets(addresses.tracking_address(tracking_uri))
+        storage = addresses.without_secrets(addresses.storage_address(storage))
         self.results[-1] |= {"tracking_uri": tracking, "storage": storage, "estimate": estimate}
         self.line(f"Tracking: {tracking}\nStorage: {storage}\n{estimate}")
 
@@ -161,7 +161,7 @@ class Terminal(logging.Handler):
         from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
 
         self.failures += outcome.failures
-        where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         frame, report = outcome.table, str(outcome.folder / "report.html")
         finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
         self.results[-1] |= {
