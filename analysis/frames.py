@@ -15,6 +15,7 @@ import lazy_loader
 import numpy as np
 
 from harness.config import UserError, checked_name
+from harness.errors import reading
 from harness.tracking.addresses import without_secrets
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def class_names(frame: pd.DataFrame) -> dict[int, str]:
     """Return the names of the classes, number -> name; {} where classes are numbers."""
     if "class_names" not in frame or not isinstance(frame["class_names"].iloc[0], str):
         return {}
-    return dict(enumerate(json.loads(frame["class_names"].iloc[0])))
+    with reading("parameter class_names"):
+        return {n: str(name) for n, name in enumerate(json.loads(frame["class_names"].iloc[0]))}
 
 
 def class_errors(frame: pd.DataFrame) -> pd.Series:

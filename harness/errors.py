@@ -1,8 +1,14 @@
 """Errors for users."""
 
+import re
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# What a terminal obeys, text of which the direction is turned, and halves of characters.
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 NO_USERS = (
     *(Path(__file__).resolve().parents[1] / name for name in ("harness", "studies", "analysis")),
@@ -11,8 +17,17 @@ NO_USERS = (
 """Folders of code that is not the user's."""
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters, but for tabs and line breaks, as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(ValueError):
     """An input that cannot be used; command lines print the message alone, with exit code 2."""
+
+    def __str__(self) -> str:
+        """Return the message in one line."""
+        return printable(super().__str__()).replace("\n", r"\n")
 
     def _render_traceback_(self) -> list[str]:  # IPython's hook: the message alone in a notebook
         return [f"error: {self}"]
@@ -20,6 +35,24 @@ class UserError(ValueError):
 
 class SummaryError(UserError):
     """A figure, an answer or a metric that failed after its runs were trained; exit code 3."""
+
+
+@contextmanager
+def reading(record: str) -> Iterator[None]:
+    """Raise a UserError that names a stored record which turns out to be broken."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{record}: {error}") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise UserError(f"{record} is broken ({line_of(e)})") from e
 
 
 def one_line(error: BaseException) -> str:

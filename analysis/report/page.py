@@ -21,6 +21,7 @@ import jinja2
 from PIL import Image
 
 from analysis import tables
+from harness.errors import UserError, printable
 from harness.tracking.addresses import without_secrets
 
 UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
@@ -44,7 +45,9 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
+        tables=[
+            (t["caption"], table(*_cells(_inside(folder, t["file"])))) for t in summary["tables"]
+        ],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -70,7 +73,7 @@ def _write(path: Path, **values: Any) -> Path:
     )
     environment.filters |= {"paragraphs": _paragraphs, "plain": tables.plain}
     page = environment.get_template("page.html.j2").render(values)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(printable(page), encoding="utf-8")
     return path
 
 
@@ -80,7 +83,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
     """Return an exhibit with its image as an address, and its size in CSS."""
-    path = folder / exhibit["file"]
+    path = _inside(folder, exhibit["file"])
     with Image.open(path) as opened:
         kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
         width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
@@ -125,6 +128,13 @@ def _metric(value: str | None, name: str) -> str:
 
 def _read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / 'summary.json'} names {path}, a file outside of its folder")
+    return path
 
 
 def _cells(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote
 
-from harness.errors import UserError
+from harness.errors import UserError, printable
 
 # An address in a text; a password in it may hold blanks, unless it may be a port.
 ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*")
@@ -90,8 +90,9 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line, without passwords."""
-    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    """Return an error's first line, printable and without passwords."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable(without_password(first))
 
 
 def shortage(error: BaseException) -> str | None:

@@ -20,13 +20,8 @@ from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
-from harness.tracking import End, Planned
-from harness.tracking.addresses import (
-    default_tracking,
-    project_root,
-    without_password,
-    without_secrets,
-)
+from harness.tracking import End, Planned, addresses
+from harness.tracking.addresses import default_tracking, project_root
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
@@ -315,7 +310,11 @@ def load_run(
     store = connect(tracking_uri)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        config, model = load_model(store.fetch(run.run_id, "model", folder), trusting(trust=trust))
+        files = store.fetch(run.run_id, "model", folder)
+        try:
+            config, model = load_model(files, trusting(trust=trust))
+        except UserError as error:
+            raise UserError(str(error).replace(str(files), f"model of run {run_id}")) from error
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 
@@ -351,7 +350,10 @@ def description(key: str, tracking_uri: str, dataset: str) -> str:
 
     A dataset of tensors is given in Python alone, so that the command is a call.
     """
-    known, elsewhere = without_secrets(tracking_uri), tracking_uri != default_tracking()
+    known, elsewhere = (
+        addresses.without_secrets(tracking_uri),
+        tracking_uri != default_tracking(),
+    )
     command = f"python -m studies.replay {key}"
     command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
     if not is_named(dataset):
@@ -366,7 +368,7 @@ def interruption(error: BaseException) -> tuple[str, str]:
         return "KILLED", f"its process ended with exit code {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", str(error) or "stopped by Ctrl-C"
-    return "FAILED", without_password(repr(error))
+    return "FAILED", addresses.without_password(repr(error))
 
 
 def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:

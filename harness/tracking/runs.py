@@ -24,7 +24,9 @@ from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from PIL import Image
 
+from harness import registry
 from harness.config import RunConfig
+from harness.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,12 @@ BATCH = 1000  # metric values of one request: MLflow's largest batch
 
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
+
+# Fields of a provenance that are read again, and their kinds.
+FIELDS = {
+    **{"code": dict, "versions": dict, "platform": str, "device kind": str, "threads blas": int},
+    **{"dataset name": str, "dataset digest": str},
+}
 
 Write = dict[str, Any]
 
@@ -56,6 +64,12 @@ class Run(NamedTuple):
     def key(self) -> str:
         """The key that the run was planned with; "" for a run of the first edition."""
         return self.tags.get(KEY, "")
+
+    @property
+    def place(self) -> int:
+        """The place in the plan, -1 where there is none."""
+        text = self.tags.get("place", "")
+        return int(text) if text.isdecimal() and len(text) < 10 else -1
 
 
 class Logged(NamedTuple):
@@ -154,6 +168,20 @@ class RunLog:
 def part_file(part: str) -> str:
     """Return the artifact with the source of a run's part, such as "network NAME"."""
     return f"parts/{part.replace(' ', '-')}.py"
+
+
+def check_provenance(made: Any) -> None:  # noqa: ANN401 - any JSON
+    """Raise UserError for a provenance that lacks something, or names files of its own choice."""
+    for field, kind in FIELDS.items():
+        value = made
+        for name in field.split():
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(f"{field} is {value!r}, no {kind.__name__}")
+    for part in made.get("parts", {}):
+        kind, _, name = part.partition(" ")
+        if kind not in registry.TAKEN or not name.isidentifier():
+            raise UserError(f"{part!r} is no name of a part")
 
 
 def create(client: MlflowClient, key: str, write: Write) -> str:

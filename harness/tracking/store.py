@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 
 from harness import registry
 from harness.config import RunConfig
-from harness.errors import UserError
+from harness.errors import UserError, printable, reading
 from harness.tracking import addresses, runs
 from harness.tracking.runs import KEY, NOTE, PROVENANCE, Logged, Record, Run, RunLog, part_file
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
@@ -34,6 +34,7 @@ for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
+CONFIG = "model/config.json"  # artifact of a finished run
 START = ["attributes.start_time ASC"]
 
 
@@ -120,7 +121,7 @@ class Store:
         while page.token:
             page = search(order_by=START, page_token=page.token)
             found += map(_run, page)
-        return sorted(found, key=lambda run: int(run.tags.get("place", -1)))
+        return sorted(found, key=lambda run: run.place)
 
     def close(
         self, experiment: str, keys: Iterable[str], reason: str, status: str = "KILLED"
@@ -196,7 +197,7 @@ class Store:
         """Return every logged value of a run, metric by metric."""
         metrics = self.call(self.client.get_run, run_id).data.metrics
         return [
-            Logged(metric, entry.step, entry.value)
+            Logged(metric, entry.step, _number(run_id, metric, entry.value))
             for metric in sorted(metrics)
             for entry in self.call(self.client.get_metric_history, run_id, metric)
         ]
@@ -215,14 +216,16 @@ class Store:
         if found.status != "FINISHED":
             raise UserError(f"run {run} is {found.status}; only a FINISHED run can be compared")
         with tempfile.TemporaryDirectory() as folder:
-            saved = self.fetch(found.run_id, "model/config.json", folder).read_text("utf-8")
-            made = json.loads(self.fetch(found.run_id, PROVENANCE, folder).read_text("utf-8"))
+            saved, file = (self.fetch(found.run_id, f, folder) for f in (CONFIG, PROVENANCE))
+            with reading(f"{PROVENANCE} of run {run}"):
+                runs.check_provenance(made := json.loads(file.read_text("utf-8")))
             for part in made.get("parts", {}):
                 kind, _, name = part.partition(" ")
                 text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
                 registry.restore(kind, name, text, trusting(trust=trust))
-        config, values = RunConfig.from_json(saved), self.history(found.run_id)
-        return Record(found.run_id, found.name, config, made, values)
+            with reading(f"{CONFIG} of run {run}"):
+                config = RunConfig.from_json(saved.read_text("utf-8"))
+        return Record(found.run_id, found.name, config, made, self.history(found.run_id))
 
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
@@ -234,7 +237,7 @@ def trusting(*, trust: bool | None) -> Callable[[str], bool]:
 
     def decide(code: str) -> bool:
         if trust is None and sys.stdin is not None and sys.stdin.isatty():
-            print(f"{code} Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
+            print(f"{printable(code)} Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
             return sys.stdin.readline().strip().lower() in ("y", "yes")
         return bool(trust)
 
@@ -278,7 +281,15 @@ def _check_artifacts(uri: str, location: str) -> None:
 
 def _run(found: mlflow.entities.Run) -> Run:
     info, data = found.info, found.data
-    return Run(info.run_id, info.run_name, info.status, data.params, data.metrics, data.tags)
+    metrics = {name: _number(info.run_id, name, value) for name, value in data.metrics.items()}
+    return Run(info.run_id, info.run_name, info.status, data.params, metrics, data.tags)
+
+
+def _number(run_id: str, metric: str, value: float) -> float:
+    if isinstance(value, int | float):  # SQLite keeps what it is given
+        return value
+    delete = "delete the run in MLflow to go on without it"
+    raise UserError(f"run {run_id}: metric {metric!r} is {value!r}, no number; {delete}")
 
 
 _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each

@@ -19,7 +19,7 @@ import tyro
 
 import harness
 from harness.config import UserError
-from harness.errors import SummaryError
+from harness.errors import SummaryError, printable
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import (
@@ -111,7 +111,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         code, message = 3, f"error: {' '.join(terminal.failures)}"
     try:
         if message:
-            print(message, file=sys.stderr)
+            print(printable(message), file=sys.stderr)
         terminal.finish(code, message)
         print(end="", flush=True)
     except OSError:

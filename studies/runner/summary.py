@@ -233,7 +233,9 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
+    run.tag(
+        NOTE, f"**{found.plan.question.strip()}**\n\n{tables.unmarked(outcome.answer)}\n\n{table}\n"
+    )
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -279,7 +281,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
-    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in diverged)
+    named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
     return Findings(
         table=table,
@@ -287,7 +289,8 @@ def compare_points(study: Study, found: Ended) -> Findings:
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranked)},
         figures={
-            name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
+            name: (partial(draw, plots.plain_frame(frame)), text)
+            for name, (draw, text) in study.figures.items()
         },
         models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
         best=best,

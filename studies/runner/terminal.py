@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import rich.box
 import rich.console
 from rich.table import Table
+from rich.text import Text
 
+from harness.errors import printable
 from harness.tracking import addresses
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations
 
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once standard output is closed."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> NoReturn:
         self.quiet = True
@@ -145,6 +150,7 @@ class Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message; one with `extra={"progress": True}` only counts."""
+        record.msg, record.args = addresses.without_password(record.getMessage()), ()
         if record.levelno >= logging.WARNING:  # as without this handler
             logging.getLogger().callHandlers(record)
         elif not getattr(record, "progress", False) or self.is_due():
@@ -244,9 +250,10 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
         like = {name: str(getattr(plan.configs[0], name)) for name in ALIKE} | {"device": device}
         for run in client.search_runs(ids, test, max_results=100):  # the latest first
             params, info = run.data.params, run.info
-            if like.items() <= params.items():
-                epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
-                each.append((info.end_time - info.start_time) / 1000 / epochs)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # another program's run
+                if like.items() <= params.items():
+                    epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
+                    each.append((info.end_time - info.start_time) / 1000 / epochs)
     if not each:
         return "duration: not known (no finished run like these here). Nothing was trained."
     whole = duration(median(each) * sum(config.epochs for config in plan.configs))
