@@ -71,11 +71,11 @@ def over(seeds: float) -> str:
 
 def markdown(formatted: pd.DataFrame) -> str:
     """Write formatted cells as a Markdown table."""
-    header, *rows = (
-        "| " + " | ".join(" ".join(unmarked(cell).split()) for cell in row) + " |"
-        for row in (formatted.columns, *formatted.itertuples(index=False))
+    rule = ["--:"] * len(formatted.columns)
+    rows = [map(unmarked, row) for row in (formatted.columns, *formatted.itertuples(index=False))]
+    return "\n".join(
+        f"| {' | '.join(row)} |".replace("\n", " ") for row in (rows[0], rule, *rows[1:])
     )
-    return "\n".join([header, "|" + " --: |" * len(formatted.columns), *rows])
 
 
 def unmarked(text: str) -> str:

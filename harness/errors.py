@@ -10,6 +10,8 @@ from pathlib import Path
 # What a terminal obeys, text of which the direction is turned, and halves of characters.
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+BROKEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 NO_USERS = (
     *(Path(__file__).resolve().parents[1] / name for name in ("harness", "studies", "analysis")),
     Path(sysconfig.get_path("stdlib")),
@@ -24,10 +26,6 @@ def printable(text: str) -> str:
 
 class UserError(ValueError):
     """An input that cannot be used; command lines print the message alone, with exit code 2."""
-
-    def __str__(self) -> str:
-        """Return the message in one line."""
-        return printable(super().__str__()).replace("\n", r"\n")
 
     def _render_traceback_(self) -> list[str]:  # IPython's hook: the message alone in a notebook
         return [f"error: {self}"]
@@ -44,15 +42,8 @@ def reading(record: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{record}: {error}") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as e:
-        raise UserError(f"{record} is broken ({line_of(e)})") from e
+    except BROKEN as error:
+        raise UserError(f"{record} is broken ({line_of(error)})") from error
 
 
 def one_line(error: BaseException) -> str:

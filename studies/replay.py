@@ -77,10 +77,7 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
 
     uri = addresses.tracking_address(options.tracking_uri)
     if addresses.is_new(uri):
-        raise UserError(
-            f"{addresses.without_secrets(uri)} does not exist; name the store of the run with "
-            "--tracking-uri"
-        )
+        raise UserError(f"{uri} does not exist; name the store of the run with --tracking-uri")
     record = connect(uri).record(options.run, trust=options.trust or None)
     then = record.made_with
     data = load(record, options.data_dir, data)

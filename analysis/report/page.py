@@ -36,6 +36,9 @@ def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
     summary = _read(folder)
     store = without_secrets(summary["tracking_uri"])
+    for one in (*summary["figures"], *summary["pictures"], *summary["tables"]):
+        if not (folder / one["file"]).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder}/summary.json names a file elsewhere, {one['file']}")
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
     pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"
@@ -45,9 +48,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[
-            (t["caption"], table(*_cells(_inside(folder, t["file"])))) for t in summary["tables"]
-        ],
+        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -83,7 +84,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
     """Return an exhibit with its image as an address, and its size in CSS."""
-    path = _inside(folder, exhibit["file"])
+    path = folder / exhibit["file"]
     with Image.open(path) as opened:
         kind, dots = opened.get_format_mimetype(), opened.info.get("dpi", (SCREEN, SCREEN))[0]
         width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
@@ -128,13 +129,6 @@ def _metric(value: str | None, name: str) -> str:
 
 def _read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / 'summary.json'} names {path}, a file outside of its folder")
-    return path
 
 
 def _cells(path: Path) -> tuple[list[str], list[list[str]]]:

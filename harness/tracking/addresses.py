@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote
 
-from harness.errors import UserError, printable
+from harness.errors import UserError
 
 # An address in a text; a password in it may hold blanks, unless it may be a port.
 ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*")
@@ -63,7 +63,7 @@ def _given(address: str, option: str) -> str:
 
 
 def without_secrets(address: str) -> str:
-    """Return an address as it is printed: without user, password and secret parameters.
+    """Return an address as it is printed: without user, password, and parameters with a secret.
 
     It is read as SQLAlchemy does; where that leaves an "@" in doubt, nothing of it is returned.
     """
@@ -79,9 +79,8 @@ def without_secrets(address: str) -> str:
         return "***"
     if has_login and (url.username is None or rest.count("@") > 1):
         return "***"
-    parts = {"host": url.host, "port": url.port, "database": url.database}
-    parts |= {} if has_secret else {"query": url.query}
-    return sqlalchemy.URL.create(url.drivername, **parts).render_as_string()
+    where = url.host, url.port, url.database
+    return sqlalchemy.URL.create(url.drivername, None, None, *where).render_as_string()
 
 
 def without_password(text: str) -> str:
@@ -90,9 +89,8 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line, printable and without passwords."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return printable(without_password(first))
+    """Return an error's first line, without passwords."""
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def shortage(error: BaseException) -> str | None:

@@ -16,12 +16,18 @@ from harness import provenance, registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.data.load import is_named
+from harness.errors import reading
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
-from harness.tracking import End, Planned, addresses
-from harness.tracking.addresses import default_tracking, project_root
+from harness.tracking import End, Planned
+from harness.tracking.addresses import (
+    default_tracking,
+    project_root,
+    without_password,
+    without_secrets,
+)
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
@@ -311,10 +317,8 @@ def load_run(
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
         files = store.fetch(run.run_id, "model", folder)
-        try:
+        with reading(f"run {run_id}"):
             config, model = load_model(files, trusting(trust=trust))
-        except UserError as error:
-            raise UserError(str(error).replace(str(files), f"model of run {run_id}")) from error
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 
@@ -350,10 +354,7 @@ def description(key: str, tracking_uri: str, dataset: str) -> str:
 
     A dataset of tensors is given in Python alone, so that the command is a call.
     """
-    known, elsewhere = (
-        addresses.without_secrets(tracking_uri),
-        tracking_uri != default_tracking(),
-    )
+    known, elsewhere = without_secrets(tracking_uri), tracking_uri != default_tracking()
     command = f"python -m studies.replay {key}"
     command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
     if not is_named(dataset):
@@ -368,7 +369,7 @@ def interruption(error: BaseException) -> tuple[str, str]:
         return "KILLED", f"its process ended with exit code {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", str(error) or "stopped by Ctrl-C"
-    return "FAILED", addresses.without_password(repr(error))
+    return "FAILED", without_password(repr(error))
 
 
 def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:

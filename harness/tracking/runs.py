@@ -24,9 +24,7 @@ from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from PIL import Image
 
-from harness import registry
 from harness.config import RunConfig
-from harness.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,12 +62,6 @@ class Run(NamedTuple):
     def key(self) -> str:
         """The key that the run was planned with; "" for a run of the first edition."""
         return self.tags.get(KEY, "")
-
-    @property
-    def place(self) -> int:
-        """The place in the plan, -1 where there is none."""
-        text = self.tags.get("place", "")
-        return int(text) if text.isdecimal() and len(text) < 10 else -1
 
 
 class Logged(NamedTuple):
@@ -168,20 +160,6 @@ class RunLog:
 def part_file(part: str) -> str:
     """Return the artifact with the source of a run's part, such as "network NAME"."""
     return f"parts/{part.replace(' ', '-')}.py"
-
-
-def check_provenance(made: Any) -> None:  # noqa: ANN401 - any JSON
-    """Raise UserError for a provenance that lacks something, or names files of its own choice."""
-    for field, kind in FIELDS.items():
-        value = made
-        for name in field.split():
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
-            raise UserError(f"{field} is {value!r}, no {kind.__name__}")
-    for part in made.get("parts", {}):
-        kind, _, name = part.partition(" ")
-        if kind not in registry.TAKEN or not name.isidentifier():
-            raise UserError(f"{part!r} is no name of a part")
 
 
 def create(client: MlflowClient, key: str, write: Write) -> str:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,7 +122,7 @@ class Store:
         while page.token:
             page = search(order_by=START, page_token=page.token)
             found += map(_run, page)
-        return sorted(found, key=lambda run: run.place)
+        return sorted(found, key=lambda run: run.tags.get("place", "").rjust(9))
 
     def close(
         self, experiment: str, keys: Iterable[str], reason: str, status: str = "KILLED"
@@ -218,11 +219,14 @@ class Store:
         with tempfile.TemporaryDirectory() as folder:
             saved, file = (self.fetch(found.run_id, f, folder) for f in (CONFIG, PROVENANCE))
             with reading(f"{PROVENANCE} of run {run}"):
-                runs.check_provenance(made := json.loads(file.read_text("utf-8")))
-            for part in made.get("parts", {}):
-                kind, _, name = part.partition(" ")
-                text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
-                registry.restore(kind, name, text, trusting(trust=trust))
+                made = json.loads(file.read_text("utf-8"))
+                for field, of in runs.FIELDS.items():
+                    if not isinstance(value := reduce(getitem, field.split(), made), of):
+                        raise UserError(f"{field} is {value!r}, no {of.__name__}")
+                for part in made.get("parts", {}):
+                    kind, _, name = part.partition(" ")
+                    text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
+                    registry.restore(kind, name, text, trusting(trust=trust))
             with reading(f"{CONFIG} of run {run}"):
                 config = RunConfig.from_json(saved.read_text("utf-8"))
         return Record(found.run_id, found.name, config, made, self.history(found.run_id))
@@ -286,10 +290,8 @@ def _run(found: mlflow.entities.Run) -> Run:
 
 
 def _number(run_id: str, metric: str, value: float) -> float:
-    if isinstance(value, int | float):  # SQLite keeps what it is given
-        return value
-    delete = "delete the run in MLflow to go on without it"
-    raise UserError(f"run {run_id}: metric {metric!r} is {value!r}, no number; {delete}")
+    with reading(f"metric {metric!r} of run {run_id}"):
+        return float(value)  # SQLite keeps a text, too
 
 
 _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each

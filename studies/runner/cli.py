@@ -111,7 +111,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         code, message = 3, f"error: {' '.join(terminal.failures)}"
     try:
         if message:
-            print(printable(message), file=sys.stderr)
+            print(printable(message).replace("\n", r"\n"), file=sys.stderr)
         terminal.finish(code, message)
         print(end="", flush=True)
     except OSError:

@@ -50,15 +50,11 @@ def checked_address(url: str | None) -> str:
     url = addresses.storage_address(url)
     addresses.check_database(url, "--storage")
     kind = url.partition("://")[0]
-    if kind in POSTGRES and addresses.without_secrets(url) == "***":
+    known = addresses.without_secrets(url)
+    if sqlite_file(url) is None and (kind not in POSTGRES or known == "***"):
         raise UserError(
-            "--storage holds a character that an address cannot have there; write @, :, / and ? of "
-            "a password as %40, %3A, %2F and %3F"
-        )
-    if sqlite_file(url) is None and kind not in POSTGRES:
-        raise UserError(
-            f"--storage {addresses.without_secrets(url)}: studies are kept in SQLite or "
-            "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
+            f"--storage {known}: studies are kept in SQLite or PostgreSQL; give sqlite:///FILE, or "
+            "postgresql+psycopg://USER@HOST/DATABASE, with %40 for each @ of a password"
         )
     return url
 

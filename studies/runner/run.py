@@ -139,10 +139,7 @@ def _addresses(options: Places) -> tuple[str, str]:
     addresses.check_database(tracking, "--tracking-uri")
     url = checked_address(options.storage)
     if addresses.sqlite_file(tracking) == addresses.sqlite_file(url) is not None:
-        raise UserError(
-            f"--storage {addresses.without_secrets(url)} is the tracking database too; give each "
-            "its own file"
-        )
+        raise UserError(f"--storage {url} is the tracking database too; give each its own file")
     return tracking, url
 
 
