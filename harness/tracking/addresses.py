@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from harness.errors import UserError
 
 # An address in a text; a password in it may hold blanks, unless it may be a port.
-ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*")
+ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*[^\s'\")\],.:;]")
 SECRET = re.compile(r"(pass|pwd|token|secret|key|auth|cred|sig)\w*=", re.IGNORECASE)  # parameters
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server

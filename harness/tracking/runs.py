@@ -41,8 +41,9 @@ PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 
 # Fields of a provenance that are read again, and their kinds.
 FIELDS = {
-    **{"code": dict, "versions": dict, "platform": str, "device kind": str, "threads blas": int},
-    **{"dataset name": str, "dataset digest": str},
+    **dict.fromkeys(("code", "versions", "device", "threads", "dataset"), dict),
+    **dict.fromkeys(("platform", "device kind", "dataset name", "dataset digest"), str),
+    "threads blas": int,
 }
 
 Write = dict[str, Any]
