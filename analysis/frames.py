@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 
+NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
 SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 
 
@@ -109,7 +110,9 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 def _numbers(column: pd.Series) -> pd.Series:
     try:
         return pd.to_numeric(column)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
+        if column.name in NUMBERS:
+            raise UserError(f"parameter {column.name} of a run is no number ({error})") from error
         return column
 
 

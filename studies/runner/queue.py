@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 
 from harness.config import RunConfig, UserError
+from harness.errors import reading
 from harness.tracking import End
 from studies.runner import database, stopping
-from studies.runner.proposers import DIVERGED, Proposer, Value, keys
+from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 OWNER, RESULT = "process", "result"
 """User attributes of a trial: the process that runs it ("": none), and its `Value` once trained."""
+
+KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
 
 FORMAT = 2
 """Edition of studies: trials with keys, in a grid one trial per run."""
@@ -72,7 +76,12 @@ class Queue:
         """Return the trials in the named states, by default in any."""
         wanted = tuple(optuna.trial.TrialState[state] for state in states) or None
         get = partial(self.study.get_trials, deepcopy=False, states=wanted)
-        return database.retry(get, self.storage.url)
+        found = database.retry(get, self.storage.url)
+        for trial, (name, of) in product(found, KINDS.items()):
+            if not isinstance(value := trial.user_attrs.get(name, of()), of):
+                where = f"trial {trial.number} of study {self.study.study_name!r} in --storage"
+                raise UserError(f"{where}: {name} is {value!r}, no {of.__name__}")
+        return found
 
     def left(self) -> int:
         """Return how many trials have no result yet, running trials included."""
@@ -260,7 +269,8 @@ def _owner(trial: FrozenTrial) -> str:
 
 def noted(trial: FrozenTrial) -> Value | None:
     """Return the value that was noted of a trial before it could be finished, if any."""
-    return Value(**trial.user_attrs[RESULT]) if RESULT in trial.user_attrs else None
+    with reading(f"result of trial {trial.number}"):
+        return Value(**trial.user_attrs[RESULT]) if RESULT in trial.user_attrs else None
 
 
 def check_settings(
@@ -273,7 +283,7 @@ def check_settings(
     stored, given = study.user_attrs.get("settings"), {**settings, "format": FORMAT}
     if stored is None and not study.get_trials(deepcopy=False):
         return False
-    if stored is None or stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(
             f"study {name!r} in --storage was made by the first edition of this harness or by "
             "another program and cannot be continued; start another with --study-name"

@@ -270,14 +270,15 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     columns = dict.fromkeys([*study.table, *registry.METRICS])
-    if ranked.empty:
-        name = found.plan.name
-        raise UserError(f"study {name!r} has no point to rank: a seed of every one diverged")
+    by, name = _ranking(study, ranked), found.plan.name
+    if by not in ranked or ranked[by].isna().all():
+        why = f"a seed of every one diverged or has no {by}"
+        raise UserError(f"study {name!r} has no point to rank: {why}")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
-    best = ranked.loc[ranked[_ranking(study, ranked)].idxmin()]
+    best = ranked.loc[ranked[by].idxmin()]
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
