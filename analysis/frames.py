@@ -15,7 +15,8 @@ import lazy_loader
 import numpy as np
 
 from harness.config import UserError, checked_name
-from harness.tracking.addresses import without_password
+from harness.errors import reading
+from harness.tracking.addresses import without_secrets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
 
+NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
 SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 
 
@@ -52,7 +54,7 @@ def load_study(
     tags = [run.tags for each in every for run in store.runs(each, role="run")]
     others = sorted({found["study"] for found in tags if "study" in found} - {name})
     raise UserError(
-        f"no finished runs of study {name!r} in {without_password(store.uri)}, which has "
+        f"no finished runs of study {name!r} in {without_secrets(store.uri)}, which has "
         f"{', '.join(others) or 'no other study'}; make them with: "
         f"python -m studies.{name.partition('-')[0]}"
     )
@@ -110,7 +112,9 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 def _numbers(column: pd.Series) -> pd.Series:
     try:
         return pd.to_numeric(column)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
+        if column.name in NUMBERS:
+            raise UserError(f"parameter {column.name} of a run is no number ({error})") from error
         return column
 
 
@@ -254,7 +258,8 @@ def class_names(frame: pd.DataFrame) -> dict[int, str]:
     """Return the names of the classes, number -> name; {} where classes are numbers."""
     if "class_names" not in frame or not isinstance(frame["class_names"].iloc[0], str):
         return {}
-    return dict(enumerate(json.loads(frame["class_names"].iloc[0])))
+    with reading("parameter class_names"):
+        return {n: str(name) for n, name in enumerate(json.loads(frame["class_names"].iloc[0]))}
 
 
 def class_errors(frame: pd.DataFrame) -> pd.Series:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from typing import TYPE_CHECKING
+
+from harness.errors import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +71,13 @@ def over(seeds: float) -> str:
 
 def markdown(formatted: pd.DataFrame) -> str:
     """Write formatted cells as a Markdown table."""
-    header = "| " + " | ".join(formatted.columns) + " |"
-    rule = "|" + " --: |" * len(formatted.columns)
-    rows = ["| " + " | ".join(row) + " |" for row in formatted.itertuples(index=False)]
-    return "\n".join([header, rule, *rows])
+    rule = ["--:"] * len(formatted.columns)
+    rows = [map(unmarked, row) for row in (formatted.columns, *formatted.itertuples(index=False))]
+    return "\n".join(
+        f"| {' | '.join(row)} |".replace("\n", " ") for row in (rows[0], rule, *rows[1:])
+    )
+
+
+def unmarked(text: str) -> str:
+    """Return a text that Markdown shows unchanged, without links, HTML and cells."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(text), quote=False))

@@ -1,14 +1,27 @@
 """Errors for users."""
 
+import re
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# What a terminal obeys, text of which the direction is turned, and halves of characters.
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+BROKEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 NO_USERS = (
     *(Path(__file__).resolve().parents[1] / name for name in ("harness", "studies", "analysis")),
     Path(sysconfig.get_path("stdlib")),
 )
 """Folders of code that is not the user's."""
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters, but for tabs and line breaks, as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
@@ -27,6 +40,17 @@ def checked_text(given: object) -> str:
     if (text := str(given)).encode(errors="ignore").decode() != text:
         raise UserError(f"the name {text!r} is no UTF-8 and cannot be recorded; rename it")
     return text
+
+
+@contextmanager
+def reading(record: str) -> Iterator[None]:
+    """Raise a UserError that names a stored record which turns out to be broken."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{record}: {error}") from error
+    except BROKEN as error:
+        raise UserError(f"{record} is broken ({line_of(error)})") from error
 
 
 def one_line(error: BaseException) -> str:

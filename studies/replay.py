@@ -18,6 +18,7 @@ import tyro
 
 import harness
 from harness.config import UserError
+from harness.errors import reading
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
 from studies.runner.terminal import Terminal
@@ -84,7 +85,7 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
     terminal.line(f"Training run {run}.")
     for line in changed or ["Code, versions, device and data are those of the record."]:
-        terminal.line(f"  {line}")
+        terminal.line(f"  {' '.join(line.split())}")
     with provenance.blas_threads(then["threads"]["blas"]):
         values = retrain(record, data, device, terminal)
     logged = [value for value in record.values if value.metric not in WALL_CLOCK]
@@ -121,13 +122,14 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
         )
     kind, dash, name = then["name"].partition("-")
     if dash and kind in OWN:
-        # Runs of an earlier version have no options; images of that size are kept as they are.
-        size = {"image_size": then["image_shape"][1:]} if "image_size" in OWN[kind] else {}
         place = name if kind == "torchvision" else data_dir
-        try:
-            data = harness.load_dataset(f"{kind}:{place}", data_dir, **then.get("options", size))
-        except UserError as error:
-            raise UserError(f"{error} (--data-dir {data_dir})") from None
+        with reading(f"dataset of run {record.run_id}, --data-dir {data_dir}"):
+            # Runs of an earlier version have no options; images of that size are kept as they are.
+            size = {"image_size": then["image_shape"][1:]} if "image_size" in OWN[kind] else {}
+            given = dict(then.get("options", size))
+            if kind == "array" and "label" in given:
+                given["label"] = Path(given["label"]).name  # a record chooses no folder
+            data = harness.load_dataset(f"{kind}:{place}", data_dir, **given)
     else:
         data = harness.load_dataset(then["name"], data_dir)
     if then["digest"] != data.digest:

@@ -486,7 +486,7 @@ def test_a_record_without_a_label_is_read_without(tmp_path):
     stored = {"dataset": dataset(read_table(path))}
     record = SimpleNamespace(made_with=json.loads(json.dumps(stored)), run_id="1")
     assert replay.load(record, path).digest == stored["dataset"]["digest"]
-    with pytest.raises(UserError, match=r"there is no such file; .* \(--data-dir none.csv\)"):
+    with pytest.raises(UserError, match="--data-dir none.csv: table:.* no such file"):
         replay.load(record, Path("none.csv"))
 
 

@@ -104,7 +104,7 @@ def latent_scatter(places: pd.DataFrame) -> Figure:
             images = part[part["class"] == name]
             text = plain_text(str(name))
             panel.plot(images["x"], images["y"], ".", ms=3, color=color, label=text)
-        panel.set_title(model, fontsize=9)
+        panel.set_title(plain_text(model), fontsize=9)
         panel.set(xticks=[], yticks=[])
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()

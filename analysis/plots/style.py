@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import printable
+
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -60,7 +64,13 @@ def canvas(
 
 def plain_text(text: str) -> str:
     """Return a text that matplotlib shows unchanged: "$" would begin a formula."""
-    return text.replace("$", r"\$")
+    return re.sub(r"(?<!\\)\$", r"\$", printable(text))
+
+
+def plain_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame of which matplotlib shows every text unchanged."""
+    texts = frame.select_dtypes(exclude="number").drop(columns="class_names", errors="ignore")
+    return frame.assign(**texts.map(lambda v: plain_text(v) if isinstance(v, str) else v))
 
 
 def note(panel: Axes, text: str) -> None:

@@ -19,7 +19,8 @@ import jinja2
 from PIL import Image
 
 from analysis import tables
-from harness.tracking.addresses import without_password
+from harness.errors import UserError, printable
+from harness.tracking.addresses import without_secrets
 
 UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
 RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of runs
@@ -32,7 +33,10 @@ NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?
 def build(folder: Path) -> Path:
     """Write `report.html` into a summary folder and return its path."""
     summary = _read(folder)
-    store = without_password(summary["tracking_uri"])
+    store = without_secrets(summary["tracking_uri"])
+    for one in (*summary["figures"], *summary["pictures"], *summary["tables"]):
+        if not (folder / one["file"]).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder}/summary.json names a file elsewhere, {one['file']}")
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
     pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"
@@ -68,7 +72,7 @@ def _write(path: Path, **values: Any) -> Path:
     )
     environment.filters |= {"paragraphs": _paragraphs, "plain": tables.plain}
     page = environment.get_template("page.html.j2").render(values)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(printable(page), encoding="utf-8")
     return path
 
 

@@ -99,7 +99,7 @@ def load_model(
             model.load_state_dict(weights)
     except Exception as error:  # of a user's network, any
         why = " ".join(str(error).split())
-        raise UserError(f"{folder} holds no loadable model ({why})") from error
+        raise UserError(f"{folder.name} holds no loadable model ({why})") from error
     return config, model.eval()
 
 

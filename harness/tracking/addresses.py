@@ -10,9 +10,9 @@ from urllib.parse import unquote
 
 from harness.errors import UserError
 
-# User and password before an address's host; a password may hold all but line breaks and "@".
-USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/@\s:]*:(?!\d+(?:/|$))[^@\n]*)@")
-SECRET = re.compile(r"([?&;](?:password|passwd|pwd|token)=)[^&\s'\"]+", re.IGNORECASE)
+# An address in a text; a password in it may hold blanks, unless it may be a port.
+ADDRESS = re.compile(r"[\w+.-]+://(?:[^/@\s:]*:(?!\d+(?:[/\s]|$))[^@\n]*@)?\S*[^\s'\")\],.:;]")
+SECRET = re.compile(r"(pass|pwd|token|secret|key|auth|cred|sig)\w*=", re.IGNORECASE)  # parameters
 
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # MLflow's, of a server
 
@@ -75,9 +75,9 @@ def tracking_address(uri: str | None) -> str:
     if uri is None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or default_tracking()
     uri = _given(uri, "--tracking-uri")
-    if is_server(uri) and without_password(uri) != uri:
+    if is_server(uri) and without_secrets(uri) != uri:
         raise UserError(
-            f"--tracking-uri {without_password(uri)} holds a user or password; leave them out and "
+            f"--tracking-uri {without_secrets(uri)} holds a user or password; leave them out and "
             f"set {LOGIN}"
         )
     if not is_server(uri) and not uri.startswith("sqlite:"):
@@ -98,9 +98,30 @@ def _given(address: str, option: str) -> str:
     return address
 
 
+def without_secrets(address: str) -> str:
+    """Return an address as it is printed: without user, password, and parameters with a secret.
+
+    It is read as SQLAlchemy does; where that leaves an "@" in doubt, nothing of it is returned.
+    """
+    rest, query = address.partition("://")[2] or address, unquote(address.partition("?")[2])
+    has_login, has_secret = "@" in rest and not rest.startswith("/"), SECRET.search(query)
+    if not has_login and not has_secret:
+        return address
+    import sqlalchemy  # --help does not wait for it
+
+    try:
+        url = sqlalchemy.make_url(address)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "***"
+    if has_login and (url.username is None or rest.count("@") > 1):
+        return "***"
+    where = url.host, url.port, url.database
+    return sqlalchemy.URL.create(url.drivername, None, None, *where).render_as_string()
+
+
 def without_password(text: str) -> str:
-    """Return a text with addresses in it without their users and passwords."""
-    return SECRET.sub(r"\1***", USERINFO.sub("", text))
+    """Return a text with the addresses in it as they are printed."""
+    return ADDRESS.sub(lambda found: without_secrets(found[0]), text)
 
 
 def reason(error: BaseException) -> str:
@@ -154,7 +175,7 @@ def is_new(url: str) -> bool:
 
 def unusable(url: str, option: str, error: BaseException) -> UserError:
     """Return the error of an address that cannot be used."""
-    named = f"{option} {without_password(url)}"
+    named = f"{option} {without_secrets(url)}"
     return UserError(
         trouble(error, named)
         or f"{named} cannot be used ({reason(error)}); give a writable place, for instance "

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from harness.errors import UserError
-from harness.tracking.addresses import sqlite_file, unusable, without_password
+from harness.tracking.addresses import sqlite_file, unusable, without_secrets
 from harness.tracking.runs import NOTE
 
 PLACES = {"experiments": "artifact_location", "runs": "artifact_uri"}  # columns of MLflow's tables
@@ -41,9 +41,7 @@ def rebase(uri: str, experiment: str = "") -> str:
     """
     database, left = sqlite_file(uri), set[Path]()
     if database is None or not database.exists():
-        raise UserError(
-            f"{without_password(uri)} is no database file; name one with --tracking-uri"
-        )
+        raise UserError(f"{without_secrets(uri)} is no database file; name one with --tracking-uri")
     home = database.parent
     try:
         with closing(sqlite3.connect(database, timeout=60)) as connection, connection:

@@ -16,6 +16,7 @@ from harness import provenance, registry
 from harness.config import RunConfig, UserError, checked_name
 from harness.data.dataset import Dataset
 from harness.data.load import is_named
+from harness.errors import reading
 from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, pictures, quality
 from harness.models.files import load_model
@@ -27,6 +28,7 @@ from harness.tracking.addresses import (
     project_root,
     sqlite_file,
     without_password,
+    without_secrets,
 )
 from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
@@ -318,7 +320,9 @@ def load_run(
     store = connect(tracking_uri, write=False)
     run = store.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        config, model = load_model(store.fetch(run.run_id, "model", folder), trusting(trust=trust))
+        files = store.fetch(run.run_id, "model", folder)
+        with reading(f"run {run_id}"):
+            config, model = load_model(files, trusting(trust=trust))
     return TrackedRun(run.run_id, config, run.metrics, model)
 
 
@@ -355,7 +359,7 @@ def description(key: str, tracking_uri: str, dataset: str) -> str:
     A dataset of tensors is given in Python alone, so that the command is a call.
     """
     file, elsewhere = sqlite_file(tracking_uri), tracking_uri != default_tracking()
-    known = f"sqlite:///{file}" if file else without_password(tracking_uri)  # from any folder
+    known = f"sqlite:///{file}" if file else without_secrets(tracking_uri)  # from any folder
     command = f"python -m studies.replay {key}"
     command += f" --tracking-uri {shlex.quote(known)}" * elsewhere
     if not is_named(dataset):
@@ -370,7 +374,7 @@ def interruption(error: BaseException) -> tuple[str, str]:
         return "KILLED", f"its process ended with exit code {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", str(error) or "stopped by Ctrl-C"
-    return "FAILED", repr(error)
+    return "FAILED", without_password(repr(error))
 
 
 def parameters(config: RunConfig, data: Dataset) -> dict[str, object]:

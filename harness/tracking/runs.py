@@ -41,6 +41,13 @@ BATCH = 1000  # metric values of one request: MLflow's largest batch
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 
+# Fields of a provenance that are read again, and their kinds.
+FIELDS = {
+    **dict.fromkeys(("code", "versions", "device", "threads", "dataset"), dict),
+    **dict.fromkeys(("platform", "device kind", "dataset name", "dataset digest"), str),
+    "threads blas": int,
+}
+
 Write = dict[str, Any]
 
 

@@ -10,7 +10,7 @@ import sqlalchemy
 from alembic.script import ScriptDirectory
 
 from harness.errors import UserError
-from harness.tracking.addresses import is_new, sqlite_file, try_folder, unusable, without_password
+from harness.tracking.addresses import is_new, sqlite_file, try_folder, unusable, without_secrets
 
 # By option: the library, its migrations, how to migrate, and columns that no other's tables have.
 LIBRARIES = {
@@ -76,7 +76,7 @@ def check_tables(connection: sqlalchemy.Connection, url: str, option: str) -> No
         return set(connection.exec_driver_sql(f"select * from {table} limit 0").keys())
 
     library, migrations, upgrade, _ = LIBRARIES[option]
-    shown, new = f"{option} {without_password(url)}", f"give {library} a new database"
+    shown, new = f"{option} {without_secrets(url)}", f"give {library} a new database"
     begun = library == "Optuna" and tables == {"studies"}  # it was killed after its first table
     if begun and columns("studies") == {"study_id", "study_name"}:
         return
@@ -97,7 +97,7 @@ def check_tables(connection: sqlalchemy.Connection, url: str, option: str) -> No
         return
     age, way = "a newer", f"`pip install -U {library.lower()}`"
     if version is None or version in revisions:
-        address = shlex.quote(without_password(url))
+        address = shlex.quote(without_secrets(url))
         age, way = "an older", f"copy it, then migrate it with `{upgrade} {address}`"
     raise UserError(
         f"{shown} is a database of {age} {library}, schema {version} ({library} "

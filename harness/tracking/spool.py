@@ -29,7 +29,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
-from harness.tracking.addresses import LOGIN, causes, is_server, reason, without_password
+from harness.tracking.addresses import LOGIN, causes, is_server, reason, without_secrets
 from harness.tracking.runs import DROPPED, KEY, Write, create, is_deleted, perform
 
 WRITES = "writes.jsonl"
@@ -64,7 +64,7 @@ def refused(uri: str, what: str, error: BaseException, folder: Path | None = Non
         hint = f"set {LOGIN}"
     elif folder is not None:
         hint += f", and delete {folder} to give its records up"
-    store = f"the MLflow server at {uri}" if is_server(uri) else without_password(uri)
+    store = f"the MLflow server at {uri}" if is_server(uri) else without_secrets(uri)
     return UserError(f"{store} refuses {what} ({reason(error)}); {hint}")
 
 

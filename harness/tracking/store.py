@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from harness import registry
 from harness.config import RunConfig
-from harness.errors import UserError
+from harness.errors import UserError, printable, reading
 from harness.tracking import addresses, artifacts, runs, schema
 from harness.tracking.runs import (
     KEY,
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 _warn = cache(log.warning)  # once a text
 
 NAME = "made_as"  # tag of an experiment with the name that it was made with
+CONFIG = "model/config.json"  # artifact of a finished run
 START = ["attributes.start_time ASC"]
 
 
@@ -184,7 +186,7 @@ class Store:
         while page.token:
             page = search(order_by=START, page_token=page.token)
             found += map(_run, page)
-        return sorted(found, key=lambda run: int(run.tags.get("place", -1)))
+        return sorted(found, key=lambda run: run.tags.get("place", "").rjust(9))
 
     def close(
         self, experiment: str, keys: Iterable[str], reason: str, status: str = "KILLED"
@@ -234,7 +236,7 @@ class Store:
             if found := self.call(self.client.search_runs, ids, f"tags.{KEY} = '{run}'"):
                 return _run(found[0])
             raise UserError(
-                f"run {run!r} is not in {addresses.without_password(self.uri)}; its page in MLflow "
+                f"run {run!r} is not in {addresses.without_secrets(self.uri)}; its page in MLflow "
                 "shows the id, and --tracking-uri names another store"
             ) from error
 
@@ -273,7 +275,7 @@ class Store:
         """Return every logged value of a run, metric by metric."""
         metrics = self.call(self.client.get_run, run_id).data.metrics
         return [
-            Logged(metric, entry.step, entry.value)
+            Logged(metric, entry.step, _number(run_id, metric, entry.value))
             for metric in sorted(metrics)
             for entry in self.call(self.client.get_metric_history, run_id, metric)
         ]
@@ -292,14 +294,19 @@ class Store:
         if found.status != "FINISHED":
             raise UserError(f"run {run} is {found.status}; only a FINISHED run can be compared")
         with tempfile.TemporaryDirectory() as folder:
-            saved = self.fetch(found.run_id, "model/config.json", folder).read_text("utf-8")
-            made = json.loads(self.fetch(found.run_id, PROVENANCE, folder).read_text("utf-8"))
-            for part in made.get("parts", {}):
-                kind, _, name = part.partition(" ")
-                text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
-                registry.restore(kind, name, text, trusting(trust=trust))
-        config, values = RunConfig.from_json(saved), self.history(found.run_id)
-        return Record(found.run_id, found.name, config, made, values)
+            saved, file = (self.fetch(found.run_id, f, folder) for f in (CONFIG, PROVENANCE))
+            with reading(f"{PROVENANCE} of run {run}"):
+                made = json.loads(file.read_text("utf-8"))
+                for field, of in runs.FIELDS.items():
+                    if not isinstance(value := reduce(getitem, field.split(), made), of):
+                        raise UserError(f"{field} is {value!r}, no {of.__name__}")
+                for part in made.get("parts", {}):
+                    kind, _, name = part.partition(" ")
+                    text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
+                    registry.restore(kind, name, text, trusting(trust=trust))
+            with reading(f"{CONFIG} of run {run}"):
+                config = RunConfig.from_json(saved.read_text("utf-8"))
+        return Record(found.run_id, found.name, config, made, self.history(found.run_id))
 
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
@@ -311,7 +318,7 @@ def trusting(*, trust: bool | None) -> Callable[[str], bool]:
 
     def decide(code: str) -> bool:
         if trust is None and sys.stdin is not None and sys.stdin.isatty():
-            print(f"{code} Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
+            print(f"{printable(code)} Execute it? [y/N] ", end="", file=sys.stderr, flush=True)
             return sys.stdin.readline().strip().lower() in ("y", "yes")
         return bool(trust)
 
@@ -360,7 +367,13 @@ def _check_artifacts(uri: str, location: str) -> None:
 
 def _run(found: mlflow.entities.Run) -> Run:
     info, data = found.info, found.data
-    return Run(info.run_id, info.run_name, info.status, data.params, data.metrics, data.tags)
+    metrics = {name: _number(info.run_id, name, value) for name, value in data.metrics.items()}
+    return Run(info.run_id, info.run_name, info.status, data.params, metrics, data.tags)
+
+
+def _number(run_id: str, metric: str, value: float) -> float:
+    with reading(f"metric {metric!r} of run {run_id}"):
+        return float(value)  # SQLite keeps a text, too
 
 
 _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each

@@ -19,7 +19,7 @@ import tyro
 
 import harness
 from harness.config import UserError
-from harness.errors import SummaryError
+from harness.errors import SummaryError, printable
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import (
@@ -112,7 +112,8 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
     if code == CLOSED:
         code = stopping.exit_code() or CLOSED
     try:
-        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+        shown = printable(message).replace("\n", r"\n")
+        print(shown, end="\n" if message else "", file=sys.stderr, flush=True)
     except OSError:
         drop(sys.stderr)
     try:
@@ -153,7 +154,7 @@ def read(
     if settings is not None:
         nested = ("settings", settings, field(default_factory=settings))
         parsed = make_dataclass("Options", [nested], bases=(options,), frozen=True)
-    printed = io.StringIO()
+    args, printed = sys.argv[1:] if args is None else args, io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             found = tyro.cli(
@@ -166,6 +167,11 @@ def read(
     except SystemExit as error:
         if error.code != 2:
             raise
+        # The message repeats arguments: it is that of addresses without their passwords.
+        pairs = [re.fullmatch("(-[^=]*=)?(.*)", word, re.DOTALL) for word in args]
+        hidden = [(m[1] or "") + addresses.without_secrets(m[2]) for m in pairs if m]
+        if hidden != [*args]:
+            read(options, name, question, hidden, settings)
         # The message between the first two rules of tyro's box.
         text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())
         text = re.sub(

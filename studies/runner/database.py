@@ -50,10 +50,11 @@ def checked_address(url: str | None) -> str:
     url = addresses.storage_address(url)
     schema.check_database(url, "--storage")
     kind = url.partition("://")[0]
-    if sqlite_file(url) is None and kind not in POSTGRES:
+    known = addresses.without_secrets(url)
+    if sqlite_file(url) is None and (kind not in POSTGRES or known == "***"):
         raise UserError(
-            f"--storage {addresses.without_password(url)}: studies are kept in SQLite or "
-            "PostgreSQL; give sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE"
+            f"--storage {known}: studies are kept in SQLite or PostgreSQL; give sqlite:///FILE, or "
+            "postgresql+psycopg://USER@HOST/DATABASE, with %40 for each @ of a password"
         )
     if sqlite_file(url) is None:
         with _connected(url) as connection:

@@ -18,14 +18,16 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 
 from harness.config import RunConfig, UserError
+from harness.errors import reading
 from harness.tracking import End
 from studies.runner import database, stopping
-from studies.runner.proposers import DIVERGED, Proposer, Value, keys
+from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -41,6 +43,8 @@ OWNER, RESULT = "process", "result"
 
 LOST = "lost"
 """User attribute of a study: the numbers of ended trials of whose runs one was deleted."""
+
+KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
 
 FORMAT = 2
 """Edition of studies: trials with keys, in a grid one trial per run."""
@@ -92,7 +96,12 @@ class Queue:
         """Return the trials in the named states, by default in any."""
         wanted = tuple(optuna.trial.TrialState[state] for state in states) or None
         get = partial(self.study.get_trials, deepcopy=False, states=wanted)
-        return database.retry(get, self.storage.url)
+        found = database.retry(get, self.storage.url)
+        for trial, (name, of) in product(found, KINDS.items()):
+            if not isinstance(value := trial.user_attrs.get(name, of()), of):
+                where = f"trial {trial.number} of study {self.study.study_name!r} in --storage"
+                raise UserError(f"{where}: {name} is {value!r}, no {of.__name__}")
+        return found
 
     def left(self) -> int:
         """Return how many trials have no result yet, running trials included."""
@@ -294,7 +303,8 @@ def _owner(trial: FrozenTrial) -> str:
 
 def noted(trial: FrozenTrial) -> Value | None:
     """Return the value that was noted of a trial before it could be finished, if any."""
-    return Value(**trial.user_attrs[RESULT]) if RESULT in trial.user_attrs else None
+    with reading(f"result of trial {trial.number}"):
+        return Value(**trial.user_attrs[RESULT]) if RESULT in trial.user_attrs else None
 
 
 def check_settings(
@@ -307,7 +317,7 @@ def check_settings(
     stored, given = study.user_attrs.get("settings"), {**settings, "format": FORMAT}
     if stored is None and not study.get_trials(deepcopy=False):
         return False
-    if stored is None or stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(
             f"study {name!r} in --storage was made by the first edition of this harness or by "
             "another program and cannot be continued; start another with --study-name"

@@ -169,7 +169,7 @@ def _check_results(
         [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"],
         len(runs),
     )
-    places.append(f"--storage {addresses.without_password(storage_address(options.storage))}")
+    places.append(f"--storage {addresses.without_secrets(storage_address(options.storage))}")
     # Now that its runs are read: another process creates the study first.
     if storage is not None and has_study(storage.url, plan.name):
         trials = optuna.load_study(study_name=plan.name, storage=storage).get_trials(deepcopy=False)
@@ -362,7 +362,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
         return summary.write(plan.find(found), found, experiment_id)
     written = [t for t in summaries.trials("COMPLETE") if summaries.proposer.place(t) == 0][-1]
     run_id, answer = written.user_attrs["run_id"], written.user_attrs["answer"]
-    shown = way(addresses.without_password(store.uri))
+    shown = way(addresses.without_secrets(store.uri))
     address = f"{shown}/#/experiments/{experiment_id}/runs/{run_id}"
     terminal.summary_elsewhere(run_id, address, answer)
     return None

@@ -29,7 +29,7 @@ from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
 from harness.tracking import load_run
 from harness.tracking import record as recording
-from harness.tracking.addresses import without_password
+from harness.tracking.addresses import without_secrets
 from harness.tracking.page import save_view
 from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
@@ -121,7 +121,7 @@ def ended(
     if missing := complete - {run.key for run in found.finished}:
         raise UserError(
             f"study {plan.name!r} has {len(complete)} finished runs in Optuna, of which "
-            f"{len(missing)} are not in {without_password(store.uri)}; the same command makes "
+            f"{len(missing)} are not in {without_secrets(store.uri)}; the same command makes "
             "them again"
         )
     return found
@@ -223,7 +223,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
-        "tracking_uri": without_password(found.store.uri),
+        "tracking_uri": without_secrets(found.store.uri),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     report.build(folder)
@@ -252,7 +252,9 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{outcome.answer}\n\n{table}\n")
+    run.tag(
+        NOTE, f"**{found.plan.question.strip()}**\n\n{tables.unmarked(outcome.answer)}\n\n{table}\n"
+    )
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -287,18 +289,19 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     columns = dict.fromkeys([*study.table, *registry.METRICS])
-    if ranked.empty:
-        name = found.plan.name
-        raise UserError(f"study {name!r} has no point to rank: a seed of every one diverged")
+    by, name = _ranking(study, ranked), found.plan.name
+    if by not in ranked or ranked[by].isna().all():
+        why = f"a seed of every one diverged or has no {by}"
+        raise UserError(f"study {name!r} has no point to rank: {why}")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     first = frame[frame["seed"] == 0]
     if study.group and len(first):
         first = first[first[study.group] == first[study.group].iloc[-1]]
-    best = ranked.loc[ranked[_ranking(study, ranked)].idxmin()]
+    best = ranked.loc[ranked[by].idxmin()]
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
-    named = "; ".join(f"{run.name} {run.tags['reason']}" for run in diverged)
+    named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
     return Findings(
         table=table,
@@ -306,7 +309,8 @@ def compare_points(study: Study, found: Ended) -> Findings:
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranked)},
         figures={
-            name: (partial(draw, frame), text) for name, (draw, text) in study.figures.items()
+            name: (partial(draw, plots.plain_frame(frame)), text)
+            for name, (draw, text) in study.figures.items()
         },
         models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
         best=best,

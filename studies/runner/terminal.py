@@ -20,7 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 import rich.box
 import rich.console
 from rich.table import Table
+from rich.text import Text
 
+from harness.errors import printable
 from harness.tracking import addresses
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ PLAIN = {"±": "+-", "²": "^2", "é": "e", "–": "-", "−": "-", "×": "x"}  
 
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once standard output is closed."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
         drop(self.file)
@@ -143,8 +148,8 @@ class Terminal(logging.Handler):
 
     def dry_run(self, tracking_uri: str | None, storage: str | None, estimate: str) -> None:
         """Show the stores of a dry run and the estimated duration."""
-        tracking = addresses.without_password(addresses.tracking_address(tracking_uri))
-        storage = addresses.without_password(addresses.storage_address(storage))
+        tracking = addresses.without_secrets(addresses.tracking_address(tracking_uri))
+        storage = addresses.without_secrets(addresses.storage_address(storage))
         self.results[-1] |= {"tracking_uri": tracking, "storage": storage, "estimate": estimate}
         self.line(f"Tracking: {tracking}\nStorage: {storage}\n{estimate}")
 
@@ -167,6 +172,7 @@ class Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message; one with `extra={"progress": True}` only counts."""
+        record.msg, record.args = addresses.without_password(record.getMessage()), ()
         if record.levelno >= logging.WARNING:  # as without this handler
             logging.getLogger().callHandlers(record)
         elif not getattr(record, "progress", False) or self.is_due():
@@ -183,7 +189,7 @@ class Terminal(logging.Handler):
         from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
 
         self.failures += outcome.failures
-        where = addresses.without_password(addresses.tracking_address(tracking_uri))
+        where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         frame, report = outcome.table, str(outcome.folder / "report.html")
         finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
         self.results[-1] |= {
@@ -274,9 +280,10 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
         like = {name: str(getattr(plan.configs[0], name)) for name in ALIKE} | {"device": device}
         for run in client.search_runs(ids, test, max_results=100):  # the latest first
             params, info = run.data.params, run.info
-            if like.items() <= params.items():
-                epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
-                each.append((info.end_time - info.start_time) / 1000 / epochs)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # another program's run
+                if like.items() <= params.items():
+                    epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
+                    each.append((info.end_time - info.start_time) / 1000 / epochs)
     if not each:
         return "duration: not known (no finished run like these here). Nothing was trained."
     whole = duration(median(each) * sum(config.epochs for config in plan.configs))

@@ -206,14 +206,14 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
 def test_no_link_shows_a_password():
     assert f"Every run: https://host/#/experiments/7{page.LINK}" in screen(100, "https://host/")
     printed = screen(100, "sqlite:///m.db?password=secret")
-    assert "'sqlite:///m.db?password=***', then " in printed
+    assert "sqlite:///m.db, then " in printed
     assert "secret" not in printed
 
 
 def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
     stores = "sqlite:///m.db?password=secret", "postgresql+psycopg://me:secret@host/o"
     Terminal().dry_run(*stores, "duration: not known")
-    shown = "sqlite:///m.db?password=***", "postgresql+psycopg://host/o"
+    shown = "sqlite:///m.db", "postgresql+psycopg://host/o"
     printed = capsys.readouterr().out
     assert printed == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
 
@@ -279,7 +279,7 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
         "experiment_id": "7",
         "answer": "It is so.",
         "report": "/reports/x/report.html",
-        "tracking_uri": "sqlite:///m.db?password=***",
+        "tracking_uri": "sqlite:///m.db",
         "exit_code": 0,
     }
     for text in ("Why?", "3 runs", "drawing figures", "printed by a library", "100 %"):

@@ -23,10 +23,10 @@ ADDRESSES = {
     "http://user:secret@host:5000": "http://host:5000",
     "https://secret@host/path": "https://host/path",
     "postgresql://user:se/cret#1@host/db": "postgresql://host/db",
-    "postgresql://user:secret@secret@host/db": "postgresql://host/db",
+    "postgresql://user:secret@secret@host/db": "***",
     "mysql://user:my secret@host/db": "mysql://host/db",
-    "postgresql://host/db?user=me&password=secret": "postgresql://host/db?user=me&password=***",
-    "http://host:5000/a@b": "http://host:5000/a@b",
+    "postgresql://host/db?user=me&password=secret": "postgresql://host/db",
+    "http://host:5000/a@b": "http://b",  # as SQLAlchemy reads it; the password may be 5000/a
     "sqlite:////home/me@work/mlflow.db": "sqlite:////home/me@work/mlflow.db",
 }
 
