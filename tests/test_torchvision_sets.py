@@ -246,6 +246,19 @@ def test_several_sizes_need_an_image_size(tmp_path):
     assert whole == {image.transpose(2, 0, 1).tobytes() for image in resized[20:]}
 
 
+def test_depth_and_background_are_those_of_a_folder(tmp_path):
+    for i, value in enumerate(np.linspace(0, 4095, 30).astype(np.uint16)):
+        place = tmp_path / "eurosat" / "2750" / "ABC"[i % 3] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), value)).save(place)
+    with pytest.raises(UserError, match="from 0 to 4095: .*--image-range 0 4095"):
+        load_dataset("torchvision:EuroSAT", tmp_path)
+    given = {"image_range": [0, 4095], "background": "black"}
+    data = load_dataset("torchvision:EuroSAT", tmp_path, **given)
+    assert data.options == given
+    assert max(int(part.images.max()) for part in (data.train, data.val, data.test)) == 255
+
+
 def test_grey_and_coloured_images_are_read_together(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 4)  # the first two blocks are grey
     for i in range(30):

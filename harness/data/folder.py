@@ -35,11 +35,9 @@ BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.Decompre
 
 # Torchvision's, whose import takes seconds.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Names of folders that are parts of the data, and of which.
-SPLIT = re.compile(
-    r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|tst))"
-    r"(?:[-_ .]?(?:set|data|images?|\d+))?",
-    re.IGNORECASE,
+SPLIT = re.compile(  # names of folders that are parts of the data, and of which
+    r"(?i)(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing))"
+    r"(?:[-_ .]?(?:set|data|images?|\d+))?"
 )
 HELPERS = (  # folders of programs and systems, in lower case; hidden ones are others
     *("@eadir", "__macosx", "__pycache__", "lost+found", "#recycle", "#snapshot", "$recycle.bin"),
@@ -50,15 +48,16 @@ HELPERS = (  # folders of programs and systems, in lower case; hidden ones are o
 class Reading(NamedTuple):
     """How images are read: the options of `load_dataset`, checked."""
 
-    size: list[int] | None  # height and width; None keeps those of the images
-    span: list[float] | None  # values of black and white; None takes those of 8 or 16 bits
+    image_size: list[int] | None  # height and width; None keeps those of the images
+    image_range: list[float] | None  # values of black and white; None: those of 8 or 16 bits
     background: str
 
     @property
     def options(self) -> dict[str, Any]:
         """Those that are no defaults, as they are recorded."""
-        given = {"image_size": self.size, "image_range": self.span, "background": self.background}
-        return {name: value for name, value in given.items() if value not in (None, "white")}
+        return {
+            name: value for name, value in self._asdict().items() if value not in (None, "white")
+        }
 
 
 def reading(
@@ -124,13 +123,12 @@ def read_folder(path: Path, how: Reading) -> Dataset:
         class_names=names,
     )
     report_equal(data)
-    return replace(data, options=how._replace(size=[*data.image_shape[1:]]).options)
+    return replace(data, options=how._replace(image_size=[*data.image_shape[1:]]).options)
 
 
 def _no_image(folder: Path, left: Counter[str]) -> UserError:
-    why = f"; left out: {_counted(left)}" if left else ""
-    what = f"no image in it: fill or remove it; endings are {' '.join(ENDINGS)}"
-    return UserError(f"folder:{folder}: {what}{why}")
+    what = f"no image in it: fill or remove it (left out: {_counted(left) or 'nothing'})"
+    return UserError(f"folder:{folder}: {what}; endings are {' '.join(ENDINGS)}")
 
 
 def _counted(left: Counter[str]) -> str:
@@ -229,8 +227,8 @@ class _Picture(NamedTuple):
 def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
     """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours, and labels (N,).
 
-    The pairs, which several threads read, hold a file or an image, and its class. Images are
-    resized to the size in `how`; None demands that all have one size.
+    The pairs, which several threads read, hold a file or an image, and its class. Without a size in
+    `how`, all images have to have one.
     """
     resize = f"give --image-size (at most {LARGEST_SIDE})"
 
@@ -271,7 +269,8 @@ def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tenso
     if first is None or broken:
         count = f"{len(broken)} of {len(pairs)} images cannot be read"
         raise UserError(f"{count}: {listed(broken)}; replace or remove them")
-    _check_depth(deep, how)
+    if deep:
+        _check_depth(deep, how.image_range)
     if differ and all(np.array_equal(image, images[0]) for image in images):
         lost = "8 bits a channel, --image-size or --background"
         raise UserError(f"the images differ, but in nothing that is left by {lost}: change these")
@@ -288,20 +287,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def _check_depth(deep: dict[str, tuple[float, float]], how: Reading) -> None:
-    # Refuse values outside the range or, without one, of more than 8 bits that do not fill the 16
-    # of which the upper 8 are kept.
-    low = min((low for low, _ in deep.values()), default=0)
-    high = max((high for _, high in deep.values()), default=HALF)
-    whole = all(isinstance(value, int) for span in deep.values() for value in span)
-    if deep and how.span is not None:
-        what = "values outside --image-range {:g} {:g}".format(*how.span)
-        raise UserError(f"{what}, in all from {low} to {high}: {listed([*deep])}")
-    if not (whole and low >= 0 and HALF <= high < 2**16):
-        white = 2 ** int(high).bit_length() - 1 if whole and low >= 0 else max(high, low + 1)
-        what = f"values of more than 8 bits, in all from {low} to {high}: give those of black and"
-        give = f"white, as --image-range {min(low, 0)} {white}, or save with 8 bits a channel"
-        raise UserError(f"{what} {give}: {listed([*deep])}")
+def _check_depth(deep: dict[str, tuple[float, float]], given: list[float] | None) -> None:
+    # Refuse values outside a given range or, without one, of more than 8 bits that do not fill 16.
+    low, high = min(deep.values())[0], max(high for _, high in deep.values())
+    whole = low >= 0 and all(isinstance(end, int) for span in deep.values() for end in span)
+    if given or not (whole and HALF <= high < 2**16):
+        white = 2 ** int(high).bit_length() - 1 if whole else max(high, low + 1)
+        what = f"outside --image-range {given[0]} {given[1]}" if given else "of more than 8 bits"
+        give = f"give those of black and white, as --image-range {min(low, 0)} {white}, or save"
+        files = f"with 8 bits a channel: {listed([*deep])}"
+        raise UserError(f"values {what}, in all from {low} to {high}: {give} {files}")
 
 
 def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or Pillow's image
@@ -316,10 +311,10 @@ def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or
             raise ValueError("values that are not finite")
     deep = None if values.dtype == np.uint8 else (low, high)
     levels = values if deep is None else np.zeros_like(values)
-    if how.span is not None:
+    if how.image_range is not None:
         if is_cut:
             raise ValueError("colours of 16 bits have no --image-range; save it with 8")
-        black, white = how.span
+        black, white = how.image_range
         deep = None if black <= low <= high <= white else (low, high)
         if deep is None:
             levels = np.rint((values.astype(float) - black) * (255 / (white - black)))
@@ -333,9 +328,9 @@ def _picture(image: Any, how: Reading) -> _Picture:  # noqa: ANN401 - a file, or
         opacity, ground = alpha.astype(np.uint32), BACKGROUNDS[how.background]
         levels = (levels * opacity + ground * (255 - opacity) + 127) // 255
     pixels = levels.astype(np.uint8)
-    if how.size is not None:
+    if how.image_size is not None:
         picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-        picture = picture.resize((how.size[1], how.size[0]), Image.Resampling.BILINEAR)
+        picture = picture.resize((how.image_size[1], how.image_size[0]), Image.Resampling.BILINEAR)
         pixels = np.atleast_3d(np.asarray(picture))
     digest = hash((values.tobytes(), alpha is not None and alpha.tobytes()))
     return _Picture(pixels.transpose(2, 0, 1), digest, deep, frames)

@@ -47,8 +47,7 @@ def read_torchvision(name: str, root: Path, how: Reading) -> Dataset:
     """Read a set of torchvision, downloaded unless it is there; its name is "torchvision-NAME".
 
     Official parts are kept, and those that a set lacks, or has without labels, are split off its
-    training images. Images keep their colours, and are read as a folder's are. The
-    `root` holds sets as torchvision arranges them.
+    training images. Images are read as a folder's. The `root` is as torchvision arranges it.
     """
     if name not in SETS:
         known, every = {one.lower(): one for one in SETS}, ", ".join(sorted(SETS))

@@ -56,7 +56,7 @@ class Places:
         return checked_name(default if self.study_name is None else self.study_name)
 
 
-READ_WITH = frozenset({"image_size", "image_range", "background", "label"})  # options of data
+READ_WITH = ("image_size", "image_range", "background", "label")  # options of data
 ELSEWHERE = tuple(field.name for field in fields(Places))  # they do not change the results
 
 

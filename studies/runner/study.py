@@ -78,7 +78,7 @@ KNOWN = {
 
 def read_own(options: Common) -> Dataset | None:
     """Load the user's data, on which a plan depends; return None for a dataset of `KNOWN`."""
-    if options.dataset in KNOWN and not READ_WITH & chosen(options).keys():
+    if options.dataset in KNOWN and not {*READ_WITH} & chosen(options).keys():
         return None
     import harness
 

@@ -154,7 +154,7 @@ DEPTHS = {
     "values outside": (
         ramp(np.uint16, 4095),
         {"image_range": (0, 4000)},
-        "values outside --image-range 0 4000, in all from 4095 to 4095: .*19.png$",
+        "values outside --image-range 0 4000, in all from 4095 to 4095: .*-range 0 4095.*19.png$",
     ),
     "no number": (
         ramp(np.float32, np.nan, ".tif"),
@@ -165,7 +165,11 @@ DEPTHS = {
     "12 bits in colour": (colours(4095), {}, "from 0 to 4095: .*save .* 8 bits"),
     "16 bits in colour": (colours(65_535), {}, [int(v) >> 8 for v in np.linspace(0, 65_535, 20)]),
     "colour and a range": (colours(4095), {"image_range": (0, 4095)}, "20 of 20.*colours of 16"),
-    "lost below 8 bits": (near, {}, "the images differ, but in nothing that is left by 8 bits"),
+    "lost below 8 bits": (
+        near,
+        {},
+        "the images differ, but in nothing that is left by 8 bits",
+    ),
     "one number": (
         ramp(np.uint16, 4095),
         {"image_range": (4095,)},
