@@ -177,8 +177,7 @@ class Dataset:
                 missing gets a tenth of "train"; None splits all 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
-            columns: names of a table's columns; then uint8 values are those of a table too. Those
-                of a frame of pandas are its own.
+            columns: names of a table's columns, which a frame has; uint8 values then are a table's.
         """
         columns, class_names = ([*map(checked_text, given)] for given in (columns, class_names))
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
