@@ -152,7 +152,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("hidden", "channels", "lr_milestones"):
             widths = getattr(self, name)
             if not isinstance(widths, list | tuple):
@@ -380,12 +380,12 @@ def _values(name: str, given: object) -> Options:
     return Options(values)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any setting
-    # With Python's numbers and lists in place of those of NumPy and PyTorch.
+def plain(value: Any) -> Any:  # noqa: ANN401 - any setting
+    """Return a setting with Python's numbers and lists in place of those of other libraries."""
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
+        return type(value)(map(plain, value))
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -38,7 +38,7 @@ class SummaryError(UserError):
 def checked_text(given: object) -> str:
     """Return a name as text; one whose bytes are no UTF-8 cannot be recorded, a `UserError`."""
     if (text := str(given)).encode(errors="ignore").decode() != text:
-        raise UserError(f"the name {text!r} is no UTF-8 and cannot be recorded; rename it")
+        raise UserError(f"{text!r} is no UTF-8 and cannot be recorded; rename it")
     return text
 
 

@@ -55,8 +55,7 @@ def _read(path: Path, label: str | None) -> Dataset:
         if is_large:
             low, high = min(low, some.min()), max(high, some.max())
     if is_large:  # checked as by `from_tensors`
-        first = as_tensor(np.zeros_like(some[:1]), "images")
-        as_values(first, 255, ())
+        as_values(first := as_tensor(np.zeros_like(some[:1]), "images"), 255, ())
         if array.ndim > 2:
             check_pixels(first.dtype, float(low), float(high))
     labels, names = (None, ()) if label is None else _labels(path, label, len(array))

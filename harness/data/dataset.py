@@ -8,9 +8,8 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from functools import cached_property
-from numbers import Real
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +35,6 @@ MOST_CLASSES = 10_000  # a larger label is a code and not a number of a class
 PURPOSE = {"threshold": "binarize", "stochastic": "binarize", "uniform": "dequantize"}
 CHUNK = 2**23  # values that are read at once: 64 MiB of float64
 ROUNDING = 1e-6  # by which floats may miss [0, 1]: some units in the last place of float32
-# Errors of NumPy, PyTorch and pandas for what is no array, or none of numbers.
-NO_ARRAY = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError)
 
 
 class Columns(NamedTuple):
@@ -168,23 +165,19 @@ class Dataset:
     ) -> Dataset:
         """Make a dataset of your images, or of the rows of a table.
 
-        Images, labels and rows are tensors, arrays, objects of pandas, whose index is not used, or
-        lists, of any byte order and strides.
-
         Args:
             name: its name in MLflow; letters, digits, ".", "_", "-".
-            images: shape (N, H, W), grey, or (N, C, H, W) with 1 or 3 channels; uint8, or floats
-                in [0, 1], which are rounded to 256 levels. Or vectors of shape (N, D): grey values
-                if they are uint8, else the columns of a table, of any unit, which are standardised
-                by their mean and standard deviation in the training part.
+            images: a tensor, array, list, or of pandas, of shape (N, H, W), grey, or (N, C, H, W)
+                with 1 or 3 channels; uint8, or floats in [0, 1], rounded to 256 levels. Or vectors
+                (N, D): grey values if they are uint8, else the columns of a table, of any unit,
+                standardised by their mean and standard deviation in the training part.
             labels: class of each image, shape (N,), counted from 0, or its name; None leaves out
                 the metrics that need classes.
             rows: part ("train", "val", "test") -> its rows, or a mask of all. A part that is
                 missing gets a tenth of "train"; None splits all 8 : 1 : 1, always in the same way.
             class_names: a name for each class.
             largest: grey value of uint8 images that stands for 1.
-            columns: names of a table's columns; then uint8 values are those of a table too. Those
-                of a frame of pandas are its own.
+            columns: names of a table's columns, which a frame has; uint8 values then are a table's.
         """
         columns, class_names = ([*map(checked_text, given)] for given in (columns, class_names))
         if checked_name(name, "name", 60) in DATASETS:  # it is part of the names of studies
@@ -192,8 +185,8 @@ class Dataset:
         given = images if isinstance(images, Mapped) else as_tensor(images, "images")
         axes = "permute" if isinstance(images, Tensor) else "transpose"
         values, shape = as_values(given, largest, columns, axes)
-        if values.dtype == torch.float64:
-            columns = columns or [*map(checked_text, getattr(images, "columns", None) or ())]
+        if values.dtype == torch.float64 and not isinstance(images, Mapped):
+            columns = columns or [*map(checked_text, getattr(images, "columns", ()))]
         classes, count = torch.zeros(len(values), dtype=torch.int64), 0
         if labels is not None:
             classes, names = as_labels(labels, len(values))
@@ -302,11 +295,8 @@ def digest(*parts: Tensor | Mapped, about: str = "") -> str:
 
 
 def as_array(given: object, what: str) -> np.ndarray:
-    """Return numbers or texts of a tensor, an array, an object of pandas or a list, as an array.
-
-    All that a user gives comes through here; what is no array is a UserError.
-    """
-    parts = given if isinstance(given, list | tuple) else [given]
+    """Return numbers or texts, given in any form, as an array; all data of users come here."""
+    parts: Any = given if isinstance(given, list | tuple) else [given]
     if any(isinstance(part, np.ma.MaskedArray) for part in parts):
         raise UserError(f"{what}: a masked array, whose mask is not used; fill it, or leave it out")
     try:
@@ -314,18 +304,19 @@ def as_array(given: object, what: str) -> np.ndarray:
             dense = [part.detach().cpu().to_dense().numpy() for part in parts]
             given = dense[0] if parts[0] is given else dense
         array = np.asarray(given)
-        array = np.array(array.tolist()) if array.dtype == object else array
+        array = np.array(array.tolist()) if array.dtype.kind in "OT" else array
         if array.dtype.kind in "OUS":
             items = np.asarray(given, dtype=object)
-            known = str | bytes if isinstance(items.flat[0], str | bytes) else Real | Decimal
+            is_text = 2 * sum(isinstance(i, str | bytes) for i in items.flat) > items.size
             for place, item in np.ndenumerate(items):
-                if not isinstance(item, known):
+                if not isinstance(item, str | bytes if is_text else Number):
                     found = f"{str(item)[:40]!r} ({type(item).__name__}) at {[*place]}"
                     raise UserError(f"{what}: {found}; give numbers alone, or names as labels")
-            array = array.astype(np.float64) if known == Real | Decimal else array
-    except NO_ARRAY as error:
+            array = array if is_text else array.astype(np.float64)
+    except Exception as error:  # NumPy, PyTorch and pandas have many for what is no array
         why = f"no array ({one_line(error)[:100]}); give numbers in rows of one length"
-        raise error if isinstance(error, UserError) else UserError(f"{what}: {why}") from None
+        is_other = isinstance(error, UserError | MemoryError)
+        raise error if is_other else UserError(f"{what}: {why}") from None
     return array
 
 
@@ -343,8 +334,7 @@ def as_values(
 ) -> tuple[Tensor | Mapped, tuple[int, ...]]:
     """Return what `Dataset.from_tensors` takes, (N, D), and the shape of an image.
 
-    Images are uint8 and the columns of a table float64. Rows of a file have been checked. `axes`
-    is the method that changes the order of the user's axes.
+    Images are uint8 and the columns of a table float64. Rows of a file have been checked.
     """
     if isinstance(images, Mapped):
         return images, images.image_shape
@@ -459,11 +449,10 @@ def split_rows(images: int, given: Mapping[str, Any] | None) -> list[Tensor]:
 
 def _rows(part: str, given: Any, images: int) -> Tensor:  # noqa: ANN401 - numbers or a mask
     if isinstance(given, range):
-        rows = torch.arange(given.start, given.stop, given.step)
-    else:
-        if isinstance(given, Iterable) and not hasattr(given, "__array__"):
-            given = list(given)
-        rows = as_tensor(given, f"rows of {part!r}")
+        given = torch.arange(given.start, given.stop, given.step)
+    elif isinstance(given, Iterable) and not hasattr(given, "__array__"):
+        given = list(given)
+    rows = as_tensor(given, f"rows of {part!r}")
     if rows.dtype == torch.bool and tuple(rows.shape) == (images,):
         rows = rows.nonzero().flatten()
     if rows.ndim != 1 or len(rows) < 2 or rows.is_floating_point() or rows.dtype == torch.bool:

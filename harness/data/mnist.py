@@ -60,12 +60,9 @@ def _find(folder: Path, name: str) -> Tensor | None:
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file: bytes 0, 0, 8, the number of axes, big-endian sizes, uint8 values.
-
-    It may be compressed by gzip, whatever its name.
-    """
+    """Read an IDX file: bytes 0, 0, 8, the number of axes, big-endian sizes, uint8 values."""
     content = bytearray(file.read_bytes())
-    if content.startswith(b"\x1f\x8b"):
+    if content.startswith(b"\x1f\x8b"):  # compressed, whatever its name
         content = bytearray(gzip.decompress(content))
     axes = content[3] if content.startswith(b"\0\0\x08") and len(content) > 3 else 0
     start = 4 + 4 * axes

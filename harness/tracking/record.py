@@ -402,8 +402,7 @@ def divergence(record: EpochRecord, row: int) -> str | None:
     It has where a value is no number, where its squared error is above 1, more than any constant
     image has (of a table, whose columns have variance 1: above 10,000), or its rate is above 10,000
     nats a latent although the loss counts it: posterior means lie 141 standard deviations of the
-    prior from 0. So has a run of which some weights stand still, as Adam's second moment of their
-    gradient is too large for its type.
+    prior from 0. So it has where Adam's second moment of a weight is infinite: it stands still.
     """
     config = record.configs[row]
     limits = {"loss": math.inf, "mse": 1.0 if record.columns is None else 1e4}

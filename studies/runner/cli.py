@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 import harness
-from harness.config import UserError
+from harness.config import UserError, plain
 from harness.errors import SummaryError, printable
 from harness.tracking import addresses
 from studies.runner import stopping
@@ -62,6 +62,7 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
     answer, and the folder of its report; None for a dry run, or where another process writes the
     summary.
     """
+    options = plain(options)
     if data is not None:
         for name in ("dataset", *READ_WITH):
             if options.get(name) is not None:

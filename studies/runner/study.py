@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from harness import registry
 from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name
+from harness.errors import checked_text
 from studies.runner.options import (
     ELSEWHERE,
     PARTS,
@@ -436,7 +437,7 @@ def command(
         named = chosen(effective, left_out).items()
         return ", ".join(["data=DATA", *(f"{name}={value!r}" for name, value in named)])
     words = [shlex.join(["python", *start]), data.words, shlex.join(arguments(effective, left_out))]
-    return " ".join(word for word in words if word)
+    return " ".join(checked_text(word) for word in words if word)
 
 
 def _find(study: Study, ended: Ended) -> Findings:
