@@ -151,20 +151,17 @@ def check_study(plan: Plan, options: Places) -> None:
 
 
 def _check_storage(storage: RDBStorage, store: Store, plan: Plan) -> None:
-    """Refuse stores with runs of a study of which they share none; they would be mixed."""
-    name, ended = plan.name, set[str]()
-    if is_there := has_study(storage.url, name):
-        trials = storage.get_all_trials(storage.get_study_id_from_name(name))
-        ended = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
-    runs = {run.key for run in store.runs(plan.experiment, study=name)}
+    """Refuse a study with runs in MLflow and none in the storage: they would be trained again."""
+    if has_study(storage.url, plan.name):
+        return
+    runs = store.runs(plan.experiment, study=plan.name)
     # Another process may have created the study before it wrote these runs.
-    is_there = is_there or not runs or has_study(storage.url, name)
-    if not is_there or (ended and ended.isdisjoint(runs)):
-        here, there = map(addresses.without_password, (store.uri, storage.url))
+    if runs and not has_study(storage.url, plan.name):
         raise UserError(
-            f"study {name!r} has {len(runs)} runs in {here} and {len(ended)} finished ones in "
-            f"--storage {there}, none of them in both; give the two that it was run with, or start "
-            "another with --study-name"
+            f"{addresses.without_password(store.uri)} has {len(runs)} runs of study "
+            f"{plan.name!r}, which --storage {addresses.without_password(storage.url)} does not "
+            "have; give the storage that it was run with, start another with --study-name, or "
+            "delete those runs"
         )
 
 
