@@ -165,11 +165,9 @@ def _check_results(
     plan: Plan, options: Places, storage: RDBStorage | None, runs: Sequence[Run]
 ) -> None:
     """Refuse a study with results in one store and none in the other: it is another one."""
-    places, results = (
-        [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"],
-        len(runs),
-    )
+    places = [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"]
     places.append(f"--storage {addresses.without_secrets(storage_address(options.storage))}")
+    results = len(runs)
     # Now that its runs are read: another process creates the study first.
     if storage is not None and has_study(storage.url, plan.name):
         trials = optuna.load_study(study_name=plan.name, storage=storage).get_trials(deepcopy=False)

@@ -214,17 +214,6 @@ def test_reports_of_stores_beside_each_other_are_not_overwritten(tmp_path, capfd
     before = files(second)
     assert f"Report: {first}/report.html" in study("ab", "--seeds", "2")
     assert files(second) == before
-    counted = files(tmp_path).keys()
-    # A storage and a store that do not belong together: nothing is trained, or written.
-    for stores, runs, ended in (("ad", 4, 1), ("eb", 0, 2), ("af", 4, 0)):
-        with pytest.raises(SystemExit) as stopped:
-            study(stores, "--seeds", "3")
-        assert stopped.value.code == 2
-        error = capfd.readouterr().err
-        assert f"has {runs} runs in sqlite:///{tmp_path}/{stores[0]}.db and {ended} fin" in error
-    made = {file.name.partition(".")[0] for file in files(tmp_path).keys() - counted}
-    assert made <= {"e", "f"}  # the databases that were not there
-    assert len(rows(tmp_path / "a.db", "select 1 from runs")) == 4
 
 
 # --- caches -------------------------------------------------------------------------------------
