@@ -89,7 +89,7 @@ def check_tables(connection: sqlalchemy.Connection, url: str, option: str) -> No
         some = ", ".join(sorted(tables)[:3])
         raise UserError(f"{shown} is a database of another program (tables: {some}); {new}")
     version = None
-    if names > tables:
+    if "alembic_version" in names:
         version = connection.exec_driver_sql("select version_num from alembic_version").scalar()
     revisions = _revisions(library.lower(), migrations)
     # Optuna writes the version last: another process makes the tables, or was killed then.

@@ -177,6 +177,21 @@ def test_a_database_whose_making_was_killed_is_not_foreign(tables, tmp_path):
         check_database(f"sqlite:///{tmp_path}/optuna.db", TRACKING)
 
 
+def test_a_database_that_was_killed_in_a_commit_is_opened(made, tmp_path):
+    file, killed = tmp_path / "optuna.db", tmp_path / "killed.db"
+    shutil.copy(made / "optuna.db", file)
+    with closing(sqlite3.connect(file)) as writer:
+        writer.execute("pragma cache_size = 1")  # pages are written before the commit
+        for i in range(3000):
+            writer.execute("insert into studies(study_name) values (?)", [f"{i:0100}"])
+        shutil.copy(f"{file}-journal", f"{killed}-journal")  # a copy has no process
+        shutil.copy(file, killed)
+    assert killed.stat().st_size > (made / "optuna.db").stat().st_size
+    storage = open_storage(f"sqlite:///{killed}")
+    assert [study.study_name for study in storage.get_all_studies()] == ["other"]
+    assert killed.read_bytes() == (made / "optuna.db").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tables", [1, 2, 7, None])
 def test_a_database_whose_making_was_killed_is_made_to_the_end(tables, tmp_path):

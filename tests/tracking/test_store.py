@@ -218,9 +218,10 @@ def test_a_home_that_cannot_be_written_is_one_clear_error(store, tmp_path):
         store.check_home()
 
 
-def test_what_is_written_after_another_process_has_left_is_kept(store, begin, tracking_uri):
+@pytest.mark.parametrize("write", [True, False])
+def test_what_is_written_after_another_process_has_left_is_kept(store, begin, tracking_uri, write):
     log = begin("a")
-    connect(tracking_uri)  # as `load_run` does; a file that is read and closed loses its locks
+    connect(tracking_uri, write=write)  # a file that is read and closed loses its locks
     for value in ("before", "after"):
         log.tag("mine", value)
         assert _tag_read_by_another(tracking_uri, id_of(store, log)) == value
