@@ -25,7 +25,7 @@ LOCKED = "another process holds a database"
 TROUBLES: dict[str, tuple[Set[int], Set[int], tuple[str, ...]]] = {
     "the disk is full; free some": (
         {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
-        {10, 13},
+        {10, 13},  # I/O error, full
         ("database or disk is full", "No space left on device"),
     ),
     "there is too little memory; free some": (
@@ -43,13 +43,13 @@ TROUBLES: dict[str, tuple[Set[int], Set[int], tuple[str, ...]]] = {
     ),
     "a file or folder cannot be used; give yourself the right to read and write it": (
         {errno.EACCES, errno.EPERM, errno.EROFS},
-        {3, 8, 14},
+        {3, 8, 14},  # permission, read-only, cannot open
         (),
     ),
-    f"{LOCKED}; end it": (set(), {5, 6}, ()),
+    f"{LOCKED}; end it": (set(), {5, 6}, ()),  # busy, locked
     "a file is no intact database; restore it from a copy": (
         {errno.EIO},
-        {11, 26},
+        {11, 26},  # corrupt, not a database
         ("no such table", "no such column"),
     ),
 }

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
 NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
-DROPPED = "its further records are dropped"  # of a run that was deleted while it was written
 BATCH = 1000  # metric values of one request: MLflow's largest batch
 
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.

@@ -30,7 +30,7 @@ from mlflow.exceptions import MlflowException
 
 from harness.errors import UserError
 from harness.tracking.addresses import LOGIN, causes, is_server, reason, without_secrets
-from harness.tracking.runs import DROPPED, KEY, Write, create, is_deleted, perform
+from harness.tracking.runs import KEY, Write, create, is_deleted, perform
 
 WRITES = "writes.jsonl"
 END = b'{"kind": "end"'  # how the last line of a run begins
@@ -260,7 +260,8 @@ class Spool:
                 if status(error) not in REFUSALS:
                     raise
                 if run.run_id and is_deleted(self._client, run.run_id):
-                    logger.warning("Run %s was deleted in MLflow; %s", run.run_id, DROPPED)
+                    gone = "was deleted in MLflow; its further records are dropped"
+                    logger.warning("Run %s %s", run.run_id, gone)
                     run.deleted = True
                     self._appended.set()
                     return

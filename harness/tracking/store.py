@@ -40,7 +40,6 @@ from harness.tracking.runs import (
     Record,
     Run,
     RunLog,
-    Write,
     part_file,
 )
 from harness.tracking.spool import PATIENCE, REFUSALS, Spool, refused, root_reason, status
@@ -148,11 +147,11 @@ class Store:
             return RunLog(self.spool.put, key, create)  # every epoch at once: live curves
         return RunLog(self.writer(experiment_id, name), key, create, runs.BATCH)
 
-    def writer(self, experiment_id: str, name: str) -> Callable[[str, Write], None]:
+    def writer(self, experiment_id: str, name: str) -> Callable[[str, runs.Write], None]:
         """Return a function that performs the writes of a run, until the run is deleted."""
         run_id, deleted = "", False
 
-        def put(key: str, write: Write) -> None:
+        def put(key: str, write: runs.Write) -> None:
             nonlocal run_id, deleted
             try:
                 if write["kind"] == "create":
@@ -161,10 +160,9 @@ class Store:
                     self.call(runs.perform, self.client, run_id, write)
             except UserError:
                 self._check_active(self.call(self.client.get_experiment, experiment_id))
-                deleted = bool(run_id) and runs.is_deleted(self.client, run_id)
-                if not deleted:
+                if not run_id or not (deleted := runs.is_deleted(self.client, run_id)):
                     raise
-                log.warning("Run %s was deleted in MLflow; %s", name, runs.DROPPED)
+                log.warning("Run %s was deleted in MLflow; its further records are dropped", name)
 
         return put
 

@@ -17,8 +17,7 @@ from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import Planned, addresses, connect, schema
 from harness.tracking import record as recording
-from harness.tracking.addresses import storage_address
-from harness.tracking.runs import Run, RunLog
+from harness.tracking.runs import RunLog
 from harness.tracking.store import Store
 from harness.training.checkpoint import Checkpoints
 from harness.training.engine import STACK_WIDTH, resolve_device, together
@@ -129,7 +128,7 @@ def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
     late = addresses.is_new(url) or addresses.is_server(tracking)  # opening a server writes nothing
     storage = None if late else open_storage(url)
     if addresses.is_new(tracking):
-        _check_results(plan, options, storage, [])
+        _check_results(plan, options, storage, None)
     try:
         store = connect(tracking)
     except UserError as error:
@@ -139,9 +138,8 @@ def open_stores(options: Places, plan: Plan) -> tuple[Store, RDBStorage]:
         log.warning("%s; this process waits up to 10 minutes for it", error)
         store = connect(tracking, patience=SERVER_PATIENCE)
     store.check_home()
-    runs = store.runs(plan.experiment, deleted=True, study=plan.name)
     storage = storage if storage or addresses.is_new(url) else open_storage(url)
-    _check_results(plan, options, storage, runs)
+    _check_results(plan, options, storage, store)
     return store, storage or open_storage(url)
 
 
@@ -162,23 +160,30 @@ def check_study(plan: Plan, options: Places) -> None:
 
 
 def _check_results(
-    plan: Plan, options: Places, storage: RDBStorage | None, runs: Sequence[Run]
+    plan: Plan, options: Places, storage: RDBStorage | None, store: Store | None
 ) -> None:
     """Refuse a study with results in one store and none in the other: it is another one."""
-    places = [f"--tracking-uri {addresses.tracking_address(options.tracking_uri)}"]
-    places.append(f"--storage {addresses.without_secrets(storage_address(options.storage))}")
-    results = len(runs)
-    # Now that its runs are read: another process creates the study first.
-    if storage is not None and has_study(storage.url, plan.name):
+
+    def done() -> set[str] | None:
+        if storage is None or not has_study(storage.url, plan.name):
+            return None
         trials = optuna.load_study(study_name=plan.name, storage=storage).get_trials(deepcopy=False)
-        done = {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
-        results = 0 if done & {run.key for run in runs} else len(done)
-        places.reverse()
+        return {*keys(*(trial for trial in trials if trial.state.name == "COMPLETE"))}
+
+    tracking, url = _addresses(options)
+    there, here = f"--tracking-uri {tracking}", f"--storage {addresses.without_secrets(url)}"
+    ended = done()  # before their runs are read
+    deleted = ended is not None
+    found = store.runs(plan.experiment, deleted=deleted, study=plan.name) if store else []
+    # Another process may have created the study before it wrote these runs.
+    results = len(found) if done() is None else 0
+    if ended is not None:
+        results = 0 if ended & {run.key for run in found} else len(ended)
+        there, here = here, there
     if results and not options.fresh:
         raise UserError(
-            f"{places[0]} has {results} runs of study {plan.name!r}, and {places[1]} has none of "
-            "them; give the address that it was run with, or start another with --fresh or "
-            "--study-name"
+            f"{there} has {results} runs of study {plan.name!r}, and {here} has none of them; give "
+            "the address that it was run with, or start another with --fresh or --study-name"
         )
 
 
