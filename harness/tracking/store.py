@@ -416,7 +416,8 @@ def connect(uri: str | None = None, *, write: bool = True, patience: float = 0) 
 def _empty_database() -> bytes:
     """Return an empty database of MLflow, made in memory: 300 commits to a disk take seconds."""
     address = f"file:{os.urandom(8).hex()}?mode=memory&cache=shared"
-    with closing(sqlite3.connect(address, uri=True)) as connection:
+    with closing(sqlite3.connect(address, uri=True)) as connection, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SQLAlchemy's about the pool of such an address
         _client(f"sqlite:///{address}&uri=true")
         return connection.serialize()
 
