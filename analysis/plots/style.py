@@ -1,12 +1,12 @@
 """Labels, colours and empty figures that all figures share."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:
+    Axes = Figure = Any  # for annotations: --help does not wait for matplotlib
 
 UNITS = {
     **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
