@@ -1,9 +1,12 @@
 """Tables and values as text."""
 
-import math
-from collections.abc import Mapping
+from __future__ import annotations
 
-from analysis.frames import Frame
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Decimals of metrics, others have 2; and columns without an interval, since equal for every seed.
 DIGITS = {"mse": 4, "mae": 4, "loss": 4, "active_units": 1, "calibration_ratio": 3, "epoch": 1}
@@ -13,7 +16,7 @@ SETTINGS = (
 )
 
 
-def cells(means: Frame) -> Frame:
+def cells(means: pd.DataFrame) -> pd.DataFrame:
     """Format a frame of `frames.along_axis`: "mean ± half width" where there is an interval."""
     out = {}
     for name in means.columns:
@@ -52,7 +55,7 @@ def pair(mean: float, half: float, digits: int) -> str:
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def plus_minus(row: Mapping[str, float], metric: str) -> str:
+def plus_minus(row: pd.Series, metric: str) -> str:
     """Write a mean of `frames.along_axis` with its half width, or alone where there is none."""
     return pair(row[metric], row[f"{metric}±"], decimals(metric))
 
@@ -62,7 +65,7 @@ def over(seeds: float) -> str:
     return "one seed" if seeds == 1 else f"95 % intervals over {seeds:.0f} seeds"
 
 
-def markdown(formatted: Frame) -> str:
+def markdown(formatted: pd.DataFrame) -> str:
     """Write formatted cells as a Markdown table."""
     header = "| " + " | ".join(formatted.columns) + " |"
     rule = "|" + " --: |" * len(formatted.columns)

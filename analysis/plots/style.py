@@ -1,5 +1,7 @@
 """Labels, colours and empty figures that all figures share."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
