@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from harness.tracking.runs import Run
     from harness.training.engine import RunResult
 
-    Frame = pd.DataFrame  # for annotations of modules that do not import pandas
+    Frame = pd.DataFrame
 else:
     pd = lazy_loader.load("pandas")  # which --help does not wait for
+    Frame = Any  # for annotations of modules that do not import pandas
 
 NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
 SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]

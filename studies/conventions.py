@@ -4,8 +4,6 @@ Each codebase's loss with its default weight, pasted into one network with one l
 size and dataset, beside the calibrated weight.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from analysis import frames, plots, tables

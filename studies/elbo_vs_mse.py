@@ -4,8 +4,6 @@ The same network with the ELBO at the blog's and at a calibrated weight, with th
 alone (a stochastic latent without KL, and a plain autoencoder), and the blog's own recipe.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ The same decoder variance is reached by another weight in each mode. The modes a
 same decoder variances, so that each has its own logarithmic grid of weights.
 """
 
-from __future__ import annotations
-
 from analysis import frames, plots
 from analysis.tables import plain
 from harness.config import RunConfig

@@ -1,7 +1,5 @@
 """Which KL weight is calibrated, and what does each weight cost in reconstruction?"""
 
-from __future__ import annotations
-
 from analysis import frames, plots
 from analysis.tables import over, plain, plus_minus
 from harness.config import RunConfig

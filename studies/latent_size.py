@@ -4,8 +4,6 @@ At the optimum a latent that costs more nats than it saves in distortion collaps
 and more latents change nothing. Whether training gets there, and at which size, is measured here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -5,14 +5,12 @@
 `--axis` is combined with the first. Widths have an x: `--axis hidden=256x64,128`.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
@@ -23,9 +21,6 @@ from harness.config import RunConfig, UserError
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import NAMED, SETTINGS, Common, Options, setting_options, terms, text
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +114,7 @@ def notes(counts: Mapping[str, int], seeds: float) -> list[str]:
     return single + ["One seed: no spread is known; give --seeds 3."] * (seeds == 1)
 
 
-def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
+def best_point(frame: frames.Frame, axes: Sequence[str]) -> str:
     """Return which value of an axis, or combination of two, is best on validation data."""
     keys, metric = [*axes], frames.compared(frame)
     val, unit = f"val/{metric}", " nats / image" * (metric == "neg_elbo")
@@ -129,12 +124,12 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     seeds = int(best["seeds"])
     runs = frame.groupby(keys)
 
-    def is_equal(row: pd.Series) -> bool:
-        one, other = (runs.get_group(tuple(point[keys])) for point in (row, best))
+    def is_equal(*point: object) -> bool:
+        one, other = runs.get_group(point), runs.get_group(tuple(best[keys]))
         return not frames.paired_difference(one, other, val).distinguishable
 
     rest = means.drop(best.name)
-    equal = [_point(row) for _, row in rest[keys].iterrows() if is_equal(row)]
+    equal = [_point(row) for _, row in rest[keys].iterrows() if is_equal(*row)]
     equal = equal if len(equal) <= 5 else [f"{len(equal)} of the others"]
     what = "combinations" if len(keys) > 1 else "values"
     lowest = f"has the lowest validation {metric} of {len(means)} {what}"
@@ -159,7 +154,7 @@ def best_point(frame: pd.DataFrame, axes: Sequence[str]) -> str:
     return " ".join(sentences)
 
 
-def _point(values: pd.Series) -> str:
+def _point(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {plain(value, 6)}" for name, value in values.items())
 
 

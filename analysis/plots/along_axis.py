@@ -1,11 +1,9 @@
 """Figures of metrics along an axis: lines are means with intervals, dots are single runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +13,8 @@ from analysis.plots.planes import rate_distortion
 from analysis.plots.style import (
     COLORS,
     GREY,
+    Axes,
+    Figure,
     canvas,
     empty_figure,
     empty_panel,
@@ -22,11 +22,6 @@ from analysis.plots.style import (
     note,
     plain_text,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FOUR = ("neg_elbo", "mse", "rate", "active_units")
 
@@ -63,7 +58,7 @@ def usual(axis: str, metrics: str, group: str = "") -> dict[str, Any]:
     }
 
 
-def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
+def metrics_along_axis(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     """Plot test `neg_elbo`, `mse`, `rate` and `active_units` against the swept quantity.
 
     Where not all runs have a `neg_elbo`, `loss` takes its place.
@@ -86,7 +81,7 @@ def metrics_along_axis(frame: pd.DataFrame, axis: str, group: str = "") -> Figur
     return figure
 
 
-def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
+def metrics_along_latent_size(frame: frames.Frame, group: str) -> Figure:
     """Plot the four metrics against the number of latents, with the PCA floor beside the mse."""
     figure = metrics_along_axis(frame, "latent_size", group)
     sizes = sorted(frame["latent_size"].unique())
@@ -102,7 +97,7 @@ def metrics_along_latent_size(frame: pd.DataFrame, group: str) -> Figure:
     return figure
 
 
-def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
+def quality_along_axis(frame: frames.Frame, axis: str) -> Figure:
     """Plot the information in the latents, and the distance of samples from test images."""
     figure, (left, right) = canvas(10, 4, columns=2)
     information = ("rate", "mutual_information", "mutual_information_lower")
@@ -110,7 +105,7 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
         stored = [metric for metric in metrics if metric in frame]  # an older store lacks some
         for metric, color in zip(stored, COLORS, strict=False):
             _mean(panel, frame, axis, metric, color, ".-", metric)
-        _scale(panel, frame[axis])
+        _scale(panel, frame, axis)
         panel.set_xlabel(label(axis))
         if stored:
             _focus(panel, frame, axis, stored[0])
@@ -128,7 +123,7 @@ def quality_along_axis(frame: pd.DataFrame, axis: str) -> Figure:
     return figure
 
 
-def one_curve(frame: pd.DataFrame) -> Figure:
+def one_curve(frame: frames.Frame) -> Figure:
     """Plot metrics of four KL normalisations: against the weight, and the decoder variance."""
     figure, panels = canvas(10, 13, rows=4, columns=2, sharex="col", sharey="row")
     axes = ("kl_weight", "decoder_variance")
@@ -148,7 +143,7 @@ def one_curve(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def conditions(frame: pd.DataFrame) -> Figure:
+def conditions(frame: frames.Frame) -> Figure:
     """Plot metrics of named conditions, one a row: mean, interval over seeds, single runs."""
     shown = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy", "frechet")
     metrics = [metric for metric in shown if metric in frame]
@@ -166,7 +161,7 @@ def conditions(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def conventions(frame: pd.DataFrame, axis: str, likelihood: str) -> Figure:
+def conventions(frame: frames.Frame, axis: str, likelihood: str) -> Figure:
     """Plot metrics of codebases of one likelihood, a numbered mark each, against their weight.
 
     The weight is the decoder variance or the scale that it means, or else beta; vertical lines are
@@ -208,7 +203,7 @@ def conventions(frame: pd.DataFrame, axis: str, likelihood: str) -> Figure:
     return figure
 
 
-def class_errors(frame: pd.DataFrame, key: str) -> Figure:
+def class_errors(frame: frames.Frame, key: str) -> Figure:
     """Plot the test mse of each class as a heat map, a row for each value of a column."""
     import seaborn as sns
 
@@ -228,7 +223,7 @@ def class_errors(frame: pd.DataFrame, key: str) -> Figure:
     return figure
 
 
-def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
+def heat_map(frame: frames.Frame, rows: str, columns: str) -> Figure:
     """Plot the test metric of two axes' combinations: mean and interval over seeds in each cell.
 
     The metric is `neg_elbo`, or `loss` where not all runs have it. The cell with the lowest mean on
@@ -262,7 +257,7 @@ def heat_map(frame: pd.DataFrame, rows: str, columns: str) -> Figure:
 
 
 def _mean(
-    panel: Axes, frame: pd.DataFrame, axis: str, metric: str, color: str, style: str, name: str
+    panel: Axes, frame: frames.Frame, axis: str, metric: str, color: str, style: str, name: str
 ) -> None:
     means = frames.along_axis(frame, axis, [metric])
     x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
@@ -270,25 +265,25 @@ def _mean(
     panel.plot(x, y, style, color=color, label=name)
 
 
-def _parts(frame: pd.DataFrame, group: str) -> Iterator[tuple[str, pd.DataFrame, str]]:
+def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame, str]]:
     """Yield name, runs and colour of each group; without groups, of all runs."""
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
         yield f"{group} = {name}" if group and frames.is_numeric(part[group]) else name, part, color
 
 
-def _runs_and_means(panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str) -> None:
+def _runs_and_means(panel: Axes, frame: frames.Frame, axis: str, metric: str, group: str) -> None:
     for name, part, color in _parts(frame, group):
         seeds = part.groupby(axis).size().max()
         mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds, 95 %"
         _mean(panel, part, axis, metric, color, "-", name or mean)
         panel.plot(part[axis], part[metric], ".", color=color, ms=4, alpha=0.7)
     panel.set(xlabel=label(axis), ylabel=label(metric))
-    _scale(panel, frame[axis])
+    _scale(panel, frame, axis)
 
 
 def _linear_model(
-    panel: Axes, frame: pd.DataFrame, axis: str, metric: str, group: str = ""
+    panel: Axes, frame: frames.Frame, axis: str, metric: str, group: str = ""
 ) -> None:
     """Draw the metric of the exact linear model, which some stores lack, as a dashed line."""
     column = f"linear/{metric}"
@@ -300,7 +295,7 @@ def _linear_model(
     panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
 
 
-def _mark_weights(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
+def _mark_weights(panel: Axes, frame: frames.Frame, axis: str) -> None:
     """Mark where the mean `calibration_ratio` crosses 1, and where the linear model collapses."""
     ratio = frame[frame[axis] > 0].groupby(axis)["calibration_ratio"].mean()
     ratio = ratio[ratio > 0]
@@ -312,8 +307,9 @@ def _mark_weights(panel: Axes, frame: pd.DataFrame, axis: str) -> None:
         panel.axvline(weight, color=GREY, ls="-.", lw=1.2, label="linear model collapses")
 
 
-def _scale(panel: Axes, values: pd.Series) -> None:
+def _scale(panel: Axes, frame: frames.Frame, axis: str) -> None:
     """Use a logarithmic axis for positive numbers of more than a decade, with room for 0."""
+    values = frame[axis]
     positive = values[values > 0] if frames.is_numeric(values) else values[:0]
     if positive.empty or positive.max() / positive.min() <= 10:
         return
@@ -323,7 +319,7 @@ def _scale(panel: Axes, values: pd.Series) -> None:
         panel.set_xlim(left=-positive.min() * 0.2)
 
 
-def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
+def _focus(panel: Axes, frame: frames.Frame, axis: str, metric: str) -> None:
     """Leave weight 0, whose rate nothing bounds, outside limits if it would flatten the rest."""
     rest, zero = frame.loc[frame[axis] != 0, metric], frame.loc[frame[axis] == 0, metric]
     if axis != "kl_weight" or zero.empty or rest.empty:
@@ -334,7 +330,7 @@ def _focus(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
         note(panel, f"kl_weight = 0: {zero.mean():.3g}, above")
 
 
-def _overlaid(panel: Axes, frame: pd.DataFrame, axis: str, metric: str) -> None:
+def _overlaid(panel: Axes, frame: frames.Frame, axis: str, metric: str) -> None:
     """Draw a line a mode, each thinner and with another mark, so that equal lines all show."""
     looks = zip(COLORS, (9, 6, 3.5, 1.5), "osD^", (11, 8, 5.5, 3.5), strict=False)
     for (mode, part), (color, width, mark, size) in zip(

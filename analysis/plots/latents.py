@@ -1,17 +1,10 @@
 """Figures of single latents and of the latent space."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis import frames
-from analysis.plots.style import COLORS, canvas, empty_figure, plain_text
+from analysis.plots.style import COLORS, Axes, Figure, canvas, empty_figure, plain_text
 from analysis.tables import plain
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 KL_CAPTION = (
     "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval. "
@@ -23,7 +16,7 @@ PANELS = 5  # values of an axis that have a panel of bars, at most
 COLLAPSED = 0.01  # rate below which a value has no panel, nats / image
 
 
-def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
+def kl_per_latent(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     """Plot the test KL of each latent as bars, largest first, for some values of an axis."""
     frame = frames.having(frame, "rate")
     if frame.empty:
@@ -50,7 +43,7 @@ def kl_per_latent(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     return figure
 
 
-def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
+def shown_values(frame: frames.Frame, axis: str) -> list[Any]:
     """Choose up to five values of an axis, in its order.
 
     They are the best by validation `neg_elbo`, weight 1 if swept, and others far from these.
@@ -71,7 +64,7 @@ def shown_values(frame: pd.DataFrame, axis: str) -> list[Any]:
     return [values[place] for place in sorted(chosen)]
 
 
-def _bars(panel: Axes, runs: pd.DataFrame) -> None:
+def _bars(panel: Axes, runs: frames.Frame) -> None:
     ranked = frames.ordered_kl(runs)
     means, halves = ranked.mean(), ranked.apply(frames.half_width).fillna(0)
     active = round(runs["active_units"].mean())
@@ -84,7 +77,7 @@ def _bars(panel: Axes, runs: pd.DataFrame) -> None:
         panel.set_xticks(means.index)
 
 
-def latent_scatter(places: pd.DataFrame) -> Figure:
+def latent_scatter(places: frames.Frame) -> Figure:
     """Plot where images lie in latent space, a panel a model, coloured by class.
 
     The frame has the columns model, x, y and class.

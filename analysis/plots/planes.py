@@ -1,25 +1,17 @@
 """Figures of distortion against rate."""
 
-from __future__ import annotations
-
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis import frames
-from analysis.plots.style import COLORS, GREY, canvas, empty_figure, label
+from analysis.plots.style import COLORS, GREY, Axes, Figure, canvas, empty_figure, label
 from analysis.tables import plain
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARKS = "osD^vP*X"  # one more than colours, so that groups with the same colour have other marks
 
 
-def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
+def rate_distortion(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     """Plot test distortion against rate, one dot a run, with lines of equal `neg_elbo`.
 
     Means are joined along the axis, a colour a group; without groups colours follow the axis.
@@ -58,7 +50,7 @@ def rate_distortion(frame: pd.DataFrame, axis: str, group: str = "") -> Figure:
     return figure
 
 
-def frontier(frame: pd.DataFrame, group: str) -> Figure:
+def frontier(frame: frames.Frame, group: str) -> Figure:
     """Plot every run of several studies on one rate-distortion plane, coloured by a column."""
     figure, panel = canvas(9, 6)
     _iso_lines(panel, frame)
@@ -71,7 +63,7 @@ def frontier(frame: pd.DataFrame, group: str) -> Figure:
     return figure
 
 
-def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:
+def _bounded(frame: frames.Frame, axis: str) -> frames.Frame:
     """Leave out weight 0 if its rate, which nothing bounds, is more than twice all others'."""
     if axis != "kl_weight" or frame[axis].nunique() < 2:
         return frame
@@ -79,7 +71,7 @@ def _bounded(frame: pd.DataFrame, axis: str) -> pd.DataFrame:
     return rest if frame["rate"].max() > 2 * rest["rate"].max() else frame
 
 
-def _iso_lines(panel: Axes, frame: pd.DataFrame) -> None:
+def _iso_lines(panel: Axes, frame: frames.Frame) -> None:
     """Draw lines of equal `neg_elbo` = distortion + rate behind the points."""
     rates = np.array([0.0, frame["rate"].max() * 1.05])
     low, high = frame["distortion"].min(), frame["distortion"].max()

@@ -1,18 +1,9 @@
 """Figures of a search, of the frame of `frames.by_trial`; `front` marks the Pareto front."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from analysis.frames import is_numeric
-from analysis.plots.style import COLORS, GREY, canvas, label, note
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from analysis.frames import Frame, is_numeric
+from analysis.plots.style import COLORS, GREY, Axes, Figure, canvas, label, note
 
 OBJECTIVE = "val/neg_elbo"
 
@@ -26,7 +17,7 @@ LOGARITHMIC = ("kl_weight", "decoder_variance", "learning_rate")
 NUMBERED = 14  # points of a front, at most
 
 
-def search_history(trials: pd.DataFrame) -> Figure:
+def search_history(trials: Frame) -> Figure:
     """Plot each trial's objective in their order, and the best finished one so far."""
     figure, panel = canvas(9, 5)
     done, pruned = trials[~trials["pruned"]], trials[trials["pruned"]]
@@ -40,7 +31,7 @@ def search_history(trials: pd.DataFrame) -> Figure:
     return figure
 
 
-def _bound(panel: Axes, trials: pd.DataFrame) -> None:
+def _bound(panel: Axes, trials: Frame) -> None:
     """Set limits that bad trials do not flatten; those above are counted."""
     values = trials[OBJECTIVE]
     low, middle = values.min(), values.median()
@@ -52,7 +43,7 @@ def _bound(panel: Axes, trials: pd.DataFrame) -> None:
     note(panel, f"{(values > top).sum()} above, up to {values.max():,.0f}")
 
 
-def search_parameters(trials: pd.DataFrame) -> Figure:
+def search_parameters(trials: Frame) -> Figure:
     """Plot the objective against each setting; later trials are darker, pruned ones crosses."""
     settings = [name for name in PANELS if name in trials and trials[name].notna().any()]
     rows = -(-len(settings) // 3)
@@ -72,7 +63,7 @@ def search_parameters(trials: pd.DataFrame) -> Figure:
     return figure
 
 
-def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> None:
+def _against(panel: Axes, trials: Frame, setting: str) -> None:
     x, number, last = trials[setting], trials["trial"], max(1, trials["trial"].max())
     if not is_numeric(x):
         modes = sorted(x.unique())
@@ -90,7 +81,7 @@ def _against(panel: Axes, trials: pd.DataFrame, setting: str) -> None:
         panel.scatter(x[rows], trials.loc[rows, OBJECTIVE], c=number[rows], **look)
 
 
-def search_importances(shares: pd.DataFrame) -> Figure:
+def search_importances(shares: Frame) -> Figure:
     """Plot shares by setting (rows) and objective (columns); most important on top."""
     table = shares.loc[shares.max(axis=1).sort_values().index]
     figure, panel = canvas(7, 0.6 * len(table) + 1.2)
@@ -102,7 +93,7 @@ def search_importances(shares: pd.DataFrame) -> Figure:
     return figure
 
 
-def search_front(trials: pd.DataFrame) -> Figure:
+def search_front(trials: Frame) -> Figure:
     """Plot trials on (rate, mse) with the Pareto front, along which trials are numbered."""
     figure, panel = canvas(9, 6)
     best, rest = trials[trials["front"]].sort_values("val/rate"), trials[~trials["front"]]

@@ -135,7 +135,7 @@ def test_one_value_is_compared_with_no_other(answer, text):
 
 def study(folder: Path, *more: str) -> list[str]:
     """Return the command of a small study whose stores are in a folder."""
-    line = "-m studies.kl_weight --epochs 1 --values 0.05 1 --seeds 1".split()
+    line = ["-m", "studies.kl_weight", "--epochs", "1", "--values", "0.05", "1", "--seeds", "1"]
     line += ["--tracking-uri", f"sqlite:///{folder}/m.db", "--storage", f"sqlite:///{folder}/o.db"]
     return [sys.executable, *line, *more]
 
