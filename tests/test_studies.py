@@ -121,7 +121,7 @@ def test_other_settings_are_refused_with_the_differences(finished, capsys):
 
 def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
     printed = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
-    assert "has 6 finished runs in Optuna, of which 6 are not in" in printed
+    assert "has 6 runs of study 'kl_weight-digits', and --tracking-uri" in printed
 
 
 def test_a_study_whose_storage_is_another_is_refused(finished, tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_a_study_whose_storage_is_another_is_refused(finished, tmp_path, capsys)
     arguments = [*finished.arguments, "--storage", other]
     for _ in range(2):  # also once the storage is there
         printed = refusal(arguments, capsys)
-        assert f"has 7 runs of study '{NAME}', which --storage {other} does not have" in printed
+        assert f"has 7 runs of study '{NAME}', and --storage {other} has none of them" in printed
 
 
 def test_the_objective_of_a_trial_is_the_validation_neg_elbo_of_its_run(finished):

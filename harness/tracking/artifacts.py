@@ -4,6 +4,7 @@ MLflow stores absolute places, `file:///D/mlruns/EXPERIMENT/RUN/artifacts`, in i
 `mv D E`, or in a copy E, the places beside E's database are used in their stead.
 """
 
+import os
 import shlex
 import sqlite3
 from contextlib import closing
@@ -28,7 +29,7 @@ def moved(location: str, home: Path, experiment: str = "") -> tuple[Path, Path] 
     before, here = Path(folder), home / "mlruns" / name
     if not found or place.scheme not in ("", "file"):
         return None
-    if before.exists() and before.samefile(home):
+    if os.path.exists(before) and before.samefile(home):  # `Path.exists` may be refused
         return None
     return (before, here) if here.exists() or name == experiment else None
 
@@ -41,7 +42,7 @@ def rebase(uri: str, experiment: str = "") -> str:
     """
     database, left = sqlite_file(uri), set[Path]()
     if database is None or not database.exists():
-        raise UserError(f"{without_secrets(uri)} is no database file; name one with --tracking-uri")
+        raise UserError(f"{without_secrets(uri)} is no database file that exists")
     home = database.parent
     try:
         with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
@@ -59,7 +60,6 @@ def rebase(uri: str, experiment: str = "") -> str:
                     connection.execute(new, (*names, NOTE))
     except sqlite3.Error as error:
         raise unusable(uri, "--tracking-uri", error) from error
-    if not left:
-        return ""
-    places = f"{home} was moved or copied from {', '.join(map(str, sorted(left)))}"
-    return f"{places}; its database now names the artifacts beside it"
+    places = ", ".join(map(str, sorted(left)))
+    it = "its database now names the artifacts beside it"
+    return f"{home} was moved or copied from {places}; {it}" if left else ""

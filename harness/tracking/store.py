@@ -257,8 +257,8 @@ class Store:
             time.sleep(1)
 
     def _artifacts(self, run_id: str) -> Callable[[str, str], str]:
-        location = self.client.get_run(run_id).info.artifact_uri
-        moved = None if self.spool else artifacts.moved(location, self.home)
+        info = None if self.spool else self.client.get_run(run_id).info
+        moved = artifacts.moved(info.artifact_uri, self.home) if info else None
         if moved is None:
             return partial(self.client.download_artifacts, run_id)
         uri = json.dumps(self.uri, ensure_ascii=False)

@@ -279,15 +279,15 @@ def test_a_mistyped_address_is_an_error_that_names_the_file(tmp_path, monkeypatc
 
 
 def test_a_reader_sees_what_a_writer_has_in_its_log_and_does_not_keep_it(home, tmp_path):
-    file = tmp_path / "a b%3F#ä.db"
+    file, url = tmp_path / "a b?#ä.db", f"sqlite:///{tmp_path}/a b%3F#ä.db"
     shutil.copy(home / "mlflow.db", file)
     with closing(sqlite3.connect(file)) as writer:
         writer.execute("update experiments set name = 'renamed' where name = 'e'")
         writer.commit()
-        client = connect(f"sqlite:///{file}", write=False).client
+        client = connect(url, write=False).client
         assert client.get_experiment_by_name("renamed")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    assert connect(f"sqlite:///{file}", write=False).client.get_experiment_by_name("renamed")
+    assert connect(url, write=False).client.get_experiment_by_name("renamed")
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -84,8 +86,25 @@ def test_a_database_at_its_place_under_another_name_is_not_moved(tmp_path):
     "uri", ["sqlite:///nowhere/mlflow.db", "http://127.0.0.1:9", "postgresql://h/x"]
 )
 def test_what_is_no_database_file_is_not_rebased(uri):
-    with pytest.raises(UserError, match=r"is no database file; name one with --tracking-uri"):
+    with pytest.raises(UserError, match="is no database file that exists"):
         rebase(uri)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="takes another user's folder")
+def test_a_copy_is_read_where_the_original_is_forbidden():
+    with tempfile.TemporaryDirectory() as base:  # pytest's folders are the user's alone
+        there, home = Path(base) / "alice", Path(base) / E
+        for folder in (there / "D", home):
+            (folder / "mlruns" / "x").mkdir(parents=True)
+        there.chmod(0o700)
+        Path(base).chmod(0o755)
+        location = (there / "D" / "mlruns" / "x").as_uri()
+        code = "import os; from harness.tracking.artifacts import moved, Path; os.setuid(65534);"
+        code += f"print(moved({location!r}, Path({str(home)!r}))[1])"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == str(home / "mlruns" / "x"), done.stderr
 
 
 # --- a study that is moved, or copied -----------------------------------------------------------

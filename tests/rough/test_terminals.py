@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from harness import UserError
-from harness.tracking import addresses
+from harness.tracking import addresses, schema
 from studies import kl_normalization, kl_weight, latent_size, sweep
 from studies.runner import database, terminal
 
@@ -72,7 +72,7 @@ def test_a_terminal_without_a_letter_shows_another(encoding, text, printed):
 def test_an_address_that_means_another_file_is_refused(given, message, tmp_path):
     (tmp_path / "a%20b").mkdir()
     with pytest.raises(UserError, match=message):
-        addresses.check_database(given.format(tmp_path), "--storage")
+        schema.check_database(given.format(tmp_path), "--storage")
     assert [path.name for path in tmp_path.iterdir()] == ["a%20b"]
 
 
@@ -103,7 +103,8 @@ def test_the_default_address_is_of_the_repository_whatever_its_name(tmp_path, mo
     ],
 )
 def test_what_is_used_up_is_named(error, lacking):
-    assert addresses.shortage(error) == lacking
+    trouble = addresses.trouble(error)
+    assert trouble is None if lacking is None else lacking in trouble
 
 
 # --- a study of one value -----------------------------------------------------------------------
