@@ -521,3 +521,19 @@ def test_records_of_a_deleted_run_are_dropped_and_those_of_others_kept(tracking_
     assert caplog.messages == ["Run run 0 was deleted in MLflow; its further records are dropped"]
     assert [(run.name, run.status) for run in store.runs("a")] == [("run 1", "FINISHED")]
     assert len(store.runs("a", deleted=True)) == 2
+
+
+@pytest.mark.slow
+def test_records_of_a_deleted_run_are_dropped_on_a_server_too(proxy, caplog):
+    store = tracking.connect(proxy.uri)
+    home = store.experiment("a", "Why?")
+    logs = [store.start(home, f"key{i}", f"run {i}", {"study": "s"}, {}) for i in range(2)]
+    store.deliver()
+    store.client.delete_run(store.run("key0").run_id)
+    for log in logs:
+        log.tag("mine", "1")
+        log.end()
+    store.deliver(["key0", "key1"])
+    assert "was deleted in MLflow; its further records are dropped" in caplog.text
+    assert store.undelivered() == set()
+    assert [(run.name, run.status) for run in store.runs("a")] == [("run 1", "FINISHED")]
