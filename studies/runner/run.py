@@ -228,7 +228,7 @@ def lose_deleted(queue: Queue, site: Site) -> bool:
         gone = [key for key in keys(trial) if statuses.get(key) not in {"FINISHED", *other}]
         if gone and trial.state.name != "PRUNED" and (planned or not summary):
             names = {run.key: run.name for run in proposer.planned(trial)} if planned else {}
-            run = ", ".join(names.get(key, key) for key in gone)
+            run = "summary" if summary else ", ".join(names.get(key, key) for key in gone)
             way = "another is made in its place" if planned else "the study answers without it"
             log.warning("Run %s was deleted or changed in MLflow; %s.", run, way)
             lost.append(trial)
