@@ -59,7 +59,7 @@ def fork() -> tuple[Connection, Connection]:
 def failure() -> OSError | None:
     """Return why the server could not fork the last worker, None if it could, or has ended."""
     with contextlib.suppress(EOFError, OSError):
-        return _server[0].recv() if _server[0].poll() else None
+        return _server[0].recv() if _server and _server[0].poll() else None
     return None
 
 

@@ -355,14 +355,19 @@ def test_a_refusal_is_one_clear_error_and_keeps_the_records(
     store.deliver([other.key])  # another run is not held up
 
 
-def test_a_run_that_was_deleted_on_the_way_is_one_clear_error(proxy, store, experiment, tmp_path):
-    log = start(store, experiment, new_key())
+def test_a_run_that_was_deleted_on_the_way_costs_that_run(
+    proxy, store, experiment, tmp_path, caplog
+):
+    log, other = (start(store, experiment, new_key()) for _ in range(2))
     store.deliver()
     store.client.delete_run(store.run(log.key).run_id)
     log.tag("a", "b")
-    with pytest.raises(UserError, match=r"must be in the 'active' state.*and delete .* to give"):
-        store.deliver()
-    assert folders(tmp_path) == [log.key]
+    log.end()
+    other.end()
+    store.deliver()
+    assert "was deleted in MLflow; its further records are dropped" in caplog.text
+    assert store.run(other.key).status == "FINISHED"
+    assert folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("cut", [1, 30])
