@@ -7,7 +7,9 @@ A frame of runs has one row per configuration and seed; its columns are the sett
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,12 +113,10 @@ def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    try:
+    may_be_text = suppress(ValueError, TypeError)
+    with reading(f"parameter {column.name}") if column.name in NUMBERS else may_be_text:
         return pd.to_numeric(column)
-    except (ValueError, TypeError) as error:
-        if column.name in NUMBERS:
-            raise UserError(f"parameter {column.name} of a run is no number ({error})") from error
-        return column
+    return column
 
 
 def is_numeric(values: pd.Series) -> bool:
@@ -260,7 +260,8 @@ def class_names(frame: pd.DataFrame) -> dict[int, str]:
     if "class_names" not in frame or not isinstance(frame["class_names"].iloc[0], str):
         return {}
     with reading("parameter class_names"):
-        return {n: str(name) for n, name in enumerate(json.loads(frame["class_names"].iloc[0]))}
+        text = re.sub(r"(?<!\\)\\\$", "$", frame["class_names"].iloc[0])  # of `plain_text`
+        return {n: str(name) for n, name in enumerate(json.loads(text))}
 
 
 def class_errors(frame: pd.DataFrame) -> pd.Series:

@@ -44,13 +44,12 @@ def checked_text(given: object) -> str:
 
 @contextmanager
 def reading(record: str) -> Iterator[None]:
-    """Raise a UserError that names a stored record which turns out to be broken."""
+    """Name a stored record in the error by which it turns out to be broken, a UserError."""
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{record}: {error}") from error
-    except BROKEN as error:
-        raise UserError(f"{record} is broken ({line_of(error)})") from error
+    except BROKEN as error:  # UserError is one of them
+        why = error if isinstance(error, UserError) else line_of(error)
+        raise UserError(f"{record}: {why}") from error
 
 
 def one_line(error: BaseException) -> str:

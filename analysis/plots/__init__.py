@@ -20,4 +20,4 @@ from analysis.plots.search import search_history as search_history
 from analysis.plots.search import search_importances as search_importances
 from analysis.plots.search import search_parameters as search_parameters
 from analysis.plots.style import of_a_table as of_a_table
-from analysis.plots.style import plain_frame as plain_frame
+from analysis.plots.style import plain_text as plain_text

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import printable
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
 else:
@@ -64,15 +63,9 @@ def canvas(
         return figure, figure.subplots(rows, columns, **shared)
 
 
-def plain_text(text: str) -> str:
-    """Return a text that matplotlib shows unchanged: "$" would begin a formula."""
-    return re.sub(r"(?<!\\)\$", r"\$", printable(text))
-
-
-def plain_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame of which matplotlib shows every text unchanged."""
-    texts = frame.select_dtypes(exclude="number").drop(columns="class_names", errors="ignore")
-    return frame.assign(**texts.map(lambda v: plain_text(v) if isinstance(v, str) else v))
+def plain_text(value: Any) -> Any:  # noqa: ANN401 - a cell of a frame
+    """Return a text that matplotlib shows unchanged, or any other value: "$" begins a formula."""
+    return re.sub(r"(?<!\\)\$", r"\$", printable(value)) if isinstance(value, str) else value
 
 
 def note(panel: Axes, text: str) -> None:

@@ -298,10 +298,12 @@ class Store:
                 for field, of in runs.FIELDS.items():
                     if not isinstance(value := reduce(getitem, field.split(), made), of):
                         raise UserError(f"{field} is {value!r}, no {of.__name__}")
-                for part in made.get("parts", {}):
-                    kind, _, name = part.partition(" ")
-                    text = self.fetch(found.run_id, part_file(part), folder).read_text("utf-8")
-                    registry.restore(kind, name, text, trusting(trust=trust))
+                parts = {part: part.partition(" ")[::2] for part in made.get("parts", {})}
+                known = {part: pair for part, pair in parts.items() if pair[0] in registry.TAKEN}
+            for part, (kind, name) in known.items():
+                file = self.fetch(found.run_id, part_file(part), folder)
+                text = file.read_text("utf-8", errors="replace")
+                registry.restore(kind, name, text, trusting(trust=trust))
             with reading(f"{CONFIG} of run {run}"):
                 config = RunConfig.from_json(saved.read_text("utf-8"))
         return Record(found.run_id, found.name, config, made, self.history(found.run_id))

@@ -169,9 +169,8 @@ def read(
         if error.code != 2:
             raise
         # The message repeats arguments: it is that of addresses without their passwords.
-        pairs = [re.fullmatch("(-[^=]*=)?(.*)", word, re.DOTALL) for word in args]
-        hidden = [(m[1] or "") + addresses.without_secrets(m[2]) for m in pairs if m]
-        if hidden != [*args]:
+        hide = partial(re.sub, "(?s)(?<==).*|^[^-].*", lambda m: addresses.without_secrets(m[0]))
+        if (hidden := [*map(hide, args)]) != [*args]:
             read(options, name, question, hidden, settings)
         # The message between the first two rules of tyro's box.
         text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())

@@ -252,9 +252,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    run.tag(
-        NOTE, f"**{found.plan.question.strip()}**\n\n{tables.unmarked(outcome.answer)}\n\n{table}\n"
-    )
+    answer = tables.unmarked(outcome.answer)
+    run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
     logged = {k.removeprefix("test/"): k for k in store.run(best["run_id"]).metrics}
@@ -309,7 +308,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         frame=frame,
         tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranked)},
         figures={
-            name: (partial(draw, plots.plain_frame(frame)), text)
+            name: (partial(draw, frame.map(plots.plain_text)), text)
             for name, (draw, text) in study.figures.items()
         },
         models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},

@@ -20,7 +20,6 @@ from typing import IO, TYPE_CHECKING, Any
 import rich.box
 import rich.console
 from rich.table import Table
-from rich.text import Text
 
 from harness.errors import printable
 from harness.tracking import addresses
@@ -59,7 +58,7 @@ PLAIN = {"±": "+-", "²": "^2", "é": "e", "–": "-", "−": "-", "×": "x"}  
 class _Screen(rich.console.Console):
     """A console that ends the process with code 141 once standard output is closed."""
 
-    def render_str(self, text: str, **options: Any) -> Text:
+    def render_str(self, text: str, **options: Any) -> Any:  # noqa: ANN401 - rich's Text
         return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:

@@ -146,6 +146,7 @@ def test_the_record_of_a_finished_run(store, begin, data):
     log.model(CONFIG, build(CONFIG, data.image_shape))
     made_with = {"device": {"kind": "cpu"}, "threads": {"blas": 1}}
     made_with["dataset"] = {"name": "digits", "digest": "0"}
+    made_with |= {"code": {}, "versions": {}, "platform": "here"}
     log.text(json.dumps(made_with), "provenance.json")
     with pytest.raises(UserError, match="is RUNNING; only a FINISHED run"):
         store.record(log.key)
