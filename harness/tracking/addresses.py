@@ -55,7 +55,7 @@ def tracking_address(uri: str | None) -> str:
             f"set {LOGIN}"
         )
     if not is_server(uri) and not uri.startswith("sqlite:"):
-        error = ValueError("it is a folder or another kind of store, no SQLite file or server")
+        error = ValueError("it is neither an SQLite file nor a server")
         raise unusable(uri, "--tracking-uri", error)
     return uri.rstrip("/") if is_server(uri) else uri
 
