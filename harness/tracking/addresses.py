@@ -81,8 +81,7 @@ def tracking_address(uri: str | None) -> str:
             f"set {LOGIN}"
         )
     if not is_server(uri) and not uri.startswith("sqlite:"):
-        kind = "a folder or file" if "://" not in uri else "another kind of store"
-        error = ValueError(f"it is {kind}, not the address of an SQLite file or a server")
+        error = ValueError("it is neither an SQLite file nor a server")
         raise unusable(uri, "--tracking-uri", error)
     return uri.rstrip("/") if is_server(uri) else uri
 

@@ -80,7 +80,9 @@ def test_an_address_that_means_another_file_is_refused(given, message, tmp_path)
 @pytest.mark.parametrize("given", ["./mlruns", "mlruns", "/a/mlruns"])
 def test_a_tracking_folder_is_refused_by_name(given, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    with pytest.raises(UserError, match=f"{given} .*a folder or file.*sqlite:///here.db"):
+    with pytest.raises(
+        UserError, match=f"{given} .*neither an SQLite file nor .*sqlite:///here.db"
+    ):
         addresses.tracking_address(None)
 
 
