@@ -246,8 +246,8 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     terminal.plan(plan, data.pixels, "pixels" if data.columns is None else "columns")
     if tryout.is_needed(plan):
         tryout.try_out(plan, data)
+    check_study(plan, options)  # before a thread computes: Python cannot end while one does
     if options.dry_run:
-        check_study(plan, options)
         estimate = expected(plan, kind, options.tracking_uri)
         terminal.dry_run(options.tracking_uri, options.storage, estimate)
         return None

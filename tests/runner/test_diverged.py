@@ -109,7 +109,7 @@ def test_table_answer_and_report_say_so(outcome, capsys):
     assert list(found.table["seeds"]) == [2, 1]
     printed = "Diverged and not ranked, 3 in number: kl_weight=0.5 seed=1 diverged in "
     assert printed in found.answer
-    assert "kl_weight = 0.02 has the lowest validation neg_elbo of 1 values" in found.answer
+    assert "kl_weight = 0.02 is the only value; its validation neg_elbo" in found.answer
     assert printed in (found.folder / "report.html").read_text()
     Terminal().outcome(found, options.tracking_uri)
     assert printed in " ".join(capsys.readouterr().out.split())
