@@ -40,8 +40,8 @@ def no_login(monkeypatch) -> None:
 
 REFUSALS = {
     ("--storage", "http"): "kept in SQLite or PostgreSQL",
-    ("--tracking-uri", "postgresql+psycopg"): "not the address of an SQLite file or a server",
-    ("--tracking-uri", "postgresql"): "not the address of an SQLite file or a server",
+    ("--tracking-uri", "postgresql+psycopg"): "neither an SQLite file nor a server",
+    ("--tracking-uri", "postgresql"): "neither an SQLite file nor a server",
 }
 
 

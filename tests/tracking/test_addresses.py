@@ -86,7 +86,7 @@ def test_a_shortage_is_found_behind_other_errors():
         ("sqlite:////proc/x/m.db", "--tracking-uri"),
         ("sqlite://", "in memory"),
         ("HERE/mlruns", "--tracking-uri"),
-        ("gopher://there", "not the address of an SQLite file or a server"),
+        ("gopher://there", "neither an SQLite file nor a server"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_one_clear_error(uri, why, tmp_path):
