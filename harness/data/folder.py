@@ -110,7 +110,7 @@ def read_folder(path: Path, how: Reading) -> Dataset:
         raise _no_image(path, left)
     if left:
         total = len(pairs) + sum(n for what, n in left.items() if not what.startswith("folder"))
-        line = "folder:%s: %d of %d files used, because these are left out: %s"
+        line = "folder:%s: %d of %d files used; left out: %s"
         log.warning(line, path, len(pairs), total, _counted(left))
     ends = np.cumsum([0, *map(len, found.values())]).tolist()
     images, labels = read_pictures(pairs, how)

@@ -380,18 +380,18 @@ def frames(path: Path) -> None:
 LEFT_OUT = {
     # what is added to two classes of 12 images, and the line
     "nothing": (lambda path: None, None),
-    "loose images": (loose, "24 of 27 files used, .*3 beside the folders of classes"),
-    "images beside parts": (beside_parts, "24 of 26 files used, .*2 beside the parts"),
+    "loose images": (loose, "24 of 27 files used; .*3 beside the folders of classes"),
+    "images beside parts": (beside_parts, "24 of 26 files used; .*2 beside the parts"),
     "other endings": (
         other_endings,
-        "24 of 29 files used, .*2 ending in .gif, 1 without an ending, 1 ending in .heic, 1 ",
+        "24 of 29 files used; .*2 ending in .gif, 1 without an ending, 1 ending in .heic, 1 ",
     ),
-    "hidden files": (hidden, "24 of 25 files used, .*1 hidden"),
+    "hidden files": (hidden, "24 of 25 files used; .*1 hidden"),
     "folders of programs": (
         helpers,
         r"24 of 24 files .* 2 folder @eaDir.*\.ipynb.*__MACOSX.*lost\+found.*\.thumbnails",
     ),
-    "a link to a folder": (inner_link, "24 of 24 files used, .*1 folder more, a link"),
+    "a link to a folder": (inner_link, "24 of 24 files used; .*1 folder more, a link"),
     "pages": (pages, "24 of 26 pages or frames used, because the first .*012.tif"),
     "frames": (frames, "24 of 27 pages or frames used, because the first .*012.webp"),
 }
