@@ -44,6 +44,7 @@ def test_the_residual_network_is_trained_by_a_study_and_reloaded(
     assert harness.load_run(one.run_id, tracking_uri, trust=True).model.sample(2).shape[0] == 2
 
 
+@pytest.mark.slow
 def test_the_study_of_total_correlation_answers(
     tracking_uri, tiny, tmp_path, monkeypatch, capsys, registered
 ):

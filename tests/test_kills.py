@@ -199,6 +199,7 @@ def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
     finish(place, alone)
 
 
+@pytest.mark.slow
 def test_stopped_after_its_last_epoch_it_keeps_its_runs(place, alone):
     noted = alone.steps.index("set_trial_state_values")  # before it, a result is noted
     assert killed_at(place, noted, signal.SIGTERM)

@@ -392,6 +392,7 @@ def test_a_grid_with_a_term_of_a_file_grows_and_is_reported(file, tracking_uri, 
     assert f"python -m studies.sweep --axis {file}:pull=0.0,100.0 --axis" in page
 
 
+@pytest.mark.slow
 def test_runs_without_neg_elbo_are_compared_by_loss(tracking_uri, tmp_path, tiny):
     both = trained("--axis latent=stochastic,deterministic --seeds 1", tmp_path, tiny)
     assert {"val/loss", "best/val/loss", "loss"} <= {*both.table.columns}

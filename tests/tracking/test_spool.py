@@ -425,6 +425,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_whole_lines(store, experiment
     assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["create", "tag"]
 
 
+@pytest.mark.slow
 def test_a_server_that_leaves_artifacts_to_its_clients(empty_database, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path / "here")
     there = tmp_path / "there" / "artifacts"
