@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 from harness.errors import UserError
 from harness.tracking.addresses import is_new, sqlite_file, try_folder, unusable, without_secrets
 
-# By option: the library, its migrations, how to migrate, and columns that no other's tables have.
+# By option: the library, its migrations, how to migrate, and columns of its own tables.
 LIBRARIES = {
     "--tracking-uri": (
         *("MLflow", "store/db_migrations", "mlflow db upgrade"),
@@ -22,6 +22,14 @@ LIBRARIES = {
         *("Optuna", "storages/_rdb/alembic", "optuna storage upgrade --storage"),
         {"studies": {"study_id", "study_name"}, "version_info": {"schema_version"}},
     ),
+}
+
+
+# Tables that a study reads; the libraries make those again, empty, that somebody has dropped.
+NEEDED = {
+    "--tracking-uri": "datasets experiment_tags inputs latest_metrics metrics params runs tags",
+    "--storage": "trials study_directions study_user_attributes trial_heartbeats trial_params "
+    "trial_intermediate_values trial_system_attributes trial_user_attributes trial_values",
 }
 
 
@@ -92,9 +100,12 @@ def check_tables(connection: sqlalchemy.Connection, url: str, option: str) -> No
     if "alembic_version" in names:
         version = connection.exec_driver_sql("select version_num from alembic_version").scalar()
     revisions = _revisions(library.lower(), migrations)
-    # Optuna writes the version last: another process makes the tables, or was killed then.
-    if version == revisions[0] or (library == "Optuna" and version is None):
+    if version == revisions[0]:
+        if lost := ", ".join(sorted({*NEEDED[option].split()} - names)):
+            raise UserError(f"{shown} has lost its tables {lost}; restore it from a copy, or {new}")
         return
+    if library == "Optuna" and version is None:
+        return  # it is written last: another process makes the tables, or was killed then
     age, way = "a newer", f"`pip install -U {library.lower()}`"
     if version is None or version in revisions:
         address = shlex.quote(without_secrets(url))

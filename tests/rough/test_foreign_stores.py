@@ -89,6 +89,14 @@ REFUSED = {
         *(TRACKING, FOREIGN),
     ),
     "no such table": ("none", "create table songs(id)", TRACKING, FOREIGN),
+    "MLflow's without a table": (
+        *("mlflow", "drop table tags; drop table latest_metrics", TRACKING),
+        "has lost its tables latest_metrics, tags; restore it from a copy",
+    ),
+    "Optuna's without a table": (
+        *("optuna", "drop table trial_values", STORAGE),
+        "has lost its tables trial_values; restore it from a copy",
+    ),
     "studies of another program": (
         *("none", "create table studies(id, title)", STORAGE),
         f"{FOREIGN} (tables: studies); give Optuna a new database",
@@ -143,7 +151,7 @@ def test_a_database_that_is_not_ours_is_refused_and_left_as_it_is(
             way()
         line = str(refusal.value)
         assert why in line
-        assert line.startswith(f"{option} {places[option]} is a database of ")
+        assert line.startswith(f"{option} {places[option]} ")
         assert "\n" not in line
         assert (listing(tmp_path), file.read_bytes()) == (before, bytes_before)
 
