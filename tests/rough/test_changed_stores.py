@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -197,7 +198,7 @@ def test_all_runs_deleted_for_good_are_no_reason_to_train_in_another_store(place
     place.start()
     for name in NAMES:
         place.client.delete_run(place.run_id(name))
-    gc = f"MLFLOW_TRACKING_URI=sqlite:///{place.database} python -m mlflow gc "
+    gc = f"MLFLOW_TRACKING_URI=sqlite:///{place.database} {sys.executable} -m mlflow gc "
     typed(f"by `{gc} --backend-store-uri sqlite:///{place.database}`", "by")
     before = everything(place.folder)
     error = error_in(place.start(2))
