@@ -37,6 +37,7 @@ from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
 
 if TYPE_CHECKING:
+    from analysis.comparisons import Ranking
     from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class Findings:
         tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
         shown, settings: metrics and parameters of the summary run.
+        ranking: the best value and those not distinguishable from it; None where nothing is ranked.
+        verdict: three lines: the best setting, how sure that is, and what to do next.
+        warnings: sentences on what the answer cannot carry.
+        next_command: the command line that would tell more; "" if there is none.
     """
 
     table: pd.DataFrame
@@ -90,6 +95,10 @@ class Findings:
     best: pd.Series
     shown: Mapping[str, float]
     settings: Mapping[str, Any]
+    ranking: Ranking | None = None
+    verdict: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    next_command: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,8 @@ class Outcome:
     folder: Path
     experiment_id: str
     failures: Sequence[str] = ()
+    findings: Findings | None = None
+    run_ids: Sequence[str] = ()
 
 
 def ended(
@@ -232,7 +243,8 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
             f"{folder}, and the same command tries again"
         )
-    return Outcome(plan, findings.table, answer, folder, experiment_id, failed)
+    ids = [run.run_id for run in found.runs]
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings, ids)
 
 
 def _draw(draw: Callable[[], Figure], file: Path, words: Callable[[str], str]) -> bool:
