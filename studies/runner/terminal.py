@@ -185,7 +185,7 @@ class Terminal(logging.Handler):
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
         """Show the table, the answer and where to look further."""
-        from harness.tracking.page import LINK  # it loads MLflow, which --help does not need
+        from harness.tracking.page import link  # it loads MLflow, which --help does not need
 
         self.failures += outcome.failures
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
@@ -208,7 +208,8 @@ class Terminal(logging.Handler):
                 paragraphs.append(f"The report has {len(named)} paragraphs more, one a name.")
             self.out.print("\n\n".join(paragraphs), soft_wrap=not self.out.is_terminal)
             self.line(f"\nReport: {report}")
-            self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{LINK}")
+            page = link(outcome.plan.name)
+            self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page}")
 
     def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
         """Show the answer of a study whose summary another process wrote, and its address."""
