@@ -176,6 +176,13 @@ def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
     return (means[metric] - half).clip(lower=low), (means[metric] + half).clip(upper=high)
 
 
+def bars(means: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return the lengths of error bars of the intervals, downwards and upwards, 0 for one seed."""
+    low, high = interval(means, metric)
+    lengths = np.nan_to_num(np.stack([means[metric] - low, high - means[metric]]))
+    return np.maximum(lengths, 0)  # a mean can be below 0 by rounding
+
+
 @dataclass(frozen=True)
 class Difference:
     """A paired difference of means with its interval; `half_width` is NaN for a single seed.
