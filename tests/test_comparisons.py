@@ -149,6 +149,7 @@ def test_one_seed_and_two():
     assert other.best == 0
     assert other.not_distinguishable == [1]
     assert other.worse == [2]
+    assert "One seed shows no difference" in power(other)
 
 
 def test_values_without_spread():
