@@ -318,8 +318,8 @@ def test_a_gpu_gives_what_the_cpu_gives(tiny, settings):
 # --- the proposal ---------------------------------------------------------------------------------
 
 
-def linear(data: Dataset, variance: float, **settings) -> tuple[RunConfig, VAE]:
-    config = with_decoder_variance(RunConfig(model="linear", **settings), variance, data.pixels)
+def linear(data: Dataset, variance: float) -> tuple[RunConfig, VAE]:
+    config = with_decoder_variance(RunConfig(model="linear"), variance, data.pixels)
     return config, linear_vae(config, data)
 
 
@@ -360,14 +360,13 @@ def test_an_inflated_posterior_is_that_of_a_larger_decoder_variance(data, factor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("latents", [3, 10])
-def test_an_exact_encoder_is_its_own_proposal_and_no_sample_differs(data, latents, dtype):
+def test_an_exact_encoder_is_its_own_proposal_and_no_sample_differs(data, dtype):
     variance = 0.05
-    for _ in range(30):  # until the variance that fits validation images is that of the decoder
-        config, model = linear(data, variance, latent_size=latents)
+    for _ in range(20):  # until the variance that fits validation images is that of the decoder
+        config, model = linear(data, variance)
         given = evaluation.conditions(config, model, "val", len(data.val))
         variance = float(measure(config, model, data.val, 0, **given)["mse"])
-    config, model = linear(data, variance, latent_size=latents)
+    config, model = linear(data, variance)
     found = likelihood_metrics(config, model.to(dtype), data)
     assert found["proposal_inflation"] == 1
     assert found["effective_samples"] == pytest.approx(512, rel=1e-6)
@@ -377,9 +376,7 @@ def test_an_exact_encoder_is_its_own_proposal_and_no_sample_differs(data, latent
     assert found["neg_log_likelihood/k1"] == pytest.approx(exact, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("mean", "factor"), [(0, 0.25), (0, 4), (1, 1), (1.5, 1), (1, 0.5), (1, 2), (2, 1), (2, 2)]
-)
+@pytest.mark.parametrize(("mean", "factor"), [(0, 0.25), (0, 4), (1, 1), (1, 0.5), (2, 1), (2, 2)])
 def test_the_slack_of_a_wrong_proposal_is_found_within_a_factor_of_two(data, mean, factor):
     config, model = linear(data, 0.05)
     exact = log_density(config, data, data.test.images.numpy() / 16).mean()
