@@ -35,8 +35,8 @@ INFLATIONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 CHOICE_SHARE, CHOICE_SAMPLES = 8, 32
 AS_GOOD = 0.01  # nats by which a larger factor, or another mean, must be better
 
-# Below so many effective samples, mean over images, bounds of trained models (digits, MNIST) were
-# .4 to 50 nats loose and `_slack` found a sixth of it; above, 1.1 at most, and half to all of it.
+# Below so many effective samples, mean over images, bounds of models of digits and MNIST were .4 to
+# 50 nats loose, up to six times `_slack`; with more, 1.1 at most, within a factor of about two.
 FEW_SAMPLES = 10
 BLOCKS = 16  # of samples, whose bounds the slack is extrapolated from
 
