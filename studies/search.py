@@ -1,9 +1,9 @@
 """Which configuration has the best ELBO when everything is searched at once?
 
-KL weight, KL normalisation, latent size, learning rate, KL warm-up and its cycles, free bits and
-decoder variance together, by Optuna's TPE on validation neg_elbo, or on (rate, mse) with its Pareto
-front. The best configuration is trained again with fresh seeds, since the search's own number for
-it is the luckiest of many.
+Decoder variance, fixed (by the KL weight) or fitted, latent size, learning rate, KL warm-up and its
+cycles and free bits together, by Optuna's TPE on validation neg_elbo, or on (rate, distortion) with
+its Pareto front. The calibrated default is the first trial. It and the best other one are trained
+again with fresh seeds, since the search's own number for its best is the luckiest of many.
 """
 
 from __future__ import annotations
@@ -12,18 +12,42 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots, tables
 from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, at_least, setting_options, start_words
-from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
-from studies.runner.study import Plan, calibrated, check_objective, command, parts, source
+from studies.runner.options import Common, Options, at_least, setting_options, start_words
+from studies.runner.proposers import (
+    ACTIVE,
+    BASELINE,
+    SELECTION,
+    STRENGTHS,
+    TPE,
+    Cell,
+    Listed,
+    Pruner,
+    Range,
+    Space,
+    repeated,
+)
+from studies.runner.study import (
+    Plan,
+    Source,
+    calibrated,
+    check_objective,
+    command,
+    parts,
+    sets_variance,
+    source,
+    with_beta,
+    with_variance,
+)
 
 if TYPE_CHECKING:
     import optuna
+    import pandas as pd
     from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
@@ -31,33 +55,34 @@ if TYPE_CHECKING:
 
 NAME, BASE = "search", RunConfig()
 
-CONFIRMING = 3  # fresh seeds with which the best configuration is trained again
-DEFAULT = -1  # parameter `trial` of the runs of the default configuration
+CONFIRMING = 3  # fresh seeds with which the best other trial and the default are trained again
+DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
+FEWEST = 8  # trials with a strength, of which its share is shown
 TOP = 10  # configurations in the table
+CLOSER = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of a found KL weight that the next study compares
 
 # Metrics of the trials, and further ones of the configurations that are trained again.
-TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
+TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse"]
+TRIED += ["val/rate", ACTIVE]
 CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
 
 CAPTIONS = {
     "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
-    "parameters": "Validation neg_elbo against each searched setting, and the decoder variance.",
+    "parameters": "Validation neg_elbo against each searched setting. The decoder variance is that "
+    "of the KL weight, or fitted where sigma is not fixed.",
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
-    "with others (fANOVA), over finished trials only.",
-    "front": "Rate and mse on validation data; no trial beats those of the front in both.",
+    "with others (fANOVA), over finished trials only; that of the decoder variance over those with "
+    "a fixed sigma, if they are 8 or more.",
+    "front": "Rate and distortion on validation data, both in nats; no trial beats those of the "
+    "front in both. Their sum is neg_elbo, equal along a thin line; the knee is where the lowest "
+    "such line touches the front.",
 }
 
 
-def space(epochs: int) -> Space:
-    """Return the values that are tried; a first warm-up ends before trials are judged.
-
-    The weights include the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
-    1e-5 for "sum", 1e-6 for "sum" of 28 x 28 images; and 1, where the decoder variance is optimal
-    or learned.
-    """
+def space(epochs: int, strength: Space) -> Space:
+    """Return the values that are tried; a first warm-up ends before trials are judged."""
     return {
-        "kl_weight": Range(1e-7, 1.0, log=True),
-        "kl_normalization": ("pixels", "batch", "latent", "sum"),
+        **strength,
         "latent_size": Range(2, 64, log=True),
         "learning_rate": Range(1e-4, 1e-2, log=True),
         "kl_warmup_epochs": Range(0, max(1, epochs // 3)),
@@ -65,6 +90,33 @@ def space(epochs: int) -> Space:
         "free_bits": Range(0.0, 0.5),
         "sigma": ("fixed", "optimal", "learned"),
     }
+
+
+def strength(base: RunConfig, data: Source) -> tuple[str, float]:
+    """Return what is searched in place of the KL weight, and its calibrated value.
+
+    The decoder variance where the weight sets it, else beta, which is 1 for an exact ELBO and the
+    scale of a Laplace decoder.
+    """
+    from harness.objective import beta  # loads torch
+
+    if sets_variance(base):
+        return "decoder_variance", data.calibrated / 2
+    return "beta", beta(calibrated(base, data), data.pixels)
+
+
+def configure(
+    data: Source,
+    base: RunConfig,
+    decoder_variance: float | None = None,
+    beta: float = 1.0,
+    **values: Any,  # noqa: ANN401 - settings
+) -> RunConfig:
+    """Set a trial's values; without a strength the KL weight is that of an exact ELBO (beta 1)."""
+    config = base.replace(**values)
+    if decoder_variance is not None:
+        return with_variance(config, decoder_variance, data)
+    return with_beta(config, beta, data)
 
 
 @dataclass(frozen=True)
@@ -75,7 +127,7 @@ class SearchOptions(Common):
         trials: configurations in all; a finished search goes on if there are more.
         seeds: runs of every configuration; its objective is their mean.
         pruner: how bad configurations are stopped early (median; none with --multi-objective).
-        multi_objective: minimise rate and mse together instead of neg_elbo.
+        multi_objective: minimise rate and distortion together instead of their sum, neg_elbo.
     """
 
     trials: int = 60
@@ -97,16 +149,26 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base, SELECTION, own)
     fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
-    searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
+    named, middle = strength(base, data)
+    # From an error below a grey level to the data's whole variance, beyond which all collapses.
+    low, high = (float(f"{middle * factor:.3g}") for factor in (1e-3, 4 * data.pixels))
+    is_set = "kl_weight" in fixed or base.sigma != "fixed"
+    varied: Space = {} if is_set else {named: Range(low, high, log=True)}
+    every = space(base.epochs, varied)
+    searched = {name: values for name, values in every.items() if name not in fixed}
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")
-    objectives = ("val/rate", "val/mse") if options.multi_objective else (SELECTION,)
-    left_out = {*searched, "seed"}
+    objectives = ("val/rate", "val/distortion") if options.multi_objective else (SELECTION,)
+    left_out = {*searched, "seed", *({"kl_weight"} - fixed)}
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in left_out}
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
     settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
     settings = {**data.settings, **settings, **parts([base])}
-    proposer = TPE(base, searched, options.seeds, options.trials, pruner, objectives, settings)
+    proposer = TPE(
+        *(base, searched, options.seeds, options.trials, pruner, objectives, settings),
+        default={name: middle if name == named else getattr(base, name) for name in searched},
+        configure=RunConfig.replace if "kl_weight" in fixed else partial(configure, data),
+    )
     return Plan(
         page=NAME,
         question=__doc__ or "",
@@ -114,126 +176,226 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         source=data,
         configs=[base] * (options.trials * options.seeds + 2 * CONFIRMING),
         proposer=proposer,
-        find=partial(find, proposer),
+        find=partial(find, proposer, options),
         start=start_words(NAME),
         words=command(start_words(NAME), data, replace(options, pruner=pruner), base),
         sentence=f"{options.trials} configurations of {', '.join(searched)}, seeds: "
         f"{options.seeds}, {base.epochs} epochs, minimising {' and '.join(objectives)}, pruner "
-        f"{pruner}, then {CONFIRMING} fresh seeds of the best",
-        confirm=partial(confirm, proposer, calibrated(base, data)),
+        f"{pruner}, then {CONFIRMING} fresh seeds of the best and of the default",
+        confirm=partial(confirm, proposer),
     )
 
 
-def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
-    """Return runs of the best configuration and the default one with seeds not yet used."""
-    best, part = best_of(study), "confirmation"
-    compared = {f"best, trial {best.number}": (best.number, proposer.configs(best)[0])}
-    compared["default"] = (DEFAULT, default)
+def confirm(proposer: TPE, study: optuna.Study) -> Listed:
+    """Return runs of the default configuration and its rival with seeds not yet used."""
+    part, compared = "confirmation", dict[int, RunConfig]()
+    if trial := rival(study):
+        compared[trial.number] = proposer.configs(trial)[0]
+    compared[DEFAULT] = proposer.configure(proposer.base, **proposer.default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
     cells = list[Cell]()
-    for label, (trial, config) in compared.items():
-        identity, params = {"part": part, "label": label}, {"trial": trial, "part": part}
-        cells += repeated(label, identity, config, seeds, params)
+    for number, config in compared.items():
+        identity, params = {"part": part, "label": _label(number)}, {"trial": number, "part": part}
+        cells += repeated(_label(number), identity, config, seeds, params)
     return Listed(cells, {})
 
 
-def best_of(study: optuna.Study) -> FrozenTrial:
-    """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
+def _label(number: int) -> str:
+    return "default" if number == DEFAULT else f"trial {number}"
+
+
+def rival(study: optuna.Study) -> FrozenTrial | None:
+    """Return the trial that is compared with the default: the best other one, if any finished.
+
+    The lowest validation neg_elbo of the trials with active latents; where all have collapsed, of
+    all. With two objectives it is the knee of the front: neg_elbo = rate + distortion.
+    """
     if not _complete(study):
         raise UserError(f"search {study.study_name!r} has no finished trial: all diverged")
-    return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
+    others = [trial for trial in _complete(study) if BASELINE not in trial.user_attrs]
+    active = [trial for trial in others if trial.user_attrs[ACTIVE] > 0]
+    return min(active or others, key=lambda trial: trial.user_attrs[SELECTION], default=None)
 
 
 def _importances(study: optuna.Study, objective: int) -> dict[str, float]:
     """Return the share of an objective's variation that each parameter explains.
 
     Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few hopeless
-    trials do not explain everything.
+    trials do not explain everything. That of a strength is over the trials that have one.
     """
     import optuna
 
     order = sorted(_complete(study), key=lambda trial: trial.values[objective])
     rank = {trial.number: float(place) for place, trial in enumerate(order)}
-    return optuna.importance.get_param_importances(
+    shares = partial(
+        optuna.importance.get_param_importances,
         study,
         evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
         target=lambda trial: rank[trial.number],
     )
+    having = [trial for trial in order if {*STRENGTHS} & trial.params.keys()]
+    if not FEWEST <= len(having) < len(order):
+        return shares()
+    some = shares(params=[*having[0].params])
+    return shares() | {name: some[name] for name in STRENGTHS if name in some}
 
 
 def _complete(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
 
 
-def find(proposer: TPE, ended: Ended) -> Findings:
-    """Return the findings of a search."""
+def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
+    """Return the findings of a search.
+
+    The best other trial and the default, a comparison planned before the fresh seeds, are compared
+    by a paired t interval of validation neg_elbo; the lower mean is recommended.
+    """
     import pandas as pd
 
     from studies.runner.summary import TABLE_CAPTION, Findings
 
-    study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
+    study, objectives, other = ended.study, proposer.objectives, rival(ended.study)
+    first = [t.number for t in _complete(study) if BASELINE in t.user_attrs]
     runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
-    trials = frames.by_trial(searched, list(proposer.space))
+    trials = frames.by_trial(searched, [*proposer.space])
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    tried = TRIED + [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
+    tried = [*TRIED, *(o for o in objectives if o not in TRIED)]
+    tried += [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
     users = [name for name in registry.METRICS if name in runs]
     means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
-    top = trials[["trial", *proposer.space, "decoder_variance"]].merge(means, on="trial")
-    top = top.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
-    labels = {number: f"best, trial {number}", DEFAULT: "default, calibrated weight"}
-    confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
-    confirmed = confirmed.assign(configuration=confirmed["trial"].map(labels))
-    confirmed = confirmed.sort_values("seed", kind="stable")
-    again, default = (confirmed[confirmed["trial"] == trial] for trial in labels)
-    if again.empty:
+    columns = dict.fromkeys(["trial", *proposer.space, "decoder_variance"])
+    done = trials[[*columns]].merge(means, on="trial").sort_values(SELECTION, ignore_index=True)
+    top = done[(done.index < TOP) | done["trial"].isin(first)].reset_index(drop=True)
+
+    compared = [DEFAULT] if other is None else [other.number, DEFAULT]
+    confirmed = runs[runs["part"].eq("confirmation") & ~runs["pruned"]]
+    confirmed = confirmed[confirmed["trial"].isin(compared)].sort_values("seed", kind="stable")
+    confirmed = confirmed.assign(configuration=confirmed["trial"].map(_label))
+    again, default = (confirmed[confirmed["trial"] == number] for number in (compared[0], DEFAULT))
+    if confirmed.empty:
         raise UserError(
-            f"trial {number}, the best, diverged with every fresh seed; search again with more "
-            "--seeds and another --study-name"
+            f"{' and '.join(map(_label, compared))} diverged with every fresh seed; search again "
+            "with more --seeds and another --study-name"
         )
+    # A configuration of which a seed diverged is not recommended.
+    ranked = frames.complete(confirmed, ["configuration"])
+    label = ranked.groupby("configuration")[SELECTION].mean().idxmin()
+    chosen = ranked[ranked["configuration"] == label]
+    models = confirmed.sort_values(SELECTION).groupby("configuration", sort=False)
+    models = {name: part.iloc[(len(part) - 1) // 2] for name, part in models}  # of median seeds
+    best = models[label]
+    sure = how_sure(_label(compared[0]), frames.paired_difference(again, default, SELECTION))
+    step, next_command = _next(proposer, options, ended.plan, best, label)
+
     table = frames.along_axis(confirmed, "configuration", tried + CONFIRMED + users)
-    ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = pd.DataFrame({name: _importances(study, i) for i, name in ranked})
+    ranks = enumerate(objectives if len(_complete(study)) > 1 else ())
+    shares = pd.DataFrame({name: _importances(study, i) for i, name in ranks})
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    settings = ", ".join(f"{n} = {tables.plain(again.iloc[0][n])}" for n in proposer.space)
+    of = f"{len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
+    lowest = done["trial"].iloc[0]
     each = [
         f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
         for _, row in table.iterrows()
     ]
     sentences = [
-        f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
-        f"diverged) trial {number} is best: {settings}.",
-        f"Trained again with fresh seeds, test neg_elbo is {' and '.join(each)} nats / image; the "
-        f"paired difference is {frames.paired_difference(again, default, 'neg_elbo')}.",
+        f"Of {of}diverged) trial {lowest}{', the default,' if lowest in first else ''} has the "
+        f"lowest validation neg_elbo.",
+        f"Trained again with fresh seeds, {sure}.",
+        f"Test neg_elbo is {' and '.join(each)} nats / image.",
+        f"The saved model and the pictures are of the recommended configuration's median seed, "
+        f"{best['seed']}.",
     ]
     figures = {
         "history": partial(plots.search_history, trials),
         "parameters": partial(plots.search_parameters, trials),
     }
+    found = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
     if not shares.empty:
         figures["importances"] = partial(plots.search_importances, shares)
     if len(objectives) > 1:
         figures["front"] = partial(plots.search_front, trials)
-        sentences.append(f"{trials['front'].sum()} trials are on the front of rate and mse.")
+        front, knee = trials[trials["front"]], plots.knee(trials)["trial"]
+        on_it = f"{len(front)} trials are on the front of rate and distortion; its knee"
+        sentences.append(f"{on_it}, where their sum is lowest, is trial {knee}.")
+        front = done[done["trial"].isin(front["trial"])].sort_values("val/rate")
+        found["front"] = (front, f"The Pareto front by rising rate; its knee is trial {knee}.")
+    found["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
+    names = dict.fromkeys([*proposer.space, "kl_weight"])
+    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
+    lost = {
+        number: CONFIRMING - len(part)
+        for number, part in zip(compared, (again, default), strict=False)
+        if len(part) < CONFIRMING
+    }
+    warnings = [few_active(chosen), not_calibrated(chosen)]
+    warnings += [f"{_label(n)} diverged with {count} fresh seeds." for n, count in lost.items()]
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
         frame=runs,
-        tables={
-            "table": (top, f"The {TOP} best trials of the search."),
-            "confirmed": (table, f"With fresh seeds. {TABLE_CAPTION}"),
-        },
+        tables=found,
         figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
-        models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
-        best=again.loc[again["val/neg_elbo"].idxmin()],
-        shown=again[tried + CONFIRMED + users].mean().to_dict(),
-        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
+        models={f"{name}, seed {run['seed']}": run["run_id"] for name, run in models.items()},
+        best=best,
+        shown=chosen[tried + CONFIRMED + users].mean().to_dict(),
+        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": int(lowest)},
+        verdict=(f"Best setting: {label} ({settings}).", f"How sure: {sure}.", f"Next: {step}."),
+        warnings=[warning for warning in warnings if warning],
+        next_command=next_command,
+    )
+
+
+def how_sure(other: str, gap: frames.Difference) -> str:
+    """Return how the best other trial compares with the default, by its paired difference."""
+    if other == _label(DEFAULT) or not gap.seeds:
+        return "no other configuration than the default could be compared with it"
+    verdict = "better than" if gap.mean < 0 else "worse than"
+    if not gap.distinguishable:
+        verdict = "not distinguishable from"
+    return (
+        f"{other} is {verdict} the default: {tables.pair(gap.mean, gap.half_width, 2)} nats / "
+        f"image of validation neg_elbo against it, paired over {gap.seeds} fresh seeds"
+    )
+
+
+def _next(
+    proposer: TPE, options: SearchOptions, plan: Plan, best: pd.Series, label: str
+) -> tuple[str, str]:
+    """Return what to do next, and its command: closer weights, or more trials."""
+    settings = {name: best[name] for name in proposer.space if name not in (*STRENGTHS, "sigma")}
+    if label == _label(DEFAULT) or best["sigma"] != "fixed" or "kl_weight" in options.settings:
+        more = replace(options, trials=2 * options.trials, pruner=proposer.pruner)
+        words = command(start_words(NAME), plan.source, more, proposer.base)
+        return f"search on, {more.trials} trials in all", replace(plan, words=words).command
+    weights = tuple(f"{factor * best['kl_weight']:.3g}" for factor in CLOSER)
+    closer = Options(metric=options.metric, settings={**options.settings, **settings})
+    closer = replace(closer, values=weights, seeds=5)
+    words = command(start_words("kl_weight"), plan.source, closer, proposer.base)
+    study = replace(plan, page="kl_weight", name=f"{plan.name}-weights", words=words)
+    return "compare KL weights around it, with 5 seeds", study.command
+
+
+def few_active(runs: pd.DataFrame) -> str:
+    """Return a warning if no latent is active, or less than half of them; else ""."""
+    active, size = runs["active_units"].mean(), runs["latent_size"].max()
+    few = f"{active:.1f} of {size} latents of the recommended configuration are active"
+    return "" if active >= size / 2 else f"{few}; the others have collapsed."
+
+
+def not_calibrated(runs: pd.DataFrame) -> str:
+    """Return a warning if the calibration ratio is not within a factor of 3 of 1; else ""."""
+    ratio = runs["calibration_ratio"].mean()
+    if not (ratio < 1 / 3 or ratio > 3):  # NaN where there is none
+        return ""
+    return (
+        f"Its calibration ratio is {ratio:.3g}: the KL weight does not fit the error that is left."
     )
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:
     """Return the options of the search from its command line; else UserError."""
-    searched = dict.fromkeys(space(BASE.epochs), "searched, unless it is given")
+    searched = dict.fromkeys(["kl_weight", *space(BASE.epochs, {})], "searched, unless it is given")
     return read(SearchOptions, NAME, __doc__ or "", args, setting_options(BASE, searched))
 
 

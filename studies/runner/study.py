@@ -123,18 +123,25 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
     return with_decoder_variance(config, variance, data.pixels)
 
 
+def with_beta(config: RunConfig, value: float, data: Source) -> RunConfig:
+    """Set the KL weight that means a beta in the configuration's normalisation."""
+    from harness.objective import beta  # loads torch
+
+    return config.replace(kl_weight=value / beta(config.replace(kl_weight=1.0), data.pixels))
+
+
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
     """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
 
     A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
     """
-    from harness.objective import beta, decoder_std  # loads torch
+    from harness.objective import decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
     if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
         return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
-    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
+    return with_beta(config, 1.0, data)
 
 
 # Columns of a summary table: last and best validation neg_elbo, then test metrics.
