@@ -11,9 +11,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial, reduce
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from harness.tracking.runs import (
     KEY,
     NOTE,
     PROVENANCE,
+    Epoch,
     Logged,
     Record,
     Run,
@@ -277,6 +280,21 @@ class Store:
             for metric in sorted(metrics)
             for entry in self.call(self.client.get_metric_history, run_id, metric)
         ]
+
+    def histories(self, run_ids: Iterable[str], metric: str) -> list[Epoch]:
+        """Return one metric of some runs, run by run and epoch by epoch; [] where none has it.
+
+        A request a run, 2 ms from a database; a server takes several at a time. Of kept weights
+        (`keep="best"`) the value at the end follows, a step after the last epoch.
+        """
+
+        def history(run_id: str) -> list[Epoch]:
+            logged = self.call(self.client.get_metric_history, run_id, metric)
+            at = {entry.step: _number(run_id, metric, entry.value) for entry in logged}
+            return [Epoch(run_id, step, at[step]) for step in sorted(at)]
+
+        with ThreadPoolExecutor(8 if self.spool else 1) as pool:
+            return [*chain.from_iterable(pool.map(history, run_ids))]
 
     def record(self, run: str, *, trust: bool | None = None) -> Record:
         """Return all that is needed to train a finished run again, by its id or key.
