@@ -92,6 +92,7 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
         answer=partial(best_point, axes=names),
         group=group,
         groups=groups if group else Study.groups,
+        group_values={text(value): value for value in swept[0].values} if group else {},
         objective="",
         table=(*TABLE, *(f"term/{name.partition('.')[0]}" for name in names)),
         start=("-m", f"studies.{NAME}", *words),
