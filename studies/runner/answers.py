@@ -6,29 +6,24 @@ Warnings concern the recommended setting: what its numbers cannot carry, and wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames, tables
 from analysis.comparisons import PROCEDURE, Ranking
-from harness.metrics import likelihood
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from studies.runner.study import Plan
-
 NEAR = 3.0  # factor of the calibration ratio within which a weight is called calibrated
 ACTIVE = 0.25  # share of latents below which few are active
 SHARE = 0.01  # of the fall since the first epoch: more of it at the end is still improving
-NAMED = 5  # values that a sentence lists
+NAMED = {1: 8, 2: 4}  # values, of one column or two, that a sentence lists
 MOST_SEEDS = 20  # that are suggested
 REFITTED, GAP = "neg_elbo_refitted", "amortization_gap"
 
 
-def still_improving(
-    histories: pd.DataFrame, metric: str = "val/neg_elbo", epochs: int = 0
-) -> str:
+def still_improving(histories: pd.DataFrame, metric: str = "val/neg_elbo", epochs: int = 0) -> str:
     """Return a warning if a metric still falls in the last 10 % of epochs, at least one; else "".
 
     The fall of the lowest value so far, averaged over runs, counts where it is more than 1 % of
@@ -101,8 +96,10 @@ def not_calibrated(runs: pd.DataFrame) -> str:
 
 def few_effective(runs: pd.DataFrame) -> str:
     """Return a warning if few importance samples carry `neg_log_likelihood`; else ""."""
+    from harness.metrics.likelihood import FEW_SAMPLES  # PyTorch, which --help does not need
+
     effective = _of(runs, "effective_samples").mean()
-    if not effective < likelihood.FEW_SAMPLES:
+    if not effective < FEW_SAMPLES:
         return ""
     return (
         f"Its neg_log_likelihood rests on {effective:.1f} effective importance samples and may be "
@@ -115,7 +112,7 @@ def few_seeds(seeds: int) -> str:
     if seeds == 1:
         return "One seed: no spread is known, and no value is called better; give --seeds 3."
     if seeds == 2:
-        return "Two seeds: an interval has 1 degree of freedom (t = 12.7); give --seeds 5."
+        return "Two seeds: intervals have 1 degree of freedom (t = 12.7); give --seeds 5."
     return ""
 
 
@@ -210,7 +207,7 @@ def _how_sure(ranking: Ranking, unit: str) -> str:
 def listed(ranking: Ranking) -> str:
     """Return the values that are not distinguishable from the best, or how many they are."""
     equal = ranking.not_distinguishable
-    if len(equal) > NAMED:
+    if len(equal) > NAMED[len(ranking.keys)]:
         return f"{len(equal)} of {ranking.values - 1} others"
     digits = _digits(ranking)
     if len(ranking.keys) == 1:
@@ -219,39 +216,36 @@ def listed(ranking: Ranking) -> str:
 
 
 def next_step(
-    plan: Plan, ranking: Ranking, values: Sequence[Any], epochs: int = 0
+    vary: Callable[..., str], ranking: Ranking, values: Sequence[Any], epochs: int = 0, **same: Any
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
     Args:
-        plan: of the study.
+        vary: options -> the study's command line with them, "" if they are refused.
         ranking: of its values.
-        values: those of the axis beside the best one, as the user gave them, in any order.
-        epochs: number of epochs where the best still improves.
+        values: those of the axis that go with the best of all else, the best first.
+        epochs: number of epochs to advise, 0 if the best does not improve any more.
+        same: options without which the command would leave out values.
     """
-    seeds, best = ranking.seeds, values[0]
-    unit = _unit(ranking.metric)
-    steps = list[tuple[str, dict[str, Any]]]()
-    if epochs:
-        steps.append((f"{epochs} epochs", {"epochs": epochs}))
+    seeds, unit, best = ranking.seeds, _unit(ranking.metric), tables.plain(values[0])
+    steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
     if seeds < 3:
-        more = 5 if seeds == 2 else 3
-        steps.append((f"{more} seeds", {"seeds": more}))
+        steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
     if beyond := _beyond(values):
-        steps.append((f"values beyond {tables.plain(best)}", {"values": beyond}))
+        steps.append((f"values beyond {best}", {"values": beyond}))
     if ranking.not_distinguishable:
         more, seen = ranking.more
         why = f"{more} seeds, which show differences of {seen:.2g}{unit}"
         if ranking.seeds_for is not None and ranking.seeds_for <= MOST_SEEDS:
             more = ranking.seeds_for
-            why = f"{more} seeds, which would distinguish the best two if they differ as here"
-        steps.append((why, {"seeds": more}))
+            why = f"{more} seeds, which distinguish the best two if they differ as they do here"
+        steps.append((why, {"seeds": more, **same}))
     elif between := _between(values):
-        steps.append((f"values beside {tables.plain(best)}", {"values": between}))
+        steps.append((f"values beside {best}", {"values": between}))
     for why, changes in steps:
-        if command := plan.vary(plan.name, **changes):
+        if command := vary(**changes):
             return f"{why}: {command}", command
-    return "no value, seed or epoch more is suggested.", ""
+    return "no more seeds, values or epochs are suggested.", ""
 
 
 def decoders(frame: pd.DataFrame, ranking: Ranking, images: int) -> str:
@@ -276,10 +270,11 @@ def to_quote(runs: pd.DataFrame, ranking: Ranking) -> str:
     row = frames.along_axis(runs, [*ranking.keys], [name]).iloc[0]
     error = _of(runs, f"{name}_se").mean()
     images = f"; of one run, the test images add a standard error of {error:.2g}"
+    best = point(ranking.keys, ranking.best, _digits(ranking))
     return (
-        f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {point(ranking.keys, ranking.best)} "
-        f"({tables.over(len(runs))}{images * (error == error)}). Validation data chose it; test "
-        "numbers of other settings are no basis for a choice."
+        f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {best} "
+        f"({tables.over(len(runs))}{images * (error == error)}). Validation data chose it; the "
+        "test numbers of other settings are no basis for a choice."
     )
 
 

@@ -409,16 +409,15 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
     )
 
 
-def _vary(
-    study: Study, options: Options, own: Dataset | None, name: str, **changes: Any
-) -> str:
+def _vary(study: Study, options: Options, own: Dataset | None, name: str, **changes: Any) -> str:
     """Return the command line of a study with other options, in the same stores; "" if refused.
 
     Other epochs make it another study.
     """
     if study.start and "values" in changes:  # of a sweep, whose axes are in its command
         values = tuple(map(_hashable, changes.pop("values")))
-        address, written = study.start[-1].partition("=")[0], ",".join(text(v).replace(",", "x") for v in values)
+        address, _, _ = study.start[-1].partition("=")
+        written = ",".join(text(value).replace(",", "x") for value in values)
         axis = Axis(study.axis.name, values, study.axis.apply)
         study = replace(study, axis=axis, start=(*study.start[:-1], f"{address}={written}"))
     if "epochs" in changes:

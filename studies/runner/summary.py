@@ -28,6 +28,7 @@ from harness import provenance, registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
+from harness.metrics.likelihood import amortization_gap
 from harness.tracking import load_run
 from harness.tracking import record as recording
 from harness.tracking.addresses import without_secrets
@@ -36,7 +37,7 @@ from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Epoch, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner import answers
-from studies.runner.proposers import CELL, has_result, keys
+from studies.runner.proposers import CELL, Listed, has_result, keys
 
 if TYPE_CHECKING:
     from studies.runner.study import Plan, Study
@@ -131,6 +132,7 @@ class Outcome:
     warnings: Sequence[str] = ()
     next_command: str = ""
     best_row: int | None = None
+    model_run_id: str = ""
 
 
 def ended(
@@ -243,6 +245,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "warnings": [*map(words, findings.warnings)],
         "next_command": findings.next_command,
         "best_row": findings.best_row,
+        "model_run_id": findings.best["run_id"],
     }
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
@@ -353,8 +356,9 @@ def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
         values = _values(given, ranking, place)
         found_warnings += [text] if (text := answers.at_an_end(key, values)) else []
     improving = max(2 * int(best["epochs"]), epochs) * bool(answers.still_improving(of_best, by))
+    along, vary = _values(given, ranking, len(axes) - 1), partial(found.plan.vary, found.plan.name)
     following, next_command = answers.next_step(
-        found.plan, ranking, _values(given, ranking, len(axes) - 1), improving * bool(epochs)
+        vary, ranking, along, improving * bool(epochs), **_grown(study, found, given)
     )
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
@@ -368,7 +372,10 @@ def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
         table=table,
         answer=lambda: "\n\n".join([study.answer(ranked), *filter(None, notes), *not_ranked]),
         frame=frame,
-        tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranking)},
+        tables={
+            "table": (table, TABLE_CAPTION),
+            "differences": _differences(study, frame, ranking),
+        },
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
             "learning_curves": (curves, plots.CURVES_CAPTION),
@@ -440,6 +447,16 @@ def _values(given: Mapping[Any, Any], ranking: Ranking, place: int) -> list[Any]
     return [given[best][name], *(given[k][name] for k in along if k != best)]
 
 
+def _grown(study: Study, found: Ended, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return all values as an option, if the study has more of them than its plan."""
+    assert isinstance(found.plan.proposer, Listed)
+    planned = [cell.identity["value"] for cell in found.plan.proposer.cells]
+    every = json.loads(json.dumps(planned))
+    every += [value[study.axis.name] if study.group else value for value in given.values()]
+    unique = [value for place, value in enumerate(every) if value not in every[:place]]
+    return {"values": unique} if unique[-1] not in every[: len(planned)] else {}
+
+
 def _groups(
     study: Study, ranked: pd.DataFrame, metric: str, given: Mapping[Any, Any]
 ) -> dict[str, dict[str, Any]]:
@@ -463,9 +480,7 @@ def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
     return frame.assign(**pd.DataFrame(rows, frame.index, columns=[answers.REFITTED, answers.GAP]))
 
 
-def _differences(
-    study: Study, frame: pd.DataFrame, ranking: Ranking
-) -> tuple[pd.DataFrame, str]:
+def _differences(study: Study, frame: pd.DataFrame, ranking: Ranking) -> tuple[pd.DataFrame, str]:
     """Return the table of paired differences from the reference or the best point, with caption."""
     axes = study.columns
     reference = frame[frame[study.axis.name] == study.reference]
@@ -483,6 +498,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         return []
     log.info("drawing pictures of the models")
     data, uri, best = found.data, found.store.uri, findings.best
+    seeds = findings.ranking.seeds if findings.ranking else 1
+    median = f"the median seed of {seeds}" if seeds > 1 else ""
     models = {label: load_run(run, uri).model for label, run in findings.models.items()}
     labels, stack = [*models], [*models.values()]
     written = []
@@ -493,8 +510,10 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         written.append({"file": file, "caption": caption} | ({"rows": rows} if rows else {}))
 
     if data.is_image:
-        detailed, of = load_run(best["run_id"], uri).model, best["name"]
-        shown = "Test images (top row) and reconstructions from the posterior mean."
+        detailed = load_run(best["run_id"], uri).model
+        of = f"{best['name']}, {median}" if median else best["name"]
+        shown = "Test images (top row) and reconstructions from the posterior mean"
+        shown += f", of {median} of each setting." if median else "."
         picture = pictures.reconstructions(stack, data.test)
         write("reconstructions", picture, shown, "test images", *labels)
         shown = "Decoder means of z drawn from the prior N(0, I)."
