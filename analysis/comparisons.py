@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis import frames
 from harness.config import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +34,15 @@ CAPTION = (
     "intervals are of single differences, paired by seed, and decide nothing."
 )
 """Caption of the table of `frames.differences`, behind the name of its reference."""
+
+
+NOT_NEGATIVE = {
+    *("mse", "mse_class", "mae", "rate", "kl", "active_units", "calibration_ratio", "pca_floor"),
+    *("frechet", "frechet_reconstructions", "frechet_floor", "aggregate_gap", "mutual_information"),
+    *("bits_per_dim", "latent_std", "posterior_sigma", "fitted_scale", "effective_samples"),
+    *("learned_variance", "learned_scale", "epoch", "neg_elbo_se", "neg_log_likelihood_se"),
+}
+SHARES = {"probe_accuracy", "knn_accuracy", "feature_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def rank(frame: pd.DataFrame, keys: str | list[str], metric: str = "") -> Rankin
     Raises:
         UserError: if no run has the metric.
     """
-    metric = metric or f"val/{frames.compared(frame)}"
+    metric = metric or f"val/{compared(frame)}"
     points = _points(frame, keys, metric)
     if points.empty:
         raise UserError(f"no run has a finite {metric!r}, so that nothing can be ranked")
@@ -110,6 +118,20 @@ def rank(frame: pd.DataFrame, keys: str | list[str], metric: str = "") -> Rankin
         (more, float(then.loc[shown, "limit"].median())),
         _winner(points.loc[best], len(points), metric),
     )
+
+
+def compared(frame: pd.DataFrame) -> str:
+    """Return the metric by which runs are compared: `neg_elbo` if all have it, else `loss`."""
+    lacking = "neg_elbo" not in frame or frame["neg_elbo"].isna().any()
+    return "loss" if lacking and "loss" in frame else "neg_elbo"
+
+
+def limits(metric: str) -> tuple[float, float]:
+    """Return the least and the largest value that a metric can have, whatever its prefix."""
+    names = {*metric.split("/")}
+    if "term" in names or not names & (NOT_NEGATIVE | SHARES):
+        return -np.inf, np.inf
+    return 0.0, 1.0 if names & SHARES else np.inf
 
 
 def power(ranking: Ranking, unit: str = "") -> str:
@@ -231,7 +253,7 @@ def _winner(best: pd.Series, count: int, metric: str) -> tuple[float, float, flo
         np.sqrt(best["variance"] / best["seeds"]),
         best["seeds"] - 1,
     )
-    low, high = frames.limits(metric)
+    low, high = limits(metric)
     below = special.stdtrit(freedom, 0.975) * error if freedom else np.nan
     (above,) = above_winner(count, np.array([freedom])) * error if freedom else [np.nan]
     return float(mean), float(np.maximum(mean - below, low)), float(np.minimum(mean + above, high))

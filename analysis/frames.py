@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import lazy_loader
 import numpy as np
 
+from analysis import comparisons
 from harness.config import UserError, checked_name
 from harness.errors import reading
 from harness.tracking.addresses import without_secrets
@@ -32,13 +33,7 @@ else:
     Frame = Any  # for annotations of modules that do not import pandas
 
 NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
-NOT_NEGATIVE = {
-    *("mse", "mse_class", "mae", "rate", "kl", "active_units", "calibration_ratio", "pca_floor"),
-    *("frechet", "frechet_reconstructions", "frechet_floor", "aggregate_gap", "mutual_information"),
-    *("bits_per_dim", "latent_std", "posterior_sigma", "fitted_scale", "effective_samples"),
-    *("learned_variance", "learned_scale", "epoch", "neg_elbo_se", "neg_log_likelihood_se"),
-}
-SHARES = {"probe_accuracy", "knn_accuracy", "feature_accuracy"}
+compared = comparisons.compared
 SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
 
 
@@ -168,25 +163,24 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     return means.astype({key: frame[key].dtype for key in named})
 
 
-def limits(metric: str) -> tuple[float, float]:
-    """Return the least and the largest value that a metric can have, whatever its prefix."""
-    names = {*metric.split("/")}
-    if "term" in names or not names & (NOT_NEGATIVE | SHARES):
-        return -np.inf, np.inf
-    return 0.0, 1.0 if names & SHARES else np.inf
-
-
 def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
     """Return the ends of the intervals of `along_axis`, cut off at the metric's range.
 
     The mean lies in the range, so that an interval that is cut off covers it as often as before.
     Ends are NaN for one seed.
     """
-    low, high = limits(metric)
+    low, high = comparisons.limits(metric)
     if metric.rpartition("/")[2] == "active_units":
         high = means.get("latents≤", high)
     half = means[f"{metric}±"]
     return (means[metric] - half).clip(lower=low), (means[metric] + half).clip(upper=high)
+
+
+def bars(means: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return the lengths of error bars of the intervals, downwards and upwards, 0 for one seed."""
+    low, high = interval(means, metric)
+    lengths = np.nan_to_num(np.stack([means[metric] - low, high - means[metric]]))
+    return np.maximum(lengths, 0)  # a mean can be below 0 by rounding
 
 
 @dataclass(frozen=True)
@@ -247,8 +241,6 @@ def differences(
     The intervals are of single differences; those that `comparisons` does not distinguish, over all
     pairs of points for each metric, are marked.
     """
-    from analysis import comparisons  # which imports this module
-
     one = reference.iloc[0][keys]
     one = tuple(one) if len(keys) > 1 else one.iloc[0]
     differs = {m: comparisons.distinguished(frame, keys, one, m) for m in metrics}
@@ -264,12 +256,6 @@ def differences(
             texts = dict.fromkeys(metrics, "reference")
         rows.append(dict(zip(keys, point, strict=True)) | texts)
     return pd.DataFrame(rows)
-
-
-def compared(frame: pd.DataFrame) -> str:
-    """Return the metric by which runs are compared: `neg_elbo` if all have it, else `loss`."""
-    lacking = "neg_elbo" not in frame or frame["neg_elbo"].isna().any()
-    return "loss" if lacking and "loss" in frame else "neg_elbo"
 
 
 def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
