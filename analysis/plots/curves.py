@@ -81,7 +81,7 @@ def learning_curves(
     for panel in panels[:, 0]:
         panel.set_ylabel(label(metric))
     panels[0, 0].locator_params(axis="x", integer=True)
-    panels[0, 0].set_xlim(0.5, curves.index[-1] + 0.5)
+    panels[0, 0].set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
     panels[0, 0].set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
     bar = numeric and len(order) > LISTED
     _legend(figure, panels, colors, axis, " of the group" if group else f": {plain(best)}", bar=bar)
