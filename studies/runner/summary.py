@@ -35,6 +35,7 @@ from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
 from harness.tracking.runs import NOTE, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner.proposers import has_result, keys
+from studies.runner.terminal import records
 
 if TYPE_CHECKING:
     from analysis.comparisons import Ranking
@@ -231,6 +232,9 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         ],
         "dataset": found.data.name,
         "answer": "\n\n".join([answer, *left_out]),
+        "rows": records(findings.table),
+        "run_ids": [run.run_id for run in found.runs],
+        "model_run_id": findings.best["run_id"],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
