@@ -64,8 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if name and not found:
             frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
         for study in found:
-            if options.tracking_uri and study["next_command"].startswith("python "):
-                study["next_command"] += f" --tracking-uri {shlex.quote(options.tracking_uri)}"
+            study["next_command"] = _here(study["next_command"], options.tracking_uri)
         fields = {"list": LISTED, "next": NEXT, "best": ()}[options.command]
         terminal.studies = [{field: study[field] for field in fields or study} for study in found]
         terminal.several = name is None
@@ -115,6 +114,17 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
         **{"status": "unfinished" if is_left else "finished", "finished_runs": len(finished)},
         "date": began.isoformat(" ", "minutes"),
     }
+
+
+def _here(command: str, tracking_uri: str | None) -> str:
+    """Return a command line on the given store, which may have moved."""
+    if tracking_uri is None or not command.startswith("python "):
+        return command
+    words = shlex.split(command)
+    if "--tracking-uri" not in words:
+        words += ["--tracking-uri", ""]
+    words[words.index("--tracking-uri") + 1] = tracking_uri
+    return shlex.join(words)
 
 
 def _words(best: Any) -> str:  # noqa: ANN401 - of JSON

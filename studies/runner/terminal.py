@@ -214,7 +214,7 @@ class Terminal(logging.Handler):
             return
         import pandas as pd  # and MLflow, which the plan does not need
 
-        from harness.tracking.page import LINK
+        from harness.tracking.page import link
 
         table = pd.DataFrame(found["table"]) if table is None else table
         for place, sentence in enumerate(found["verdict"]):
@@ -233,7 +233,7 @@ class Terminal(logging.Handler):
         if found["model_run_id"]:
             self.line(f"Model: load_run({found['model_run_id']!r})")
         page = f"{way(found['tracking_uri'])}/#/experiments/{found['experiment_id']}"
-        self.line(f"Every run: {page}{LINK}")
+        self.line(f"Every run: {page}{link(found['study'])}")
 
     def _text(self, text: str, style: str | None = None) -> None:
         self.out.print(text, style=style, soft_wrap=not self.out.is_terminal)

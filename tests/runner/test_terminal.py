@@ -201,12 +201,12 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     printed = screen(100, uri if named == "option" else None)
     assert f"mlflow ui --workers 1 --backend-store-uri {uri}, then http://127.0.0.1:5000" in printed
-    assert f"/#/experiments/7{page.LINK}" in printed
+    assert f"/#/experiments/7{page.link(outcome().plan.name)}" in printed
     assert sys.executable in printed
 
 
 def test_no_link_shows_a_password():
-    assert f"Every run: https://host/#/experiments/7{page.LINK}" in screen(100, "https://host/")
+    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(100, "https://host/")
     printed = screen(100, "sqlite:///m.db?password=secret")
     assert "sqlite:///m.db, then " in printed
     assert "secret" not in printed
