@@ -38,13 +38,15 @@ from harness.tracking.runs import NOTE, Epoch, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner import answers
 from studies.runner.proposers import CELL, Listed, has_result, keys
+from studies.runner.terminal import records
 
 if TYPE_CHECKING:
     from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
 
-VIEWED = ("latent_size", "kl_weight", "val/neg_elbo", "mse", "rate", "active_units")  # in MLflow
+# Columns of MLflow's page after the axes and the objective.
+VIEWED = ("rate", "mse", "active_units", "seed", "kl_weight", "latent_size", "val/neg_elbo")
 PACKAGES = ("torch", "torchvision", "mlflow", "optuna", "numpy", "pandas", "seaborn")
 
 TABLE_CAPTION = (
@@ -263,6 +265,8 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "dataset": found.data.name,
         "answer": "\n\n".join([answer, *left_out]),
         **result,
+        "rows": records(findings.table),
+        "run_ids": [run.run_id for run in found.runs],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
@@ -293,8 +297,9 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     """Write the summary run: answer and table as description, files, and the best run's model."""
     store, best = found.store, findings.best
     # First: a study whose summary is complete is not summarized again.
-    columns = dict.fromkeys(["seed", *outcome.table.columns, *VIEWED])
-    save_view(store, outcome.experiment_id, [*columns], best["run_id"])
+    axes = findings.ranking.keys if findings.ranking else ()
+    columns = [*axes, found.plan.objective, *VIEWED, *outcome.table.columns]
+    save_view(store, outcome.experiment_id, found.plan.name, columns, axes, best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
