@@ -384,6 +384,7 @@ def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
         },
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
+            **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
             "learning_curves": (curves, plots.CURVES_CAPTION),
         },
         models={run["name"].rpartition(" seed=")[0]: run["run_id"] for run in shown},

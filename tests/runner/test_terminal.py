@@ -206,7 +206,9 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
 
 
 def test_no_link_shows_a_password():
-    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(100, "https://host/")
+    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(
+        100, "https://host/"
+    )
     printed = screen(100, "sqlite:///m.db?password=secret")
     assert "sqlite:///m.db, then " in printed
     assert "secret" not in printed
