@@ -202,6 +202,8 @@ class Terminal(logging.Handler):
         self.failures += outcome.failures
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         answered = {name: getattr(outcome, name, value) for name, value in ANSWERED.items()}
+        if outcome.findings is not None:
+            answered["model_run_id"] = outcome.findings.best["run_id"]
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
         places["report"] = str(outcome.folder / "report.html")
         self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)

@@ -168,6 +168,31 @@ def test_runs_that_other_processes_finish_count_once():
 # --- the outcome --------------------------------------------------------------------------------
 
 
+FOUND = {
+    **{"study": "x", "experiment_id": "7", "tracking_uri": "sqlite:///m.db", "report": "r.html"},
+    **{"verdict": ["b is best.", "3 seeds.", "Next: more."], "best_row": 1, "answer": "So."},
+    **{"warnings": ["No latent is active.", "One [seed]."], "model_run_id": "0f"},
+}
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_verdict_is_first_then_the_table_warnings_and_the_answer(is_terminal):
+    out = StringIO()
+    shown = log(out, 80)
+    shown.out._force_terminal = is_terminal
+    shown.show(FOUND, pd.DataFrame({"name": ["a", "b"], "mse": [0.2, 0.1]}))
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines[:3] == FOUND["verdict"]
+    rows = [line.split() for line in lines[3:7]]
+    assert [row[0] for row in rows[:1] + rows[2:]] == ["name", "a", "b"]
+    assert rows[2:] == [["a", "0.2"], ["b", "*", "0.1"]]
+    warnings = [f"Warning: {text}" for text in FOUND["warnings"]]
+    after = ["So.", "Report: r.html", "Model: load_run('0f')"]
+    assert lines[7:12] == [*warnings, *after]
+    assert ("\x1b[1mb is best." in out.getvalue()) == is_terminal
+
+
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
     source = SimpleNamespace(name="digits")
@@ -206,7 +231,9 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
 
 
 def test_no_link_shows_a_password():
-    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(100, "https://host/")
+    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(
+        100, "https://host/"
+    )
     printed = screen(100, "sqlite:///m.db?password=secret")
     assert "sqlite:///m.db, then " in printed
     assert "secret" not in printed
