@@ -177,9 +177,9 @@ FOUND = {
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_verdict_is_first_then_the_table_warnings_and_the_answer(is_terminal):
-    out = StringIO()
-    shown = log(out, 80)
-    shown.out._force_terminal = is_terminal
+    out, shown = StringIO(), Terminal()
+    of_kind = {"force_terminal": is_terminal, "color_system": "standard" if is_terminal else None}
+    shown.out = terminal._Screen(file=out, width=80, highlight=False, markup=False, **of_kind)
     shown.show(FOUND, pd.DataFrame({"name": ["a", "b"], "mse": [0.2, 0.1]}))
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
