@@ -22,11 +22,13 @@ def frame_of(weights, errors):
     return pd.DataFrame(rows)
 
 
-def test_the_best_weight_is_named_with_the_cost_of_the_blogs():
+def test_the_best_weight_is_named_with_the_cost_of_weight_1():
     text = kl_weight.best_weight(frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0)))
     assert text.startswith("kl_weight = 0.1 has the lowest validation neg_elbo of 3 values: -9.00")
-    assert "Weight 1 costs 13 ±" in text
+    assert "Weight 1 costs 13 nats / image of test neg_elbo against it, of encoder and" in text
+    assert "decoder together, and is worse." in text
     assert "not distinguishable from it: none." in text
+    assert "of the decoder alone" not in text
     assert "Class 8 reconstructs worst (mse 0.0200)." in text
 
 
@@ -34,7 +36,7 @@ def test_where_the_loss_is_a_likelihood_no_linear_model_is_named():
     frame = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0))
     frame["linear/collapse_variance"] = 0.7
     printed = kl_weight.best_weight(frame.assign(sigma="optimal"))
-    assert "Weight 1 costs 13 ±" in printed
+    assert "Weight 1 costs 13 nats" in printed
     assert "linear" not in printed  # the weight is no multiple of the decoder variance
     bernoulli = frame.assign(likelihood="bernoulli", calibration_ratio=float("nan"))
     bernoulli = bernoulli.drop(columns="linear/collapse_variance")
@@ -81,6 +83,8 @@ def test_latents_beyond_the_useful_ones_are_named():
     printed = latent_size.useful_latents(sizes_frame())
     assert "the smallest size not distinguishable from that is 4" in printed
     assert "Of 16 latents 4.0 are active" in printed
+    frame = sizes_frame()
+    assert "distinguishable" not in latent_size.useful_latents(frame[frame["seed"] == 0])
 
 
 def modes_frame(shift):
@@ -132,7 +136,7 @@ def test_cost_and_gain_are_paired_differences():
     (autoencoder,) = (part for part in printed.split(". ") if "autoencoder" in part)
     assert "mse 0.02 ±" in autoencoder
     assert "neg_elbo" not in autoencoder  # which has none
-    assert '"blog\'s recipe" less "blog\'s recipe, no KL": mse 0.01 ±' in printed
+    assert "'ReLU head, weight 1' less 'ReLU head, no KL': mse 0.01 ±" in printed
     assert "paired, 95 % intervals over 3 seeds" in printed
 
 
