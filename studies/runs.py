@@ -75,7 +75,8 @@ def main(args: Sequence[str] | None = None) -> None:
         elif options.command == "next" and not options.json:
             terminal.line(found[0]["next_command"] or "No further command is suggested.")
         elif not options.json:
-            table = Table(*LISTED[:-1], box=rich.box.SIMPLE_HEAD, pad_edge=False)
+            names = [name.removeprefix("finished_") for name in LISTED[:-1]]
+            table = Table(*names, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for study in found:
                 shown = study | {"best": _words(study["best"]), "date": study["date"][:16]}
                 table.add_row(*(str(shown[field]) for field in LISTED[:-1]))

@@ -242,7 +242,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "best": findings.best_value,
         "not_distinguishable": [*findings.not_distinguishable],
         "groups": {**findings.groups},
-        "procedure": PROCEDURE if findings.ranking else "",
+        "procedure": f"{PROCEDURE} over all pairs at 5 %" if findings.ranking else "",
         "verdict": [*map(words, findings.verdict)],
         "warnings": [*map(words, findings.warnings)],
         "next_command": findings.next_command,

@@ -55,7 +55,7 @@ BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "fre
 ANSWERED: Mapping[str, Any] = {
     **{"verdict": [], "best": None, "not_distinguishable": [], "groups": {}, "procedure": ""},
     **{"warnings": [], "answer": "", "next_command": "", "run_ids": []},
-    **{"best_row": None, "model_run_id": None},
+    **{"best_row": None, "model_run_id": ""},
 }
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
@@ -201,7 +201,7 @@ class Terminal(logging.Handler):
         """Show what a study found and where to look further."""
         self.failures += outcome.failures
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
-        answered = {name: getattr(outcome, name, value) for name, value in ANSWERED.items()}
+        answered = {name: getattr(outcome, name) for name in ANSWERED}
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
         places["report"] = str(outcome.folder / "report.html")
         self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)
