@@ -47,11 +47,15 @@ soak: $(READY)
 # Without MLflow's workers for GenAI jobs, seven processes, the page is there in half the time.
 UI_ENV := MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	MLFLOW_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
-UI := http://127.0.0.1:5000/\#/experiments?workflowType=machine_learning
+PORT ?= 5000
+UI := http://127.0.0.1:$(PORT)/\#/experiments?workflowType=machine_learning
 
 ui: $(READY)
+	@if (: < /dev/tcp/127.0.0.1/$(PORT)) 2> /dev/null; then \
+		echo 'Port $(PORT) is taken, by another page perhaps; choose another: make ui PORT=5001'; exit 2; fi
 	@echo 'In some seconds: $(UI) (Ctrl-C stops it)'
-	@$(UI_ENV) $(BIN)/mlflow ui --host 127.0.0.1 --workers 1 --uvicorn-opts '--log-level warning'
+	@$(UI_ENV) $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--uvicorn-opts '--log-level warning'
 
 # Building needs no network; the first time, its tools are installed. Under --quiet mkdocs counts no
 # warnings, so its lines stay.

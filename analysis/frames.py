@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import lazy_loader
 import numpy as np
 
+from analysis import comparisons
 from harness.config import UserError, checked_name
 from harness.errors import reading
 from harness.tracking.addresses import without_secrets
@@ -32,6 +33,7 @@ else:
     Frame = Any  # for annotations of modules that do not import pandas
 
 NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
+compared = comparisons.compared
 SEARCHED = [
     *("val/neg_elbo", "val/mse", "val/rate", "val/distortion"),
     *("val/active_units", "val/calibration_ratio"),
@@ -147,7 +149,8 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     """Average metrics over seeds at each value of an axis, or of an axis within groups.
 
     One row per point, numbers in order and names as they come; for each metric its mean under its
-    name and the half width of its interval under "NAME±"; `seeds` counts the runs.
+    name and the half width of its interval under "NAME±"; `seeds` counts the runs, and where active
+    latents are counted, "latents≤" are all of them.
     """
     keys = [keys] if isinstance(keys, str) else keys
     named = [key for key in keys if not is_numeric(frame[key])]
@@ -157,13 +160,39 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     for metric in metrics:
         columns[metric] = grouped[metric].mean()
         columns[f"{metric}±"] = grouped[metric].apply(half_width)
+    if "latent_size" in frame and "active_units" in {m.rpartition("/")[2] for m in metrics}:
+        columns["latents≤"] = grouped["latent_size"].max()
     means = pd.DataFrame(columns).reset_index()
     return means.astype({key: frame[key].dtype for key in named})
 
 
+def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
+    """Return the ends of the intervals of `along_axis`, cut off at the metric's range.
+
+    The mean lies in the range, so that an interval that is cut off covers it as often as before.
+    Ends are NaN for one seed.
+    """
+    low, high = comparisons.limits(metric)
+    if metric.rpartition("/")[2] == "active_units":
+        high = means.get("latents≤", high)
+    half = means[f"{metric}±"]
+    return (means[metric] - half).clip(lower=low), (means[metric] + half).clip(upper=high)
+
+
+def bars(means: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return the lengths of error bars of the intervals, downwards and upwards, 0 for one seed."""
+    low, high = interval(means, metric)
+    lengths = np.nan_to_num(np.stack([means[metric] - low, high - means[metric]]))
+    return np.maximum(lengths, 0)  # a mean can be below 0 by rounding
+
+
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of means with its interval; `half_width` is NaN for a single seed."""
+    """A paired difference of means with its interval; `half_width` is NaN for a single seed.
+
+    The interval is that of one planned comparison. Where the data chose one of the two, for example
+    as the best value, `comparisons.rank` decides.
+    """
 
     mean: float
     half_width: float
@@ -171,13 +200,21 @@ class Difference:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval excludes 0."""
+        """Whether the interval excludes 0; False for one seed, which has none."""
         return abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
-        half = "" if np.isnan(self.half_width) else f" ± {self.half_width:.3g}"
-        verdict = "" if self.distinguishable else " (not distinguishable)"
-        return f"{self.mean:.3g}{half}{verdict}"
+        return self.marked(distinguishable=self.distinguishable)
+
+    def marked(self, *, distinguishable: bool) -> str:
+        """Return the difference and its interval, marked by a verdict, which one seed lacks."""
+        if self.seeds < 2:
+            return f"{self.mean:.3g} (one seed)"
+        marks = ["2 seeds only"] * (self.seeds == 2) + ["not distinguishable"] * (
+            not distinguishable
+        )
+        behind = f" ({', '.join(marks)})" if marks else ""
+        return f"{self.mean:.3g} ± {self.half_width:.3g}{behind}"
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> Difference:
@@ -202,21 +239,26 @@ def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> boo
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
-    """Compare every point with reference runs, paired by seed: a `Difference` as text, or "-"."""
+    """Compare every point with the reference's runs, paired by seed: text, or "-" without pairs.
+
+    The intervals are of single differences; those that `comparisons` does not distinguish, over all
+    pairs of points for each metric, are marked.
+    """
+    one = reference.iloc[0][keys]
+    one = tuple(one) if len(keys) > 1 else one.iloc[0]
+    differs = {m: comparisons.distinguished(frame, keys, one, m) for m in metrics}
     rows = []
     for point, part in frame.groupby(keys, sort=False):
         gaps = {m: paired_difference(part, reference, m) for m in metrics}
-        texts = {m: str(gap) if gap.seeds else "-" for m, gap in gaps.items()}
+        value = point if len(keys) > 1 else point[0]
+        texts = {
+            m: gap.marked(distinguishable=differs[m].get(value, False)) if gap.seeds else "-"
+            for m, gap in gaps.items()
+        }
         if set(part.index) <= set(reference.index):
             texts = dict.fromkeys(metrics, "reference")
         rows.append(dict(zip(keys, point, strict=True)) | texts)
     return pd.DataFrame(rows)
-
-
-def compared(frame: pd.DataFrame) -> str:
-    """Return the metric by which runs are compared: `neg_elbo` if all have it, else `loss`."""
-    lacking = "neg_elbo" not in frame or frame["neg_elbo"].isna().any()
-    return "loss" if lacking and "loss" in frame else "neg_elbo"
 
 
 def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

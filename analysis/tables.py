@@ -7,6 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from analysis import frames
 from harness.errors import printable
 
 if TYPE_CHECKING:
@@ -21,17 +22,17 @@ SETTINGS = (
 
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:
-    """Format a frame of `frames.along_axis`: "mean ± half width" where there is an interval."""
+    """Format a frame of `frames.along_axis`, means with their intervals as `plus_minus` does."""
     out = {}
     for name in means.columns:
-        half = means.get(f"{name}±")
-        if name.endswith("±") or name == "seeds":
+        if name.endswith(("±", "≤")) or name == "seeds":
             continue
-        if half is None or name in SETTINGS:
+        if f"{name}±" not in means or name in SETTINGS:
             out[name] = [plain(v) for v in means[name]]
         else:
-            places = decimals(name)
-            out[name] = [pair(m, h, places) for m, h in zip(means[name], half, strict=True)]
+            ends = zip(*frames.interval(means, name), strict=True)
+            parts = zip(means[name], means[f"{name}±"], ends, strict=True)
+            out[name] = [pair(*part, decimals(name)) for part in parts]
     return means[[*out]].assign(**out)
 
 
@@ -51,22 +52,33 @@ def plain(value: object, digits: int = 3) -> str:
     return f"{value:g}" if value.is_integer() else f"{value:.{digits}g}"
 
 
-def pair(mean: float, half: float, digits: int) -> str:
-    """Format a mean and its half width, which is left out where it is NaN."""
+def pair(mean: float, half: float, ends: tuple[float, float], digits: int) -> str:
+    """Format a mean with its interval: "mean ± half", or "mean (low to high)" where it is cut off.
+
+    A mean alone has no interval: its half width is NaN.
+    """
     if math.isnan(mean):
         return "-"
     text = f"{mean:.{digits}f}"
-    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+    if math.isnan(half):
+        return text
+    whole = f"{text} ± {half:.{digits}f}"
+    low, high = ends
+    cut = low > mean - half or high < mean + half
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if cut else whole
 
 
 def plus_minus(row: pd.Series, metric: str) -> str:
-    """Write a mean of `frames.along_axis` with its half width, or alone where there is none."""
-    return pair(row[metric], row[f"{metric}±"], decimals(metric))
+    """Write a mean of `frames.along_axis` with its interval, or alone where there is none."""
+    (low,), (high,) = frames.interval(row.to_frame().T, metric)
+    return pair(row[metric], row[f"{metric}±"], (low, high), decimals(metric))
 
 
 def over(seeds: float) -> str:
-    """Return what stands behind "±"."""
-    return "one seed" if seeds == 1 else f"95 % intervals over {seeds:.0f} seeds"
+    """Return what stands behind an interval; two seeds are marked, since theirs says little."""
+    if seeds == 1:
+        return "one seed"
+    return f"95 % intervals over {seeds:.0f} seeds{' only' if seeds == 2 else ''}"
 
 
 def markdown(formatted: pd.DataFrame) -> str:

@@ -22,6 +22,7 @@ DIFFERENT = ("values", "study_name", "kl_weight", "latent_size", "kl_normalizati
 def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its default name."""
     with clear_errors(args) as terminal:
+        terminal.several = True
         settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
         options = read(Options, "all", __doc__ or "", args, settings)
         for name in DIFFERENT:
@@ -45,7 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
             from analysis import report
 
             folder = reports[0].parents[1]
-            terminal.line(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+            index = report.index(reports, folder / "index.html")
+            terminal.document["index"] = str(index)
+            terminal.line(f"Index of the reports: {index}")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,24 @@ again with fresh seeds, since the search's own number for its best is the luckie
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots, tables
 from harness import registry
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig, UserError, plain
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, Options, at_least, setting_options, start_words
+from studies.runner.options import (
+    Common,
+    Options,
+    arguments,
+    at_least,
+    setting_options,
+    start_words,
+)
 from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
@@ -39,6 +47,7 @@ from studies.runner.study import (
     check_objective,
     command,
     parts,
+    same_places,
     sets_variance,
     source,
     with_beta,
@@ -48,6 +57,7 @@ from studies.runner.study import (
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
+    from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
@@ -250,100 +260,125 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     The best other trial and the default, a comparison planned before the fresh seeds, are compared
     by a paired t interval of validation neg_elbo; the lower mean is recommended.
     """
-    import pandas as pd
+    from studies.runner import answers
+    from studies.runner.summary import TABLE_CAPTION, Findings, histories_of
 
-    from studies.runner.summary import TABLE_CAPTION, Findings
-
-    study, objectives, other = ended.study, proposer.objectives, rival(ended.study)
-    first = [t.number for t in _complete(study) if BASELINE in t.user_attrs]
+    study, other = ended.study, rival(ended.study)
+    first = [trial.number for trial in _complete(study) if BASELINE in trial.user_attrs]
     runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, [*proposer.space])
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    tried = [*TRIED, *(o for o in objectives if o not in TRIED)]
+    tried = [*dict.fromkeys([*TRIED, *proposer.objectives])]
     tried += [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
-    users = [name for name in registry.METRICS if name in runs]
+    measured = tried + CONFIRMED + [name for name in registry.METRICS if name in runs]
     means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
     columns = dict.fromkeys(["trial", *proposer.space, "decoder_variance"])
     done = trials[[*columns]].merge(means, on="trial").sort_values(SELECTION, ignore_index=True)
     top = done[(done.index < TOP) | done["trial"].isin(first)].reset_index(drop=True)
 
     compared = [DEFAULT] if other is None else [other.number, DEFAULT]
-    confirmed = runs[runs["part"].eq("confirmation") & ~runs["pruned"]]
-    confirmed = confirmed[confirmed["trial"].isin(compared)].sort_values("seed", kind="stable")
-    confirmed = confirmed.assign(configuration=confirmed["trial"].map(_label))
-    again, default = (confirmed[confirmed["trial"] == number] for number in (compared[0], DEFAULT))
-    if confirmed.empty:
+    again = runs[runs["part"].eq("confirmation") & ~runs["pruned"] & runs["trial"].isin(compared)]
+    again = again.assign(configuration=again["trial"].map(_label)).sort_values(["seed"])
+    if again.empty:
         raise UserError(
             f"{' and '.join(map(_label, compared))} diverged with every fresh seed; search again "
             "with more --seeds and another --study-name"
         )
     # A configuration of which a seed diverged is not recommended.
-    ranked = frames.complete(confirmed, ["configuration"])
+    ranked = frames.complete(again, ["configuration"])
     label = ranked.groupby("configuration")[SELECTION].mean().idxmin()
     chosen = ranked[ranked["configuration"] == label]
-    models = confirmed.sort_values(SELECTION).groupby("configuration", sort=False)
-    models = {name: part.iloc[(len(part) - 1) // 2] for name, part in models}  # of median seeds
-    best = models[label]
-    sure = how_sure(_label(compared[0]), frames.paired_difference(again, default, SELECTION))
-    step, next_command = _next(proposer, options, ended.plan, best, label)
+    of = dict([*again.sort_values(SELECTION).groupby("configuration", sort=False)])
+    medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in of.items()}
+    best, names = medians[label], [*dict.fromkeys([*proposer.space, "kl_weight"])]
+    both = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
+    gap = frames.paired_difference(*both, SELECTION)
+    sure = how_sure(_label(compared[0]), gap)
 
-    table = frames.along_axis(confirmed, "configuration", tried + CONFIRMED + users)
-    ranks = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = pd.DataFrame({name: _importances(study, i) for i, name in ranks})
+    histories = histories_of(ended, again, SELECTION)
+    of_best = histories[histories["run_id"].isin(chosen["run_id"])]
+    warnings = answers.warnings(
+        chosen, SELECTION, of_best, ended.plan.source.epochs, likelihood=False
+    )
+    if isinstance(sizes := proposer.space.get("latent_size"), Range):
+        values = [int(best["latent_size"]), sizes.low, sizes.high]
+        warnings += filter(None, [answers.at_an_end("latent_size", values)])
+    counts = {name: CONFIRMING - len(of.get(name, ())) for name in map(_label, compared)}
+    warnings += [
+        f"{name} diverged with {lost} fresh seeds." for name, lost in counts.items() if lost
+    ]
+    improving = bool(answers.still_improving(of_best, SELECTION))
+    epochs = improving * max(2 * proposer.base.epochs, ended.plan.source.epochs)
+    step, next_command = _next(proposer, options, ended.plan, best, epochs)
+
+    table = frames.along_axis(again, "configuration", measured)
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    of = f"{len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
-    lowest = done["trial"].iloc[0]
+    lowest = int(done["trial"].iloc[0])
     each = [
         f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
         for _, row in table.iterrows()
     ]
     sentences = [
-        f"Of {of}diverged) trial {lowest}{', the default,' if lowest in first else ''} has the "
-        f"lowest validation neg_elbo.",
+        f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
+        f"diverged) trial {lowest}{', the default,' if lowest in first else ''} has the lowest "
+        "validation neg_elbo.",
         f"Trained again with fresh seeds, {sure}.",
         f"Test neg_elbo is {' and '.join(each)} nats / image.",
-        f"The saved model and the pictures are of the recommended configuration's median seed, "
-        f"{best['seed']}.",
+        f"The saved model and its pictures are of the median seed of {label}, {best['seed']}.",
     ]
-    figures = {
-        "history": partial(plots.search_history, trials),
-        "parameters": partial(plots.search_parameters, trials),
-    }
-    found = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
-    if not shares.empty:
-        figures["importances"] = partial(plots.search_importances, shares)
-    if len(objectives) > 1:
-        figures["front"] = partial(plots.search_front, trials)
-        front, knee = trials[trials["front"]], plots.knee(trials)["trial"]
+    exhibits = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
+    exhibits["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
+    if len(proposer.objectives) > 1:
+        front, knee = done[done["trial"].isin(trials["trial"][trials["front"]])], plots.knee(trials)
         on_it = f"{len(front)} trials are on the front of rate and distortion; its knee"
-        sentences.append(f"{on_it}, where their sum is lowest, is trial {knee}.")
-        front = done[done["trial"].isin(front["trial"])].sort_values("val/rate")
-        found["front"] = (front, f"The Pareto front by rising rate; its knee is trial {knee}.")
-    found["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
-    names = dict.fromkeys([*proposer.space, "kl_weight"])
-    settings = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
-    lost = {
-        number: CONFIRMING - len(part)
-        for number, part in zip(compared, (again, default), strict=False)
-        if len(part) < CONFIRMING
-    }
-    warnings = [few_active(chosen), not_calibrated(chosen)]
-    warnings += [f"{_label(n)} diverged with {count} fresh seeds." for n, count in lost.items()]
+        sentences.append(f"{on_it}, where their sum is lowest, is trial {knee['trial']}.")
+        caption = f"The Pareto front by rising rate; its knee is trial {knee['trial']}."
+        exhibits["front"] = (front.sort_values("val/rate"), caption)
+    number = first[:1] if label == _label(DEFAULT) else compared[:1]
+    rows = top.index[top["trial"].isin(number)]
+    others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
+    shown = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
+    curves = partial(plots.learning_curves, histories, again, "configuration")
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
         frame=runs,
-        tables=found,
-        figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
-        models={f"{name}, seed {run['seed']}": run["run_id"] for name, run in models.items()},
+        tables=exhibits,
+        figures={
+            **_figures(proposer, study, trials),
+            "learning_curves": (curves, plots.CURVES_CAPTION),
+        },
+        models={f"{name}, seed {run['seed']}": run["run_id"] for name, run in medians.items()},
         best=best,
-        shown=chosen[tried + CONFIRMED + users].mean().to_dict(),
-        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": int(lowest)},
-        verdict=(f"Best setting: {label} ({settings}).", f"How sure: {sure}.", f"Next: {step}."),
-        warnings=[warning for warning in warnings if warning],
+        shown=chosen[measured].mean().to_dict(),
+        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": lowest},
+        verdict=(f"Best: {label} ({shown}).", f"How sure: {sure}.", f"Next: {step}"),
+        warnings=warnings,
         next_command=next_command,
+        best_value=plain({name: best[name] for name in names}),
+        not_distinguishable=[plain({name: run[name] for name in names}) for run in others],
+        procedure="paired t interval over fresh seeds at 5 %",
+        best_row=int(rows[0]) if len(rows) else None,
     )
+
+
+def _figures(
+    proposer: TPE, study: optuna.Study, trials: pd.DataFrame
+) -> dict[str, tuple[Callable[[], Figure], str]]:
+    """Return the figures of the trials with their captions."""
+    import pandas as pd
+
+    figures: dict[str, Callable[[], Figure]] = {
+        "history": partial(plots.search_history, trials),
+        "parameters": partial(plots.search_parameters, trials),
+    }
+    if len(_complete(study)) > 1:
+        shares = {name: _importances(study, i) for i, name in enumerate(proposer.objectives)}
+        figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
+    if len(proposer.objectives) > 1:
+        figures["front"] = partial(plots.search_front, trials)
+    return {name: (draw, CAPTIONS[name]) for name, draw in figures.items()}
 
 
 def how_sure(other: str, gap: frames.Difference) -> str:
@@ -360,37 +395,34 @@ def how_sure(other: str, gap: frames.Difference) -> str:
 
 
 def _next(
-    proposer: TPE, options: SearchOptions, plan: Plan, best: pd.Series, label: str
+    proposer: TPE, options: SearchOptions, plan: Plan, best: pd.Series, epochs: int
 ) -> tuple[str, str]:
-    """Return what to do next, and its command: closer weights, or more trials."""
-    settings = {name: best[name] for name in proposer.space if name not in (*STRENGTHS, "sigma")}
-    if label == _label(DEFAULT) or best["sigma"] != "fixed" or "kl_weight" in options.settings:
-        more = replace(options, trials=2 * options.trials, pruner=proposer.pruner)
-        words = command(start_words(NAME), plan.source, more, proposer.base)
-        return f"search on, {more.trials} trials in all", replace(plan, words=words).command
-    weights = tuple(f"{factor * best['kl_weight']:.3g}" for factor in CLOSER)
-    closer = Options(metric=options.metric, settings={**options.settings, **settings})
-    closer = replace(closer, values=weights, seeds=5)
-    words = command(start_words("kl_weight"), plan.source, closer, proposer.base)
-    study = replace(plan, page="kl_weight", name=f"{plan.name}-weights", words=words)
-    return "compare KL weights around it, with 5 seeds", study.command
+    """Return what to do next, and its command: more epochs, closer weights, or more trials.
 
-
-def few_active(runs: pd.DataFrame) -> str:
-    """Return a warning if no latent is active, or less than half of them; else ""."""
-    active, size = runs["active_units"].mean(), runs["latent_size"].max()
-    few = f"{active:.1f} of {size} latents of the recommended configuration are active"
-    return "" if active >= size / 2 else f"{few}; the others have collapsed."
-
-
-def not_calibrated(runs: pd.DataFrame) -> str:
-    """Return a warning if the calibration ratio is not within a factor of 3 of 1; else ""."""
-    ratio = runs["calibration_ratio"].mean()
-    if not (ratio < 1 / 3 or ratio > 3):  # NaN where there is none
-        return ""
-    return (
-        f"Its calibration ratio is {ratio:.3g}: the KL weight does not fit the error that is left."
-    )
+    Args:
+        best: the recommended run.
+        epochs: number to advise, 0 if the best does not improve any more.
+    """
+    name, page, more = plan.name, NAME, replace(options, pruner=proposer.pruner)
+    next_one: Common = more
+    if epochs:
+        why = f"{epochs} epochs"
+        next_one = replace(more, settings={**options.settings, "epochs": epochs})
+    elif best["trial"] != DEFAULT and {*STRENGTHS} & {*proposer.space} and best["sigma"] == "fixed":
+        why, name, page = "KL weights around it, with 5 seeds", f"{name}-weights", "kl_weight"
+        found = {n: best[n] for n in proposer.space if n not in (*STRENGTHS, "sigma")}
+        weights = tuple(f"{factor * best['kl_weight']:.3g}" for factor in CLOSER)
+        settings = {**options.settings, **found}
+        next_one = Options(metric=options.metric, settings=settings, values=weights, seeds=5)
+    else:
+        why = f"{2 * options.trials} trials"
+        next_one = replace(more, trials=2 * options.trials)
+    if not plan.source.words:  # of tensors, which no command line names
+        return f"{why}.", ""
+    words = command(start_words(page), plan.source, next_one, proposer.base)
+    places = same_places(options, name, fresh=epochs > 0)
+    line = " ".join([words, shlex.join(arguments(places))])
+    return f"{why}: {line}", line
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import frames, tables
+from analysis import comparisons, frames, tables
 from harness import RunConfig, UserError, load_run, tracking, train_and_evaluate
 
 
@@ -129,18 +129,74 @@ def test_a_difference_within_its_interval_or_of_one_seed_is_not_distinguishable(
     frame = table(w=[1, 2, 1, 2], seed=[0, 0, 1, 1], mse=[1.0, 0.0, 0.0, 0.9])
     first, second = frame[frame["w"] == 1], frame[frame["w"] == 2]
     assert not frames.paired_difference(first, second, "mse").distinguishable
-    assert not frames.paired_difference(first[:1], second[:1], "mse").distinguishable
     assert "not distinguishable" in str(frames.paired_difference(first, second, "mse"))
 
 
-def test_differences_within_their_interval_are_marked():
-    frame = table(w=[1, 1, 2, 2, 3, 3], seed=[0, 1] * 3, mse=[0.0, 1.0, 5.0, 6.01, 0.1, 0.9])
-    found = frames.differences(frame, ["w"], frame[frame["w"] == 1], ["mse"])
+def test_differences_are_marked_by_the_procedure_over_all_pairs_and_not_by_their_intervals():
+    luck = np.array([0.0, 1.0, 0.2, 0.7])  # shared, so that 0.1 ± 0.01 is the paired difference
+    made = [luck, luck + 50 + np.array([0, 0.1, 0, 0]), luck + 0.1 + np.array([0, 0.01, 0, 0])]
+    frame = table(w=np.repeat([1, 2, 3], 4), seed=[0, 1, 2, 3] * 3, mse=np.concatenate(made))
+    frame = frame.assign(g="a", all_nan=np.nan)
+    found = frames.differences(frame, ["w"], frame[frame["w"] == 1], ["mse", "all_nan"])
     assert found["w"].tolist() == [1, 2, 3]
-    assert found["mse"][0] == "reference"
-    assert found["mse"][1].startswith("5 ±")
-    assert "not distinguishable" in found["mse"][2]
-    assert "not distinguishable" not in found["mse"][1]
+    assert found["mse"].tolist() == ["reference", "50 ± 0.0796", found["mse"][2]]
+    assert found["mse"][2] == "0.103 ± 0.00796 (not distinguishable)"
+    assert frames.compare(frame, "w", 3, 1, "mse").distinguishable
+    assert found["all_nan"].tolist() == ["reference", "-", "-"]
+    both = frames.differences(frame, ["g", "w"], frame[frame["w"] == 1], ["mse"])
+    assert both["mse"].tolist() == found["mse"].tolist()
+
+
+def test_one_seed_has_no_verdict_and_two_are_marked():
+    frame = table(w=[1, 1, 2, 2], seed=[0, 1, 0, 1], mse=[0.0, 1.0, 5.0, 6.5])
+    reference = frame[frame["w"] == 1]
+    (_, two) = frames.differences(frame, ["w"], reference, ["mse"])["mse"]
+    assert two == "5.25 ± 3.18 (2 seeds only, not distinguishable)"
+    (_, one) = frames.differences(frame[::2], ["w"], reference[:1], ["mse"])["mse"]
+    assert one == "5 (one seed)"
+    assert not frames.compare(frame[::2], "w", 1, 2, "mse").distinguishable
+
+
+def test_intervals_stay_in_the_range_of_their_metric():
+    frame = table(
+        w=[1.0, 1.0, 2.0, 2.0, 3.0],
+        seed=[0, 1, 0, 1, 0],
+        mse=[0.0, 0.5, 0.5, 0.5, 0.1],
+        latent_size=[4, 4, 8, 8, 8],
+        active_units=[3.0, 4.0, 3.0, 4.0, 2.0],
+        probe_accuracy=[0.9, 1.0, 0.5, 0.51, 0.5],
+        neg_elbo=[-1.0, 1.0, 2.0, 2.0, 1.0],
+    )
+    frame["val/mse"] = frame["mse"]
+    metrics = ["mse", "val/mse", "active_units", "probe_accuracy", "neg_elbo"]
+    means = frames.along_axis(frame, "w", metrics)
+    for metric, bounds in zip(metrics, [(0, np.inf)] * 2 + [(0, 4), (0, 1)], strict=False):
+        low, high = frames.interval(means, metric)
+        mean, half = means[metric], means[f"{metric}±"]
+        assert low[0] == max(mean[0] - half[0], bounds[0])
+        assert high[0] == min(mean[0] + half[0], bounds[1])
+        assert math.isnan(low[2])
+        assert math.isnan(high[2])
+    assert frames.interval(means, "active_units")[1][1] == 8
+    assert frames.interval(means, "neg_elbo")[0][0] == -means["neg_elbo±"][0]
+    cells = tables.cells(means)
+    assert [*cells] == ["w", *metrics]
+    assert cells["mse"].tolist() == ["0.2500 (0.0000 to 3.4266)", "0.5000 ± 0.0000", "0.1000"]
+    assert cells["active_units"].tolist() == ["3.5 (0.0 to 4.0)", "3.5 (0.0 to 8.0)", "2.0"]
+    assert cells["neg_elbo"][0] == "0.00 ± 12.71"
+    for metric in metrics:
+        for place, row in means.iterrows():
+            assert tables.plus_minus(row, metric) == cells[metric][place]
+    named = frames.along_axis(frame.assign(w=frame["w"].map(str)), "w", metrics)
+    assert tables.plus_minus(named.iloc[0], "mse") == cells["mse"][0]
+    assert tables.over(2) == "95 % intervals over 2 seeds only"
+
+
+def test_no_metric_of_unknown_range_is_cut_off():
+    for metric in ("neg_elbo", "val/neg_log_likelihood", "term/rate", "mutual_information_lower"):
+        assert comparisons.limits(metric) == (-np.inf, np.inf)
+    assert comparisons.limits("mse_class/3") == comparisons.limits("train/kl/0") == (0, np.inf)
+    assert comparisons.limits("knn_accuracy") == (0, 1)
 
 
 def test_the_best_value_has_the_lowest_mean_on_validation():

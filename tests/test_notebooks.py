@@ -83,11 +83,14 @@ def test_without_a_study_a_notebook_says_which_command_to_run(tracking_uri, monk
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_defines_nothing_and_stores_no_outputs(path):
+def test_a_notebook_defines_nothing_and_is_small(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs for cell in code)
+    assert path.stat().st_size < 400_000
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
     assert not any(
         line.startswith(("def ", "class ")) for cell in code for line in cell.source.split("\n")
     )
-    assert notebook.cells[-1].source.startswith("**Conclusion.**")
+    # What is concluded is computed from the runs, so that no other study makes it false.
+    assert notebook.cells[-1].cell_type == "code"

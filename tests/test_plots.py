@@ -163,3 +163,37 @@ def test_the_diagonal_of_all_latents_does_not_look_like_the_linear_model(frame):
 )
 def test_values_are_written_shortly(value, text):
     assert plain(value) == text
+
+
+def test_no_band_and_no_bar_leaves_the_range_of_its_metric():
+    made = pd.DataFrame(
+        {
+            "condition": ["a", "a", "b", "b", "c"],
+            "hidden": [1, 1, 2, 2, 3],
+            "latent_size": 4,
+            "seed": [0, 1, 0, 1, 0],
+            "neg_elbo": [-1.0, 1.0, 3.0, 3.1, 2.0],
+            "mse": [0.0, 0.5, 0.2, 0.2, -1e-9],
+            "rate": [0.1, 2.0, 5.0, 5.0, 1.0],
+            "active_units": [3.0, 4.0, 0.0, 1.0, 2.0],
+            "kl/0": [0.1, 2.0, 5.0, 5.0, 1.0],
+            "val/neg_elbo": [-1.0, 1.0, 3.0, 3.1, 2.0],
+        }
+    )
+    figure = plots.metrics_along_axis(made, "hidden")
+    bands = [panel.collections[0].get_paths()[0].vertices[:, 1] for panel in figure.axes]
+    lowest = [band.min() for band in bands]
+    assert lowest[0] < -10
+    assert lowest[1:] == [pytest.approx(0, abs=1e-9), 0, 0]
+    assert bands[3].max() == 4
+    assert bands[1].max() > 3
+    assert "mean of 2 seeds only, 95 %" in figure.axes[0].get_legend_handles_labels()[1]
+    bars = [
+        panel.collections[0].get_segments() for panel in plots.conditions(made).axes
+    ]  # mse, neg_elbo, rate, active units
+    ends = [np.concatenate(segments)[:, 0] for segments in bars]
+    assert [part.min() for part in ends] == [pytest.approx(-1e-9), ends[1].min(), 0, 0]
+    assert ends[1].min() < -10
+    assert ends[3].max() == 4
+    for panel in plots.kl_per_latent(made, "hidden").axes:
+        assert np.concatenate(panel.collections[0].get_segments())[:, 1].min() >= 0

@@ -177,7 +177,7 @@ def test_a_process_may_leave_what_others_train(tracking_uri, tmp_path, capsys):
     other.take(1)
     arguments += ["--tracking-uri", tracking_uri, "--storage", storage]
     cli.main(kl_weight.STUDY, [*arguments, "--leave"])
-    assert "other processes train the last 1 runs" in capsys.readouterr().out
+    assert "other processes train the last 1 run" in capsys.readouterr().out
     assert [run.status for run in runs_of(tracking_uri)] == ["FINISHED"]
     assert runs_of(tracking_uri, "summary") == []
     other.give_back()

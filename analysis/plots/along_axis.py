@@ -32,7 +32,7 @@ QUALITY_CAPTION = (
 )
 
 HEAT_MAP_CAPTION = (
-    "Mean on test data and half width of its 95 % t interval over seeds. Framed: lowest mean on "
+    "Mean on test data and its 95 % t interval over seeds. Framed: lowest mean on "
     "validation data, of cells with all seeds. A dash: no run has finished."
 )
 
@@ -151,8 +151,8 @@ def conditions(frame: frames.Frame) -> Figure:
     figure, panels = canvas(3 * len(metrics), 4, columns=len(metrics), sharey=True)
     means = frames.along_axis(frame, "condition", metrics)
     for panel, metric in zip(panels, metrics, strict=True):
-        half = means[f"{metric}±"].fillna(0)
-        panel.errorbar(means[metric], means.index, xerr=half, fmt="o", color=COLORS[0], capsize=3)
+        bars = frames.bars(means, metric)
+        panel.errorbar(means[metric], means.index, xerr=bars, fmt="o", color=COLORS[0], capsize=3)
         dots = frame["condition"].map(names.index) + 0.22
         panel.plot(frame[metric], dots, ".", color=COLORS[1], ms=4)
         panel.set_xlabel(label(metric))
@@ -181,10 +181,11 @@ def conventions(frame: frames.Frame, axis: str, likelihood: str) -> Figure:
     columns = -(-len(metrics) // rows)
     figure, panels = canvas(13, 3.5 * rows, rows=rows, columns=columns, squeeze=False)
     for panel, metric in zip(panels.flat, metrics, strict=True):
+        bars = frames.bars(means, metric)
         for (place, row), color in zip(means.iterrows(), cycle(COLORS), strict=False):
-            at, half = (row[x], row[metric]), np.nan_to_num(row[f"{metric}±"])
+            at, bar = (row[x], row[metric]), bars[:, [place]]
             name = f"{place + 1}  {plain_text(str(row[axis]))}"
-            panel.errorbar(*at, yerr=half, fmt="o", color=color, ms=5, capsize=2, label=name)
+            panel.errorbar(*at, yerr=bar, fmt="o", color=color, ms=5, capsize=2, label=name)
             if np.isfinite(at).all():
                 look = {"xytext": (4, 3 + 9 * (place % 3)), "textcoords": "offset points"}
                 panel.annotate(str(place + 1), at, color=color, fontsize=8, **look)
@@ -233,7 +234,7 @@ def heat_map(frame: frames.Frame, rows: str, columns: str) -> Figure:
 
     metric, keys = frames.compared(frame), [rows, columns]
     means = frames.along_axis(frame, keys, [metric])
-    means["text"] = tables.cells(means)[metric].str.replace(" ± ", "\n± ")
+    means["text"] = tables.cells(means)[metric].str.replace(r" (?=± |\()", "\n", regex=True)
     down, across = (frames.along_axis(frame, key, [])[key].tolist() for key in keys)
     cells = means.pivot(index=rows, columns=columns)
     values, texts = (cells[name].reindex(down, columns=across) for name in (metric, "text"))
@@ -260,8 +261,8 @@ def _mean(
     panel: Axes, frame: frames.Frame, axis: str, metric: str, color: str, style: str, name: str
 ) -> None:
     means = frames.along_axis(frame, axis, [metric])
-    x, y, half = means[axis], means[metric], means[f"{metric}±"].fillna(0)
-    panel.fill_between(x, y - half, y + half, color=color, alpha=0.15, lw=0)
+    x, y, (low, high) = means[axis], means[metric], frames.interval(means, metric)
+    panel.fill_between(x, low.fillna(y), high.fillna(y), color=color, alpha=0.15, lw=0)
     panel.plot(x, y, style, color=color, label=name)
 
 
@@ -275,7 +276,8 @@ def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame,
 def _runs_and_means(panel: Axes, frame: frames.Frame, axis: str, metric: str, group: str) -> None:
     for name, part, color in _parts(frame, group):
         seeds = part.groupby(axis).size().max()
-        mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds, 95 %"
+        mean = f"mean of {seeds} seeds{' only' if seeds == 2 else ''}, 95 %"
+        mean = "one seed" if seeds == 1 else mean
         _mean(panel, part, axis, metric, color, "-", name or mean)
         panel.plot(part[axis], part[metric], ".", color=color, ms=4, alpha=0.7)
     panel.set(xlabel=label(axis), ylabel=label(metric))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from analysis import frames
 from analysis.plots.style import COLORS, Axes, Figure, canvas, empty_figure, plain_text
 from analysis.tables import plain
@@ -70,7 +72,8 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
     active = round(runs["active_units"].mean())
     colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
     panel.bar(means.index, means, color=colors, width=0.8)
-    panel.errorbar(means.index, means, yerr=halves, fmt="none", color="black", elinewidth=1)
+    bars = np.stack([np.minimum(halves, means).clip(0), halves])  # a KL divergence is not negative
+    panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=1)
     panel.set_ylim(0, max(float((means + halves).max()) * 1.05, 1e-3))
     panel.set_xlim(0.3, len(means) + 0.7)
     if len(means) <= 10:

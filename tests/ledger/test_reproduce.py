@@ -193,7 +193,7 @@ def test_the_summary_run_counts_verdicts(checked):
 def test_the_view_of_the_runs_shows_the_ledgers_settings_and_metrics(checked):
     store = tracking.connect(options(checked.folder).tracking_uri)
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
-    packed = json.loads(experiment.tags[page.TAG])["state"].removeprefix("deflate;")
+    packed = json.loads(experiment.tags[page.TAG + EXPERIMENT])["state"].removeprefix("deflate;")
     shown = json.loads(zlib.decompress(base64.b64decode(packed)))["selectedColumns"]
     assert {"params.`latent_size`", "metrics.`val/neg_elbo`", "metrics.`test/mse`"} <= set(shown)
 

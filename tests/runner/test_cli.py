@@ -108,8 +108,8 @@ with cli.clear_errors({args}) as terminal:
         ([], "print('x')"),
         ([], "print('x' * 100_000)"),
         ([], "from studies import kl_weight; cli.main(kl_weight.STUDY, ['--help'])"),
-        (["--json"], "terminal.summary_elsewhere('0', 'x', 'so')"),
-        (["--json"], "terminal.summary_elsewhere('0', 'x' * 100_000, 'so')"),
+        (["--json"], "terminal.document['answer'] = 'so'"),
+        (["--json"], "terminal.document['answer'] = 'so' * 100_000"),
     ],
 )
 def test_a_closed_standard_output_is_exit_code_141_also_at_the_end(args, body, closed_pipe):

@@ -19,7 +19,7 @@ import pytest
 from real_servers import free_port
 
 from harness.tracking import connect
-from harness.tracking.page import LINK, TAG, save_view
+from harness.tracking.page import TAG, link, save_view
 from harness.tracking.runs import NOTE
 from harness.tracking.store import Store
 
@@ -31,6 +31,7 @@ QUIET = (
 PATIENCE = 180_000
 """Milliseconds for an element to appear; only a broken page needs them."""
 
+STUDY = "kl_weight-digits"
 COLUMNS = ["kl_weight", "seed", "none", "val/neg_elbo", "mse"]
 
 
@@ -50,7 +51,9 @@ def written(empty_database, tmp_path_factory) -> Written:
     experiment = store.experiment("kl_weight-digits", "Which weight?")
     for weight in (0.02, 1.0):
         name, params = f"kl_weight={weight:g} seed=0", {"kl_weight": weight, "seed": 0}
-        log = store.start(experiment, uuid.uuid4().hex, name, {"role": "run"}, params)
+        log = store.start(
+            experiment, uuid.uuid4().hex, name, {"role": "run", "study": STUDY}, params
+        )
         for epoch in range(3):
             log.metrics({"val/neg_elbo": weight / (epoch + 1), "test/mse": 0.1}, epoch)
             log.picture("reconstructions", np.full((8, 20), 9 * epoch, np.uint8), epoch)
@@ -59,27 +62,36 @@ def written(empty_database, tmp_path_factory) -> Written:
     tags = {"role": "summary", NOTE: note}
     store.start(experiment, uuid.uuid4().hex, "summary", tags, {}).end()
     runs = {run.name: run.run_id for run in store.runs("kl_weight-digits")}
-    save_view(store, experiment, COLUMNS, runs["kl_weight=1 seed=0"])
+    save_view(store, experiment, STUDY, COLUMNS, ["kl_weight", "none"], runs["kl_weight=1 seed=0"])
     return Written(store, experiment, runs)
 
 
 def test_a_view_has_the_columns_that_the_runs_have(written):
-    saved = json.loads(written.store.client.get_experiment(written.experiment).tags[TAG])
+    saved = json.loads(written.store.client.get_experiment(written.experiment).tags[TAG + STUDY])
     kind, packed = saved["state"].split(";")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert kind == "deflate"
     assert state["selectedColumns"] == [
         *("params.`kl_weight`", "params.`seed`", "metrics.`val/neg_elbo`", "metrics.`test/mse`")
     ]
+    assert state["columnOrder"] == state["selectedColumns"]
     assert state["orderByKey"] == "metrics.`val/neg_elbo`"
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "kl_weight"}]
+    assert state["compareRunCharts"][0]["metricKey"] == "val/neg_elbo"
+    found = written.store.client.search_runs([written.experiment], state["searchFilter"])
+    names = {run.info.run_name for run in found}
+    assert names == {name for name in written.runs if name != "summary"}
 
 
 def test_a_view_that_was_changed_is_left_alone(written):
     store = written.store
     experiment = store.experiment("other", "Why?")
-    store.client.set_experiment_tag(experiment, TAG, "mine")
-    save_view(store, experiment, ["mse"], next(iter(written.runs.values())))
-    assert store.client.get_experiment(experiment).tags[TAG] == "mine"
+    store.client.set_experiment_tag(experiment, f"{TAG}mine", "mine")
+    for study in ("mine", "yours"):
+        save_view(store, experiment, study, ["mse"], [], next(iter(written.runs.values())))
+    tags = store.client.get_experiment(experiment).tags
+    assert tags[f"{TAG}mine"] == "mine"
+    assert json.loads(tags[f"{TAG}yours"])["name"] == "yours"
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +143,8 @@ def page(tmp_path):
 @pytest.mark.slow
 def test_the_page_shows_runs_columns_and_pictures(written, server, page):
     _, experiment, runs = written
-    page.goto(f"{server}/#/experiments/{experiment}{LINK}")
-    for name in runs:
+    page.goto(f"{server}/#/experiments/{experiment}{link(STUDY)}")
+    for name in runs.keys() - {"summary"}:
         page.get_by_role("link", name=name, exact=True).first.wait_for()
     for column in ("val/neg_elbo", "kl_weight"):
         page.locator("[role=columnheader]", has_text=column).first.wait_for()
