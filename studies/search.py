@@ -21,7 +21,6 @@ from harness.config import RunConfig, UserError, plain
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import (
     Common,
-    Options,
     arguments,
     at_least,
     setting_options,
@@ -31,7 +30,6 @@ from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
     SELECTION,
-    STRENGTHS,
     TPE,
     Cell,
     Listed,
@@ -67,9 +65,7 @@ NAME, BASE = "search", RunConfig()
 
 CONFIRMING = 3  # fresh seeds with which the best other trial and the default are trained again
 DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
-FEWEST = 8  # trials with a strength, of which its share is shown
 TOP = 10  # configurations in the table
-CLOSER = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of a found KL weight that the next study compares
 
 # Metrics of the trials, and further ones of the configurations that are trained again.
 TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse"]
@@ -81,8 +77,8 @@ CAPTIONS = {
     "parameters": "Validation neg_elbo against each searched setting. The decoder variance is that "
     "of the KL weight, or fitted where sigma is not fixed.",
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
-    "with others (fANOVA), over finished trials only; that of the decoder variance over those with "
-    "a fixed sigma, if they are 8 or more.",
+    "with others (fANOVA), over finished trials only; without a decoder variance that only those "
+    "with a fixed sigma have.",
     "front": "Rate and distortion on validation data, both in nats; no trial beats those of the "
     "front in both. Their sum is neg_elbo, equal along a thin line; the knee is where the lowest "
     "such line touches the front.",
@@ -231,23 +227,17 @@ def _importances(study: optuna.Study, objective: int) -> dict[str, float]:
     """Return the share of an objective's variation that each parameter explains.
 
     Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few hopeless
-    trials do not explain everything. That of a strength is over the trials that have one.
+    trials do not explain everything. A strength that only some trials have is left out.
     """
     import optuna
 
     order = sorted(_complete(study), key=lambda trial: trial.values[objective])
     rank = {trial.number: float(place) for place, trial in enumerate(order)}
-    shares = partial(
-        optuna.importance.get_param_importances,
+    return optuna.importance.get_param_importances(
         study,
         evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
         target=lambda trial: rank[trial.number],
     )
-    having = [trial for trial in order if {*STRENGTHS} & trial.params.keys()]
-    if not FEWEST <= len(having) < len(order):
-        return shares()
-    some = shares(params=[*having[0].params])
-    return shares() | {name: some[name] for name in STRENGTHS if name in some}
 
 
 def _complete(study: optuna.Study) -> list[FrozenTrial]:
@@ -285,15 +275,17 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
             f"{' and '.join(map(_label, compared))} diverged with every fresh seed; search again "
             "with more --seeds and another --study-name"
         )
-    # A configuration of which a seed diverged is not recommended.
+    # One of which a seed diverged is not recommended, nor one without active latents.
     ranked = frames.complete(again, ["configuration"])
+    active = ranked.groupby("configuration")["active_units"].transform("mean") > 0
+    ranked = ranked[active] if active.any() else ranked
     label = ranked.groupby("configuration")[SELECTION].mean().idxmin()
     chosen = ranked[ranked["configuration"] == label]
     of = dict([*again.sort_values(SELECTION).groupby("configuration", sort=False)])
     medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in of.items()}
     best, names = medians[label], [*dict.fromkeys([*proposer.space, "kl_weight"])]
-    both = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
-    gap = frames.paired_difference(*both, SELECTION)
+    tested, default = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
+    gap = frames.paired_difference(tested, default, SELECTION)
     sure = how_sure(_label(compared[0]), gap)
 
     histories = histories_of(ended, again, SELECTION)
@@ -301,20 +293,17 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     warnings = answers.warnings(
         chosen, SELECTION, of_best, ended.plan.source.epochs, likelihood=False
     )
-    if isinstance(sizes := proposer.space.get("latent_size"), Range):
-        values = [int(best["latent_size"]), sizes.low, sizes.high]
-        warnings += filter(None, [answers.at_an_end("latent_size", values)])
-    counts = {name: CONFIRMING - len(of.get(name, ())) for name in map(_label, compared)}
-    warnings += [
-        f"{name} diverged with {lost} fresh seeds." for name, lost in counts.items() if lost
-    ]
+    lost = [name for name in map(_label, compared) if len(of.get(name, ())) < CONFIRMING]
+    warnings += [f"{name} diverged with fresh seeds." for name in lost]
     improving = bool(answers.still_improving(of_best, SELECTION))
     epochs = improving * max(2 * proposer.base.epochs, ended.plan.source.epochs)
-    step, next_command = _next(proposer, options, ended.plan, best, epochs)
+    step, next_command = _next(proposer, options, ended.plan, epochs)
 
     table = frames.along_axis(again, "configuration", measured)
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    lowest = int(done["trial"].iloc[0])
+    alive = done[done[ACTIVE] > 0]
+    lowest = int((done if alive.empty else alive)["trial"].iloc[0])
+    which = "" if lowest == done["trial"].iloc[0] else " of those with active latents"
     each = [
         f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
         for _, row in table.iterrows()
@@ -322,7 +311,7 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     sentences = [
         f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
         f"diverged) trial {lowest}{', the default,' if lowest in first else ''} has the lowest "
-        "validation neg_elbo.",
+        f"validation neg_elbo{which}.",
         f"Trained again with fresh seeds, {sure}.",
         f"Test neg_elbo is {' and '.join(each)} nats / image.",
         f"The saved model and its pictures are of the median seed of {label}, {best['seed']}.",
@@ -335,8 +324,7 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         sentences.append(f"{on_it}, where their sum is lowest, is trial {knee['trial']}.")
         caption = f"The Pareto front by rising rate; its knee is trial {knee['trial']}."
         exhibits["front"] = (front.sort_values("val/rate"), caption)
-    number = first[:1] if label == _label(DEFAULT) else compared[:1]
-    rows = top.index[top["trial"].isin(number)]
+    rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
     others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
     shown = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
     curves = partial(plots.learning_curves, histories, again, "configuration")
@@ -388,41 +376,24 @@ def how_sure(other: str, gap: frames.Difference) -> str:
     verdict = "better than" if gap.mean < 0 else "worse than"
     if not gap.distinguishable:
         verdict = "not distinguishable from"
+    half = f" ± {gap.half_width:.2f}" if gap.seeds > 1 else ""
     return (
-        f"{other} is {verdict} the default: {tables.pair(gap.mean, gap.half_width, 2)} nats / "
-        f"image of validation neg_elbo against it, paired over {gap.seeds} fresh seeds"
+        f"{other} is {verdict} the default: {gap.mean:.2f}{half} nats / image of validation "
+        f"neg_elbo against it, paired over {gap.seeds} fresh seed{'s' * (gap.seeds > 1)}"
     )
 
 
-def _next(
-    proposer: TPE, options: SearchOptions, plan: Plan, best: pd.Series, epochs: int
-) -> tuple[str, str]:
-    """Return what to do next, and its command: more epochs, closer weights, or more trials.
-
-    Args:
-        best: the recommended run.
-        epochs: number to advise, 0 if the best does not improve any more.
-    """
-    name, page, more = plan.name, NAME, replace(options, pruner=proposer.pruner)
-    next_one: Common = more
-    if epochs:
-        why = f"{epochs} epochs"
-        next_one = replace(more, settings={**options.settings, "epochs": epochs})
-    elif best["trial"] != DEFAULT and {*STRENGTHS} & {*proposer.space} and best["sigma"] == "fixed":
-        why, name, page = "KL weights around it, with 5 seeds", f"{name}-weights", "kl_weight"
-        found = {n: best[n] for n in proposer.space if n not in (*STRENGTHS, "sigma")}
-        weights = tuple(f"{factor * best['kl_weight']:.3g}" for factor in CLOSER)
-        settings = {**options.settings, **found}
-        next_one = Options(metric=options.metric, settings=settings, values=weights, seeds=5)
-    else:
-        why = f"{2 * options.trials} trials"
-        next_one = replace(more, trials=2 * options.trials)
-    if not plan.source.words:  # of tensors, which no command line names
-        return f"{why}.", ""
-    words = command(start_words(page), plan.source, next_one, proposer.base)
-    places = same_places(options, name, fresh=epochs > 0)
-    line = " ".join([words, shlex.join(arguments(places))])
-    return f"{why}: {line}", line
+def _next(proposer: TPE, options: SearchOptions, plan: Plan, epochs: int) -> tuple[str, str]:
+    """Return what to do next, and its command: so many epochs, or for 0 more trials."""
+    if not plan.source.words:  # tensors, which no command line names
+        return "more epochs." if epochs else "more trials.", ""
+    trials = options.trials if epochs else 2 * options.trials
+    settings = {**options.settings, **({"epochs": epochs} if epochs else {})}
+    more = replace(options, trials=trials, settings=settings, pruner=proposer.pruner)
+    places = arguments(same_places(options, plan.name, fresh=epochs > 0))
+    words = command(start_words(NAME), plan.source, more, proposer.base)
+    line = f"{words} {shlex.join(places)}"
+    return f"{epochs} epochs: {line}" if epochs else f"{trials} trials: {line}", line
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:

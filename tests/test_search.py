@@ -190,9 +190,35 @@ def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
     for exhibit in summary["figures"] + summary["pictures"] + summary["tables"]:
         assert (folder / exhibit["file"]).is_file()
     names = {Path(figure["file"]).stem for figure in summary["figures"]}
-    assert names == {"history", "parameters", "importances"}
+    assert names == {"history", "parameters", "importances", "learning_curves"}
     assert "python -m studies.search --dataset digits --epochs 2 --trials 5" in summary["command"]
     assert summary["answer"].split(".")[0] in (folder / "report.html").read_text()
+
+
+def test_the_recommended_configuration_has_the_lower_mean_and_its_median_seed_is_saved(searched):
+    summary, runs = searched.summary(NAME), part(searched.runs(NAME), "confirmation")
+    seeds = {trial: [r for r in runs if r.params["trial"] == trial] for trial in ("-1", *"01234")}
+    values = {
+        trial: sorted((r.metrics["val/neg_elbo"], r.run_id) for r in found)
+        for trial, found in seeds.items()
+        if found
+    }
+    best = min(values, key=lambda trial: np.mean([value for value, _ in values[trial]]))
+    assert summary["model_run_id"] == values[best][1][1]
+    label = "default" if best == "-1" else f"trial {best}"
+    first, sure, following = summary["verdict"]
+    assert first.startswith(f"Best: {label} (decoder_variance = ")
+    assert sure.startswith("How sure: trial ")
+    assert following.endswith(summary["next_command"])
+    assert summary["best"]["latent_size"] == int(seeds[best][0].params["latent_size"])
+    row = summary["rows"][summary["best_row"]]
+    assert row["trial"] == max(0, int(best))
+    words = shlex.split(summary["next_command"].partition("studies.search ")[2])
+    longer = make_plan(search.parse(words))  # still improving after 2 epochs
+    assert (longer.configs[0].epochs, len(longer.configs)) == (50, 5 * 2 + 6)
+    assert any("No latent is active" in warning for warning in summary["warnings"]) == (
+        all(r.metrics["test/active_units"] == 0 for r in seeds[best])
+    )
 
 
 def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
