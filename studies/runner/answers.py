@@ -118,11 +118,16 @@ def few_seeds(seeds: int) -> str:
 
 
 def at_an_end(name: str, values: Sequence[Any]) -> str:
-    """Return a warning if the first of some numbers is the smallest or the largest, but not 0."""
+    """Return a warning if the first of some numbers is the smallest or the largest; else "".
+
+    Beyond 0, and below the count of 1, there is nothing to try.
+    """
     if len(values) < 2 or not _are_numbers(values):
         return ""
-    best = values[0]
-    if best == 0 or best not in (min(values), max(values)):
+    best, is_count = values[0], isinstance(values[0], int)
+    if best == 0 or (is_count and best == 1 == min(values)):
+        return ""
+    if best not in (min(values), max(values)):
         return ""
     which, beyond = ("largest", "larger") if best == max(values) else ("smallest", "smaller")
     shown = tables.plain(best)
@@ -195,7 +200,7 @@ def _how_sure(ranking: Ranking, unit: str) -> str:
         return "not at all; with one seed no value can be called better than another."
     text = f"{seeds} seeds. Not distinguishable from it: {listed(ranking)}; worse: {worse} "
     text += f"({PROCEDURE} over all pairs at 5 %)."
-    if equal and ranking.visible == ranking.visible:
+    if equal and not math.isnan(ranking.visible):
         more, seen = ranking.more
         text += f" Differences below {ranking.visible:.2g}{unit} could not be seen"
         text += f", with {more} seeds those below {seen:.2g}."
@@ -269,10 +274,11 @@ def to_quote(runs: pd.DataFrame, ranking: Ranking) -> str:
     row = frames.along_axis(runs, [*ranking.keys], [name]).iloc[0]
     error = _of(runs, f"{name}_se").mean()
     images = f"; of one run, the test images add a standard error of {error:.2g}"
+    images *= not math.isnan(error)
     best = point(ranking.keys, ranking.best, _digits(ranking))
     return (
         f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {best} "
-        f"({tables.over(len(runs))}{images * (error == error)}). Validation data chose it; the "
+        f"({tables.over(len(runs))}{images}). Validation data chose it; the "
         "test numbers of other settings are no basis for a choice."
     )
 
