@@ -218,7 +218,8 @@ class Terminal(logging.Handler):
 
         table = pd.DataFrame(found["table"]) if table is None else table
         for place, sentence in enumerate(found["verdict"]):
-            self._text(sentence, style=None if place else "bold")
+            is_command = "python " in sentence  # which would be pasted with its line breaks
+            self._text(sentence, style=None if place else "bold", unbroken=is_command)
         if len(table):
             self.out.print(_fitting(table, self.out, found["best_row"]))
         for warning in found["warnings"]:
@@ -235,8 +236,8 @@ class Terminal(logging.Handler):
         page = f"{way(found['tracking_uri'])}/#/experiments/{found['experiment_id']}"
         self.line(f"Every run: {page}{link(found['study'])}")
 
-    def _text(self, text: str, style: str | None = None) -> None:
-        self.out.print(text, style=style, soft_wrap=not self.out.is_terminal)
+    def _text(self, text: str, style: str | None = None, *, unbroken: bool = False) -> None:
+        self.out.print(text, style=style, soft_wrap=unbroken or not self.out.is_terminal)
 
     def finish(self, code: int | str, error: str = "") -> None:
         """With `--json`, print the document: one study's, or a list of them under "studies"."""
