@@ -303,11 +303,11 @@ def _quantile(
     """
     v = np.minimum(freedom, 1e4)[:, None]
     spread = 7 / np.sqrt(2 * v)
-    log_s = np.linspace(-20 / v - spread, spread, 301, axis=1)[..., 0]
+    log_s = np.linspace(-20 / v - spread, spread, 151, axis=1)[..., 0]
     weights = np.exp(v * (log_s - np.exp(2 * log_s) / 2 + 0.5))
     weights /= weights.sum(1, keepdims=True)
     low, high = np.full(len(freedom), -3.0), np.full(len(freedom), 12.0)
-    for _ in range(50):
+    for _ in range(32):
         middle = (low + high) / 2
         below = (weights * np.interp(np.exp(log_s + middle[:, None]), *distribution)).sum(1)
         low, high = (

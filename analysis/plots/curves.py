@@ -88,6 +88,31 @@ def learning_curves(
     return figure
 
 
+def paths_apart(histories: frames.Frame, frame: frames.Frame) -> Figure:
+    """Plot how far four KL normalisations are apart at equal decoder variance, by epoch."""
+    axis, curves = "decoder_variance", by_epoch(histories, frame)
+    frame = frame[frame["run_id"].isin(curves.columns)].set_index("run_id")
+
+    def spread(keys: list[str], statistic: str) -> frames.Frame:
+        return curves.T.groupby([frame[key] for key in keys]).agg(statistic).T
+
+    keys = [axis, "seed"]
+    apart = (spread(keys, "max") - spread(keys, "min")).T.groupby(axis).mean().T
+    seeds = spread(["kl_normalization", axis], "std").median(axis=1)
+    if not (apart > 0).any(axis=None):
+        return empty_figure("at equal decoder variance and seed the modes are equal at every epoch")
+    figure, panel = canvas(9, 5)
+    for value, color in _colors([*apart], numeric=True).items():
+        panel.plot(
+            apart.index, apart[value].where(apart[value] > 0), color=color, label=plain(value)
+        )
+    panel.plot(seeds.index, seeds, color=GREY, ls="--", label="between seeds")
+    panel.set(xlabel="epoch", ylabel="difference, nats / image", yscale="log")
+    panel.locator_params(axis="x", integer=True)
+    figure.legend(loc="outside right upper", frameon=False, title=label(axis))
+    return figure
+
+
 def by_epoch(histories: frames.Frame, frame: frames.Frame) -> frames.Frame:
     """Return the finite values of the runs of a frame: a row an epoch, a column a run."""
     curves = histories.pivot(index="epoch", columns="run_id", values="value")

@@ -56,15 +56,14 @@ def worse_than_linear(runs: pd.DataFrame) -> str:
     above = (_of(runs, "neg_elbo") - _of(runs, "linear/neg_elbo")).dropna()
     if len(above) and above.mean() > _error(above):
         return (
-            f"Its test neg_elbo is {above.mean():.3g} nats / image worse than that of the exact "
-            "linear model, which a trained network passes; train for more epochs, or with another "
-            "learning rate."
+            f"The best setting's test neg_elbo is {above.mean():.3g} nats / image worse than that "
+            "of the exact linear model; train for more epochs, or with another learning rate."
         )
     gap = _of(runs, "gap_to_linear").dropna()
     if not len(above) and len(gap) and gap.mean() < -_error(gap):
         return (
-            f"Its loss is {-gap.mean():.3g} % above that of the exact linear model; train for more "
-            "epochs, or with another learning rate."
+            f"The best setting's loss is {-gap.mean():.3g} % above that of the exact linear model; "
+            "train for more epochs, or with another learning rate."
         )
     return ""
 
@@ -74,11 +73,13 @@ def few_active(runs: pd.DataFrame) -> str:
     active, size = _of(runs, "active_units").mean(), _of(runs, "latent_size").max()
     if active < 0.5:
         return (
-            f"No latent is active, of {size:.0f}: every image is decoded alike; lower the KL "
-            "weight, or train for more epochs."
+            f"No latent of {size:.0f} is active, so that every image is decoded alike; lower the "
+            "KL weight, or train for more epochs."
         )
     if active < ACTIVE * size:
-        return f"Only {active:.1f} of {size:.0f} latents are active; a smaller --latent-size does."
+        return (
+            f"Only {active:.1f} of {size:.0f} latents are active; the others carry no information."
+        )
     return ""
 
 
@@ -89,8 +90,8 @@ def not_calibrated(runs: pd.DataFrame) -> str:
         return ""
     advice = f"; a KL weight near {weight / ratio:.2g} agrees with it" if ratio > 0 else ""
     return (
-        f"Its calibration ratio is {ratio:.3g}, far from 1: the decoder variance of its KL weight "
-        f"is not the mean squared error that it leaves{advice}."
+        f"The best setting's calibration ratio is {ratio:.3g}, far from 1: the decoder variance of "
+        f"its KL weight is not the mean squared error that it leaves{advice}."
     )
 
 
@@ -102,8 +103,8 @@ def few_effective(runs: pd.DataFrame) -> str:
     if not effective < FEW_SAMPLES:
         return ""
     return (
-        f"Its neg_log_likelihood rests on {effective:.1f} effective importance samples and may be "
-        "nats too high; compare by neg_elbo."
+        f"neg_log_likelihood rests on {effective:.1f} effective importance samples at the best "
+        "setting and may be nats too high; compare by neg_elbo."
     )
 
 
@@ -176,31 +177,28 @@ def verdict(ranking: Ranking, following: str) -> list[str]:
         following: what to do next, a sentence.
     """
     name, unit = _plain_name(ranking.metric), _unit(ranking.metric)
-    places = tables.decimals(name)
-    mean, low, high = (f"{value:.{places}f}" for value in ranking.winner)
+    mean, low, high = (f"{value:.{tables.decimals(name)}f}" for value in ranking.winner)
     best = point(ranking.keys, ranking.best, _digits(ranking))
     what = "values" if len(ranking.keys) == 1 else "combinations"
-    lowest = f"has the lowest mean validation {name} of {ranking.values} {what}"
-    if ranking.values == 1:
-        lowest = f"is the only setting; its mean validation {name} is"
-    interval = f" (95 % interval {low} to {high}, the choice included)"
-    both = ", of encoder and decoder together" * (name == "neg_elbo")
-    first = f"{best} {lowest}: {mean}{unit}{interval * (ranking.seeds > 1)}{both}."
-    return [first, _how_sure(ranking, unit), f"Next: {following}"]
+    lowest = f"is the lowest of {ranking.values} {what}" if ranking.values > 1 else "is"
+    both = " of encoder and decoder together" * (name == "neg_elbo")
+    interval = f" (95 % interval {low} to {high}, the choice included)" * (ranking.seeds > 1)
+    first = f"Best: {best}. Its mean validation {name}{both} {lowest}: {mean}{unit}{interval}."
+    return [first, f"How sure: {_how_sure(ranking, unit)}", f"Next: {following}"]
 
 
 def _how_sure(ranking: Ranking, unit: str) -> str:
     seeds, worse, equal = ranking.seeds, len(ranking.worse), ranking.not_distinguishable
-    if ranking.values == 1 or seeds == 1:
-        of = "nothing is compared" if ranking.values == 1 else "no value can be called better"
-        return f"{seeds} seed{'s' * (seeds > 1)}: {of}."
-    parts = [f"{seeds} seeds, {PROCEDURE} over all pairs at 5 %"]
-    parts.append(f"{worse} of the others are worse" if equal else "all others are worse")
-    if equal:
-        parts.append(f"not distinguishable from it: {listed(ranking)}")
-    text = "; ".join(parts) + "."
+    if ranking.values == 1:
+        return "it is the only setting, compared with nothing."
+    if seeds == 1:
+        return "not at all; with one seed no value can be called better than another."
+    text = f"{seeds} seeds. Not distinguishable from it: {listed(ranking)}; worse: {worse} "
+    text += f"({PROCEDURE} over all pairs at 5 %)."
     if equal and ranking.visible == ranking.visible:
-        text += f" Differences below {ranking.visible:.2g}{unit} could not be seen."
+        more, seen = ranking.more
+        text += f" Differences below {ranking.visible:.2g}{unit} could not be seen"
+        text += f", with {more} seeds those below {seen:.2g}."
     return text
 
 
@@ -227,19 +225,20 @@ def next_step(
         epochs: number of epochs to advise, 0 if the best does not improve any more.
         same: options without which the command would leave out values.
     """
-    seeds, unit, best = ranking.seeds, _unit(ranking.metric), tables.plain(values[0])
+    seeds, best = ranking.seeds, tables.plain(values[0])
     steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
     if seeds < 3:
         steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
     if beyond := _beyond(values):
         steps.append((f"values beyond {best}", {"values": beyond}))
     if ranking.not_distinguishable:
-        more, seen = ranking.more
-        why = f"{more} seeds, which show differences of {seen:.2g}{unit}"
+        more, why = ranking.more[0], ""
         if ranking.seeds_for is not None and ranking.seeds_for <= MOST_SEEDS:
-            more = ranking.seeds_for
-            why = f"{more} seeds, which distinguish the best two if they differ as they do here"
-        steps.append((why, {"seeds": more, **same}))
+            more, why = (
+                ranking.seeds_for,
+                ", enough for the best two if they differ as they do here",
+            )
+        steps.append((f"{more} seeds{why}", {"seeds": more, **same}))
     elif between := _between(values):
         steps.append((f"values beside {best}", {"values": between}))
     for why, changes in steps:

@@ -237,6 +237,7 @@ class Study:
         base: settings shared by all runs.
         axis: the quantity that is swept.
         figures: file name -> (frame -> figure, caption).
+        curves: file name -> ((histories of the objective, frame) -> figure, caption).
         answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
@@ -263,6 +264,7 @@ class Study:
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
+    curves: Mapping[str, tuple[Callable[..., Figure], str]] = field(default_factory=dict)
     group_values: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 3
     epochs: Callable[[Source], int] = lambda data: data.epochs

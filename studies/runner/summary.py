@@ -303,7 +303,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    answer = tables.unmarked(outcome.answer)
+    warned = (f"Warning: {text}" for text in outcome.warnings)
+    answer = tables.unmarked("\n\n".join([*outcome.verdict, *warned, outcome.answer]))
     run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
@@ -383,6 +384,7 @@ def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
         },
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
+            **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
             "learning_curves": (curves, plots.CURVES_CAPTION),
         },
         models={run["name"].rpartition(" seed=")[0]: run["run_id"] for run in shown},

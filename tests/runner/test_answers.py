@@ -3,7 +3,10 @@
 import pandas as pd
 import pytest
 
+from harness import objective
 from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
+from studies.runner.options import Options
+from studies.runner.study import make_plan
 
 LUCK = (0.0, 0.1, -0.1)
 
@@ -99,22 +102,32 @@ def modes_frame(shift):
     return pd.DataFrame(rows)
 
 
-def test_modes_that_agree_are_called_one_curve_with_each_modes_weight():
-    printed = kl_normalization.one_curve(modes_frame(0.0))
-    assert "the modes are one curve" in printed
+def test_modes_are_one_weight_by_construction_and_their_paths_are_measured():
+    printed = kl_normalization.paths(modes_frame(0.0))
+    assert printed.startswith("At equal decoder variance all normalisations have the same loss")
     assert "pixels 0.02, sum 9.77e-06" in printed
-    assert "means decoder variance 1,024, and latents are active up to 0.01 only." in printed
-
-
-def test_modes_that_disagree_beyond_the_seeds_are_not_called_one_curve():
-    assert "the modes are not one curve" in kl_normalization.one_curve(modes_frame(5.0))
-
-
-def test_of_a_single_seed_no_verdict_on_the_modes_is_given():
+    assert "the 2 modes have the same test neg_elbo to the last bit" in printed
+    apart = kl_normalization.paths(modes_frame(5.0))
+    assert "the 2 modes differs by 5 nats / image (median) and at most 5;" in apart
     frame = modes_frame(5.0)
-    printed = kl_normalization.one_curve(frame[frame["seed"] == 0])
-    assert "differs by at most 5 nats / image, that of seeds by - " in printed
-    assert "the modes are not judged" in printed
+    alone = kl_normalization.paths(frame[frame["seed"] == 0])
+    assert alone.count("the standard deviation over seeds is - (median)") == 1
+
+
+def test_the_blogs_sentence_is_judged_on_its_data_alone():
+    said = "means decoder variance 1,024, and latents are active up to 0.01 only."
+    assert said in kl_normalization.paths(modes_frame(0.0).assign(dataset="digits"))
+    other = kl_normalization.paths(modes_frame(0.0).assign(dataset="faces"))
+    assert "cannot learn properly" not in other
+
+
+def test_each_mode_trains_as_if_its_whole_loss_were_divided_alike():
+    plan = make_plan(kl_normalization.STUDY, Options(seeds=1, values=[0.05]))
+    factors = [1, 64, 64 / 10, 64 * 32]
+    assert [c.adam_eps for c in plan.configs] == [1e-8 / factor for factor in factors]
+    assert [objective.beta(c, 64) for c in plan.configs] == pytest.approx([0.1] * 4, rel=1e-15)
+    sgd = make_plan(kl_normalization.STUDY, Options(seeds=1, settings={"optimizer": "sgd"}))
+    assert {c.adam_eps for c in sgd.configs} == {1e-8}
 
 
 def test_cost_and_gain_are_paired_differences():
