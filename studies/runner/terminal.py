@@ -286,12 +286,13 @@ def stored(store: Store, run_id: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder, reading(f"summary.json of run {run_id}"):
         file = store.fetch(run_id, "summary.json", folder)
-        text = file.read_text("utf-8")
-        summary = json.loads(text)
+        summary = json.loads(file.read_text("utf-8"))
         answered = {name: summary.get(name, value) for name, value in ANSWERED.items()}
-        # A study in a store beside may have a report of this name.
+        # A study in a store beside may have a report of this name; the same command writes anew.
         beside = (store.home / "reports").glob(f"{summary['name']}*/summary.json")
-        reports = [f.with_name("report.html") for f in beside if f.read_text("utf-8") == text]
+        texts = {path.with_name("report.html"): path.read_text("utf-8") for path in beside}
+        ids = summary.get("run_ids")
+        reports = [path for path, text in texts.items() if json.loads(text).get("run_ids") == ids]
         return {
             **{"study": summary["name"], "dataset": summary["dataset"], **answered},
             **{"table": summary.get("rows", []), "summary_run_id": run_id},
