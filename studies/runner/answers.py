@@ -213,38 +213,36 @@ def listed(ranking: Ranking) -> str:
     if len(equal) > NAMED[len(ranking.keys)]:
         return f"{len(equal)} of {ranking.values - 1} others"
     digits = _digits(ranking)
+    texts = [point(ranking.keys, value, digits) for value in equal]
     if len(ranking.keys) == 1:
-        return ", ".join(tables.plain(value, digits) for value in equal) or "none"
-    return "; ".join(point(ranking.keys, value, digits) for value in equal) or "none"
+        texts = [tables.plain(value, digits) for value in equal]
+    return ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
 
 
 def next_step(
-    vary: Callable[..., str], ranking: Ranking, values: Sequence[Any], epochs: int = 0, **same: Any
+    vary: Callable[..., str], ranking: Ranking, along: Sequence[Any], epochs: int = 0, **same: Any
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
     Args:
         vary: options -> the study's command line with them, "" if they are refused.
         ranking: of its values.
-        values: those of the axis that go with the best of all else, the best first.
+        along: values of the axis that go with the best of all else, the best first.
         epochs: number of epochs to advise, 0 if the best does not improve any more.
         same: options without which the command would leave out values.
     """
-    seeds, best = ranking.seeds, tables.plain(values[0])
+    seeds, best = ranking.seeds, tables.plain(along[0])
     steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
     if seeds < 3:
         steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
-    if beyond := _beyond(values):
+    if beyond := _beyond(along):
         steps.append((f"values beyond {best}", {"values": beyond}))
     if ranking.not_distinguishable:
-        more, why = ranking.more[0], ""
-        if ranking.seeds_for is not None and ranking.seeds_for <= MOST_SEEDS:
-            more, why = (
-                ranking.seeds_for,
-                ", enough for the best two if they differ as they do here",
-            )
+        more, why, enough = ranking.more[0], "", ranking.seeds_for or 0
+        if seeds < enough <= MOST_SEEDS:
+            more, why = enough, ", enough for the best two if they differ as they do here"
         steps.append((f"{more} seeds{why}", {"seeds": more, **same}))
-    elif between := _between(values):
+    elif between := _between(along):
         steps.append((f"values beside {best}", {"values": between}))
     for why, changes in steps:
         if command := vary(**changes):
