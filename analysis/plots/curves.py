@@ -61,7 +61,7 @@ def learning_curves(
         for value, runs in part.groupby(axis, sort=False):
             _runs_and_mean(panel, curves[runs.index], BEST if value == best else colors[value])
         above = _above(curves[part.index], ends[part.index], top)
-        linear = part.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends)
+        linear = part.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends[part.index])
         level = linear[part[axis] == best].mean()
         if level > top:
             above.append(f"linear (exact): {level:.3g}, above")
@@ -82,32 +82,30 @@ def learning_curves(
         panel.set_ylabel(label(metric))
     panels[0, 0].locator_params(axis="x", integer=True)
     panels[0, 0].set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
-    panels[0, 0].set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+    margin = 0.05 * (top - low or abs(top) or 1)
+    panels[0, 0].set_ylim(low - margin, top + margin)
     bar = numeric and len(order) > LISTED
     _legend(figure, panels, colors, axis, " of the group" if group else f": {plain(best)}", bar=bar)
     return figure
 
 
 def paths_apart(histories: frames.Frame, frame: frames.Frame) -> Figure:
-    """Plot how far four KL normalisations are apart at equal decoder variance, by epoch."""
+    """Plot how far KL normalisations are apart at equal decoder variance, epoch by epoch."""
     axis, curves = "decoder_variance", by_epoch(histories, frame)
     frame = frame[frame["run_id"].isin(curves.columns)].set_index("run_id")
-
-    def spread(keys: list[str], statistic: str) -> frames.Frame:
-        return curves.T.groupby([frame[key] for key in keys]).agg(statistic).T
-
-    keys = [axis, "seed"]
-    apart = (spread(keys, "max") - spread(keys, "min")).T.groupby(axis).mean().T
-    seeds = spread(["kl_normalization", axis], "std").median(axis=1)
+    spread = {
+        other: curves.T.groupby([frame[axis], frame[key]]).std()
+        for other, key in (("modes", "seed"), ("seeds", "kl_normalization"))
+    }
+    apart = spread["modes"].groupby(axis).mean().T
     if not (apart > 0).any(axis=None):
         return empty_figure("at equal decoder variance and seed the modes are equal at every epoch")
     figure, panel = canvas(9, 5)
     for value, color in _colors([*apart], numeric=True).items():
-        panel.plot(
-            apart.index, apart[value].where(apart[value] > 0), color=color, label=plain(value)
-        )
-    panel.plot(seeds.index, seeds, color=GREY, ls="--", label="between seeds")
-    panel.set(xlabel="epoch", ylabel="difference, nats / image", yscale="log")
+        positive = apart[value].where(apart[value] > 0)
+        panel.plot(apart.index, positive, color=color, label=f"modes, {plain(value)}")
+    panel.plot(apart.index, spread["seeds"].median(), color=GREY, ls="--", label="seeds")
+    panel.set(xlabel="epoch", ylabel="standard deviation (nats / image)", yscale="log")
     panel.locator_params(axis="x", integer=True)
     figure.legend(loc="outside right upper", frameon=False, title=label(axis))
     return figure
@@ -129,7 +127,7 @@ def _limits(curves: frames.Frame) -> tuple[float, float]:
     """Return limits that neither the first epochs nor bad values flatten."""
     low, high = float(curves.min().min()), float(curves.max().max())
     late = curves[curves.index > 0.1 * curves.index.max()]
-    top = low + 2 * (float(np.nanquantile(late, 0.8)) - low)
+    top = low + 4 * (float(np.nanmedian(late)) - low)
     return low, top if low < top < high - 0.3 * (top - low) else high
 
 
