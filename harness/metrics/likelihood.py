@@ -99,13 +99,3 @@ def _log_weights(
             prior = eps.double().square() + q.log_variance.double() - z.double().square()
             blocks.append(log_p + prior.sum(-1) / 2)
         yield from torch.cat(blocks, -1).unbind()
-
-
-FEW_SAMPLES = 10.0  # stub, until like22 is merged
-
-
-def amortization_gap(
-    config: RunConfig, model: VAE, data: Dataset, images: int = 100
-) -> dict[str, float]:
-    """Return nothing (stub, until like22 is merged)."""
-    return {}
