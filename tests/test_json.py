@@ -84,11 +84,17 @@ def test_a_fault_of_the_code_is_a_document_and_a_traceback(capfd):
     assert "ZeroDivisionError" in found["error"]
 
 
-def test_a_dry_run_is_a_document(tmp_path, capfd):
-    stores = [f"--tracking-uri=sqlite:///{tmp_path}/m.db", f"--storage=sqlite:///{tmp_path}/o.db"]
-    found = printed(main, ["--dry-run", *stores], capfd)
-    assert (found["status"], found["study"]) == ("planned", "kl_weight-digits")
-    assert found["command"].startswith("python -m studies.kl_weight --dataset digits")
+def test_dry_runs_are_a_document(tmp_path, capfd):
+    tracking_uri, storage = f"sqlite:///{tmp_path}/m.db", f"sqlite:///{tmp_path}/o.db"
+    stores = ["--tracking-uri", tracking_uri, "--storage", storage]
+    found = printed(every.main, ["--dry-run", "--epochs", "1", *stores], capfd)["studies"]
+    names = ("kl_weight", "latent_size", "kl_normalization", "elbo_vs_mse", "search")
+    assert [study["study"] for study in found] == [f"{name}-digits" for name in names]
+    for name, study in zip(names, found, strict=True):
+        assert study["status"] == "planned"
+        assert (study["tracking_uri"], study["storage"]) == (tracking_uri, storage)
+        assert study["command"].startswith(f"python -m studies.{name} --dataset digits")
+        assert "duration: not known" in study["estimate"]
 
 
 def test_translations_and_their_list_are_documents(capfd):

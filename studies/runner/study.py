@@ -335,6 +335,7 @@ class Plan:
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
         start: words after `python` that start it, before its options.
+        refit: test images to which the posteriors of its runs are refitted for the summary.
         vary: (its name, options=...) -> the command line with other options, "" if it is refused.
     """
 
@@ -351,6 +352,7 @@ class Plan:
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
     start: Sequence[str] = ()
+    refit: int = 0
     vary: Callable[..., str] = field(default=lambda name, **changes: "", repr=False)
 
     @property
@@ -434,12 +436,13 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         proposer=Listed(
             cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
         ),
-        find=partial(_find, study, options.refit),
+        find=partial(_find, study),
         words=command(start, data, effective, base, study.columns),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
         summary_key=f"refit={options.refit}" if options.refit else "",
+        refit=options.refit,
         start=start,
         vary=partial(_vary, asked, options, own),
     )
@@ -517,10 +520,10 @@ def command(
     return " ".join(checked_text(word) for word in words if word)
 
 
-def _find(study: Study, refit: int, ended: Ended) -> Findings:
+def _find(study: Study, ended: Ended) -> Findings:
     from studies.runner.summary import compare_points  # PyTorch, MLflow and pandas
 
-    return compare_points(study, ended, refit)
+    return compare_points(study, ended)
 
 
 def check_objective(page: str, config: RunConfig, objective: str, own: Dataset | None) -> None:

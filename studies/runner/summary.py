@@ -336,11 +336,12 @@ def failed_metrics(runs: Sequence[Run]) -> list[str]:
     return [f"Metrics failed in {n} of {len(runs)} runs: {why}." for why, n in counts.items()]
 
 
-def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
-    """Return the results of a grid of points, with posteriors refitted to so many test images."""
+def compare_points(study: Study, found: Ended) -> Findings:
+    """Return the results of a grid of points."""
     axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
     every = study.prepare(frames.tidy([*found.finished, *diverged]))
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
+    refit = min(found.plan.refit, len(found.data.test))
     frame = _refitted(frame, found, refit) if refit else frame
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
@@ -437,10 +438,10 @@ def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame
 def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, Any]:
     """Return each value of a frame -> the value that the user gave, JSON values."""
     cells = {key: trial.user_attrs[CELL] for trial in found.trials for key in keys(trial)}
-    of_run = {run.run_id: cells[run.key] for run in found.finished}
     given = dict[Any, Any]()
-    for row in frame.to_dict("records"):
-        cell = of_run[row["run_id"]]
+    for run, row in zip(found.finished, frame.to_dict("records"), strict=True):
+        tried_out = {"group": row.get(study.group), "value": row[study.axis.name]}  # has no trial
+        cell = cells.get(run.key, tried_out)
         if not study.group:
             given[row[study.axis.name]] = cell["value"]
             continue
