@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -22,14 +23,15 @@ DIFFERENT = ("values", "study_name", "kl_weight", "latent_size", "kl_normalizati
 def main(args: Sequence[str] | None = None) -> None:
     """Run all studies with the same options, each under its default name."""
     with clear_errors(args) as terminal:
+        terminal.several = True
         settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
         options = read(Options, "all", __doc__ or "", args, settings)
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         own = read_own(options)
-        grids = ("values", "seeds")  # a search has its default trials and seeds
-        given = SearchOptions(**{k: v for k, v in vars(options).items() if k not in grids})
+        shared = {f.name for f in fields(SearchOptions)} - {"seeds"}  # it has its default seeds
+        given = SearchOptions(**{k: v for k, v in vars(options).items() if k in shared})
         plans: dict[str, Any] = {
             study.name: partial(make_plan, study, options) for study in STUDIES
         }
@@ -45,7 +47,9 @@ def main(args: Sequence[str] | None = None) -> None:
             from analysis import report
 
             folder = reports[0].parents[1]
-            terminal.line(f"Index of the reports: {report.index(reports, folder / 'index.html')}")
+            index = report.index(reports, folder / "index.html")
+            terminal.document["index"] = str(index)
+            terminal.line(f"Index of the reports: {index}")
 
 
 if __name__ == "__main__":

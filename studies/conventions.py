@@ -10,6 +10,7 @@ from analysis import frames, plots, tables
 from analysis.tables import plain
 from harness.config import RunConfig
 from harness.conventions import LIKELIHOODS, conventions, find
+from studies.runner.answers import NEAR
 from studies.runner.cli import main
 from studies.runner.study import Axis, Source, Study, calibrated
 
@@ -17,8 +18,6 @@ AXIS = "convention"
 
 REFERENCES = {"calibrated": "gaussian", "calibrated_laplace": "laplace"}
 """Name -> likelihood of the runs that conventions are compared with."""
-
-NEAR = 3.0  # factor of the calibration ratio within which a default is called near
 
 
 def paste(config: RunConfig, name: str, data: Source) -> RunConfig:

@@ -1,14 +1,19 @@
-"""Do KL normalisations disagree about the best weight, or only about its name?
+"""At equal decoder variance every KL normalisation has the same loss: do their trainings differ?
 
-The same decoder variance is reached by another weight in each mode. The modes are swept over the
-same decoder variances, so that each has its own logarithmic grid of weights.
+A normalisation is another name of the weight, by construction. Dividing the whole loss alike (sums
+in place of means) multiplies it by a factor, which changes no optimum, and which Adam divides out
+but for its epsilon. Here each mode trains with the epsilon that such a factor amounts to: what can
+differ is the path of the optimiser alone. (Plain SGD takes the factor as a learning rate.)
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from analysis import frames, plots
 from analysis.tables import plain
 from harness.config import RunConfig
 from studies.runner.cli import main
-from studies.runner.study import TABLE, Axis, Study, with_variance
+from studies.runner.study import TABLE, Axis, Source, Study, with_variance
 
 AXIS, GROUP = "decoder_variance", "kl_normalization"
 
@@ -17,26 +22,55 @@ VARIANCES = tuple(5.0 * 10 ** (i / 2 - 4) for i in range(9))
 
 MODES = ("pixels", "batch", "latent", "sum")
 
+OF_THE_BLOG = ("mnist", "digits")  # its data, and their small stand-in
 
-def one_curve(frame: frames.Frame) -> str:
-    """Return how far the modes agree at equal decoder variance, and what the division changes."""
+
+def modes(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
+    """Return the modes as groups, with Adam's epsilon divided by the factor of the whole loss."""
+    from harness.objective import beta  # loads torch
+
+    groups: dict[str, dict[str, Any]] = {mode: {GROUP: mode} for mode in MODES}
+    for changes in groups.values() if base.optimizer in ("adam", "adamw") else ():
+        factor = beta(base.replace(kl_weight=1.0, **changes), data.pixels)  # D B / c
+        changes["adam_eps"] = base.adam_eps / factor
+    return groups
+
+
+def paths(frame: frames.Frame) -> str:
+    """Return the names of the best weight, how far the modes part, and what the division does."""
     cells = frame.pivot_table(index=[AXIS, "seed"], columns=GROUP, values="neg_elbo")
-    modes = (cells.max(axis=1) - cells.min(axis=1)).max()
+    apart, largest = cells.std(axis=1).median(), (cells.max(axis=1) - cells.min(axis=1)).max()
     seeds = cells.groupby(AXIS).std().mean(axis=1).median()  # NaN for a single seed
-    verdict = "one curve" if modes < seeds else "not one curve" if modes >= seeds else "not judged"
     best = frames.best_value(frame, AXIS)
     weights = frame[frame[AXIS] == best].groupby(GROUP, sort=False)["kl_weight"].first()
     named = ", ".join(f"{mode} {weight:.3g}" for mode, weight in weights.items())
-    active = frame.loc[frame["active_units"] > 0, AXIS].max()
-    until = f"latents are active up to {active:.3g} only" if active > 0 else "no latent is active"
     which = "only" if frame[AXIS].nunique() == 1 else "best"
+    measured = (
+        f"the {cells.shape[1]} modes differ by a standard deviation of {plain(apart, 2)} nats / "
+        f"image of test neg_elbo (median; at most {plain(largest, 2)} apart)"
+    )
+    if largest == 0:
+        measured = f"the {cells.shape[1]} modes have the same test neg_elbo to the last bit"
+    factor = ""
+    if "adam_eps" in frame and frame["adam_eps"].nunique() > 1:
+        times = plain(round(frame["adam_eps"].max() / frame["adam_eps"].min()))
+        factor = (
+            f", with the whole loss times up to {times}, which Adam divides out but for epsilon"
+        )
+    text = (
+        "At equal decoder variance all normalisations have the same loss, by construction: the "
+        f"{which} decoder variance, {best:.3g} pixel², is kl_weight = {named}. What could differ "
+        f"is the path of the optimiser{factor}: at equal decoder variance and seed {measured}, "
+        f"and seeds by {plain(seeds, 2)} (median)."
+    )
+    if "sum" not in weights or not {*frame.get("dataset", ())} <= {*OF_THE_BLOG}:
+        return text
+    active = frame.loc[frame["active_units"] > 0, AXIS].max()
+    until = f"are active up to {active:.3g} only" if active > 0 else "are not active at all"
     return (
-        f"At equal decoder variance and seed the test neg_elbo of the {cells.shape[1]} modes "
-        f"differs by at most {modes:.2g} nats / image, that of seeds by {plain(seeds, 2)} (median "
-        f"standard deviation): the modes are {verdict}. The {which} decoder variance, {best:.3g} "
-        f'pixel², is kl_weight = {named}. "Without dividing this value it cannot learn properly" '
-        "holds of weight 1: undivided (sum), it means decoder variance "
-        f"{best / weights['sum']:,.0f}, and {until}."
+        f'{text} "Without dividing this value it cannot learn properly" holds of weight 1: '
+        f"undivided (sum), it means decoder variance {best / weights['sum']:,.0f}, and latents "
+        f"{until}."
     )
 
 
@@ -46,16 +80,24 @@ STUDY = Study(
     base=RunConfig(),
     axis=Axis(AXIS, VARIANCES, with_variance),
     group=GROUP,
-    groups=lambda base, data: {mode: {GROUP: mode} for mode in MODES},
+    groups=modes,
     figures={
         "one_curve": (
             plots.one_curve,
             "Left, the metrics against the weight that the user sets: four curves. Right, the same "
-            "runs against the decoder variance that the weight means: one curve; dashed, the exact "
-            "linear model.",
+            "runs against the decoder variance that the weight means: one curve, but for the "
+            "optimiser's path; dashed, the exact linear model.",
         ),
     },
-    answer=one_curve,
+    curves={
+        "paths": (
+            plots.paths_apart,
+            "Standard deviation of val/neg_elbo over the modes at equal decoder variance and seed, "
+            "by epoch, mean over seeds; dashed, over seeds at equal decoder variance and mode, "
+            "median. Values of 0 are not drawn.",
+        ),
+    },
+    answer=paths,
     table=("kl_weight", *TABLE),
 )
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from analysis import frames, plots
+from analysis.comparisons import rank
 from harness.config import RunConfig, UserError
 from studies.runner.cli import main
 from studies.runner.study import (
@@ -26,7 +27,10 @@ AXIS = "latent_size"
 
 
 def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
-    """Return as groups the blog's and a calibrated weight, or the exact ELBO's alone."""
+    """Return as groups a weight of variance 0.5 and a calibrated one, or the exact ELBO's alone.
+
+    The former is the blog's weight, and is named so on data like the blog's.
+    """
     if base.kl_normalization == "latent":
         raise UserError(
             "kl_normalization='latent' divides by the number of latents, so that one weight means "
@@ -36,18 +40,21 @@ def weights(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     if not sets_variance(base):
         return {"exact ELBO's weight": {"kl_weight": weight}}
     blog = with_variance(base, BLOG_WEIGHT / 2, data).kl_weight
-    return {"blog's weight": {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
+    name = "blog's weight" if data.name in ("digits", "mnist") else f"weight {blog:.3g}"
+    return {name: {"kl_weight": blog}, "calibrated weight": {"kl_weight": weight}}
 
 
 def useful_latents(frame: frames.Frame) -> str:
     """Return, for each weight, the number of latents from which on more of them change nothing."""
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
-        best = frames.best_value(part, AXIS)
-        enough = min(s for s in part[AXIS].unique() if not frames.is_worse(part, AXIS, s, best))
+        ranking = rank(part, AXIS)
+        best, enough = ranking.best, min([ranking.best, *ranking.not_distinguishable])
         largest = part[part[AXIS] == part[AXIS].max()]
-        lowest = f"validation neg_elbo is lowest at {best} latents; the smallest size not "
-        lowest += f"distinguishable from that is {enough}. Of {largest[AXIS].iloc[0]} latents"
+        lowest = f"validation neg_elbo is lowest at {best} latents"
+        if ranking.seeds > 1:
+            lowest += f"; the smallest size not distinguishable from that is {enough}"
+        lowest += f". Of {largest[AXIS].iloc[0]} latents"
         sentences.append(
             f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
             + (lowest if part[AXIS].nunique() > 1 else f"of {best} latents, the only size,")

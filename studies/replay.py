@@ -42,6 +42,7 @@ class ReplayOptions:
         device: auto takes the kind of the record if this machine has one, otherwise the CPU.
         trust: execute the networks, terms and metrics of the user that the record holds as code;
             without it a terminal is asked.
+        json: print the outcome as one JSON object, and all else on standard error.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_ID")]
@@ -49,6 +50,7 @@ class ReplayOptions:
     data_dir: Path = Path("data")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust: bool = False
+    json: bool = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -92,6 +94,8 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     exact = device == "cpu" and then["device"] == now["device"]
     passed, sentence = compare(logged, values, exact=exact)
     terminal.line(sentence)
+    terminal.document |= {"run_id": record.run_id, "reproduced": passed, "answer": sentence}
+    terminal.document["differences"] = changed
     return passed
 
 

@@ -15,9 +15,11 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from analysis import frames, plots
+from analysis.comparisons import rank
 from analysis.tables import over, plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
+from studies.runner import answers
 from studies.runner.cli import clear_errors, execute, read
 from studies.runner.options import NAMED, SETTINGS, Common, Options, setting_options, terms, text
 from studies.runner.study import TABLE, Axis, Source, Study, make_plan, read_value, with_named
@@ -92,6 +94,7 @@ def sweep(axes: Mapping[str, Sequence[Any]]) -> Study:
         answer=partial(best_point, axes=names),
         group=group,
         groups=groups if group else Study.groups,
+        group_values={text(value): value for value in swept[0].values} if group else {},
         objective="",
         table=(*TABLE, *(f"term/{name.partition('.')[0]}" for name in names)),
         start=("-m", f"studies.{NAME}", *words),
@@ -108,54 +111,41 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
     return with_named(config, name, value)
 
 
-def notes(counts: Mapping[str, int], seeds: float) -> list[str]:
-    """Return sentences on what axes with so many values, and so many seeds, cannot answer."""
-    single = [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
-    return single + ["One seed: no spread is known; give --seeds 3."] * (seeds == 1)
+def notes(counts: Mapping[str, int]) -> list[str]:
+    """Return sentences on what axes with so many values cannot answer."""
+    return [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
 
 
 def best_point(frame: frames.Frame, axes: Sequence[str]) -> str:
     """Return which value of an axis, or combination of two, is best on validation data."""
     keys, metric = [*axes], frames.compared(frame)
     val, unit = f"val/{metric}", " nats / image" * (metric == "neg_elbo")
-    frame = frames.complete(frame, keys)
+    ranking = rank(frame, keys if len(keys) > 1 else keys[0], val)
     means = frames.along_axis(frame, keys, [metric, val])
     best = means.loc[means[val].idxmin()]
-    seeds = int(best["seeds"])
-    runs = frame.groupby(keys)
-
-    def is_equal(*point: object) -> bool:
-        one, other = runs.get_group(point), runs.get_group(tuple(best[keys]))
-        return not frames.paired_difference(one, other, val).distinguishable
-
-    rest = means.drop(best.name)
-    equal = [_point(row) for _, row in rest[keys].iterrows() if is_equal(*row)]
-    equal = equal if len(equal) <= 5 else [f"{len(equal)} of the others"]
+    seeds = ranking.seeds
     what = "combinations" if len(keys) > 1 else "values"
     lowest = f"has the lowest validation {metric} of {len(means)} {what}"
     if len(means) == 1:
         lowest = f"is alone; its validation {metric}"
     sentences = [
-        f"{_point(best[keys])} {lowest}: "
+        f"{answers.point(keys, ranking.best, 6)} {lowest}: "
         f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(seeds)})"
-        + f"; not distinguishable from it: {'; '.join(equal) or 'none'}" * (seeds > 1 < len(means))
+        + f"; not distinguishable from it: {answers.listed(ranking)}" * (seeds > 1 < len(means))
         + "."
     ]
     if len(keys) > 1:
         lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
         each = [
-            f"{_point(row[keys[:1]])}: {plain(row[keys[1]], 6)} ({plus_minus(row, val)})"
+            f"{answers.point(keys[:1], row[keys[0]], 6)}: {plain(row[keys[1]], 6)} "
+            f"({plus_minus(row, val)})"
             for _, row in lowest.iterrows()
         ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
-    sentences += notes(frame[keys].nunique().to_dict(), seeds)
+    sentences += notes(frame[keys].nunique().to_dict())
     if metric == "loss" or {"likelihood", "binarization"}.intersection(keys):
         sentences.append(f"Where an axis changes objective or data, {metric} does not rank runs.")
     return " ".join(sentences)
-
-
-def _point(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {plain(value, 6)}" for name, value in values.items())
 
 
 def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
@@ -180,7 +170,8 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
         axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
-    for note in notes({name: len(values) for name, values in axes.items()}, given.seeds or 3):
+    counts = {name: len(values) for name, values in axes.items()}
+    for note in filter(None, [*notes(counts), answers.few_seeds(given.seeds or 3)]):
         log.info(note)
     return study, Options(**{**options, "settings": settings})
 

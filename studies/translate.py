@@ -4,7 +4,6 @@ Of a well-known codebase by its name, or of any loss as
 `--loss "mse:mean + 0.00025*kl:sum" --shape 3 64 64 --latent-size 128`. Without either, all names.
 """
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from harness.conventions import Convention, Translation, conventions, find, tran
 from studies.runner.cli import clear_errors, read
 
 JSON = ("beta", "decoder_variance", "laplace_scale", "equal_weights", "warnings")
+LISTED = ("name", "loss", "beta", "scale", "source")  # with --json, of each in the list
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TranslateOptions:
         batch_size: images of a step.
         training_size: images of the training set.
         pixels: lowest and highest value of the pixels.
-        json: print one JSON object.
+        json: print one JSON object, and all else on standard error.
     """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
@@ -49,14 +49,17 @@ class TranslateOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Translate a loss from the command line; exit code 0, or 2 for bad input."""
-    with clear_errors([]) as terminal:  # its document has no exit code
+    with clear_errors(args) as terminal:
         options = read(TranslateOptions, "translate", __doc__ or "", args)
         given = {f.name: getattr(options, f.name) for f in fields(options)[2:-1]}
         name = options.name or options.loss
         if options.name and options.loss:
             raise UserError(f"--loss beside {options.name!r}: give one of the two")
         if name is None:
-            for convention in conventions().values():
+            every = conventions().values()
+            of_each = [{key: getattr(one, key) for key in LISTED} for one in every]
+            terminal.document["conventions"] = of_each
+            for convention in () if options.json else every:
                 terminal.line(row(convention))
             return
         if options.name and ":" in options.name:
@@ -66,9 +69,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 f"--loss {options.loss!r}: give [factor*]DATA:REDUCTION + weight*kl:REDUCTION"
             )
         found = translate(name, **given)
-        if options.json:
-            print(json.dumps({key: asdict(found)[key] for key in JSON}))
-        else:
+        terminal.document |= {key: asdict(found)[key] for key in JSON}
+        if not options.json:
             terminal.line(text(found, find(name, **given)))
 
 

@@ -98,6 +98,26 @@ def test_equal_decoder_variance_is_the_same_training_in_every_mode(mode):
         torch.testing.assert_close(*pair, **EXACT)
 
 
+@pytest.mark.parametrize("factor", [12, 12 / 3, 12 * 5], ids=MODES[1:])
+def test_a_factor_of_the_whole_loss_is_another_epsilon_of_adam_and_a_learning_rate_of_sgd(factor):
+    config = RunConfig(latent_size=3, batch_size=5, kl_weight=0.7)
+    batch = batch_of(config, pixels=12)
+
+    def trained(optimizer, scale, **options):
+        y, mean = (batch[name].detach().clone().requires_grad_() for name in ("y", "mean"))
+        steps = optimizer([y, mean], **options)
+        for _ in range(5):
+            steps.zero_grad()
+            (scale * loss_of(config, 12, **batch | {"y": y, "mean": mean})).backward()
+            steps.step()
+        return y, mean
+
+    adam, sgd = torch.optim.Adam, torch.optim.SGD
+    ours = trained(adam, 1, lr=0.1, eps=1e-3 / factor), trained(sgd, 1, lr=0.1 * factor)
+    theirs = trained(adam, factor, lr=0.1, eps=1e-3), trained(sgd, factor, lr=0.1)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
 @pytest.mark.parametrize(
     ("settings", "variance", "beta"),
     [

@@ -39,6 +39,13 @@ SUMMARY = {
     "pictures": [{"file": "pictures/rows.png", "caption": "Two.", "rows": ["top", "bottom"]}],
     "tables": [{"file": "table.csv", "caption": "All numbers."}],
 }
+FOUND = {
+    "verdict": ["kl_weight 0.0215 is best.", "It is distinguishable from 1 of 2.", "Train longer."],
+    "warnings": ["It was still improving.", "One seed."],
+    "next_command": "python -m studies.kl_weight --epochs 100",
+    "best_row": 1,
+}
+"""Fields that summaries of earlier versions lack."""
 
 
 def write_folder(folder: Path, **changes) -> Path:
@@ -142,7 +149,15 @@ def test_columns_of_numbers_and_no_others_stand_right(page):
 
 @pytest.mark.parametrize(
     ("cell", "is_number"),
-    [("-27.61 ± 5.02", True), ("1e-05", True), ("–", True), ("9 %", True), ("nan", True)]
+    [
+        ("-27.61 ± 5.02", True),
+        ("9.3 (6.5 to 10.0)", True),
+        ("2 (of 3)", False),
+        ("1e-05", True),
+        ("–", True),
+        ("9 %", True),
+        ("nan", True),
+    ]
     + [("7f403d31", False), ("pixels", False), ("2 of 3", False), ("(256, 64)", False)],
 )
 def test_what_a_number_is(cell, is_number):
@@ -151,8 +166,8 @@ def test_what_a_number_is(cell, is_number):
 
 def test_images_have_captions_their_own_size_and_names_of_rows(page):
     assert page.texts["figcaption"] == [
-        "Figure 1. A line.",
         "Table 1. All numbers.",
+        "Figure 1. A line.",
         "Figure 2. Two.",
     ]
     assert page.attributes("img", "alt") == ["A line.", "Two."]
@@ -203,6 +218,7 @@ def test_every_text_is_escaped(tmp_path):
     texts = ("study", "name", "dataset", "question", "answer", "command", "dataset_digest")
     changes = {name: ATTACK for name in (*texts, "experiment_id", "tracking_uri")}
     changes["settings"] = changes["versions"] = {ATTACK: ATTACK}
+    changes |= {"verdict": [ATTACK], "warnings": [f"{ATTACK}!"], "next_command": f"{ATTACK}?"}
     for kind in ("figures", "pictures", "tables"):
         changes[kind] = [SUMMARY[kind][0] | {"caption": ATTACK}]
     changes["pictures"][0]["rows"] = [ATTACK]
@@ -216,12 +232,45 @@ def test_every_text_is_escaped(tmp_path):
     everywhere = ("title", "h1", "p", "pre", "dt", "dd", "figcaption", "li", "th", "td", "a")
     for tag in everywhere:
         assert any(ATTACK in text for text in page.texts[tag]), tag
+    assert {f"{ATTACK}!", f"{ATTACK}?"} <= {*page.texts["li"], *page.texts["pre"]}
     assert "script" not in Page(report.index([path], tmp_path / "index.html")).texts
 
 
 def test_a_study_without_pictures_has_no_heading_for_them(tmp_path):
     page = Page(report.build(write_folder(tmp_path, pictures=[])))
-    assert page.texts["h2"] == ["Figures", "Numbers", "How it was made", "Runs"]
+    assert page.texts["h2"] == ["Numbers", "Figures", "How it was made", "Runs"]
+
+
+def test_verdict_warnings_answer_and_best_row_come_before_the_figures(tmp_path):
+    more = {"file": "differences.csv", "caption": "Differences."}
+    folder = write_folder(tmp_path, **FOUND, tables=[*SUMMARY["tables"], more])
+    write_csv(folder / "differences.csv", TABLE)
+    page = Page(report.build(folder))
+    order = [values["class"] for tag, values in page.tags if tag == "div" and "class" in values]
+    assert order[:4] == ["verdict", "warnings", "reasons", "scroll"]
+    shown = page.texts["p"].index(FOUND["verdict"][0])
+    assert page.texts["p"][shown : shown + 3] == FOUND["verdict"]
+    assert page.texts["li"][:2] == FOUND["warnings"]
+    assert FOUND["next_command"] in page.texts["pre"]
+    assert page.texts["h2"][:3] == ["Numbers", "Figures", "Further numbers"]
+    rows = [values.get("class") for tag, values in page.tags if tag == "tr"]
+    assert rows[:8] == [None, None, "best", None, None, None, None, None]  # with two headers
+    captions = [text for text in page.texts["figcaption"] if text.startswith("Table")]
+    assert captions == ["Table 1. All numbers. Shaded: the best row.", "Table 2. Differences."]
+
+
+def test_a_command_in_the_verdict_is_not_shown_twice(tmp_path):
+    verdict = ["Best.", "Sure.", f"Next: {FOUND['next_command']}"]
+    page = Page(report.build(write_folder(tmp_path, **FOUND | {"verdict": verdict})))
+    assert FOUND["next_command"] not in page.texts["pre"]
+
+
+def test_the_index_shows_the_verdict_and_the_warnings_in_place_of_the_answer(tmp_path):
+    one = report.build(write_folder(tmp_path / "one", **FOUND))
+    page = Page(report.index([one], tmp_path / "index.html"))
+    assert {*FOUND["verdict"]} <= {*page.texts["p"]}
+    assert page.texts["li"] == FOUND["warnings"]
+    assert "That much." not in page.texts["p"]
 
 
 def test_the_index_leads_to_every_report_with_its_answer(tmp_path):

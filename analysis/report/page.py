@@ -26,8 +26,10 @@ UI = "http://127.0.0.1:5000"  # address of `mlflow ui`
 RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of runs
 SCREEN = 96  # pixels of an inch on a page
 WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell broken into lines
+# Fields that summaries of earlier versions lack.
+LATER = {"verdict": (), "warnings": (), "next_command": "", "best_row": None}
 # A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
-NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+)?( %)?|–)?")
+NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+| \(\S+ to \S+\))?( %)?|–)?")
 
 
 def build(folder: Path) -> Path:
@@ -46,7 +48,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
+        tables=[_numbers(folder, exhibit, summary["best_row"]) for exhibit in summary["tables"]],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -56,7 +58,10 @@ def build(folder: Path) -> Path:
 
 
 def index(reports: Iterable[Path], out: Path) -> Path:
-    """Write a page with the question and the answer of reports that `build` returned, and links."""
+    """Write a page of reports that `build` returned: their questions and verdicts, and links.
+
+    A report without a verdict is shown with its answer.
+    """
     entries = [
         (_read(report.parent), quote(Path(os.path.relpath(report, out.parent)).as_posix()))
         for report in reports
@@ -90,11 +95,22 @@ def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, 
     return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper."""
+def _numbers(folder: Path, exhibit: dict[str, Any], best: int | None) -> tuple[str, dict[str, Any]]:
+    """Return the caption of a table and its layout; `best` is a row of the main table."""
+    is_main = exhibit["file"] == "table.csv"
+    return exhibit["caption"], table(*_cells(folder / exhibit["file"]), best if is_main else None)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None
+) -> dict[str, Any]:
+    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper.
+
+    The row with the number `best` is marked.
+    """
     columns = [_column(name, [row[i] for row in rows]) for i, name in enumerate(header)]
     wide = sum(column["width"] for column in columns) > WIDE
-    return {"columns": columns, "rows": rows, "wide": wide}
+    return {"columns": columns, "rows": rows, "wide": wide, "best": best}
 
 
 def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def _metric(value: str | None, name: str) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    return LATER | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _cells(path: Path) -> tuple[list[str], list[list[str]]]:

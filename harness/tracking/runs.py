@@ -74,6 +74,14 @@ class Logged(NamedTuple):
     value: float
 
 
+class Epoch(NamedTuple):
+    """The value of a metric in one epoch of a run: a row of a frame of histories."""
+
+    run_id: str
+    epoch: int
+    value: float
+
+
 class Record(NamedTuple):
     """A finished run read back whole: its settings, provenance and every logged value."""
 

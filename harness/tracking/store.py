@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial, reduce
@@ -36,6 +37,7 @@ from harness.tracking.runs import (
     KEY,
     NOTE,
     PROVENANCE,
+    Epoch,
     Logged,
     Record,
     Run,
@@ -55,6 +57,7 @@ _warn = cache(log.warning)  # once a text
 
 NAME = "made_as"  # tag of an experiment with the name that it was made with
 CONFIG = "model/config.json"  # artifact of a finished run
+PART = 500  # runs of one query
 START = ["attributes.start_time ASC"]
 
 
@@ -276,6 +279,30 @@ class Store:
             Logged(metric, entry.step, _number(run_id, metric, entry.value))
             for metric in sorted(metrics)
             for entry in self.call(self.client.get_metric_history, run_id, metric)
+        ]
+
+    def histories(self, run_ids: Sequence[str], metric: str) -> list[Epoch]:
+        """Return one metric of some runs, run by run and epoch by epoch; [] where none has it.
+
+        Of kept weights (`keep="best"`) the value at the end follows, a step after the last epoch.
+        """
+        # MLflow's stores of a database have a query for many runs, its servers one for each.
+        many = getattr(self.client._tracking_client.store, "get_metric_history_bulk", None)
+        found: dict[str, dict[int, float]] = {run_id: {} for run_id in run_ids}
+        if many is not None:
+            for i in range(0, len(run_ids), PART):
+                part = run_ids[i : i + PART]
+                for entry in self.call(many, part, metric_key=metric, max_results=None):
+                    found[entry.run_id][entry.step] = entry.value
+        else:
+            one = partial(self.call, self.client.get_metric_history, key=metric)
+            with ThreadPoolExecutor(8) as pool:
+                for run_id, entries in zip(run_ids, pool.map(one, run_ids), strict=True):
+                    found[run_id] = {entry.step: entry.value for entry in entries}
+        return [
+            Epoch(run_id, step, _number(run_id, metric, values[step]))
+            for run_id, values in found.items()
+            for step in sorted(values)
         ]
 
     def record(self, run: str, *, trust: bool | None = None) -> Record:

@@ -19,7 +19,7 @@ import tyro
 
 import harness
 from harness.config import UserError, plain
-from harness.errors import SummaryError, printable
+from harness.errors import SummaryError, line_of, printable
 from harness.tracking import addresses
 from studies.runner import stopping
 from studies.runner.options import (
@@ -84,10 +84,8 @@ def run(study: Study, data: Dataset | None = None, **options: Any) -> Outcome | 
 def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> Iterator[Terminal]:
     """Run a command; turn an error or a signal into one line and an exit code.
 
-    0: done. 2: an input was refused, or a store, a server or the disk failed; recorded runs are
-    kept. 3: trained, but a figure, an answer or a metric failed. 75: stopped by SIGTERM.
-    130: stopped by Ctrl-C. 141: standard output was closed. The ledger and a replay end with 1
-    where a claim or the replay fails. `stopped` is printed after Ctrl-C or SIGTERM.
+    The exit codes are those of docs/stopping.md; a fault of the code is a traceback. `stopped` is
+    printed after Ctrl-C or SIGTERM.
     """
     reopen()
     terminal = Terminal(json="--json" in (sys.argv[1:] if args is None else args))
@@ -106,6 +104,7 @@ def clear_errors(args: Sequence[str] | None = None, stopped: str = STOPPED) -> I
         code = CLOSED
     except Exception as error:
         if (trouble := addresses.trouble(error)) is None:
+            terminal.finish(1, line_of(error))  # and the traceback
             raise
         code, message = 2, f"error: {trouble}"
     if not code and terminal.failures:

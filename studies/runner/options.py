@@ -119,10 +119,14 @@ class Options(Common):
         values: values of the study's axis instead of its defaults; a value of several numbers has
             commas (--values 256 512,256), an empty one is none.
         seeds: repetitions of every value (3, unless the study has another number).
+        refit: test images, the first of all, to which the posterior of every finished run is
+            refitted one by one for the summary: neg_elbo of the decoder alone, and the gap of the
+            encoder (0 leaves them out).
     """
 
     values: tuple[str, ...] | None = None  # of any kind from Python
     seeds: int | None = None
+    refit: int = 0
 
 
 # Settings that name a part, which may be FILE.py:NAME.

@@ -26,7 +26,7 @@ from studies.runner.database import checked_address, has_study, open_storage, re
 from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
 from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
-from studies.runner.terminal import way
+from studies.runner.terminal import counted, stored
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -53,7 +53,10 @@ SUPERSEDED = "superseded by a later summary"
 
 @dataclass(frozen=True)
 class Site:
-    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones."""
+    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones.
+
+    The runs have the command line that continues the study as a tag.
+    """
 
     plan: Plan
     data: Dataset
@@ -61,6 +64,7 @@ class Site:
     store: Store
     start: Callable[[Planned], RunLog]
     checkpoints: Checkpoints | None
+    command: str = ""
 
 
 def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
@@ -83,7 +87,8 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     kept = Checkpoints(folder, options.checkpoint_every or 1)
     checkpoints = kept if options.checkpoint_every else None
     device = resolve_device(options.device).type
-    site = Site(plan, data, device, store, start, checkpoints)
+    command = plan.vary(plan.name) or plan.command
+    site = Site(plan, data, device, store, start, checkpoints, command)
     close_failed(queue, site)
     lose_deleted(queue, site)
     _compare_making(site)
@@ -112,7 +117,8 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
 def _is_left(queue: Queue) -> bool:
     """Return whether other processes train the last runs, which this one does not wait for."""
     if left := queue.left():
-        log.info("other processes train the last %d runs", left * queue.proposer.seeds)
+        runs = counted(left * queue.proposer.seeds, "run")
+        log.info("other processes train the last %s", runs)
     return left > 0
 
 
@@ -181,8 +187,9 @@ def _check_results(
         results = 0 if ended & {run.key for run in found} else len(ended)
         there, here = here, there
     if results and not options.fresh:
+        runs = counted(results, "run")
         raise UserError(
-            f"{there} has {results} runs of study {plan.name!r}, and {here} has none of them; give "
+            f"{there} has {runs} of study {plan.name!r}, and {here} has none of them; give "
             "the address that it was run with, or start another with --fresh or --study-name"
         )
 
@@ -279,7 +286,7 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
     """Train and record the runs of trials, and note the trials' values."""
     proposer, plan = queue.proposer, site.plan
     of = [trial for trial in trials for _ in range(proposer.seeds)]  # trial of each run
-    planned = [_tagged(run, plan.name) for trial in trials for run in proposer.planned(trial)]
+    planned = [_tagged(run, site) for trial in trials for run in proposer.planned(trial)]
     finals: dict[int, dict[str, float] | None] = {}
 
     def on_epoch(current: EpochRecord) -> None:
@@ -308,9 +315,10 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
     return recorded
 
 
-def _tagged(run: Planned, study: str) -> Planned:
-    group = f"{study}/{run.tags['configuration']}"
-    return run._replace(tags={**run.tags, "study": study, "role": "run", "seed_group": group})
+def _tagged(run: Planned, site: Site) -> Planned:
+    name, tags = site.plan.name, {"role": "run", "command": site.command}
+    group = f"{name}/{run.tags['configuration']}"
+    return run._replace(tags={**run.tags, **tags, "study": name, "seed_group": group})
 
 
 def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:
@@ -355,8 +363,7 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
                 older = [t for t in summaries.trials("COMPLETE") if part_of(t) == "summary"]
                 store.close(plan.experiment, keys(*older), SUPERSEDED)
                 outcome, run_id = summary.summarize(find(), experiment_id, *keys(trial))
-                attrs = {"run_id": run_id, "answer": outcome.answer}
-                if summaries.finish(trial, Value([0.0], attrs)):
+                if summaries.finish(trial, Value([0.0], {"run_id": run_id})):
                     return outcome
                 store.close(plan.experiment, keys(trial), REASSIGNED)
             summaries.wait()
@@ -364,10 +371,9 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
         found = find()
         return summary.write(plan.find(found), found, experiment_id)
     written = [t for t in summaries.trials("COMPLETE") if summaries.proposer.place(t) == 0][-1]
-    run_id, answer = written.user_attrs["run_id"], written.user_attrs["answer"]
-    shown = way(addresses.without_secrets(store.uri))
-    address = f"{shown}/#/experiments/{experiment_id}/runs/{run_id}"
-    terminal.summary_elsewhere(run_id, address, answer)
+    run_id = written.user_attrs["run_id"]
+    terminal.line(f"Another process wrote the summary, run {run_id}.")
+    terminal.show(stored(store, run_id))
     return None
 
 

@@ -16,11 +16,13 @@ from harness import registry
 from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name
 from harness.errors import checked_text
+from harness.tracking.addresses import without_secrets
 from studies.runner.options import (
     ELSEWHERE,
     PARTS,
     READ_WITH,
     SETTINGS,
+    Places,
     arguments,
     at_least,
     chosen,
@@ -123,18 +125,52 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
     return with_decoder_variance(config, variance, data.pixels)
 
 
+def with_beta(config: RunConfig, value: float, data: Source) -> RunConfig:
+    """Set the KL weight that means a beta in the configuration's normalisation."""
+    from harness.objective import beta  # loads torch
+
+    return config.replace(kl_weight=value / beta(config.replace(kl_weight=1.0), data.pixels))
+
+
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
     """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
 
     A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
     """
-    from harness.objective import beta, decoder_std  # loads torch
+    from harness.objective import decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
     if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
         return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
-    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
+    return with_beta(config, 1.0, data)
+
+
+def strength(config: RunConfig, data: Source) -> tuple[str, float]:
+    """Return what a search varies in place of the KL weight, and its calibrated value.
+
+    The decoder variance where the weight sets it, else beta: 1 for an exact ELBO, and the scale of
+    a Laplace decoder.
+    """
+    from harness.objective import beta  # loads torch
+
+    if sets_variance(config):
+        return "decoder_variance", data.calibrated / 2
+    return "beta", beta(calibrated(config, data), data.pixels)
+
+
+def configure(
+    data: Source,
+    base: RunConfig,
+    decoder_variance: float | None = None,
+    beta: float = 1.0,
+    **values: Any,  # noqa: ANN401 - settings
+) -> RunConfig:
+    """Set values of a trial; without a strength the KL weight is that of an exact ELBO (beta 1)."""
+    config = base.replace(**values)
+    if decoder_variance is not None:
+        return with_variance(config, decoder_variance, data)
+    return with_beta(config, beta, data)
 
 
 # Columns of a summary table: last and best validation neg_elbo, then test metrics.
@@ -235,9 +271,11 @@ class Study:
         base: settings shared by all runs.
         axis: the quantity that is swept.
         figures: file name -> (frame -> figure, caption).
+        curves: file name -> ((histories of the objective, frame) -> figure, caption).
         answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
+        group_values: group -> the value that it is, where groups are values of a setting.
         seeds: repetitions where the user gives no number.
         epochs: source of the data -> epochs where the user gives no number.
         objective: validation metric by which points and epochs are compared; "" means val/neg_elbo
@@ -260,6 +298,8 @@ class Study:
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
+    curves: Mapping[str, tuple[Callable[..., Figure], str]] = field(default_factory=dict)
+    group_values: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 3
     epochs: Callable[[Source], int] = lambda data: data.epochs
     objective: str = SELECTION
@@ -295,6 +335,8 @@ class Plan:
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
         start: words after `python` that start it, before its options.
+        refit: test images to which the posteriors of its runs are refitted for the summary.
+        vary: (its name, options=...) -> the command line with other options, "" if it is refused.
     """
 
     page: str
@@ -310,6 +352,8 @@ class Plan:
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
     start: Sequence[str] = ()
+    refit: int = 0
+    vary: Callable[..., str] = field(default=lambda name, **changes: "", repr=False)
 
     @property
     def experiment(self) -> str:
@@ -333,6 +377,8 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
     """
     seeds = study.seeds if options.seeds is None else options.seeds
     at_least(1, seeds=seeds)
+    at_least(0, refit=options.refit)
+    asked = study
     axis, given = study.axis, options.values
     if study.start and given is not None:
         raise UserError(f"values={list(given)}: give those of a sweep with its axes")
@@ -395,8 +441,42 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
+        summary_key=f"refit={options.refit}" if options.refit else "",
+        refit=options.refit,
         start=start,
+        vary=partial(_vary, asked, options, own),
     )
+
+
+def _vary(study: Study, options: Options, own: Dataset | None, name: str, **changes: Any) -> str:
+    """Return the command line of a study with other options, in the same stores; "" if refused.
+
+    Other epochs make it another study.
+    """
+    if study.start and "values" in changes:  # of a sweep, whose axes are in its command
+        values = tuple(map(_hashable, changes.pop("values")))
+        address, _, _ = study.start[-1].partition("=")
+        written = ",".join(text(value).replace(",", "x") for value in values)
+        axis = Axis(study.axis.name, values, study.axis.apply)
+        study = replace(study, axis=axis, start=(*study.start[:-1], f"{address}={written}"))
+    if "epochs" in changes:
+        changes["settings"] = {**options.settings, "epochs": changes.pop("epochs")}
+    try:
+        words = make_plan(study, replace(options, **changes), own).words
+    except UserError:
+        return ""
+    places = same_places(options, name, fresh="settings" in changes)
+    if own is None or source(options.dataset, own).words:
+        return shlex.join([*shlex.split(words), *arguments(places)])
+    named = [f"{k}={v!r}" for k, v in chosen(places, ("data_dir",)).items()]
+    return f"run(STUDY, {', '.join([words, *named])})"
+
+
+def same_places(options: Places, name: str, *, fresh: bool = False) -> Places:
+    """Return where a study of a name is run in the same stores; addresses with secrets are left."""
+    where = {k: getattr(options, k) for k in ("data_dir", "device", "storage", "tracking_uri")}
+    where = {k: v for k, v in where.items() if v and without_secrets(str(v)) == str(v)}
+    return Places(study_name=name, fresh=fresh, **where)
 
 
 def _given_part(value: Any, given: Any) -> Any:  # noqa: ANN401 - of any kind

@@ -22,22 +22,25 @@ from matplotlib.text import Text
 from optuna.trial import FrozenTrial
 from PIL import Image
 
-from analysis import frames, plots, report, tables
+from analysis import comparisons, frames, plots, report, tables
+from analysis.comparisons import PROCEDURE, Ranking, rank
 from harness import provenance, registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
+from harness.metrics.likelihood import amortization_gap
 from harness.tracking import load_run
 from harness.tracking import record as recording
 from harness.tracking.addresses import without_secrets
 from harness.tracking.page import save_view
 from harness.tracking.record import ACTS, FAILED, MADE_WITH, interruption
-from harness.tracking.runs import NOTE, Run, RunLog
+from harness.tracking.runs import NOTE, Epoch, Run, RunLog
 from harness.tracking.store import Store
-from studies.runner.proposers import has_result, keys
+from studies.runner import answers
+from studies.runner.proposers import CELL, Listed, has_result, keys
+from studies.runner.terminal import records
 
 if TYPE_CHECKING:
-    from analysis.comparisons import Ranking
     from studies.runner.study import Plan, Study
 
 log = logging.getLogger(__name__)
@@ -51,8 +54,8 @@ TABLE_CAPTION = (
     "after the last epoch. best/epoch has the best validation value, best/val/ is that value."
 )
 
-COMPARED = ("val/neg_elbo", "neg_elbo", "neg_log_likelihood", "mse", "probe_accuracy", "frechet")
-"""Metrics of the table of paired differences."""
+COMPARED = ("val/neg_elbo", "neg_elbo", "mse", "probe_accuracy", "frechet")
+"""Metrics of the table of paired differences: none whose error differs between settings."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Findings:
     """The results of a study, ready to be written.
 
     Attributes:
-        frame: all runs; `best` is its row whose model is pictured and held by the summary run.
+        frame: all runs; `best` is its row whose model is pictured and held by the summary run, of
+            the median seed.
         tables, figures: file name -> (table or function that draws, caption), for the report.
         models: label -> run id of the models that are pictured side by side.
         shown, settings: metrics and parameters of the summary run.
@@ -85,6 +89,11 @@ class Findings:
         verdict: three lines: the best setting, how sure that is, and what to do next.
         warnings: sentences on what the answer cannot carry.
         next_command: the command line that would tell more; "" if there is none.
+        best_value, not_distinguishable: values of the axis as the user gave them, of several
+            columns objects {column: value}.
+        groups: group -> both of them within it.
+        procedure: by which they are compared, where there is no ranking.
+        best_row: place of the best value in `table`.
     """
 
     table: pd.DataFrame
@@ -100,6 +109,11 @@ class Findings:
     verdict: Sequence[str] = ()
     warnings: Sequence[str] = ()
     next_command: str = ""
+    best_value: Any = None
+    not_distinguishable: Sequence[Any] = ()
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    procedure: str = ""
+    best_row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,15 @@ class Outcome:
     failures: Sequence[str] = ()
     findings: Findings | None = None
     run_ids: Sequence[str] = ()
+    best: Any = None
+    not_distinguishable: Sequence[Any] = ()
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    procedure: str = ""
+    verdict: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    next_command: str = ""
+    best_row: int | None = None
+    model_run_id: str = ""
 
 
 def ended(
@@ -217,6 +240,19 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         file = f"figures/{name}.png"
         if attempt(f"figure {name!r}", partial(_draw, draw, folder / file, words)):
             figures.append({"file": file, "caption": words(caption)})
+    result = {
+        "best": findings.best_value,
+        "not_distinguishable": [*findings.not_distinguishable],
+        "groups": {**findings.groups},
+        "procedure": f"{PROCEDURE} over all pairs at 5 %"
+        if findings.ranking
+        else findings.procedure,
+        "verdict": [*map(words, findings.verdict)],
+        "warnings": [*map(words, findings.warnings)],
+        "next_command": findings.next_command,
+        "best_row": findings.best_row,
+        "model_run_id": findings.best["run_id"],
+    }
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
     summary = {
@@ -232,6 +268,9 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         ],
         "dataset": found.data.name,
         "answer": "\n\n".join([answer, *left_out]),
+        **result,
+        "rows": records(findings.table),
+        "run_ids": [run.run_id for run in found.runs],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
@@ -245,7 +284,9 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"{folder}, and the same command tries again"
         )
     ids = [run.run_id for run in found.runs]
-    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, findings, ids)
+    return Outcome(
+        plan, findings.table, answer, folder, experiment_id, failed, findings, ids, **result
+    )
 
 
 def _draw(draw: Callable[[], Figure], file: Path, words: Callable[[str], str]) -> bool:
@@ -266,7 +307,8 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))
-    answer = tables.unmarked(outcome.answer)
+    warned = (f"Warning: {text}" for text in outcome.warnings)
+    answer = tables.unmarked("\n\n".join([*outcome.verdict, *warned, outcome.answer]))
     run.tag(NOTE, f"**{found.plan.question.strip()}**\n\n{answer}\n\n{table}\n")
     run.folder(outcome.folder)
     # Named as in the runs, so that they share columns and charts.
@@ -299,33 +341,58 @@ def compare_points(study: Study, found: Ended) -> Findings:
     axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
     every = study.prepare(frames.tidy([*found.finished, *diverged]))
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
+    refit = min(found.plan.refit, len(found.data.test))
+    frame = _refitted(frame, found, refit) if refit else frame
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
-    columns = dict.fromkeys([*study.table, *registry.METRICS])
+    columns = dict.fromkeys([*study.table, *(answers.REFITTED, answers.GAP), *registry.METRICS])
     by, name = _ranking(study, ranked), found.plan.name
     if by not in ranked or ranked[by].isna().all():
         why = f"a seed of every one diverged or has no {by}"
         raise UserError(f"study {name!r} has no point to rank: {why}")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
-    first = frame[frame["seed"] == 0]
-    if study.group and len(first):
-        first = first[first[study.group] == first[study.group].iloc[-1]]
-    best = ranked.loc[ranked[by].idxmin()]
+    ranking = rank(ranked, axes if study.group else study.axis.name, by)
+    given = _given(study, found, frame)
+    best_runs = _runs_of(ranked, axes, ranking.best).dropna(subset=[by])
+    best = _median(best_runs, by, study.objective)
+    same = frame if not study.group else frame[frame[study.group] == best[study.group]]
+    shown = [_median(runs, by, study.objective) for _, runs in same.groupby(axes, sort=False)]
+    histories = histories_of(found, frame, by)
+    of_best = histories[histories["run_id"].isin(best_runs["run_id"])]
+    epochs = 0 if "epochs" in axes else study.epochs(found.plan.source)
+    found_warnings = answers.warnings(
+        best_runs, by, of_best, epochs, likelihood="neg_log_likelihood" in study.table
+    )
+    for place, key in enumerate(axes):
+        values = _values(given, ranking, place)
+        found_warnings += [text] if (text := answers.at_an_end(key, values)) else []
+    improving = max(2 * int(best["epochs"]), epochs) * bool(answers.still_improving(of_best, by))
+    along, vary = _values(given, ranking, len(axes) - 1), partial(found.plan.vary, found.plan.name)
+    following, next_command = answers.next_step(
+        vary, ranking, along, improving * bool(epochs), **_grown(study, found, given)
+    )
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
     shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
     shared.pop("seed", None)
     named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
+    notes = [answers.decoders(ranked, ranking, refit), answers.to_quote(best_runs, ranking)]
+    drawn = frame.map(plots.plain_text)
+    curves = partial(plots.learning_curves, histories, drawn, study.axis.name, study.group, by)
     return Findings(
         table=table,
-        answer=lambda: "\n\n".join([study.answer(ranked), *not_ranked]),
+        answer=lambda: "\n\n".join([study.answer(ranked), *filter(None, notes), *not_ranked]),
         frame=frame,
-        tables={"table": (table, TABLE_CAPTION), "differences": _differences(study, frame, ranked)},
-        figures={
-            name: (partial(draw, frame.map(plots.plain_text)), text)
-            for name, (draw, text) in study.figures.items()
+        tables={
+            "table": (table, TABLE_CAPTION),
+            "differences": _differences(study, frame, ranking),
         },
-        models={run.name.removesuffix(" seed=0"): run.run_id for run in first.itertuples()},
+        figures={
+            **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
+            **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
+            "learning_curves": (curves, plots.CURVES_CAPTION),
+        },
+        models={run["name"].rpartition(" seed=")[0]: run["run_id"] for run in shown},
         best=best,
         shown={m: float(best[m]) for m in columns if m in best and best[m] == best[m]},
         settings={
@@ -334,6 +401,14 @@ def compare_points(study: Study, found: Ended) -> Findings:
             "seeds": int(frame["seed"].nunique()),
             **shared,
         },
+        ranking=ranking,
+        verdict=answers.verdict(ranking, following),
+        warnings=found_warnings,
+        next_command=next_command,
+        best_value=given[ranking.best],
+        not_distinguishable=[given[value] for value in ranking.not_distinguishable],
+        groups=_groups(study, ranked, by, given),
+        best_row=int(_runs_of(table, axes, ranking.best).index[0]),
     )
 
 
@@ -342,18 +417,91 @@ def _ranking(study: Study, frame: pd.DataFrame) -> str:
     return study.ranking if has_it else study.objective
 
 
-def _differences(
-    study: Study, frame: pd.DataFrame, ranked: pd.DataFrame
-) -> tuple[pd.DataFrame, str]:
+def _runs_of(frame: pd.DataFrame, axes: list[str], value: Any) -> pd.DataFrame:  # noqa: ANN401
+    """Return the rows of a value, of several columns a tuple."""
+    wanted = value if len(axes) > 1 else (value,)
+    return frame[np.logical_and.reduce([frame[a] == v for a, v in zip(axes, wanted, strict=True)])]
+
+
+def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
+    """Return the run of the median seed by a metric, by another where runs lack it."""
+    metric = other if runs[metric].isna().all() else metric
+    return runs.dropna(subset=[metric]).sort_values([metric, "seed"]).iloc[(len(runs) - 1) // 2]
+
+
+def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return a metric of the runs of a frame by epoch."""
+    rows = found.store.histories(frame["run_id"].tolist(), metric)
+    return pd.DataFrame(rows, columns=list(Epoch._fields))
+
+
+def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, Any]:
+    """Return each value of a frame -> the value that the user gave, JSON values."""
+    cells = {key: trial.user_attrs[CELL] for trial in found.trials for key in keys(trial)}
+    given = dict[Any, Any]()
+    for run, row in zip(found.finished, frame.to_dict("records"), strict=True):
+        tried_out = {"group": row.get(study.group), "value": row[study.axis.name]}  # has no trial
+        cell = cells.get(run.key, tried_out)
+        if not study.group:
+            given[row[study.axis.name]] = cell["value"]
+            continue
+        group = study.group_values.get(cell["group"], cell["group"])
+        values = {study.group: group, study.axis.name: cell["value"]}
+        given[tuple(row[name] for name in values)] = values
+    return given
+
+
+def _values(given: Mapping[Any, Any], ranking: Ranking, place: int) -> list[Any]:
+    """Return the values of one column that go with the best of all others, the best first."""
+    if len(ranking.keys) == 1:
+        return [given[ranking.best], *(v for k, v in given.items() if k != ranking.best)]
+    best, name = ranking.best, ranking.keys[place]
+    along = [k for k in given if all(k[i] == best[i] for i in range(len(best)) if i != place)]
+    return [given[best][name], *(given[k][name] for k in along if k != best)]
+
+
+def _grown(study: Study, found: Ended, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return all values as an option, if the study has more of them than its plan."""
+    assert isinstance(found.plan.proposer, Listed)
+    planned = [cell.identity["value"] for cell in found.plan.proposer.cells]
+    every = json.loads(json.dumps(planned))
+    every += [value[study.axis.name] if study.group else value for value in given.values()]
+    unique = [value for place, value in enumerate(every) if value not in every[:place]]
+    return {"values": unique} if unique[-1] not in every[: len(planned)] else {}
+
+
+def _groups(
+    study: Study, ranked: pd.DataFrame, metric: str, given: Mapping[Any, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return group -> the best of its values and those not distinguishable from it, as given."""
+    found, axis = dict[str, dict[str, Any]](), study.axis.name
+    for group, part in ranked.groupby(study.group, sort=False) if study.group else ():
+        if part[metric].notna().any():
+            of = rank(part, axis, metric)
+            best, *equal = (given[group, v][axis] for v in (of.best, *of.not_distinguishable))
+            found[str(group)] = {"best": best, "not_distinguishable": equal}
+    return found
+
+
+def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
+    """Add what the encoder of each run costs against posteriors refitted to test images."""
+    log.info("refitting the posteriors of %d runs to %d test images", len(frame), images)
+    rows = list[dict[str, float]]()
+    for run_id in frame["run_id"]:
+        loaded = load_run(run_id, found.store.uri)
+        rows.append(amortization_gap(loaded.config, loaded.model, found.data, images=images))
+    return frame.assign(**pd.DataFrame(rows, frame.index, columns=[answers.REFITTED, answers.GAP]))
+
+
+def _differences(study: Study, frame: pd.DataFrame, ranking: Ranking) -> tuple[pd.DataFrame, str]:
     """Return the table of paired differences from the reference or the best point, with caption."""
     axes = study.columns
-    reference = ranked[ranked[study.axis.name] == study.reference]
+    reference = frame[frame[study.axis.name] == study.reference]
     if reference.empty:
-        best = ranked.groupby(axes)[_ranking(study, ranked)].mean().idxmin()
-        reference = ranked[ranked.set_index(axes).index.isin([best])]
+        reference = _runs_of(frame, axes, ranking.best)
     compared = [metric for metric in study.table if metric in COMPARED and metric in frame]
     name = reference["name"].iloc[0].rpartition(" seed=")[0]
-    caption = f"Difference from {name}, paired by seed, with its 95 % t interval."
+    caption = f"Difference from {name}. {comparisons.CAPTION}"
     return frames.differences(frame, axes, reference, compared), caption
 
 
@@ -363,6 +511,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         return []
     log.info("drawing pictures of the models")
     data, uri, best = found.data, found.store.uri, findings.best
+    seeds = findings.ranking.seeds if findings.ranking else 1
+    median = f"the median seed of {seeds}" if seeds > 1 else ""
     models = {label: load_run(run, uri).model for label, run in findings.models.items()}
     labels, stack = [*models], [*models.values()]
     written = []
@@ -373,8 +523,10 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         written.append({"file": file, "caption": caption} | ({"rows": rows} if rows else {}))
 
     if data.is_image:
-        detailed, of = load_run(best["run_id"], uri).model, best["name"]
-        shown = "Test images (top row) and reconstructions from the posterior mean."
+        detailed = load_run(best["run_id"], uri).model
+        of = f"{best['name']}, {median}" if median else best["name"]
+        shown = "Test images (top row) and reconstructions from the posterior mean"
+        shown += f", of {median} of each setting." if median else "."
         picture = pictures.reconstructions(stack, data.test)
         write("reconstructions", picture, shown, "test images", *labels)
         shown = "Decoder means of z drawn from the prior N(0, I)."

@@ -12,8 +12,9 @@ import os
 import shlex
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ import rich.box
 import rich.console
 from rich.table import Table
 
-from harness.errors import printable
+from harness.errors import printable, reading
 from harness.tracking import addresses
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.tracking.store import Store
     from harness.training.engine import EpochRecord
     from studies.runner.study import Plan
     from studies.runner.summary import Outcome
@@ -48,6 +50,13 @@ SPARE = (
 )
 MOST_NAMED = 8  # paragraphs of an answer that begin with a name and a colon, on a terminal
 BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "frechet", "best/epoch")
+
+# Fields of a finished study with --json, which are fields of its stored summary too.
+ANSWERED: Mapping[str, Any] = {
+    **{"verdict": [], "best": None, "not_distinguishable": [], "groups": {}, "procedure": ""},
+    **{"warnings": [], "answer": "", "next_command": "", "run_ids": []},
+    **{"best_row": None, "model_run_id": ""},
+}
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
 
@@ -91,7 +100,7 @@ class Steps:
         """Count an epoch of a stack; epochs that a run which ends is not trained count as done."""
         runs, epochs = len(record.rows), record.configs[0].epochs
         saved = len(record.dropped | record.stopped) * (epochs - record.epoch)
-        of = f"epoch {record.epoch}/{epochs} of {runs} run{'s'[: runs > 1]}"
+        of = f"epoch {record.epoch}/{epochs} of {counted(runs, 'run')}"
         what = "images" if record.columns is None else "rows"
         self.advance((runs + saved) / epochs, f"{of}, {record.images_per_second:,.0f} {what}/s")
 
@@ -125,7 +134,9 @@ class Terminal(logging.Handler):
         width = None if stream is not None and stream.isatty() else 100
         # Without markup: a path may hold brackets.
         self.out = _Screen(highlight=False, markup=False, emoji=False, width=width, stderr=json)
-        self.json, self.results = json, [dict[str, Any]()]
+        # Fields of the JSON document, and of the studies in it, of which `study` is the latest.
+        self.json, self.several, self.document = json, False, dict[str, Any]()
+        self.study, self.studies = dict[str, Any](), list[dict[str, Any]]()
         self.failures = list[str]()  # of metrics of the studies that were shown
         self._last = time.monotonic()
 
@@ -140,8 +151,9 @@ class Terminal(logging.Handler):
 
     def plan(self, plan: Plan, pixels: int, unit: str = "pixels") -> None:
         """Show the runs of a plan; later results belong to this study."""
-        of_plan = {"study": plan.name, "dataset": plan.source.name}
-        self.results = [*filter(None, self.results), of_plan]
+        of_plan = {"study": plan.name, "dataset": plan.source.name, "command": plan.command}
+        self.study = {**of_plan, "status": "unfinished"}  # until it is shown
+        self.studies.append(self.study)
         where = f"on {plan.source.name} ({pixels} {unit}), study {plan.name!r}"
         self.out.print(f"{plan.sentence} {where}")
 
@@ -149,7 +161,8 @@ class Terminal(logging.Handler):
         """Show the stores of a dry run and the estimated duration."""
         tracking = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         storage = addresses.without_secrets(addresses.storage_address(storage))
-        self.results[-1] |= {"tracking_uri": tracking, "storage": storage, "estimate": estimate}
+        stores = {"tracking_uri": tracking, "storage": storage}
+        self.study |= {"status": "planned", **stores, "estimate": estimate}
         self.line(f"Tracking: {tracking}\nStorage: {storage}\n{estimate}")
 
     @contextlib.contextmanager
@@ -165,8 +178,8 @@ class Terminal(logging.Handler):
                 logger.addHandler(self)
                 logger.setLevel(logging.INFO)
                 logger.propagate = False  # MLflow gives the root a handler when it makes a database
-            if self.json:  # the output of libraries is no part of the document
-                after.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if self.json:
+                after.enter_context(_output_on_stderr())
             yield
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -180,50 +193,113 @@ class Terminal(logging.Handler):
     def progress(self, runs: int, left: int) -> Steps:
         """Return what shows the training of the runs that are left, to be called every epoch."""
         if left < runs:
-            self.line(f"{runs - left} runs are finished; {left} are left.")
+            done, are = counted(runs - left, "run"), ("are", "is")
+            self.line(f"{done} {are[runs - left == 1]} finished; {left} {are[left == 1]} left.")
         return Steps(self, left)
 
     def outcome(self, outcome: Outcome, tracking_uri: str | None) -> None:
-        """Show the table, the answer and where to look further."""
-        from harness.tracking.page import link  # it loads MLflow, which --help does not need
-
+        """Show what a study found and where to look further."""
         self.failures += outcome.failures
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
-        frame, report = outcome.table, str(outcome.folder / "report.html")
-        finite = frame.notna() & ~frame.isin([math.inf, -math.inf])  # JSON has no other numbers
-        self.results[-1] |= {
-            "study": outcome.plan.name,
-            "experiment_id": outcome.experiment_id,
-            "table": frame.astype(object).where(finite, None).to_dict("records"),
-            "answer": outcome.answer,
-            "report": report,
-            "tracking_uri": where,
-        }
-        if not self.json:
-            self.out.print(_fitting(frame, self.out))
-            paragraphs = outcome.answer.split("\n\n")
-            named = [text for text in paragraphs if text.partition(": ")[0].isidentifier()]
-            if len(named) > MOST_NAMED:
-                paragraphs = [text for text in paragraphs if text not in named]
-                paragraphs.append(f"The report has {len(named)} paragraphs more, one a name.")
-            self.out.print("\n\n".join(paragraphs), soft_wrap=not self.out.is_terminal)
-            self.line(f"\nReport: {report}")
-            page = link(outcome.plan.name)
-            self.line(f"Every run: {way(where)}/#/experiments/{outcome.experiment_id}{page}")
+        answered = {name: getattr(outcome, name) for name in ANSWERED}
+        places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
+        places["report"] = str(outcome.folder / "report.html")
+        self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)
 
-    def summary_elsewhere(self, run_id: str, address: str, answer: str) -> None:
-        """Show the answer of a study whose summary another process wrote, and its address."""
-        self.results[-1] |= {"answer": answer, "summary_run_id": run_id, "summary": address}
-        if not self.json:
-            self.out.print(answer, soft_wrap=not self.out.is_terminal)
-            self.line(f"\nAnother process wrote the summary, run {run_id}: {address}")
+    def show(self, found: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
+        """Show a finished study, as of `stored` unless its table is given."""
+        rows = {} if table is None else {"table": records(table)}
+        self.study |= {"status": "finished", **found, **rows}
+        if self.json:
+            return
+        import pandas as pd  # and MLflow, which the plan does not need
+
+        from harness.tracking.page import link
+
+        table = pd.DataFrame(found["table"]) if table is None else table
+        for place, sentence in enumerate(found["verdict"]):
+            is_command = "python " in sentence  # which would be pasted with its line breaks
+            self._text(sentence, style=None if place else "bold", unbroken=is_command)
+        if len(table):
+            self.out.print(_fitting(table, self.out, found["best_row"]))
+        for warning in found["warnings"]:
+            self._text(f"Warning: {warning}\n")
+        paragraphs = found["answer"].split("\n\n")
+        named = [text for text in paragraphs if text.partition(": ")[0].isidentifier()]
+        if len(named) > MOST_NAMED:
+            paragraphs = [text for text in paragraphs if text not in named]
+            paragraphs.append(f"The report has {len(named)} paragraphs more, one a name.")
+        self._text("\n\n".join(paragraphs))
+        self.line(f"\nReport: {found['report'] or 'report.html of the summary run'}")
+        if found["model_run_id"]:
+            self.line(f"Model: load_run({found['model_run_id']!r})")
+        page = f"{way(found['tracking_uri'])}/#/experiments/{found['experiment_id']}"
+        self.line(f"Every run: {page}{link(found['study'])}")
+
+    def _text(self, text: str, style: str | None = None, *, unbroken: bool = False) -> None:
+        self.out.print(text, style=style, soft_wrap=unbroken or not self.out.is_terminal)
 
     def finish(self, code: int | str, error: str = "") -> None:
-        """With `--json`, print the object: of one study, or a list of them under "studies"."""
+        """With `--json`, print the document: one study's, or a list of them under "studies"."""
         if self.json and code != CLOSED:
-            result = self.results[0] if len(self.results) == 1 else {"studies": self.results}
+            is_list = self.several or len(self.studies) > 1
+            of_studies = {"studies": self.studies} if is_list else dict(*self.studies)
             failed = {"error": error.removeprefix("error: ")} if error else {}
-            print(json.dumps({**result, **failed, "exit_code": code}, allow_nan=False))
+            document = {**of_studies, **self.document, **failed, "exit_code": code}
+            print(json.dumps(_finite(document), allow_nan=False, default=str))
+
+
+@contextlib.contextmanager
+def _output_on_stderr() -> Iterator[None]:
+    """Write to standard error what is printed meanwhile, by libraries and other processes too."""
+    sys.stdout.flush()
+    before = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # of a closed pipe
+            sys.stdout.flush()
+        os.dup2(before, 1)
+        os.close(before)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as JSON has them: every digit, null for what is no number."""
+    return [_finite(row) for row in table.astype(object).to_dict("records")]
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - of JSON
+    """Return a value without NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stored(store: Store, run_id: str) -> dict[str, Any]:
+    """Return a finished study as `Terminal.show` takes it, from its summary run.
+
+    The rows of its table are "table", the command line that repeats it is "command".
+    """
+    with tempfile.TemporaryDirectory() as folder, reading(f"summary.json of run {run_id}"):
+        file = store.fetch(run_id, "summary.json", folder)
+        summary = json.loads(file.read_text("utf-8"))
+        answered = {name: summary.get(name, value) for name, value in ANSWERED.items()}
+        # A study in a store beside may have a report of this name; the same command writes anew.
+        beside = (store.home / "reports").glob(f"{summary['name']}*/summary.json")
+        texts = {path.with_name("report.html"): path.read_text("utf-8") for path in beside}
+        ids = summary.get("run_ids")
+        reports = [path for path, text in texts.items() if json.loads(text).get("run_ids") == ids]
+        return {
+            **{"study": summary["name"], "dataset": summary["dataset"], **answered},
+            **{"table": summary.get("rows", []), "summary_run_id": run_id},
+            **{"experiment_id": summary["experiment_id"], "command": summary["command"]},
+            "tracking_uri": addresses.without_secrets(store.uri),
+            "report": str(reports[0]) if reports else None,
+        }
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -234,14 +310,16 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("plain", _plain)
 
 
-def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
-    """Return a table of as many columns as fit."""
+def _fitting(frame: pd.DataFrame, out: rich.console.Console, best: int | None) -> Table:
+    """Return a table of as many columns as fit, with the best row marked."""
     from analysis import tables  # it loads pandas, which the plan does not need
 
     cells = tables.cells(frame).drop(columns=[*HIDDEN], errors="ignore")
     for name in cells:
         brief = name in BRIEF
         cells[name] = [c.split(" ")[0] if brief else c.replace(" ± ", "±") for c in cells[name]]
+    if best is not None:
+        cells.iloc[best, 0] += " *"
     wide = out.options.update(max_width=1000)
     for spare in ((), *SPARE):
         cells = cells.drop(columns=spare, errors="ignore")
@@ -249,8 +327,8 @@ def _fitting(frame: pd.DataFrame, out: rich.console.Console) -> Table:
         for place, name in enumerate(cells):
             broken = name.replace("/", "/\n").replace("_", "_\n")
             shown.add_column(broken, justify="right" if place else "left")
-        for row in cells.itertuples(index=False):
-            shown.add_row(*row)
+        for place, row in enumerate(cells.itertuples(index=False)):
+            shown.add_row(*row, style="bold" if place == best else None)
         if out.measure(shown, options=wide).maximum <= out.width:
             break
     return shown
@@ -287,7 +365,8 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
     if not each:
         return "duration: not known (no finished run like these here). Nothing was trained."
     whole = duration(median(each) * sum(config.epochs for config in plan.configs))
-    return f"duration: about {whole} (from {len(each)} finished runs here). Nothing was trained."
+    basis = f"from {counted(len(each), 'finished run')} here"
+    return f"duration: about {whole} ({basis}). Nothing was trained."
 
 
 def duration(seconds: float) -> str:
@@ -295,3 +374,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 run", "2 runs"."""
+    return f"{number} {noun}{'s'[: number != 1]}"

@@ -163,10 +163,10 @@ def test_a_moved_study_goes_on_and_is_replayed_where_it_is(tmp_path, capfd, capl
     same_command(old, capfd)
     old.rename(new)
     for _ in range(2):
-        assert "1 runs are finished; 0 are left" in same_command(new, capfd)
+        assert "1 run is finished; 0 are left" in same_command(new, capfd)
     assert caplog.text.count(f"{new} was moved or copied from {old}") == 1
     new.rename(old)  # back, and it grows
-    assert "1 runs are finished; 1 are left" in same_command(old, capfd, "--seeds", "2")
+    assert "1 run is finished; 1 is left" in same_command(old, capfd, "--seeds", "2")
     assert f"{old} was moved or copied from {new}" in caplog.text
     assert places(old) == {old.as_uri()}
     assert not new.exists()

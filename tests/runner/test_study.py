@@ -29,7 +29,7 @@ def test_a_calibrated_weight_is_calibrated_in_every_normalisation(mode):
     for cell in sizes.proposer.cells:
         wanted = named[cell.identity["group"]]
         assert decoder_variance(cell.config, 64) == pytest.approx(wanted, rel=1e-15)
-    named = {"ELBO, weight 1": 0.5, "blog's recipe": 0.5, "ELBO, calibrated": 0.01}
+    named = {"ELBO, weight 1": 0.5, "ReLU head, weight 1": 0.5, "ELBO, calibrated": 0.01}
     for cell in make_plan(
         elbo_vs_mse.STUDY, Options(seeds=1, settings={"kl_normalization": mode})
     ).proposer.cells:

@@ -143,6 +143,8 @@ def test_a_log_has_a_line_for_every_message_and_every_tenth():
     [
         (6, ""),
         (4, "2 runs are finished; 4 are left.\n"),
+        (5, "1 run is finished; 5 are left.\n"),
+        (1, "5 runs are finished; 1 is left.\n"),
         (0, "6 runs are finished; 0 are left.\n"),
     ],
 )
@@ -166,10 +168,35 @@ def test_runs_that_other_processes_finish_count_once():
 # --- the outcome --------------------------------------------------------------------------------
 
 
+FOUND = {
+    **{"study": "x", "experiment_id": "7", "tracking_uri": "sqlite:///m.db", "report": "r.html"},
+    **{"verdict": ["b is best.", "3 seeds.", "Next: more."], "best_row": 1, "answer": "So."},
+    **{"warnings": ["No latent is active.", "One [seed]."], "model_run_id": "0f"},
+}
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_verdict_is_first_then_the_table_warnings_and_the_answer(is_terminal):
+    out, shown = StringIO(), Terminal()
+    of_kind = {"force_terminal": is_terminal, "color_system": "standard" if is_terminal else None}
+    shown.out = terminal._Screen(file=out, width=80, highlight=False, markup=False, **of_kind)
+    shown.show(FOUND, pd.DataFrame({"name": ["a", "b"], "mse": [0.2, 0.1]}))
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines[:3] == FOUND["verdict"]
+    rows = [line.split() for line in lines[3:7]]
+    assert [row[0] for row in rows[:1] + rows[2:]] == ["name", "a", "b"]
+    assert rows[2:] == [["a", "0.2"], ["b", "*", "0.1"]]
+    warnings = [f"Warning: {text}" for text in FOUND["warnings"]]
+    after = ["So.", "Report: r.html", "Model: load_run('0f')"]
+    assert lines[7:12] == [*warnings, *after]
+    assert ("\x1b[1mb is best." in out.getvalue()) == is_terminal
+
+
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
     source = SimpleNamespace(name="digits")
-    return SimpleNamespace(name=name, source=source, sentence="3 runs")
+    return SimpleNamespace(name=name, source=source, sentence="3 runs", command=f"python {name}")
 
 
 def outcome() -> Outcome:
@@ -204,7 +231,9 @@ def test_the_link_is_to_the_store_that_was_written(named, monkeypatch, tmp_path)
 
 
 def test_no_link_shows_a_password():
-    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(100, "https://host/")
+    assert f"Every run: https://host/#/experiments/7{page.link(outcome().plan.name)}" in screen(
+        100, "https://host/"
+    )
     printed = screen(100, "sqlite:///m.db?password=secret")
     assert "sqlite:///m.db, then " in printed
     assert "secret" not in printed
@@ -248,14 +277,6 @@ def test_a_duration_is_estimated_from_finished_runs_of_the_experiment(tracking_u
     assert not (tmp_path / "none.db").exists()
 
 
-def test_a_summary_of_another_process_is_named_with_its_answer(capsys):
-    shown = Terminal()
-    shown.summary_elsewhere("0f", "http://host/#/experiments/7/runs/0f", "It [is] so.")
-    printed = capsys.readouterr().out
-    assert printed.startswith("It [is] so.\n")
-    assert printed.endswith("run 0f: http://host/#/experiments/7/runs/0f\n")
-
-
 def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(capsys):
     table = pd.DataFrame({"kl_weight": [0.1, 1 / 3], "mse": [float("nan"), 2.0], "seeds": [3, 3]})
     found = Outcome(planned("x-2"), table, "It is so.", Path("/reports/x"), "7")
@@ -272,10 +293,13 @@ def test_json_is_one_object_with_every_digit_and_all_else_is_on_standard_error(c
     assert json.loads(printed.out) == {
         "study": "x-2",
         "dataset": "digits",
+        "command": "python x",
+        "status": "finished",
         "table": [
             {"kl_weight": 0.1, "mse": None, "seeds": 3},
             {"kl_weight": 1 / 3, "mse": 2.0, "seeds": 3},
         ],
+        **terminal.ANSWERED,
         "experiment_id": "7",
         "answer": "It is so.",
         "report": "/reports/x/report.html",
@@ -302,7 +326,10 @@ def test_the_json_of_several_studies_is_one_object_too(capsys):
         shown.plan(planned(name), 64)
     shown.finish(2, "error: y cannot be used")
     assert json.loads(capsys.readouterr().out) == {
-        "studies": [{"study": name, "dataset": "digits"} for name in ("x", "y")],
+        "studies": [
+            {"study": x, "dataset": "digits", "command": f"python {x}", "status": "unfinished"}
+            for x in ("x", "y")
+        ],
         "error": "y cannot be used",
         "exit_code": 2,
     }

@@ -91,6 +91,19 @@ def test_every_value_of_a_long_history_is_kept_and_nothing_is_sent_before_a_batc
     assert history == [("b", step, -step) for step in range(1, 1201)]
 
 
+def test_histories_hold_one_metric_of_each_run_in_the_order_of_runs_and_epochs(store, begin):
+    logs = [begin() for _ in range(3)]
+    for place, log in enumerate(logs[:2]):
+        for epoch in (2, 1, 3)[: 3 - place]:  # runs of different lengths
+            log.metrics({"a": 10 * place + epoch, "b": 0.0}, epoch)
+    for log in logs:
+        log.end()
+    first, second, third = (id_of(store, log) for log in logs)
+    found = store.histories([second, third, first], "a")
+    assert found == [(second, 1, 11), (second, 2, 12), *((first, n, n) for n in (1, 2, 3))]
+    assert store.histories([first], "none") == []
+
+
 def test_the_dataset_is_an_input_with_its_digest(store, begin, data):
     log = begin()
     log.dataset(data)
