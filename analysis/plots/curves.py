@@ -53,9 +53,9 @@ def learning_curves(
     colors, parts = _colors(order, numeric=numeric), [*frame.groupby(group or np.ndim, sort=False)]
     columns = len(parts) if len(parts) < 4 else 2 + (len(parts) > 4)
     rows = -(-len(parts) // columns)
-    size = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
-    shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False}
-    figure, panels = canvas(*size, rows=rows, columns=columns, **shared)
+    width, height = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
+    grid: dict[str, Any] = {"rows": rows, "columns": columns, "squeeze": False}
+    figure, panels = canvas(width, height, sharex=True, sharey=True, **grid)
     low, top = _limits(curves)
     exact = frame.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends)
     bests = []
