@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")
         own = read_own(options)
-        grids = ("values", "seeds")  # a search has its default trials and seeds
-        given = SearchOptions(**{k: v for k, v in vars(options).items() if k not in grids})
+        shared = {f.name for f in fields(SearchOptions)} - {"seeds"}  # it has its default seeds
+        given = SearchOptions(**{k: v for k, v in vars(options).items() if k in shared})
         plans: dict[str, Any] = {
             study.name: partial(make_plan, study, options) for study in STUDIES
         }

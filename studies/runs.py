@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +20,7 @@ from rich.table import Table
 from analysis import frames, tables
 from harness.config import UserError, checked_name
 from studies.runner.cli import clear_errors, read
-from studies.runner.terminal import ANSWERED, stored
+from studies.runner.terminal import ANSWERED, Terminal, stored
 
 if TYPE_CHECKING:
     from harness.tracking.runs import Run
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNKNOWN = "the command that started it"  # of runs of an earlier version, which do not have it
-NEXT = ("study", "dataset", "status", "next_command")
 LISTED = ("study", "dataset", "finished_runs", "status", "best", "date", "report")
 
 
@@ -60,42 +59,51 @@ def main(args: Sequence[str] | None = None) -> None:
         from harness.tracking import connect  # it loads MLflow, which --help does not need
 
         store = connect(options.tracking_uri, write=False)
-        found = studies(store, **({"study": checked_name(name, "STUDY")} if name else {}))
+        found = studies(store, name and checked_name(name, "STUDY"))
         if name and not found:
             frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
         for study in found:
             study["next_command"] = _here(study["next_command"], options.tracking_uri)
-        fields = {"list": LISTED, "next": NEXT, "best": ()}[options.command]
-        terminal.studies = [{field: study[field] for field in fields or study} for study in found]
-        terminal.several = name is None
-        if options.command == "best":
-            if found[0]["summary_run_id"] is None:
-                raise UserError(f"study {name!r} is not finished: {found[0]['next_command']}")
-            terminal.show(found[0])
-        elif options.command == "next" and not options.json:
+        terminal.studies, terminal.several = found, name is None
+        if name is None:
+            terminal.studies = [{field: study[field] for field in LISTED} for study in found]
+            _list(found, terminal)
+        elif options.command == "next":
             terminal.line(found[0]["next_command"] or "No further command is suggested.")
-        elif not options.json:
-            table = Table(*LISTED[:-1], box=rich.box.SIMPLE_HEAD, pad_edge=False)
-            for study in found:
-                shown = study | {"best": _words(study["best"]), "date": study["date"][:16]}
-                table.add_row(*(str(shown[field]) for field in LISTED[:-1]))
-            terminal.out.print(table)
+        else:
+            not_finished = f"study {name!r} is not finished: {found[0]['next_command']}"
+            if found[0]["summary_run_id"] is None:
+                raise UserError(not_finished)
+            if found[0]["status"] == "unfinished":  # it has grown
+                log.warning("%s", not_finished)
+            terminal.show(found[0])
 
 
-def studies(store: Store, **tags: str) -> list[dict[str, Any]]:
-    """Return the studies of a store by name, each as `stored` returns it, finished or not."""
+def _list(found: Sequence[Mapping[str, Any]], terminal: Terminal) -> None:
+    names = [name.removeprefix("finished_") for name in LISTED[:-1]]
+    table = Table(*names, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for study in found:
+        shown = {**study, "best": _words(study["best"]), "date": study["date"][:16]}
+        table.add_row(*(str(shown[field]) for field in LISTED[:-1]))
+    terminal.out.print(table)
+
+
+def studies(store: Store, name: str | None = None) -> list[dict[str, Any]]:
+    """Return one or all studies of a store, each as `stored` returns it, finished or not."""
+    tags: dict[str, Any] = {"study": name} if name else {}
     found: dict[str, tuple[str, list[Run]]] = {}
     for experiment in store.call(store.client.search_experiments):
         for run in store.runs(experiment.name, **tags):
-            if name := run.tags.get("study"):
-                found.setdefault(name, (experiment.experiment_id, []))[1].append(run)
-    return [_study(store, name, *found[name]) for name in sorted(found)]
+            if "study" in run.tags and "role" in run.tags:
+                found.setdefault(run.tags["study"], (experiment.experiment_id, []))[1].append(run)
+    trained = [s for s, (_, runs) in found.items() if any(r.tags["role"] == "run" for r in runs)]
+    return [_study(store, each, *found[each]) for each in sorted(trained)]
 
 
 def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> dict[str, Any]:
     ended = [run for run in runs if run.status == "FINISHED"]
-    finished = {run.run_id for run in ended if run.tags.get("role") == "run"}
-    summaries = [run.run_id for run in ended if run.tags.get("role") == "summary"]
+    finished = {run.run_id for run in ended if run.tags["role"] == "run"}
+    summaries = [run.run_id for run in ended if run.tags["role"] == "summary"]
     found: dict[str, Any] = {**ANSWERED, "summary_run_id": None, "report": None, "table": []}
     if summaries:
         try:
@@ -107,7 +115,7 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
     of_study, order = f"tags.study = '{name}' and tags.role = 'run'", ["attributes.start_time DESC"]
     newest = store.call(store.client.search_runs, [experiment_id], of_study, 1, 1, order)[0]
     if is_left:
-        found["next_command"] = newest.data.tags.get("command", UNKNOWN)
+        found["next_command"] = newest.data.tags.get("command") or UNKNOWN
     began = datetime.fromtimestamp(newest.info.start_time / 1000, UTC)
     return found | {
         **{"study": name, "dataset": newest.data.params.get("dataset", "")},

@@ -56,15 +56,14 @@ def worse_than_linear(runs: pd.DataFrame) -> str:
     above = (_of(runs, "neg_elbo") - _of(runs, "linear/neg_elbo")).dropna()
     if len(above) and above.mean() > _error(above):
         return (
-            f"Its test neg_elbo is {above.mean():.3g} nats / image worse than that of the exact "
-            "linear model, which a trained network passes; train for more epochs, or with another "
-            "learning rate."
+            f"The best setting's test neg_elbo is {above.mean():.3g} nats / image worse than that "
+            "of the exact linear model; train for more epochs, or with another learning rate."
         )
     gap = _of(runs, "gap_to_linear").dropna()
     if not len(above) and len(gap) and gap.mean() < -_error(gap):
         return (
-            f"Its loss is {-gap.mean():.3g} % above that of the exact linear model; train for more "
-            "epochs, or with another learning rate."
+            f"The best setting's loss is {-gap.mean():.3g} % above that of the exact linear model; "
+            "train for more epochs, or with another learning rate."
         )
     return ""
 
@@ -74,11 +73,13 @@ def few_active(runs: pd.DataFrame) -> str:
     active, size = _of(runs, "active_units").mean(), _of(runs, "latent_size").max()
     if active < 0.5:
         return (
-            f"No latent is active, of {size:.0f}: every image is decoded alike; lower the KL "
-            "weight, or train for more epochs."
+            f"No latent of {size:.0f} is active, so that every image is decoded alike; lower the "
+            "KL weight, or train for more epochs."
         )
     if active < ACTIVE * size:
-        return f"Only {active:.1f} of {size:.0f} latents are active; a smaller --latent-size does."
+        return (
+            f"Only {active:.1f} of {size:.0f} latents are active; the others carry no information."
+        )
     return ""
 
 
@@ -89,8 +90,8 @@ def not_calibrated(runs: pd.DataFrame) -> str:
         return ""
     advice = f"; a KL weight near {weight / ratio:.2g} agrees with it" if ratio > 0 else ""
     return (
-        f"Its calibration ratio is {ratio:.3g}, far from 1: the decoder variance of its KL weight "
-        f"is not the mean squared error that it leaves{advice}."
+        f"The best setting's calibration ratio is {ratio:.3g}, far from 1: the decoder variance of "
+        f"its KL weight is not the mean squared error that it leaves{advice}."
     )
 
 
@@ -102,8 +103,8 @@ def few_effective(runs: pd.DataFrame) -> str:
     if not effective < FEW_SAMPLES:
         return ""
     return (
-        f"Its neg_log_likelihood rests on {effective:.1f} effective importance samples and may be "
-        "nats too high; compare by neg_elbo."
+        f"neg_log_likelihood rests on {effective:.1f} effective importance samples at the best "
+        "setting and may be nats too high; compare by neg_elbo."
     )
 
 
@@ -117,11 +118,16 @@ def few_seeds(seeds: int) -> str:
 
 
 def at_an_end(name: str, values: Sequence[Any]) -> str:
-    """Return a warning if the first of some numbers is the smallest or the largest, but not 0."""
+    """Return a warning if the first of some numbers is the smallest or the largest; else "".
+
+    Beyond 0, and below the count of 1, there is nothing to try.
+    """
     if len(values) < 2 or not _are_numbers(values):
         return ""
-    best = values[0]
-    if best == 0 or best not in (min(values), max(values)):
+    best, is_count = values[0], isinstance(values[0], int)
+    if best == 0 or (is_count and best == 1 == min(values)):
+        return ""
+    if best not in (min(values), max(values)):
         return ""
     which, beyond = ("largest", "larger") if best == max(values) else ("smallest", "smaller")
     shown = tables.plain(best)
@@ -176,31 +182,28 @@ def verdict(ranking: Ranking, following: str) -> list[str]:
         following: what to do next, a sentence.
     """
     name, unit = _plain_name(ranking.metric), _unit(ranking.metric)
-    places = tables.decimals(name)
-    mean, low, high = (f"{value:.{places}f}" for value in ranking.winner)
+    mean, low, high = (f"{value:.{tables.decimals(name)}f}" for value in ranking.winner)
     best = point(ranking.keys, ranking.best, _digits(ranking))
     what = "values" if len(ranking.keys) == 1 else "combinations"
-    lowest = f"has the lowest mean validation {name} of {ranking.values} {what}"
-    if ranking.values == 1:
-        lowest = f"is the only setting; its mean validation {name} is"
-    interval = f" (95 % interval {low} to {high}, the choice included)"
-    both = ", of encoder and decoder together" * (name == "neg_elbo")
-    first = f"{best} {lowest}: {mean}{unit}{interval * (ranking.seeds > 1)}{both}."
-    return [first, _how_sure(ranking, unit), f"Next: {following}"]
+    lowest = f"is the lowest of {ranking.values} {what}" if ranking.values > 1 else "is"
+    both = " of encoder and decoder together" * (name == "neg_elbo")
+    interval = f" (95 % interval {low} to {high}, the choice included)" * (ranking.seeds > 1)
+    first = f"Best: {best}. Its mean validation {name}{both} {lowest}: {mean}{unit}{interval}."
+    return [first, f"How sure: {_how_sure(ranking, unit)}", f"Next: {following}"]
 
 
 def _how_sure(ranking: Ranking, unit: str) -> str:
     seeds, worse, equal = ranking.seeds, len(ranking.worse), ranking.not_distinguishable
-    if ranking.values == 1 or seeds == 1:
-        of = "nothing is compared" if ranking.values == 1 else "no value can be called better"
-        return f"{seeds} seed{'s' * (seeds > 1)}: {of}."
-    parts = [f"{seeds} seeds, {PROCEDURE} over all pairs at 5 %"]
-    parts.append(f"{worse} of the others are worse" if equal else "all others are worse")
-    if equal:
-        parts.append(f"not distinguishable from it: {listed(ranking)}")
-    text = "; ".join(parts) + "."
-    if equal and ranking.visible == ranking.visible:
-        text += f" Differences below {ranking.visible:.2g}{unit} could not be seen."
+    if ranking.values == 1:
+        return "it is the only setting, compared with nothing."
+    if seeds == 1:
+        return "not at all; with one seed no value can be called better than another."
+    text = f"{seeds} seeds. Not distinguishable from it: {listed(ranking)}; worse: {worse} "
+    text += f"({PROCEDURE} over all pairs at 5 %)."
+    if equal and not math.isnan(ranking.visible):
+        more, seen = ranking.more
+        text += f" Differences below {ranking.visible:.2g}{unit} could not be seen"
+        text += f", with {more} seeds those below {seen:.2g}."
     return text
 
 
@@ -210,37 +213,36 @@ def listed(ranking: Ranking) -> str:
     if len(equal) > NAMED[len(ranking.keys)]:
         return f"{len(equal)} of {ranking.values - 1} others"
     digits = _digits(ranking)
+    texts = [point(ranking.keys, value, digits) for value in equal]
     if len(ranking.keys) == 1:
-        return ", ".join(tables.plain(value, digits) for value in equal) or "none"
-    return "; ".join(point(ranking.keys, value, digits) for value in equal) or "none"
+        texts = [tables.plain(value, digits) for value in equal]
+    return ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
 
 
 def next_step(
-    vary: Callable[..., str], ranking: Ranking, values: Sequence[Any], epochs: int = 0, **same: Any
+    vary: Callable[..., str], ranking: Ranking, along: Sequence[Any], epochs: int = 0, **same: Any
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
     Args:
         vary: options -> the study's command line with them, "" if they are refused.
         ranking: of its values.
-        values: those of the axis that go with the best of all else, the best first.
+        along: values of the axis that go with the best of all else, the best first.
         epochs: number of epochs to advise, 0 if the best does not improve any more.
         same: options without which the command would leave out values.
     """
-    seeds, unit, best = ranking.seeds, _unit(ranking.metric), tables.plain(values[0])
+    seeds, best = ranking.seeds, tables.plain(along[0])
     steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
     if seeds < 3:
         steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
-    if beyond := _beyond(values):
+    if beyond := _beyond(along):
         steps.append((f"values beyond {best}", {"values": beyond}))
     if ranking.not_distinguishable:
-        more, seen = ranking.more
-        why = f"{more} seeds, which show differences of {seen:.2g}{unit}"
-        if ranking.seeds_for is not None and ranking.seeds_for <= MOST_SEEDS:
-            more = ranking.seeds_for
-            why = f"{more} seeds, which distinguish the best two if they differ as they do here"
-        steps.append((why, {"seeds": more, **same}))
-    elif between := _between(values):
+        more, why, enough = ranking.more[0], "", ranking.seeds_for or 0
+        if seeds < enough <= MOST_SEEDS:
+            more, why = enough, ", enough for the best two if they differ as they do here"
+        steps.append((f"{more} seeds{why}", {"seeds": more, **same}))
+    elif between := _between(along):
         steps.append((f"values beside {best}", {"values": between}))
     for why, changes in steps:
         if command := vary(**changes):
@@ -270,10 +272,11 @@ def to_quote(runs: pd.DataFrame, ranking: Ranking) -> str:
     row = frames.along_axis(runs, [*ranking.keys], [name]).iloc[0]
     error = _of(runs, f"{name}_se").mean()
     images = f"; of one run, the test images add a standard error of {error:.2g}"
+    images *= not math.isnan(error)
     best = point(ranking.keys, ranking.best, _digits(ranking))
     return (
         f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {best} "
-        f"({tables.over(len(runs))}{images * (error == error)}). Validation data chose it; the "
+        f"({tables.over(len(runs))}{images}). Validation data chose it; the "
         "test numbers of other settings are no basis for a choice."
     )
 

@@ -53,7 +53,10 @@ SUPERSEDED = "superseded by a later summary"
 
 @dataclass(frozen=True)
 class Site:
-    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones."""
+    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones.
+
+    The runs have the command line that continues the study as a tag.
+    """
 
     plan: Plan
     data: Dataset
@@ -61,6 +64,7 @@ class Site:
     store: Store
     start: Callable[[Planned], RunLog]
     checkpoints: Checkpoints | None
+    command: str = ""
 
 
 def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
@@ -83,7 +87,8 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     kept = Checkpoints(folder, options.checkpoint_every or 1)
     checkpoints = kept if options.checkpoint_every else None
     device = resolve_device(options.device).type
-    site = Site(plan, data, device, store, start, checkpoints)
+    command = plan.vary(plan.name) or plan.command
+    site = Site(plan, data, device, store, start, checkpoints, command)
     close_failed(queue, site)
     lose_deleted(queue, site)
     _compare_making(site)
@@ -281,7 +286,7 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
     """Train and record the runs of trials, and note the trials' values."""
     proposer, plan = queue.proposer, site.plan
     of = [trial for trial in trials for _ in range(proposer.seeds)]  # trial of each run
-    planned = [_tagged(run, plan) for trial in trials for run in proposer.planned(trial)]
+    planned = [_tagged(run, site) for trial in trials for run in proposer.planned(trial)]
     finals: dict[int, dict[str, float] | None] = {}
 
     def on_epoch(current: EpochRecord) -> None:
@@ -310,10 +315,10 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
     return recorded
 
 
-def _tagged(run: Planned, plan: Plan) -> Planned:
-    tags = {"study": plan.name, "role": "run", "command": plan.command}
-    group = f"{plan.name}/{run.tags['configuration']}"
-    return run._replace(tags={**run.tags, **tags, "seed_group": group})
+def _tagged(run: Planned, site: Site) -> Planned:
+    name, tags = site.plan.name, {"role": "run", "command": site.command}
+    group = f"{name}/{run.tags['configuration']}"
+    return run._replace(tags={**run.tags, **tags, "study": name, "seed_group": group})
 
 
 def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:

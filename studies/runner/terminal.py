@@ -55,7 +55,7 @@ BRIEF = ("rate", "calibration_ratio", "active_units", "neg_log_likelihood", "fre
 ANSWERED: Mapping[str, Any] = {
     **{"verdict": [], "best": None, "not_distinguishable": [], "groups": {}, "procedure": ""},
     **{"warnings": [], "answer": "", "next_command": "", "run_ids": []},
-    **{"best_row": None, "model_run_id": None},
+    **{"best_row": None, "model_run_id": ""},
 }
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
@@ -201,7 +201,7 @@ class Terminal(logging.Handler):
         """Show what a study found and where to look further."""
         self.failures += outcome.failures
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
-        answered = {name: getattr(outcome, name, value) for name, value in ANSWERED.items()}
+        answered = {name: getattr(outcome, name) for name in ANSWERED}
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
         places["report"] = str(outcome.folder / "report.html")
         self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)
@@ -218,7 +218,8 @@ class Terminal(logging.Handler):
 
         table = pd.DataFrame(found["table"]) if table is None else table
         for place, sentence in enumerate(found["verdict"]):
-            self._text(sentence, style=None if place else "bold")
+            is_command = "python " in sentence  # which would be pasted with its line breaks
+            self._text(sentence, style=None if place else "bold", unbroken=is_command)
         if len(table):
             self.out.print(_fitting(table, self.out, found["best_row"]))
         for warning in found["warnings"]:
@@ -235,8 +236,8 @@ class Terminal(logging.Handler):
         page = f"{way(found['tracking_uri'])}/#/experiments/{found['experiment_id']}"
         self.line(f"Every run: {page}{link(found['study'])}")
 
-    def _text(self, text: str, style: str | None = None) -> None:
-        self.out.print(text, style=style, soft_wrap=not self.out.is_terminal)
+    def _text(self, text: str, style: str | None = None, *, unbroken: bool = False) -> None:
+        self.out.print(text, style=style, soft_wrap=unbroken or not self.out.is_terminal)
 
     def finish(self, code: int | str, error: str = "") -> None:
         """With `--json`, print the document: one study's, or a list of them under "studies"."""
@@ -285,12 +286,13 @@ def stored(store: Store, run_id: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder, reading(f"summary.json of run {run_id}"):
         file = store.fetch(run_id, "summary.json", folder)
-        text = file.read_text("utf-8")
-        summary = json.loads(text)
+        summary = json.loads(file.read_text("utf-8"))
         answered = {name: summary.get(name, value) for name, value in ANSWERED.items()}
-        # A study in a store beside may have a report of this name.
+        # A study in a store beside may have a report of this name; the same command writes anew.
         beside = (store.home / "reports").glob(f"{summary['name']}*/summary.json")
-        reports = [f.with_name("report.html") for f in beside if f.read_text("utf-8") == text]
+        texts = {path.with_name("report.html"): path.read_text("utf-8") for path in beside}
+        ids = summary.get("run_ids")
+        reports = [path for path, text in texts.items() if json.loads(text).get("run_ids") == ids]
         return {
             **{"study": summary["name"], "dataset": summary["dataset"], **answered},
             **{"table": summary.get("rows", []), "summary_run_id": run_id},

@@ -1,4 +1,4 @@
-"""The command line: exit codes, `--json`, dry runs, light start; bad input: test_bad_input.py."""
+"""The command line: exit codes, dry runs, light start; `--json`: test_json.py."""
 
 import json
 import os
@@ -50,12 +50,20 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize(("work", "code", "line"), ENDINGS.values(), ids=ENDINGS.keys())
-def test_every_ending_has_its_exit_code_and_its_line(work, code, line, capfd):
-    with pytest.raises(SystemExit) as stop, cli.clear_errors([]):
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["text", "json"])
+def test_every_ending_has_its_exit_code_and_its_line(words, work, code, line, capfd):
+    with pytest.raises(SystemExit) as stop, cli.clear_errors(words):
         work()
     printed = capfd.readouterr()
-    assert (stop.value.code, printed.out) == (code, "")
+    assert stop.value.code == code
     assert (printed.err.splitlines() or [""])[-1].startswith(line)
+    if not words:
+        assert printed.out == ""
+        return
+    found = json.loads(printed.out)
+    assert found.pop("exit_code") == code
+    assert found.pop("error", "").startswith(line.removeprefix("error: "))
+    assert found == {}
 
 
 def test_a_command_that_is_done_goes_on_to_its_end_and_a_fault_is_a_traceback():
@@ -131,16 +139,7 @@ def test_a_full_disk_behind_standard_output_is_exit_code_2():
     assert printed.count("\n") == 1
 
 
-# --- one JSON object ----------------------------------------------------------------------------
-
-
-def test_with_json_a_refusal_is_an_object_and_a_line(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(kl_weight.STUDY, ["--json", "--seeds", "0"])
-    printed = capsys.readouterr()
-    message = "seeds=0: give a whole number >= 1"
-    assert json.loads(printed.out) == {"error": message, "exit_code": 2}
-    assert printed.err == f"error: {message}\n"
+# --- what it does before it trains --------------------------------------------------------------
 
 
 def test_a_dry_run_names_both_stores_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -153,14 +152,6 @@ def test_a_dry_run_names_both_stores_and_writes_nothing(tmp_path, capsys, monkey
     assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in message
     assert f"Tracking: {tracking_uri}\nStorage: {storage}\n" in message
     assert "duration: not known (no finished run like these here)" in " ".join(message.split())
-    cli.main(kl_weight.STUDY, [*words, "--json"])
-    printed = capsys.readouterr()
-    found = json.loads(printed.out)
-    assert (found["study"], found["dataset"]) == ("kl_weight-digits", "digits")
-    assert (found["storage"], found["tracking_uri"]) == (storage, tracking_uri)
-    assert found["exit_code"] == 0
-    assert "duration: not known" in found["estimate"]
-    assert "2 values of kl_weight" in printed.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -81,7 +81,10 @@ def test_a_process_that_did_not_write_the_summary_prints_its_answer_and_address(
     plan = make_plan(kl_weight.STUDY, cli.parse(kl_weight.STUDY, finished.arguments))
     site = site_of(plan, data, finished.tracking_uri)
     queue = queue_at(finished.storage, plan.proposer, plan.name, site.store.complete)
-    assert run.conclude(queue, site, Terminal(), again=False) is None
+    shown = Terminal()
+    assert run.conclude(queue, site, shown, again=False) is None
     printed = capsys.readouterr().out
     assert "Another process wrote the summary" in printed
     assert "lowest validation neg_elbo" in printed
+    assert [row["kl_weight"] for row in shown.study["table"]] == [0, 0.02, 1]
+    assert shown.study["best"] == shown.study["table"][shown.study["best_row"]]["kl_weight"]

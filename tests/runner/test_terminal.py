@@ -168,6 +168,31 @@ def test_runs_that_other_processes_finish_count_once():
 # --- the outcome --------------------------------------------------------------------------------
 
 
+FOUND = {
+    **{"study": "x", "experiment_id": "7", "tracking_uri": "sqlite:///m.db", "report": "r.html"},
+    **{"verdict": ["b is best.", "3 seeds.", "Next: more."], "best_row": 1, "answer": "So."},
+    **{"warnings": ["No latent is active.", "One [seed]."], "model_run_id": "0f"},
+}
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_verdict_is_first_then_the_table_warnings_and_the_answer(is_terminal):
+    out, shown = StringIO(), Terminal()
+    of_kind = {"force_terminal": is_terminal, "color_system": "standard" if is_terminal else None}
+    shown.out = terminal._Screen(file=out, width=80, highlight=False, markup=False, **of_kind)
+    shown.show(FOUND, pd.DataFrame({"name": ["a", "b"], "mse": [0.2, 0.1]}))
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines[:3] == FOUND["verdict"]
+    rows = [line.split() for line in lines[3:7]]
+    assert [row[0] for row in rows[:1] + rows[2:]] == ["name", "a", "b"]
+    assert rows[2:] == [["a", "0.2"], ["b", "*", "0.1"]]
+    warnings = [f"Warning: {text}" for text in FOUND["warnings"]]
+    after = ["So.", "Report: r.html", "Model: load_run('0f')"]
+    assert lines[7:12] == [*warnings, *after]
+    assert ("\x1b[1mb is best." in out.getvalue()) == is_terminal
+
+
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
     source = SimpleNamespace(name="digits")
