@@ -34,7 +34,10 @@ else:
 
 NUMBERS = ("seed", "beta", "decoder_variance")  # parameters
 compared = comparisons.compared
-SEARCHED = ["val/neg_elbo", "val/mse", "val/rate", "val/active_units", "val/calibration_ratio"]
+SEARCHED = [
+    *("val/neg_elbo", "val/mse", "val/rate", "val/distortion"),
+    *("val/active_units", "val/calibration_ratio"),
+]
 
 
 def load_study(
@@ -333,5 +336,5 @@ def by_trial(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     those of a pruned trial are of its last epoch.
     """
     trials = runs.groupby("trial")
-    fixed = trials[[*settings, "decoder_variance", "pruned"]].first()
+    fixed = trials[[*dict.fromkeys([*settings, "decoder_variance", "pruned"])]].first()
     return fixed.join(trials[SEARCHED].mean()).reset_index()

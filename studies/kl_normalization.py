@@ -39,32 +39,39 @@ def modes(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
 def paths(frame: frames.Frame) -> str:
     """Return the names of the best weight, how far the modes part, and what the division does."""
     cells = frame.pivot_table(index=[AXIS, "seed"], columns=GROUP, values="neg_elbo")
-    apart = cells.max(axis=1) - cells.min(axis=1)
+    apart, largest = cells.std(axis=1).median(), (cells.max(axis=1) - cells.min(axis=1)).max()
     seeds = cells.groupby(AXIS).std().mean(axis=1).median()  # NaN for a single seed
     best = frames.best_value(frame, AXIS)
     weights = frame[frame[AXIS] == best].groupby(GROUP, sort=False)["kl_weight"].first()
     named = ", ".join(f"{mode} {weight:.3g}" for mode, weight in weights.items())
     which = "only" if frame[AXIS].nunique() == 1 else "best"
     measured = (
-        f"the test neg_elbo of the {cells.shape[1]} modes differs by {plain(apart.median(), 2)} "
-        f"nats / image (median) and at most {plain(apart.max(), 2)}"
+        f"the {cells.shape[1]} modes differ by a standard deviation of {plain(apart, 2)} nats / "
+        f"image of test neg_elbo (median; at most {plain(largest, 2)} apart)"
     )
-    if not apart.any():
+    if largest == 0:
         measured = f"the {cells.shape[1]} modes have the same test neg_elbo to the last bit"
-    sentences = [
+    factor = ""
+    if "adam_eps" in frame and frame["adam_eps"].nunique() > 1:
+        times = plain(round(frame["adam_eps"].max() / frame["adam_eps"].min()))
+        factor = (
+            f", with the whole loss times up to {times}, which Adam divides out but for epsilon"
+        )
+    text = (
         "At equal decoder variance all normalisations have the same loss, by construction: the "
         f"{which} decoder variance, {best:.3g} pixel², is kl_weight = {named}. What could differ "
-        f"is the path of the optimiser: at equal decoder variance and seed {measured}; the "
-        f"standard deviation over seeds is {plain(seeds, 2)} (median).",
-    ]
-    if "sum" in weights and {*frame.get("dataset", ())} <= {*OF_THE_BLOG}:
-        active = frame.loc[frame["active_units"] > 0, AXIS].max()
-        until = f"are active up to {active:.3g} only" if active > 0 else "are not active at all"
-        sentences.append(
-            '"Without dividing this value it cannot learn properly" holds of weight 1: undivided '
-            f"(sum), it means decoder variance {best / weights['sum']:,.0f}, and latents {until}."
-        )
-    return " ".join(sentences)
+        f"is the path of the optimiser{factor}: at equal decoder variance and seed {measured}, "
+        f"and seeds by {plain(seeds, 2)} (median)."
+    )
+    if "sum" not in weights or not {*frame.get("dataset", ())} <= {*OF_THE_BLOG}:
+        return text
+    active = frame.loc[frame["active_units"] > 0, AXIS].max()
+    until = f"are active up to {active:.3g} only" if active > 0 else "are not active at all"
+    return (
+        f'{text} "Without dividing this value it cannot learn properly" holds of weight 1: '
+        f"undivided (sum), it means decoder variance {best / weights['sum']:,.0f}, and latents "
+        f"{until}."
+    )
 
 
 STUDY = Study(
@@ -78,16 +85,16 @@ STUDY = Study(
         "one_curve": (
             plots.one_curve,
             "Left, the metrics against the weight that the user sets: four curves. Right, the same "
-            "runs against the decoder variance that the weight means: one curve, by construction; "
-            "dashed, the exact linear model.",
+            "runs against the decoder variance that the weight means: one curve, but for the "
+            "optimiser's path; dashed, the exact linear model.",
         ),
     },
     curves={
         "paths": (
             plots.paths_apart,
-            "Largest difference of val/neg_elbo between the modes at equal decoder variance and "
-            "seed, by epoch, mean over seeds; dashed, the standard deviation over seeds within a "
-            "mode, median over decoder variances. Differences of 0 are not drawn.",
+            "Standard deviation of val/neg_elbo over the modes at equal decoder variance and seed, "
+            "by epoch, mean over seeds; dashed, over seeds at equal decoder variance and mode, "
+            "median. Values of 0 are not drawn.",
         ),
     },
     answer=paths,

@@ -1,29 +1,61 @@
 """Which configuration has the best ELBO when everything is searched at once?
 
-KL weight, KL normalisation, latent size, learning rate, KL warm-up and its cycles, free bits and
-decoder variance together, by Optuna's TPE on validation neg_elbo, or on (rate, mse) with its Pareto
-front. The best configuration is trained again with fresh seeds, since the search's own number for
-it is the luckiest of many.
+Decoder variance, fixed (by the KL weight) or fitted, latent size, learning rate, KL warm-up and its
+cycles and free bits together, by Optuna's TPE on validation neg_elbo, or on (rate, distortion) with
+its Pareto front. The calibrated default is the first trial. It and the best other one are trained
+again with fresh seeds, since the search's own number for its best is the luckiest of many.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots, tables
 from harness import registry
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig, UserError, plain
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, at_least, setting_options, start_words
-from studies.runner.proposers import SELECTION, TPE, Cell, Listed, Pruner, Range, Space, repeated
-from studies.runner.study import Plan, calibrated, check_objective, command, parts, source
+from studies.runner.options import (
+    Common,
+    arguments,
+    at_least,
+    setting_options,
+    start_words,
+)
+from studies.runner.proposers import (
+    ACTIVE,
+    BASELINE,
+    SELECTION,
+    TPE,
+    Cell,
+    Listed,
+    Pruner,
+    Range,
+    Space,
+    repeated,
+)
+from studies.runner.study import (
+    Plan,
+    Source,
+    calibrated,
+    check_objective,
+    command,
+    parts,
+    same_places,
+    sets_variance,
+    source,
+    with_beta,
+    with_variance,
+)
 
 if TYPE_CHECKING:
     import optuna
+    import pandas as pd
+    from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
 
     from harness.data.dataset import Dataset
@@ -31,33 +63,32 @@ if TYPE_CHECKING:
 
 NAME, BASE = "search", RunConfig()
 
-CONFIRMING = 3  # fresh seeds with which the best configuration is trained again
-DEFAULT = -1  # parameter `trial` of the runs of the default configuration
+CONFIRMING = 3  # fresh seeds with which the best other trial and the default are trained again
+DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
 TOP = 10  # configurations in the table
 
 # Metrics of the trials, and further ones of the configurations that are trained again.
-TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate"]
+TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse"]
+TRIED += ["val/rate", ACTIVE]
 CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
 
 CAPTIONS = {
     "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
-    "parameters": "Validation neg_elbo against each searched setting, and the decoder variance.",
+    "parameters": "Validation neg_elbo against each searched setting. The decoder variance is that "
+    "of the KL weight, or fitted where sigma is not fixed.",
     "importances": "Share of the variation of ranks that each setting explains, alone and together "
-    "with others (fANOVA), over finished trials only.",
-    "front": "Rate and mse on validation data; no trial beats those of the front in both.",
+    "with others (fANOVA), over finished trials only; without a decoder variance that only those "
+    "with a fixed sigma have.",
+    "front": "Rate and distortion on validation data, both in nats; no trial beats those of the "
+    "front in both. Their sum is neg_elbo, equal along a thin line; the knee is where the lowest "
+    "such line touches the front.",
 }
 
 
-def space(epochs: int) -> Space:
-    """Return the values that are tried; a first warm-up ends before trials are judged.
-
-    The weights include the best one of every normalisation: near 0.02 for "pixels" of 8 x 8 digits,
-    1e-5 for "sum", 1e-6 for "sum" of 28 x 28 images; and 1, where the decoder variance is optimal
-    or learned.
-    """
+def space(epochs: int, strength: Space) -> Space:
+    """Return the values that are tried; a first warm-up ends before trials are judged."""
     return {
-        "kl_weight": Range(1e-7, 1.0, log=True),
-        "kl_normalization": ("pixels", "batch", "latent", "sum"),
+        **strength,
         "latent_size": Range(2, 64, log=True),
         "learning_rate": Range(1e-4, 1e-2, log=True),
         "kl_warmup_epochs": Range(0, max(1, epochs // 3)),
@@ -65,6 +96,33 @@ def space(epochs: int) -> Space:
         "free_bits": Range(0.0, 0.5),
         "sigma": ("fixed", "optimal", "learned"),
     }
+
+
+def strength(base: RunConfig, data: Source) -> tuple[str, float]:
+    """Return what is searched in place of the KL weight, and its calibrated value.
+
+    The decoder variance where the weight sets it, else beta, which is 1 for an exact ELBO and the
+    scale of a Laplace decoder.
+    """
+    from harness.objective import beta  # loads torch
+
+    if sets_variance(base):
+        return "decoder_variance", data.calibrated / 2
+    return "beta", beta(calibrated(base, data), data.pixels)
+
+
+def configure(
+    data: Source,
+    base: RunConfig,
+    decoder_variance: float | None = None,
+    beta: float = 1.0,
+    **values: Any,  # noqa: ANN401 - settings
+) -> RunConfig:
+    """Set a trial's values; without a strength the KL weight is that of an exact ELBO (beta 1)."""
+    config = base.replace(**values)
+    if decoder_variance is not None:
+        return with_variance(config, decoder_variance, data)
+    return with_beta(config, beta, data)
 
 
 @dataclass(frozen=True)
@@ -75,7 +133,7 @@ class SearchOptions(Common):
         trials: configurations in all; a finished search goes on if there are more.
         seeds: runs of every configuration; its objective is their mean.
         pruner: how bad configurations are stopped early (median; none with --multi-objective).
-        multi_objective: minimise rate and mse together instead of neg_elbo.
+        multi_objective: minimise rate and distortion together instead of their sum, neg_elbo.
     """
 
     trials: int = 60
@@ -97,16 +155,26 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base, SELECTION, own)
     fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
-    searched = {name: values for name, values in space(base.epochs).items() if name not in fixed}
+    named, middle = strength(base, data)
+    # From an error below a grey level to the data's whole variance, beyond which all collapses.
+    low, high = (float(f"{middle * factor:.3g}") for factor in (1e-3, 4 * data.pixels))
+    is_set = "kl_weight" in fixed or base.sigma != "fixed"
+    varied: Space = {} if is_set else {named: Range(low, high, log=True)}
+    every = space(base.epochs, varied)
+    searched = {name: values for name, values in every.items() if name not in fixed}
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")
-    objectives = ("val/rate", "val/mse") if options.multi_objective else (SELECTION,)
-    left_out = {*searched, "seed"}
+    objectives = ("val/rate", "val/distortion") if options.multi_objective else (SELECTION,)
+    left_out = {*searched, "seed", *({"kl_weight"} - fixed)}
     settings = {k: v for k, v in json.loads(base.to_json()).items() if k not in left_out}
     settings |= {"space": {name: list(values) for name, values in searched.items()}}
     settings |= {"objectives": list(objectives), "seeds": options.seeds, "pruner": pruner}
     settings = {**data.settings, **settings, **parts([base])}
-    proposer = TPE(base, searched, options.seeds, options.trials, pruner, objectives, settings)
+    proposer = TPE(
+        *(base, searched, options.seeds, options.trials, pruner, objectives, settings),
+        default={name: middle if name == named else getattr(base, name) for name in searched},
+        configure=RunConfig.replace if "kl_weight" in fixed else partial(configure, data),
+    )
     return Plan(
         page=NAME,
         question=__doc__ or "",
@@ -114,41 +182,52 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         source=data,
         configs=[base] * (options.trials * options.seeds + 2 * CONFIRMING),
         proposer=proposer,
-        find=partial(find, proposer),
+        find=partial(find, proposer, options),
         start=start_words(NAME),
         words=command(start_words(NAME), data, replace(options, pruner=pruner), base),
         sentence=f"{options.trials} configurations of {', '.join(searched)}, seeds: "
         f"{options.seeds}, {base.epochs} epochs, minimising {' and '.join(objectives)}, pruner "
-        f"{pruner}, then {CONFIRMING} fresh seeds of the best",
-        confirm=partial(confirm, proposer, calibrated(base, data)),
+        f"{pruner}, then {CONFIRMING} fresh seeds of the best and of the default",
+        confirm=partial(confirm, proposer),
     )
 
 
-def confirm(proposer: TPE, default: RunConfig, study: optuna.Study) -> Listed:
-    """Return runs of the best configuration and the default one with seeds not yet used."""
-    best, part = best_of(study), "confirmation"
-    compared = {f"best, trial {best.number}": (best.number, proposer.configs(best)[0])}
-    compared["default"] = (DEFAULT, default)
+def confirm(proposer: TPE, study: optuna.Study) -> Listed:
+    """Return runs of the default configuration and its rival with seeds not yet used."""
+    part, compared = "confirmation", dict[int, RunConfig]()
+    if trial := rival(study):
+        compared[trial.number] = proposer.configs(trial)[0]
+    compared[DEFAULT] = proposer.configure(proposer.base, **proposer.default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
     cells = list[Cell]()
-    for label, (trial, config) in compared.items():
-        identity, params = {"part": part, "label": label}, {"trial": trial, "part": part}
-        cells += repeated(label, identity, config, seeds, params)
+    for number, config in compared.items():
+        identity, params = {"part": part, "label": _label(number)}, {"trial": number, "part": part}
+        cells += repeated(_label(number), identity, config, seeds, params)
     return Listed(cells, {})
 
 
-def best_of(study: optuna.Study) -> FrozenTrial:
-    """Return the trial with the lowest validation neg_elbo, of the front if there is one."""
+def _label(number: int) -> str:
+    return "default" if number == DEFAULT else f"trial {number}"
+
+
+def rival(study: optuna.Study) -> FrozenTrial | None:
+    """Return the trial that is compared with the default: the best other one, if any finished.
+
+    The lowest validation neg_elbo of the trials with active latents; where all have collapsed, of
+    all. With two objectives it is the knee of the front: neg_elbo = rate + distortion.
+    """
     if not _complete(study):
         raise UserError(f"search {study.study_name!r} has no finished trial: all diverged")
-    return min(study.best_trials, key=lambda trial: trial.user_attrs[SELECTION])
+    others = [trial for trial in _complete(study) if BASELINE not in trial.user_attrs]
+    active = [trial for trial in others if trial.user_attrs[ACTIVE] > 0]
+    return min(active or others, key=lambda trial: trial.user_attrs[SELECTION], default=None)
 
 
 def _importances(study: optuna.Study, objective: int) -> dict[str, float]:
     """Return the share of an objective's variation that each parameter explains.
 
     Variation of ranks over finished trials (fANOVA, Hutter et al. 2014), so that a few hopeless
-    trials do not explain everything.
+    trials do not explain everything. A strength that only some trials have is left out.
     """
     import optuna
 
@@ -165,75 +244,161 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
 
 
-def find(proposer: TPE, ended: Ended) -> Findings:
-    """Return the findings of a search."""
-    import pandas as pd
+def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
+    """Return the findings of a search.
 
-    from studies.runner.summary import TABLE_CAPTION, Findings
+    The best other trial and the default, a comparison planned before the fresh seeds, are compared
+    by a paired t interval of validation neg_elbo; the lower mean is recommended.
+    """
+    from studies.runner import answers
+    from studies.runner.summary import TABLE_CAPTION, Findings, histories_of
 
-    study, objectives, number = ended.study, proposer.objectives, best_of(ended.study).number
+    study, other = ended.study, rival(ended.study)
+    first = [trial.number for trial in _complete(study) if BASELINE in trial.user_attrs]
     runs = frames.tidy_search(ended.runs)
     searched = runs[runs["part"] == "search"]
-    trials = frames.by_trial(searched, list(proposer.space))
+    trials = frames.by_trial(searched, [*proposer.space])
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    tried = TRIED + [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
-    users = [name for name in registry.METRICS if name in runs]
+    tried = [*dict.fromkeys([*TRIED, *proposer.objectives])]
+    tried += [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
+    measured = tried + CONFIRMED + [name for name in registry.METRICS if name in runs]
     means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
-    top = trials[["trial", *proposer.space, "decoder_variance"]].merge(means, on="trial")
-    top = top.sort_values("val/neg_elbo").head(TOP).reset_index(drop=True)
-    labels = {number: f"best, trial {number}", DEFAULT: "default, calibrated weight"}
-    confirmed = runs[(runs["part"] == "confirmation") & ~runs["pruned"]]
-    confirmed = confirmed.assign(configuration=confirmed["trial"].map(labels))
-    confirmed = confirmed.sort_values("seed", kind="stable")
-    again, default = (confirmed[confirmed["trial"] == trial] for trial in labels)
+    columns = dict.fromkeys(["trial", *proposer.space, "decoder_variance"])
+    done = trials[[*columns]].merge(means, on="trial").sort_values(SELECTION, ignore_index=True)
+    top = done[(done.index < TOP) | done["trial"].isin(first)].reset_index(drop=True)
+
+    compared = [DEFAULT] if other is None else [other.number, DEFAULT]
+    again = runs[runs["part"].eq("confirmation") & ~runs["pruned"] & runs["trial"].isin(compared)]
+    again = again.assign(configuration=again["trial"].map(_label)).sort_values(["seed"])
     if again.empty:
         raise UserError(
-            f"trial {number}, the best, diverged with every fresh seed; search again with more "
-            "--seeds and another --study-name"
+            f"{' and '.join(map(_label, compared))} diverged with every fresh seed; search again "
+            "with more --seeds and another --study-name"
         )
-    table = frames.along_axis(confirmed, "configuration", tried + CONFIRMED + users)
-    ranked = enumerate(objectives if len(_complete(study)) > 1 else ())
-    shares = pd.DataFrame({name: _importances(study, i) for i, name in ranked})
+    # One of which a seed diverged is not recommended, nor one without active latents.
+    ranked = frames.complete(again, ["configuration"])
+    active = ranked.groupby("configuration")["active_units"].transform("mean") > 0
+    ranked = ranked[active] if active.any() else ranked
+    label = ranked.groupby("configuration")[SELECTION].mean().idxmin()
+    chosen = ranked[ranked["configuration"] == label]
+    of = dict([*again.sort_values(SELECTION).groupby("configuration", sort=False)])
+    medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in of.items()}
+    best, names = medians[label], [*dict.fromkeys([*proposer.space, "kl_weight"])]
+    tested, default = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
+    gap = frames.paired_difference(tested, default, SELECTION)
+    sure = how_sure(_label(compared[0]), gap)
+
+    histories = histories_of(ended, again, SELECTION)
+    of_best = histories[histories["run_id"].isin(chosen["run_id"])]
+    warnings = answers.warnings(
+        chosen, SELECTION, of_best, ended.plan.source.epochs, likelihood=False
+    )
+    lost = [name for name in map(_label, compared) if len(of.get(name, ())) < CONFIRMING]
+    warnings += [f"{name} diverged with fresh seeds." for name in lost]
+    improving = bool(answers.still_improving(of_best, SELECTION))
+    epochs = improving * max(2 * proposer.base.epochs, ended.plan.source.epochs)
+    step, next_command = _next(proposer, options, ended.plan, epochs)
+
+    table = frames.along_axis(again, "configuration", measured)
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    settings = ", ".join(f"{n} = {tables.plain(again.iloc[0][n])}" for n in proposer.space)
+    alive = done[done[ACTIVE] > 0]
+    lowest = int((done if alive.empty else alive)["trial"].iloc[0])
+    which = "" if lowest == done["trial"].iloc[0] else " of those with active latents"
     each = [
         f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
         for _, row in table.iterrows()
     ]
     sentences = [
         f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
-        f"diverged) trial {number} is best: {settings}.",
-        f"Trained again with fresh seeds, test neg_elbo is {' and '.join(each)} nats / image; the "
-        f"paired difference is {frames.paired_difference(again, default, 'neg_elbo')}.",
+        f"diverged) trial {lowest}{', the default,' if lowest in first else ''} has the lowest "
+        f"validation neg_elbo{which}.",
+        f"Trained again with fresh seeds, {sure}.",
+        f"Test neg_elbo is {' and '.join(each)} nats / image.",
+        f"The saved model and its pictures are of the median seed of {label}, {best['seed']}.",
     ]
-    figures = {
-        "history": partial(plots.search_history, trials),
-        "parameters": partial(plots.search_parameters, trials),
-    }
-    if not shares.empty:
-        figures["importances"] = partial(plots.search_importances, shares)
-    if len(objectives) > 1:
-        figures["front"] = partial(plots.search_front, trials)
-        sentences.append(f"{trials['front'].sum()} trials are on the front of rate and mse.")
+    exhibits = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
+    exhibits["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
+    if len(proposer.objectives) > 1:
+        front, knee = done[done["trial"].isin(trials["trial"][trials["front"]])], plots.knee(trials)
+        on_it = f"{len(front)} trials are on the front of rate and distortion; its knee"
+        sentences.append(f"{on_it}, where their sum is lowest, is trial {knee['trial']}.")
+        caption = f"The Pareto front by rising rate; its knee is trial {knee['trial']}."
+        exhibits["front"] = (front.sort_values("val/rate"), caption)
+    rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
+    others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
+    shown = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
+    curves = partial(plots.learning_curves, histories, again, "configuration")
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
         frame=runs,
-        tables={
-            "table": (top, f"The {TOP} best trials of the search."),
-            "confirmed": (table, f"With fresh seeds. {TABLE_CAPTION}"),
+        tables=exhibits,
+        figures={
+            **_figures(proposer, study, trials),
+            "learning_curves": (curves, plots.CURVES_CAPTION),
         },
-        figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
-        models=confirmed.groupby("configuration", sort=False)["run_id"].first().to_dict(),
-        best=again.loc[again["val/neg_elbo"].idxmin()],
-        shown=again[tried + CONFIRMED + users].mean().to_dict(),
-        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": number},
+        models={f"{name}, seed {run['seed']}": run["run_id"] for name, run in medians.items()},
+        best=best,
+        shown=chosen[measured].mean().to_dict(),
+        settings={**proposer.settings, "trials": len(trials) + diverged, "best_trial": lowest},
+        verdict=(f"Best: {label} ({shown}).", f"How sure: {sure}.", f"Next: {step}"),
+        warnings=warnings,
+        next_command=next_command,
+        best_value=plain({name: best[name] for name in names}),
+        not_distinguishable=[plain({name: run[name] for name in names}) for run in others],
+        procedure="paired t interval over fresh seeds at 5 %",
+        best_row=int(rows[0]) if len(rows) else None,
     )
+
+
+def _figures(
+    proposer: TPE, study: optuna.Study, trials: pd.DataFrame
+) -> dict[str, tuple[Callable[[], Figure], str]]:
+    """Return the figures of the trials with their captions."""
+    import pandas as pd
+
+    figures: dict[str, Callable[[], Figure]] = {
+        "history": partial(plots.search_history, trials),
+        "parameters": partial(plots.search_parameters, trials),
+    }
+    if len(_complete(study)) > 1:
+        shares = {name: _importances(study, i) for i, name in enumerate(proposer.objectives)}
+        figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
+    if len(proposer.objectives) > 1:
+        figures["front"] = partial(plots.search_front, trials)
+    return {name: (draw, CAPTIONS[name]) for name, draw in figures.items()}
+
+
+def how_sure(other: str, gap: frames.Difference) -> str:
+    """Return how the best other trial compares with the default, by its paired difference."""
+    if other == _label(DEFAULT) or not gap.seeds:
+        return "no other configuration than the default could be compared with it"
+    verdict = "better than" if gap.mean < 0 else "worse than"
+    if not gap.distinguishable:
+        verdict = "not distinguishable from"
+    half = f" ± {gap.half_width:.2f}" if gap.seeds > 1 else ""
+    return (
+        f"{other} is {verdict} the default: {gap.mean:.2f}{half} nats / image of validation "
+        f"neg_elbo against it, paired over {gap.seeds} fresh seed{'s' * (gap.seeds > 1)}"
+    )
+
+
+def _next(proposer: TPE, options: SearchOptions, plan: Plan, epochs: int) -> tuple[str, str]:
+    """Return what to do next, and its command: so many epochs, or for 0 more trials."""
+    if not plan.source.words:  # tensors, which no command line names
+        return "more epochs." if epochs else "more trials.", ""
+    trials = options.trials if epochs else 2 * options.trials
+    settings = {**options.settings, **({"epochs": epochs} if epochs else {})}
+    more = replace(options, trials=trials, settings=settings, pruner=proposer.pruner)
+    places = arguments(same_places(options, plan.name, fresh=epochs > 0))
+    words = command(start_words(NAME), plan.source, more, proposer.base)
+    line = f"{words} {shlex.join(places)}"
+    return f"{epochs} epochs: {line}" if epochs else f"{trials} trials: {line}", line
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:
     """Return the options of the search from its command line; else UserError."""
-    searched = dict.fromkeys(space(BASE.epochs), "searched, unless it is given")
+    searched = dict.fromkeys(["kl_weight", *space(BASE.epochs, {})], "searched, unless it is given")
     return read(SearchOptions, NAME, __doc__ or "", args, setting_options(BASE, searched))
 
 

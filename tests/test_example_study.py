@@ -36,8 +36,10 @@ def test_a_file_outside_the_package_is_a_whole_study(
     folder = tmp_path / "reports" / "learning_rate-digits"
     assert (folder / "report.html").exists()
     assert (folder / "figures" / "metrics_along_axis.png").exists()
-    command = json.loads((folder / "summary.json").read_text())["command"]
-    assert command.startswith(f"python {EXAMPLE} --dataset digits")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["command"].startswith(f"python {EXAMPLE} --dataset digits")
+    assert summary["next_command"].startswith(f"python {EXAMPLE} --dataset digits --epochs 50")
+    assert len(summary["verdict"]) == 3
 
 
 def test_the_study_of_the_readme_can_be_planned():
@@ -85,5 +87,8 @@ def test_widths_are_an_axis_from_the_plan_to_the_report_and_the_study_grows(
     frame = frames.load_study("widths-digits", tracking_uri=tracking_uri)
     assert set(frame["hidden"]) == {"8", "6,4", "none"}
     names = {path.name for path in (grown.folder / "figures").iterdir()}
-    assert names == {"metrics.png", "plane.png"}
+    assert names == {"metrics.png", "plane.png", "learning_curves.png"}
+    values = [[8], [6, 4], []]
+    assert grown.best == values[grown.best_row]
+    assert [*grown.not_distinguishable, grown.best] == sorted(values, key=lambda v: v == grown.best)
     assert "6,4" in (grown.folder / "report.html").read_text()

@@ -6,9 +6,10 @@ import pytest
 
 from analysis import frames, plots
 from analysis.plots.along_axis import FOUR
-from analysis.plots.style import label
+from analysis.plots.style import COLORS, label
 from analysis.tables import plain
-from harness.tracking.runs import Run
+from harness.tracking import connect
+from harness.tracking.runs import Epoch, Run
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,103 @@ def test_no_band_and_no_bar_leaves_the_range_of_its_metric():
     assert ends[3].max() == 4
     for panel in plots.kl_per_latent(made, "hidden").axes:
         assert np.concatenate(panel.collections[0].get_segments())[:, 1].min() >= 0
+
+
+def curves_of(values, ends, lengths=(), **columns):
+    """Make histories that fall to an end, and their frame: one run a value, unless repeated."""
+    rows = {"run_id": [f"run {i}" for i in range(len(values))], "x": values, "val/neg_elbo": ends}
+    lengths = lengths or [10] * len(values)
+    points = [
+        (run, epoch, end + 100 / epoch**3)
+        for run, end, length in zip(rows["run_id"], ends, lengths, strict=True)
+        for epoch in range(1, length + 1)
+    ]
+    histories = pd.DataFrame(points, columns=["run_id", "epoch", "value"])
+    return histories, pd.DataFrame(rows | {"neg_elbo": ends} | columns)
+
+
+def lines(panel, width):
+    """Return the drawn lines of a width: .7 runs, 1.8 means, 1.2 the linear model."""
+    shown = [line for line in panel.get_lines() if len(line.get_xdata())]
+    return [line for line in shown if line.get_linewidth() == width and line.get_marker() == "None"]
+
+
+def test_learning_curves_hold_every_epoch_of_every_run_and_the_mean_over_seeds(finished, frame):
+    rows = connect(finished.tracking_uri).histories(frame["run_id"].tolist(), "val/neg_elbo")
+    histories = pd.DataFrame(rows, columns=Epoch._fields)
+    assert len(histories) == frame["epochs"].sum()
+    figure = plots.learning_curves(histories, frame, "kl_weight")
+    panel, values = figure.axes[0], histories.pivot(index="epoch", columns="run_id")["value"]
+    drawn = {tuple(line.get_ydata()) for line in lines(panel, 0.7)}
+    assert drawn == {tuple(values[run]) for run in frame["run_id"]}
+    means = {tuple(line.get_ydata()): line.get_color() for line in lines(panel, 1.8)}
+    best = frame.groupby("kl_weight")["val/neg_elbo"].mean().idxmin()
+    for weight, runs in frame.groupby("kl_weight"):
+        color = means.pop(tuple(values[runs["run_id"]].mean(axis=1)))
+        assert (color == COLORS[1]) == (weight == best)
+    assert not means
+    (linear,) = lines(panel, 1.2)
+    expected = frame.loc[frame["kl_weight"] == best, "linear/neg_elbo"].mean()
+    assert linear.get_ydata()[0] == expected or "linear" in panel.texts[0].get_text()
+    assert panel.get_ylabel() == label("val/neg_elbo")
+
+
+def test_a_mean_ends_with_the_first_run_and_a_run_that_ends_early_has_a_dot():
+    histories, frame = curves_of([1, 1, 2, 2], [0.0, 1.0, 5.0, 6.0], lengths=[4, 10, 10, 10])
+    panel = plots.learning_curves(histories, frame, "x").axes[0]
+    means = [np.isfinite(line.get_ydata()).sum() for line in lines(panel, 1.8)]
+    assert means == [4, 10]
+    (dot,) = [line for line in panel.get_lines() if line.get_marker() == "."]
+    assert list(dot.get_xdata()) == [4]
+
+
+def test_first_epochs_and_bad_values_do_not_flatten_the_rest_and_are_counted():
+    histories, frame = curves_of([1, 2, 3, 4, 5], [0.0, 1.0, 2.0, 3.0, 500.0])
+    panel = plots.learning_curves(histories, frame, "x").axes[0]
+    assert panel.get_ylim()[1] < 20
+    assert panel.texts[0].get_text() == "1 of 5 runs end above, up to 500"
+    panel = plots.learning_curves(histories, frame[:4], "x").axes[0]
+    assert panel.get_ylim()[1] < 20
+    assert panel.texts[0].get_text() == "first epochs above, up to 103"
+
+
+def test_the_value_of_kept_weights_is_no_epoch():
+    histories, frame = curves_of([1, 2], [0.0, 1.0], keep=["best", "last"])
+    panel = plots.learning_curves(histories, frame, "x").axes[0]
+    assert [np.isfinite(line.get_ydata()).sum() for line in lines(panel, 0.7)] == [9, 10]
+
+
+def test_many_numbers_have_a_colour_bar_and_of_many_names_the_best_are_listed():
+    histories, frame = curves_of([*range(64)], [float(abs(x - 20)) for x in range(64)])
+    figure = plots.learning_curves(histories, frame, "x")
+    assert figure.axes[1].get_ylabel() == "x"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best: 20"]
+    figure = plots.learning_curves(histories, frame.assign(x=[f"${x}" for x in range(64)]), "x")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert (names[0], names[-1], len(names)) == (r"best: \$20", "54 others", 11)
+
+
+def test_groups_have_a_panel_each_with_a_best_value_of_their_own():
+    histories, frame = curves_of(["a", "b", "a", "b", "a"], [0.0, 1.0, 3.0, 2.0, 0.0])
+    made = frame.assign(part=["one", "one", "two", "two", "three"])
+    figure = plots.learning_curves(histories, made, "x", "part")
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["one: best a", "two: best b", "three: best a"]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_runs_without_epochs_and_of_a_single_epoch_are_drawn(rows):
+    histories, frame = curves_of([1], [0.0])
+    panel = plots.learning_curves(histories[:rows], frame, "x").axes[0]
+    assert len(panel.texts if not rows else lines(panel, 0.7)) == 1
+
+
+def test_paths_are_apart_by_the_deviation_of_the_modes_and_compared_with_that_of_seeds():
+    modes, seeds = ["pixels", "sum"] * 2, [0, 0, 1, 1]
+    given = {"kl_normalization": modes, "seed": seeds, "decoder_variance": 0.1}
+    histories, frame = curves_of([1, 2, 3, 4], [0.0, 1.0, 2.0, 5.0], **given)
+    apart, between = lines(plots.paths_apart(histories, frame).axes[0], 1.5)
+    np.testing.assert_allclose(apart.get_ydata(), np.mean([1, 3]) / np.sqrt(2))
+    np.testing.assert_allclose(between.get_ydata(), np.median([2, 4]) / np.sqrt(2))
+    equal = plots.paths_apart(*curves_of([1, 2, 3, 4], [0.0, 0.0, 2.0, 2.0], **given))
+    assert "equal at every epoch" in equal.axes[0].texts[0].get_text()

@@ -149,7 +149,15 @@ def test_columns_of_numbers_and_no_others_stand_right(page):
 
 @pytest.mark.parametrize(
     ("cell", "is_number"),
-    [("-27.61 ± 5.02", True), ("1e-05", True), ("–", True), ("9 %", True), ("nan", True)]
+    [
+        ("-27.61 ± 5.02", True),
+        ("9.3 (6.5 to 10.0)", True),
+        ("2 (of 3)", False),
+        ("1e-05", True),
+        ("–", True),
+        ("9 %", True),
+        ("nan", True),
+    ]
     + [("7f403d31", False), ("pixels", False), ("2 of 3", False), ("(256, 64)", False)],
 )
 def test_what_a_number_is(cell, is_number):

@@ -16,7 +16,8 @@ import harness
 from analysis import frames, plots
 from analysis.frames import is_numeric
 from analysis.plots.search import PANELS
-from harness import RunConfig, tracking
+from harness import RunConfig, objective, tracking
+from harness.linear.pca import pca
 from harness.tracking import record as recording
 from harness.tracking.runs import Run
 from studies import search
@@ -24,6 +25,7 @@ from studies.runner.database import open_storage, process_name
 from studies.runner.proposers import TPE, Range
 from studies.runner.queue import Queue, open_queue
 from studies.runner.run import Site, work
+from studies.runner.study import KNOWN, calibrated
 from studies.runner.terminal import Steps, Terminal
 from studies.search import SearchOptions, make_plan
 
@@ -109,8 +111,21 @@ def test_the_objective_is_the_mean_over_seeds_of_validation_neg_elbo(searched):
         assert trial.value == pytest.approx(means[trial.number], rel=1e-12)
 
 
-def test_the_best_and_the_default_are_trained_with_three_fresh_seeds(searched):
-    best = searched.study(NAME).best_trial
+def test_the_default_is_the_first_trial(searched):
+    first = searched.study(NAME).trials[0]
+    assert first.params["decoder_variance"] == 0.01
+    for run in part(searched.runs(NAME), "search")[:2]:
+        assert (run.params["trial"], run.params["kl_weight"], run.params["sigma"]) == (
+            *("0", "0.02"),
+            "fixed",
+        )
+
+
+def test_the_best_other_trial_and_the_default_are_trained_with_three_fresh_seeds(searched):
+    study = searched.study(NAME)
+    best = search.rival(study)
+    others = [t for t in study.trials[1:] if t.state.name == "COMPLETE"]
+    assert best.value == min(trial.value for trial in others)
     runs = part(searched.runs(NAME), "confirmation")
     cells = sorted((int(r.params["trial"]), r.params["seed"]) for r in runs)
     assert cells == sorted((number, seed) for number in (-1, best.number) for seed in "234")
@@ -122,15 +137,49 @@ def test_the_best_and_the_default_are_trained_with_three_fresh_seeds(searched):
             assert {k: str(v) for k, v in best.params.items()}.items() <= run.params.items()
 
 
-def test_the_answer_has_the_fresh_seeds_mean_and_interval(searched):
-    summary = searched.summary(NAME)
-    best = searched.study(NAME).best_trial
+def test_the_answer_compares_the_best_with_the_default_by_fresh_seeds(searched):
+    summary, best = searched.summary(NAME), search.rival(searched.study(NAME))
     runs = part(searched.runs(NAME), "confirmation")
-    values = [r.metrics["test/neg_elbo"] for r in runs if r.params["trial"] == str(best.number)]
+    both = [[r for r in runs if r.params["trial"] == str(n)] for n in (best.number, -1)]
+    values = [r.metrics["test/neg_elbo"] for r in both[0]]
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t quantile, 2 degrees of freedom
-    assert f"trial {best.number} is best" in summary["answer"]
-    assert f"test neg_elbo is {np.mean(values):.2f} ± {half:.2f} (best, trial" in summary["answer"]
-    assert "(default, calibrated weight) nats / image; the paired" in summary["answer"]
+    assert f"Test neg_elbo is {np.mean(values):.2f} ± {half:.2f} (trial" in summary["answer"]
+    gaps = np.subtract(*([r.metrics["val/neg_elbo"] for r in part] for part in both))
+    half = 4.302653 * np.std(gaps, ddof=1) / np.sqrt(3)
+    words = "better than" if np.mean(gaps) < 0 else "worse than"
+    words = words if abs(np.mean(gaps)) > half else "not distinguishable from"
+    shown = f"trial {best.number} is {words} the default: {np.mean(gaps):.2f} ± {half:.2f} nats"
+    assert shown in summary["answer"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (frames.Difference(-2.0, 1.0, 3), "trial 7 is better than the default: -2.00 ± 1.00 nats"),
+        (frames.Difference(2.0, 1.0, 3), "trial 7 is worse than the default: 2.00 ± 1.00 nats"),
+        (frames.Difference(-1.0, 1.5, 3), "trial 7 is not distinguishable from the default: -1.00"),
+        (frames.Difference(-1.0, float("nan"), 1), "trial 7 is not distinguishable from"),
+    ],
+)
+def test_a_difference_that_chance_makes_is_not_called_one(gap, words):
+    assert search.how_sure("trial 7", gap).startswith(words)
+
+
+def finished(value, active, **attrs):
+    """Return a complete trial."""
+    attrs = {"val/neg_elbo": value, "val/active_units": active, **attrs}
+    return optuna.trial.create_trial(values=[value], user_attrs=attrs)
+
+
+def test_a_collapsed_trial_is_compared_only_where_all_have_collapsed():
+    study = optuna.create_study()
+    study.add_trial(finished(1.0, 3.0, default=True))
+    assert search.rival(study) is None
+    study.add_trial(finished(4.0, 0.0))
+    study.add_trial(finished(2.0, 0.0))
+    assert search.rival(study).number == 2
+    study.add_trial(finished(3.0, 1.0))
+    assert search.rival(study).number == 3
 
 
 def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
@@ -141,9 +190,35 @@ def test_the_summary_is_one_run_with_its_files_and_makes_a_report(searched):
     for exhibit in summary["figures"] + summary["pictures"] + summary["tables"]:
         assert (folder / exhibit["file"]).is_file()
     names = {Path(figure["file"]).stem for figure in summary["figures"]}
-    assert names == {"history", "parameters", "importances"}
+    assert names == {"history", "parameters", "importances", "learning_curves"}
     assert "python -m studies.search --dataset digits --epochs 2 --trials 5" in summary["command"]
     assert summary["answer"].split(".")[0] in (folder / "report.html").read_text()
+
+
+def test_the_recommended_configuration_has_the_lower_mean_and_its_median_seed_is_saved(searched):
+    summary, runs = searched.summary(NAME), part(searched.runs(NAME), "confirmation")
+    seeds = {trial: [r for r in runs if r.params["trial"] == trial] for trial in ("-1", *"01234")}
+    values = {
+        trial: sorted((r.metrics["val/neg_elbo"], r.run_id) for r in found)
+        for trial, found in seeds.items()
+        if found
+    }
+    best = min(values, key=lambda trial: np.mean([value for value, _ in values[trial]]))
+    assert summary["model_run_id"] == values[best][1][1]
+    label = "default" if best == "-1" else f"trial {best}"
+    first, sure, following = summary["verdict"]
+    assert first.startswith(f"Best: {label} (decoder_variance = ")
+    assert sure.startswith("How sure: trial ")
+    assert following.endswith(summary["next_command"])
+    assert summary["best"]["latent_size"] == int(seeds[best][0].params["latent_size"])
+    row = summary["rows"][summary["best_row"]]
+    assert row["trial"] == max(0, int(best))
+    words = shlex.split(summary["next_command"].partition("studies.search ")[2])
+    longer = make_plan(search.parse(words))  # still improving after 2 epochs
+    assert (longer.configs[0].epochs, len(longer.configs)) == (50, 5 * 2 + 6)
+    assert any("No latent is active" in warning for warning in summary["warnings"]) == (
+        all(r.metrics["test/active_units"] == 0 for r in seeds[best])
+    )
 
 
 def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
@@ -160,7 +235,7 @@ def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
     assert min(done, key=lambda n: done[n].user_attrs["val/neg_elbo"]) in front
     summary = searched.summary(FRONT)
     assert "front" in {Path(figure["file"]).stem for figure in summary["figures"]}
-    assert f"{len(front)} trials are on the front of rate and mse" in summary["answer"]
+    assert f"{len(front)} trials are on the front of rate and distortion" in summary["answer"]
 
 
 # --- going on -----------------------------------------------------------------------------------
@@ -229,11 +304,43 @@ def test_other_settings_are_refused_with_the_differences(searched, capsys):
 
 def test_a_remedy_that_is_set_is_not_searched():
     plan = make_plan(SearchOptions(settings={"sigma": "optimal", "free_bits": 0.1}))
-    assert not {"sigma", "free_bits"} & set(plan.proposer.space)
+    assert not {"sigma", "free_bits", "decoder_variance", "beta"} & set(plan.proposer.space)
     assert (plan.proposer.base.sigma, plan.proposer.base.free_bits) == ("optimal", 0.1)
     assert "--sigma optimal --free-bits 0.1" in plan.command
+    given = make_plan(SearchOptions(settings={"kl_weight": 0.3})).proposer
+    assert not {"kl_weight", "decoder_variance"} & set(given.space)
+    assert given.configure(given.base, **given.default).kl_weight == 0.3
+
+
+@pytest.mark.parametrize("normalization", ["pixels", "batch", "latent", "sum"])
+def test_a_trials_decoder_variance_is_that_of_its_weight_in_the_given_normalisation(normalization):
+    proposer = make_plan(SearchOptions(settings={"kl_normalization": normalization})).proposer
+    data, default = KNOWN["digits"], calibrated(proposer.base, KNOWN["digits"])
+    assert proposer.configure(proposer.base, **proposer.default) == default
+    low, high, _ = proposer.space["decoder_variance"]
+    for variance in (low, high):
+        config = proposer.configure(proposer.base, decoder_variance=variance, latent_size=5)
+        assert objective.decoder_variance(config, data.pixels) == pytest.approx(variance)
+    for sigma in ("optimal", "learned"):
+        config = proposer.configure(proposer.base, sigma=sigma, latent_size=5)
+        assert objective.beta(config, data.pixels) == pytest.approx(1.0)
+
+
+def test_the_decoder_variances_reach_from_a_small_error_to_the_collapse_of_the_linear_model(data):
+    low, high, _ = make_plan(SearchOptions()).proposer.space["decoder_variance"]
+    assert low < (1 / 255) ** 2
+    assert high > pca(data).variances[0]
+
+
+def test_a_likelihood_without_a_variance_is_searched_by_beta():
     binary = SearchOptions(settings={"likelihood": "bernoulli", "binarization": "stochastic"})
-    assert "sigma" not in make_plan(binary).proposer.space
+    proposer = make_plan(binary).proposer
+    assert "sigma" not in proposer.space
+    assert proposer.default["beta"] == pytest.approx(1.0)
+    laplace = make_plan(SearchOptions(settings={"likelihood": "laplace"})).proposer
+    default = laplace.configure(laplace.base, **laplace.default)
+    assert objective.decoder_std(default, 64) == pytest.approx(0.1)  # of the Gaussian default
+    assert {"beta", "sigma"} <= set(laplace.space)
 
 
 def test_the_command_of_a_report_is_one_that_the_search_takes():
@@ -245,7 +352,7 @@ def test_the_command_of_a_report_is_one_that_the_search_takes():
 def test_a_dry_run_shows_what_is_searched_and_writes_nothing(tmp_path, capsys):
     search.main(["--dry-run", "--trials", "40", *Home(tmp_path).places])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "40 configurations of kl_weight, kl_normalization, latent_size" in printed
+    assert "40 configurations of decoder_variance, latent_size, learning_rate" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,7 +463,7 @@ def test_a_fresh_seed_that_diverges_is_not_trained_again(searched, tmp_path, tin
     home = Home(tmp_path / "copy")
     copy_home(searched.folder, home.folder)
     plan = make_plan(SearchOptions(trials=5, seeds=2, study_name="other", settings={"epochs": 2}))
-    listed = search.confirm(plan.proposer, plan.proposer.base, home.study(NAME))
+    listed = search.confirm(plan.proposer, home.study(NAME))
     wild = listed.cells[0]._replace(config=listed.cells[0].config.replace(learning_rate=1e30))
     storage = open_storage(home.places[-1])
     for left in (6, 0):
@@ -389,7 +496,7 @@ def test_the_history_holds_every_trial_and_the_best_so_far(trials):
 
 def test_each_setting_has_a_panel_with_every_trial(trials):
     figure = plots.search_parameters(trials)
-    for panel, setting in zip(figure.axes, PANELS, strict=False):
+    for panel, setting in zip(figure.axes, (n for n in PANELS if n in trials), strict=False):
         dots = np.concatenate([c.get_offsets() for c in panel.collections])
         assert sorted(dots[:, 1]) == pytest.approx(sorted(trials["val/neg_elbo"]))
         if is_numeric(trials[setting]):
@@ -399,7 +506,16 @@ def test_each_setting_has_a_panel_with_every_trial(trials):
 def test_the_front_is_drawn_through_its_trials_alone(trials):
     panel = plots.search_front(trials).axes[0]
     line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
-    assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/mse"])
+    assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/distortion"])
+
+
+def test_the_knee_has_the_lowest_sum_of_rate_and_distortion_and_active_latents(trials):
+    front = trials[trials["front"]]
+    sums = front["val/rate"] + front["val/distortion"]
+    assert plots.knee(trials)["trial"] == sums.idxmin()
+    dead = trials.assign(**{"val/active_units": (trials.index != sums.idxmin()).astype(float)})
+    assert plots.knee(dead)["trial"] == sums.drop(sums.idxmin()).idxmin()
+    assert plots.knee(dead.assign(**{"val/active_units": 0.0}))["trial"] == sums.idxmin()
 
 
 def test_one_trial_is_drawn_as_one_point(trials):
@@ -417,5 +533,5 @@ def test_one_trial_is_drawn_as_one_point(trials):
         for line in plots.search_front(one).axes[0].get_lines()
         if line.get_label() == "Pareto front"
     ]
-    assert front.get_ydata().tolist() == [one["val/mse"].item()]
+    assert front.get_ydata().tolist() == [one["val/distortion"].item()]
     plots.search_importances(pd.DataFrame({"val/neg_elbo": {"kl_weight": 1.0}}))

@@ -89,10 +89,30 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
         files |= {a.path for a in store.client.list_artifacts(summary.run_id, part)}
     assert files - {"model"} == {str(p.relative_to(beside)) for p in beside.rglob("*")}
     assert {f["file"] for f in listed["figures"] + listed["pictures"] + listed["tables"]} <= files
+    assert all(line in description for line in ("Best: kl_weight = ", "How sure: 2 seeds. "))
     best = load_run(summary.run_id, finished.tracking_uri)
     images = data.test.pixels(slice(4), torch.float32)
     assert best.model(images).shape == (4, 1, 8, 8)
     assert best.metrics["val/neg_elbo"] == summary.metrics["val/neg_elbo"]
+
+
+def test_the_setting_is_that_of_the_best_mean_and_its_model_that_of_the_median_seed(finished):
+    folder = finished.folder / "reports" / NAME
+    found, runs = (
+        json.loads((folder / "summary.json").read_text()),
+        pd.read_csv(folder / "runs.csv"),
+    )
+    means = runs.groupby("kl_weight")["val/neg_elbo"].mean()
+    assert found["best"] == means.idxmin() == means.index[found["best_row"]]
+    assert {found["best"], *found["not_distinguishable"]} <= {0.0, 0.02, 1.0}
+    seeds = runs[runs["kl_weight"] == found["best"]].sort_values("val/neg_elbo")
+    assert found["model_run_id"] == seeds["run_id"].iloc[0]  # the lower one of two
+    captions = " ".join(picture["caption"] for picture in found["pictures"])
+    assert f"{seeds['name'].iloc[0]}, the median seed of 2: a latent a row" in captions
+    assert any("Two seeds" in warning for warning in found["warnings"])
+    assert any("fell by" in warning for warning in found["warnings"])
+    assert found["next_command"].startswith("python -m studies.kl_weight --dataset digits --epochs")
+    assert found["next_command"].endswith(" --fresh")
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsys):

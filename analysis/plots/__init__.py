@@ -18,6 +18,7 @@ from analysis.plots.latents import kl_per_latent as kl_per_latent
 from analysis.plots.latents import latent_scatter as latent_scatter
 from analysis.plots.planes import frontier as frontier
 from analysis.plots.planes import rate_distortion as rate_distortion
+from analysis.plots.search import knee as knee
 from analysis.plots.search import search_front as search_front
 from analysis.plots.search import search_history as search_history
 from analysis.plots.search import search_importances as search_importances

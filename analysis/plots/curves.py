@@ -54,25 +54,24 @@ def learning_curves(
     columns = len(parts) if len(parts) < 4 else 2 + (len(parts) > 4)
     rows = -(-len(parts) // columns)
     size = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
-    figure, panels = canvas(*size, rows, columns, sharex=True, sharey=True, squeeze=False)
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = canvas(*size, rows=rows, columns=columns, **shared)
     low, top = _limits(curves)
+    exact = frame.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends)
+    bests = []
     for panel, (name, part) in zip(panels.flat, parts, strict=False):
-        best = ends[part.index].groupby(part[axis]).mean().idxmin()
+        bests.append(ends[part.index].groupby(part[axis]).mean().idxmin())
         for value, runs in part.groupby(axis, sort=False):
-            _runs_and_mean(panel, curves[runs.index], BEST if value == best else colors[value])
-        above = _above(curves[part.index], ends[part.index], top)
-        linear = part.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends)
-        level = linear[part[axis] == best].mean()
-        if level > top:
-            above.append(f"linear (exact): {level:.3g}, above")
-        elif level == level:
-            panel.axhline(level, color=GREY, ls="--", lw=1.2)
-            low = min(low, level)
-        if above:
+            _runs_and_mean(panel, curves[runs.index], BEST if value == bests[-1] else colors[value])
+        linear = exact[part.index][part[axis] == bests[-1]].mean()
+        if linear <= top:
+            panel.axhline(linear, color=GREY, ls="--", lw=1.2)
+            low = min(low, linear)
+        if above := _above(curves[part.index], ends[part.index], linear, top):
             note(panel, "\n".join(above))
         if group:
             named = f"{group} = {plain(name)}" if frames.is_numeric(frame[group]) else name
-            panel.set_title(plain_text(f"{named}: best {plain(best)}"), fontsize="medium")
+            panel.set_title(plain_text(f"{named}: best {plain(bests[-1])}"), fontsize="medium")
     for panel in panels.flat[len(parts) :]:
         panel.set_visible(False)
     for panel in panels.flat[len(parts) - columns : len(parts)]:
@@ -82,32 +81,44 @@ def learning_curves(
         panel.set_ylabel(label(metric))
     panels[0, 0].locator_params(axis="x", integer=True)
     panels[0, 0].set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
-    panels[0, 0].set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
-    bar = numeric and len(order) > LISTED
-    _legend(figure, panels, colors, axis, " of the group" if group else f": {plain(best)}", bar=bar)
+    margin = 0.05 * (top - low or abs(top) or 1)
+    panels[0, 0].set_ylim(low - margin, top + margin)
+    names = {"best of the group": (BEST, "-")}
+    if len({*bests}) == 1:
+        names = {f"best: {plain(bests[0])}": (BEST, "-")}
+        colors = {value: color for value, color in colors.items() if value != bests[0]}
+    if any(line.get_linestyle() == "--" for panel in panels.flat for line in panel.get_lines()):
+        names["linear (exact)"] = (GREY, "--")
+    if bar := numeric and len(order) > LISTED:
+        _bar(figure, panels, order, label(axis))
+    else:
+        names |= {plain(value): (color, "-") for value, color in colors.items() if color != FAINT}
+        faint = [*colors.values()].count(FAINT)
+        names |= {f"{faint} others": (FAINT, "-")} if faint else {}
+    for name, (color, style) in names.items():
+        panels[0, 0].plot([], [], style, color=color, lw=1.8, label=plain_text(name))
+    look = {"loc": "outside upper center", "ncols": 2} if bar else {"loc": "outside right upper"}
+    figure.legend(frameon=False, title="" if bar else label(axis), **look)
     return figure
 
 
 def paths_apart(histories: frames.Frame, frame: frames.Frame) -> Figure:
-    """Plot how far four KL normalisations are apart at equal decoder variance, by epoch."""
+    """Plot how far KL normalisations are apart at equal decoder variance, epoch by epoch."""
     axis, curves = "decoder_variance", by_epoch(histories, frame)
     frame = frame[frame["run_id"].isin(curves.columns)].set_index("run_id")
-
-    def spread(keys: list[str], statistic: str) -> frames.Frame:
-        return curves.T.groupby([frame[key] for key in keys]).agg(statistic).T
-
-    keys = [axis, "seed"]
-    apart = (spread(keys, "max") - spread(keys, "min")).T.groupby(axis).mean().T
-    seeds = spread(["kl_normalization", axis], "std").median(axis=1)
+    spread = {
+        other: curves.T.groupby([frame[axis], frame[key]]).std()
+        for other, key in (("modes", "seed"), ("seeds", "kl_normalization"))
+    }
+    apart = spread["modes"].groupby(axis).mean().T
     if not (apart > 0).any(axis=None):
         return empty_figure("at equal decoder variance and seed the modes are equal at every epoch")
     figure, panel = canvas(9, 5)
     for value, color in _colors([*apart], numeric=True).items():
-        panel.plot(
-            apart.index, apart[value].where(apart[value] > 0), color=color, label=plain(value)
-        )
-    panel.plot(seeds.index, seeds, color=GREY, ls="--", label="between seeds")
-    panel.set(xlabel="epoch", ylabel="difference, nats / image", yscale="log")
+        positive = apart[value].where(apart[value] > 0)
+        panel.plot(apart.index, positive, color=color, label=f"modes, {plain(value)}")
+    panel.plot(apart.index, spread["seeds"].median(), color=GREY, ls="--", label="seeds")
+    panel.set(xlabel="epoch", ylabel="standard deviation (nats / image)", yscale="log")
     panel.locator_params(axis="x", integer=True)
     figure.legend(loc="outside right upper", frameon=False, title=label(axis))
     return figure
@@ -129,16 +140,18 @@ def _limits(curves: frames.Frame) -> tuple[float, float]:
     """Return limits that neither the first epochs nor bad values flatten."""
     low, high = float(curves.min().min()), float(curves.max().max())
     late = curves[curves.index > 0.1 * curves.index.max()]
-    top = low + 2 * (float(np.nanquantile(late, 0.8)) - low)
+    top = low + 4 * (float(np.nanmedian(late)) - low)
     return low, top if low < top < high - 0.3 * (top - low) else high
 
 
-def _above(curves: frames.Frame, ends: Any, top: float) -> list[str]:  # noqa: ANN401 - a series
+def _above(curves: frames.Frame, ends: Any, linear: float, top: float) -> list[str]:  # noqa: ANN401
     """Return in words what is above the limits."""
-    if (outside := ends[ends > top]).any():
-        return [f"{len(outside)} of {len(ends)} runs end above, up to {outside.max():,.3g}"]
-    high = curves.max().max()
-    return [f"first epochs above, up to {high:,.3g}"] if high > top else []
+    outside, high, found = ends[ends > top], curves.max().max(), []
+    if len(outside):
+        found.append(f"{len(outside)} of {len(ends)} runs end above, up to {outside.max():,.3g}")
+    elif high > top:
+        found.append(f"first epochs above, up to {high:,.3g}")
+    return [*found, f"linear (exact): {linear:,.3g}, above"] if linear > top else found
 
 
 def _runs_and_mean(panel: Axes, curves: frames.Frame, color: Any) -> None:  # noqa: ANN401 - of any form
@@ -161,32 +174,6 @@ def _colors(values: Sequence[Any], *, numeric: bool) -> dict[Any, Any]:
     some = values if numeric else values[: LISTED + 1]
     shades = map(to_hex, colormaps["viridis"](np.linspace(0, LIGHTEST, len(some))))
     return dict.fromkeys(values, FAINT) | dict(zip(some, shades, strict=True))
-
-
-def _legend(
-    figure: Figure,
-    panels: Any,  # noqa: ANN401 - an array
-    colors: dict[Any, Any],
-    axis: str,
-    best: str,
-    *,
-    bar: bool,
-) -> None:
-    panel, title = panels[0, 0], label(axis)
-    panel.plot([], [], color=BEST, lw=1.8, label=plain_text(f"best{best}"))
-    if any(line.get_linestyle() == "--" for each in panels.flat for line in each.get_lines()):
-        panel.plot([], [], color=GREY, ls="--", lw=1.2, label="linear (exact)")
-    if bar:
-        _bar(figure, panels, [*colors], title)
-        title, colors = f"{axis}, mean over seeds", {}
-    shown = {value: color for value, color in colors.items() if f": {plain(value)}" != best}
-    for value, color in shown.items():
-        if color != FAINT:
-            panel.plot([], [], color=color, lw=1.8, label=plain_text(plain(value)))
-    if faint := [*shown.values()].count(FAINT):
-        panel.plot([], [], color=FAINT, lw=1.8, label=f"{faint} others")
-    look = {"loc": "outside upper center", "ncols": 2} if bar else {"loc": "outside right upper"}
-    figure.legend(frameon=False, title=title, **look)
 
 
 def _bar(figure: Figure, panels: Any, values: Sequence[Any], text: str) -> None:  # noqa: ANN401

@@ -1,5 +1,7 @@
 """Figures of a search, of the frame of `frames.by_trial`; `front` marks the Pareto front."""
 
+from typing import Any
+
 import numpy as np
 
 from analysis.frames import Frame, is_numeric
@@ -9,12 +11,12 @@ OBJECTIVE = "val/neg_elbo"
 
 # Settings that a search may vary, in the order of the figure's panels.
 PANELS = (
-    *("kl_weight", "kl_normalization", "decoder_variance", "latent_size", "learning_rate"),
+    *("decoder_variance", "beta", "latent_size", "learning_rate"),
     *("kl_warmup_epochs", "kl_cycles", "free_bits", "sigma"),
 )
 
-LOGARITHMIC = ("kl_weight", "decoder_variance", "learning_rate")
-NUMBERED = 14  # points of a front, at most
+LOGARITHMIC = ("decoder_variance", "beta", "learning_rate")
+APART = 0.05  # distance of numbered points of a front, share of the panel
 
 
 def search_history(trials: Frame) -> Figure:
@@ -27,20 +29,25 @@ def search_history(trials: Frame) -> Figure:
     panel.step(done["trial"], best, where="post", color=GREY, label="best so far")
     _bound(panel, trials)
     panel.set(xlabel="trial", ylabel=label(OBJECTIVE))
+    panel.locator_params(axis="x", integer=True)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def _bound(panel: Axes, trials: Frame) -> None:
     """Set limits that bad trials do not flatten; those above are counted."""
-    values = trials[OBJECTIVE]
-    low, middle = values.min(), values.median()
+    values, top = trials[OBJECTIVE], _top(trials)
+    if values.max() > top:
+        low = values.min()
+        panel.set_ylim(low - 0.05 * (top - low), top)
+        note(panel, f"{(values > top).sum()} above, up to {values.max():,.0f}")
+
+
+def _top(trials: Frame) -> float:
+    """Return the highest objective that is shown: 2.5 times as far from the best as the median."""
+    low, middle, high = trials[OBJECTIVE].quantile([0, 0.5, 1])
     span = 2.5 * max(middle - low, 1e-9)
-    top = low + 1.05 * span
-    if values.max() <= top + 0.2 * span:
-        return
-    panel.set_ylim(low - 0.05 * span, top)
-    note(panel, f"{(values > top).sum()} above, up to {values.max():,.0f}")
+    return float(high if high <= low + 1.25 * span else low + 1.05 * span)
 
 
 def search_parameters(trials: Frame) -> Figure:
@@ -56,7 +63,8 @@ def search_parameters(trials: Frame) -> Figure:
     for panel in panels[:, 0]:
         panel.set_ylabel(label(OBJECTIVE))
     _bound(panels[0, -1], trials)
-    figure.colorbar(panels[0, 0].collections[-1], ax=panels, label="trial", shrink=0.7)
+    bar = figure.colorbar(panels[0, 0].collections[-1], ax=panels, label="trial", shrink=0.7)
+    bar.ax.locator_params(axis="y", integer=True)
     panels[0, 0].plot([], [], "o", color=GREY, label="finished")
     panels[0, 0].plot([], [], "x", color=GREY, label="pruned")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -93,24 +101,40 @@ def search_importances(shares: Frame) -> Figure:
     return figure
 
 
+def knee(trials: Frame) -> Any:  # noqa: ANN401 - a Series
+    """Return the row of the front with the lowest rate + distortion, of those with active latents.
+
+    Both are nats, and their sum is neg_elbo: the front's tangent has slope -1 there.
+    """
+    front = trials[trials["front"]]
+    active = front[front["val/active_units"] > 0]
+    return front.loc[(front if active.empty else active)[OBJECTIVE].idxmin()]
+
+
 def search_front(trials: Frame) -> Figure:
-    """Plot trials on (rate, mse) with the Pareto front, along which trials are numbered."""
+    """Plot trials on (rate, distortion) with the Pareto front, along which trials are numbered."""
     figure, panel = canvas(9, 6)
-    best, rest = trials[trials["front"]].sort_values("val/rate"), trials[~trials["front"]]
-    panel.plot(rest["val/rate"], rest["val/mse"], "o", color=GREY, ms=5, alpha=0.5, label="trial")
+    x, y = "val/rate", "val/distortion"
+    best, rest = trials[trials["front"]].sort_values(x), trials[~trials["front"]]
+    panel.plot(rest[x], rest[y], "o", color=GREY, ms=5, alpha=0.5, label="trial")
     look = {"color": COLORS[0], "ms": 7, "label": "Pareto front", "drawstyle": "steps-post"}
-    panel.plot(best["val/rate"], best["val/mse"], "o-", **look)
-    lowest = best.loc[best[OBJECTIVE].idxmin()]
-    text = f"trial {lowest['trial']}: lowest {OBJECTIVE}, {lowest[OBJECTIVE]:.2f}"
-    mark = {"color": COLORS[1], "ms": 15, "mfc": "none", "mew": 1.5, "label": text}
-    panel.plot(lowest["val/rate"], lowest["val/mse"], "o", **mark)
-    panel.set_xscale("symlog", linthresh=1)
-    panel.set_xlim(left=-0.05)
-    panel.set_yscale("log")
-    panel.set(xlabel=label("val/rate"), ylabel=label("val/mse"))
-    some = np.linspace(0, len(best) - 1, min(NUMBERED, len(best))).round().astype(int)
-    for _, trial in best.iloc[some].iterrows():
-        place = (trial["val/rate"], trial["val/mse"])
-        panel.annotate(f"{trial['trial']}", place, xytext=(7, 7), textcoords="offset points")
+    panel.plot(best[x], best[y], "o-", **look)
+    found = knee(trials)
+    text = f"knee, trial {found['trial']}: {OBJECTIVE} {found[OBJECTIVE]:.2f}"
+    panel.plot(found[x], found[y], "o", color=COLORS[1], ms=15, mfc="none", mew=1.5, label=text)
+    panel.axline((found[x], found[y]), slope=-1, color=GREY, lw=0.7, zorder=0)
+    panel.set(xlabel=label(x), ylabel=label(y))
+    shown = trials[trials[OBJECTIVE] <= _top(trials)]
+    width, height = (max(np.ptp(shown[name]), 1e-9) for name in (x, y))
+    panel.set_xlim(shown[x].min() - 0.05 * width, shown[x].max() + 0.05 * width)
+    panel.set_ylim(shown[y].min() - 0.05 * height, shown[y].max() + 0.05 * height)
+    if outside := len(trials) - len(shown):
+        note(panel, f"{outside} with {OBJECTIVE} above {_top(trials):,.0f}")
+    place = np.full(2, np.inf)
+    for _, trial in best[best.index.isin(shown.index)].iterrows():
+        now = np.array([trial[x] / width, trial[y] / height])
+        if trial["trial"] == found["trial"] or np.linalg.norm(now - place) > APART:
+            place, offset = now, {"xytext": (7, 7), "textcoords": "offset points"}
+            panel.annotate(f"{trial['trial']}", (trial[x], trial[y]), **offset)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

@@ -118,11 +118,16 @@ def few_seeds(seeds: int) -> str:
 
 
 def at_an_end(name: str, values: Sequence[Any]) -> str:
-    """Return a warning if the first of some numbers is the smallest or the largest, but not 0."""
+    """Return a warning if the first of some numbers is the smallest or the largest; else "".
+
+    Beyond 0, and below the count of 1, there is nothing to try.
+    """
     if len(values) < 2 or not _are_numbers(values):
         return ""
-    best = values[0]
-    if best == 0 or best not in (min(values), max(values)):
+    best, is_count = values[0], isinstance(values[0], int)
+    if best == 0 or (is_count and best == 1 == min(values)):
+        return ""
+    if best not in (min(values), max(values)):
         return ""
     which, beyond = ("largest", "larger") if best == max(values) else ("smallest", "smaller")
     shown = tables.plain(best)
@@ -195,7 +200,7 @@ def _how_sure(ranking: Ranking, unit: str) -> str:
         return "not at all; with one seed no value can be called better than another."
     text = f"{seeds} seeds. Not distinguishable from it: {listed(ranking)}; worse: {worse} "
     text += f"({PROCEDURE} over all pairs at 5 %)."
-    if equal and ranking.visible == ranking.visible:
+    if equal and not math.isnan(ranking.visible):
         more, seen = ranking.more
         text += f" Differences below {ranking.visible:.2g}{unit} could not be seen"
         text += f", with {more} seeds those below {seen:.2g}."
@@ -208,38 +213,36 @@ def listed(ranking: Ranking) -> str:
     if len(equal) > NAMED[len(ranking.keys)]:
         return f"{len(equal)} of {ranking.values - 1} others"
     digits = _digits(ranking)
+    texts = [point(ranking.keys, value, digits) for value in equal]
     if len(ranking.keys) == 1:
-        return ", ".join(tables.plain(value, digits) for value in equal) or "none"
-    return "; ".join(point(ranking.keys, value, digits) for value in equal) or "none"
+        texts = [tables.plain(value, digits) for value in equal]
+    return ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
 
 
 def next_step(
-    vary: Callable[..., str], ranking: Ranking, values: Sequence[Any], epochs: int = 0, **same: Any
+    vary: Callable[..., str], ranking: Ranking, along: Sequence[Any], epochs: int = 0, **same: Any
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
     Args:
         vary: options -> the study's command line with them, "" if they are refused.
         ranking: of its values.
-        values: those of the axis that go with the best of all else, the best first.
+        along: values of the axis that go with the best of all else, the best first.
         epochs: number of epochs to advise, 0 if the best does not improve any more.
         same: options without which the command would leave out values.
     """
-    seeds, best = ranking.seeds, tables.plain(values[0])
+    seeds, best = ranking.seeds, tables.plain(along[0])
     steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
     if seeds < 3:
         steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
-    if beyond := _beyond(values):
+    if beyond := _beyond(along):
         steps.append((f"values beyond {best}", {"values": beyond}))
     if ranking.not_distinguishable:
-        more, why = ranking.more[0], ""
-        if ranking.seeds_for is not None and ranking.seeds_for <= MOST_SEEDS:
-            more, why = (
-                ranking.seeds_for,
-                ", enough for the best two if they differ as they do here",
-            )
+        more, why, enough = ranking.more[0], "", ranking.seeds_for or 0
+        if seeds < enough <= MOST_SEEDS:
+            more, why = enough, ", enough for the best two if they differ as they do here"
         steps.append((f"{more} seeds{why}", {"seeds": more, **same}))
-    elif between := _between(values):
+    elif between := _between(along):
         steps.append((f"values beside {best}", {"values": between}))
     for why, changes in steps:
         if command := vary(**changes):
@@ -269,10 +272,11 @@ def to_quote(runs: pd.DataFrame, ranking: Ranking) -> str:
     row = frames.along_axis(runs, [*ranking.keys], [name]).iloc[0]
     error = _of(runs, f"{name}_se").mean()
     images = f"; of one run, the test images add a standard error of {error:.2g}"
+    images *= not math.isnan(error)
     best = point(ranking.keys, ranking.best, _digits(ranking))
     return (
         f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {best} "
-        f"({tables.over(len(runs))}{images * (error == error)}). Validation data chose it; the "
+        f"({tables.over(len(runs))}{images}). Validation data chose it; the "
         "test numbers of other settings are no basis for a choice."
     )
 

@@ -29,14 +29,19 @@ else:
     optuna = lazy_loader.load("optuna")
 
 # The metric that selects the best trial, with two objectives too: the lowest of all lies on the
-# front, since neg_elbo rises with rate and with mse.
+# front, since neg_elbo = rate + distortion.
 SELECTION = "val/neg_elbo"
+ACTIVE = "val/active_units"
+
+# The strength of the KL term in a space: of trials whose `sigma` is "fixed", else it has no effect.
+STRENGTHS = ("decoder_variance", "beta")
 
 ROUNDS = 4  # least number of rounds of a search: trials made together do not learn of each other
 REPORTS = 5  # about how often a trial is compared with others; a report takes 13 ms
 
-# User attributes of a trial: identity in a list, keys of its runs, that it failed for good.
-CELL, KEYS, DIVERGED = "cell", "keys", "diverged"
+# User attributes of a trial: identity in a list, keys of its runs, that it failed for good, and
+# that it has the default settings.
+CELL, KEYS, DIVERGED, BASELINE = "cell", "keys", "diverged", "default"
 
 Metrics = Mapping[str, float]
 Report = Callable[[float, int], bool]  # value and epoch -> whether the trial is to be pruned
@@ -167,7 +172,7 @@ class Range(NamedTuple):
     log: bool = False
 
 
-Space = Mapping[str, Range | tuple[str, ...]]  # field of `RunConfig` -> a range, or names
+Space = Mapping[str, Range | tuple[str, ...]]  # setting, or strength -> a range, or names
 Pruner = Literal["median", "hyperband", "none"]
 
 PRUNED = {
@@ -181,6 +186,10 @@ class TPE:
     """A search by the tree-structured Parzen estimator (Bergstra et al. 2011).
 
     A trial is one configuration with all its seeds, 0, 1, ...; its objectives are means over them.
+
+    Attributes:
+        default: values of the first trial, one for each setting of the space.
+        configure: (base, values by name) -> the settings of a trial.
     """
 
     base: RunConfig
@@ -190,6 +199,8 @@ class TPE:
     pruner: Pruner
     objectives: tuple[str, ...]
     settings: dict[str, Any]
+    default: Mapping[str, Any] = field(default_factory=dict)
+    configure: Callable[..., RunConfig] = field(default=RunConfig.replace, compare=False)
     _expected: int = field(default=-1, repr=False)
 
     def at_once(self, width: int) -> int:
@@ -207,7 +218,7 @@ class TPE:
         return max(0, self.trials - len(_open(trials)))
 
     def propose(self, study: optuna.Study, trials: Sequence[FrozenTrial], count: int) -> set[str]:
-        """Sample trials; return the keys of their runs.
+        """Sample trials, after the default one; return the keys of their runs.
 
         The sampler is a new one where other processes have made trials since. Its seed is the
         number of trials: a search that is continued does not draw its first points again, and no
@@ -223,11 +234,20 @@ class TPE:
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
         self._expected = len(trials) + count
         space = {name: _distribution(values) for name, values in self.space.items()}
+        always = {name: kind for name, kind in space.items() if name not in STRENGTHS}
+        there = [t for t in trials if t.state.name != "FAIL" or DIVERGED in t.user_attrs]
+        if self.default and not any(BASELINE in trial.user_attrs for trial in there):
+            study.enqueue_trial(dict(self.default), {BASELINE: True})
         made = set[str]()
         for _ in range(count):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that heartbeats are not Optuna's
-                trial = study.ask(space)
+                trial = study.ask(always)
+            if trial.params.get("sigma", "fixed") == "fixed":
+                for name in space.keys() - always.keys():
+                    values = self.space[name]
+                    assert isinstance(values, Range)
+                    trial.suggest_float(name, values.low, values.high, log=values.log)
             new = [uuid4().hex for _ in range(self.seeds)]
             trial.set_user_attr(KEYS, new)
             made.update(new)
@@ -235,7 +255,8 @@ class TPE:
 
     def configs(self, trial: FrozenTrial) -> list[RunConfig]:
         """Return the settings of a trial's runs, one per seed."""
-        return [self.base.replace(**trial.params, seed=seed) for seed in range(self.seeds)]
+        config = self.configure(self.base, **trial.params)
+        return [config.replace(seed=seed) for seed in range(self.seeds)]
 
     def place(self, trial: FrozenTrial) -> int | None:
         """Return a trial's number, None for one that was not searched."""
@@ -279,7 +300,8 @@ class TPE:
         def mean(name: str) -> float:
             return sum(final[name] for final in done) / len(done)
 
-        return Value([mean(name) for name in self.objectives], {SELECTION: mean(SELECTION)})
+        attrs = {name: mean(name) for name in (SELECTION, ACTIVE)}
+        return Value([mean(name) for name in self.objectives], attrs)
 
 
 def _divergence(record: EpochRecord, row: int) -> str | None:

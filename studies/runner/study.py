@@ -125,18 +125,25 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
     return with_decoder_variance(config, variance, data.pixels)
 
 
+def with_beta(config: RunConfig, value: float, data: Source) -> RunConfig:
+    """Set the KL weight that means a beta in the configuration's normalisation."""
+    from harness.objective import beta  # loads torch
+
+    return config.replace(kl_weight=value / beta(config.replace(kl_weight=1.0), data.pixels))
+
+
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
     """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
 
     A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
     """
-    from harness.objective import beta, decoder_std  # loads torch
+    from harness.objective import decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
     if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
         return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
-    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
+    return with_beta(config, 1.0, data)
 
 
 # Columns of a summary table: last and best validation neg_elbo, then test metrics.
@@ -301,6 +308,7 @@ class Plan:
         confirm: Optuna study without trials left -> the runs that confirm its best one.
         summary_key: changes when a new summary of the same runs is to be recorded.
         start: words after `python` that start it, before its options.
+        refit: test images to which the posteriors of its runs are refitted for the summary.
         vary: (its name, options=...) -> the command line with other options, "" if it is refused.
     """
 
@@ -317,6 +325,7 @@ class Plan:
     confirm: Callable[[optuna.Study], Proposer] | None = None
     summary_key: str = ""
     start: Sequence[str] = ()
+    refit: int = 0
     vary: Callable[..., str] = field(default=lambda name, **changes: "", repr=False)
 
     @property
@@ -400,12 +409,13 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         proposer=Listed(
             cells, {**data.settings, **shared, **parts(points.values())}, (study.objective,)
         ),
-        find=partial(_find, study, options.refit),
+        find=partial(_find, study),
         words=command(start, data, effective, base, study.columns),
         sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
         f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
         objective=study.objective,
         summary_key=f"refit={options.refit}" if options.refit else "",
+        refit=options.refit,
         start=start,
         vary=partial(_vary, asked, options, own),
     )
@@ -428,13 +438,18 @@ def _vary(study: Study, options: Options, own: Dataset | None, name: str, **chan
         words = make_plan(study, replace(options, **changes), own).words
     except UserError:
         return ""
-    where = {k: getattr(options, k) for k in ("data_dir", "device", "storage", "tracking_uri")}
-    where = {k: v for k, v in where.items() if v and without_secrets(str(v)) == str(v)}
-    places = Places(study_name=name, fresh="settings" in changes, **where)
+    places = same_places(options, name, fresh="settings" in changes)
     if own is None or source(options.dataset, own).words:
         return shlex.join([*shlex.split(words), *arguments(places)])
     named = [f"{k}={v!r}" for k, v in chosen(places, ("data_dir",)).items()]
     return f"run(STUDY, {', '.join([words, *named])})"
+
+
+def same_places(options: Places, name: str, *, fresh: bool = False) -> Places:
+    """Return where a study of a name is run in the same stores; addresses with secrets are left."""
+    where = {k: getattr(options, k) for k in ("data_dir", "device", "storage", "tracking_uri")}
+    where = {k: v for k, v in where.items() if v and without_secrets(str(v)) == str(v)}
+    return Places(study_name=name, fresh=fresh, **where)
 
 
 def _given_part(value: Any, given: Any) -> Any:  # noqa: ANN401 - of any kind
@@ -478,10 +493,10 @@ def command(
     return " ".join(checked_text(word) for word in words if word)
 
 
-def _find(study: Study, refit: int, ended: Ended) -> Findings:
+def _find(study: Study, ended: Ended) -> Findings:
     from studies.runner.summary import compare_points  # PyTorch, MLflow and pandas
 
-    return compare_points(study, ended, refit)
+    return compare_points(study, ended)
 
 
 def check_objective(page: str, config: RunConfig, objective: str, own: Dataset | None) -> None:

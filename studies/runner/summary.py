@@ -92,6 +92,7 @@ class Findings:
         best_value, not_distinguishable: values of the axis as the user gave them, of several
             columns objects {column: value}.
         groups: group -> both of them within it.
+        procedure: by which they are compared, where there is no ranking.
         best_row: place of the best value in `table`.
     """
 
@@ -111,6 +112,7 @@ class Findings:
     best_value: Any = None
     not_distinguishable: Sequence[Any] = ()
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    procedure: str = ""
     best_row: int | None = None
 
 
@@ -242,7 +244,9 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "best": findings.best_value,
         "not_distinguishable": [*findings.not_distinguishable],
         "groups": {**findings.groups},
-        "procedure": f"{PROCEDURE} over all pairs at 5 %" if findings.ranking else "",
+        "procedure": f"{PROCEDURE} over all pairs at 5 %"
+        if findings.ranking
+        else findings.procedure,
         "verdict": [*map(words, findings.verdict)],
         "warnings": [*map(words, findings.warnings)],
         "next_command": findings.next_command,
@@ -332,11 +336,12 @@ def failed_metrics(runs: Sequence[Run]) -> list[str]:
     return [f"Metrics failed in {n} of {len(runs)} runs: {why}." for why, n in counts.items()]
 
 
-def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
-    """Return the results of a grid of points, with posteriors refitted to so many test images."""
+def compare_points(study: Study, found: Ended) -> Findings:
+    """Return the results of a grid of points."""
     axes, diverged = study.columns, [run for run in found.runs if run.status == "FAILED"]
     every = study.prepare(frames.tidy([*found.finished, *diverged]))
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
+    refit = min(found.plan.refit, len(found.data.test))
     frame = _refitted(frame, found, refit) if refit else frame
     # A point of which a seed diverged is not ranked.
     ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
@@ -352,7 +357,7 @@ def compare_points(study: Study, found: Ended, refit: int = 0) -> Findings:
     best = _median(best_runs, by, study.objective)
     same = frame if not study.group else frame[frame[study.group] == best[study.group]]
     shown = [_median(runs, by, study.objective) for _, runs in same.groupby(axes, sort=False)]
-    histories = _histories(found, frame, by)
+    histories = histories_of(found, frame, by)
     of_best = histories[histories["run_id"].isin(best_runs["run_id"])]
     epochs = 0 if "epochs" in axes else study.epochs(found.plan.source)
     found_warnings = answers.warnings(
@@ -424,7 +429,8 @@ def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
     return runs.dropna(subset=[metric]).sort_values([metric, "seed"]).iloc[(len(runs) - 1) // 2]
 
 
-def _histories(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return a metric of the runs of a frame by epoch."""
     rows = found.store.histories(frame["run_id"].tolist(), metric)
     return pd.DataFrame(rows, columns=list(Epoch._fields))
 
@@ -432,10 +438,10 @@ def _histories(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, Any]:
     """Return each value of a frame -> the value that the user gave, JSON values."""
     cells = {key: trial.user_attrs[CELL] for trial in found.trials for key in keys(trial)}
-    of_run = {run.run_id: cells[run.key] for run in found.finished}
     given = dict[Any, Any]()
-    for row in frame.to_dict("records"):
-        cell = of_run[row["run_id"]]
+    for run, row in zip(found.finished, frame.to_dict("records"), strict=True):
+        tried_out = {"group": row.get(study.group), "value": row[study.axis.name]}  # has no trial
+        cell = cells.get(run.key, tried_out)
         if not study.group:
             given[row[study.axis.name]] = cell["value"]
             continue

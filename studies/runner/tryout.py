@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -135,9 +136,9 @@ def _conclude(plan: Plan, runs: list[Run], data: Dataset) -> None:
     """Let a study draw its figures and answer its question from runs."""
     from studies.runner.summary import Ended  # PyTorch, MLflow and pandas
 
-    nowhere = cast(Any, None)  # neither store nor Optuna has these runs
+    nowhere = cast(Any, SimpleNamespace(histories=lambda ids, metric: []))  # nor in Optuna
     with _refusing("the table"):
-        findings = plan.find(Ended(plan, data, nowhere, nowhere, [], runs))
+        findings = plan.find(Ended(replace(plan, refit=0), data, nowhere, nowhere, [], runs))
     parts: dict[str, Any] = {"the answer": findings.answer}
     for name, (draw, _) in findings.figures.items():
         parts[f"figure {name!r}"] = lambda draw=draw: draw().savefig(io.BytesIO(), dpi=30)

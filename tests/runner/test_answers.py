@@ -3,10 +3,12 @@
 import pandas as pd
 import pytest
 
-from harness import objective
-from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size
+from analysis.comparisons import rank
+from harness import RunConfig, UserError, objective
+from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, sweep
+from studies.runner import answers
 from studies.runner.options import Options
-from studies.runner.study import make_plan
+from studies.runner.study import KNOWN, make_plan
 
 LUCK = (0.0, 0.1, -0.1)
 
@@ -108,10 +110,14 @@ def test_modes_are_one_weight_by_construction_and_their_paths_are_measured():
     assert "pixels 0.02, sum 9.77e-06" in printed
     assert "the 2 modes have the same test neg_elbo to the last bit" in printed
     apart = kl_normalization.paths(modes_frame(5.0))
-    assert "the 2 modes differs by 5 nats / image (median) and at most 5;" in apart
+    assert "optimiser: at equal decoder variance and seed the 2 modes differ by" in apart
+    assert "deviation of 3.5 nats / image of test neg_elbo (median; at most 5 apart)" in apart
+    epsilon = modes_frame(5.0)["kl_normalization"].map({"pixels": 1e-8, "sum": 1e-8 / 2048})
+    scaled = kl_normalization.paths(modes_frame(5.0).assign(adam_eps=epsilon))
+    assert "whole loss times up to 2048, which Adam divides out but for epsilon" in scaled
     frame = modes_frame(5.0)
     alone = kl_normalization.paths(frame[frame["seed"] == 0])
-    assert alone.count("the standard deviation over seeds is - (median)") == 1
+    assert "and seeds by - (median)." in alone
 
 
 def test_the_blogs_sentence_is_judged_on_its_data_alone():
@@ -163,3 +169,180 @@ def test_a_study_of_fewer_conditions_still_has_an_answer(missing):
         for seed in range(2)
     ]
     assert missing not in elbo_vs_mse.cost_and_gain(pd.DataFrame(rows))
+
+
+# --- verdict, warnings and next step ------------------------------------------------------------
+
+
+def curves(*values_of_runs):
+    """Return the histories of runs, each from its values by epoch."""
+    rows = [
+        (f"run {place}", epoch, value)
+        for place, values in enumerate(values_of_runs)
+        for epoch, value in enumerate(values, 1)
+    ]
+    return pd.DataFrame(rows, columns=["run_id", "epoch", "value"])
+
+
+FALLING = [100.0 - epoch for epoch in range(50)]
+LEVEL = [*FALLING[:30], *[70.0] * 20]
+
+
+@pytest.mark.parametrize(
+    ("histories", "expected"),
+    [
+        (curves(FALLING), "neg_elbo fell by 5 nats / image in the last 5 of 50 epochs; try --ep"),
+        (curves([8, 7.5], [8, 7]), "neg_elbo fell by 0.75 nats / image in the last epoch; try"),
+        (curves([8.0]), "Trained for one epoch: whether neg_elbo still falls is not known; try"),
+        (curves(LEVEL), ""),
+        (curves([*FALLING[:45], 90, 90, 90, 90, 90]), ""),  # it rises
+        (curves([*LEVEL, 69.8]), ""),  # less than 1 % of the fall since the first epoch
+        (curves([*LEVEL[:-1], 60], LEVEL), ""),  # of one seed alone: within two standard errors
+        (curves(FALLING[:10], FALLING[:8]), ""),  # one stopped early
+        (curves(), ""),
+    ],
+)
+def test_an_objective_that_still_falls_is_named_with_epochs_to_try(histories, expected):
+    found = answers.still_improving(histories)
+    assert found.startswith(expected) if expected else not found
+    if expected:
+        assert answers.still_improving(histories, epochs=300).endswith("try --epochs 300.")
+
+
+def runs(**columns):
+    return pd.DataFrame({"seed": range(3), "latent_size": 10, "kl_weight": 0.1, **columns})
+
+
+@pytest.mark.parametrize(
+    ("warn", "columns", "expected"),
+    [
+        ("worse_than_linear", {"neg_elbo": 9.0, "linear/neg_elbo": -16.0}, "is 25 nats / image wo"),
+        ("worse_than_linear", {"neg_elbo": -16.1, "linear/neg_elbo": -16.0}, ""),
+        ("worse_than_linear", {"neg_elbo": [-17, -16.9, -14], "linear/neg_elbo": -16.1}, ""),
+        ("worse_than_linear", {"gap_to_linear": -3.0}, "loss is 3 % above that of the exact"),
+        ("worse_than_linear", {"gap_to_linear": 3.0}, ""),
+        ("few_active", {"active_units": [0, 0, 1]}, "No latent of 10 is active"),
+        ("few_active", {"active_units": 2}, "Only 2.0 of 10 latents are active"),
+        ("few_active", {"active_units": 3}, ""),
+        ("not_calibrated", {"calibration_ratio": 5.0}, "a KL weight near 0.02 agrees with it."),
+        ("not_calibrated", {"calibration_ratio": 0.0}, "calibration ratio is 0, far from 1"),
+        ("not_calibrated", {"calibration_ratio": 2.9}, ""),
+        ("few_effective", {"effective_samples": 2.5}, "rests on 2.5 effective importance samples"),
+        ("few_effective", {"effective_samples": 200.0}, ""),
+    ],
+)
+def test_a_setting_that_its_numbers_do_not_carry_has_a_warning(warn, columns, expected):
+    found = getattr(answers, warn)(runs(**columns))
+    assert expected in found if expected else not found
+    assert not getattr(answers, warn)(runs())  # without the metric
+
+
+def test_a_best_value_at_an_end_is_named_unless_it_is_0_or_a_name():
+    assert "w = 4 is the largest value that was tried" in answers.at_an_end("w", [4, 1, 2])
+    assert "smaller ones may be better" in answers.at_an_end("w", [0.1, 1.0])
+    for values in ([2, 1, 4], [0.0, 1.0], [1, 2], [4], ["4", "1"], [[4], [1]], [True, False]):
+        assert not answers.at_an_end("w", values)
+
+
+def ranked(errors, seeds=3, keys="w"):
+    """Rank values 1, 2, ... whose seeds differ by a little luck."""
+    rows = [
+        {"w": place, "v": "x", "val/neg_elbo": error + luck}
+        for place, error in enumerate(errors, 1)
+        for luck in LUCK[:seeds]
+    ]
+    return rank(pd.DataFrame(rows), keys)
+
+
+def test_a_verdict_is_the_best_setting_how_sure_it_is_and_what_is_next():
+    best, sure, following = answers.verdict(ranked((5.0, -9.0, -8.99)), "wait.")
+    assert best.startswith("Best: w = 2. Its mean validation neg_elbo of encoder and decoder toget")
+    assert "the lowest of 3 values: -9.00 nats / image (95 % interval -9.25 to " in best
+    assert "3 seeds. Not distinguishable from it: 3; worse: 1 (Games-Howell over all pairs" in sure
+    assert "could not be seen, with 5 seeds those below" in sure
+    assert following == "Next: wait."
+    assert "with one seed no value" in answers.verdict(ranked((5.0, 1.0), 1), "")[1]
+    assert "the only setting" in answers.verdict(ranked((5.0,)), "")[1]
+    several = answers.verdict(ranked((5.0, 1.0), keys=["v", "w"]), "")
+    assert several[0].startswith("Best: v = x, w = 2. ")
+    many = answers.verdict(ranked([1.0] * 12), "")[1]
+    assert "Not distinguishable from it: 11 of 11 others" in many
+
+
+@pytest.mark.parametrize(
+    ("errors", "seeds", "values", "epochs", "expected"),
+    [
+        ((5, 1, 5), 3, [2, 1, 3], 100, {"epochs": 100}),
+        ((5, 1, 5), 1, [2, 1, 3], 0, {"seeds": 3}),
+        ((5, 1, 5), 2, [2, 1, 3], 0, {"seeds": 5}),
+        ((9, 5, 1), 3, [0.4, 0.1, 0.2], 0, {"values": [0.8, 1.6]}),
+        ((9, 5, 1), 3, [64, 16, 32], 0, {"values": [128, 256]}),
+        ((1, 5, 9), 3, [-2.0, 0.0, 1.0], 0, {"values": [-4.0, -6.0]}),
+        ((5, 1, 5), 3, [0.1, 0.001, 10.0], 0, {"values": [0.01, 1.0]}),
+        ((5, 1, 5), 3, [8, 4, 9], 0, {"values": [6]}),
+        ((5, 1, 5), 3, ["b", "a", "c"], 0, None),
+        ((5, 1, 1.001), 3, [2, 1, 3], 0, {"seeds": 5}),
+        ((5, 1, 1.2), 3, [2, 1, 3], 0, {"seeds": 8}),
+    ],
+)
+def test_the_next_step_is_the_one_that_the_runs_lack_most(errors, seeds, values, epochs, expected):
+    asked = []
+    ranking = ranked(errors, seeds)
+    text, command = answers.next_step(
+        lambda **changes: asked.append(changes) or "python", ranking, values, epochs
+    )
+    assert asked == ([expected] if expected else [])
+    assert command == ("python" if expected else "")
+    assert text.endswith(": python" if expected else "are suggested.")
+    assert answers.next_step(lambda **changes: "", ranking, values, epochs, values=[9])[1] == ""
+
+
+def test_a_plan_gives_the_command_of_another_one_in_the_same_stores():
+    options = Options(seeds=2, storage="sqlite:///o.db", tracking_uri="http://u:p@host")
+    plan = make_plan(kl_weight.STUDY, options)
+    where = "--study-name mine --storage sqlite:///o.db"  # and no password
+    line = "python -m studies.kl_weight --dataset digits --epochs"
+    assert plan.vary("mine", seeds=5) == f"{line} 50 --seeds 5 {where}"
+    assert plan.vary("mine", epochs=9) == f"{line} 9 --seeds 2 {where} --fresh"
+    assert plan.vary("mine", values=[0.5]) == f"{line} 50 --values 0.5 --seeds 2 {where}"
+    assert plan.vary("mine", values=["x"]) == ""
+    grid = make_plan(sweep.sweep({"sigma": ("fixed",), "hidden": ((8,), (6, 4))}), Options())
+    line = "python -m studies.sweep --axis sigma=fixed --axis hidden="
+    assert plan.vary("mine", values=[-1.0]) == ""
+    assert grid.vary("s", values=[[8], []]).startswith(f"{line}8,none --dataset digits")
+    assert grid.vary("s", seeds=4).startswith(f"{line}8,6x4 --dataset digits")
+
+
+def test_refitting_asks_for_another_summary_of_the_same_study():
+    plain, refitted = (make_plan(kl_weight.STUDY, Options(refit=n)) for n in (0, 20))
+    assert plain.summary_key != refitted.summary_key
+    assert plain.proposer.settings == refitted.proposer.settings
+    assert "--refit 20" in refitted.command
+    with pytest.raises(UserError, match="refit=-1: give a whole number >= 0"):
+        make_plan(kl_weight.STUDY, Options(refit=-1))
+
+
+def test_what_the_decoder_alone_has_is_named_beside_the_whole_model():
+    frame = frame_of((0.01, 0.1, 1.0), (-5.0, -9.0, 4.0))
+    frame[answers.REFITTED] = frame["kl_weight"] * 10 - 20
+    printed = answers.decoders(frame, rank(frame, "kl_weight"), 50)
+    assert "first 50 test images, neg_elbo is lowest at kl_weight = 0.01: -19.90" in printed
+    assert "(-19.00 at the setting above)" in printed
+    assert "and 9 of the decoder alone, and is worse." in kl_weight.best_weight(frame)
+    assert (
+        answers.decoders(frame.drop(columns=answers.REFITTED), rank(frame, "kl_weight"), 50) == ""
+    )
+
+
+def test_the_number_to_quote_is_that_of_the_chosen_setting():
+    frame = frame_of((0.01, 0.1), (-5.0, -9.0))
+    ranking, best = rank(frame, "kl_weight"), frame[frame["kl_weight"] == 0.1]
+    printed = answers.to_quote(best.assign(neg_elbo_se=0.9), ranking)
+    assert "test neg_elbo -8.00 ± 0.25 nats / image of kl_weight = 0.1 (95 % intervals" in printed
+    assert "the test images add a standard error of 0.9)" in printed
+    assert answers.to_quote(best.drop(columns="neg_elbo"), ranking) == ""
+
+
+def test_the_group_of_weight_1_is_the_blogs_on_its_data_alone():
+    names = [[*latent_size.weights(RunConfig(), KNOWN[name])][0] for name in ("mnist", "kmnist")]
+    assert names == ["blog's weight", "weight 1"]

@@ -155,10 +155,42 @@ def test_processes_that_search_together_draw_no_trial_too_many(sqlite_url):
 
 
 def test_with_two_objectives_neg_elbo_is_an_attribute():
-    front = replace(SEARCH, objectives=("val/rate", "val/mse"))
-    finals = [{"val/rate": 1.0, "val/mse": 3.0, "val/neg_elbo": 5.0}] * 2
-    assert front.value(finals) == ([1.0, 3.0], {"val/neg_elbo": 5.0})
+    front = replace(SEARCH, objectives=("val/rate", "val/distortion"))
+    attrs = {"val/neg_elbo": 5.0, "val/active_units": 2.0}
+    finals = [{"val/rate": 1.0, "val/distortion": 4.0, **attrs}] * 2
+    assert front.value(finals) == ([1.0, 4.0], attrs)
     assert front.value([finals[0], None]) is None
+
+
+DEFAULT = {"decoder_variance": 0.01, "latent_size": 10, "sigma": "fixed"}
+WITH_DEFAULT = replace(
+    SEARCH,
+    space={
+        "decoder_variance": Range(1e-5, 1.0, log=True),
+        "latent_size": Range(2, 64),
+        "sigma": ("fixed", "optimal", "learned"),
+    },
+    default=DEFAULT,
+)
+
+
+def test_the_default_is_tried_first_once_and_again_if_its_process_ends(sqlite_url):
+    one, other = (queue_at(sqlite_url, replace(WITH_DEFAULT, trials=6)) for _ in range(2))
+    other.me = "elsewhere:1:b"
+    assert [trial.params == DEFAULT for trial in one.take(2)] == [True, False]
+    assert [trial.params == DEFAULT for trial in other.take(2)] == [False, False]
+    one.give_back()
+    (again, *_) = other.take(1)
+    assert (again.number, again.params) == (4, DEFAULT)
+    other.finish(again, None)  # diverged, for good
+    assert not any(trial.params == DEFAULT for trial in other.take(9))
+
+
+def test_only_a_trial_with_a_fixed_sigma_has_a_decoder_variance(sqlite_url):
+    trials = queue_at(sqlite_url, replace(WITH_DEFAULT, trials=30)).take(30)
+    assert {trial.params["sigma"] for trial in trials} == {"fixed", "optimal", "learned"}
+    for trial in trials:
+        assert (trial.params["sigma"] == "fixed") == ("decoder_variance" in trial.params)
 
 
 # --- pruning --------------------------------------------------------------------------------------

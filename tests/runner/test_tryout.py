@@ -250,7 +250,7 @@ def test_what_fails_at_the_end_loses_nothing_and_tried_frames_are_like_real_ones
     assert f"error: everything is trained and recorded, but {of_figure}" in message
     folder = tmp_path / "reports" / "own-digits"
     found = json.loads((folder / "summary.json").read_text())
-    answer, acts, metrics, figure = found["answer"].split("\n\n")
+    answer, _, acts, metrics, figure = found["answer"].split("\n\n")
     assert answer == "So."
     assert re.fullmatch(
         r"Best run: kl_weight \S+ acts as a decoder standard dev.* of 255\)\.", acts
