@@ -75,9 +75,10 @@ def test_the_list_has_every_study(finished, capfd):
     assert (found["study"], found["status"], found["finished_runs"]) == (NAME, "finished", 6)
     code, text = shown(words, capfd)
     assert code == 0
-    assert max(map(len, text.splitlines())) <= 80
-    for value in (NAME, "digits", "6", "finished", found["date"][:16]):
-        assert value in text
+    best, date, report = (found[field] for field in ("best", "date", "report"))
+    assert text == (
+        f"{NAME}: finished, best {best}, {date[:16]}\n  digits, 6 finished runs, {report}\n"
+    )
 
 
 def test_next_is_a_command_on_the_same_store(finished, capfd):
