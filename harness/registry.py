@@ -149,13 +149,14 @@ BUILT_IN_TERMS = (
     *("capacity", "rate_floor"),
 )
 QUALITY = (  # names of the metrics of `measure_quality`
-    *("neg_log_likelihood", "neg_log_likelihood_se", "effective_samples", "aggregate_gap"),
-    *("mutual_information", "mutual_information_lower", "probe_accuracy", "knn_accuracy"),
+    *("neg_log_likelihood", "neg_log_likelihood_se", "neg_log_likelihood_slack"),
+    *("effective_samples", "proposal_inflation", "aggregate_gap", "mutual_information"),
+    *("mutual_information_lower", "mutual_information_lower_se", "probe_accuracy", "knn_accuracy"),
     *("feature_accuracy", "frechet", "frechet_reconstructions", "frechet_floor"),
     *("latent_std", "posterior_sigma"),
 )
 MEASURED = (  # names of built-in metrics
-    *("loss", "mse", "mae", "rate", "distortion", "neg_elbo", "bits_per_dim"),
+    *("loss", "mse", "mae", "rate", "distortion", "neg_elbo", "neg_elbo_se", "bits_per_dim"),
     *("calibration_ratio", "active_units", "learned_variance", "learned_scale", "fitted_scale"),
     *("laplace_scale", "gap_to_linear", "pca_floor", *QUALITY),
 )

@@ -78,6 +78,8 @@ def measure(
     terms: Terms | None = None,
     prior: Tensor | None = None,
     training_size: int = 0,
+    *,
+    is_final: bool = False,
 ) -> Metrics:
     """Return every metric of a run on a split: those of docs/metrics.md that are defined for it.
 
@@ -86,7 +88,8 @@ def measure(
     model is in `eval` mode; noise (N, L) and draws from the prior (N, L), for loss terms, are of
     its dtype, and all other numbers float64. `linear_loss` is that of the exact linear model on the
     split; `variance` is the decoder's, or its scale, for `distortion`, by default fitted to the
-    split. Terms are averaged over parts of the split of about a batch.
+    split. Terms are averaged over parts of the split of about a batch. Standard errors over images
+    are of final metrics alone.
     """
     each, means, term_means = _forward(
         config, model, split, noise, terms or {}, prior, training_size
@@ -105,6 +108,10 @@ def measure(
         metrics["distortion"] = likelihoods.distortion(kind, means.error, fitted, pixels)
     if {"rate", "distortion"} <= metrics.keys():
         metrics["neg_elbo"] = metrics["distortion"] + metrics["rate"]
+        if is_final:
+            distortion = likelihoods.distortion(kind, each["error"], fitted, pixels)
+            std = (distortion + each["rate"]).std()
+            metrics["neg_elbo_se"] = std / math.sqrt(len(split))
         if config.drawing != "none":
             bits = metrics["neg_elbo"] / (pixels * math.log(2)) + math.log2(split.levels)
             metrics["bits_per_dim"] = bits
@@ -275,7 +282,8 @@ def _finals(
         exact = torch.tensor(loss, dtype=torch.float64, device=model.device)
         given = conditions(config, model, part, len(split), exact)
         given |= {"variance": variance, "terms": terms, "training_size": len(data.train)}
-        found[part] = measure(config, model, split, data.classes, **given)
+        is_test = part == "test"
+        found[part] = measure(config, model, split, data.classes, is_final=is_test, **given)
         variance = fitted_scale(found["val"])
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
     return finite(to_floats(named | found["test"]))
