@@ -50,7 +50,7 @@ class RunsOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Answer from a store; exit code 0, or 2 for bad input and a study without an answer."""
-    with clear_errors(args) as terminal:
+    with clear_errors(args, "Stopped.") as terminal:
         options = read(RunsOptions, "runs", __doc__ or "", args)
         name = options.study
         if (options.command == "list") != (name is None):
