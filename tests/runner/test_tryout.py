@@ -253,7 +253,7 @@ def test_what_fails_at_the_end_loses_nothing_and_tried_frames_are_like_real_ones
     answer, _, acts, metrics, figure = found["answer"].split("\n\n")
     assert answer == "So."
     assert re.fullmatch(
-        r"Best run: kl_weight \S+ acts as a decoder standard dev.* of 255\)\.", acts
+        r"Best setting: kl_weight \S+ acts as a decoder standard dev.* of 255\)\.", acts
     )
     assert metrics.startswith(f"Metrics failed in 2 of 2 runs: {of_metric}")
     assert figure.startswith(f"Left out: {of_figure}")
