@@ -6,21 +6,20 @@ would tell more or, of a study that is not finished, the one that continues it. 
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import rich.box
 import tyro
-from rich.table import Table
 
-from analysis import frames, tables
+from analysis import frames
 from harness.config import UserError, checked_name
 from studies.runner.cli import clear_errors, read
-from studies.runner.terminal import ANSWERED, Terminal, stored
+from studies.runner.terminal import ANSWERED, counted, stored
 
 if TYPE_CHECKING:
     from harness.tracking.runs import Run
@@ -51,7 +50,7 @@ class RunsOptions:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Answer from a store; exit code 0, or 2 for bad input and a study without an answer."""
-    with clear_errors(args) as terminal:
+    with clear_errors(args, "Stopped.") as terminal:
         options = read(RunsOptions, "runs", __doc__ or "", args)
         name = options.study
         if (options.command == "list") != (name is None):
@@ -63,11 +62,16 @@ def main(args: Sequence[str] | None = None) -> None:
         if name and not found:
             frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
         for study in found:
-            study["next_command"] = _here(study["next_command"], options.tracking_uri)
+            if options.tracking_uri and study["next_command"].startswith("python "):
+                study["next_command"] = _here(study["next_command"], options.tracking_uri)
         terminal.studies, terminal.several = found, name is None
         if name is None:
             terminal.studies = [{field: study[field] for field in LISTED} for study in found]
-            _list(found, terminal)
+            for study in found:
+                runs = counted(study["finished_runs"], "finished run")
+                best = f"best {json.dumps(study['best'])}, {study['date'][:16]}"
+                terminal.line(f"{study['study']}: {study['status']}, {best}")
+                terminal.line(f"  {study['dataset']}, {runs}, {study['report'] or 'no report'}")
         elif options.command == "next":
             terminal.line(found[0]["next_command"] or "No further command is suggested.")
         else:
@@ -77,15 +81,6 @@ def main(args: Sequence[str] | None = None) -> None:
             if found[0]["status"] == "unfinished":  # it has grown
                 log.warning("%s", not_finished)
             terminal.show(found[0])
-
-
-def _list(found: Sequence[Mapping[str, Any]], terminal: Terminal) -> None:
-    names = [name.removeprefix("finished_") for name in LISTED[:-1]]
-    table = Table(*names, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for study in found:
-        shown = {**study, "best": _words(study["best"]), "date": study["date"][:16]}
-        table.add_row(*(str(shown[field]) for field in LISTED[:-1]))
-    terminal.out.print(table)
 
 
 def studies(store: Store, name: str | None = None) -> list[dict[str, Any]]:
@@ -124,21 +119,11 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
     }
 
 
-def _here(command: str, tracking_uri: str | None) -> str:
+def _here(command: str, tracking_uri: str) -> str:
     """Return a command line on the given store, which may have moved."""
-    if tracking_uri is None or not command.startswith("python "):
-        return command
     words = shlex.split(command)
-    if "--tracking-uri" not in words:
-        words += ["--tracking-uri", ""]
-    words[words.index("--tracking-uri") + 1] = tracking_uri
-    return shlex.join(words)
-
-
-def _words(best: Any) -> str:  # noqa: ANN401 - of JSON
-    if isinstance(best, dict):
-        return ", ".join(f"{name} = {tables.plain(value)}" for name, value in best.items())
-    return "-" if best is None else tables.plain(best)
+    place = words.index("--tracking-uri") if "--tracking-uri" in words else len(words)
+    return shlex.join([*words[:place], "--tracking-uri", tracking_uri, *words[place + 2 :]])
 
 
 if __name__ == "__main__":

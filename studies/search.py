@@ -13,25 +13,18 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis import frames, plots, tables
 from harness import registry
 from harness.config import RunConfig, UserError, plain
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import (
-    Common,
-    arguments,
-    at_least,
-    setting_options,
-    start_words,
-)
+from studies.runner.options import Common, arguments, at_least, setting_options, start_words
 from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
     SELECTION,
     TPE,
-    Cell,
     Listed,
     Pruner,
     Range,
@@ -40,21 +33,17 @@ from studies.runner.proposers import (
 )
 from studies.runner.study import (
     Plan,
-    Source,
-    calibrated,
     check_objective,
     command,
+    configure,
     parts,
     same_places,
-    sets_variance,
     source,
-    with_beta,
-    with_variance,
+    strength,
 )
 
 if TYPE_CHECKING:
     import optuna
-    import pandas as pd
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
 
@@ -68,11 +57,11 @@ DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
 TOP = 10  # configurations in the table
 
 # Metrics of the trials, and further ones of the configurations that are trained again.
-TRIED = ["val/neg_elbo", "best/val/neg_elbo", "best/epoch", "val/mse"]
-TRIED += ["val/rate", ACTIVE]
+TRIED = [SELECTION, "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate", ACTIVE]
 CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
 
 CAPTIONS = {
+    "learning_curves": plots.CURVES_CAPTION,
     "history": "Validation neg_elbo of each trial, of pruned ones at their end, and the best.",
     "parameters": "Validation neg_elbo against each searched setting. The decoder variance is that "
     "of the KL weight, or fitted where sigma is not fixed.",
@@ -85,10 +74,9 @@ CAPTIONS = {
 }
 
 
-def space(epochs: int, strength: Space) -> Space:
-    """Return the values that are tried; a first warm-up ends before trials are judged."""
+def space(epochs: int) -> Space:
+    """Return what varies beside the strength; a first warm-up ends before trials are judged."""
     return {
-        **strength,
         "latent_size": Range(2, 64, log=True),
         "learning_rate": Range(1e-4, 1e-2, log=True),
         "kl_warmup_epochs": Range(0, max(1, epochs // 3)),
@@ -96,33 +84,6 @@ def space(epochs: int, strength: Space) -> Space:
         "free_bits": Range(0.0, 0.5),
         "sigma": ("fixed", "optimal", "learned"),
     }
-
-
-def strength(base: RunConfig, data: Source) -> tuple[str, float]:
-    """Return what is searched in place of the KL weight, and its calibrated value.
-
-    The decoder variance where the weight sets it, else beta, which is 1 for an exact ELBO and the
-    scale of a Laplace decoder.
-    """
-    from harness.objective import beta  # loads torch
-
-    if sets_variance(base):
-        return "decoder_variance", data.calibrated / 2
-    return "beta", beta(calibrated(base, data), data.pixels)
-
-
-def configure(
-    data: Source,
-    base: RunConfig,
-    decoder_variance: float | None = None,
-    beta: float = 1.0,
-    **values: Any,  # noqa: ANN401 - settings
-) -> RunConfig:
-    """Set a trial's values; without a strength the KL weight is that of an exact ELBO (beta 1)."""
-    config = base.replace(**values)
-    if decoder_variance is not None:
-        return with_variance(config, decoder_variance, data)
-    return with_beta(config, beta, data)
 
 
 @dataclass(frozen=True)
@@ -158,9 +119,9 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     named, middle = strength(base, data)
     # From an error below a grey level to the data's whole variance, beyond which all collapses.
     low, high = (float(f"{middle * factor:.3g}") for factor in (1e-3, 4 * data.pixels))
-    is_set = "kl_weight" in fixed or base.sigma != "fixed"
-    varied: Space = {} if is_set else {named: Range(low, high, log=True)}
-    every = space(base.epochs, varied)
+    every = {named: Range(low, high, log=True), **space(base.epochs)}
+    if "kl_weight" in fixed or base.sigma != "fixed":
+        del every[named]
     searched = {name: values for name, values in every.items() if name not in fixed}
     if not searched:
         raise UserError("every setting that the search varies is given; leave at least one out")
@@ -199,11 +160,15 @@ def confirm(proposer: TPE, study: optuna.Study) -> Listed:
         compared[trial.number] = proposer.configs(trial)[0]
     compared[DEFAULT] = proposer.configure(proposer.base, **proposer.default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
-    cells = list[Cell]()
-    for number, config in compared.items():
-        identity, params = {"part": part, "label": _label(number)}, {"trial": number, "part": part}
-        cells += repeated(_label(number), identity, config, seeds, params)
-    return Listed(cells, {})
+    return Listed(
+        [
+            cell
+            for number, config in compared.items()
+            for label, params in [(_label(number), {"trial": number, "part": part})]
+            for cell in repeated(label, {"part": part, "label": label}, config, seeds, params)
+        ],
+        {},
+    )
 
 
 def _label(number: int) -> str:
@@ -250,6 +215,8 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     The best other trial and the default, a comparison planned before the fresh seeds, are compared
     by a paired t interval of validation neg_elbo; the lower mean is recommended.
     """
+    import pandas as pd
+
     from studies.runner import answers
     from studies.runner.summary import TABLE_CAPTION, Findings, histories_of
 
@@ -318,25 +285,30 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     ]
     exhibits = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
     exhibits["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
+    figures: dict[str, Callable[[], Figure]] = {
+        "history": partial(plots.search_history, trials),
+        "parameters": partial(plots.search_parameters, trials),
+        "learning_curves": partial(plots.learning_curves, histories, again, "configuration"),
+    }
+    if len(_complete(study)) > 1:
+        shares = {name: _importances(study, i) for i, name in enumerate(proposer.objectives)}
+        figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
     if len(proposer.objectives) > 1:
         front, knee = done[done["trial"].isin(trials["trial"][trials["front"]])], plots.knee(trials)
         on_it = f"{len(front)} trials are on the front of rate and distortion; its knee"
         sentences.append(f"{on_it}, where their sum is lowest, is trial {knee['trial']}.")
         caption = f"The Pareto front by rising rate; its knee is trial {knee['trial']}."
+        figures["front"] = partial(plots.search_front, trials)
         exhibits["front"] = (front.sort_values("val/rate"), caption)
     rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
     others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
     shown = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
-    curves = partial(plots.learning_curves, histories, again, "configuration")
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
         frame=runs,
         tables=exhibits,
-        figures={
-            **_figures(proposer, study, trials),
-            "learning_curves": (curves, plots.CURVES_CAPTION),
-        },
+        figures={name: (draw, CAPTIONS[name]) for name, draw in figures.items()},
         models={f"{name}, seed {run['seed']}": run["run_id"] for name, run in medians.items()},
         best=best,
         shown=chosen[measured].mean().to_dict(),
@@ -349,24 +321,6 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         procedure="paired t interval over fresh seeds at 5 %",
         best_row=int(rows[0]) if len(rows) else None,
     )
-
-
-def _figures(
-    proposer: TPE, study: optuna.Study, trials: pd.DataFrame
-) -> dict[str, tuple[Callable[[], Figure], str]]:
-    """Return the figures of the trials with their captions."""
-    import pandas as pd
-
-    figures: dict[str, Callable[[], Figure]] = {
-        "history": partial(plots.search_history, trials),
-        "parameters": partial(plots.search_parameters, trials),
-    }
-    if len(_complete(study)) > 1:
-        shares = {name: _importances(study, i) for i, name in enumerate(proposer.objectives)}
-        figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
-    if len(proposer.objectives) > 1:
-        figures["front"] = partial(plots.search_front, trials)
-    return {name: (draw, CAPTIONS[name]) for name, draw in figures.items()}
 
 
 def how_sure(other: str, gap: frames.Difference) -> str:
@@ -398,7 +352,7 @@ def _next(proposer: TPE, options: SearchOptions, plan: Plan, epochs: int) -> tup
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:
     """Return the options of the search from its command line; else UserError."""
-    searched = dict.fromkeys(["kl_weight", *space(BASE.epochs, {})], "searched, unless it is given")
+    searched = dict.fromkeys(["kl_weight", *space(BASE.epochs)], "searched, unless it is given")
     return read(SearchOptions, NAME, __doc__ or "", args, setting_options(BASE, searched))
 
 

@@ -20,7 +20,8 @@ from studies.runner.terminal import ANSWERED
 PLAN = SimpleNamespace(
     name="x", source=SimpleNamespace(name="digits"), sentence="3 runs", command="python x"
 )
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "outcome.schema.json").read_text())
+DOCS = Path(__file__).parents[1] / "docs"
+SCHEMA = json.loads((DOCS / "outcome.schema.json").read_text())
 
 
 def document(text: str) -> dict:
@@ -49,6 +50,13 @@ def test_the_schema_is_one_and_allows_no_other_field():
     for wrong in ({**study, "exit_code": 0, "x": 1}, {**study, "exit_code": 7}, study, {"x": 1}):
         with pytest.raises(jsonschema.ValidationError):
             document(json.dumps(wrong))
+
+
+def test_the_example_of_the_page_is_a_document():
+    example = (DOCS / "json.md").read_text().split("```json\n")[1].split("```")[0]
+    found = document(example)
+    assert found["best"] not in found["not_distinguishable"]
+    assert found["table"][found["best_row"]]["kl_weight"] == found["best"]
 
 
 def main(args):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from frozen import first_edition
 from real_stores import copy_home
+from test_json import printed
 
 from harness import RunConfig
 from harness.tracking import End, Planned, connect
@@ -258,3 +259,10 @@ def test_a_value_that_was_not_computed_again_is_missing_on_any_device():
     for exact in (True, False):
         found = compare(LOGGED, now, exact=exact)
         assert found == (False, "Not reproduced: logged but not computed now: test/mse.")
+
+
+def test_the_json_of_a_replay_is_its_outcome(stack, capfd):
+    run = stack.run(0).run_id
+    found = printed(replay.main, [run, "--tracking-uri", stack.uri], capfd)
+    assert (found["run_id"], found["reproduced"], found["differences"]) == (run, True, [])
+    assert found["answer"].startswith("Reproduced: all ")

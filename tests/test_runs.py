@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_servers import MlflowServer
 from test_json import document, printed
 
 from analysis import frames
@@ -74,9 +75,10 @@ def test_the_list_has_every_study(finished, capfd):
     assert (found["study"], found["status"], found["finished_runs"]) == (NAME, "finished", 6)
     code, text = shown(words, capfd)
     assert code == 0
-    assert max(map(len, text.splitlines())) <= 80
-    for value in (NAME, "digits", "6", "finished", found["date"][:16]):
-        assert value in text
+    best, date, report = (found[field] for field in ("best", "date", "report"))
+    assert text == (
+        f"{NAME}: finished, best {best}, {date[:16]}\n  digits, 6 finished runs, {report}\n"
+    )
 
 
 def test_next_is_a_command_on_the_same_store(finished, capfd):
@@ -127,3 +129,19 @@ def test_a_moved_store_answers_without_torch(finished, tmp_path):
     assert Path(found["report"]) == moved / "reports" / NAME / "report.html"
     assert json.dumps(found["table"])
     assert "its artifacts are read here" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_server_answers(finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    server = MlflowServer(tmp_path, finished.folder / "mlflow.db")
+    server.start()
+    try:
+        found = printed(runs.main, ["best", NAME, "--tracking-uri", server.uri], capfd)
+    finally:
+        server.kill()
+    there = printed(runs.main, ["best", NAME, "--tracking-uri", finished.tracking_uri], capfd)
+    here = {"report": None, "tracking_uri": server.uri}  # the report lies beside the database
+    here["next_command"] = there["next_command"].replace(finished.tracking_uri, server.uri)
+    assert found == there | here

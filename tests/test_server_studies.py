@@ -79,7 +79,7 @@ def contents(store, run) -> dict:
     """Return all that a store has of a run but times, ids and what depends on its process."""
     client, run_id = store.client, run.info.run_id
     history = {k: client.get_metric_history(run_id, k) for k in run.data.metrics}
-    own = {"mlflow.note.content", "mlflow.user", "run_key", "host", "process", "trial"}
+    own = {"mlflow.note.content", "mlflow.user", "run_key", "host", "process", "trial", "command"}
     inputs = [entry.dataset for entry in client.get_run(run_id).inputs.dataset_inputs]
     note = run.data.tags["mlflow.note.content"].replace(run.data.tags["run_key"], "KEY")
     return {

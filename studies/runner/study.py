@@ -146,6 +146,33 @@ def calibrated(config: RunConfig, data: Source) -> RunConfig:
     return with_beta(config, 1.0, data)
 
 
+def strength(config: RunConfig, data: Source) -> tuple[str, float]:
+    """Return what a search varies in place of the KL weight, and its calibrated value.
+
+    The decoder variance where the weight sets it, else beta: 1 for an exact ELBO, and the scale of
+    a Laplace decoder.
+    """
+    from harness.objective import beta  # loads torch
+
+    if sets_variance(config):
+        return "decoder_variance", data.calibrated / 2
+    return "beta", beta(calibrated(config, data), data.pixels)
+
+
+def configure(
+    data: Source,
+    base: RunConfig,
+    decoder_variance: float | None = None,
+    beta: float = 1.0,
+    **values: Any,  # noqa: ANN401 - settings
+) -> RunConfig:
+    """Set values of a trial; without a strength the KL weight is that of an exact ELBO (beta 1)."""
+    config = base.replace(**values)
+    if decoder_variance is not None:
+        return with_variance(config, decoder_variance, data)
+    return with_beta(config, beta, data)
+
+
 # Columns of a summary table: last and best validation neg_elbo, then test metrics.
 TABLE = (
     *("val/neg_elbo", "best/val/neg_elbo", "best/epoch"),

@@ -216,7 +216,8 @@ class Terminal(logging.Handler):
 
         from harness.tracking.page import link
 
-        table = pd.DataFrame(found["table"]) if table is None else table
+        if table is None:
+            table = pd.DataFrame(found["table"]).fillna(math.nan)
         for place, sentence in enumerate(found["verdict"]):
             is_command = "python " in sentence  # which would be pasted with its line breaks
             self._text(sentence, style=None if place else "bold", unbroken=is_command)

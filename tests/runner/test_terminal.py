@@ -193,6 +193,15 @@ def test_the_verdict_is_first_then_the_table_warnings_and_the_answer(is_terminal
     assert ("\x1b[1mb is best." in out.getvalue()) == is_terminal
 
 
+def test_a_stored_table_is_shown_as_the_table_that_was_stored():
+    table = pd.DataFrame(WIDE | {"neg_elbo±": [float("nan")], "hidden": ["6,4"]})
+    outs = StringIO(), StringIO()
+    log(outs[0]).show(FOUND | {"best_row": 0}, table)
+    log(outs[1]).show(FOUND | {"best_row": 0, "table": terminal.records(table)})
+    assert outs[0].getvalue() == outs[1].getvalue()
+    assert "calibrated weight *" in outs[0].getvalue()
+
+
 def planned(name: str) -> SimpleNamespace:
     """Return what is shown of a plan."""
     source = SimpleNamespace(name="digits")
