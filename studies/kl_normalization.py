@@ -60,8 +60,8 @@ def paths(frame: frames.Frame) -> str:
     text = (
         "At equal decoder variance all normalisations have the same loss, by construction: the "
         f"{which} decoder variance, {best:.3g} pixel², is kl_weight = {named}. What could differ "
-        f"is the path of the optimiser{factor}: at equal decoder variance and seed {measured}, "
-        f"and seeds by {plain(seeds, 2)} (median)."
+        f"is the path of the optimiser{factor}: at equal decoder variance and seed {measured}; "
+        f"the standard deviation over seeds is {plain(seeds, 2)} (median)."
     )
     if "sum" not in weights or not {*frame.get("dataset", ())} <= {*OF_THE_BLOG}:
         return text

@@ -236,7 +236,7 @@ def test_learning_curves_hold_every_epoch_of_every_run_and_the_mean_over_seeds(f
     (linear,) = lines(panel, 1.2)
     expected = frame.loc[frame["kl_weight"] == best, "linear/neg_elbo"].mean()
     assert linear.get_ydata()[0] == expected or "linear" in panel.texts[0].get_text()
-    assert panel.get_ylabel() == label("val/neg_elbo")
+    assert figure.get_supylabel() == label("val/neg_elbo")
 
 
 def test_a_mean_ends_with_the_first_run_and_a_run_that_ends_early_has_a_dot():

@@ -53,9 +53,9 @@ def learning_curves(
     colors, parts = _colors(order, numeric=numeric), [*frame.groupby(group or np.ndim, sort=False)]
     columns = len(parts) if len(parts) < 4 else 2 + (len(parts) > 4)
     rows = -(-len(parts) // columns)
-    size = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
-    shared = {"sharex": True, "sharey": True, "squeeze": False}
-    figure, panels = canvas(*size, rows=rows, columns=columns, **shared)
+    width, height = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
+    grid: dict[str, Any] = {"rows": rows, "columns": columns, "squeeze": False}
+    figure, panels = canvas(width, height, sharex=True, sharey=True, **grid)
     low, top = _limits(curves)
     exact = frame.get(f"linear/{metric.removeprefix('val/')}", np.nan * ends)
     bests = []
@@ -72,13 +72,11 @@ def learning_curves(
         if group:
             named = f"{group} = {plain(name)}" if frames.is_numeric(frame[group]) else name
             panel.set_title(plain_text(f"{named}: best {plain(bests[-1])}"), fontsize="medium")
-    for panel in panels.flat[len(parts) :]:
-        panel.set_visible(False)
-    for panel in panels.flat[len(parts) - columns : len(parts)]:
-        panel.tick_params(labelbottom=True)
-        panel.set_xlabel("epoch")
-    for panel in panels[:, 0]:
-        panel.set_ylabel(label(metric))
+    for place, panel in enumerate(panels.flat):
+        panel.set_visible(place < len(parts))
+        panel.tick_params(labelbottom=place >= len(parts) - columns)
+    figure.supxlabel("epoch", fontsize="medium")
+    figure.supylabel(label(metric), fontsize="medium")
     panels[0, 0].locator_params(axis="x", integer=True)
     panels[0, 0].set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
     margin = 0.05 * (top - low or abs(top) or 1)
@@ -129,10 +127,9 @@ def by_epoch(histories: frames.Frame, frame: frames.Frame) -> frames.Frame:
     curves = histories.pivot(index="epoch", columns="run_id", values="value")
     curves = curves[curves.columns.intersection(frame["run_id"])]
     curves = curves.where(np.isfinite(curves)).dropna(axis="columns", how="all")
-    if "keep" in frame:
-        for run in curves.columns.intersection(frame.loc[frame["keep"] == "best", "run_id"]):
-            # The last value is that of the kept weights, of an epoch before.
-            curves.loc[curves[run].last_valid_index(), run] = np.nan
+    if "keep" in frame:  # the last value of kept weights is that of an epoch before
+        kept = curves.columns.intersection(frame.loc[frame["keep"] == "best", "run_id"])
+        curves[kept] = curves[kept].where(curves[kept].bfill().shift(-1).notna())
     return curves.dropna(how="all")
 
 

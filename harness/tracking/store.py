@@ -290,20 +290,17 @@ class Store:
         many = getattr(self.client._tracking_client.store, "get_metric_history_bulk", None)
         found: dict[str, dict[int, float]] = {run_id: {} for run_id in run_ids}
         if many is not None:
-            for i in range(0, len(run_ids), PART):
-                part = run_ids[i : i + PART]
-                for entry in self.call(many, part, metric_key=metric, max_results=None):
+            ask = partial(self.call, many, metric_key=metric, max_results=None)
+            for part in (run_ids[i : i + PART] for i in range(0, len(run_ids), PART)):
+                for entry in ask(part):
                     found[entry.run_id][entry.step] = entry.value
         else:
             one = partial(self.call, self.client.get_metric_history, key=metric)
             with ThreadPoolExecutor(8) as pool:
                 for run_id, entries in zip(run_ids, pool.map(one, run_ids), strict=True):
                     found[run_id] = {entry.step: entry.value for entry in entries}
-        return [
-            Epoch(run_id, step, _number(run_id, metric, values[step]))
-            for run_id, values in found.items()
-            for step in sorted(values)
-        ]
+        order = ((run_id, step) for run_id in run_ids for step in sorted(found[run_id]))
+        return [Epoch(run, step, _number(run, metric, found[run][step])) for run, step in order]
 
     def record(self, run: str, *, trust: bool | None = None) -> Record:
         """Return all that is needed to train a finished run again, by its id or key.

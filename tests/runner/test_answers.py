@@ -117,7 +117,7 @@ def test_modes_are_one_weight_by_construction_and_their_paths_are_measured():
     assert "whole loss times up to 2048, which Adam divides out but for epsilon" in scaled
     frame = modes_frame(5.0)
     alone = kl_normalization.paths(frame[frame["seed"] == 0])
-    assert "and seeds by - (median)." in alone
+    assert "; the standard deviation over seeds is - (median)." in alone
 
 
 def test_the_blogs_sentence_is_judged_on_its_data_alone():
