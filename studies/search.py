@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots, tables
 from harness import registry
@@ -24,6 +24,7 @@ from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
     SELECTION,
+    STRENGTHS,
     TPE,
     Listed,
     Pruner,
@@ -44,6 +45,7 @@ from studies.runner.study import (
 
 if TYPE_CHECKING:
     import optuna
+    import pandas as pd
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial
 
@@ -250,7 +252,7 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     chosen = ranked[ranked["configuration"] == label]
     of = dict([*again.sort_values(SELECTION).groupby("configuration", sort=False)])
     medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in of.items()}
-    best, names = medians[label], [*dict.fromkeys([*proposer.space, "kl_weight"])]
+    best = medians[label]
     tested, default = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
     gap = frames.paired_difference(tested, default, SELECTION)
     sure = how_sure(_label(compared[0]), gap)
@@ -302,7 +304,7 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         exhibits["front"] = (front.sort_values("val/rate"), caption)
     rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
     others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
-    shown = ", ".join(f"{name} = {tables.plain(best[name])}" for name in names)
+    shown = ", ".join(f"{k} = {tables.plain(v)}" for k, v in _settings(proposer, best).items())
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
@@ -316,11 +318,18 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         verdict=(f"Best: {label} ({shown}).", f"How sure: {sure}.", f"Next: {step}"),
         warnings=warnings,
         next_command=next_command,
-        best_value=plain({name: best[name] for name in names}),
-        not_distinguishable=[plain({name: run[name] for name in names}) for run in others],
+        best_value=_settings(proposer, best),
+        not_distinguishable=[_settings(proposer, run) for run in others],
         procedure="paired t interval over fresh seeds at 5 %",
         best_row=int(rows[0]) if len(rows) else None,
     )
+
+
+def _settings(proposer: TPE, run: pd.Series) -> dict[str, Any]:
+    """Return the searched settings of a run and its KL weight, without a fitted variance."""
+    left_out = () if run["sigma"] == "fixed" else STRENGTHS
+    names = [name for name in (*proposer.space, "kl_weight") if name not in left_out]
+    return {name: plain(run[name]) for name in names}
 
 
 def how_sure(other: str, gap: frames.Difference) -> str:

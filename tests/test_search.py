@@ -207,7 +207,9 @@ def test_the_recommended_configuration_has_the_lower_mean_and_its_median_seed_is
     assert summary["model_run_id"] == values[best][1][1]
     label = "default" if best == "-1" else f"trial {best}"
     first, sure, following = summary["verdict"]
-    assert first.startswith(f"Best: {label} (decoder_variance = ")
+    assert first.startswith(f"Best: {label} (")
+    fixed = seeds[best][0].params["sigma"] == "fixed"
+    assert ("decoder_variance = " in first) == ("decoder_variance" in summary["best"]) == fixed
     assert sure.startswith("How sure: trial ")
     assert following.endswith(summary["next_command"])
     assert summary["best"]["latent_size"] == int(seeds[best][0].params["latent_size"])
