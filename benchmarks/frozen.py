@@ -1,4 +1,4 @@
-"""Do all numbers have the bits of commit 593445c? It and the working tree, on one machine.
+"""Do all numbers but `EXCEPTED` have the bits of commit 593445c? Two trees, on one machine.
 
     python -m benchmarks.frozen --data-dir DIR
 
@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,13 @@ COMMIT = "593445c"
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = Path(__file__).with_name("frozen_probe.py")
 PACKAGES = ("harness", "studies", "analysis")
+
+EXCEPTED = re.compile(r"(test/)?(neg_log_likelihood|effective_samples)(_se|/k\d+)?( @\d+)?")
+"""Metrics that are not compared.
+
+2026-11-29: the proposal of importance sampling moved to the modes of p(z|x) and became wider, since
+its bound was up to 14 nats loose on digits and 50 on MNIST, which changed the order of KL weights.
+"""
 
 Found = dict[str, dict[str, dict[str, str]]]
 """Group -> run -> name -> number or digest, as text."""
@@ -86,11 +94,12 @@ class Comparison:
 
 
 def compare(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> Comparison:
-    """Compare all that the old tree has; a new one may have more."""
+    """Compare all that the old tree has but for `EXCEPTED`; a new one may have more."""
     pairs = {
         (run, name): (value, new.get(run, {}).get(name))
         for run, values in old.items()
         for name, value in values.items()
+        if not EXCEPTED.fullmatch(name)
     }
     weights = [then == now for (_, name), (then, now) in pairs.items() if name == "weights"]
     numbers = [then == now for (_, name), (then, now) in pairs.items() if name != "weights"]

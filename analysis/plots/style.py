@@ -15,9 +15,11 @@ else:
 
 UNITS = {
     **dict.fromkeys(("neg_elbo", "neg_log_likelihood", "distortion", "rate"), "nats / image"),
+    **dict.fromkeys(("neg_elbo_se", "neg_elbo_refitted", "amortization_gap"), "nats / image"),
+    **dict.fromkeys(("neg_log_likelihood_se", "neg_log_likelihood_slack"), "nats / image"),
     **dict.fromkeys(("mse", "decoder_variance"), "pixel²"),
     **dict.fromkeys(("mae", "laplace_scale"), "pixel"),
-    **dict.fromkeys(("active_units", "latent_size"), "count"),
+    **dict.fromkeys(("active_units", "latent_size", "effective_samples"), "count"),
     **dict.fromkeys(("probe_accuracy", "knn_accuracy"), "share"),
     "frechet": "variance of a feature",
     "free_bits": "nats",

@@ -24,6 +24,7 @@ from harness.metrics.evaluate import pixels, posteriors
 from harness.models.stack import kernels
 from harness.models.vae import VAE
 from harness.objective import Posterior, kl_per_latent
+from harness.processes import one_thread
 
 SAMPLES = (1, 8, 64, 512)  # whose bounds are reported; the last gives `neg_log_likelihood`
 LIKELIHOOD_IMAGES = 1000  # of the test split, at most: each costs a decoding a sample
@@ -157,7 +158,9 @@ def _chosen(config: RunConfig, model: VAE, split: Split, variance: Tensor) -> fl
         for a in INFLATIONS
     ]
     as_good = max(found) - AS_GOOD
-    return next((a for a, bound in zip(INFLATIONS, found, strict=True) if bound >= as_good), 1.0)
+    return next(
+        (a for a, bound in zip(INFLATIONS, found, strict=True) if bound >= as_good), math.nan
+    )
 
 
 def _log_weights(
@@ -219,6 +222,7 @@ def centred(model: VAE, split: Split, variance: Tensor) -> Posterior:
     return start._replace(mean=torch.cat(found))
 
 
+@one_thread()
 @kernels()
 def refit_posterior(model: VAE, split: Split, variance: Tensor, seed: int = 0) -> Posterior:
     """Optimise the posterior of each image for a fixed decoder: the best of a diagonal Gaussian.
@@ -278,6 +282,7 @@ def _noise(
     return drawn.to(model.device, model.dtype)
 
 
+@one_thread()
 @kernels()
 @torch.no_grad()
 def amortization_gap(

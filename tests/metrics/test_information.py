@@ -76,20 +76,21 @@ def test_the_sampled_bound_equals_quadrature():
         (q * (np.log(q + 1e-300) - np.log(q.mean(1) + 1e-300)[:, None])).mean(1), z
     )
     arguments = [torch.tensor(v).reshape(-1, 1) for v in (mean, 2 * np.log(deviation), eps)]
-    assert float(mutual_information_lower(*arguments)) == pytest.approx(exact, abs=2e-3)
+    assert float(mutual_information_lower(*arguments)[0]) == pytest.approx(exact, abs=2e-3)
 
 
 def test_the_sampled_bound_saturates_at_the_logarithm_of_the_number_of_images():
     mean, log_variance = posteriors(images=250)
     far = mutual_information_lower(100 * mean, log_variance - 5, torch.randn_like(mean))
-    assert float(far) == pytest.approx(math.log(250), abs=1e-12)
+    assert list(map(float, far)) == pytest.approx([math.log(250), 0], abs=1e-12)
     nothing = torch.zeros_like(mean)
-    assert float(mutual_information_lower(nothing, nothing, mean)) == pytest.approx(0)
+    none = mutual_information_lower(nothing, nothing, mean)
+    assert list(map(float, none)) == pytest.approx([0, 0], abs=1e-12)
 
 
 def test_variances_near_zero_leave_the_bound_finite():
     mean, log_variance = posteriors(images=250)
-    bound = mutual_information_lower(mean, torch.full_like(log_variance, -60), mean)
+    bound, _ = mutual_information_lower(mean, torch.full_like(log_variance, -60), mean)
     assert float(bound) == pytest.approx(math.log(250))
 
 
@@ -98,9 +99,33 @@ def test_lower_and_upper_bound_enclose_the_information(scale):
     mean, log_variance = posteriors(images=1000, latent_size=2)
     mean *= scale
     rate = kl_per_latent(mean, log_variance).mean(0).sum()
-    draws = [mutual_information_lower(mean, log_variance, torch.randn_like(mean)) for _ in range(9)]
+    noise = (torch.randn_like(mean) for _ in range(9))
+    draws = [mutual_information_lower(mean, log_variance, eps)[0] for eps in noise]
     upper = rate - aggregate_gap(mean, log_variance)
     assert torch.stack(draws).mean() < upper <= rate
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_the_standard_error_of_the_sampled_bound_is_its_spread_over_sets_of_images(scale):
+    draws = []
+    for _ in range(200):
+        mean, log_variance = posteriors(images=150, latent_size=2)
+        eps = torch.randn_like(mean)
+        draws.append(mutual_information_lower(scale * mean, log_variance, eps))
+    bounds, errors = map(torch.stack, zip(*draws, strict=True))
+    assert float(errors.mean()) == pytest.approx(float(bounds.std()), rel=0.2)
+
+
+def test_the_standard_error_is_that_of_a_jackknife():
+    mean, log_variance = posteriors(images=200, latent_size=2)
+    log_variance += 2  # wide: no image is most of its own average
+    eps, rest = torch.randn_like(mean), torch.eye(200) == 0
+    left = torch.stack(
+        [mutual_information_lower(mean[k], log_variance[k], eps[k])[0] for k in rest]
+    )
+    jackknife = math.sqrt(199 * float(left.var(correction=0)))
+    error = mutual_information_lower(mean, log_variance, eps)[1]
+    assert float(error) == pytest.approx(jackknife, rel=0.05)
 
 
 @pytest.mark.parametrize("variance", [0.005, 0.05, 0.5])

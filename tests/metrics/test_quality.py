@@ -13,9 +13,11 @@ from harness.metrics.quality import measure_quality
 from harness.models.vae import VAE, build
 
 INFORMATION = {"aggregate_gap", "mutual_information", "mutual_information_lower"}
-INFORMATION |= {"latent_std", "posterior_sigma"}
-LIKELIHOOD = {"neg_log_likelihood", "neg_log_likelihood_se", "effective_samples"} | {
-    f"neg_log_likelihood/k{k}" for k in SAMPLES
+INFORMATION |= {"mutual_information_lower_se", "latent_std", "posterior_sigma"}
+LIKELIHOOD = {
+    *("neg_log_likelihood", "neg_log_likelihood_se", "neg_log_likelihood_slack"),
+    *("effective_samples", "proposal_inflation"),
+    *(f"neg_log_likelihood/k{k}" for k in SAMPLES),
 }
 OTHERS = {"frechet", "frechet_reconstructions", "frechet_floor", "feature_accuracy"} | {
     "probe_accuracy",
