@@ -13,16 +13,14 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def best_rate(frame: pd.DataFrame) -> str:
-    """Return which rate is best on validation data, and the cost of the others."""
-    from analysis import frames  # here, so that --help does not wait for MLflow
+    """Return which rate is best on validation data, and the cost of those that are worse."""
+    from analysis.comparisons import rank  # here, so that --help does not wait for it
 
-    best = frames.best_value(frame, "learning_rate")
-    runs = dict(list(frame.groupby("learning_rate")))
-    sentences = [f"learning_rate = {best:g} has the lowest validation neg_elbo of {len(runs)}."]
-    for rate in [rate for rate in runs if rate != best]:
-        gap = frames.paired_difference(runs[rate], runs[best], "neg_elbo")
-        sentences.append(f"{rate:g} costs {gap} nats / image on the test split.")
-    return " ".join(sentences)
+    ranking = rank(frame, "learning_rate")
+    means = frame.groupby("learning_rate")["neg_elbo"].mean()
+    lowest = f"learning_rate = {ranking.best:g} has the lowest validation neg_elbo of {len(means)}."
+    costs = [f"{r:g} costs {means[r] - means[ranking.best]:.3g}" for r in ranking.worse]
+    return f"{lowest} Worse, in nats / image of test neg_elbo: {', '.join(costs) or 'none'}."
 
 
 STUDY = Study(

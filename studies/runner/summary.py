@@ -29,6 +29,7 @@ from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
 from harness.metrics import pictures, probes
 from harness.metrics.likelihood import amortization_gap
+from harness.processes import one_thread
 from harness.tracking import load_run
 from harness.tracking import record as recording
 from harness.tracking.addresses import without_secrets
@@ -229,7 +230,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
     answer = words(attempt("the answer", findings.answer) or "The answer failed.")
     failed = failed_metrics(found.finished)
     best = next(run for run in found.runs if run.run_id == findings.best["run_id"])
-    acts = [f"Best run: {best.tags[ACTS]}."] if ACTS in best.tags else []
+    acts = [f"Best setting: {best.tags[ACTS]}."] if ACTS in best.tags else []
     answer = "\n\n".join([answer, *acts, *differing(found.finished), *failed])
     findings.frame.to_csv(folder / "runs.csv", index=False)
     for name, (table, _) in findings.tables.items():
@@ -487,9 +488,10 @@ def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
     """Add what the encoder of each run costs against posteriors refitted to test images."""
     log.info("refitting the posteriors of %d runs to %d test images", len(frame), images)
     rows = list[dict[str, float]]()
-    for run_id in frame["run_id"]:
-        loaded = load_run(run_id, found.store.uri)
-        rows.append(amortization_gap(loaded.config, loaded.model, found.data, images=images))
+    with one_thread():  # several wait for each other on tensors this small
+        for run_id in frame["run_id"]:
+            loaded = load_run(run_id, found.store.uri)
+            rows.append(amortization_gap(loaded.config, loaded.model, found.data, images=images))
     return frame.assign(**pd.DataFrame(rows, frame.index, columns=[answers.REFITTED, answers.GAP]))
 
 

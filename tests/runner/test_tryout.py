@@ -253,11 +253,14 @@ def test_what_fails_at_the_end_loses_nothing_and_tried_frames_are_like_real_ones
     answer, _, acts, metrics, figure = found["answer"].split("\n\n")
     assert answer == "So."
     assert re.fullmatch(
-        r"Best run: kl_weight \S+ acts as a decoder standard dev.* of 255\)\.", acts
+        r"Best setting: kl_weight \S+ acts as a decoder standard dev.* of 255\)\.", acts
     )
     assert metrics.startswith(f"Metrics failed in 2 of 2 runs: {of_metric}")
     assert figure.startswith(f"Left out: {of_figure}")
-    assert [figure["file"] for figure in found["figures"]] == ["figures/rates.png"]
+    assert [figure["file"] for figure in found["figures"]] == [
+        "figures/rates.png",
+        "figures/learning_curves.png",
+    ]
     assert "Left out: figure" in (folder / "report.html").read_text()
 
     # With the mistake mended the same command writes the rest; the metric stays away.
