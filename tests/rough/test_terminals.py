@@ -115,7 +115,7 @@ def test_what_is_used_up_is_named(error, lacking):
 ONE = {
     "kl_weight": (kl_weight.best_weight, "kl_weight = 1 is the only value; its validation"),
     "latent_size": (latent_size.useful_latents, "of 4 latents, the only size, 0.0 are active"),
-    "decoder_variance": (kl_normalization.one_curve, "The only decoder variance, 0.5 .* no latent"),
+    "decoder_variance": (kl_normalization.paths, "the only decoder variance, 0.5 pixel²"),
     "learning_rate": (
         lambda frame: sweep.best_point(frame, ["learning_rate"]),
         "learning_rate = 0.001 is alone; .*nothing to compare",

@@ -32,7 +32,7 @@ from studies import kl_weight, replay
 from studies.runner import cli
 from studies.runner.database import checked_address
 from studies.runner.queue import Queue, noted
-from studies.runner.terminal import Terminal
+from studies.runner.terminal import ANSWERED, Terminal
 from tests.test_report import write_folder
 
 # --- passwords -----------------------------------------------------------------------------------
@@ -133,11 +133,11 @@ def test_control_characters_are_shown_as_escapes():
 
 def test_a_terminal_obeys_no_text(capsys):
     frame = pd.DataFrame({"activation": [NASTY, "b"], "neg_elbo": [1.0, 2.0]})
-    plan = SimpleNamespace(
-        name=NASTY, source=SimpleNamespace(name=NASTY), sentence=NASTY, experiment="e"
-    )
-    outcome = SimpleNamespace(plan=plan, table=frame, answer=NASTY, folder=Path(NASTY[:30]))
-    outcome.experiment_id, outcome.failures = "7", [NASTY]
+    source = SimpleNamespace(name=NASTY)
+    plan = SimpleNamespace(name=NASTY, source=source, sentence=NASTY, experiment="e", command="c")
+    outcome = SimpleNamespace(plan=plan, table=frame, folder=Path(NASTY[:30]))
+    answered = ANSWERED | {"answer": NASTY, "verdict": [NASTY], "warnings": [NASTY]}
+    vars(outcome).update(answered, experiment_id="7", failures=[NASTY])
     terminal = Terminal()
     terminal.out.width = 1000
     terminal.plan(plan, 64)
