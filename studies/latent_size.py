@@ -48,18 +48,18 @@ def useful_latents(frame: frames.Frame) -> str:
     """Return, for each weight, the number of latents from which on more of them change nothing."""
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
-        ranking = rank(part, AXIS)
-        best, enough = ranking.best, min([ranking.best, *ranking.not_distinguishable])
-        largest = part[part[AXIS] == part[AXIS].max()]
-        lowest = f"validation neg_elbo is lowest at {best} latents"
-        if ranking.seeds > 1:
-            lowest += f"; the smallest size not distinguishable from that is {enough}"
-        lowest += f". Of {largest[AXIS].iloc[0]} latents"
-        sentences.append(
-            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
-            + (lowest if part[AXIS].nunique() > 1 else f"of {best} latents, the only size,")
-            + f" {largest['active_units'].mean():.1f} are active."
-        )
+        ranking, largest = rank(part, AXIS), part[AXIS].max()
+        enough = min([ranking.best, *ranking.not_distinguishable])
+        active = part.loc[part[AXIS] == largest, "active_units"].mean()
+        sentence = f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
+        if ranking.values > 1:
+            sentence += f"validation neg_elbo is lowest at {ranking.best} latents"
+            if ranking.seeds > 1:
+                sentence += f"; the smallest size not distinguishable from that is {enough}"
+            sentence += ". Of"
+        else:
+            sentence += "of"
+        sentences.append(f"{sentence} {largest} latents {active:.1f} are active.")
     return "\n\n".join(sentences)
 
 
