@@ -26,19 +26,16 @@ def best_weight(frame: frames.Frame) -> str:
         f"{row['active_units']:.1f} of {row['latent_size']:.0f} latents active."
     ]
     if BLOG_WEIGHT in [*ranking.not_distinguishable, *ranking.worse]:
-        costs = {
-            metric: frames.compare(frame, AXIS, BLOG_WEIGHT, best, metric).mean
-            for metric in ("neg_elbo", answers.REFITTED)
-            if metric in frame
-        }
+
+        def cost(metric: str) -> str:
+            return f"{frames.compare(frame, AXIS, BLOG_WEIGHT, best, metric).mean:.3g}"
+
+        text = f"Weight {BLOG_WEIGHT:g} costs {cost('neg_elbo')} nats / image of test neg_elbo "
+        text += "against it, of encoder and decoder together"
+        if answers.REFITTED in frame:
+            text += f", and {cost(answers.REFITTED)} of the decoder alone"
         judged = "worse" if BLOG_WEIGHT in ranking.worse else "not distinguishable from it"
-        sentences.append(
-            f"Weight {BLOG_WEIGHT:g} costs {costs['neg_elbo']:.3g} nats / image of test neg_elbo "
-            "against it, of encoder and decoder together"
-            + "".join(f", and {costs[m]:.3g} of the decoder alone" for m in [*costs][1:])
-            + f", and is {judged}" * (ranking.seeds > 1)
-            + "."
-        )
+        sentences.append(f"{text}, and is {judged}." if ranking.seeds > 1 else f"{text}.")
     if (collapse := frames.collapse_value(frame, AXIS)) is not None:
         sentences.append(f"The exact linear model has no active latent from {collapse:.3g} on.")
     return " ".join([*sentences, worst_class(runs)]).strip()

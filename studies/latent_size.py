@@ -49,17 +49,15 @@ def useful_latents(frame: frames.Frame) -> str:
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
         ranking, largest = rank(part, AXIS), part[AXIS].max()
-        enough = min([ranking.best, *ranking.not_distinguishable])
         active = part.loc[part[AXIS] == largest, "active_units"].mean()
-        sentence = f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
+        sentence = f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) {active:.1f} of {largest} "
+        sentence += "latents are active"
         if ranking.values > 1:
-            sentence += f"validation neg_elbo is lowest at {ranking.best} latents"
-            if ranking.seeds > 1:
-                sentence += f"; the smallest size not distinguishable from that is {enough}"
-            sentence += ". Of"
-        else:
-            sentence += "of"
-        sentences.append(f"{sentence} {largest} latents {active:.1f} are active.")
+            sentence += f"; validation neg_elbo is lowest at {ranking.best}"
+        if ranking.values > 1 < ranking.seeds:
+            enough = min([ranking.best, *ranking.not_distinguishable])
+            sentence += f", and the smallest size not distinguishable from that is {enough}"
+        sentences.append(f"{sentence}.")
     return "\n\n".join(sentences)
 
 

@@ -110,11 +110,6 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
     return with_named(config, name, value)
 
 
-def notes(counts: Mapping[str, int]) -> list[str]:
-    """Return sentences on what axes with so many values cannot answer."""
-    return [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
-
-
 def best_point(frame: frames.Frame, axes: Sequence[str]) -> str:
     """Return which value of the second axis is best for each of the first, on validation data."""
     keys, metric = [*axes], frames.compared(frame)
@@ -128,7 +123,6 @@ def best_point(frame: frames.Frame, axes: Sequence[str]) -> str:
             for _, row in lowest.iterrows()
         ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
-    sentences += notes(frame[keys].nunique().to_dict())
     if metric == "loss" or {"likelihood", "binarization"}.intersection(keys):
         sentences.append(f"Where an axis changes objective or data, {metric} does not rank runs.")
     return " ".join(sentences)
@@ -156,8 +150,9 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
         axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
-    counts = {name: len(values) for name, values in axes.items()}
-    for note in filter(None, [*notes(counts), answers.few_seeds(given.seeds or 3)]):
+    alone = [name for name, values in axes.items() if len(values) == 1]
+    notes = [f"One value of {name}: nothing to compare." for name in alone]
+    for note in filter(None, [*notes, answers.few_seeds(given.seeds or 3)]):
         log.info(note)
     return study, Options(**{**options, "settings": settings})
 

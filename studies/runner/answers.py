@@ -138,13 +138,11 @@ def warnings(
 def names(ranking: Ranking) -> dict[Any, str]:
     """Return each value as text, "hidden = 16, sigma = fixed", in as few digits as differ."""
     values = [ranking.best, *ranking.not_distinguishable, *ranking.worse]
-    points = values if len(ranking.keys) > 1 else [(value,) for value in values]
     for digits in (3, 6, 17):
-        parts = [
-            [f"{k} = {tables.plain(v, digits)}" for k, v in zip(ranking.keys, point, strict=True)]
-            for point in points
-        ]
-        texts = dict(zip(values, map(", ".join, parts), strict=True))
+        texts = dict[Any, str]()
+        for value in values:
+            parts = zip(ranking.keys, value if len(ranking.keys) > 1 else (value,), strict=True)
+            texts[value] = ", ".join(f"{key} = {tables.plain(v, digits)}" for key, v in parts)
         if len({*texts.values()}) == len(values):
             break
     return texts
@@ -175,14 +173,10 @@ def next_step(
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
-    More epochs while the best improves, more seeds while others may be as good, a value beyond an
-    end of the axis.
-
-    Args:
-        vary: options -> the study's command line with them, "" if they are refused.
-        ranking: of its values.
-        along: values of the axis that go with the best of all else, the best first.
-        epochs: number of epochs to advise, 0 if the best does not improve any more.
+    More epochs while the best improves, else more seeds while others may be as good, else a value
+    beyond an end of the axis. `vary` returns the study's command line with other options, "" if
+    they are refused; `along` are values of the axis, the best first; `epochs` is 0 if the best does
+    not improve any more.
     """
     steps = list[tuple[str, dict[str, Any]]]()
     if epochs:

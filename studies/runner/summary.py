@@ -88,13 +88,10 @@ class Findings:
         shown, settings: metrics and parameters of the summary run.
         ranking: the best value and those not distinguishable from it; None where nothing is ranked.
         verdict: three lines: the best setting, how sure that is, and what to do next.
-        warnings: sentences on what the answer cannot carry.
-        next_command: the command line that would tell more; "" if there is none.
         best_value, not_distinguishable: values of the axis as the user gave them, of several
             columns objects {column: value}.
         groups: group -> both of them within it.
         procedure: by which they are compared, where there is no ranking.
-        best_row: place of the best value in `table`.
     """
 
     table: pd.DataFrame
@@ -127,7 +124,6 @@ class Outcome:
     folder: Path
     experiment_id: str
     failures: Sequence[str] = ()
-    findings: Findings | None = None
     run_ids: Sequence[str] = ()
     best: Any = None
     not_distinguishable: Sequence[Any] = ()
@@ -251,6 +247,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "next_command": findings.next_command,
         "best_row": findings.best_row,
         "model_run_id": findings.best["run_id"],
+        "run_ids": [run.run_id for run in found.runs],
     }
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
@@ -269,7 +266,6 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "answer": "\n\n".join([answer, *left_out]),
         **result,
         "rows": records(findings.table),
-        "run_ids": [run.run_id for run in found.runs],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
@@ -282,10 +278,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
             f"{folder}, and the same command tries again"
         )
-    ids = [run.run_id for run in found.runs]
-    return Outcome(
-        plan, findings.table, answer, folder, experiment_id, failed, findings, ids, **result
-    )
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, **result)
 
 
 def _draw(draw: Callable[[], Figure], file: Path, words: Callable[[str], str]) -> bool:
@@ -345,7 +338,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked, nor one with fewer seeds than others.
     whole = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     ranked = frames.complete(whole, axes)
-    fewer = len(whole.drop_duplicates(axes)) - len(ranked.drop_duplicates(axes))
+    fewer = len(whole) - len(ranked)
     columns = dict.fromkeys([*study.table, *(answers.REFITTED, answers.GAP), *registry.METRICS])
     by = study.ranking if _has(ranked, study.ranking) else study.objective
     if not _has(ranked, by):
@@ -354,7 +347,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
     ranking = rank(ranked, axes, by)
     given = _given(study, found, frame)
-    best_given = given[ranking.best]
+    as_given = given if study.group else {k: v[study.axis.name] for k, v in given.items()}
     best_runs = _runs_of(ranked, axes, ranking.best).dropna(subset=[by])
     best = _median(best_runs, by, study.objective)
     same = frame if not study.group else frame[frame[study.group] == best[study.group]]
@@ -365,20 +358,18 @@ def compare_points(study: Study, found: Ended) -> Findings:
     warned = answers.warnings(
         best_runs, by, of_best, epochs, likelihood="neg_log_likelihood" in study.table
     )
-    along = {name: _along(given, best_given, name) for name in axes}
+    along = {name: _along(given, given[ranking.best], name) for name in axes}
     warned += filter(None, map(answers.at_an_end, along, along.values()))
-    improving = max(2 * int(best["epochs"]), epochs) * bool(answers.still_improving(of_best, by))
+    improving = epochs and answers.still_improving(of_best, by)
+    more = max(2 * int(best["epochs"]), epochs) if improving else 0
     vary = partial(found.plan.vary, found.plan.name, **_grown(study, found, given))
-    following, next_command = answers.next_step(
-        vary, ranking, along[study.axis.name], improving * bool(epochs)
-    )
+    following, next_command = answers.next_step(vary, ranking, along[study.axis.name], more)
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
-    shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
-    shared.pop("seed", None)
+    shared = {k: v for k, v in configs[0].items() if all(c[k] == v for c in configs)}
     named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     notes = [answers.decoders(ranked, ranking, refit), answers.to_quote(best_runs, ranking)]
     notes += [f"Diverged and not ranked, {len(diverged)} in number: {named}."] * bool(diverged)
-    notes += [f"Not ranked, since others have more seeds: {fewer} in number."] * bool(fewer)
+    notes += [f"Not ranked, since other values have more seeds: {fewer} runs."] * bool(fewer)
     drawn = frame.map(plots.plain_text)
     curves = partial(plots.learning_curves, histories, drawn, study.axis.name, study.group, by)
     return Findings(
@@ -401,17 +392,14 @@ def compare_points(study: Study, found: Ended) -> Findings:
             **found.plan.source.settings,
             "values": list(dict.fromkeys(frame[study.axis.name].tolist())),
             "seeds": int(frame["seed"].nunique()),
-            **shared,
+            **{k: v for k, v in shared.items() if k != "seed"},
         },
         ranking=ranking,
         verdict=answers.verdict(ranking, following),
         warnings=warned,
         next_command=next_command,
-        best_value=best_given if study.group else best_given[study.axis.name],
-        not_distinguishable=[
-            given[value] if study.group else given[value][study.axis.name]
-            for value in ranking.not_distinguishable
-        ],
+        best_value=as_given[ranking.best],
+        not_distinguishable=[as_given[value] for value in ranking.not_distinguishable],
         groups=_groups(study, ranked, by, given),
         best_row=int(_runs_of(table, axes, ranking.best).index[0]),
     )
@@ -422,13 +410,11 @@ def _has(frame: pd.DataFrame, metric: str) -> bool:
 
 
 def _runs_of(frame: pd.DataFrame, axes: list[str], value: Any) -> pd.DataFrame:  # noqa: ANN401
-    """Return the rows of a value, of several columns a tuple."""
     wanted = value if len(axes) > 1 else (value,)
     return frame[np.logical_and.reduce([frame[a] == v for a, v in zip(axes, wanted, strict=True)])]
 
 
 def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
-    """Return the run of the median seed by a metric, by another where runs lack it."""
     metric = other if runs[metric].isna().all() else metric
     return runs.dropna(subset=[metric]).sort_values([metric, "seed"]).iloc[(len(runs) - 1) // 2]
 
@@ -446,9 +432,10 @@ def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, dict[st
     for run, row in zip(found.finished, frame.to_dict("records"), strict=True):
         tried_out = {"group": row.get(study.group), "value": row[axis]}  # has no trial
         cell = cells.get(run.key, tried_out)
-        group = study.group_values.get(cell["group"], cell["group"])
-        point = (row[study.group], row[axis]) if study.group else row[axis]
-        given[point] = ({study.group: group} if study.group else {}) | {axis: cell["value"]}
+        name = study.group_values.get(cell["group"], cell["group"])
+        group = {study.group: name} if study.group else {}
+        point = (row[study.group], row[axis]) if group else row[axis]
+        given[point] = group | {axis: cell["value"]}
     return given
 
 
@@ -471,7 +458,6 @@ def _grown(study: Study, found: Ended, given: Mapping[Any, Mapping[str, Any]]) -
 def _groups(
     study: Study, ranked: pd.DataFrame, metric: str, given: Mapping[Any, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return group -> the best of its values and those not distinguishable from it, as given."""
     found, axis = dict[str, dict[str, Any]](), study.axis.name
     for group, part in ranked.groupby(study.group, sort=False) if study.group else ():
         if _has(part, metric):
@@ -482,7 +468,6 @@ def _groups(
 
 
 def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
-    """Add what the encoder of each run costs against posteriors refitted to test images."""
     log.info("refitting the posteriors of %d runs to %d test images", len(frame), images)
     rows = list[dict[str, float]]()
     with one_thread():  # several wait for each other on tensors this small
@@ -493,7 +478,6 @@ def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
 
 
 def _differences(study: Study, frame: pd.DataFrame, ranking: Ranking) -> tuple[pd.DataFrame, str]:
-    """Return the table of paired differences from the reference or the best point, with caption."""
     axes = study.columns
     reference = frame[frame[study.axis.name] == study.reference]
     if reference.empty:
@@ -511,7 +495,7 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
     log.info("drawing pictures of the models")
     data, uri, best = found.data, found.store.uri, findings.best
     seeds = findings.ranking.seeds if findings.ranking else 1
-    median = f"the median seed of {seeds}" if seeds > 1 else ""
+    median = f", the median seed of {seeds}" * (seeds > 1)
     models = {label: load_run(run, uri).model for label, run in findings.models.items()}
     labels, stack = [*models], [*models.values()]
     written = []
@@ -523,9 +507,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
 
     if data.is_image:
         detailed = load_run(best["run_id"], uri).model
-        of = f"{best['name']}, {median}" if median else best["name"]
-        shown = "Test images (top row) and reconstructions from the posterior mean"
-        shown += f", of {median} of each setting." if median else "."
+        of, each = f"{best['name']}{median}", median and f"{median} of each setting"
+        shown = f"Test images (top row) and reconstructions from the posterior mean{each}."
         picture = pictures.reconstructions(stack, data.test)
         write("reconstructions", picture, shown, "test images", *labels)
         shown = "Decoder means of z drawn from the prior N(0, I)."
@@ -541,8 +524,6 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         x, y = probes.latent_plane(model, part).T
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
-    shown = (
-        f"Posterior means of {len(classes)} test images: both latents of two, the first two "
-        "principal components of more. Each panel has its own scale."
-    )
+    shown = f"Posterior means of {len(classes)} test images: both latents of two, the first two "
+    shown += "principal components of more. Each panel has its own scale."
     return [*written, {"file": "pictures/latents.png", "caption": shown}]

@@ -14,7 +14,7 @@ import pytest
 
 from harness import UserError
 from harness.tracking import addresses, schema
-from studies import kl_normalization, kl_weight, latent_size, sweep
+from studies import kl_normalization, kl_weight, latent_size
 from studies.runner import database, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,12 +117,8 @@ ONE = {
         kl_weight.best_weight,
         "kl_weight = 1: decoder variance 0.5 pixel², calibration ratio 1, 0.0 of",
     ),
-    "latent_size": (latent_size.useful_latents, "of 4 latents, the only size, 0.0 are active"),
+    "latent_size": (latent_size.useful_latents, "0.0 of 4 latents are active"),
     "decoder_variance": (kl_normalization.one_curve, "The only decoder variance, 0.5 .* no latent"),
-    "learning_rate": (
-        lambda frame: sweep.best_point(frame, ["learning_rate"]),
-        "One value of learning_rate: nothing to compare",
-    ),
 }
 
 

@@ -85,7 +85,7 @@ def sizes_frame():
 def test_latents_beyond_the_useful_ones_are_named():
     printed = latent_size.useful_latents(sizes_frame())
     assert "the smallest size not distinguishable from that is 4" in printed
-    assert "Of 16 latents 4.0 are active" in printed
+    assert "4.0 of 16 latents are active" in printed
     frame = sizes_frame()
     assert "distinguishable" not in latent_size.useful_latents(frame[frame["seed"] == 0])
 
