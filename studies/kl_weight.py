@@ -17,8 +17,7 @@ WEIGHTS = (0.0, *(10 ** (i / 3 - 3) for i in range(13)))
 def best_weight(frame: frames.Frame) -> str:
     """Return how the best weight on validation data is calibrated, and what weight 1 costs."""
     ranking = rank(frame, AXIS)
-    best = ranking.best
-    runs = frame[frame[AXIS] == best]
+    best, runs = ranking.best, frame[frame[AXIS] == ranking.best]
     row = runs[["decoder_variance", "calibration_ratio", "active_units", "latent_size"]].mean()
     sentences = [
         f"{AXIS} = {best:.3g}: decoder variance {plain(row['decoder_variance'])} pixel², "

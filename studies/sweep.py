@@ -150,8 +150,7 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
         axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
-    alone = [name for name, values in axes.items() if len(values) == 1]
-    notes = [f"One value of {name}: nothing to compare." for name in alone]
+    notes = [f"One value of {k}: nothing to compare." for k, v in axes.items() if len(v) == 1]
     for note in filter(None, [*notes, answers.few_seeds(given.seeds or 3)]):
         log.info(note)
     return study, Options(**{**options, "settings": settings})

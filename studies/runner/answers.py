@@ -178,9 +178,8 @@ def next_step(
     they are refused; `along` are values of the axis, the best first; `epochs` is 0 if the best does
     not improve any more.
     """
-    steps = list[tuple[str, dict[str, Any]]]()
-    if epochs:
-        steps.append((f"{epochs} epochs", {"epochs": epochs}))
+    longer: dict[str, Any] = {"epochs": epochs}
+    steps = [(f"{epochs} epochs", longer)] if epochs else []
     if ranking.seeds < 3 or ranking.not_distinguishable:
         steps.append((f"{ranking.more[0]} seeds", {"seeds": ranking.more[0]}))
     if at_an_end("", along):

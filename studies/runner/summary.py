@@ -338,7 +338,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
     # A point of which a seed diverged is not ranked, nor one with fewer seeds than others.
     whole = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     ranked = frames.complete(whole, axes)
-    fewer = len(whole) - len(ranked)
     columns = dict.fromkeys([*study.table, *(answers.REFITTED, answers.GAP), *registry.METRICS])
     by = study.ranking if _has(ranked, study.ranking) else study.objective
     if not _has(ranked, by):
@@ -369,17 +368,15 @@ def compare_points(study: Study, found: Ended) -> Findings:
     named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     notes = [answers.decoders(ranked, ranking, refit), answers.to_quote(best_runs, ranking)]
     notes += [f"Diverged and not ranked, {len(diverged)} in number: {named}."] * bool(diverged)
-    notes += [f"Not ranked, since other values have more seeds: {fewer} runs."] * bool(fewer)
-    drawn = frame.map(plots.plain_text)
+    if len(ranked) < len(whole):
+        notes.append(f"Not ranked, as others have more seeds: {len(whole) - len(ranked)} runs.")
+    compared, drawn = _differences(study, frame, ranking), frame.map(plots.plain_text)
     curves = partial(plots.learning_curves, histories, drawn, study.axis.name, study.group, by)
     return Findings(
         table=table,
         answer=lambda: "\n\n".join([study.answer(ranked), *filter(None, notes)]).strip(),
         frame=frame,
-        tables={
-            "table": (table, TABLE_CAPTION),
-            "differences": _differences(study, frame, ranking),
-        },
+        tables={"table": (table, TABLE_CAPTION), "differences": compared},
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
             **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
