@@ -48,18 +48,16 @@ def useful_latents(frame: frames.Frame) -> str:
     """Return, for each weight, the number of latents from which on more of them change nothing."""
     sentences = []
     for name, part in frame.groupby("weight", sort=False):
-        ranking = rank(part, AXIS)
-        best, enough = ranking.best, min([ranking.best, *ranking.not_distinguishable])
-        largest = part[part[AXIS] == part[AXIS].max()]
-        lowest = f"validation neg_elbo is lowest at {best} latents"
-        if ranking.seeds > 1:
-            lowest += f"; the smallest size not distinguishable from that is {enough}"
-        lowest += f". Of {largest[AXIS].iloc[0]} latents"
-        sentences.append(
-            f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) "
-            + (lowest if part[AXIS].nunique() > 1 else f"of {best} latents, the only size,")
-            + f" {largest['active_units'].mean():.1f} are active."
-        )
+        ranking, largest = rank(part, AXIS), part[AXIS].max()
+        active = part.loc[part[AXIS] == largest, "active_units"].mean()
+        sentence = f"With the {name} ({part['kl_weight'].iloc[0]:.3g}) {active:.1f} of {largest} "
+        sentence += "latents are active"
+        if ranking.values > 1:
+            sentence += f"; validation neg_elbo is lowest at {ranking.best}"
+        if ranking.values > 1 < ranking.seeds:
+            enough = min([ranking.best, *ranking.not_distinguishable])
+            sentence += f", and the smallest size not distinguishable from that is {enough}"
+        sentences.append(f"{sentence}.")
     return "\n\n".join(sentences)
 
 

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from analysis import frames, plots
-from analysis.comparisons import rank
-from analysis.tables import over, plain, plus_minus
+from analysis.tables import plain, plus_minus
 from harness import registry
 from harness.config import RunConfig, UserError
 from studies.runner import answers
@@ -111,38 +110,19 @@ def _set(config: RunConfig, name: str, value: object, earlier: str = "") -> RunC
     return with_named(config, name, value)
 
 
-def notes(counts: Mapping[str, int]) -> list[str]:
-    """Return sentences on what axes with so many values cannot answer."""
-    return [f"One value of {name}: nothing to compare." for name, n in counts.items() if n == 1]
-
-
 def best_point(frame: frames.Frame, axes: Sequence[str]) -> str:
-    """Return which value of an axis, or combination of two, is best on validation data."""
+    """Return which value of the second axis is best for each of the first, on validation data."""
     keys, metric = [*axes], frames.compared(frame)
-    val, unit = f"val/{metric}", " nats / image" * (metric == "neg_elbo")
-    ranking = rank(frame, keys if len(keys) > 1 else keys[0], val)
-    means = frames.along_axis(frame, keys, [metric, val])
-    best = means.loc[means[val].idxmin()]
-    seeds = ranking.seeds
-    what = "combinations" if len(keys) > 1 else "values"
-    lowest = f"has the lowest validation {metric} of {len(means)} {what}"
-    if len(means) == 1:
-        lowest = f"is alone; its validation {metric}"
-    sentences = [
-        f"{answers.point(keys, ranking.best, 6)} {lowest}: "
-        f"{plus_minus(best, val)}{unit} (test {plus_minus(best, metric)}; {over(seeds)})"
-        + f"; not distinguishable from it: {answers.listed(ranking)}" * (seeds > 1 < len(means))
-        + "."
-    ]
+    val, sentences = f"val/{metric}", list[str]()
     if len(keys) > 1:
+        means = frames.along_axis(frame, keys, [val])
         lowest = means.loc[means.groupby(keys[0], sort=False)[val].idxmin()]
         each = [
-            f"{answers.point(keys[:1], row[keys[0]], 6)}: {plain(row[keys[1]], 6)} "
+            f"{keys[0]} = {plain(row[keys[0]], 6)}: {plain(row[keys[1]], 6)} "
             f"({plus_minus(row, val)})"
             for _, row in lowest.iterrows()
         ]
         sentences.append(f"The best {keys[1]} for each {keys[0]}: {'; '.join(each)}.")
-    sentences += notes(frame[keys].nunique().to_dict())
     if metric == "loss" or {"likelihood", "binarization"}.intersection(keys):
         sentences.append(f"Where an axis changes objective or data, {metric} does not rank runs.")
     return " ".join(sentences)
@@ -170,8 +150,8 @@ def parse(args: Sequence[str] | None = None) -> tuple[Study, Options]:
         axes[address] = [read_value(name, value, like) for value in words]
     options = {k: v for k, v in vars(given).items() if k != "axis"}
     study = sweep(axes)
-    counts = {name: len(values) for name, values in axes.items()}
-    for note in filter(None, [*notes(counts), answers.few_seeds(given.seeds or 3)]):
+    notes = [f"One value of {k}: nothing to compare." for k, v in axes.items() if len(v) == 1]
+    for note in filter(None, [*notes, answers.few_seeds(given.seeds or 3)]):
         log.info(note)
     return study, Options(**{**options, "settings": settings})
 

@@ -80,7 +80,7 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
     store = tracking.connect(finished.tracking_uri)
     (summary,) = runs_of(finished.tracking_uri, "summary")
     description = summary.tags["mlflow.note.content"]
-    assert "lowest validation neg_elbo" in description
+    assert "is the lowest of 3 values" in description
     assert "| kl_weight |" in description
     beside = finished.folder / "reports" / NAME
     listed = json.loads((beside / "summary.json").read_text())
@@ -89,7 +89,7 @@ def test_the_summary_holds_answer_table_figures_and_a_model_that_answers(finishe
         files |= {a.path for a in store.client.list_artifacts(summary.run_id, part)}
     assert files - {"model"} == {str(p.relative_to(beside)) for p in beside.rglob("*")}
     assert {f["file"] for f in listed["figures"] + listed["pictures"] + listed["tables"]} <= files
-    assert all(line in description for line in ("Best: kl_weight = ", "How sure: 2 seeds. "))
+    assert all(line in description for line in ("Best: kl_weight = ", "How sure: "))
     best = load_run(summary.run_id, finished.tracking_uri)
     images = data.test.pixels(slice(4), torch.float32)
     assert best.model(images).shape == (4, 1, 8, 8)
@@ -186,6 +186,11 @@ def test_a_study_grows_by_values_and_by_seeds(tracking_uri, tmp_path, capsys):
     assert list(zip(table["kl_weight"], table["seed"], strict=True)) == [
         (float(weight), int(seed)) for weight, seed in order
     ]
+    cli.main(kl_weight.STUDY, ["--values", "0.02", "0.5", "--seeds", "3", *common])
+    found = json.loads((tmp_path / "reports" / NAME / "summary.json").read_text())
+    assert "Not ranked, as others have more seeds: 2 runs." in found["answer"]
+    assert "the lowest of 2 values" in found["verdict"][0]
+    assert "--values 0.02 0.5 1.0 --seeds 3" in found["next_command"]
 
 
 def test_a_process_may_leave_what_others_train(tracking_uri, tmp_path, capsys):

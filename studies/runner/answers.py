@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames, tables
-from analysis.comparisons import PROCEDURE, Ranking
+from analysis.comparisons import PROCEDURE, Ranking, power
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 NEAR = 3.0  # factor of the calibration ratio within which a weight is called calibrated
 ACTIVE = 0.25  # share of latents below which few are active
 SHARE = 0.01  # of the fall since the first epoch: more of it at the end is still improving
-NAMED = {1: 8, 2: 4}  # values, of one column or two, that a sentence lists
-MOST_SEEDS = 20  # that are suggested
+NAMED = 6  # values that a sentence lists
+BY = f"{PROCEDURE} over all pairs at 5 %"
 REFITTED, GAP = "neg_elbo_refitted", "amortization_gap"
 
 
@@ -27,18 +27,13 @@ def still_improving(histories: pd.DataFrame, metric: str = "val/neg_elbo", epoch
     """Return a warning if a metric still falls in the last 10 % of epochs, at least one; else "".
 
     The fall of the lowest value so far, averaged over runs, counts where it is more than 1 % of
-    that since the first epoch and more than two of its standard errors over seeds.
-
-    Args:
-        histories: columns run_id, epoch and value, of the runs of one setting.
-        metric: its name.
-        epochs: least number of epochs to advise.
+    that since the first epoch and more than two of its standard errors over seeds. `histories` has
+    the columns run_id, epoch and value; at least `epochs` are advised.
     """
     lowest = histories.pivot(index="epoch", columns="run_id", values="value").cummin().ffill()
-    count = len(lowest)
+    count, name = len(lowest), metric.removeprefix("val/")
     if not count:
         return ""
-    name, unit = _plain_name(metric), _unit(metric)
     advice = f"; try --epochs {max(2 * count, epochs)}"
     if count == 1:
         return f"Trained for one epoch: whether {name} still falls is not known{advice}."
@@ -48,24 +43,18 @@ def still_improving(histories: pd.DataFrame, metric: str = "val/neg_elbo", epoch
     if falls.mean() <= max(SHARE * (lowest.iloc[0] - lowest.iloc[-1]).mean(), 2 * error):
         return ""
     when = f"last {last} of {count} epochs" if last > 1 else "last epoch"
-    return f"{name} fell by {falls.mean():.3g}{unit} in the {when}{advice}."
+    return f"{name} fell by {falls.mean():.3g}{_unit(name)} in the {when}{advice}."
 
 
 def worse_than_linear(runs: pd.DataFrame) -> str:
     """Return a warning if runs are worse than the exact linear model of their setting; else ""."""
     above = (_of(runs, "neg_elbo") - _of(runs, "linear/neg_elbo")).dropna()
-    if len(above) and above.mean() > _error(above):
-        return (
-            f"The best setting's test neg_elbo is {above.mean():.3g} nats / image worse than that "
-            "of the exact linear model; train for more epochs, or with another learning rate."
-        )
-    gap = _of(runs, "gap_to_linear").dropna()
-    if not len(above) and len(gap) and gap.mean() < -_error(gap):
-        return (
-            f"The best setting's loss is {-gap.mean():.3g} % above that of the exact linear model; "
-            "train for more epochs, or with another learning rate."
-        )
-    return ""
+    if not above.mean() > (above.sem() if len(above) > 1 else 0.0):
+        return ""
+    return (
+        f"The best setting's test neg_elbo is {above.mean():.3g} nats / image worse than that "
+        "of the exact linear model; train for more epochs, or with another learning rate."
+    )
 
 
 def few_active(runs: pd.DataFrame) -> str:
@@ -76,11 +65,8 @@ def few_active(runs: pd.DataFrame) -> str:
             f"No latent of {size:.0f} is active, so that every image is decoded alike; lower the "
             "KL weight, or train for more epochs."
         )
-    if active < ACTIVE * size:
-        return (
-            f"Only {active:.1f} of {size:.0f} latents are active; the others carry no information."
-        )
-    return ""
+    few = f"Only {active:.1f} of {size:.0f} latents are active; the others carry no information."
+    return few if active < ACTIVE * size else ""
 
 
 def not_calibrated(runs: pd.DataFrame) -> str:
@@ -100,34 +86,28 @@ def few_effective(runs: pd.DataFrame) -> str:
     from harness.metrics.likelihood import FEW_SAMPLES  # PyTorch, which --help does not need
 
     effective = _of(runs, "effective_samples").mean()
-    if not effective < FEW_SAMPLES:
-        return ""
-    return (
+    text = (
         f"neg_log_likelihood rests on {effective:.1f} effective importance samples at the best "
         "setting and may be nats too high; compare by neg_elbo."
     )
+    return text if effective < FEW_SAMPLES else ""
 
 
 def few_seeds(seeds: int) -> str:
     """Return a warning on one or two seeds; else ""."""
     if seeds == 1:
         return "One seed: no spread is known, and no value is called better; give --seeds 3."
-    if seeds == 2:
-        return "Two seeds: intervals have 1 degree of freedom (t = 12.7); give --seeds 5."
-    return ""
+    few = "Two seeds: intervals have 1 degree of freedom (t = 12.7); give --seeds 3."
+    return few if seeds == 2 else ""
 
 
 def at_an_end(name: str, values: Sequence[Any]) -> str:
-    """Return a warning if the first of some numbers is the smallest or the largest; else "".
-
-    Beyond 0, and below the count of 1, there is nothing to try.
-    """
-    if len(values) < 2 or not _are_numbers(values):
-        return ""
+    """Return a warning if the first of some numbers is the smallest or the largest; else ""."""
     best, is_count = values[0], isinstance(values[0], int)
-    if best == 0 or (is_count and best == 1 == min(values)):
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if len(values) < 2 or not numbers or best not in (min(values), max(values)):
         return ""
-    if best not in (min(values), max(values)):
+    if best == 0 or (is_count and best == 1 == min(values)):  # there is nothing beyond
         return ""
     which, beyond = ("largest", "larger") if best == max(values) else ("smallest", "smaller")
     shown = tables.plain(best)
@@ -135,16 +115,7 @@ def at_an_end(name: str, values: Sequence[Any]) -> str:
 
 
 def _of(runs: pd.DataFrame, column: str) -> pd.Series:
-    """Return a column, all NaN where runs lack it."""
-    return runs[column] if column in runs else runs["seed"] * float("nan")
-
-
-def _error(values: pd.Series) -> float:
-    return float(values.sem()) if len(values) > 1 else 0.0
-
-
-def _plain_name(metric: str) -> str:
-    return metric.removeprefix("val/")
+    return runs.get(column, runs["seed"] * float("nan"))
 
 
 def _unit(metric: str) -> str:
@@ -156,97 +127,69 @@ def warnings(
 ) -> list[str]:
     """Return all warnings on the runs of a setting but that on its place among the values.
 
-    Args:
-        runs: one row a seed.
-        metric: validation metric by which the setting was chosen.
-        histories: that metric of these runs, as of `still_improving`.
-        epochs: least number of epochs to advise.
-        likelihood: whether the study shows `neg_log_likelihood`.
+    `likelihood` is whether the study shows `neg_log_likelihood`; the others are as of
+    `still_improving`.
     """
     found = [still_improving(histories, metric, epochs), worse_than_linear(runs), few_active(runs)]
     found += [not_calibrated(runs), few_seeds(len(runs)), few_effective(runs) * likelihood]
     return [text for text in found if text]
 
 
-def point(keys: Sequence[str], value: Any, digits: int = 3) -> str:  # noqa: ANN401 - of any kind
-    """Return a value of an axis, or of several, as text: "hidden = 16, kl_weight = 0.1"."""
-    parts = zip(keys, value if len(keys) > 1 else (value,), strict=True)
-    return ", ".join(f"{key} = {tables.plain(part, digits)}" for key, part in parts)
+def names(ranking: Ranking) -> dict[Any, str]:
+    """Return each value as text, "hidden = 16, sigma = fixed", in as few digits as differ."""
+    values = [ranking.best, *ranking.not_distinguishable, *ranking.worse]
+    for digits in (3, 6, 17):
+        texts = dict[Any, str]()
+        for value in values:
+            parts = zip(ranking.keys, value if len(ranking.keys) > 1 else (value,), strict=True)
+            texts[value] = ", ".join(f"{key} = {tables.plain(v, digits)}" for key, v in parts)
+        if len({*texts.values()}) == len(values):
+            break
+    return texts
 
 
 def verdict(ranking: Ranking, following: str) -> list[str]:
-    """Return three lines: the best setting, how sure that is, and what to do next.
-
-    Args:
-        ranking: of `analysis.comparisons.rank`.
-        following: what to do next, a sentence.
-    """
-    name, unit = _plain_name(ranking.metric), _unit(ranking.metric)
+    """Return three lines: the best setting, how sure that is, and a sentence on what to do next."""
+    name, of, count = ranking.metric.removeprefix("val/"), names(ranking), ranking.values
     mean, low, high = (f"{value:.{tables.decimals(name)}f}" for value in ranking.winner)
-    best = point(ranking.keys, ranking.best, _digits(ranking))
     what = "values" if len(ranking.keys) == 1 else "combinations"
-    lowest = f"is the lowest of {ranking.values} {what}" if ranking.values > 1 else "is"
+    lowest = f"is the lowest of {count} {what}" if count > 1 else "is"
     both = " of encoder and decoder together" * (name == "neg_elbo")
     interval = f" (95 % interval {low} to {high}, the choice included)" * (ranking.seeds > 1)
-    first = f"Best: {best}. Its mean validation {name}{both} {lowest}: {mean}{unit}{interval}."
-    return [first, f"How sure: {_how_sure(ranking, unit)}", f"Next: {following}"]
-
-
-def _how_sure(ranking: Ranking, unit: str) -> str:
-    seeds, worse, equal = ranking.seeds, len(ranking.worse), ranking.not_distinguishable
-    if ranking.values == 1:
-        return "it is the only setting, compared with nothing."
-    if seeds == 1:
-        return "not at all; with one seed no value can be called better than another."
-    text = f"{seeds} seeds. Not distinguishable from it: {listed(ranking)}; worse: {worse} "
-    text += f"({PROCEDURE} over all pairs at 5 %)."
-    if equal and not math.isnan(ranking.visible):
-        more, seen = ranking.more
-        text += f" Differences below {ranking.visible:.2g}{unit} could not be seen"
-        text += f", with {more} seeds those below {seen:.2g}."
-    return text
-
-
-def listed(ranking: Ranking) -> str:
-    """Return the values that are not distinguishable from the best, or how many they are."""
-    equal = ranking.not_distinguishable
-    if len(equal) > NAMED[len(ranking.keys)]:
-        return f"{len(equal)} of {ranking.values - 1} others"
-    digits = _digits(ranking)
-    texts = [point(ranking.keys, value, digits) for value in equal]
-    if len(ranking.keys) == 1:
-        texts = [tables.plain(value, digits) for value in equal]
-    return ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
+    best = f"{of[ranking.best]}. Its mean validation {name}{both} {lowest}: {mean}{_unit(name)}"
+    sure, equal = power(ranking, _unit(name).strip()), ranking.not_distinguishable
+    if count > 1 < ranking.seeds:
+        key = f"{ranking.keys[0]} = " * (len(ranking.keys) == 1)
+        texts = [of[value].removeprefix(key) for value in equal]
+        listed = ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
+        if len(equal) > NAMED:
+            listed = f"{len(equal)} of {count - 1} others"
+        sure = f"not distinguishable from it: {listed}; worse: {len(ranking.worse)} ({BY}). {sure}"
+    return [f"Best: {best}{interval}.", f"How sure: {sure}", f"Next: {following}"]
 
 
 def next_step(
-    vary: Callable[..., str], ranking: Ranking, along: Sequence[Any], epochs: int = 0, **same: Any
+    vary: Callable[..., str], ranking: Ranking, along: Sequence[Any], epochs: int = 0
 ) -> tuple[str, str]:
     """Return what to do next, a sentence, and its command line, "" if there is none.
 
-    Args:
-        vary: options -> the study's command line with them, "" if they are refused.
-        ranking: of its values.
-        along: values of the axis that go with the best of all else, the best first.
-        epochs: number of epochs to advise, 0 if the best does not improve any more.
-        same: options without which the command would leave out values.
+    More epochs while the best improves, else more seeds while others may be as good, else a value
+    beyond an end of the axis. `vary` returns the study's command line with other options, "" if
+    they are refused; `along` are values of the axis, the best first; `epochs` is 0 if the best does
+    not improve any more.
     """
-    seeds, best = ranking.seeds, tables.plain(along[0])
-    steps = [(f"{epochs} epochs", {"epochs": epochs, **same})] if epochs else []
-    if seeds < 3:
-        steps.append((f"{2 * seeds + 1} seeds", {"seeds": 2 * seeds + 1, **same}))
-    if beyond := _beyond(along):
-        steps.append((f"values beyond {best}", {"values": beyond}))
-    if ranking.not_distinguishable:
-        more, why, enough = ranking.more[0], "", ranking.seeds_for or 0
-        if seeds < enough <= MOST_SEEDS:
-            more, why = enough, ", enough for the best two if they differ as they do here"
-        steps.append((f"{more} seeds{why}", {"seeds": more, **same}))
-    elif between := _between(along):
-        steps.append((f"values beside {best}", {"values": between}))
-    for why, changes in steps:
+    longer: dict[str, Any] = {"epochs": epochs}
+    steps = [(f"{epochs} epochs", longer)] if epochs else []
+    if ranking.seeds < 3 or ranking.not_distinguishable:
+        steps.append((f"{ranking.more[0]} seeds", {"seeds": ranking.more[0]}))
+    if at_an_end("", along):
+        best, near = along[0], min(along[1:], key=lambda value: abs(value - along[0]))
+        value = best**2 / near if min(best, near) > 0 else 2 * best - near
+        value = round(value) if isinstance(best, int) else float(f"{value:.3g}")
+        steps.append((f"a value beyond {tables.plain(best)}", {"values": [value]}))
+    for what, changes in steps:
         if command := vary(**changes):
-            return f"{why}: {command}", command
+            return f"{what}: {command}", command
     return "no more seeds, values or epochs are suggested.", ""
 
 
@@ -255,69 +198,26 @@ def decoders(frame: pd.DataFrame, ranking: Ranking, images: int) -> str:
     means = _of(frame, REFITTED).groupby([frame[key] for key in ranking.keys]).mean().dropna()
     if means.empty:
         return ""
-    digits, best = _digits(ranking), means.idxmin()
+    best = means.idxmin()
     others = "" if best == ranking.best else f" ({means[ranking.best]:.2f} at the setting above)"
     return (
         "Of the decoder alone, with the posterior refitted to each of the first "
-        f"{images} test images, neg_elbo is lowest at {point(ranking.keys, best, digits)}: "
+        f"{images} test images, neg_elbo is lowest at {names(ranking)[best]}: "
         f"{means[best]:.2f} nats / image{others}; no test of significance."
     )
 
 
 def to_quote(runs: pd.DataFrame, ranking: Ranking) -> str:
     """Return which test number may be quoted; "" where runs lack it."""
-    name = _plain_name(ranking.metric)
-    if name not in runs or not ranking.metric.startswith("val/"):
+    name = ranking.metric.removeprefix("val/")
+    if name not in runs or name == ranking.metric:
         return ""
     row = frames.along_axis(runs, [*ranking.keys], [name]).iloc[0]
     error = _of(runs, f"{name}_se").mean()
     images = f"; of one run, the test images add a standard error of {error:.2g}"
-    images *= not math.isnan(error)
-    best = point(ranking.keys, ranking.best, _digits(ranking))
+    images = "" if math.isnan(error) else images
     return (
-        f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of {best} "
-        f"({tables.over(len(runs))}{images}). Validation data chose it; the "
-        "test numbers of other settings are no basis for a choice."
+        f"To quote: test {name} {tables.plus_minus(row, name)}{_unit(name)} of "
+        f"{names(ranking)[ranking.best]} ({tables.over(len(runs))}{images}). "
+        "Validation data chose it; the test numbers of other settings are no basis for a choice."
     )
-
-
-def _digits(ranking: Ranking) -> int:
-    """Return in how many digits all values differ, at least 3."""
-    values = [ranking.best, *ranking.not_distinguishable, *ranking.worse]
-    for digits in (3, 6):
-        if len({point(ranking.keys, value, digits) for value in values}) == len(values):
-            return digits
-    return 17
-
-
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-
-
-def _rounded(numbers: Sequence[float], values: Sequence[Any]) -> list[float]:
-    """Return numbers like the values of an axis, in 3 digits, without these."""
-    whole = all(isinstance(value, int) for value in values)
-    near = [round(number) if whole else float(f"{number:.3g}") for number in numbers]
-    return [number for number in dict.fromkeys(near) if number not in values]
-
-
-def _beyond(values: Sequence[Any]) -> list[float]:
-    """Return two numbers that continue an axis beyond its first value, if that is at an end."""
-    if not at_an_end("", values):
-        return []
-    best = values[0]
-    near = min(values[1:], key=lambda value: abs(value - best))
-    if best > 0 and near > 0:
-        return _rounded([best**2 / near, best**3 / near**2], values)
-    return _rounded([2 * best - near, 3 * best - 2 * near], values)
-
-
-def _between(values: Sequence[Any]) -> list[float]:
-    """Return the numbers half way from the first value of an axis to those beside it."""
-    if not _are_numbers(values):
-        return []
-    best = values[0]
-    below, above = [v for v in values if v < best], [v for v in values if v > best]
-    beside = [*([max(below)] if below else []), *([min(above)] if above else [])]
-    middle = [math.sqrt(v * best) if min(v, best) > 0 else (v + best) / 2 for v in beside]
-    return _rounded(middle, values)

@@ -154,18 +154,14 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
         default = " ".join(words(getattr(base, name))) or "none"
         if name == "epochs":
             default = "50; 20 for 10,000 training images or more"
-        hint = arg(
-            help=helps[name], help_behavior_hint=f"({notes.get(name, f'default: {default}')})"
-        )
-        option: Any = Annotated[kinds[name] | None, hint]
-        if name in NAMED:
-            hint = arg(help=helps[name], help_behavior_hint="", metavar=FORMS[name])
-            option = Annotated[tuple[str, ...] | None, hint]
+        shown = "" if name in NAMED else f"({notes.get(name, f'default: {default}')})"
+        hint: Any = arg(help=helps[name], help_behavior_hint=shown, metavar=FORMS.get(name))
+        kind = tuple[str, ...] if name in NAMED else kinds[name]
+        option: Any = Annotated[kind | None, hint]
         if name == "terms":
             hint = arg(name="term", help=helps[name], metavar=FORMS[name])
-            made.append((name, Annotated[tuple[str, ...], UseAppendAction, hint], ()))
-            continue
-        made.append((name, option, None))
+            option = Annotated[kind, UseAppendAction, hint]
+        made.append((name, option, () if name == "terms" else None))
     return make_dataclass("Settings", made, frozen=True)
 
 
@@ -234,12 +230,11 @@ def read_named(name: str, given: Sequence[str]) -> dict[str, Any]:
 def words(value: object) -> list[str]:
     """Return the words after an option on a command line."""
     if isinstance(value, Mapping):
-        pairs = [
-            (f"{name}.{option}", v) if isinstance(given, Mapping) else (name, given)
-            for name, given in value.items()
-            for option, v in (given.items() if isinstance(given, Mapping) else [("", given)])
-        ]
-        return [f"{name}={option_text(v)}" for name, v in pairs]
+        flat = dict[str, Any]()
+        for name, given in value.items():
+            one = isinstance(given, Mapping)
+            flat |= {f"{name}.{option}": v for option, v in given.items()} if one else {name: given}
+        return [f"{name}={option_text(v)}" for name, v in flat.items()]
     return [text(part) for part in value] if isinstance(value, tuple) else [str(value)]
 
 

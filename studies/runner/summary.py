@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial
 from PIL import Image
 
 from analysis import comparisons, frames, plots, report, tables
-from analysis.comparisons import PROCEDURE, Ranking, rank
+from analysis.comparisons import Ranking, rank
 from harness import provenance, registry
 from harness.data.dataset import Dataset
 from harness.errors import SummaryError, UserError, line_of
@@ -88,13 +88,10 @@ class Findings:
         shown, settings: metrics and parameters of the summary run.
         ranking: the best value and those not distinguishable from it; None where nothing is ranked.
         verdict: three lines: the best setting, how sure that is, and what to do next.
-        warnings: sentences on what the answer cannot carry.
-        next_command: the command line that would tell more; "" if there is none.
         best_value, not_distinguishable: values of the axis as the user gave them, of several
             columns objects {column: value}.
         groups: group -> both of them within it.
         procedure: by which they are compared, where there is no ranking.
-        best_row: place of the best value in `table`.
     """
 
     table: pd.DataFrame
@@ -127,7 +124,6 @@ class Outcome:
     folder: Path
     experiment_id: str
     failures: Sequence[str] = ()
-    findings: Findings | None = None
     run_ids: Sequence[str] = ()
     best: Any = None
     not_distinguishable: Sequence[Any] = ()
@@ -245,14 +241,13 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "best": findings.best_value,
         "not_distinguishable": [*findings.not_distinguishable],
         "groups": {**findings.groups},
-        "procedure": f"{PROCEDURE} over all pairs at 5 %"
-        if findings.ranking
-        else findings.procedure,
+        "procedure": answers.BY if findings.ranking else findings.procedure,
         "verdict": [*map(words, findings.verdict)],
         "warnings": [*map(words, findings.warnings)],
         "next_command": findings.next_command,
         "best_row": findings.best_row,
         "model_run_id": findings.best["run_id"],
+        "run_ids": [run.run_id for run in found.runs],
     }
     drawn = attempt("the pictures", partial(write_pictures, folder, findings, found)) or []
     left_out = [f"Left out: {'; '.join(failures)}."] if failures else []
@@ -271,7 +266,6 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
         "answer": "\n\n".join([answer, *left_out]),
         **result,
         "rows": records(findings.table),
-        "run_ids": [run.run_id for run in found.runs],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "dataset_digest": found.data.digest,
         "experiment_id": experiment_id,
@@ -284,10 +278,7 @@ def _write(folder: Path, findings: Findings, found: Ended, experiment_id: str) -
             f"everything is trained and recorded, but {'; '.join(failures)}; the rest is in "
             f"{folder}, and the same command tries again"
         )
-    ids = [run.run_id for run in found.runs]
-    return Outcome(
-        plan, findings.table, answer, folder, experiment_id, failed, findings, ids, **result
-    )
+    return Outcome(plan, findings.table, answer, folder, experiment_id, failed, **result)
 
 
 def _draw(draw: Callable[[], Figure], file: Path, words: Callable[[str], str]) -> bool:
@@ -344,16 +335,18 @@ def compare_points(study: Study, found: Ended) -> Findings:
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
     refit = min(found.plan.refit, len(found.data.test))
     frame = _refitted(frame, found, refit) if refit else frame
-    # A point of which a seed diverged is not ranked.
-    ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
+    # A point of which a seed diverged is not ranked, nor one with fewer seeds than others.
+    whole = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
+    ranked = frames.complete(whole, axes)
     columns = dict.fromkeys([*study.table, *(answers.REFITTED, answers.GAP), *registry.METRICS])
-    by, name = _ranking(study, ranked), found.plan.name
-    if by not in ranked or ranked[by].isna().all():
+    by = study.ranking if _has(ranked, study.ranking) else study.objective
+    if not _has(ranked, by):
         why = f"a seed of every one diverged or has no {by}"
-        raise UserError(f"study {name!r} has no point to rank: {why}")
+        raise UserError(f"study {found.plan.name!r} has no point to rank: {why}")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
-    ranking = rank(ranked, axes if study.group else study.axis.name, by)
+    ranking = rank(ranked, axes, by)
     given = _given(study, found, frame)
+    as_given = given if study.group else {k: v[study.axis.name] for k, v in given.items()}
     best_runs = _runs_of(ranked, axes, ranking.best).dropna(subset=[by])
     best = _median(best_runs, by, study.objective)
     same = frame if not study.group else frame[frame[study.group] == best[study.group]]
@@ -361,33 +354,29 @@ def compare_points(study: Study, found: Ended) -> Findings:
     histories = histories_of(found, frame, by)
     of_best = histories[histories["run_id"].isin(best_runs["run_id"])]
     epochs = 0 if "epochs" in axes else study.epochs(found.plan.source)
-    found_warnings = answers.warnings(
+    warned = answers.warnings(
         best_runs, by, of_best, epochs, likelihood="neg_log_likelihood" in study.table
     )
-    for place, key in enumerate(axes):
-        values = _values(given, ranking, place)
-        found_warnings += [text] if (text := answers.at_an_end(key, values)) else []
-    improving = max(2 * int(best["epochs"]), epochs) * bool(answers.still_improving(of_best, by))
-    along, vary = _values(given, ranking, len(axes) - 1), partial(found.plan.vary, found.plan.name)
-    following, next_command = answers.next_step(
-        vary, ranking, along, improving * bool(epochs), **_grown(study, found, given)
-    )
+    along = {name: _along(given, given[ranking.best], name) for name in axes}
+    warned += filter(None, map(answers.at_an_end, along, along.values()))
+    improving = epochs and answers.still_improving(of_best, by)
+    more = max(2 * int(best["epochs"]), epochs) if improving else 0
+    vary = partial(found.plan.vary, found.plan.name, **_grown(study, found, given))
+    following, next_command = answers.next_step(vary, ranking, along[study.axis.name], more)
     configs = [json.loads(config.to_json()) for config in found.plan.configs]
-    shared = {k: v for k, v in configs[0].items() if all(config[k] == v for config in configs)}
-    shared.pop("seed", None)
+    shared = {k: v for k, v in configs[0].items() if all(c[k] == v for c in configs)}
     named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
-    not_ranked = [f"Diverged and not ranked, {len(diverged)} in number: {named}."][: len(diverged)]
     notes = [answers.decoders(ranked, ranking, refit), answers.to_quote(best_runs, ranking)]
-    drawn = frame.map(plots.plain_text)
+    notes += [f"Diverged and not ranked, {len(diverged)} in number: {named}."] * bool(diverged)
+    if len(ranked) < len(whole):
+        notes.append(f"Not ranked, as others have more seeds: {len(whole) - len(ranked)} runs.")
+    compared, drawn = _differences(study, frame, ranking), frame.map(plots.plain_text)
     curves = partial(plots.learning_curves, histories, drawn, study.axis.name, study.group, by)
     return Findings(
         table=table,
-        answer=lambda: "\n\n".join([study.answer(ranked), *filter(None, notes), *not_ranked]),
+        answer=lambda: "\n\n".join([study.answer(ranked), *filter(None, notes)]).strip(),
         frame=frame,
-        tables={
-            "table": (table, TABLE_CAPTION),
-            "differences": _differences(study, frame, ranking),
-        },
+        tables={"table": (table, TABLE_CAPTION), "differences": compared},
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
             **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
@@ -400,32 +389,29 @@ def compare_points(study: Study, found: Ended) -> Findings:
             **found.plan.source.settings,
             "values": list(dict.fromkeys(frame[study.axis.name].tolist())),
             "seeds": int(frame["seed"].nunique()),
-            **shared,
+            **{k: v for k, v in shared.items() if k != "seed"},
         },
         ranking=ranking,
         verdict=answers.verdict(ranking, following),
-        warnings=found_warnings,
+        warnings=warned,
         next_command=next_command,
-        best_value=given[ranking.best],
-        not_distinguishable=[given[value] for value in ranking.not_distinguishable],
+        best_value=as_given[ranking.best],
+        not_distinguishable=[as_given[value] for value in ranking.not_distinguishable],
         groups=_groups(study, ranked, by, given),
         best_row=int(_runs_of(table, axes, ranking.best).index[0]),
     )
 
 
-def _ranking(study: Study, frame: pd.DataFrame) -> str:
-    has_it = study.ranking in frame and frame[study.ranking].notna().any()
-    return study.ranking if has_it else study.objective
+def _has(frame: pd.DataFrame, metric: str) -> bool:
+    return metric in frame and bool(frame[metric].notna().any())
 
 
 def _runs_of(frame: pd.DataFrame, axes: list[str], value: Any) -> pd.DataFrame:  # noqa: ANN401
-    """Return the rows of a value, of several columns a tuple."""
     wanted = value if len(axes) > 1 else (value,)
     return frame[np.logical_and.reduce([frame[a] == v for a, v in zip(axes, wanted, strict=True)])]
 
 
 def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
-    """Return the run of the median seed by a metric, by another where runs lack it."""
     metric = other if runs[metric].isna().all() else metric
     return runs.dropna(subset=[metric]).sort_values([metric, "seed"]).iloc[(len(runs) - 1) // 2]
 
@@ -436,48 +422,42 @@ def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame
     return pd.DataFrame(rows, columns=list(Epoch._fields))
 
 
-def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, Any]:
-    """Return each value of a frame -> the value that the user gave, JSON values."""
+def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
+    """Return each value of a frame -> its columns, as JSON of what the user gave."""
     cells = {key: trial.user_attrs[CELL] for trial in found.trials for key in keys(trial)}
-    given = dict[Any, Any]()
+    given, axis = dict[Any, dict[str, Any]](), study.axis.name
     for run, row in zip(found.finished, frame.to_dict("records"), strict=True):
-        tried_out = {"group": row.get(study.group), "value": row[study.axis.name]}  # has no trial
+        tried_out = {"group": row.get(study.group), "value": row[axis]}  # has no trial
         cell = cells.get(run.key, tried_out)
-        if not study.group:
-            given[row[study.axis.name]] = cell["value"]
-            continue
-        group = study.group_values.get(cell["group"], cell["group"])
-        values = {study.group: group, study.axis.name: cell["value"]}
-        given[tuple(row[name] for name in values)] = values
+        name = study.group_values.get(cell["group"], cell["group"])
+        group = {study.group: name} if study.group else {}
+        point = (row[study.group], row[axis]) if group else row[axis]
+        given[point] = group | {axis: cell["value"]}
     return given
 
 
-def _values(given: Mapping[Any, Any], ranking: Ranking, place: int) -> list[Any]:
-    """Return the values of one column that go with the best of all others, the best first."""
-    if len(ranking.keys) == 1:
-        return [given[ranking.best], *(v for k, v in given.items() if k != ranking.best)]
-    best, name = ranking.best, ranking.keys[place]
-    along = [k for k in given if all(k[i] == best[i] for i in range(len(best)) if i != place)]
-    return [given[best][name], *(given[k][name] for k in along if k != best)]
+def _along(given: Mapping[Any, Mapping[str, Any]], best: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the values of a column that go with the best of all others, the best first."""
+    same = [v for v in given.values() if all(v[k] == best[k] for k in best if k != name)]
+    return [best[name], *(value[name] for value in same if value != best)]
 
 
-def _grown(study: Study, found: Ended, given: Mapping[Any, Any]) -> dict[str, Any]:
+def _grown(study: Study, found: Ended, given: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     """Return all values as an option, if the study has more of them than its plan."""
     assert isinstance(found.plan.proposer, Listed)
     planned = [cell.identity["value"] for cell in found.plan.proposer.cells]
-    every = json.loads(json.dumps(planned))
-    every += [value[study.axis.name] if study.group else value for value in given.values()]
+    of_runs = [value[study.axis.name] for value in given.values()]
+    every = json.loads(json.dumps([*planned, *of_runs]))  # a tuple is a list, as in a stored trial
     unique = [value for place, value in enumerate(every) if value not in every[:place]]
     return {"values": unique} if unique[-1] not in every[: len(planned)] else {}
 
 
 def _groups(
-    study: Study, ranked: pd.DataFrame, metric: str, given: Mapping[Any, Any]
+    study: Study, ranked: pd.DataFrame, metric: str, given: Mapping[Any, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return group -> the best of its values and those not distinguishable from it, as given."""
     found, axis = dict[str, dict[str, Any]](), study.axis.name
     for group, part in ranked.groupby(study.group, sort=False) if study.group else ():
-        if part[metric].notna().any():
+        if _has(part, metric):
             of = rank(part, axis, metric)
             best, *equal = (given[group, v][axis] for v in (of.best, *of.not_distinguishable))
             found[str(group)] = {"best": best, "not_distinguishable": equal}
@@ -485,7 +465,6 @@ def _groups(
 
 
 def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
-    """Add what the encoder of each run costs against posteriors refitted to test images."""
     log.info("refitting the posteriors of %d runs to %d test images", len(frame), images)
     rows = list[dict[str, float]]()
     with one_thread():  # several wait for each other on tensors this small
@@ -496,7 +475,6 @@ def _refitted(frame: pd.DataFrame, found: Ended, images: int) -> pd.DataFrame:
 
 
 def _differences(study: Study, frame: pd.DataFrame, ranking: Ranking) -> tuple[pd.DataFrame, str]:
-    """Return the table of paired differences from the reference or the best point, with caption."""
     axes = study.columns
     reference = frame[frame[study.axis.name] == study.reference]
     if reference.empty:
@@ -514,7 +492,7 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
     log.info("drawing pictures of the models")
     data, uri, best = found.data, found.store.uri, findings.best
     seeds = findings.ranking.seeds if findings.ranking else 1
-    median = f"the median seed of {seeds}" if seeds > 1 else ""
+    median = f", the median seed of {seeds}" * (seeds > 1)
     models = {label: load_run(run, uri).model for label, run in findings.models.items()}
     labels, stack = [*models], [*models.values()]
     written = []
@@ -526,9 +504,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
 
     if data.is_image:
         detailed = load_run(best["run_id"], uri).model
-        of = f"{best['name']}, {median}" if median else best["name"]
-        shown = "Test images (top row) and reconstructions from the posterior mean"
-        shown += f", of {median} of each setting." if median else "."
+        of, each = f"{best['name']}{median}", median and f"{median} of each setting"
+        shown = f"Test images (top row) and reconstructions from the posterior mean{each}."
         picture = pictures.reconstructions(stack, data.test)
         write("reconstructions", picture, shown, "test images", *labels)
         shown = "Decoder means of z drawn from the prior N(0, I)."
@@ -544,8 +521,6 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         x, y = probes.latent_plane(model, part).T
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
-    shown = (
-        f"Posterior means of {len(classes)} test images: both latents of two, the first two "
-        "principal components of more. Each panel has its own scale."
-    )
+    shown = f"Posterior means of {len(classes)} test images: both latents of two, the first two "
+    shown += "principal components of more. Each panel has its own scale."
     return [*written, {"file": "pictures/latents.png", "caption": shown}]
