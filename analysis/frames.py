@@ -231,11 +231,6 @@ def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str
     return paired_difference(frame[frame[axis] == first], frame[frame[axis] == second], metric)
 
 
-def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> bool:
-    """Return whether a value's validation neg_elbo is distinguishable from that of the best."""
-    return value != best and compare(frame, axis, value, best, "val/neg_elbo").distinguishable
-
-
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
@@ -252,7 +247,7 @@ def differences(
         gaps = {m: paired_difference(part, reference, m) for m in metrics}
         value = point if len(keys) > 1 else point[0]
         texts = {
-            m: gap.marked(distinguishable=differs[m].get(value, False)) if gap.seeds else "-"
+            m: gap.marked(distinguishable=value in differs[m]) if gap.seeds else "-"
             for m, gap in gaps.items()
         }
         if set(part.index) <= set(reference.index):

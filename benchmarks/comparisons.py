@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy import special
 
-from analysis.comparisons import above_winner, critical
+from analysis.comparisons import critical, selection_bias
 from benchmarks import machine
 
 DESIGNS = ((14, 3), (14, 5), (6, 5), (14, 2), (14, 10), (40, 3))
@@ -83,10 +83,10 @@ def simulate(values: np.ndarray, means: np.ndarray | float = 0.0) -> Rates:
     truth = np.take_along_axis(np.broadcast_to(means, (studies, count)), best, 1)
     worse = found - lowest > limits(values, best)
     wrong = (worse & (np.broadcast_to(means, worse.shape) <= truth)).any(1)
-    error = np.take_along_axis(values.std(1, ddof=1), best, 1) / np.sqrt(seeds)
-    freedom = np.array([seeds - 1.0])
-    covered = lowest - special.stdtrit(freedom, 0.975) * error < truth
-    covered &= truth < lowest + above_winner(count, freedom) * error
+    errors = values.std(1, ddof=1) / np.sqrt(seeds)
+    half = special.stdtrit(seeds - 1, 0.975) * np.take_along_axis(errors, best, 1)
+    bias = np.array([[selection_bias(*study)] for study in zip(found, errors, strict=True)])
+    covered = (lowest - half < truth) & (truth < lowest + bias + half)
     first = np.zeros_like(best)
     needed = limits(values, first) - (found - found[:, :1])
     return Rates(wrong.mean(), covered.mean(), np.quantile(needed[:, 1:], 0.8))
