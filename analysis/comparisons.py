@@ -224,8 +224,8 @@ def _seeds_for(best: pd.Series, following: pd.Series, count: int) -> int | None:
     from scipy import special
 
     seeds = np.arange(2, 101)
-    pair = (pd.DataFrame([one] * len(seeds)).assign(seeds=seeds) for one in (best, following))
-    found = _against(*(one.reset_index(drop=True) for one in pair), count)
+    one, other = (pd.DataFrame({**point, "seeds": seeds}) for point in (best, following))
+    found = _against(one, other, count)
     luck = special.stdtrit(found["freedom"], POWER) * found["error"]
     enough = seeds[found["gap"] > found["limit"] + luck]
     return int(enough[0]) if len(enough) else None

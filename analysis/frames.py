@@ -149,8 +149,7 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     """Average metrics over seeds at each value of an axis, or of an axis within groups.
 
     One row per point, numbers in order and names as they come; for each metric its mean under its
-    name and the half width of its interval under "NAME±"; `seeds` counts the runs, and where active
-    latents are counted, "latents≤" are all of them.
+    name and the half width of its interval under "NAME±"; `seeds` counts the runs.
     """
     keys = [keys] if isinstance(keys, str) else keys
     named = [key for key in keys if not is_numeric(frame[key])]
@@ -160,10 +159,10 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     for metric in metrics:
         columns[metric] = grouped[metric].mean()
         columns[f"{metric}±"] = grouped[metric].apply(half_width)
-    if "latent_size" in frame and "active_units" in {m.rpartition("/")[2] for m in metrics}:
-        columns["latents≤"] = grouped["latent_size"].max()
-    means = pd.DataFrame(columns).reset_index()
-    return means.astype({key: frame[key].dtype for key in named})
+    means = pd.DataFrame(columns).reset_index().astype({key: frame[key].dtype for key in named})
+    if "latent_size" in frame:
+        means.attrs["latent_size"] = float(frame["latent_size"].max())  # limit of active units
+    return means
 
 
 def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
@@ -174,7 +173,7 @@ def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
     """
     low, high = comparisons.limits(metric)
     if metric.rpartition("/")[2] == "active_units":
-        high = means.get("latents≤", high)
+        high = means.get("latent_size", means.attrs.get("latent_size", high))
     half = means[f"{metric}±"]
     return (means[metric] - half).clip(lower=low), (means[metric] + half).clip(upper=high)
 

@@ -25,7 +25,7 @@ def cells(means: pd.DataFrame) -> pd.DataFrame:
     """Format a frame of `frames.along_axis`, means with their intervals as `plus_minus` does."""
     out = {}
     for name in means.columns:
-        if name.endswith(("±", "≤")) or name == "seeds":
+        if name.endswith("±") or name == "seeds":
             continue
         if f"{name}±" not in means or name in SETTINGS:
             out[name] = [plain(v) for v in means[name]]
