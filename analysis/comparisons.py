@@ -135,13 +135,16 @@ def limits(metric: str) -> tuple[float, float]:
     return 0.0, 1.0 if names & SHARES else np.inf
 
 
-def distinguished(frame: pd.DataFrame, keys: list[str], reference: object, metric: str) -> set[Any]:
+def distinguished(
+    frame: pd.DataFrame, keys: list[str], one: tuple[Any, ...], metric: str
+) -> set[tuple[Any, ...]]:
     """Return the values that differ from one of them in a metric, over all pairs."""
     points = _points(frame, keys, metric)
-    if reference not in points.index:
+    values = [value if len(keys) > 1 else (value,) for value in points.index]
+    if one not in values:
         return set()
-    found = _against(points.loc[reference], points, len(points))
-    return {*found.index[found["gap"] > found["limit"]]}
+    found = _against(points.iloc[values.index(one)], points, len(points))
+    return {v for v, worse in zip(values, found["gap"] > found["limit"], strict=True) if worse}
 
 
 def selection_bias(means: np.ndarray, errors: np.ndarray) -> float:

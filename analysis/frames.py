@@ -209,11 +209,10 @@ class Difference:
         """Return the difference and its interval, marked by a verdict, which one seed lacks."""
         if self.seeds < 2:
             return f"{self.mean:.3g} (one seed)"
-        marks = ["2 seeds only"] * (self.seeds == 2) + ["not distinguishable"] * (
-            not distinguishable
-        )
-        behind = f" ({', '.join(marks)})" if marks else ""
-        return f"{self.mean:.3g} ± {self.half_width:.3g}{behind}"
+        text = f"{self.mean:.3g} ± {self.half_width:.3g}"
+        marks = [("2 seeds only", self.seeds == 2), ("not distinguishable", not distinguishable)]
+        behind = ", ".join(mark for mark, holds in marks if holds)
+        return f"{text} ({behind})" if behind else text
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> Difference:
@@ -238,19 +237,14 @@ def differences(
     The intervals are of single differences; those that `comparisons` does not distinguish, over all
     pairs of points for each metric, are marked.
     """
-    one = reference.iloc[0][keys]
-    one = tuple(one) if len(keys) > 1 else one.iloc[0]
+    one = tuple(reference.iloc[0][keys])
     differs = {m: comparisons.distinguished(frame, keys, one, m) for m in metrics}
     rows = []
     for point, part in frame.groupby(keys, sort=False):
-        gaps = {m: paired_difference(part, reference, m) for m in metrics}
-        value = point if len(keys) > 1 else point[0]
-        texts = {
-            m: gap.marked(distinguishable=value in differs[m]) if gap.seeds else "-"
-            for m, gap in gaps.items()
-        }
-        if set(part.index) <= set(reference.index):
-            texts = dict.fromkeys(metrics, "reference")
+        texts = dict.fromkeys(metrics, "reference")
+        for m in metrics if not set(part.index) <= set(reference.index) else ():
+            gap = paired_difference(part, reference, m)
+            texts[m] = gap.marked(distinguishable=point in differs[m]) if gap.seeds else "-"
         rows.append(dict(zip(keys, point, strict=True)) | texts)
     return pd.DataFrame(rows)
 

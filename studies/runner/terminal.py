@@ -203,21 +203,19 @@ class Terminal(logging.Handler):
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         answered = {name: getattr(outcome, name) for name in ANSWERED}
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
-        places["report"] = str(outcome.folder / "report.html")
-        self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)
+        places |= {"study": outcome.plan.name, "report": str(outcome.folder / "report.html")}
+        self.show({**answered, **places, "table": records(outcome.table)})
 
-    def show(self, found: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
-        """Show a finished study, as of `stored` unless its table is given."""
-        rows = {} if table is None else {"table": records(table)}
-        self.study |= {"status": "finished", **found, **rows}
+    def show(self, found: Mapping[str, Any]) -> None:
+        """Show a finished study, as of `stored`."""
+        self.study |= {"status": "finished", **found}
         if self.json:
             return
         import pandas as pd  # and MLflow, which the plan does not need
 
         from harness.tracking.page import link
 
-        if table is None:
-            table = pd.DataFrame(found["table"]).fillna(math.nan)
+        table = pd.DataFrame(found["table"]).fillna(math.nan)
         for place, sentence in enumerate(found["verdict"]):
             is_command = "python " in sentence  # which would be pasted with its line breaks
             self._text(sentence, style=None if place else "bold", unbroken=is_command)
@@ -271,8 +269,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [_finite(row) for row in table.astype(object).to_dict("records")]
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - of JSON
-    """Return a value without NaN and infinities, which JSON does not have."""
+def _finite(value: Any) -> Any:  # noqa: ANN401 - of JSON, which has no NaN and no infinity
     if isinstance(value, Mapping):
         return {str(name): _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
