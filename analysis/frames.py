@@ -136,13 +136,12 @@ def half_width(values: pd.Series | np.ndarray) -> float:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
         2.484
     """
-    from scipy import stats  # takes a second to load
+    from scipy import special
 
     n = len(values)
     if n < 2:
-        return float("nan")
-    quantile = stats.t.ppf(0.975, n - 1)
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
+        return np.nan
+    return float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
