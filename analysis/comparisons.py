@@ -7,19 +7,17 @@ variances and Welch's degrees of freedom. Measured rates: docs/statistics.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import lazy_loader
 import numpy as np
 
 from harness.config import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-else:
-    pd = lazy_loader.load("pandas")  # which --help does not wait for
 
 PROCEDURE = "Games-Howell"
 
@@ -106,7 +104,7 @@ def rank(frame: pd.DataFrame, keys: str | list[str], metric: str = "") -> Rankin
     differs = found["gap"] > found["limit"]
     equal, shown = others[~differs], ~differs if not differs.all() else differs
     more = next((n for n in (3, 5, 10, 20) if n > seeds), 2 * seeds)
-    then = _against({**best, "seeds": more}, others.assign(seeds=more), len(points))
+    then = _against({**best, "seeds": more}, {**others, "seeds": more}, len(points))
     return Ranking(
         (keys,) if isinstance(keys, str) else tuple(keys),
         metric,
@@ -207,28 +205,27 @@ def _points(frame: pd.DataFrame, keys: str | list[str], metric: str) -> pd.DataF
     return values.agg(mean="mean", variance="var", seeds="size")
 
 
-def _against(one: Any, others: pd.DataFrame, count: int) -> pd.DataFrame:  # noqa: ANN401
-    """Compare points with one, or with one each: a Series or a frame of as many rows.
+def _against(one: Mapping[Any, Any], others: Mapping[Any, Any], count: int) -> dict[str, Any]:
+    """Compare points with one, or with one each, of numbers or of columns.
 
-    Columns: the difference `gap`, its standard `error` and degrees of `freedom`, and the `limit`
+    Returns the difference `gap`, its standard `error` and degrees of `freedom`, and the `limit`
     above which it is distinguishable over all pairs of so many points; NaN for one seed.
     """
-    gap = (others["mean"] - one["mean"]).abs()
+    gap = np.abs(others["mean"] - one["mean"])
     # Equal values of a metric without noise may differ by rounding.
     least = 1e-24 * (others["mean"] ** 2 + one["mean"] ** 2) + 1e-100
     a, b = (part["variance"] / part["seeds"] + least for part in (one, others))
     freedom = (a + b) ** 2 / (a**2 / (one["seeds"] - 1) + b**2 / (others["seeds"] - 1))
     error = np.sqrt(a + b)
-    limit = error * critical(count, freedom.to_numpy())
-    return others.assign(gap=gap, error=error, freedom=freedom, limit=limit)
+    limit = error * critical(count, np.asarray(freedom))
+    return {"gap": gap, "error": error, "freedom": freedom, "limit": limit}
 
 
 def _seeds_for(best: pd.Series, following: pd.Series, count: int) -> int | None:
     from scipy import special
 
     seeds = np.arange(2, 101)
-    one, other = (pd.DataFrame({**point, "seeds": seeds}) for point in (best, following))
-    found = _against(one, other, count)
+    found = _against({**best, "seeds": seeds}, {**following, "seeds": seeds}, count)
     luck = special.stdtrit(found["freedom"], POWER) * found["error"]
     enough = seeds[found["gap"] > found["limit"] + luck]
     return int(enough[0]) if len(enough) else None
