@@ -78,9 +78,6 @@ def test_half_width_is_the_t_interval_of_scipy():
     values = np.array([1.0, 2.0, 4.0, 4.5])
     low, high = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
     assert frames.half_width(values) == pytest.approx((high - low) / 2)
-
-
-def test_a_single_seed_has_no_interval():
     assert math.isnan(frames.half_width(np.array([3.0])))
 
 
