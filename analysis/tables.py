@@ -23,15 +23,10 @@ SETTINGS = (
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:
     """Format a frame of `frames.along_axis`, means with their intervals."""
-    out = {}
-    for name in means.columns:
-        if name.endswith("±") or name == "seeds":
-            continue
-        if f"{name}±" not in means or name in SETTINGS:
-            out[name] = [plain(v) for v in means[name]]
-        else:
-            out[name] = _with_intervals(means, name)
-    return means[[*out]].assign(**out)
+    names = [name for name in means if not name.endswith("±") and name != "seeds"]
+    alone = {name for name in names if f"{name}±" not in means or name in SETTINGS}
+    texts = {n: [*map(plain, means[n])] if n in alone else _with_intervals(means, n) for n in names}
+    return means[names].assign(**texts)
 
 
 def decimals(metric: str) -> int:
