@@ -136,21 +136,19 @@ def half_width(values: pd.Series | np.ndarray) -> float:
         >>> round(half_width(np.array([1.0, 2.0, 3.0])), 3)
         2.484
     """
-    from scipy import stats  # takes a second to load
+    from scipy import special
 
     n = len(values)
     if n < 2:
-        return float("nan")
-    quantile = stats.t.ppf(0.975, n - 1)
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(n))
+        return np.nan
+    return float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -> pd.DataFrame:
     """Average metrics over seeds at each value of an axis, or of an axis within groups.
 
     One row per point, numbers in order and names as they come; for each metric its mean under its
-    name and the half width of its interval under "NAME±"; `seeds` counts the runs, and where active
-    latents are counted, "latents≤" are all of them.
+    name and the half width of its interval under "NAME±"; `seeds` counts the runs.
     """
     keys = [keys] if isinstance(keys, str) else keys
     named = [key for key in keys if not is_numeric(frame[key])]
@@ -160,10 +158,10 @@ def along_axis(frame: pd.DataFrame, keys: str | list[str], metrics: list[str]) -
     for metric in metrics:
         columns[metric] = grouped[metric].mean()
         columns[f"{metric}±"] = grouped[metric].apply(half_width)
-    if "latent_size" in frame and "active_units" in {m.rpartition("/")[2] for m in metrics}:
-        columns["latents≤"] = grouped["latent_size"].max()
-    means = pd.DataFrame(columns).reset_index()
-    return means.astype({key: frame[key].dtype for key in named})
+    means = pd.DataFrame(columns).reset_index().astype({key: frame[key].dtype for key in named})
+    if "latent_size" in frame:
+        means.attrs["latent_size"] = float(frame["latent_size"].max())  # limit of active units
+    return means
 
 
 def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
@@ -174,7 +172,7 @@ def interval(means: pd.DataFrame, metric: str) -> tuple[pd.Series, pd.Series]:
     """
     low, high = comparisons.limits(metric)
     if metric.rpartition("/")[2] == "active_units":
-        high = means.get("latents≤", high)
+        high = means.get("latent_size", means.attrs.get("latent_size", high))
     half = means[f"{metric}±"]
     return (means[metric] - half).clip(lower=low), (means[metric] + half).clip(upper=high)
 
@@ -210,11 +208,10 @@ class Difference:
         """Return the difference and its interval, marked by a verdict, which one seed lacks."""
         if self.seeds < 2:
             return f"{self.mean:.3g} (one seed)"
-        marks = ["2 seeds only"] * (self.seeds == 2) + ["not distinguishable"] * (
-            not distinguishable
-        )
-        behind = f" ({', '.join(marks)})" if marks else ""
-        return f"{self.mean:.3g} ± {self.half_width:.3g}{behind}"
+        text = f"{self.mean:.3g} ± {self.half_width:.3g}"
+        marks = [("2 seeds only", self.seeds == 2), ("not distinguishable", not distinguishable)]
+        behind = ", ".join(mark for mark, holds in marks if holds)
+        return f"{text} ({behind})" if behind else text
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> Difference:
@@ -231,11 +228,6 @@ def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str
     return paired_difference(frame[frame[axis] == first], frame[frame[axis] == second], metric)
 
 
-def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> bool:
-    """Return whether a value's validation neg_elbo is distinguishable from that of the best."""
-    return value != best and compare(frame, axis, value, best, "val/neg_elbo").distinguishable
-
-
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:
@@ -244,19 +236,14 @@ def differences(
     The intervals are of single differences; those that `comparisons` does not distinguish, over all
     pairs of points for each metric, are marked.
     """
-    one = reference.iloc[0][keys]
-    one = tuple(one) if len(keys) > 1 else one.iloc[0]
+    one = tuple(reference.iloc[0][keys])
     differs = {m: comparisons.distinguished(frame, keys, one, m) for m in metrics}
     rows = []
     for point, part in frame.groupby(keys, sort=False):
-        gaps = {m: paired_difference(part, reference, m) for m in metrics}
-        value = point if len(keys) > 1 else point[0]
-        texts = {
-            m: gap.marked(distinguishable=differs[m].get(value, False)) if gap.seeds else "-"
-            for m, gap in gaps.items()
-        }
-        if set(part.index) <= set(reference.index):
-            texts = dict.fromkeys(metrics, "reference")
+        texts = dict.fromkeys(metrics, "reference")
+        for m in metrics if not set(part.index) <= set(reference.index) else ():
+            gap = paired_difference(part, reference, m)
+            texts[m] = gap.marked(distinguishable=point in differs[m]) if gap.seeds else "-"
         rows.append(dict(zip(keys, point, strict=True)) | texts)
     return pd.DataFrame(rows)
 

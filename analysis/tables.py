@@ -22,18 +22,11 @@ SETTINGS = (
 
 
 def cells(means: pd.DataFrame) -> pd.DataFrame:
-    """Format a frame of `frames.along_axis`, means with their intervals as `plus_minus` does."""
-    out = {}
-    for name in means.columns:
-        if name.endswith(("±", "≤")) or name == "seeds":
-            continue
-        if f"{name}±" not in means or name in SETTINGS:
-            out[name] = [plain(v) for v in means[name]]
-        else:
-            ends = zip(*frames.interval(means, name), strict=True)
-            parts = zip(means[name], means[f"{name}±"], ends, strict=True)
-            out[name] = [pair(*part, decimals(name)) for part in parts]
-    return means[[*out]].assign(**out)
+    """Format a frame of `frames.along_axis`, means with their intervals."""
+    names = [name for name in means if not name.endswith("±") and name != "seeds"]
+    alone = {name for name in names if f"{name}±" not in means or name in SETTINGS}
+    texts = {n: [*map(plain, means[n])] if n in alone else _with_intervals(means, n) for n in names}
+    return means[names].assign(**texts)
 
 
 def decimals(metric: str) -> int:
@@ -52,26 +45,23 @@ def plain(value: object, digits: int = 3) -> str:
     return f"{value:g}" if value.is_integer() else f"{value:.{digits}g}"
 
 
-def pair(mean: float, half: float, ends: tuple[float, float], digits: int) -> str:
-    """Format a mean with its interval: "mean ± half", or "mean (low to high)" where it is cut off.
-
-    A mean alone has no interval: its half width is NaN.
-    """
-    if math.isnan(mean):
-        return "-"
-    text = f"{mean:.{digits}f}"
-    if math.isnan(half):
-        return text
-    whole = f"{text} ± {half:.{digits}f}"
-    low, high = ends
-    cut = low > mean - half or high < mean + half
-    return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if cut else whole
+def _with_intervals(means: pd.DataFrame, metric: str) -> list[str]:
+    texts, columns = [], (means[metric], means[f"{metric}±"], *frames.interval(means, metric))
+    for mean, half, low, high in zip(*columns, strict=True):
+        text, whole, *ends = (f"{value:.{decimals(metric)}f}" for value in (mean, half, low, high))
+        if not math.isnan(half):
+            cut = low > mean - half or high < mean + half
+            text += f" ({ends[0]} to {ends[1]})" if cut else f" ± {whole}"
+        texts.append("-" if math.isnan(mean) else text)
+    return texts
 
 
 def plus_minus(row: pd.Series, metric: str) -> str:
-    """Write a mean of `frames.along_axis` with its interval, or alone where there is none."""
-    (low,), (high,) = frames.interval(row.to_frame().T, metric)
-    return pair(row[metric], row[f"{metric}±"], (low, high), decimals(metric))
+    """Write a mean of `frames.along_axis` with its interval, as "mean ± half".
+
+    It is "mean (low to high)" where the interval is cut off, and the mean alone without one.
+    """
+    return _with_intervals(row.to_frame().T, metric)[0]
 
 
 def over(seeds: float) -> str:

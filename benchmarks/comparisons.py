@@ -17,13 +17,13 @@ The last lines are README's study with the means and spreads that it found as tr
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import special
 
-from analysis.comparisons import above_winner, critical
+from analysis.comparisons import critical, selection_bias
 from benchmarks import machine
 
 DESIGNS = ((14, 3), (14, 5), (6, 5), (14, 2), (14, 10), (40, 3))
@@ -37,13 +37,10 @@ HALVES = np.array(
 )
 SPREADS = HALVES * np.sqrt(3) / special.stdtrit(2, 0.975)
 """Standard deviations between its three seeds, from the half widths of its intervals."""
-
-
 NOISE = ("equal", "README", "one small", "shared", "skewed")
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Shares of simulated studies, and the difference that most of them see."""
 
     wrong: float
@@ -81,14 +78,12 @@ def simulate(values: np.ndarray, means: np.ndarray | float = 0.0) -> Rates:
     best = found.argmin(1)[:, None]
     lowest = np.take_along_axis(found, best, 1)
     truth = np.take_along_axis(np.broadcast_to(means, (studies, count)), best, 1)
-    worse = found - lowest > limits(values, best)
-    wrong = (worse & (np.broadcast_to(means, worse.shape) <= truth)).any(1)
-    error = np.take_along_axis(values.std(1, ddof=1), best, 1) / np.sqrt(seeds)
-    freedom = np.array([seeds - 1.0])
-    covered = lowest - special.stdtrit(freedom, 0.975) * error < truth
-    covered &= truth < lowest + above_winner(count, freedom) * error
-    first = np.zeros_like(best)
-    needed = limits(values, first) - (found - found[:, :1])
+    wrong = ((found - lowest > limits(values, best)) & (means <= truth)).any(1)
+    errors = values.std(1, ddof=1) / np.sqrt(seeds)
+    half = special.stdtrit(seeds - 1, 0.975) * np.take_along_axis(errors, best, 1)
+    bias = np.array([[selection_bias(*study)] for study in zip(found, errors, strict=True)])
+    covered = (lowest - half < truth) & (truth < lowest + bias + half)
+    needed = limits(values, np.zeros_like(best)) - (found - found[:, :1])
     return Rates(wrong.mean(), covered.mean(), np.quantile(needed[:, 1:], 0.8))
 
 

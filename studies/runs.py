@@ -120,10 +120,10 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
 
 
 def _here(command: str, tracking_uri: str) -> str:
-    """Return a command line on the given store, which may have moved."""
-    words = shlex.split(command)
-    place = words.index("--tracking-uri") if "--tracking-uri" in words else len(words)
-    return shlex.join([*words[:place], "--tracking-uri", tracking_uri, *words[place + 2 :]])
+    # On the given store, which may have moved.
+    words = [*shlex.split(command), "--tracking-uri"]
+    place = words.index("--tracking-uri")
+    return shlex.join([*words[: place + 1], tracking_uri, *words[place + 2 : -1]])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from analysis import comparisons
-from analysis.comparisons import power, rank
+from analysis.comparisons import rank
 from benchmarks import comparisons as simulated
 from harness import UserError
 
@@ -36,10 +36,12 @@ def test_critical_values_are_those_of_scipys_studentised_range(count, freedom):
         assert tail == pytest.approx(level, rel=1e-4)
 
 
-def test_the_winners_margin_for_one_value_is_students():
-    freedom = np.array([1.0, 2.0, 9.0])
-    margins = comparisons.above_winner(1, freedom)
-    np.testing.assert_allclose(margins, stats.t.ppf(0.975, freedom), rtol=1e-4)
+def test_the_lowest_of_equal_means_is_too_low_by_the_mean_of_the_lowest_normal_number():
+    for count, lowest in ((1, 0), (2, math.pi**-0.5), (3, 1.5 * math.pi**-0.5)):
+        bias = comparisons.selection_bias(np.zeros(count), np.full(count, 2.0))
+        assert bias == pytest.approx(2 * lowest, abs=0.2)
+    alone = comparisons.selection_bias(np.array([0.0, 50.0]), np.array([1.0, 1.0]))
+    assert alone == pytest.approx(0, abs=1e-12)
 
 
 def test_a_value_is_worse_where_scipys_procedure_rejects_its_equality_with_the_best():
@@ -101,7 +103,7 @@ def test_weight_1_is_worse_than_the_best_on_digits():
     mean, low, high = found.winner
     assert mean == pytest.approx(-27.69)
     assert mean - low == pytest.approx(4.99, abs=0.01)
-    assert high - mean == pytest.approx(11.23 / 4.303 * 4.99, abs=0.02)
+    assert 5.2 < high - mean < 5.5
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -137,7 +139,6 @@ def test_one_seed_and_two():
     assert alone.worse == []
     assert alone.seeds_for is None
     assert np.isnan([alone.visible, *alone.winner[1:]]).all()
-    assert "One seed shows no difference" in power(alone)
     two = rank(study([[3.0, 3.1], [1.0, 1.2], [200.0, 200.1], [1.1, 1.2]]), "w")
     assert two.worse == [0, 2]
     assert two.winner[1] == pytest.approx(1.1 - 12.706 * 0.1, abs=1e-3)
@@ -149,7 +150,7 @@ def test_one_seed_and_two():
     assert other.best == 0
     assert other.not_distinguishable == [1]
     assert other.worse == [2]
-    assert "One seed shows no difference" in power(other)
+    assert math.isnan(other.visible)
 
 
 def test_values_without_spread():
@@ -177,20 +178,15 @@ def test_runs_without_a_finite_metric_are_left_out():
 
 def test_values_are_pythons_own_and_go_into_json():
     values = np.arange(12.0).reshape(4, 3)
-    frames_of = {
-        kind: study(values, axis).astype({"w": kind})
-        for kind, axis in (("int64", range(4)), ("float32", range(4)), ("str", "wxyz"))
-    }
-    frames_of["bool"] = study(values[:2], [True, False]).astype({"w": bool})
-    frames_of["category"] = study(values, "wxyz").astype({"w": "category"})
-    kinds = {"int64": int, "float32": float, "str": str, "bool": bool, "category": str}
-    for kind, frame in frames_of.items():
-        found = rank(frame, "w")
+    kinds = [("int64", int, range(4)), ("float32", float, range(4)), ("str", str, "wxyz")]
+    kinds += [("category", str, "wxyz"), ("bool", bool, [True, False])]
+    for kind, of_python, axis in kinds:
+        found = rank(study(values[: len(axis)], axis).astype({"w": kind}), "w")
         ranked = [found.best, *found.not_distinguishable, *found.worse]
-        assert {*map(type, ranked)} == {kinds[kind]}
-        assert set(ranked) == {*frame["w"]}
+        assert {*map(type, ranked)} == {of_python}
+        assert set(ranked) == {*axis}
         assert json.loads(json.dumps(ranked)) == ranked
-    both = frames_of["int64"].assign(g=np.repeat(["a", "b"], 6), l=np.int64(3))
+    both = study(values).assign(g=np.repeat(["a", "b"], 6), l=np.int64(3))
     found = rank(both, ["g", "w"])
     assert found.keys == ("g", "w")
     assert found.best == ("a", 0)
@@ -234,17 +230,3 @@ def test_so_many_seeds_distinguish_the_best_in_80_percent_of_studies():
     assert seen.mean() == pytest.approx(comparisons.POWER, abs=0.04)
     assert rank(study([[0, 1, 2], [0, 1, 2.01]]), "w").seeds_for is None
     assert rank(study([[0, 1, 2], [90, 91, 92]]), "w").seeds_for == 3
-
-
-def test_the_power_in_words():
-    assert power(rank(digits(), "w"), "nats / image") == (
-        "With 3 seeds differences below 12.5 nats / image could not be seen; 5 seeds would show "
-        "5.75. At today's means and spreads the best and the next value need more than 100 seeds "
-        "to be told apart."
-    )
-    near = rank(study([[-1, 0, 1], [0, 1, 2], [90, 91, 92]]), "w")
-    assert power(near).endswith(
-        f"{near.seeds_for} seeds would tell the best from the next value in 80 % of studies."
-    )
-    assert power(rank(study([[1.0, 2.0]]), "w")) == "There is one value, so nothing was compared."
-    assert "next value" not in power(rank(study([[0, 1, 2], [90, 91, 92]]), "w"))

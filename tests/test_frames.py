@@ -78,9 +78,6 @@ def test_half_width_is_the_t_interval_of_scipy():
     values = np.array([1.0, 2.0, 4.0, 4.5])
     low, high = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
     assert frames.half_width(values) == pytest.approx((high - low) / 2)
-
-
-def test_a_single_seed_has_no_interval():
     assert math.isnan(frames.half_width(np.array([3.0])))
 
 
@@ -162,7 +159,7 @@ def test_intervals_stay_in_the_range_of_their_metric():
         w=[1.0, 1.0, 2.0, 2.0, 3.0],
         seed=[0, 1, 0, 1, 0],
         mse=[0.0, 0.5, 0.5, 0.5, 0.1],
-        latent_size=[4, 4, 8, 8, 8],
+        latent_size=[4] * 5,
         active_units=[3.0, 4.0, 3.0, 4.0, 2.0],
         probe_accuracy=[0.9, 1.0, 0.5, 0.51, 0.5],
         neg_elbo=[-1.0, 1.0, 2.0, 2.0, 1.0],
@@ -177,16 +174,18 @@ def test_intervals_stay_in_the_range_of_their_metric():
         assert high[0] == min(mean[0] + half[0], bounds[1])
         assert math.isnan(low[2])
         assert math.isnan(high[2])
-    assert frames.interval(means, "active_units")[1][1] == 8
+    assert [*means] == ["w", "seeds", *(name for m in metrics for name in (m, f"{m}±"))]
     assert frames.interval(means, "neg_elbo")[0][0] == -means["neg_elbo±"][0]
     cells = tables.cells(means)
     assert [*cells] == ["w", *metrics]
     assert cells["mse"].tolist() == ["0.2500 (0.0000 to 3.4266)", "0.5000 ± 0.0000", "0.1000"]
-    assert cells["active_units"].tolist() == ["3.5 (0.0 to 4.0)", "3.5 (0.0 to 8.0)", "2.0"]
+    assert cells["active_units"].tolist() == ["3.5 (0.0 to 4.0)", "3.5 (0.0 to 4.0)", "2.0"]
     assert cells["neg_elbo"][0] == "0.00 ± 12.71"
     for metric in metrics:
         for place, row in means.iterrows():
             assert tables.plus_minus(row, metric) == cells[metric][place]
+    sizes = frames.along_axis(frame.assign(latent_size=frame["w"] + 4), "latent_size", metrics)
+    assert frames.interval(sizes, "active_units")[1][:2].tolist() == [5, 6]
     named = frames.along_axis(frame.assign(w=frame["w"].map(str)), "w", metrics)
     assert tables.plus_minus(named.iloc[0], "mse") == cells["mse"][0]
     assert tables.over(2) == "95 % intervals over 2 seeds only"

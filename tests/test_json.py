@@ -15,7 +15,7 @@ import pytest
 from studies import all as every
 from studies import kl_weight, reproduce, runs, search, sweep, translate
 from studies.runner import cli
-from studies.runner.terminal import ANSWERED
+from studies.runner.terminal import ANSWERED, records
 
 PLAN = SimpleNamespace(
     name="x", source=SimpleNamespace(name="digits"), sentence="3 runs", command="python x"
@@ -128,7 +128,8 @@ def test_what_is_no_number_is_null(capfd):
     table = pd.DataFrame({"hidden": ["6,4"], "mse": [math.nan], "rate": [math.inf], "seeds": [3]})
     with cli.clear_errors(["--json"]) as terminal:
         terminal.plan(PLAN, 64)
-        terminal.show({**ANSWERED, "report": None, "best": {"a": (math.nan, 1)}}, table)
+        best = {"a": (math.nan, 1)}
+        terminal.show({**ANSWERED, "report": None, "best": best, "table": records(table)})
     found = document(capfd.readouterr().out)
     assert found["table"] == [{"hidden": "6,4", "mse": None, "rate": None, "seeds": 3}]
     assert found["best"] == {"a": [None, 1]}

@@ -282,8 +282,8 @@ def _finals(
         exact = torch.tensor(loss, dtype=torch.float64, device=model.device)
         given = conditions(config, model, part, len(split), exact)
         given |= {"variance": variance, "terms": terms, "training_size": len(data.train)}
-        is_test = part == "test"
-        found[part] = measure(config, model, split, data.classes, is_final=is_test, **given)
+        given["is_final"] = part == "test"
+        found[part] = measure(config, model, split, data.classes, **given)
         variance = fitted_scale(found["val"])
     named = {f"{part}/{k}": v for part, metrics in found.items() for k, v in metrics.items()}
     return finite(to_floats(named | found["test"]))

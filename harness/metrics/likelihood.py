@@ -109,11 +109,9 @@ def _slack(blocks: Tensor, sizes: Tensor) -> Tensor:
     # sixteenths: what fourfold samples gain is taken to shrink by the same ratio for ever. In the
     # limit of many samples that is 1/4. Sums of weights (16, N) and their number (16, 1).
     sixteenths, fourths, whole = (
-        (
-            blocks.unflatten(0, (parts, -1)).logsumexp(1)
-            - sizes.unflatten(0, (parts, -1)).sum(1).log()
-        ).mean()
+        (weights.logsumexp(1) - count.sum(1).log()).mean()
         for parts in (BLOCKS, 4, 1)
+        for weights, count in [(b.unflatten(0, (parts, -1)) for b in (blocks, sizes))]
     )
     gain, before = whole - fourths, fourths - sixteenths
     ratio = torch.where(before > 0, gain / before, 0.25).clamp(0.25, 0.9)
@@ -157,10 +155,8 @@ def _chosen(config: RunConfig, model: VAE, split: Split, variance: Tensor) -> fl
         float(importance_bounds(*given, inflated(q, a), "likelihood/choice").bounds[count].mean())
         for a in INFLATIONS
     ]
-    as_good = max(found) - AS_GOOD
-    return next(
-        (a for a, bound in zip(INFLATIONS, found, strict=True) if bound >= as_good), math.nan
-    )
+    good = [a for a, b in zip(INFLATIONS, found, strict=True) if b >= max(found) - AS_GOOD]
+    return good[0] if good else math.nan
 
 
 def _log_weights(
@@ -205,8 +201,7 @@ def centred(model: VAE, split: Split, variance: Tensor) -> Posterior:
     """Return the posteriors of a split (N, L) with their means moved to the modes of p(z|x).
 
     By 20 steps of Adam from the encoder's means, without noise, at a decoder variance or scale,
-    shape (). Means that are not improved by it stay, as those of an exact encoder; variances stay
-    those of the encoder.
+    shape (). Means that are not improved by it stay, and so do variances.
     """
     start, found = posteriors(model, split), []
     for rows in _few_rows(split, 1):

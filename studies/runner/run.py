@@ -53,10 +53,7 @@ SUPERSEDED = "superseded by a later summary"
 
 @dataclass(frozen=True)
 class Site:
-    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones.
-
-    The runs have the command line that continues the study as a tag.
-    """
+    """Where a plan's runs are trained and recorded; `checkpoints` keep unfinished ones."""
 
     plan: Plan
     data: Dataset
@@ -64,7 +61,7 @@ class Site:
     store: Store
     start: Callable[[Planned], RunLog]
     checkpoints: Checkpoints | None
-    command: str = ""
+    command: str = ""  # which continues the study: a tag of its runs
 
 
 def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
@@ -87,8 +84,7 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     kept = Checkpoints(folder, options.checkpoint_every or 1)
     checkpoints = kept if options.checkpoint_every else None
     device = resolve_device(options.device).type
-    command = plan.vary(plan.name) or plan.command
-    site = Site(plan, data, device, store, start, checkpoints, command)
+    site = Site(plan, data, device, store, start, checkpoints, plan.vary(plan.name) or plan.command)
     close_failed(queue, site)
     lose_deleted(queue, site)
     _compare_making(site)
@@ -117,13 +113,12 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
 def _is_left(queue: Queue) -> bool:
     """Return whether other processes train the last runs, which this one does not wait for."""
     if left := queue.left():
-        runs = counted(left * queue.proposer.seeds, "run")
-        log.info("other processes train the last %s", runs)
+        log.info("other processes train the last %s", counted(left * queue.proposer.seeds, "run"))
     return left > 0
 
 
 def _counts(queue: Queue) -> tuple[int, int]:
-    """Return how many runs have a result, and how many have none yet."""
+    # Runs that have a result, and runs that have none yet.
     seeds = queue.proposer.seeds
     return sum(map(has_result, queue.trials())) * seeds, queue.left() * seeds
 
@@ -187,10 +182,10 @@ def _check_results(
         results = 0 if ended & {run.key for run in found} else len(ended)
         there, here = here, there
     if results and not options.fresh:
-        runs = counted(results, "run")
         raise UserError(
-            f"{there} has {runs} of study {plan.name!r}, and {here} has none of them; give "
-            "the address that it was run with, or start another with --fresh or --study-name"
+            f"{there} has {counted(results, 'run')} of study {plan.name!r}, and {here} has none of "
+            "them; give the address that it was run with, or start another with --fresh or "
+            "--study-name"
         )
 
 
@@ -316,9 +311,9 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
 
 
 def _tagged(run: Planned, site: Site) -> Planned:
-    name, tags = site.plan.name, {"role": "run", "command": site.command}
-    group = f"{name}/{run.tags['configuration']}"
-    return run._replace(tags={**run.tags, **tags, "study": name, "seed_group": group})
+    tags = {"study": site.plan.name, "role": "run", "command": site.command}
+    tags["seed_group"] = f"{site.plan.name}/{run.tags['configuration']}"
+    return run._replace(tags=run.tags | tags)
 
 
 def _finish(queue: Queue, site: Site, recorded: list[Recorded]) -> int:

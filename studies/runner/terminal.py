@@ -60,7 +60,6 @@ ANSWERED: Mapping[str, Any] = {
 
 ALIKE = ("model", "hidden", "channels", "batch_size")  # of runs whose durations are compared
 
-
 PLAIN = {"±": "+-", "²": "^2", "é": "e", "–": "-", "−": "-", "×": "x"}  # where there is ASCII alone
 
 
@@ -203,21 +202,19 @@ class Terminal(logging.Handler):
         where = addresses.without_secrets(addresses.tracking_address(tracking_uri))
         answered = {name: getattr(outcome, name) for name in ANSWERED}
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
-        places["report"] = str(outcome.folder / "report.html")
-        self.show({"study": outcome.plan.name, **answered, **places}, outcome.table)
+        places |= {"study": outcome.plan.name, "report": str(outcome.folder / "report.html")}
+        self.show({**answered, **places, "table": records(outcome.table)})
 
-    def show(self, found: Mapping[str, Any], table: pd.DataFrame | None = None) -> None:
-        """Show a finished study, as of `stored` unless its table is given."""
-        rows = {} if table is None else {"table": records(table)}
-        self.study |= {"status": "finished", **found, **rows}
+    def show(self, found: Mapping[str, Any]) -> None:
+        """Show a finished study, as of `stored`."""
+        self.study |= {"status": "finished", **found}
         if self.json:
             return
         import pandas as pd  # and MLflow, which the plan does not need
 
         from harness.tracking.page import link
 
-        if table is None:
-            table = pd.DataFrame(found["table"]).fillna(math.nan)
+        table = pd.DataFrame(found["table"]).fillna(math.nan)
         for place, sentence in enumerate(found["verdict"]):
             is_command = "python " in sentence  # which would be pasted with its line breaks
             self._text(sentence, style=None if place else "bold", unbroken=is_command)
@@ -271,8 +268,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [_finite(row) for row in table.astype(object).to_dict("records")]
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - of JSON
-    """Return a value without NaN and infinities, which JSON does not have."""
+def _finite(value: Any) -> Any:  # noqa: ANN401 - of JSON, which has no NaN and no infinity
     if isinstance(value, Mapping):
         return {str(name): _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -291,15 +287,14 @@ def stored(store: Store, run_id: str) -> dict[str, Any]:
         answered = {name: summary.get(name, value) for name, value in ANSWERED.items()}
         # A study in a store beside may have a report of this name; the same command writes anew.
         beside = (store.home / "reports").glob(f"{summary['name']}*/summary.json")
-        texts = {path.with_name("report.html"): path.read_text("utf-8") for path in beside}
-        ids = summary.get("run_ids")
-        reports = [path for path, text in texts.items() if json.loads(text).get("run_ids") == ids]
+        every = {path: json.loads(path.read_text("utf-8")).get("run_ids") for path in beside}
+        same = (path for path, run_ids in every.items() if run_ids == summary.get("run_ids"))
         return {
             **{"study": summary["name"], "dataset": summary["dataset"], **answered},
             **{"table": summary.get("rows", []), "summary_run_id": run_id},
             **{"experiment_id": summary["experiment_id"], "command": summary["command"]},
             "tracking_uri": addresses.without_secrets(store.uri),
-            "report": str(reports[0]) if reports else None,
+            "report": next((str(path.with_name("report.html")) for path in same), None),
         }
 
 
@@ -339,11 +334,8 @@ def way(where: str) -> str:
     """Return how to open the page of a tracking store, up to its address."""
     if addresses.is_server(where):
         return where.rstrip("/")
-    python = shlex.quote(sys.executable)
-    store = shlex.quote(where)
-    return (
-        f"{python} -m mlflow ui --workers 1 --backend-store-uri {store}, then http://127.0.0.1:5000"
-    )
+    command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--workers", "1"])
+    return f"{command} --backend-store-uri {shlex.quote(where)}, then http://127.0.0.1:5000"
 
 
 def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:

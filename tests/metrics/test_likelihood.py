@@ -447,22 +447,16 @@ def test_every_kind_of_run_has_a_gap_that_a_seed_fixes(tiny, settings, monkeypat
 # --- the metrics of a run -------------------------------------------------------------------------
 
 
-def chosen(
-    config: RunConfig, model: VAE, split: Split, variance: torch.Tensor, found: dict[str, float]
-) -> Posterior:
+def chosen(model: VAE, split: Split, variance: torch.Tensor, found: dict[str, float]) -> Posterior:
     """Return the proposal of a run's metrics."""
     return inflated(centred(model, split, variance), found["proposal_inflation"])
 
 
 def test_the_metrics_are_means_over_test_images_at_the_variance_of_the_distortion(tiny, trained):
     for (config, model), finals in zip(trained, evaluate(trained, tiny), strict=True):
-        given, metrics = (
-            (config, model, tiny.test),
-            likelihood_metrics(config, model, tiny, (1, 32)),
-        )
-        variance = scalar(finals["val/mse"])
-        proposal = chosen(*given, variance, metrics)
-        found = importance_bounds(*given, variance, (1, 32), proposal)
+        metrics = likelihood_metrics(config, model, tiny, (1, 32))
+        given = config, model, tiny.test, scalar(finals["val/mse"])
+        found = importance_bounds(*given, (1, 32), chosen(*given[1:], metrics))
         values = -found.bounds[32].numpy()
         assert metrics == pytest.approx(
             {
@@ -498,7 +492,7 @@ def test_only_the_first_test_images_are_read(tiny, trained, monkeypatch):
 def test_a_bernoulli_run_is_measured_on_binary_test_images(tiny, kind):
     run, binary = untrained(likelihood="bernoulli", binarization=kind), tiny.drawn(kind)
     found = likelihood_metrics(*run, binary)
-    proposal = chosen(*run, binary.test, VARIANCE, found)
+    proposal = chosen(run[1], binary.test, VARIANCE, found)
     bounds = importance_bounds(*run, binary.test, VARIANCE, proposal=proposal).bounds
     expected = -bounds[512].mean().item()
     assert found["neg_log_likelihood"] == pytest.approx(expected, rel=1e-12)
