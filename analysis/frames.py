@@ -249,9 +249,9 @@ def differences(
 
 
 def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Return the runs of the points that have the most seeds; others are not ranked."""
+    """Return the runs of the points that have as many seeds as most points, or more."""
     seeds = frame.groupby(keys)["seed"].transform("size")
-    return frame[seeds == seeds.max()]
+    return frame[seeds >= frame.groupby(keys).size().mode().min()]
 
 
 def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:

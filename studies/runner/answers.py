@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis import frames, tables
-from analysis.comparisons import PROCEDURE, Ranking, power
+from analysis.comparisons import PROCEDURE, Ranking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,15 +157,33 @@ def verdict(ranking: Ranking, following: str) -> list[str]:
     both = " of encoder and decoder together" * (name == "neg_elbo")
     interval = f" (95 % interval {low} to {high}, the choice included)" * (ranking.seeds > 1)
     best = f"{of[ranking.best]}. Its mean validation {name}{both} {lowest}: {mean}{_unit(name)}"
-    sure, equal = power(ranking, _unit(name).strip()), ranking.not_distinguishable
+    sure, equal = _power(ranking, _unit(name)), ranking.not_distinguishable
     if count > 1 < ranking.seeds:
         key = f"{ranking.keys[0]} = " * (len(ranking.keys) == 1)
         texts = [of[value].removeprefix(key) for value in equal]
         listed = ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
         if len(equal) > NAMED:
             listed = f"{len(equal)} of {count - 1} others"
-        sure = f"not distinguishable from it: {listed}; worse: {len(ranking.worse)} ({BY}). {sure}"
+        worse = {0: "none is worse", 1: "1 is worse"}.get(n := len(ranking.worse), f"{n} are worse")
+        sure = f"not distinguishable from it: {listed}; {worse} ({BY}). {sure}"
     return [f"Best: {best}{interval}.", f"How sure: {sure}", f"Next: {following}"]
+
+
+def _power(ranking: Ranking, unit: str) -> str:
+    """Return sentences on the differences that the seeds of a ranking could show."""
+    if ranking.values == 1:
+        return "there is one value, compared with nothing."
+    more, then = ranking.more
+    if ranking.seeds == 1:
+        return f"not at all; one seed shows no difference, {more} seeds show large ones."
+    text = (
+        f"With {ranking.seeds} seeds differences below {tables.plain(ranking.visible)}{unit} could"
+    )
+    text += f" not be seen; {more} seeds would show {tables.plain(then)}."
+    if ranking.not_distinguishable and (ranking.seeds_for or 101) > ranking.seeds:
+        seeds = ranking.seeds_for or "more than 100"
+        text += f" The next value would take {seeds} seeds, if it differs as it does here."
+    return text
 
 
 def next_step(

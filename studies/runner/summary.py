@@ -335,9 +335,8 @@ def compare_points(study: Study, found: Ended) -> Findings:
     frame, lost = every[: len(found.finished)], every[len(found.finished) :][axes]
     refit = min(found.plan.refit, len(found.data.test))
     frame = _refitted(frame, found, refit) if refit else frame
-    # A point of which a seed diverged is not ranked, nor one with fewer seeds than others.
-    whole = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
-    ranked = frames.complete(whole, axes)
+    # A point of which a seed diverged is not ranked.
+    ranked = frame[~frame.set_index(axes).index.isin(lost.set_index(axes).index)]
     columns = dict.fromkeys([*study.table, *(answers.REFITTED, answers.GAP), *registry.METRICS])
     by = study.ranking if _has(ranked, study.ranking) else study.objective
     if not _has(ranked, by):
@@ -368,8 +367,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
     named = "; ".join(f"{run.name} {run.tags.get('reason', '')}" for run in diverged)
     notes = [answers.decoders(ranked, ranking, refit), answers.to_quote(best_runs, ranking)]
     notes += [f"Diverged and not ranked, {len(diverged)} in number: {named}."] * bool(diverged)
-    if len(ranked) < len(whole):
-        notes.append(f"Not ranked, as others have more seeds: {len(whole) - len(ranked)} runs.")
     compared, drawn = _differences(study, frame, ranking), frame.map(plots.plain_text)
     curves = partial(plots.learning_curves, histories, drawn, study.axis.name, study.group, by)
     return Findings(

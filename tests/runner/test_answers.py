@@ -254,7 +254,7 @@ def test_a_verdict_is_the_best_setting_how_sure_it_is_and_what_is_next():
     best, sure, following = answers.verdict(ranked((5.0, -9.0, -8.99)), "wait.")
     assert best.startswith("Best: w = 2. Its mean validation neg_elbo of encoder and decoder toget")
     assert "the lowest of 3 values: -9.00 nats / image (95 % interval -9.25 to " in best
-    assert "not distinguishable from it: 3; worse: 1 (Games-Howell over all pairs at 5 %)" in sure
+    assert "not distinguishable from it: 3; 1 is worse (Games-Howell over all pairs at 5 %)" in sure
     assert "could not be seen; 5 seeds would show" in sure
     assert sure.endswith("the best and the next value need more than 100 seeds to be told apart.")
     assert following == "Next: wait."
