@@ -27,7 +27,7 @@ RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of r
 SCREEN = 96  # pixels of an inch on a page
 WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell broken into lines
 # Fields that summaries of earlier versions lack.
-LATER = {"verdict": (), "warnings": (), "next_command": "", "best_row": None}
+LATER = {"verdict": (), "warnings": (), "best_row": None}
 # A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+| \(\S+ to \S+\))?( %)?|–)?")
 
@@ -41,6 +41,8 @@ def build(folder: Path) -> Path:
             raise UserError(f"{folder}/summary.json names a file elsewhere, {one['file']}")
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
+    rows = [summary["best_row"], *(None for _ in summary["tables"])]  # of the first table
+    marked = zip(summary["tables"], rows, strict=False)
     pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"
     return _write(
         folder / "report.html",
@@ -48,7 +50,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[_numbers(folder, exhibit, summary["best_row"]) for exhibit in summary["tables"]],
+        tables=[(t["caption"], table(*_cells(folder / t["file"]), best)) for t, best in marked],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -93,12 +95,6 @@ def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, 
         width, ratio = opened.width * SCREEN / dots, opened.width / opened.height
     source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
-
-
-def _numbers(folder: Path, exhibit: dict[str, Any], best: int | None) -> tuple[str, dict[str, Any]]:
-    """Return the caption of a table and its layout; `best` is a row of the main table."""
-    is_main = exhibit["file"] == "table.csv"
-    return exhibit["caption"], table(*_cells(folder / exhibit["file"]), best if is_main else None)
 
 
 def table(
