@@ -231,11 +231,6 @@ def compare(frame: pd.DataFrame, axis: str, first: Any, second: Any, metric: str
     return paired_difference(frame[frame[axis] == first], frame[frame[axis] == second], metric)
 
 
-def is_worse(frame: pd.DataFrame, axis: str, value: object, best: object) -> bool:
-    """Return whether a value's validation neg_elbo is distinguishable from that of the best."""
-    return value != best and compare(frame, axis, value, best, "val/neg_elbo").distinguishable
-
-
 def differences(
     frame: pd.DataFrame, keys: list[str], reference: pd.DataFrame, metrics: list[str]
 ) -> pd.DataFrame:

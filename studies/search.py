@@ -32,6 +32,7 @@ from studies.runner.proposers import (
     repeated,
 )
 from studies.runner.study import (
+    TABLE,
     Plan,
     Source,
     calibrated,
@@ -59,9 +60,8 @@ CONFIRMING = 3  # fresh seeds with which the best other trial and the default ar
 DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
 TOP = 10  # configurations in the table
 
-# Metrics of the trials, and further ones of the configurations that are trained again.
+# Metrics of the trials.
 TRIED = [SELECTION, "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate", ACTIVE]
-CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
 
 CAPTIONS = {
     "learning_curves": plots.CURVES_CAPTION,
@@ -244,10 +244,11 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, [*proposer.space])
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    tried = [*dict.fromkeys([*TRIED, *proposer.objectives])]
-    tried += [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
-    measured = tried + CONFIRMED + [name for name in registry.METRICS if name in runs]
-    means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
+    tried = dict.fromkeys([*TRIED, *proposer.objectives, *map("val/{}".format, registry.METRICS)])
+    means = frames.along_axis(
+        searched[~searched["pruned"]], "trial", [name for name in tried if name in runs]
+    )
+    measured = [name for name in (*TABLE, *registry.METRICS) if name in runs]
     columns = dict.fromkeys(["trial", *proposer.space, "decoder_variance"])
     done = trials[[*columns]].merge(means, on="trial").sort_values(SELECTION, ignore_index=True)
     top = done[(done.index < TOP) | done["trial"].isin(first)].reset_index(drop=True)
@@ -355,15 +356,11 @@ def how_sure(other: str, gap: frames.Difference) -> str:
 
 def _next(proposer: TPE, options: SearchOptions, plan: Plan, epochs: int) -> tuple[str, str]:
     """Return what to do next, and its command: so many epochs, or for 0 more trials."""
-    if not plan.source.words:  # tensors, which no command line names
-        return "more epochs." if epochs else "more trials.", ""
-    trials = options.trials if epochs else 2 * options.trials
-    settings = {**options.settings, **({"epochs": epochs} if epochs else {})}
-    more = replace(options, trials=trials, settings=settings, pruner=proposer.pruner)
-    places = arguments(same_places(options, plan.name, fresh=epochs > 0))
+    more = replace(options, pruner=proposer.pruner, trials=options.trials * (1 if epochs else 2))
+    more = replace(more, settings={**more.settings, "epochs": epochs or proposer.base.epochs})
     words = command(start_words(NAME), plan.source, more, proposer.base)
-    line = f"{words} {shlex.join(places)}"
-    return f"{epochs} epochs: {line}" if epochs else f"{trials} trials: {line}", line
+    line = f"{words} {shlex.join(arguments(same_places(options, plan.name, fresh=epochs > 0)))}"
+    return f"{f'{epochs} epochs' if epochs else f'{more.trials} trials'}: {line}", line
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:

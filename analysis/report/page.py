@@ -41,8 +41,6 @@ def build(folder: Path) -> Path:
             raise UserError(f"{folder}/summary.json names a file elsewhere, {one['file']}")
     server = store.rstrip("/") if store.startswith(("http://", "https://")) else ""
     runs, ids = _runs(folder)
-    rows = [summary["best_row"], *(None for _ in summary["tables"])]  # of the first table
-    marked = zip(summary["tables"], rows, strict=False)
     pages = f"{server or UI}/#/experiments/{quote(summary['experiment_id'])}/runs"
     return _write(
         folder / "report.html",
@@ -50,7 +48,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[(t["caption"], table(*_cells(folder / t["file"]), best)) for t, best in marked],
+        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -97,16 +95,11 @@ def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, 
     return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
 
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None
-) -> dict[str, Any]:
-    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper.
-
-    The row with the number `best` is marked.
-    """
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper."""
     columns = [_column(name, [row[i] for row in rows]) for i, name in enumerate(header)]
     wide = sum(column["width"] for column in columns) > WIDE
-    return {"columns": columns, "rows": rows, "wide": wide, "best": best}
+    return {"columns": columns, "rows": rows, "wide": wide}
 
 
 def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Answers rank nothing that seeds cannot distinguish, and name what stands behind an interval."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 
@@ -9,6 +11,7 @@ from studies import elbo_vs_mse, kl_normalization, kl_weight, latent_size, sweep
 from studies.runner import answers
 from studies.runner.options import Options
 from studies.runner.study import KNOWN, make_plan
+from studies.runner.summary import histories_of
 
 LUCK = (0.0, 0.1, -0.1)
 
@@ -355,3 +358,11 @@ def test_the_number_to_quote_is_that_of_the_chosen_setting():
 def test_the_group_of_weight_1_is_the_blogs_on_its_data_alone():
     names = [[*latent_size.weights(RunConfig(), KNOWN[name])][0] for name in ("mnist", "kmnist")]
     assert names == ["blog's weight", "weight 1"]
+
+
+def test_the_further_value_of_kept_weights_is_no_epoch():
+    rows = [(run, epoch, 1.0) for run in "ab" for epoch in (1, 2, 3)]
+    found = SimpleNamespace(store=SimpleNamespace(histories=lambda ids, metric: rows))
+    frame = pd.DataFrame({"run_id": ["a", "b"], "keep": ["best", "last"]})
+    assert histories_of(found, frame, "x")["epoch"].tolist() == [1, 2, 1, 2, 3]
+    assert len(histories_of(found, frame[["run_id"]], "x")) == 6  # of an earlier version
