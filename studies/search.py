@@ -285,14 +285,11 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     table = frames.along_axis(again, "configuration", measured)
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
     lowest = int(done.loc[(done[ACTIVE] > 0).idxmax(), "trial"])  # of all, where all collapsed
-    values = (
-        f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
-        for _, row in table.iterrows()
-    )
+    row = table.set_index("configuration").loc[label]
     sentences = [
         f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
         f"diverged) trial {lowest} was the best{', the default' * (lowest in first)}.",
-        f"With fresh seeds test neg_elbo is {' and '.join(values)} nats / image.",
+        f"To quote: test neg_elbo of {label} is {tables.plus_minus(row, 'neg_elbo')} nats / image.",
         f"The saved model is that of {label} with the median seed, {best['seed']}.",
     ]
     exhibits = {"table": (top, f"The {TOP} best trials of the search, and the default.")}

@@ -216,7 +216,7 @@ def curves_of(values, ends, lengths=(), **columns):
 def lines(panel, width):
     """Return the drawn lines of a width: .7 runs, 1.8 means, 1.2 the linear model."""
     shown = [line for line in panel.get_lines() if len(line.get_xdata())]
-    return [line for line in shown if line.get_linewidth() == width and line.get_marker() == "None"]
+    return [line for line in shown if line.get_linewidth() == width]
 
 
 def test_learning_curves_hold_every_epoch_of_every_run_and_the_mean_over_seeds(finished, frame):
@@ -246,8 +246,10 @@ def test_a_mean_ends_with_the_first_run_and_each_run_ends_with_a_dot():
     panel = plots.learning_curves(histories, frame, "x").axes[0]
     means = [np.isfinite(line.get_ydata()).sum() for line in lines(panel, 1.8)]
     assert means == [4, 10]
-    dots = [line for line in panel.get_lines() if line.get_marker() == "."]
-    assert [dot.get_xdata().item() for dot in dots] == [4, 10, 10, 10]
+    runs = lines(panel, 0.7)
+    assert [(run.get_xdata()[-1], *run.get_markevery()) for run in runs] == [
+        (end, -1) for end in (4, 10, 10, 10)
+    ]
 
 
 def test_first_epochs_and_bad_values_do_not_flatten_the_rest_and_are_counted():

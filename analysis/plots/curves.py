@@ -61,9 +61,8 @@ def learning_curves(
             look = {"color": COLORS[1] if value == best else colors[value]}
             look["zorder"] = 2 + (value == best)
             for run in runs.index:
-                curve = curves[run].dropna()
-                panel.plot(curve, lw=0.7, alpha=0.6, **look)
-                panel.plot(curve.iloc[-1:], ".", ms=5, **look)
+                thin = {"lw": 0.7, "ms": 5, "markevery": [-1], "alpha": 0.6, **look}
+                panel.plot(curves[run].dropna(), ".-", **thin)
             # Over epochs that all have: it would jump where a run ends before the others.
             panel.plot(curves[runs.index].mean(axis=1, skipna=False), lw=1.8, **look)
         linear = part.loc[part[axis] == best, "linear"].mean()
@@ -83,11 +82,10 @@ def learning_curves(
     panels[0, 0].set_ylim(low - margin, top + margin)
     figure.supxlabel("epoch", fontsize="medium")
     figure.supylabel(label(metric), fontsize="medium")
-    same = len({*bests}) == 1
-    named = f"best: {plain(bests[0])}" if same else "best of the group"
-    panels[0, 0].plot([], [], color=COLORS[1], lw=1.8, label=plain_text(named))
+    named = plain_text("best of the group" if group else f"best: {plain(bests[0])}")
+    panels[0, 0].plot([], [], color=COLORS[1], lw=1.8, label=named)
     if frame["linear"].notna().any():
         panels[0, 0].plot([], [], "--", color=GREY, lw=1.2, label="linear (exact)")
-    shown = {value: color for value, color in colors.items() if not same or value != bests[0]}
+    shown = {value: color for value, color in colors.items() if group or value != bests[0]}
     legend(figure, shown, label(axis), "-")
     return figure
