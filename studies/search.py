@@ -304,10 +304,10 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
     if len(proposer.objectives) > 1:
         front = done[done["trial"].isin(trials.loc[trials["front"], "trial"])]
-        caption = f"The front of rate and distortion; its knee is trial {lowest}."
-        sentences.append(f"{len(front)} trials are on it: {caption}")
+        caption = f"the front of rate and distortion; its knee is trial {lowest}."
+        sentences.append(f"{len(front)} trials are on {caption}")
         figures["front"] = partial(plots.search_front, trials, lowest)
-        exhibits["front"] = (front.sort_values("val/rate"), caption)
+        exhibits["front"] = (front.sort_values("val/rate"), f"Trials of {caption}")
     rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
     others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
     shown = ", ".join(f"{k} = {tables.plain(v)}" for k, v in _settings(proposer, best).items())

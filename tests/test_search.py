@@ -242,7 +242,7 @@ def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
     knee = search.rival(study).number
     sums = {n: t.values[0] + t.values[1] for n, t in done.items()}
     assert sums[knee] == min(value for n, value in sums.items() if n)  # of all but the default
-    answer = f"{len(front)} trials are on it: The front of rate and distortion; its knee is trial "
+    answer = f"{len(front)} trials are on the front of rate and distortion; its knee is trial "
     assert f"{answer}{min(sums, key=sums.__getitem__)}." in summary["answer"]
 
 
