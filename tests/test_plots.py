@@ -288,5 +288,6 @@ def test_groups_have_a_panel_each_with_a_best_value_of_their_own():
 @pytest.mark.parametrize("rows", [0, 1])
 def test_runs_without_epochs_and_of_a_single_epoch_are_drawn(rows):
     histories, frame = curves_of([1], [0.0])
-    panel = plots.learning_curves(histories[:rows], frame, "x").axes[0]
+    histories = pd.DataFrame(histories[:rows].values.tolist(), columns=Epoch._fields)
+    panel = plots.learning_curves(histories, frame, "x").axes[0]
     assert len(panel.texts if not rows else lines(panel, 0.7)) == 1

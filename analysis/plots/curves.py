@@ -38,7 +38,8 @@ def learning_curves(
         metric: by default `val/neg_elbo`, or `val/loss` where runs lack it.
     """
     metric = metric or f"val/{frames.compared(frame)}"
-    known = histories[np.isfinite(histories["value"]) & histories["run_id"].isin(frame["run_id"])]
+    known = histories[histories["run_id"].isin(frame["run_id"])].astype({"value": float})
+    known = known[np.isfinite(known["value"])]
     if known.empty:
         return empty_figure(f"no run has a {metric} by epoch")
     curves = known.pivot(index="epoch", columns="run_id", values="value")
