@@ -36,32 +36,25 @@ def modes(base: RunConfig, data: Source) -> Mapping[str, Mapping[str, Any]]:
     return groups
 
 
+def named_alike(frame: frames.Frame) -> frames.Frame:
+    """Return the runs of the first mode: the others are further names of the same weights."""
+    return frame[frame[GROUP] == frame[GROUP].iloc[0]]
+
+
 def paths(frame: frames.Frame) -> str:
-    """Return the names of the best weight, how far the modes part, and what the division does."""
+    """Return the names of the best weight, and how far the optimiser's paths part."""
     cells = frame.pivot_table(index=[AXIS, "seed"], columns=GROUP, values="neg_elbo")
     apart, largest = cells.std(axis=1).median(), (cells.max(axis=1) - cells.min(axis=1)).max()
     seeds = cells.groupby(AXIS).std().mean(axis=1).median()  # NaN for a single seed
-    best = frames.best_value(frame, AXIS)
+    best = frames.best_value(named_alike(frame), AXIS)
     weights = frame[frame[AXIS] == best].groupby(GROUP, sort=False)["kl_weight"].first()
     named = ", ".join(f"{mode} {weight:.3g}" for mode, weight in weights.items())
-    which = "only" if frame[AXIS].nunique() == 1 else "best"
-    measured = (
-        f"the {cells.shape[1]} modes differ by a standard deviation of {plain(apart, 2)} nats / "
-        f"image of test neg_elbo (median; at most {plain(largest, 2)} apart)"
-    )
-    if largest == 0:
-        measured = f"the {cells.shape[1]} modes have the same test neg_elbo to the last bit"
-    factor = ""
-    if "adam_eps" in frame and frame["adam_eps"].nunique() > 1:
-        times = plain(round(frame["adam_eps"].max() / frame["adam_eps"].min()))
-        factor = (
-            f", with the whole loss times up to {times}, which Adam divides out but for epsilon"
-        )
     text = (
         "At equal decoder variance all normalisations have the same loss, by construction: the "
-        f"{which} decoder variance, {best:.3g} pixel², is kl_weight = {named}. What could differ "
-        f"is the path of the optimiser{factor}: at equal decoder variance and seed {measured}; "
-        f"the standard deviation over seeds is {plain(seeds, 2)} (median)."
+        f"best one here, {best:.3g} pixel², is kl_weight = {named}. What could differ is the path "
+        f"of the optimiser: at equal decoder variance and seed the {len(weights)} modes end with a "
+        f"standard deviation of {plain(apart, 2)} nats / image of test neg_elbo (median; at most "
+        f"{plain(largest, 2)} apart); that over seeds is {plain(seeds, 2)} (median)."
     )
     if "sum" not in weights or not {*frame.get("dataset", ())} <= {*OF_THE_BLOG}:
         return text
@@ -89,15 +82,8 @@ STUDY = Study(
             "optimiser's path; dashed, the exact linear model.",
         ),
     },
-    curves={
-        "paths": (
-            plots.paths_apart,
-            "Standard deviation of val/neg_elbo over the modes at equal decoder variance and seed, "
-            "by epoch, mean over seeds; dashed, over seeds at equal decoder variance and mode, "
-            "median. Values of 0 are not drawn.",
-        ),
-    },
     answer=paths,
+    compared=named_alike,
     table=("kl_weight", *TABLE),
 )
 

@@ -24,7 +24,6 @@ from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
     SELECTION,
-    STRENGTHS,
     TPE,
     Listed,
     Pruner,
@@ -33,14 +32,17 @@ from studies.runner.proposers import (
     repeated,
 )
 from studies.runner.study import (
+    TABLE,
     Plan,
+    Source,
+    calibrated,
     check_objective,
     command,
-    configure,
     parts,
     same_places,
+    sets_variance,
     source,
-    strength,
+    with_variance,
 )
 
 if TYPE_CHECKING:
@@ -58,9 +60,8 @@ CONFIRMING = 3  # fresh seeds with which the best other trial and the default ar
 DEFAULT = -1  # parameter `trial` of the fresh runs of the default configuration
 TOP = 10  # configurations in the table
 
-# Metrics of the trials, and further ones of the configurations that are trained again.
+# Metrics of the trials.
 TRIED = [SELECTION, "best/val/neg_elbo", "best/epoch", "val/mse", "val/rate", ACTIVE]
-CONFIRMED = ["neg_elbo", "mse", "rate", "decoder_variance", "calibration_ratio", "active_units"]
 
 CAPTIONS = {
     "learning_curves": plots.CURVES_CAPTION,
@@ -118,7 +119,9 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     base = options.base(BASE, data.epochs)
     check_objective(f"the {NAME}", base, SELECTION, own)
     fixed = {*options.settings, *([] if base.has_scale else ["sigma"])}
-    named, middle = strength(base, data)
+    named, middle = "kl_weight", calibrated(base, data).kl_weight
+    if sets_variance(base):
+        named, middle = "decoder_variance", data.calibrated / 2
     # From an error below a grey level to the data's whole variance, beyond which all collapses.
     low, high = (float(f"{middle * factor:.3g}") for factor in (1e-3, 4 * data.pixels))
     every = {named: Range(low, high, log=True), **space(base.epochs)}
@@ -153,6 +156,19 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         f"{pruner}, then {CONFIRMING} fresh seeds of the best and of the default",
         confirm=partial(confirm, proposer),
     )
+
+
+def configure(
+    data: Source,
+    base: RunConfig,
+    decoder_variance: float | None = None,
+    **values: Any,  # noqa: ANN401 - settings
+) -> RunConfig:
+    """Set values of a trial; without a strength the KL weight is that of an exact ELBO (beta 1)."""
+    config = base.replace(**values)
+    if decoder_variance is not None:
+        return with_variance(config, decoder_variance, data)
+    return config if "kl_weight" in values else calibrated(config, data)
 
 
 def confirm(proposer: TPE, study: optuna.Study) -> Listed:
@@ -228,10 +244,11 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     searched = runs[runs["part"] == "search"]
     trials = frames.by_trial(searched, [*proposer.space])
     trials = trials.assign(front=trials["trial"].isin([t.number for t in study.best_trials]))
-    tried = [*dict.fromkeys([*TRIED, *proposer.objectives])]
-    tried += [f"val/{name}" for name in registry.METRICS if f"val/{name}" in runs]
-    measured = tried + CONFIRMED + [name for name in registry.METRICS if name in runs]
-    means = frames.along_axis(searched[~searched["pruned"]], "trial", tried)
+    tried = dict.fromkeys([*TRIED, *proposer.objectives, *map("val/{}".format, registry.METRICS)])
+    means = frames.along_axis(
+        searched[~searched["pruned"]], "trial", [name for name in tried if name in runs]
+    )
+    measured = [name for name in (*TABLE, *registry.METRICS) if name in runs]
     columns = dict.fromkeys(["trial", *proposer.space, "decoder_variance"])
     done = trials[[*columns]].merge(means, on="trial").sort_values(SELECTION, ignore_index=True)
     top = done[(done.index < TOP) | done["trial"].isin(first)].reset_index(drop=True)
@@ -244,46 +261,36 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
             f"{' and '.join(map(_label, compared))} diverged with every fresh seed; search again "
             "with more --seeds and another --study-name"
         )
-    # One of which a seed diverged is not recommended, nor one without active latents.
+    # One of which a seed diverged is not recommended.
     ranked = frames.complete(again, ["configuration"])
-    active = ranked.groupby("configuration")["active_units"].transform("mean") > 0
-    ranked = ranked[active] if active.any() else ranked
     label = ranked.groupby("configuration")[SELECTION].mean().idxmin()
     chosen = ranked[ranked["configuration"] == label]
-    of = dict([*again.sort_values(SELECTION).groupby("configuration", sort=False)])
-    medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in of.items()}
+    found = again.sort_values(SELECTION).groupby("configuration", sort=False)
+    medians = {name: part.iloc[(len(part) - 1) // 2] for name, part in found}
     best = medians[label]
     tested, default = (again[again["trial"] == number] for number in (compared[0], DEFAULT))
     gap = frames.paired_difference(tested, default, SELECTION)
-    sure = how_sure(_label(compared[0]), gap)
 
     histories = histories_of(ended, again, SELECTION)
     of_best = histories[histories["run_id"].isin(chosen["run_id"])]
     warnings = answers.warnings(
         chosen, SELECTION, of_best, ended.plan.source.epochs, likelihood=False
     )
-    lost = [name for name in map(_label, compared) if len(of.get(name, ())) < CONFIRMING]
-    warnings += [f"{name} diverged with fresh seeds." for name in lost]
+    seeds = found.size().reindex(map(_label, compared), fill_value=0)
+    warnings += [f"{name} diverged with fresh seeds." for name in seeds.index[seeds < CONFIRMING]]
     improving = bool(answers.still_improving(of_best, SELECTION))
     epochs = improving * max(2 * proposer.base.epochs, ended.plan.source.epochs)
     step, next_command = _next(proposer, options, ended.plan, epochs)
 
     table = frames.along_axis(again, "configuration", measured)
     diverged = sum("diverged" in trial.user_attrs for trial in ended.trials)
-    alive = done[done[ACTIVE] > 0]
-    lowest = int((done if alive.empty else alive)["trial"].iloc[0])
-    which = "" if lowest == done["trial"].iloc[0] else " of those with active latents"
-    each = [
-        f"{tables.plus_minus(row, 'neg_elbo')} ({row['configuration']})"
-        for _, row in table.iterrows()
-    ]
+    lowest = int(done.loc[(done[ACTIVE] > 0).idxmax(), "trial"])  # of all, where all collapsed
+    row = table.set_index("configuration").loc[label]
     sentences = [
         f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
-        f"diverged) trial {lowest}{', the default,' if lowest in first else ''} has the lowest "
-        f"validation neg_elbo{which}.",
-        f"Trained again with fresh seeds, {sure}.",
-        f"Test neg_elbo is {' and '.join(each)} nats / image.",
-        f"The saved model and its pictures are of the median seed of {label}, {best['seed']}.",
+        f"diverged) trial {lowest} was the best{', the default' * (lowest in first)}.",
+        f"To quote: test neg_elbo of {label} is {tables.plus_minus(row, 'neg_elbo')} nats / image.",
+        f"The saved model is that of {label} with the median seed, {best['seed']}.",
     ]
     exhibits = {"table": (top, f"The {TOP} best trials of the search, and the default.")}
     exhibits["confirmed"] = (table, f"With fresh seeds. {TABLE_CAPTION}")
@@ -296,15 +303,15 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
         shares = {name: _importances(study, i) for i, name in enumerate(proposer.objectives)}
         figures["importances"] = partial(plots.search_importances, pd.DataFrame(shares))
     if len(proposer.objectives) > 1:
-        front, knee = done[done["trial"].isin(trials["trial"][trials["front"]])], plots.knee(trials)
-        on_it = f"{len(front)} trials are on the front of rate and distortion; its knee"
-        sentences.append(f"{on_it}, where their sum is lowest, is trial {knee['trial']}.")
-        caption = f"The Pareto front by rising rate; its knee is trial {knee['trial']}."
-        figures["front"] = partial(plots.search_front, trials)
-        exhibits["front"] = (front.sort_values("val/rate"), caption)
+        front = done[done["trial"].isin(trials.loc[trials["front"], "trial"])]
+        caption = f"the front of rate and distortion; its knee is trial {lowest}."
+        sentences.append(f"{len(front)} trials are on {caption}")
+        figures["front"] = partial(plots.search_front, trials, lowest)
+        exhibits["front"] = (front.sort_values("val/rate"), f"Trials of {caption}")
     rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]
     others = [run for name, run in medians.items() if name != label and not gap.distinguishable]
     shown = ", ".join(f"{k} = {tables.plain(v)}" for k, v in _settings(proposer, best).items())
+    sure = how_sure(_label(compared[0]), gap)
     return Findings(
         table=top,
         answer=partial(" ".join, sentences),
@@ -327,36 +334,30 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
 
 def _settings(proposer: TPE, run: pd.Series) -> dict[str, Any]:
     """Return the searched settings of a run and its KL weight, without a fitted variance."""
-    left_out = () if run["sigma"] == "fixed" else STRENGTHS
-    names = [name for name in (*proposer.space, "kl_weight") if name not in left_out]
-    return {name: plain(run[name]) for name in names}
+    names = dict.fromkeys([*proposer.space, "kl_weight"])
+    fitted = run["sigma"] != "fixed"
+    return {k: plain(run[k]) for k in names if not (fitted and k == "decoder_variance")}
 
 
 def how_sure(other: str, gap: frames.Difference) -> str:
     """Return how the best other trial compares with the default, by its paired difference."""
-    if other == _label(DEFAULT) or not gap.seeds:
+    if other == _label(DEFAULT) or gap.seeds < 2:
         return "no other configuration than the default could be compared with it"
     verdict = "better than" if gap.mean < 0 else "worse than"
-    if not gap.distinguishable:
-        verdict = "not distinguishable from"
-    half = f" ± {gap.half_width:.2f}" if gap.seeds > 1 else ""
+    verdict = verdict if gap.distinguishable else "not distinguishable from"
     return (
-        f"{other} is {verdict} the default: {gap.mean:.2f}{half} nats / image of validation "
-        f"neg_elbo against it, paired over {gap.seeds} fresh seed{'s' * (gap.seeds > 1)}"
+        f"{other} is {verdict} the default: {gap.mean:.2f} ± {gap.half_width:.2f} nats / image of "
+        f"validation neg_elbo against it, paired over {gap.seeds} fresh seeds"
     )
 
 
 def _next(proposer: TPE, options: SearchOptions, plan: Plan, epochs: int) -> tuple[str, str]:
     """Return what to do next, and its command: so many epochs, or for 0 more trials."""
-    if not plan.source.words:  # tensors, which no command line names
-        return "more epochs." if epochs else "more trials.", ""
-    trials = options.trials if epochs else 2 * options.trials
-    settings = {**options.settings, **({"epochs": epochs} if epochs else {})}
-    more = replace(options, trials=trials, settings=settings, pruner=proposer.pruner)
-    places = arguments(same_places(options, plan.name, fresh=epochs > 0))
+    more = replace(options, pruner=proposer.pruner, trials=options.trials * (1 if epochs else 2))
+    more = replace(more, settings={**more.settings, "epochs": epochs or proposer.base.epochs})
     words = command(start_words(NAME), plan.source, more, proposer.base)
-    line = f"{words} {shlex.join(places)}"
-    return f"{epochs} epochs: {line}" if epochs else f"{trials} trials: {line}", line
+    line = f"{words} {shlex.join(arguments(same_places(options, plan.name, fresh=epochs > 0)))}"
+    return f"{f'{epochs} epochs' if epochs else f'{more.trials} trials'}: {line}", line
 
 
 def parse(args: Sequence[str] | None = None) -> SearchOptions:

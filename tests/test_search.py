@@ -16,6 +16,7 @@ import harness
 from analysis import frames, plots
 from analysis.frames import is_numeric
 from analysis.plots.search import PANELS
+from analysis.plots.style import top_of
 from harness import RunConfig, objective, tracking
 from harness.linear.pca import pca
 from harness.tracking import record as recording
@@ -141,15 +142,16 @@ def test_the_answer_compares_the_best_with_the_default_by_fresh_seeds(searched):
     summary, best = searched.summary(NAME), search.rival(searched.study(NAME))
     runs = part(searched.runs(NAME), "confirmation")
     both = [[r for r in runs if r.params["trial"] == str(n)] for n in (best.number, -1)]
-    values = [r.metrics["test/neg_elbo"] for r in both[0]]
+    is_default = summary["verdict"][0].startswith("Best: default (")
+    values = [r.metrics["test/neg_elbo"] for r in both[is_default]]
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t quantile, 2 degrees of freedom
-    assert f"Test neg_elbo is {np.mean(values):.2f} ± {half:.2f} (trial" in summary["answer"]
+    assert f" is {np.mean(values):.2f} ± {half:.2f} nats / image." in summary["answer"]
     gaps = np.subtract(*([r.metrics["val/neg_elbo"] for r in part] for part in both))
     half = 4.302653 * np.std(gaps, ddof=1) / np.sqrt(3)
     words = "better than" if np.mean(gaps) < 0 else "worse than"
     words = words if abs(np.mean(gaps)) > half else "not distinguishable from"
     shown = f"trial {best.number} is {words} the default: {np.mean(gaps):.2f} ± {half:.2f} nats"
-    assert shown in summary["answer"]
+    assert shown in summary["verdict"][1]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_the_answer_compares_the_best_with_the_default_by_fresh_seeds(searched):
         (frames.Difference(-2.0, 1.0, 3), "trial 7 is better than the default: -2.00 ± 1.00 nats"),
         (frames.Difference(2.0, 1.0, 3), "trial 7 is worse than the default: 2.00 ± 1.00 nats"),
         (frames.Difference(-1.0, 1.5, 3), "trial 7 is not distinguishable from the default: -1.00"),
-        (frames.Difference(-1.0, float("nan"), 1), "trial 7 is not distinguishable from"),
+        (frames.Difference(-1.0, float("nan"), 1), "no other configuration than the default"),
     ],
 )
 def test_a_difference_that_chance_makes_is_not_called_one(gap, words):
@@ -237,7 +239,11 @@ def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
     assert min(done, key=lambda n: done[n].user_attrs["val/neg_elbo"]) in front
     summary = searched.summary(FRONT)
     assert "front" in {Path(figure["file"]).stem for figure in summary["figures"]}
-    assert f"{len(front)} trials are on the front of rate and distortion" in summary["answer"]
+    knee = search.rival(study).number
+    sums = {n: t.values[0] + t.values[1] for n, t in done.items()}
+    assert sums[knee] == min(value for n, value in sums.items() if n)  # of all but the default
+    answer = f"{len(front)} trials are on the front of rate and distortion; its knee is trial "
+    assert f"{answer}{min(sums, key=sums.__getitem__)}." in summary["answer"]
 
 
 # --- going on -----------------------------------------------------------------------------------
@@ -306,7 +312,7 @@ def test_other_settings_are_refused_with_the_differences(searched, capsys):
 
 def test_a_remedy_that_is_set_is_not_searched():
     plan = make_plan(SearchOptions(settings={"sigma": "optimal", "free_bits": 0.1}))
-    assert not {"sigma", "free_bits", "decoder_variance", "beta"} & set(plan.proposer.space)
+    assert not {"sigma", "free_bits", "decoder_variance", "kl_weight"} & set(plan.proposer.space)
     assert (plan.proposer.base.sigma, plan.proposer.base.free_bits) == ("optimal", 0.1)
     assert "--sigma optimal --free-bits 0.1" in plan.command
     given = make_plan(SearchOptions(settings={"kl_weight": 0.3})).proposer
@@ -334,15 +340,16 @@ def test_the_decoder_variances_reach_from_a_small_error_to_the_collapse_of_the_l
     assert high > pca(data).variances[0]
 
 
-def test_a_likelihood_without_a_variance_is_searched_by_beta():
+def test_a_likelihood_without_a_variance_is_searched_by_its_kl_weight():
     binary = SearchOptions(settings={"likelihood": "bernoulli", "binarization": "stochastic"})
     proposer = make_plan(binary).proposer
     assert "sigma" not in proposer.space
-    assert proposer.default["beta"] == pytest.approx(1.0)
+    default = proposer.configure(proposer.base, **proposer.default)
+    assert objective.beta(default, 64) == pytest.approx(1.0)
     laplace = make_plan(SearchOptions(settings={"likelihood": "laplace"})).proposer
     default = laplace.configure(laplace.base, **laplace.default)
     assert objective.decoder_std(default, 64) == pytest.approx(0.1)  # of the Gaussian default
-    assert {"beta", "sigma"} <= set(laplace.space)
+    assert {"kl_weight", "sigma"} <= set(laplace.space)
 
 
 def test_the_command_of_a_report_is_one_that_the_search_takes():
@@ -506,18 +513,14 @@ def test_each_setting_has_a_panel_with_every_trial(trials):
 
 
 def test_the_front_is_drawn_through_its_trials_alone(trials):
-    panel = plots.search_front(trials).axes[0]
-    line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
-    assert sorted(line.get_ydata()) == sorted(trials[trials["front"]]["val/distortion"])
-
-
-def test_the_knee_has_the_lowest_sum_of_rate_and_distortion_and_active_latents(trials):
     front = trials[trials["front"]]
-    sums = front["val/rate"] + front["val/distortion"]
-    assert plots.knee(trials)["trial"] == sums.idxmin()
-    dead = trials.assign(**{"val/active_units": (trials.index != sums.idxmin()).astype(float)})
-    assert plots.knee(dead)["trial"] == sums.drop(sums.idxmin()).idxmin()
-    assert plots.knee(dead.assign(**{"val/active_units": 0.0}))["trial"] == sums.idxmin()
+    knee = front.loc[front["val/neg_elbo"].idxmin()]
+    panel = plots.search_front(trials, knee["trial"]).axes[0]
+    line = next(line for line in panel.get_lines() if line.get_label() == "Pareto front")
+    shown = front[front["val/neg_elbo"] <= top_of(trials["val/neg_elbo"])]
+    assert sorted(line.get_ydata()) == sorted(shown["val/distortion"])
+    (mark,) = [line for line in panel.get_lines() if line.get_label().startswith("knee")]
+    assert mark.get_xydata().tolist() == [[knee["val/rate"], knee["val/distortion"]]]
 
 
 def test_one_trial_is_drawn_as_one_point(trials):
@@ -532,7 +535,7 @@ def test_one_trial_is_drawn_as_one_point(trials):
     assert [dot[1] for dot in dots] == [value]
     (front,) = [
         line
-        for line in plots.search_front(one).axes[0].get_lines()
+        for line in plots.search_front(one, number).axes[0].get_lines()
         if line.get_label() == "Pareto front"
     ]
     assert front.get_ydata().tolist() == [one["val/distortion"].item()]

@@ -12,13 +12,11 @@ from analysis.plots.along_axis import quality_along_axis as quality_along_axis
 from analysis.plots.along_axis import usual as usual
 from analysis.plots.curves import CURVES_CAPTION as CURVES_CAPTION
 from analysis.plots.curves import learning_curves as learning_curves
-from analysis.plots.curves import paths_apart as paths_apart
 from analysis.plots.latents import KL_CAPTION as KL_CAPTION
 from analysis.plots.latents import kl_per_latent as kl_per_latent
 from analysis.plots.latents import latent_scatter as latent_scatter
 from analysis.plots.planes import frontier as frontier
 from analysis.plots.planes import rate_distortion as rate_distortion
-from analysis.plots.search import knee as knee
 from analysis.plots.search import search_front as search_front
 from analysis.plots.search import search_history as search_history
 from analysis.plots.search import search_importances as search_importances

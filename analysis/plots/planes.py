@@ -5,7 +5,18 @@ from itertools import cycle
 import numpy as np
 
 from analysis import frames
-from analysis.plots.style import COLORS, GREY, Axes, Figure, canvas, empty_figure, label
+from analysis.plots.style import (
+    COLORS,
+    GREY,
+    Axes,
+    Figure,
+    canvas,
+    empty_figure,
+    label,
+    legend,
+    note,
+    shades,
+)
 from analysis.tables import plain
 
 MARKS = "osD^vP*X"  # one more than colours, so that groups with the same colour have other marks
@@ -16,8 +27,6 @@ def rate_distortion(frame: frames.Frame, axis: str, group: str = "") -> Figure:
 
     Means are joined along the axis, a colour a group; without groups colours follow the axis.
     """
-    import seaborn as sns
-
     frame = frames.having(frame, "rate", "distortion")
     if frame.empty:
         return empty_figure("no run has a rate and a distortion")
@@ -26,27 +35,24 @@ def rate_distortion(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     _iso_lines(panel, shown)
     keys = [group, axis] if group else [axis]
     means = frames.along_axis(frame, keys, ["rate", "distortion"])
-    lines = means.groupby(group, sort=False) if group else [("", means)]
-    colors = cycle(COLORS if group else sns.color_palette("viridis", len(means)))
-    for name, part in lines:
-        line_color = next(colors) if group else GREY
-        panel.plot(
-            part["rate"], part["distortion"], color=line_color, lw=1, label=str(name) or None
-        )
+    names = means[keys[0]].unique()
+    few = group and len(names) <= len(COLORS)
+    colors = dict(zip(names, COLORS, strict=False)) if few else shades(names)
+    for name, part in means.groupby(group or np.ndim, sort=False):
+        panel.plot(part["rate"], part["distortion"], lw=1, color=colors[name] if group else GREY)
         for _, point in part.iterrows():
-            color = line_color if group else next(colors)
+            color, value = colors[point[keys[0]]], plain(point[axis])
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]
             panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
-            place, text = (point["rate"], point["distortion"]), plain(point[axis])
-            (dot,) = panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4)
+            place = (point["rate"], point["distortion"])
+            panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4)
             if group:
-                panel.annotate(text, place, xytext=(5, 4), textcoords="offset points")
-            else:
-                off = "" if point[axis] in set(shown[axis]) else f", rate {point['rate']:.3g}"
-                dot.set_label(text + off)
+                panel.annotate(value, place, xytext=(5, 4), textcoords="offset points")
+            elif point[axis] not in set(shown[axis]):
+                note(panel, f"{axis} = {value} is beyond, at rate {point['rate']:.3g}")
     panel.set(xlabel=label("rate"), ylabel=label("distortion"))
     title = f"{group}; numbers are {axis}" if group else label(axis)
-    figure.legend(title=title, loc="outside right upper", frameon=False)
+    legend(figure, colors, title, "-" if group else "o")
     return figure
 
 

@@ -1,22 +1,18 @@
 """Figures of a search, of the frame of `frames.by_trial`; `front` marks the Pareto front."""
 
-from typing import Any
-
-import numpy as np
-
 from analysis.frames import Frame, is_numeric
-from analysis.plots.style import COLORS, GREY, Axes, Figure, canvas, label, note
+from analysis.plots.style import COLORS, GREY, Axes, Figure, canvas, label, note, top_of
 
 OBJECTIVE = "val/neg_elbo"
 
 # Settings that a search may vary, in the order of the figure's panels.
 PANELS = (
-    *("decoder_variance", "beta", "latent_size", "learning_rate"),
+    *("decoder_variance", "kl_weight", "latent_size", "learning_rate"),
     *("kl_warmup_epochs", "kl_cycles", "free_bits", "sigma"),
 )
 
-LOGARITHMIC = ("decoder_variance", "beta", "learning_rate")
-APART = 0.05  # distance of numbered points of a front, share of the panel
+LOGARITHMIC = ("decoder_variance", "kl_weight", "learning_rate")
+NUMBERED = 14  # points of a front, at most
 
 
 def search_history(trials: Frame) -> Figure:
@@ -36,18 +32,11 @@ def search_history(trials: Frame) -> Figure:
 
 def _bound(panel: Axes, trials: Frame) -> None:
     """Set limits that bad trials do not flatten; those above are counted."""
-    values, top = trials[OBJECTIVE], _top(trials)
+    values = trials[OBJECTIVE]
+    low, top = values.min(), top_of(values)
     if values.max() > top:
-        low = values.min()
         panel.set_ylim(low - 0.05 * (top - low), top)
         note(panel, f"{(values > top).sum()} above, up to {values.max():,.0f}")
-
-
-def _top(trials: Frame) -> float:
-    """Return the highest objective that is shown: 2.5 times as far from the best as the median."""
-    low, middle, high = trials[OBJECTIVE].quantile([0, 0.5, 1])
-    span = 2.5 * max(middle - low, 1e-9)
-    return float(high if high <= low + 1.25 * span else low + 1.05 * span)
 
 
 def search_parameters(trials: Frame) -> Figure:
@@ -101,40 +90,28 @@ def search_importances(shares: Frame) -> Figure:
     return figure
 
 
-def knee(trials: Frame) -> Any:  # noqa: ANN401 - a Series
-    """Return the row of the front with the lowest rate + distortion, of those with active latents.
+def search_front(trials: Frame, knee: int) -> Figure:
+    """Plot trials on (rate, distortion) with the Pareto front, along which trials are numbered.
 
-    Both are nats, and their sum is neg_elbo: the front's tangent has slope -1 there.
+    The knee is the trial with the lowest rate + distortion, which is neg_elbo: the tangent there
+    has slope -1, as both are nats.
     """
-    front = trials[trials["front"]]
-    active = front[front["val/active_units"] > 0]
-    return front.loc[(front if active.empty else active)[OBJECTIVE].idxmin()]
-
-
-def search_front(trials: Frame) -> Figure:
-    """Plot trials on (rate, distortion) with the Pareto front, along which trials are numbered."""
     figure, panel = canvas(9, 6)
-    x, y = "val/rate", "val/distortion"
-    best, rest = trials[trials["front"]].sort_values(x), trials[~trials["front"]]
+    x, y, top = "val/rate", "val/distortion", top_of(trials[OBJECTIVE])
+    shown = trials[trials[OBJECTIVE] <= top]  # bad ones would flatten the rest
+    best, rest = shown[shown["front"]].sort_values(x), shown[~shown["front"]]
     panel.plot(rest[x], rest[y], "o", color=GREY, ms=5, alpha=0.5, label="trial")
     look = {"color": COLORS[0], "ms": 7, "label": "Pareto front", "drawstyle": "steps-post"}
     panel.plot(best[x], best[y], "o-", **look)
-    found = knee(trials)
-    text = f"knee, trial {found['trial']}: {OBJECTIVE} {found[OBJECTIVE]:.2f}"
+    found = trials[trials["trial"] == knee].iloc[0]
+    text = f"knee, trial {knee}: {OBJECTIVE} {found[OBJECTIVE]:.2f}"
     panel.plot(found[x], found[y], "o", color=COLORS[1], ms=15, mfc="none", mew=1.5, label=text)
     panel.axline((found[x], found[y]), slope=-1, color=GREY, lw=0.7, zorder=0)
     panel.set(xlabel=label(x), ylabel=label(y))
-    shown = trials[trials[OBJECTIVE] <= _top(trials)]
-    width, height = (max(np.ptp(shown[name]), 1e-9) for name in (x, y))
-    panel.set_xlim(shown[x].min() - 0.05 * width, shown[x].max() + 0.05 * width)
-    panel.set_ylim(shown[y].min() - 0.05 * height, shown[y].max() + 0.05 * height)
     if outside := len(trials) - len(shown):
-        note(panel, f"{outside} with {OBJECTIVE} above {_top(trials):,.0f}")
-    place = np.full(2, np.inf)
-    for _, trial in best[best.index.isin(shown.index)].iterrows():
-        now = np.array([trial[x] / width, trial[y] / height])
-        if trial["trial"] == found["trial"] or np.linalg.norm(now - place) > APART:
-            place, offset = now, {"xytext": (7, 7), "textcoords": "offset points"}
-            panel.annotate(f"{trial['trial']}", (trial[x], trial[y]), **offset)
+        note(panel, f"{outside} with {OBJECTIVE} above {top:,.0f}")
+    for _, trial in best[:: -(-len(best) // NUMBERED)].iterrows():
+        place = (trial[x], trial[y])
+        panel.annotate(f"{trial['trial']}", place, xytext=(7, 7), textcoords="offset points")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

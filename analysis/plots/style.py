@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from analysis.tables import plain
 from harness.errors import printable
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ OF_TABLES = {
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
+LISTED = 9  # values in a legend; more have a colour bar
 
 
 def label(name: str) -> str:
@@ -68,6 +73,42 @@ def canvas(
 def plain_text(value: Any) -> Any:  # noqa: ANN401 - a cell of a frame
     """Return a text that matplotlib shows unchanged, or any other value: "$" begins a formula."""
     return re.sub(r"(?<!\\)\$", r"\$", printable(value)) if isinstance(value, str) else value
+
+
+def shades(values: Iterable[Any]) -> dict[Any, Any]:
+    """Return a colour for each value, from dark to light in their order."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    values = [*values]  # not to the end of viridis, which is too light for a line
+    places = np.linspace(0, 0.92, len(values))
+    return dict(zip(values, map(to_hex, colormaps["viridis"](places)), strict=True))
+
+
+def legend(figure: Figure, colors: Mapping[Any, Any], title: str, mark: str) -> None:
+    """Show the colours of values, beside what is labelled: more than nine in a colour bar."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    if len(colors) <= LISTED:
+        for value, color in colors.items():
+            figure.axes[0].plot([], [], mark, color=color, label=plain_text(plain(value)))
+        figure.legend(title=title, loc="outside right upper", frameon=False)
+        return
+    norm = BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
+    bar = figure.colorbar(ScalarMappable(norm, ListedColormap([*colors.values()])), ax=figure.axes)
+    some = range(0, len(colors), -(-len(colors) // LISTED))
+    bar.set_ticks(some, labels=[plain_text(plain([*colors][i])) for i in some])
+    bar.ax.minorticks_off()
+    bar.set_label(title)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+
+
+def top_of(values: Any) -> float:  # noqa: ANN401 - numbers
+    """Return the highest value to show: at most 2.5 times as far from the lowest as the median."""
+    low, middle, high = np.nanquantile(values, [0, 0.5, 1])
+    top = low + 2.5 * (middle - low)
+    return float(top if low < top < high - 0.2 * (top - low) else high)
 
 
 def note(panel: Axes, text: str) -> None:

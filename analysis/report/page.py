@@ -27,7 +27,7 @@ RUN_METRICS = ("neg_elbo", "mse", "rate")  # of the test split, in the list of r
 SCREEN = 96  # pixels of an inch on a page
 WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell broken into lines
 # Fields that summaries of earlier versions lack.
-LATER = {"verdict": (), "warnings": (), "next_command": "", "best_row": None}
+LATER = {"verdict": (), "warnings": (), "best_row": None}
 # A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
 NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+| \(\S+ to \S+\))?( %)?|–)?")
 
@@ -48,7 +48,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         figures=[_image(folder, exhibit) for exhibit in summary["figures"]],
         pictures=[_image(folder, exhibit) for exhibit in summary["pictures"]],
-        tables=[_numbers(folder, exhibit, summary["best_row"]) for exhibit in summary["tables"]],
+        tables=[(t["caption"], table(*_cells(folder / t["file"]))) for t in summary["tables"]],
         runs=runs,
         links={run_id: f"{pages}/{quote(run_id)}" for run_id in ids},
         store=store,
@@ -95,22 +95,11 @@ def _image(folder: Path, exhibit: dict[str, Any]) -> tuple[dict[str, Any], str, 
     return exhibit, source, f"--width:{width:.0f}px;--ratio:{ratio:.4f}"
 
 
-def _numbers(folder: Path, exhibit: dict[str, Any], best: int | None) -> tuple[str, dict[str, Any]]:
-    """Return the caption of a table and its layout; `best` is a row of the main table."""
-    is_main = exhibit["file"] == "table.csv"
-    return exhibit["caption"], table(*_cells(folder / exhibit["file"]), best if is_main else None)
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None
-) -> dict[str, Any]:
-    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper.
-
-    The row with the number `best` is marked.
-    """
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Lay out cells of text: columns of numbers align right, and wide tables are small on paper."""
     columns = [_column(name, [row[i] for row in rows]) for i, name in enumerate(header)]
     wide = sum(column["width"] for column in columns) > WIDE
-    return {"columns": columns, "rows": rows, "wide": wide, "best": best}
+    return {"columns": columns, "rows": rows, "wide": wide}
 
 
 def _column(name: str, cells: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,6 @@ _warn = cache(log.warning)  # once a text
 
 NAME = "made_as"  # tag of an experiment with the name that it was made with
 CONFIG = "model/config.json"  # artifact of a finished run
-PART = 500  # runs of one query
 START = ["attributes.start_time ASC"]
 
 
@@ -286,21 +285,14 @@ class Store:
 
         Of kept weights (`keep="best"`) the value at the end follows, a step after the last epoch.
         """
-        # MLflow's stores of a database have a query for many runs, its servers one for each.
-        many = getattr(self.client._tracking_client.store, "get_metric_history_bulk", None)
-        found: dict[str, dict[int, float]] = {run_id: {} for run_id in run_ids}
-        if many is not None:
-            ask = partial(self.call, many, metric_key=metric, max_results=None)
-            for part in (run_ids[i : i + PART] for i in range(0, len(run_ids), PART)):
-                for entry in ask(part):
-                    found[entry.run_id][entry.step] = entry.value
-        else:
-            one = partial(self.call, self.client.get_metric_history, key=metric)
-            with ThreadPoolExecutor(8) as pool:
-                for run_id, entries in zip(run_ids, pool.map(one, run_ids), strict=True):
-                    found[run_id] = {entry.step: entry.value for entry in entries}
-        order = ((run_id, step) for run_id in run_ids for step in sorted(found[run_id]))
-        return [Epoch(run, step, _number(run, metric, found[run][step])) for run, step in order]
+        one = partial(self.call, self.client.get_metric_history, key=metric)
+        with ThreadPoolExecutor(8) as pool:
+            found = [{entry.step: entry.value for entry in each} for each in pool.map(one, run_ids)]
+        return [
+            Epoch(run_id, step, _number(run_id, metric, values[step]))
+            for run_id, values in zip(run_ids, found, strict=True)
+            for step in sorted(values)
+        ]
 
     def record(self, run: str, *, trust: bool | None = None) -> Record:
         """Return all that is needed to train a finished run again, by its id or key.

@@ -34,7 +34,7 @@ SELECTION = "val/neg_elbo"
 ACTIVE = "val/active_units"
 
 # The strength of the KL term in a space: of trials whose `sigma` is "fixed", else it has no effect.
-STRENGTHS = ("decoder_variance", "beta")
+STRENGTHS = ("decoder_variance", "kl_weight")
 
 ROUNDS = 4  # least number of rounds of a search: trials made together do not learn of each other
 REPORTS = 5  # about how often a trial is compared with others; a report takes 13 ms

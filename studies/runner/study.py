@@ -125,52 +125,18 @@ def with_variance(config: RunConfig, variance: float, data: Source) -> RunConfig
     return with_decoder_variance(config, variance, data.pixels)
 
 
-def with_beta(config: RunConfig, value: float, data: Source) -> RunConfig:
-    """Set the KL weight that means a beta in the configuration's normalisation."""
-    from harness.objective import beta  # loads torch
-
-    return config.replace(kl_weight=value / beta(config.replace(kl_weight=1.0), data.pixels))
-
-
 def calibrated(config: RunConfig, data: Source) -> RunConfig:
     """Set the calibrated KL weight; where it sets no variance, that of an exact ELBO (beta 1).
 
     A Laplace decoder gets the standard deviation of the calibrated Gaussian one.
     """
-    from harness.objective import decoder_std  # loads torch
+    from harness.objective import beta, decoder_std  # loads torch
 
     if sets_variance(config):
         return with_variance(config, data.calibrated / 2, data)
     if (unit := decoder_std(config.replace(kl_weight=1.0), data.pixels)) > 0:  # no NaN
         return config.replace(kl_weight=math.sqrt(data.calibrated / 2) / unit)
-    return with_beta(config, 1.0, data)
-
-
-def strength(config: RunConfig, data: Source) -> tuple[str, float]:
-    """Return what a search varies in place of the KL weight, and its calibrated value.
-
-    The decoder variance where the weight sets it, else beta: 1 for an exact ELBO, and the scale of
-    a Laplace decoder.
-    """
-    from harness.objective import beta  # loads torch
-
-    if sets_variance(config):
-        return "decoder_variance", data.calibrated / 2
-    return "beta", beta(calibrated(config, data), data.pixels)
-
-
-def configure(
-    data: Source,
-    base: RunConfig,
-    decoder_variance: float | None = None,
-    beta: float = 1.0,
-    **values: Any,  # noqa: ANN401 - settings
-) -> RunConfig:
-    """Set values of a trial; without a strength the KL weight is that of an exact ELBO (beta 1)."""
-    config = base.replace(**values)
-    if decoder_variance is not None:
-        return with_variance(config, decoder_variance, data)
-    return with_beta(config, beta, data)
+    return config.replace(kl_weight=1 / beta(config.replace(kl_weight=1.0), data.pixels))
 
 
 # Columns of a summary table: last and best validation neg_elbo, then test metrics.
@@ -271,7 +237,6 @@ class Study:
         base: settings shared by all runs.
         axis: the quantity that is swept.
         figures: file name -> (frame -> figure, caption).
-        curves: file name -> ((histories of the objective, frame) -> figure, caption).
         answer: function of the frame of runs that returns sentences.
         group: column of the groups, "" without groups.
         groups: (base, source of the data) -> {group: changes to base}, each with the whole axis.
@@ -282,6 +247,7 @@ class Study:
             where every run has it, else val/loss, which then replaces it in the table.
         table: columns of the summary table.
         reference: axis value that all points are compared with; None means the best point.
+        compared: frame of runs -> those that are ranked.
         ranking: metric of the best run, where it is not the objective; runs without it rank last.
         prepare: frame of runs -> the frame with further columns, for table, figures and answer.
         merges: whether points of one configuration are one, named by the first; the names of the
@@ -298,13 +264,13 @@ class Study:
     answer: Callable[[pd.DataFrame], str]
     group: str = ""
     groups: Callable[[RunConfig, Source], Mapping[str, Mapping[str, Any]]] = lambda *_: {"": {}}
-    curves: Mapping[str, tuple[Callable[..., Figure], str]] = field(default_factory=dict)
     group_values: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 3
     epochs: Callable[[Source], int] = lambda data: data.epochs
     objective: str = SELECTION
     table: tuple[str, ...] = TABLE
     reference: Any = None
+    compared: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
     ranking: str = ""
     prepare: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
     merges: bool = False

@@ -343,7 +343,7 @@ def compare_points(study: Study, found: Ended) -> Findings:
         why = f"a seed of every one diverged or has no {by}"
         raise UserError(f"study {found.plan.name!r} has no point to rank: {why}")
     table = frames.along_axis(frame, axes, [m for m in columns if m in frame])
-    ranking = rank(ranked, axes, by)
+    ranking = rank(study.compared(ranked), axes, by)
     given = _given(study, found, frame)
     as_given = given if study.group else {k: v[study.axis.name] for k, v in given.items()}
     best_runs = _runs_of(ranked, axes, ranking.best).dropna(subset=[by])
@@ -376,7 +376,6 @@ def compare_points(study: Study, found: Ended) -> Findings:
         tables={"table": (table, TABLE_CAPTION), "differences": compared},
         figures={
             **{name: (partial(draw, drawn), text) for name, (draw, text) in study.figures.items()},
-            **{n: (partial(draw, histories, drawn), t) for n, (draw, t) in study.curves.items()},
             "learning_curves": (curves, plots.CURVES_CAPTION),
         },
         models={run["name"].rpartition(" seed=")[0]: run["run_id"] for run in shown},
@@ -414,9 +413,10 @@ def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
 
 
 def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return a metric of the runs of a frame by epoch."""
-    rows = found.store.histories(frame["run_id"].tolist(), metric)
-    return pd.DataFrame(rows, columns=list(Epoch._fields))
+    """Return a metric of finished runs by epoch, without the further value of kept weights."""
+    rows = pd.DataFrame(found.store.histories([*frame["run_id"]], metric), columns=Epoch._fields)
+    kept = frame[["run_id"]][frame.get("keep", frame["run_id"]) == "best"]
+    return rows[rows["run_id"].duplicated(keep="last") | ~rows["run_id"].isin(kept["run_id"])]
 
 
 def _given(study: Study, found: Ended, frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
