@@ -409,7 +409,8 @@ def _runs_of(frame: pd.DataFrame, axes: list[str], value: Any) -> pd.DataFrame: 
 
 def _median(runs: pd.DataFrame, metric: str, other: str) -> pd.Series:
     metric = other if runs[metric].isna().all() else metric
-    return runs.dropna(subset=[metric]).sort_values([metric, "seed"]).iloc[(len(runs) - 1) // 2]
+    runs = runs.dropna(subset=[metric]).sort_values([metric, "seed"])
+    return runs.iloc[(len(runs) - 1) // 2]
 
 
 def histories_of(found: Ended, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
