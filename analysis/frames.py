@@ -251,7 +251,7 @@ def differences(
 def complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Return the runs of the points that have as many seeds as most points, or more."""
     seeds = frame.groupby(keys)["seed"].transform("size")
-    return frame[seeds >= frame.groupby(keys).size().mode().min()]
+    return frame[seeds >= frame.groupby(keys).size().mode().max()]
 
 
 def having(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
