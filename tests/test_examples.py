@@ -61,6 +61,7 @@ def test_the_study_of_total_correlation_answers(
     assert {float(one.params["total_correlation"]) for one in runs} == {0.0, 4.0}
 
 
+@pytest.mark.slow
 def test_the_study_of_a_table_answers(tracking_uri, tmp_path, monkeypatch, capsys):
     pytest.importorskip("harness.data.table")
     file = str(EXAMPLES / "table_study.py")

@@ -50,6 +50,7 @@ def pngs(store: Path, name: str) -> set[tuple[int, ...]]:
     return {np.asarray(Image.open(file)).shape for file in files}
 
 
+@pytest.mark.slow
 def test_convolutions_on_a_folder_of_colour_pictures(store, tmp_path, capsys):
     folder, name = classes(tmp_path), "folder-my-pictures"
     command = ["--dataset", f"folder:{folder}", "--model", "conv", "--channels", "3", "4", *SMALL]

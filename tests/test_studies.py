@@ -186,10 +186,6 @@ def test_a_study_grows_by_values_and_by_seeds(tracking_uri, tmp_path, capsys):
     assert list(zip(table["kl_weight"], table["seed"], strict=True)) == [
         (float(weight), int(seed)) for weight, seed in order
     ]
-    cli.main(kl_weight.STUDY, ["--values", "0.02", "0.5", "--seeds", "3", *common])
-    found = json.loads((tmp_path / "reports" / NAME / "summary.json").read_text())
-    assert "the lowest of 3 values" in found["verdict"][0]  # with three seeds and with two
-    assert "--values 0.02 0.5 1.0 --seeds 3" in found["next_command"]
 
 
 def test_a_process_may_leave_what_others_train(tracking_uri, tmp_path, capsys):

@@ -336,7 +336,7 @@ def test_figures_of_runs_without_rate_or_neg_elbo_show_what_there_is(grid):
 def test_a_grid_with_a_term_of_a_file_grows_and_is_reported(file, tracking_uri, tmp_path, tiny):
     line = f"--term {file}:pull=1 --seeds 1 --axis pull=%s --axis learning_rate=%s"
     first = trained(line % ("0", "1e-2"), tmp_path, tiny, figures={})
-    assert "There is one value" in first.verdict[1]
+    assert "there is one value" in first.verdict[1]
     before = {run.run_id for run in connect(tracking_uri).runs(first.plan.experiment, role="run")}
     second = trained(line % ("0,100", "1e-3,1e-2"), tmp_path, tiny)
     assert second.table[["pull", "learning_rate"]].to_numpy().tolist() == [

@@ -441,6 +441,7 @@ def test_a_users_network_is_given_the_number_of_columns(registered, table, toget
 # --- a study --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_of_a_table_and_its_replay(empty_database, tmp_path, monkeypatch, capsys):
     path = put(tmp_path, text())
     shutil.copy(empty_database, tmp_path / "mlflow.db")

@@ -118,7 +118,7 @@ ONE = {
         "kl_weight = 1: decoder variance 0.5 pixel², calibration ratio 1, 0.0 of",
     ),
     "latent_size": (latent_size.useful_latents, "0.0 of 4 latents are active"),
-    "decoder_variance": (kl_normalization.paths, "the only decoder variance, 0.5 pixel²"),
+    "decoder_variance": (kl_normalization.paths, "here, 0.5 pixel², is kl_weight = sum 1"),
 }
 
 

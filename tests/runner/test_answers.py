@@ -268,10 +268,12 @@ def test_a_verdict_is_the_best_setting_how_sure_it_is_and_what_is_next():
     assert "the lowest of 3 values: -9.00 nats / image (95 % interval -9.25 to " in best
     assert "not distinguishable from it: 3; 1 is worse (Games-Howell over all pairs at 5 %)" in sure
     assert "could not be seen; 5 seeds would show" in sure
-    assert sure.endswith("the best and the next value need more than 100 seeds to be told apart.")
+    assert sure.endswith(
+        "The next value would take more than 100 seeds, if it differs as it does here."
+    )
     assert following == "Next: wait."
-    assert "One seed shows no difference" in answers.verdict(ranked((5.0, 1.0), 1), "")[1]
-    assert "There is one value" in answers.verdict(ranked((5.0,)), "")[1]
+    assert "one seed shows no difference" in answers.verdict(ranked((5.0, 1.0), 1), "")[1]
+    assert "there is one value" in answers.verdict(ranked((5.0,)), "")[1]
     several = answers.verdict(ranked((5.0, 1.0), keys=["v", "w"]), "")
     assert several[0].startswith("Best: v = x, w = 2. ")
     many = answers.verdict(ranked([1.0] * 12), "")[1]

@@ -110,7 +110,7 @@ def test_table_answer_and_report_say_so(outcome, capsys):
     printed = "Diverged and not ranked, 3 in number: kl_weight=0.5 seed=1 diverged in "
     assert printed in found.answer
     assert "kl_weight = 0.02. Its mean validation neg_elbo" in found.verdict[0]
-    assert "There is one value" in found.verdict[1]
+    assert "there is one value" in found.verdict[1]
     assert printed in (found.folder / "report.html").read_text()
     Terminal().outcome(found, options.tracking_uri)
     assert printed in " ".join(capsys.readouterr().out.split())

@@ -85,6 +85,6 @@ def test_a_process_that_did_not_write_the_summary_prints_its_answer_and_address(
     assert run.conclude(queue, site, shown, again=False) is None
     printed = capsys.readouterr().out
     assert "Another process wrote the summary" in printed
-    assert "lowest validation neg_elbo" in printed
+    assert "Best: kl_weight = 1. Its mean" in printed
     assert [row["kl_weight"] for row in shown.study["table"]] == [0, 0.02, 1]
     assert shown.study["best"] == shown.study["table"][shown.study["best_row"]]["kl_weight"]

@@ -51,7 +51,7 @@ def test_processes_on_postgres_share_a_study_and_its_result_is_that_of_one(
     assert audit.results(plan, tracking_uri) == audit.results(plan, finished.tracking_uri)
     runs = tracking.connect(tracking_uri).runs(NAME)
     assert len({run.tags["process"] for run in runs}) == 2
-    assert all("lowest validation neg_elbo" in text for text in printed)
+    assert all("Best: kl_weight = " in text for text in printed)
     assert sum("Another process wrote the summary" in text for text in printed) == 1
     assert not any("secret" in text for text in printed)
 
