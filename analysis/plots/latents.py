@@ -11,11 +11,12 @@ from analysis.tables import plain
 KL_CAPTION = (
     "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval. "
     "As many bars are dark as latents are active, that is, have a posterior mean whose variance is "
-    "over 0.01. Each panel has its own scale; a value at which all latents have collapsed has none."
+    "over 0.01. A row has one scale; a value at which all latents have collapsed has no panel."
 )
 
 PANELS = 5  # values of an axis that have a panel of bars, at most
 COLLAPSED = 0.01  # rate below which a value has no panel, nats / image
+PRIOR = 3.0  # standard deviations of the prior that a panel of the latent space shows, at least
 
 
 def kl_per_latent(frame: frames.Frame, axis: str, group: str = "") -> Figure:
@@ -27,7 +28,8 @@ def kl_per_latent(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     shown = [(name, part, shown_values(part, axis)) for name, part in parts]
     columns = max(len(values) for *_, values in shown)
     size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
-    figure, panels = canvas(*size, rows=len(shown), columns=columns, squeeze=False)
+    shared = {"squeeze": False, "sharey": "row"}
+    figure, panels = canvas(*size, rows=len(shown), columns=columns, **shared)
     for row, (name, part, values) in zip(panels, shown, strict=True):
         best = frames.best_value(part, axis)
         for panel, value in zip(row, values, strict=False):
@@ -73,8 +75,10 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
     colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
     panel.bar(means.index, means, color=colors, width=0.8)
     bars = np.stack([np.minimum(halves, means).clip(0), halves])  # a KL divergence is not negative
-    panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=1)
-    panel.set_ylim(0, max(float((means + halves).max()) * 1.05, 1e-3))
+    width = min(1, 12 / len(means))  # lines of many latents would be one grey area
+    panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=width)
+    top = max(float((means + halves).max()) * 1.05, 1e-3)
+    panel.set_ylim(0, max(top, panel.get_ylim()[1]))
     panel.set_xlim(0.3, len(means) + 0.7)
     if len(means) <= 10:
         panel.set_xticks(means.index)
@@ -83,7 +87,9 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
 def latent_scatter(places: frames.Frame) -> Figure:
     """Plot where images lie in latent space, a panel a model, coloured by class.
 
-    The frame has the columns model, x, y and class.
+    Panels show 3 standard deviations of the prior each way, so that a collapsed model is a point,
+    or more where images lie farther out, which the title has. The frame has the columns model, x, y
+    and class.
     """
     import seaborn as sns
 
@@ -100,8 +106,12 @@ def latent_scatter(places: frames.Frame) -> Figure:
             images = part[part["class"] == name]
             text = plain_text(str(name))
             panel.plot(images["x"], images["y"], ".", ms=3, color=color, label=text)
-        panel.set_title(plain_text(model), fontsize=9)
-        panel.set(xticks=[], yticks=[])
+        centre = part[["x", "y"]].agg(["min", "max"]).mean()
+        far = 1.05 * float((part[["x", "y"]] - centre).abs().to_numpy().max())
+        scale = f"\nup to ±{far:.3g}" if far > PRIOR else ""
+        panel.set_title(f"{plain_text(model)}{scale}", fontsize=9)
+        (left, right), (low, high) = ((c - max(far, PRIOR), c + max(far, PRIOR)) for c in centre)
+        panel.set(xticks=[], yticks=[], xlim=(left, right), ylim=(low, high), aspect="equal")
     for panel in panels.flat[len(models) :]:
         panel.set_axis_off()
     if len(classes) > 1:

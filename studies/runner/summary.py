@@ -506,7 +506,7 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         shown = f"Test images (top row) and reconstructions from the posterior mean{each}."
         picture = pictures.reconstructions(stack, data.test)
         write("reconstructions", picture, shown, "test images", *labels)
-        shown = "Decoder means of z drawn from the prior N(0, I)."
+        shown = f"Decoder means of z drawn from the prior N(0, I){each}."
         write("prior_samples", pictures.sample_rows(stack), shown, *labels)
         shown = f"{of}: a latent a row from -3 to 3, largest KL first, others 0."
         write("traversals", pictures.traversals(detailed, data), shown)
@@ -520,5 +520,8 @@ def write_pictures(folder: Path, findings: Findings, found: Ended) -> list[dict[
         planes.append(pd.DataFrame({"model": label, "x": x, "y": y, "class": classes}))
     plots.latent_scatter(pd.concat(planes)).savefig(folder / "pictures/latents.png", dpi=130)
     shown = f"Posterior means of {len(classes)} test images: both latents of two, the first two "
-    shown += "principal components of more. Each panel has its own scale."
+    shown += (
+        "principal components of more. A panel shows 3 standard deviations of the prior each way, "
+    )
+    shown += "so that collapsed latents are a point, or as many as its title has."
     return [*written, {"file": "pictures/latents.png", "caption": shown}]
