@@ -1,20 +1,27 @@
 """`studies.runs`: the studies of a store, what they found and what comes next; no training."""
 
+import io
 import json
+import os
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import optuna
 import pytest
 from real_servers import MlflowServer
+from real_stores import copy_home
 from test_json import document, printed
 
 from analysis import frames
 from harness import load_run
 from harness.tracking import connect
 from studies import runs
+from studies.runner.database import has_study, process_name
 
 NAME = "kl_weight-digits"
 
@@ -145,3 +152,109 @@ def test_a_server_answers(finished, tmp_path, capfd, monkeypatch):
     here = {"report": None, "tracking_uri": server.uri}  # the report lies beside the database
     here["next_command"] = there["next_command"].replace(finished.tracking_uri, server.uri)
     assert found == there | here
+
+
+@pytest.fixture
+def two(finished, tmp_path) -> Path:
+    """Return a home with the finished study and another in the same experiment and store."""
+    copy_home(finished.folder, tmp_path)
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db").client
+    number = client.get_experiment_by_name(NAME).experiment_id
+    other = client.create_run(number, tags={"study": "other", "role": "run"}, run_name="other")
+    client.log_param(other.info.run_id, "dataset", "digits")
+    client.log_text(other.info.run_id, "text", "file.txt")
+    client.set_terminated(other.info.run_id)
+    optuna.create_study(study_name="other", storage=f"sqlite:///{tmp_path}/optuna.db")
+    (tmp_path / "reports" / f"{NAME}-2").mkdir()
+    summary = json.dumps({"run_ids": [other.info.run_id]})
+    (tmp_path / "reports" / f"{NAME}-2" / "summary.json").write_text(summary)
+    (tmp_path / "cache" / "checkpoints" / NAME).mkdir(parents=True)
+    return tmp_path
+
+
+def removing(home: Path, name: str = NAME) -> list[str]:
+    """Return the words that remove a study of a home."""
+    where = ["--tracking-uri", f"sqlite:///{home}/mlflow.db"]
+    return ["remove", name, *where, "--storage", f"sqlite:///{home}/optuna.db"]
+
+
+def files(home: Path) -> set[str]:
+    """Return the folders and files of a home, without SQLite's and locks."""
+    every = (str(path.relative_to(home)) for path in home.rglob("*"))
+    return {name for name in every if ".db" not in name and not name.endswith(".lock")}
+
+
+def rows(database: Path) -> dict[str, int]:
+    """Return how many rows each table of a database has."""
+    with closing(sqlite3.connect(database)) as connection:
+        names = connection.execute("select name from sqlite_master where type = 'table'")
+        return {
+            name: connection.execute(f"select count(*) from {name}").fetchone()[0]
+            for (name,) in names.fetchall()
+        }
+
+
+@pytest.mark.parametrize("answer", ["n\n", "yes\n", ""])
+def test_any_answer_but_y_removes_nothing(answer, two, capfd, monkeypatch):
+    before = files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    code, text = shown(removing(two), capfd)
+    assert code == 2
+    assert f"nothing was removed: the answer is {answer.strip()!r}, not 'y'" in text
+    assert f"Study '{NAME}': 7 runs in sqlite:///{two}/mlflow.db" in text
+    assert f"{two}/reports/{NAME} (" in text
+    assert (files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")) == before
+
+
+def test_a_removed_study_leaves_nothing_and_others_stay(two, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    code, text = shown(removing(two), capfd)
+    assert (code, text.splitlines()[-1].endswith("Removed.")) == (0, True)
+    assert not {name for name in files(two) if name.startswith(f"reports/{NAME}/")}
+    assert not (two / "cache" / "checkpoints" / NAME).exists()
+    store = connect(f"sqlite:///{two}/mlflow.db")
+    (left,) = store.runs(NAME, deleted=True)
+    assert left.tags["study"] == "other"
+    assert [path.name for path in (two / "mlruns" / NAME).iterdir()] == [left.run_id]
+    assert not [tag for tag in store.find(NAME).tags if "sharedViewState" in tag]
+    tables = rows(two / "mlflow.db")
+    of_runs = {"metrics": 0, "latest_metrics": 0, "params": 1, "runs": 1, "experiments": 2}
+    assert {name: tables[name] for name in of_runs} == of_runs
+    assert optuna.get_all_study_names(f"sqlite:///{two}/optuna.db") == ["other"]
+    assert rows(two / "optuna.db")["trials"] == 0
+    assert (two / "reports" / f"{NAME}-2" / "summary.json").exists()
+    # The last study of an experiment takes it along.
+    found = printed(runs.main, [*removing(two, "other"), "--yes"], capfd)
+    expected = {"study": "other", "dataset": "digits", "status": "removed", "exit_code": 0}
+    assert found == expected
+    assert store.find(NAME) is None
+    assert not (two / "mlruns" / NAME).exists()
+    code, line = shown(removing(two), capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"no finished runs of study '{NAME}'" in line
+
+
+def test_a_study_that_is_run_is_not_removed(two, capfd):
+    storage = f"sqlite:///{two}/optuna.db"
+    study = optuna.load_study(study_name=f"{NAME}/after", storage=storage)
+    study.ask().set_user_attr("process", process_name())
+    code, line = shown([*removing(two), "--yes"], capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"study '{NAME}' is being run by process {os.getpid()} on " in line
+    assert has_study(storage, NAME)
+    # Without its storage the run in MLflow names the process.
+    client = connect(f"sqlite:///{two}/mlflow.db").client
+    first = connect(f"sqlite:///{two}/mlflow.db").runs(NAME, study=NAME)[0].run_id
+    client.set_tag(first, "process", str(os.getpid()))
+    client.update_run(first, "RUNNING")
+    words = [*removing(two)[:-1], f"sqlite:///{two}/elsewhere.db", "--yes"]
+    code, line = shown(words, capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"run {first} of study '{NAME}' is RUNNING; end it" in line
+    assert not (two / "elsewhere.db").exists()
+
+
+@pytest.mark.parametrize("name", ["other", "../x"])
+def test_what_is_no_study_is_not_removed(name, finished, capfd):
+    code, line = shown([*removing(finished.folder, name), "--yes"], capfd)
+    assert (code, line.count("\n")) == (2, 1)

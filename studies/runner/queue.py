@@ -368,3 +368,33 @@ def open_queue(
 
     study = database.alone(storage.url, name, open_study)
     return Queue(study, storage, proposer, store_complete)
+
+
+def names_of(name: str) -> tuple[str, str]:
+    """Return the names in Optuna of a study and its companion, for confirmation and summary."""
+    return name, f"{name}/after"
+
+
+def check_ended(storage: optuna.storages.RDBStorage, name: str) -> None:
+    """Raise UserError if a process that has not ended, and sends heartbeats, runs a study."""
+    for each in names_of(name):
+        if database.has_study(storage.url, each):
+            number = storage.get_study_id_from_name(each)
+            stale, running = storage._get_stale_trial_ids(number), optuna.trial.TrialState.RUNNING
+            for trial in storage.get_all_trials(number, deepcopy=False, states=(running,)):
+                owner = _owner(trial)
+                if owner and not database.is_gone(owner) and trial._trial_id not in stale:
+                    by = database.in_words(owner)
+                    raise UserError(f"study {name!r} is being run by {by}; end it first")
+
+
+def delete(storage: optuna.storages.RDBStorage, name: str) -> None:
+    """Delete a study and its companion, unless a process runs it."""
+
+    def delete_all() -> None:
+        check_ended(storage, name)
+        for each in names_of(name):
+            if database.has_study(storage.url, each):
+                optuna.delete_study(study_name=each, storage=storage)
+
+    database.alone(storage.url, name, delete_all)
