@@ -23,7 +23,7 @@ import tyro
 
 from analysis import frames
 from harness.config import UserError, checked_name
-from harness.tracking.addresses import is_new, without_secrets
+from harness.tracking.addresses import without_secrets
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
 from studies.runner.terminal import ANSWERED, Terminal, counted, reports, size, stored
@@ -135,10 +135,8 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
 
 def _here(command: str, options: RunsOptions) -> str:
     # On the given stores, which may have moved.
-    for option, value in (
-        ("--tracking-uri", options.tracking_uri),
-        ("--storage", options.storage),
-    ):
+    given = {"--tracking-uri": options.tracking_uri, "--storage": options.storage}
+    for option, value in given.items():
         if value:
             words = [*shlex.split(command), option]
             place = words.index(option)
@@ -149,55 +147,44 @@ def _here(command: str, options: RunsOptions) -> str:
 def remove(store: Store, name: str, options: RunsOptions, terminal: Terminal) -> None:
     """Remove a study for good, after a question: from MLflow, Optuna and the disk."""
     from harness.tracking import connect, removal  # they load MLflow
-    from studies.runner import database, queue  # Optuna
+    from studies.runner import queue  # Optuna
 
-    url = database.checked_address(options.storage)
-    has_trials = not is_new(url) and any(database.has_study(url, n) for n in queue.names_of(name))
+    trials = queue.Stored(options.storage, name)
     found = removal.runs_of(store, name)
-    if not found and not has_trials:
-        frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
     runs = [run for of in found.values() for run in of]
-    if has_trials:
-        storage = database.open_storage(url)
-        queue.check_ended(storage, name)
-    elif running := [run for run in runs if run.status == "RUNNING" and not _is_gone(run)]:
-        raise UserError(
-            f"run {running[0].run_id} of study {name!r} is RUNNING; end it, or give the --storage "
-            f"that the study was run with ({without_secrets(url)} does not have it)"
-        )
-    ids = {run.run_id for run in runs}
-    written = [f for run in runs if (f := removal.folder(store, run.artifacts, run.run_id))]
-    folders = [f for f, of in reports(store.home, name).items() if not ids.isdisjoint(of)]
-    cache = (store.home / "cache" / part / name for part in ("checkpoints", "workers"))
-    folders += [folder for folder in cache if folder.exists()]
-    of = "no trials" if not has_trials else "the trials"
-    each = [
-        f"{counted(len(runs), 'run')} in {without_secrets(store.uri)}",
-        f"with {size(*written)} of artifacts" if store.spool is None else "with their artifacts",
-        f"{of} in {without_secrets(url)}",
-        *(f"{folder} ({size(folder)})" for folder in folders),
-    ]
-    terminal.line(f"Study {name!r}: {', '.join(each)}")
+    if not runs and not trials.names:
+        frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
+    trials.check_ended()
+    for run in runs:  # if the trials are elsewhere
+        here = run.tags.get("host") == socket.gethostname()
+        is_gone = here and not Path(f"/proc/{run.tags.get('process')}").exists()
+        if run.status == "RUNNING" and not trials.names and not is_gone:
+            way = f"end it, or give its --storage ({trials.where} does not have the study)"
+            raise UserError(f"run {run.run_id} of study {name!r} is RUNNING; {way}")
+    ids, known = {run.run_id for run in runs}, reports(store.home, name)
+    written = [removal.folder(store, run.artifacts, run.run_id) for run in runs]
+    folders = [folder for folder, of in known.items() if not ids.isdisjoint(of)]
+    caches = (store.home / "cache" / part / name for part in ("checkpoints", "workers"))
+    folders += [folder for folder in caches if folder.exists()]
+    artifacts = f" with {size(*written)} of artifacts" * (store.spool is None)
+    shown = [f"{counted(len(runs), 'run')}{artifacts} in {without_secrets(store.uri)}"]
+    shown += [f"trials in {trials.where}"] * bool(trials.names)
+    shown += [f"{folder} ({size(folder)})" for folder in folders]
+    terminal.line(f"Study {name!r}: {', '.join(shown)}")
     if not options.yes:
         terminal.out.print("Remove all of it for good? [y/N] ", end="")
-        answer = sys.stdin.readline() if sys.stdin else ""
+        answer = sys.stdin.readline().strip() if sys.stdin else ""
         stopping.check()
-        if answer.strip() != "y":
-            raise UserError(f"nothing was removed: the answer is {answer.strip()!r}, not 'y'")
-    if has_trials:
-        queue.delete(storage, name)
+        if answer != "y":
+            raise UserError(f"nothing was removed: the answer is {answer!r}, not 'y'")
+    trials.delete()
     for folder in folders:
         shutil.rmtree(folder)
+    (store.home / "reports" / f"{name}.lock").unlink(missing_ok=True)
     way = removal.remove(connect(store.uri), name, found)
     terminal.line(way or "Removed.")
     dataset = next((run.params["dataset"] for run in runs if "dataset" in run.params), "")
     terminal.studies = [{"study": name, "dataset": dataset, "status": "removed"}]
-
-
-def _is_gone(run: Run) -> bool:
-    # Of another machine, that is not known.
-    process, host = (run.tags.get(name, "") for name in ("process", "host"))
-    return host == socket.gethostname() and not Path(f"/proc/{process}").exists()
 
 
 if __name__ == "__main__":

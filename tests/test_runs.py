@@ -194,16 +194,16 @@ def rows(database: Path) -> dict[str, int]:
         }
 
 
-@pytest.mark.parametrize("answer", ["n\n", "yes\n", ""])
-def test_any_answer_but_y_removes_nothing(answer, two, capfd, monkeypatch):
+def test_any_answer_but_y_removes_nothing(two, capfd, monkeypatch):
     before = files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")
-    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    code, text = shown(removing(two), capfd)
-    assert code == 2
-    assert f"nothing was removed: the answer is {answer.strip()!r}, not 'y'" in text
-    assert f"Study '{NAME}': 7 runs in sqlite:///{two}/mlflow.db" in text
-    assert f"{two}/reports/{NAME} (" in text
-    assert (files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")) == before
+    for given in ("yes\n", ""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(given))
+        code, text = shown(removing(two), capfd)
+        assert code == 2
+        assert f"nothing was removed: the answer is {given.strip()!r}, not 'y'" in text
+        assert f"artifacts in sqlite:///{two}/mlflow.db, trials in sqlite:///{two}/opt" in text
+        assert f"{two}/reports/{NAME} (" in text
+        assert (files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")) == before
 
 
 def test_a_removed_study_leaves_nothing_and_others_stay(two, capfd, monkeypatch):
@@ -258,3 +258,53 @@ def test_a_study_that_is_run_is_not_removed(two, capfd):
 def test_what_is_no_study_is_not_removed(name, finished, capfd):
     code, line = shown([*removing(finished.folder, name), "--yes"], capfd)
     assert (code, line.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_database_removes_no_artifacts_of_the_original(finished, tmp_path, capfd):
+    before = files(finished.folder)
+    shutil.copy(finished.folder / "mlflow.db", tmp_path)
+    code, text = shown([*removing(tmp_path), "--yes"], capfd)
+    assert code == 0
+    assert f"7 runs with 0.0 kB of artifacts in sqlite:///{tmp_path}/mlflow.db\n" in text
+    assert files(finished.folder) == before
+
+
+@pytest.mark.slow
+def test_logged_models_of_a_removed_study_go_too(two, capfd):
+    store = connect(f"sqlite:///{two}/mlflow.db")
+    number = store.find(NAME).experiment_id
+    kept, gone = (
+        store.client.create_logged_model(number, source_run_id=store.runs(NAME, study=s)[0].run_id)
+        for s in ("other", NAME)
+    )
+    for model in (kept, gone):
+        store.client.log_model_artifact(model.model_id, __file__)
+    assert shown([*removing(two), "--yes"], capfd)[0] == 0
+    left = store.client.search_logged_models([number])
+    assert [model.model_id for model in left] == [kept.model_id]
+    assert [f.name for f in (two / "mlruns" / NAME / "models").iterdir()] == [kept.model_id]
+
+
+@pytest.mark.slow
+def test_a_server_marks_runs_and_names_what_removes_them(finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    server = MlflowServer(tmp_path, finished.folder / "mlflow.db")
+    server.start()
+    try:
+        storage = f"sqlite:///{tmp_path}/optuna.db"
+        words = ["--tracking-uri", server.uri, "--storage", storage]
+        code, text = shown(["remove", NAME, *words, "--yes"], capfd)
+        store = connect(server.uri)
+        assert code == 0
+        assert not store.runs(NAME)
+        assert len(store.runs(NAME, deleted=True)) == 7
+        command = text.partition(", by: ")[2].replace("DATABASE", f"sqlite:///{tmp_path}/server.db")
+        command = command.replace(" mlflow ", f" {sys.executable} -m mlflow ").strip()
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+        assert not store.runs(NAME, deleted=True)
+        code, line = shown(["remove", NAME, *words, "--yes"], capfd)
+        assert (code, line.count("\n")) == (2, 1)
+    finally:
+        server.kill()

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from mlflow.entities import ViewType
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from harness.tracking import artifacts, page
 from harness.tracking.runs import Run
@@ -28,13 +27,12 @@ def runs_of(store: Store, study: str) -> dict[str, list[Run]]:
 def folder(store: Store, place: str, identity: str) -> Path | None:
     """Return the folder of a run or a logged model, by the place of its artifacts.
 
-    None if it is not beside the database: on a server, or of the store that this one is a copy of.
+    None if there is none beside the database, as of a server; another store's are not touched.
     """
-    moved = None if store.spool else artifacts.moved(place, store.home)
+    moved = artifacts.moved(place, store.home)
     path = (moved[1] if moved else Path(url2pathname(urlsplit(place).path))).parent
-    is_beside = path.resolve().is_relative_to(store.home.resolve())
-    is_ours = store.spool is None and urlsplit(place).scheme in ("", "file") and is_beside
-    return path if is_ours and path.name == identity else None
+    is_ours = store.spool is None and path.resolve().is_relative_to(store.home.resolve())
+    return path if is_ours and path.name == identity and path.exists() else None
 
 
 def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
@@ -44,7 +42,14 @@ def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
     marks runs as deleted; returned is what its administrator has to do, "" of a database.
     """
     client, tag = store.client, f"{page.TAG}{study}"
-    sql: Any = None if store.spool else client._tracking_client.store
+    database: Any = None if store.spool else client._tracking_client.store
+
+    def remove_one(kind: str, identity: str, place: str) -> None:
+        if here := folder(store, place, identity):
+            shutil.rmtree(here)
+        of, method = (database, "_hard_delete") if database else (client, "delete")
+        store.call(getattr(of, f"{method}_{kind}"), identity)
+
     for name, runs in found.items():
         experiment = store.find(name)
         assert experiment is not None
@@ -52,28 +57,18 @@ def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
         if tag in experiment.tags:
             store.call(client.delete_experiment_tag, number, tag)
         for run in runs:
-            made = f"source_run_id = '{run.run_id}'"
-            for model in store.call(client.search_logged_models, [number], made):
-                if sql is None:
-                    store.call(client.delete_logged_model, model.model_id)
-                else:
-                    _remove_artifacts(store, model.artifact_location, model.model_id)
-                    store.call(sql._hard_delete_logged_model, model.model_id)
-            if sql is None:
-                store.call(client.delete_run, run.run_id)
-            else:
-                _remove_artifacts(store, run.artifacts, run.run_id)
-                store.call(sql._hard_delete_run, run.run_id)
-        if sql is None or NAME not in experiment.tags:
-            continue
-        is_empty = not client.search_runs([number], "", ViewType.ALL, 1)
-        if is_empty and not client.search_logged_models([number], max_results=1):
+            of_run = f"source_run_id = '{run.run_id}'"
+            for model in store.call(client.search_logged_models, [number], of_run):
+                remove_one("logged_model", model.model_id, model.artifact_location)
+            remove_one("run", run.run_id, run.artifacts)
+        is_left = client.search_runs([number], "", ViewType.ALL, 1)
+        if database and NAME in experiment.tags and not is_left:
             store.call(client.delete_experiment, number)
-            store.call(sql._hard_delete_experiment, number)
-            for left in ("models", ""):
+            store.call(database._hard_delete_experiment, number)
+            for part in ("models", ""):
                 with suppress(OSError):  # there is none, or it is not empty
-                    (store.home / "mlruns" / experiment.tags[NAME] / left).rmdir()
-    if sql is not None:
+                    (store.home / "mlruns" / experiment.tags[NAME] / part).rmdir()
+    if database:
         return ""
     ids = ",".join(run.run_id for runs in found.values() for run in runs)
     return (
@@ -81,10 +76,3 @@ def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
         f"else that is marked so, by: MLFLOW_TRACKING_URI={shlex.quote(store.uri)} mlflow gc "
         f"--backend-store-uri DATABASE --run-ids {ids}"
     )
-
-
-def _remove_artifacts(store: Store, place: str, identity: str) -> None:
-    if urlsplit(place).scheme not in ("", "file"):
-        get_artifact_repository(place).delete_artifacts()
-    elif (here := folder(store, place, identity)) and here.exists():
-        shutil.rmtree(here)

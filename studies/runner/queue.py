@@ -25,7 +25,7 @@ import optuna
 
 from harness.config import RunConfig, UserError
 from harness.errors import reading
-from harness.tracking import End
+from harness.tracking import End, addresses
 from studies.runner import database, stopping
 from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
 
@@ -375,26 +375,34 @@ def names_of(name: str) -> tuple[str, str]:
     return name, f"{name}/after"
 
 
-def check_ended(storage: optuna.storages.RDBStorage, name: str) -> None:
-    """Raise UserError if a process that has not ended, and sends heartbeats, runs a study."""
-    for each in names_of(name):
-        if database.has_study(storage.url, each):
-            number = storage.get_study_id_from_name(each)
-            stale, running = storage._get_stale_trial_ids(number), optuna.trial.TrialState.RUNNING
-            for trial in storage.get_all_trials(number, deepcopy=False, states=(running,)):
-                owner = _owner(trial)
+class Stored:
+    """A study in Optuna that is to be removed; `names` are its own and its companion's there."""
+
+    def __init__(self, url: str | None, name: str) -> None:
+        self._name, self._url = name, database.checked_address(url)
+        self.where, is_new = addresses.without_secrets(self._url), addresses.is_new(self._url)
+        every = () if is_new else names_of(name)
+        self.names = [each for each in every if database.has_study(self._url, each)]
+        self._storage: Any = database.open_storage(self._url) if self.names else None
+
+    def check_ended(self) -> None:
+        """Raise UserError if a process runs the study: one that goes on sending heartbeats."""
+        for name in self.names:
+            number = self._storage.get_study_id_from_name(name)
+            stale = self._storage._get_stale_trial_ids(number)
+            for trial in self._storage.get_all_trials(number, deepcopy=False):
+                owner = _owner(trial) if trial.state.name == "RUNNING" else ""
                 if owner and not database.is_gone(owner) and trial._trial_id not in stale:
                     by = database.in_words(owner)
-                    raise UserError(f"study {name!r} is being run by {by}; end it first")
+                    raise UserError(f"study {self._name!r} is being run by {by}; end it first")
 
+    def delete(self) -> None:
+        """Delete the study, unless a process runs it."""
 
-def delete(storage: optuna.storages.RDBStorage, name: str) -> None:
-    """Delete a study and its companion, unless a process runs it."""
+        def delete() -> None:
+            self.check_ended()
+            while self.names:
+                optuna.delete_study(study_name=self.names[0], storage=self._storage)
+                self.names.pop(0)
 
-    def delete_all() -> None:
-        check_ended(storage, name)
-        for each in names_of(name):
-            if database.has_study(storage.url, each):
-                optuna.delete_study(study_name=each, storage=storage)
-
-    database.alone(storage.url, name, delete_all)
+        database.alone(self._url, self._name, delete)
