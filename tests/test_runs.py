@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from harness import load_run
 from harness.tracking import connect
 from studies import runs
 from studies.runner.database import has_study, process_name
+from studies.runner.terminal import size
 
 NAME = "kl_weight-digits"
 
@@ -217,6 +219,8 @@ def test_a_removed_study_leaves_nothing_and_others_stay(two, capfd, monkeypatch)
     assert left.tags["study"] == "other"
     assert [path.name for path in (two / "mlruns" / NAME).iterdir()] == [left.run_id]
     assert not [tag for tag in store.find(NAME).tags if "sharedViewState" in tag]
+    with closing(sqlite3.connect(two / "mlflow.db")) as database:
+        assert database.execute("pragma freelist_count").fetchone() == (0,)
     tables = rows(two / "mlflow.db")
     of_runs = {"metrics": 0, "latest_metrics": 0, "params": 1, "runs": 1, "experiments": 2}
     assert {name: tables[name] for name in of_runs} == of_runs
@@ -252,6 +256,25 @@ def test_a_study_that_is_run_is_not_removed(two, capfd):
     assert (code, line.count("\n")) == (2, 1)
     assert f"run {first} of study '{NAME}' is RUNNING; end it" in line
     assert not (two / "elsewhere.db").exists()
+
+
+def test_a_study_ends_with_what_it_wrote(finished):
+    written = re.search(
+        r"\nWritten: (.+) of artifacts of 7 runs, (.+) of the report; .+ has .+ [kM]B\n",
+        finished.printed,
+    )
+    places = (finished.folder / part for part in ("mlruns", f"reports/{NAME}"))
+    assert written.groups() == tuple(map(size, places))
+
+
+@pytest.mark.parametrize(
+    ("size_in_bytes", "words"),
+    [(0, "0.0 kB"), (1234, "1.2 kB"), (9960, "10 kB"), (999_400, "999 kB"), (999_600, "1.0 MB")],
+)
+def test_bytes_in_words(size_in_bytes, words, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b" " * size_in_bytes)
+    assert size(tmp_path) == size(file) == words
 
 
 @pytest.mark.parametrize("name", ["other", "../x"])

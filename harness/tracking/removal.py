@@ -2,8 +2,9 @@
 
 import shlex
 import shutil
+import sqlite3
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from urllib.request import url2pathname
 
 from mlflow.entities import ViewType
 
-from harness.tracking import artifacts, page
+from harness.tracking import addresses, artifacts, page
 from harness.tracking.runs import Run
 from harness.tracking.store import NAME, Store
 
@@ -68,7 +69,9 @@ def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
             for part in ("models", ""):
                 with suppress(OSError):  # there is none, or it is not empty
                     (store.home / "mlruns" / experiment.tags[NAME] / part).rmdir()
-    if database:
+    if file := addresses.sqlite_file(store.uri):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=1)) as connection:
+            connection.execute("vacuum")  # smaller, unless another process writes
         return ""
     ids = ",".join(run.run_id for runs in found.values() for run in runs)
     return (

@@ -111,8 +111,9 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
         return outcome
     runs = store.runs(plan.experiment, study=plan.name)
     places = [removal.folder(store, run.artifacts, run.run_id) for run in runs]
-    written = f"{size(*places)} of artifacts of {counted(len(runs), 'run')}"
-    return replace(outcome, written=f"{written}, {size(outcome.folder)} of the report")
+    written = f"{size(*places)} of artifacts of {counted(len(runs), 'run')}, "
+    written += f"{size(outcome.folder)} of the report; the database of all studies has "
+    return replace(outcome, written=written + size(addresses.sqlite_file(store.uri)))
 
 
 def _is_left(queue: Queue) -> bool:

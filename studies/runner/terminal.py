@@ -306,9 +306,9 @@ def reports(home: Path, name: str) -> dict[Path, list[str]]:
     return {file.parent: json.loads(file.read_text("utf-8")).get("run_ids", []) for file in files}
 
 
-def size(*folders: Path | None) -> str:
-    """Return in words how many bytes the files in some folders have: "14 MB"."""
-    files = (file for folder in folders if folder for file in folder.rglob("*"))
+def size(*paths: Path | None) -> str:
+    """Return in words how many bytes some files, and those in folders, have: "14 MB"."""
+    files = (file for path in paths if path for file in (path, *path.rglob("*")))
     number = sum(file.stat().st_size for file in files if file.is_file()) / 1000
     for unit in ("kB", "MB", "GB"):
         if number < 999.5 or unit == "GB":
