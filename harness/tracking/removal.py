@@ -19,9 +19,8 @@ from harness.tracking.store import NAME, Store
 
 def runs_of(store: Store, study: str) -> dict[str, list[Run]]:
     """Return experiment -> runs of a study there, in a database those deleted in MLflow too."""
-    every = [found.name for found in store.call(store.client.search_experiments)]
-    is_database = store.spool is None
-    runs = {name: store.runs(name, deleted=is_database, study=study) for name in every}
+    every, deleted = store.call(store.client.search_experiments), store.spool is None
+    runs = {one.name: store.runs(one.name, deleted=deleted, study=study) for one in every}
     return {name: of for name, of in runs.items() if of}
 
 
@@ -62,7 +61,7 @@ def remove(store: Store, study: str, found: Mapping[str, Sequence[Run]]) -> str:
             for model in store.call(client.search_logged_models, [number], of_run):
                 remove_one("logged_model", model.model_id, model.artifact_location)
             remove_one("run", run.run_id, run.artifacts)
-        is_left = client.search_runs([number], "", ViewType.ALL, 1)
+        is_left = store.call(client.search_runs, [number], "", ViewType.ALL, 1)
         if database and NAME in experiment.tags and not is_left:
             store.call(client.delete_experiment, number)
             store.call(database._hard_delete_experiment, number)

@@ -44,6 +44,9 @@ OWNER, RESULT = "process", "result"
 LOST = "lost"
 """User attribute of a study: the numbers of ended trials of whose runs one was deleted."""
 
+AFTER = "/after"
+"""End of the name of a study's companion, which holds its confirmation and its summary."""
+
 KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
 
 FORMAT = 2
@@ -370,18 +373,13 @@ def open_queue(
     return Queue(study, storage, proposer, store_complete)
 
 
-def names_of(name: str) -> tuple[str, str]:
-    """Return the names in Optuna of a study and its companion, for confirmation and summary."""
-    return name, f"{name}/after"
-
-
 class Stored:
     """A study in Optuna that is to be removed; `names` are its own and its companion's there."""
 
     def __init__(self, url: str | None, name: str) -> None:
         self._name, self._url = name, database.checked_address(url)
         self.where, is_new = addresses.without_secrets(self._url), addresses.is_new(self._url)
-        every = () if is_new else names_of(name)
+        every = () if is_new else (name, name + AFTER)
         self.names = [each for each in every if database.has_study(self._url, each)]
         self._storage: Any = database.open_storage(self._url) if self.names else None
 

@@ -25,7 +25,7 @@ from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage, read_storage
 from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
-from studies.runner.queue import REASSIGNED, Queue, check_settings, names_of, noted, open_queue
+from studies.runner.queue import AFTER, REASSIGNED, Queue, check_settings, noted, open_queue
 from studies.runner.terminal import counted, size, stored
 
 if TYPE_CHECKING:
@@ -380,5 +380,5 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
 
 def _after(queue: Queue, proposer: Proposer) -> Queue:
     """Open the companion study, which holds the confirmation and the summary of a study."""
-    name = names_of(queue.study.study_name)[1]
+    name = queue.study.study_name + AFTER
     return open_queue(queue.storage, name, proposer, queue.store_complete)

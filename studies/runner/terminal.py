@@ -307,14 +307,9 @@ def reports(home: Path, name: str) -> dict[Path, list[str]]:
 
 
 def size(*paths: Path | None) -> str:
-    """Return in words how many bytes some files, and those in folders, have: "14 MB"."""
+    """Return in words how many bytes some files, and those in folders, have: "14.2 MB"."""
     files = (file for path in paths if path for file in (path, *path.rglob("*")))
-    number = sum(file.stat().st_size for file in files if file.is_file()) / 1000
-    for unit in ("kB", "MB", "GB"):
-        if number < 999.5 or unit == "GB":
-            break
-        number /= 1000
-    return f"{number:.{int(number < 9.95)}f} {unit}"
+    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:,.1f} MB"
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
