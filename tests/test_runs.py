@@ -202,7 +202,7 @@ def rows(database: Path) -> dict[str, int]:
         }
 
 
-def test_any_answer_but_y_removes_nothing(two, capfd, monkeypatch):
+def test_the_answer_y_alone_removes_a_study_and_leaves_the_others(two, capfd, monkeypatch):
     before = files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")
     for given in ("yes\n", ""):
         monkeypatch.setattr("sys.stdin", io.StringIO(given))
@@ -212,9 +212,6 @@ def test_any_answer_but_y_removes_nothing(two, capfd, monkeypatch):
         assert f"artifacts in sqlite:///{two}/mlflow.db, trials in sqlite:///{two}/opt" in text
         assert f"{two}/reports/{NAME} (" in text
         assert (files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")) == before
-
-
-def test_a_removed_study_leaves_nothing_and_others_stay(two, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     code, text = shown(removing(two), capfd)
     assert (code, text.splitlines()[-1].endswith("Removed.")) == (0, True)
@@ -244,6 +241,7 @@ def test_a_removed_study_leaves_nothing_and_others_stay(two, capfd, monkeypatch)
     assert f"no finished runs of study '{NAME}'" in line
 
 
+@pytest.mark.slow
 def test_a_study_that_is_run_is_not_removed(two, capfd):
     storage = f"sqlite:///{two}/optuna.db"
     study = optuna.load_study(study_name=f"{NAME}/after", storage=storage)
