@@ -2,6 +2,7 @@
 
 `list` names the studies, `best STUDY` shows what one found, `next STUDY` prints the command that
 would tell more or, of a study that is not finished, the one that continues it. Nothing is trained.
+`remove STUDY` removes one for good, with all that it wrote, after a question.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
+import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from analysis import frames
 from harness.config import UserError, checked_name
+from harness.tracking.addresses import without_secrets
+from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
-from studies.runner.terminal import ANSWERED, counted, stored
+from studies.runner.terminal import ANSWERED, Terminal, counted, reports, size, stored
 
 if TYPE_CHECKING:
     from harness.tracking.runs import Run
@@ -36,15 +43,19 @@ class RunsOptions:
     """Options of all commands.
 
     Attributes:
-        command: list, best or next.
+        command: list, best, next or remove.
         study: name of a study, as list shows it.
         tracking_uri: where the studies are (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
+        storage: where Optuna has their trials (optuna.db in the repository).
+        yes: remove without a question.
         json: print one JSON object, and all else on standard error.
     """
 
-    command: Annotated[Literal["list", "best", "next"], tyro.conf.Positional]
+    command: Annotated[Literal["list", "best", "next", "remove"], tyro.conf.Positional]
     study: Annotated[str | None, tyro.conf.Positional] = None
     tracking_uri: str | None = None
+    storage: str | None = None
+    yes: bool = False
     json: bool = False
 
 
@@ -58,12 +69,15 @@ def main(args: Sequence[str] | None = None) -> None:
         from harness.tracking import connect  # it loads MLflow, which --help does not need
 
         store = connect(options.tracking_uri, write=False)
+        if name is not None and options.command == "remove":
+            remove(store, checked_name(name, "STUDY"), options, terminal)
+            return
         found = studies(store, name and checked_name(name, "STUDY"))
         if name and not found:
             frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
         for study in found:
-            if options.tracking_uri and study["next_command"].startswith("python "):
-                study["next_command"] = _here(study["next_command"], options.tracking_uri)
+            if study["next_command"].startswith("python "):
+                study["next_command"] = _here(study["next_command"], options)
         terminal.studies, terminal.several = found, name is None
         if name is None:
             terminal.studies = [{field: study[field] for field in LISTED} for study in found]
@@ -119,11 +133,58 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
     }
 
 
-def _here(command: str, tracking_uri: str) -> str:
-    # On the given store, which may have moved.
-    words = [*shlex.split(command), "--tracking-uri"]
-    place = words.index("--tracking-uri")
-    return shlex.join([*words[: place + 1], tracking_uri, *words[place + 2 : -1]])
+def _here(command: str, options: RunsOptions) -> str:
+    # On the given stores, which may have moved.
+    given = {"--tracking-uri": options.tracking_uri, "--storage": options.storage}
+    for option, value in given.items():
+        if value:
+            words = [*shlex.split(command), option]
+            place = words.index(option)
+            command = shlex.join([*words[: place + 1], value, *words[place + 2 : -1]])
+    return command
+
+
+def remove(store: Store, name: str, options: RunsOptions, terminal: Terminal) -> None:
+    """Remove a study for good, after a question: from MLflow, Optuna and the disk."""
+    from harness.tracking import connect, removal  # they load MLflow
+    from studies.runner import queue  # Optuna
+
+    trials = queue.Stored(options.storage, name)
+    found = removal.runs_of(store, name)
+    runs = [run for of in found.values() for run in of]
+    if not runs and not trials.names:
+        frames.load_study(name, tracking_uri=store.uri)  # raises, and names those there are
+    trials.check_ended()
+    for run in runs:  # if the trials are elsewhere
+        here = run.tags.get("host") == socket.gethostname()
+        is_gone = here and not Path(f"/proc/{run.tags.get('process')}").exists()
+        if run.status == "RUNNING" and not trials.names and not is_gone:
+            way = f"end it, or give its --storage ({trials.where} does not have the study)"
+            raise UserError(f"run {run.run_id} of study {name!r} is RUNNING; {way}")
+    ids, known = {run.run_id for run in runs}, reports(store.home, name)
+    written = [removal.folder(store, run.artifacts, run.run_id) for run in runs]
+    folders = [folder for folder, of in known.items() if not ids.isdisjoint(of)]
+    caches = (store.home / "cache" / part / name for part in ("checkpoints", "workers"))
+    folders += [folder for folder in caches if folder.exists()]
+    artifacts = f" with {size(*written)} of artifacts" * (store.spool is None)
+    shown = [f"{counted(len(runs), 'run')}{artifacts} in {without_secrets(store.uri)}"]
+    shown += [f"trials in {trials.where}"] * bool(trials.names)
+    shown += [f"{folder} ({size(folder)})" for folder in folders]
+    terminal.line(f"Study {name!r}: {', '.join(shown)}")
+    if not options.yes:
+        terminal.out.print("Remove all of it for good? [y/N] ", end="")
+        answer = sys.stdin.readline().strip() if sys.stdin else ""
+        stopping.check()
+        if answer != "y":
+            raise UserError(f"nothing was removed: the answer is {answer!r}, not 'y'")
+    trials.delete()
+    for folder in folders:
+        shutil.rmtree(folder)
+    (store.home / "reports" / f"{name}.lock").unlink(missing_ok=True)
+    way = removal.remove(connect(store.uri), name, found)
+    terminal.line(way or "Removed.")
+    dataset = next((run.params["dataset"] for run in runs if "dataset" in run.params), "")
+    terminal.studies = [{"study": name, "dataset": dataset, "status": "removed"}]
 
 
 if __name__ == "__main__":

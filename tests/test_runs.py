@@ -1,20 +1,29 @@
 """`studies.runs`: the studies of a store, what they found and what comes next; no training."""
 
+import io
 import json
+import os
+import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import optuna
 import pytest
 from real_servers import MlflowServer
+from real_stores import copy_home
 from test_json import document, printed
 
 from analysis import frames
 from harness import load_run
 from harness.tracking import connect
 from studies import runs
+from studies.runner.database import has_study, process_name
+from studies.runner.terminal import size
 
 NAME = "kl_weight-digits"
 
@@ -87,6 +96,12 @@ def test_next_is_a_command_on_the_same_store(finished, capfd):
     assert shlex.split(command)[:3] == ["python", "-m", "studies.kl_weight"]
     assert finished.tracking_uri in shlex.split(command)
     assert shown(words, capfd) == (0, f"{command}\n")
+    moved = shlex.split(shown([*words, "--storage", "sqlite:///moved.db"], capfd)[1])
+    place = moved.index("--storage") + 1
+    assert moved[place] == "sqlite:///moved.db"
+    assert [*moved[:place], *moved[place + 1 :]] == [
+        word for at, word in enumerate(shlex.split(command)) if at != place
+    ]
 
 
 def test_an_unfinished_study_has_the_command_that_finishes_it(unsummarized, capfd):
@@ -145,3 +160,173 @@ def test_a_server_answers(finished, tmp_path, capfd, monkeypatch):
     here = {"report": None, "tracking_uri": server.uri}  # the report lies beside the database
     here["next_command"] = there["next_command"].replace(finished.tracking_uri, server.uri)
     assert found == there | here
+
+
+@pytest.fixture
+def two(finished, tmp_path) -> Path:
+    """Return a home with the finished study and another in the same experiment and store."""
+    copy_home(finished.folder, tmp_path)
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db").client
+    number = client.get_experiment_by_name(NAME).experiment_id
+    other = client.create_run(number, tags={"study": "other", "role": "run"}, run_name="other")
+    client.log_param(other.info.run_id, "dataset", "digits")
+    client.log_text(other.info.run_id, "text", "file.txt")
+    client.set_terminated(other.info.run_id)
+    optuna.create_study(study_name="other", storage=f"sqlite:///{tmp_path}/optuna.db")
+    (tmp_path / "reports" / f"{NAME}-2").mkdir()
+    summary = json.dumps({"run_ids": [other.info.run_id]})
+    (tmp_path / "reports" / f"{NAME}-2" / "summary.json").write_text(summary)
+    (tmp_path / "cache" / "checkpoints" / NAME).mkdir(parents=True)
+    return tmp_path
+
+
+def removing(home: Path, name: str = NAME) -> list[str]:
+    """Return the words that remove a study of a home."""
+    where = ["--tracking-uri", f"sqlite:///{home}/mlflow.db"]
+    return ["remove", name, *where, "--storage", f"sqlite:///{home}/optuna.db"]
+
+
+def files(home: Path) -> set[str]:
+    """Return the folders and files of a home, without SQLite's and locks."""
+    every = (str(path.relative_to(home)) for path in home.rglob("*"))
+    return {name for name in every if ".db" not in name and not name.endswith(".lock")}
+
+
+def rows(database: Path) -> dict[str, int]:
+    """Return how many rows each table of a database has."""
+    with closing(sqlite3.connect(database)) as connection:
+        names = connection.execute("select name from sqlite_master where type = 'table'")
+        return {
+            name: connection.execute(f"select count(*) from {name}").fetchone()[0]
+            for (name,) in names.fetchall()
+        }
+
+
+def test_the_answer_y_alone_removes_a_study_and_leaves_the_others(two, capfd, monkeypatch):
+    before = files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")
+    for given in ("yes\n", ""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(given))
+        code, text = shown(removing(two), capfd)
+        assert code == 2
+        assert f"nothing was removed: the answer is {given.strip()!r}, not 'y'" in text
+        assert f"artifacts in sqlite:///{two}/mlflow.db, trials in sqlite:///{two}/opt" in text
+        assert f"{two}/reports/{NAME} (" in text
+        assert (files(two), rows(two / "mlflow.db"), rows(two / "optuna.db")) == before
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    code, text = shown(removing(two), capfd)
+    assert (code, text.splitlines()[-1].endswith("Removed.")) == (0, True)
+    assert not {name for name in files(two) if name.startswith(f"reports/{NAME}/")}
+    assert not (two / "cache" / "checkpoints" / NAME).exists()
+    store = connect(f"sqlite:///{two}/mlflow.db")
+    (left,) = store.runs(NAME, deleted=True)
+    assert left.tags["study"] == "other"
+    assert [path.name for path in (two / "mlruns" / NAME).iterdir()] == [left.run_id]
+    assert not [tag for tag in store.find(NAME).tags if "sharedViewState" in tag]
+    with closing(sqlite3.connect(two / "mlflow.db")) as database:
+        assert database.execute("pragma freelist_count").fetchone() == (0,)
+    tables = rows(two / "mlflow.db")
+    of_runs = {"metrics": 0, "latest_metrics": 0, "params": 1, "runs": 1, "experiments": 2}
+    assert {name: tables[name] for name in of_runs} == of_runs
+    assert optuna.get_all_study_names(f"sqlite:///{two}/optuna.db") == ["other"]
+    assert rows(two / "optuna.db")["trials"] == 0
+    assert (two / "reports" / f"{NAME}-2" / "summary.json").exists()
+    # The last study of an experiment takes it along.
+    found = printed(runs.main, [*removing(two, "other"), "--yes"], capfd)
+    expected = {"study": "other", "dataset": "digits", "status": "removed", "exit_code": 0}
+    assert found == expected
+    assert store.find(NAME) is None
+    assert not (two / "mlruns" / NAME).exists()
+    code, line = shown(removing(two), capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"no finished runs of study '{NAME}'" in line
+
+
+@pytest.mark.slow
+def test_a_study_that_is_run_is_not_removed(two, capfd):
+    storage = f"sqlite:///{two}/optuna.db"
+    study = optuna.load_study(study_name=f"{NAME}/after", storage=storage)
+    trial = study.ask()
+    trial.set_user_attr("process", process_name())
+    code, line = shown([*removing(two), "--yes"], capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"study '{NAME}' is being run by process {os.getpid()} on " in line
+    assert has_study(storage, NAME)
+    # Without its storage the run in MLflow names the process.
+    client = connect(f"sqlite:///{two}/mlflow.db").client
+    first = connect(f"sqlite:///{two}/mlflow.db").runs(NAME, study=NAME)[0].run_id
+    client.set_tag(first, "process", str(os.getpid()))
+    client.update_run(first, "RUNNING")
+    words = [*removing(two)[:-1], f"sqlite:///{two}/elsewhere.db", "--yes"]
+    code, line = shown(words, capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"run {first} of study '{NAME}' is RUNNING; end it" in line
+    assert not (two / "elsewhere.db").exists()
+    # A process that was killed has left both as they are.
+    trial.set_user_attr("process", f"{process_name()}0")
+    assert shown([*removing(two), "--yes"], capfd)[0] == 0
+    assert not has_study(storage, NAME)
+
+
+def test_a_study_ends_with_what_it_wrote(finished):
+    written = re.search(
+        r"\nWritten: (.+) of artifacts of 7 runs, (.+) of the report; .+ has .+ MB\n",
+        finished.printed,
+    )
+    places = (finished.folder / part for part in ("mlruns", f"reports/{NAME}"))
+    assert written.groups() == tuple(map(size, places))
+
+
+@pytest.mark.parametrize("name", ["other", "../x"])
+def test_what_is_no_study_is_not_removed(name, finished, capfd):
+    code, line = shown([*removing(finished.folder, name), "--yes"], capfd)
+    assert (code, line.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_database_removes_no_artifacts_of_the_original(finished, tmp_path, capfd):
+    before = files(finished.folder)
+    shutil.copy(finished.folder / "mlflow.db", tmp_path)
+    code, text = shown([*removing(tmp_path), "--yes"], capfd)
+    assert code == 0
+    assert f"7 runs with 0.0 MB of artifacts in sqlite:///{tmp_path}/mlflow.db\n" in text
+    assert files(finished.folder) == before
+
+
+@pytest.mark.slow
+def test_logged_models_of_a_removed_study_go_too(two, capfd):
+    store = connect(f"sqlite:///{two}/mlflow.db")
+    number = store.find(NAME).experiment_id
+    kept, gone = (
+        store.client.create_logged_model(number, source_run_id=store.runs(NAME, study=s)[0].run_id)
+        for s in ("other", NAME)
+    )
+    for model in (kept, gone):
+        store.client.log_model_artifact(model.model_id, __file__)
+    assert shown([*removing(two), "--yes"], capfd)[0] == 0
+    left = store.client.search_logged_models([number])
+    assert [model.model_id for model in left] == [kept.model_id]
+    assert [f.name for f in (two / "mlruns" / NAME / "models").iterdir()] == [kept.model_id]
+
+
+@pytest.mark.slow
+def test_a_server_marks_runs_and_names_what_removes_them(finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("harness.tracking.addresses.project_root", lambda: tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    server = MlflowServer(tmp_path, finished.folder / "mlflow.db")
+    server.start()
+    try:
+        storage = f"sqlite:///{tmp_path}/optuna.db"
+        words = ["--tracking-uri", server.uri, "--storage", storage]
+        code, text = shown(["remove", NAME, *words, "--yes"], capfd)
+        store = connect(server.uri)
+        assert code == 0
+        assert not store.runs(NAME)
+        assert len(store.runs(NAME, deleted=True)) == 7
+        command = text.partition(", by: ")[2].replace("DATABASE", f"sqlite:///{tmp_path}/server.db")
+        command = command.replace(" mlflow ", f" {sys.executable} -m mlflow ").strip()
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+        assert not store.runs(NAME, deleted=True)
+        code, line = shown(["remove", NAME, *words, "--yes"], capfd)
+        assert (code, line.count("\n")) == (2, 1)
+    finally:
+        server.kill()

@@ -51,7 +51,7 @@ Write = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A run as the run table shows it; metrics are their last values."""
+    """A run as the run table shows it: metrics are last values, `artifacts` is a place."""
 
     run_id: str
     name: str
@@ -59,6 +59,7 @@ class Run(NamedTuple):
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
+    artifacts: str = ""
 
     @property
     def key(self) -> str:

@@ -384,7 +384,8 @@ def _check_artifacts(uri: str, location: str) -> None:
 def _run(found: mlflow.entities.Run) -> Run:
     info, data = found.info, found.data
     metrics = {name: _number(info.run_id, name, value) for name, value in data.metrics.items()}
-    return Run(info.run_id, info.run_name, info.status, data.params, metrics, data.tags)
+    named = info.run_id, info.run_name, info.status
+    return Run(*named, data.params, metrics, data.tags, info.artifact_uri)
 
 
 def _number(run_id: str, metric: str, value: float) -> float:

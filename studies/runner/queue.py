@@ -25,7 +25,7 @@ import optuna
 
 from harness.config import RunConfig, UserError
 from harness.errors import reading
-from harness.tracking import End
+from harness.tracking import End, addresses
 from studies.runner import database, stopping
 from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
 
@@ -43,6 +43,9 @@ OWNER, RESULT = "process", "result"
 
 LOST = "lost"
 """User attribute of a study: the numbers of ended trials of whose runs one was deleted."""
+
+AFTER = "/after"
+"""End of the name of a study's companion, which holds its confirmation and its summary."""
 
 KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
 
@@ -368,3 +371,36 @@ def open_queue(
 
     study = database.alone(storage.url, name, open_study)
     return Queue(study, storage, proposer, store_complete)
+
+
+class Stored:
+    """A study in Optuna that is to be removed; `names` are its own and its companion's there."""
+
+    def __init__(self, url: str | None, name: str) -> None:
+        self._name, self._url = name, database.checked_address(url)
+        self.where, is_new = addresses.without_secrets(self._url), addresses.is_new(self._url)
+        every = () if is_new else (name, name + AFTER)
+        self.names = [each for each in every if database.has_study(self._url, each)]
+        self._storage: Any = database.open_storage(self._url) if self.names else None
+
+    def check_ended(self) -> None:
+        """Raise UserError if a process runs the study: one that goes on sending heartbeats."""
+        for name in self.names:
+            number = self._storage.get_study_id_from_name(name)
+            stale = self._storage._get_stale_trial_ids(number)
+            for trial in self._storage.get_all_trials(number, deepcopy=False):
+                owner = _owner(trial) if trial.state.name == "RUNNING" else ""
+                if owner and not database.is_gone(owner) and trial._trial_id not in stale:
+                    by = database.in_words(owner)
+                    raise UserError(f"study {self._name!r} is being run by {by}; end it first")
+
+    def delete(self) -> None:
+        """Delete the study, unless a process runs it."""
+
+        def delete() -> None:
+            self.check_ended()
+            while self.names:
+                optuna.delete_study(study_name=self.names[0], storage=self._storage)
+                self.names.pop(0)
+
+        database.alone(self._url, self._name, delete)

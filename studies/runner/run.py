@@ -15,7 +15,7 @@ import optuna
 from harness import provenance
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.tracking import Planned, addresses, connect, schema
+from harness.tracking import Planned, addresses, connect, removal, schema
 from harness.tracking import record as recording
 from harness.tracking.runs import RunLog
 from harness.tracking.store import Store
@@ -25,8 +25,8 @@ from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage, read_storage
 from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
-from studies.runner.queue import REASSIGNED, Queue, check_settings, noted, open_queue
-from studies.runner.terminal import counted, stored
+from studies.runner.queue import AFTER, REASSIGNED, Queue, check_settings, noted, open_queue
+from studies.runner.terminal import counted, size, stored
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -107,7 +107,13 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
             return None
     outcome = conclude(queue, site, terminal, again=options.workers > 1 or left == 0)
     kept.clear()
-    return outcome
+    if outcome is None or store.spool is not None:
+        return outcome
+    runs = store.runs(plan.experiment, study=plan.name)
+    places = [removal.folder(store, run.artifacts, run.run_id) for run in runs]
+    written = f"{size(*places)} of artifacts of {counted(len(runs), 'run')}, "
+    written += f"{size(outcome.folder)} of the report; the database of all studies has "
+    return replace(outcome, written=written + size(addresses.sqlite_file(store.uri)))
 
 
 def _is_left(queue: Queue) -> bool:
@@ -374,5 +380,5 @@ def conclude(queue: Queue, site: Site, terminal: Terminal, *, again: bool) -> Ou
 
 def _after(queue: Queue, proposer: Proposer) -> Queue:
     """Open the companion study, which holds the confirmation and the summary of a study."""
-    name = f"{queue.study.study_name}/after"
+    name = queue.study.study_name + AFTER
     return open_queue(queue.storage, name, proposer, queue.store_complete)

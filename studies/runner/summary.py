@@ -116,7 +116,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished study, as it is shown; `failures` are sentences on metrics that failed."""
+    """A finished study, as it is shown.
+
+    `failures` are sentences on metrics that failed, `written` is what the study takes on this disk.
+    """
 
     plan: Plan
     table: pd.DataFrame
@@ -134,6 +137,7 @@ class Outcome:
     next_command: str = ""
     best_row: int | None = None
     model_run_id: str = ""
+    written: str = ""
 
 
 def ended(

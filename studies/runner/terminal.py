@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
@@ -204,6 +205,8 @@ class Terminal(logging.Handler):
         places = {"experiment_id": outcome.experiment_id, "tracking_uri": where}
         places |= {"study": outcome.plan.name, "report": str(outcome.folder / "report.html")}
         self.show({**answered, **places, "table": records(outcome.table)})
+        if outcome.written:
+            self.line(f"Written: {outcome.written}")
 
     def show(self, found: Mapping[str, Any]) -> None:
         """Show a finished study, as of `stored`."""
@@ -286,16 +289,27 @@ def stored(store: Store, run_id: str) -> dict[str, Any]:
         summary = json.loads(file.read_text("utf-8"))
         answered = {name: summary.get(name, value) for name, value in ANSWERED.items()}
         # A study in a store beside may have a report of this name; the same command writes anew.
-        beside = (store.home / "reports").glob(f"{summary['name']}*/summary.json")
-        every = {path: json.loads(path.read_text("utf-8")).get("run_ids") for path in beside}
-        same = (path for path, run_ids in every.items() if run_ids == summary.get("run_ids"))
+        every = reports(store.home, summary["name"])
+        same = (path for path, run_ids in every.items() if run_ids == summary.get("run_ids", []))
         return {
             **{"study": summary["name"], "dataset": summary["dataset"], **answered},
             **{"table": summary.get("rows", []), "summary_run_id": run_id},
             **{"experiment_id": summary["experiment_id"], "command": summary["command"]},
             "tracking_uri": addresses.without_secrets(store.uri),
-            "report": next((str(path.with_name("report.html")) for path in same), None),
+            "report": next((str(path / "report.html") for path in same), None),
         }
+
+
+def reports(home: Path, name: str) -> dict[Path, list[str]]:
+    """Return the folders of reports by a study's name -> the ids of their runs."""
+    files = (home / "reports").glob(f"{name}*/summary.json")
+    return {file.parent: json.loads(file.read_text("utf-8")).get("run_ids", []) for file in files}
+
+
+def size(*paths: Path | None) -> str:
+    """Return in words how many bytes some files, and those in folders, have: "14.2 MB"."""
+    files = (file for path in paths if path for file in (path, *path.rglob("*")))
+    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:,.1f} MB"
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
