@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -256,7 +257,7 @@ def judged(case: Case, member: Member, tally: Tally) -> bool:
     ended = member.child.wait()
     if member.child.left_behind():
         tally.faults.append(f"{number.name} left processes behind")
-    if "--fresh" in ended.printed or "broken" in ended.printed:
+    if re.search(r"^(?!Next: ).*(--fresh|broken)", ended.printed, re.MULTILINE):
         tally.faults.append(f"it advises what time mends: {ended.printed[-800:]}")
     if ended.code == ended.signal == 0:
         if not member.sent:

@@ -87,7 +87,10 @@ def test_the_best_run_is_the_best_of_those_with_a_density(study):
     assert f"convention={means['convention'].iloc[0]} seed=" in captions
     assert "no neg_elbo and are not ranked: pytorch_examples." in best["answer"]
     assert "nats / image of binary pixels" in best["answer"]
-    assert {Path(f["file"]).stem for f in best["figures"]} == set(page.STUDY.figures)
+    assert {Path(f["file"]).stem for f in best["figures"]} == {
+        *page.STUDY.figures,
+        "learning_curves",
+    }
 
 
 def test_a_pasted_loss_has_the_beta_of_the_studys_shape():
