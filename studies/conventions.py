@@ -78,7 +78,8 @@ def what_they_do(frame: frames.Frame) -> str:
     sentences = [
         f"Pasted into this study ({counted(size, 'latent')}, batches of "
         f"{frame['batch_size'].max()}), a formula keeps its reductions, its default weight and its "
-        "range of pixels, and its beta is that of this study's images, latents and batches; own_beta is that of its own.",
+        "range of pixels, and its beta is that of this study's images, latents and batches; "
+        "own_beta is that of its own.",
         f"Within a factor of {NEAR:g} of the calibrated weight (calibration_ratio 1): "
         f"{', '.join(near.index) or 'none'}.",
         f"No latent is active with: {', '.join(dead.index) or 'none'}.",
