@@ -238,7 +238,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import tryout
-    from studies.runner.run import check_study, run
+    from studies.runner.run import check_study, run, standing
 
     for config in plan.configs:
         engine.check_runs([config], data)
@@ -248,8 +248,11 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
         tryout.try_out(plan, data)
     check_study(plan, options)  # before a thread computes: Python cannot end while one does
     if options.dry_run:
-        estimate = expected(plan, kind, options.tracking_uri)
-        terminal.dry_run(options.tracking_uri, options.storage, estimate)
+        done, missing = standing(plan, options)
+        estimate = expected(plan, missing, kind, options.tracking_uri)
+        tracking = addresses.tracking_address(options.tracking_uri)
+        stores = tracking, addresses.storage_address(options.storage)
+        terminal.dry_run(stores, done, missing, estimate)
         return None
     if any(config.likelihood == "gaussian" for config in plan.configs):
         begin_pca(data)

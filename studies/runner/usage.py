@@ -63,7 +63,7 @@ def short_help(
             default = f"({found[1]})" if found else "none"
         shown[one.name] = defaults.get(one.name, one.metadata.get("default", default))
     asked = textwrap.wrap(question.strip().splitlines()[0], WIDTH)
-    lines = [f"{command} [OPTIONS]", "", *asked, ""]
+    lines = [f"usage: {command} [OPTIONS]", "", *asked, ""]
     grouped = {"settings", *(name for names in GROUPS.values() for name in names)}
     described = [one.name for one in every if one.name in docs.keys() - grouped]
     for name in sorted(described, key=lambda name: name in ELSEWHERE):
@@ -81,8 +81,9 @@ def short_help(
 
 
 def _wrapped(text: str, name: str) -> list[str]:
-    more = {"initial_indent": f"{name:9}  ", "subsequent_indent": " " * 11}
-    return textwrap.wrap(text, WIDTH, **more, break_long_words=False, break_on_hyphens=False)
+    wrapper = textwrap.TextWrapper(WIDTH, f"{name:9}  ", " " * 11)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)
 
 
 def in_words(text: str, names: Sequence[str]) -> str:

@@ -151,6 +151,8 @@ def test_a_dry_run_names_both_stores_and_writes_nothing(tmp_path, capsys, monkey
     message = capsys.readouterr().out
     assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in message
     assert f"Tracking: {tracking_uri}\nStorage: {storage}\n" in message
+    assert "Runs: 0 are finished, 6 are missing; nothing is refused.\n" in message
+    assert "Disk: not known (no finished run like these here)\n" in message
     assert "duration: not known (no finished run like these here)" in " ".join(message.split())
     assert list(tmp_path.iterdir()) == []
 
