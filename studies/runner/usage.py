@@ -16,30 +16,29 @@ from studies.runner.options import ELSEWHERE, flag, words
 WIDTH = 80
 
 # Options that --help shows with their defaults alone; it describes the others.
-GROUPS: Mapping[str, Sequence[str]] = {
-    "data": ("data_dir", "image_size", "image_range", "background", "label"),
-    "where": (
-        *("device", "workers", "leave", "checkpoint_every", "storage", "tracking_uri"),
-        "study_name",
-    ),
-    "network": (
-        *("model", "model_options", "hidden", "channels", "activation", "latent_size", "head"),
-        "latent",
-    ),
-    "loss": (
-        *("kl_weight", "kl_normalization", "kl_warmup_epochs", "kl_cycles", "free_bits", "sigma"),
-        *("likelihood", "binarization", "dequantize", "terms", "term_options"),
-    ),
-    "optimiser": (
-        *("optimizer", "learning_rate", "adam_betas", "adam_eps", "momentum", "weight_decay"),
-        *("lr_schedule", "lr_milestones", "lr_factor", "lr_warmup_epochs", "clip_norm"),
-    ),
-    "training": ("epochs", "batch_size", "patience", "keep", "precision", "metric"),
+GROUPS: Mapping[str, str] = {
+    "data": "data_dir image_size image_range background label",
+    "where": "device workers leave checkpoint_every storage tracking_uri study_name",
+    "network": "model model_options hidden channels activation latent_size head latent",
+    "loss": "kl_weight kl_normalization kl_warmup_epochs kl_cycles free_bits sigma likelihood "
+    "binarization dequantize terms term_options",
+    "optimiser": "optimizer learning_rate adam_betas adam_eps momentum weight_decay lr_schedule "
+    "lr_milestones lr_factor lr_warmup_epochs clip_norm",
+    "training": "epochs batch_size patience keep precision metric",
 }
 
 KINDS = {
     **{"INT": "a whole number", "[INT [INT ...]]": "whole numbers", "FLOAT": "a number"},
     "FLOAT FLOAT": "two numbers",
+}
+
+# Errors of tyro -> the same in words.
+WORDS = {
+    r"Unrecognized options: (?!-)(.*)": r"'\1': no option takes this value",
+    r"Missing value for argument '(\S+)'.*": r"\1: give a value after it",
+    r"Missing from .+?: (\S+) (.*?)\.? \(required\)": r"\1 is missing: \2",
+    r"Error parsing (\S+): invalid literal.+: ('.*')": r"\1 \2: give a whole number",
+    r"Error parsing (\S+): could not.+: ('.*')": r"\1 \2: give a number",
 }
 
 
@@ -64,7 +63,7 @@ def short_help(
         shown[one.name] = defaults.get(one.name, one.metadata.get("default", default))
     asked = textwrap.wrap(question.strip().splitlines()[0], WIDTH)
     lines = [f"usage: {command} [OPTIONS]", "", *asked, ""]
-    grouped = {"settings", *(name for names in GROUPS.values() for name in names)}
+    grouped = {"settings", *" ".join(GROUPS.values()).split()}
     described = [one.name for one in every if one.name in docs.keys() - grouped]
     for name in sorted(described, key=lambda name: name in ELSEWHERE):
         text = re.split(r"[:;.](?: |$)| \(", docs[name])[0]  # its first clause
@@ -73,7 +72,7 @@ def short_help(
         lines += _wrapped(text, flag(name))
     lines.append("")
     for group, names in GROUPS.items():
-        there = [f"{flag(name)} {shown[name]}".strip() for name in names if name in shown]
+        there = [f"{flag(name)} {shown[name]}".strip() for name in names.split() if name in shown]
         # Without a line break between an option and its default.
         text = "  ".join(entry.replace(" ", "\0") for entry in there)
         lines += [line.replace("\0", " ") for line in _wrapped(text, group)]
@@ -88,17 +87,9 @@ def _wrapped(text: str, name: str) -> list[str]:
 
 def in_words(text: str, names: Sequence[str]) -> str:
     """Return an error of tyro's in words, with the option that was meant of those there are."""
-    found: re.Match[str] | None
     if found := re.match(r"Unrecognized options: (-[^=,\s]*)", text):
-        flags = [flag(name) for name in names]
-        near = difflib.get_close_matches(found[1].replace("_", "-"), flags, 1)
+        near = difflib.get_close_matches(found[1].replace("_", "-"), map(flag, names), 1)
         return f"{found[1]}: no such option" + "".join(f" (did you mean {one}?)" for one in near)
-    if found := re.match(r"Unrecognized options: (.*)", text):
-        return f"{found[1]!r}: no option takes this value"
-    if found := re.match(r"Missing value for argument '(\S+)'.*", text):
-        return f"{found[1]}: give a value after it"
-    if found := re.match(r"Missing from .+?: (\S+) (.*) \(required\)", text):
-        return f"{found[1]} is missing: {found[2].removesuffix('.')}"
     if found := re.match(r"invalid choice (.+?) for argument '(\S+?)'\. .* \((.*?)\)\.", text):
         choices = sorted({*re.findall("'(.*?)'", found[3])} - {"None"})
         return f"{found[2]} {found[1]}: choose one of {', '.join(choices)}"
@@ -107,6 +98,6 @@ def in_words(text: str, names: Sequence[str]) -> str:
     if found := re.match(several, text):
         kind = found[2].strip("{}")
         return f"{found[1]} {found[3]}: give {KINDS.get(kind, kind)}"
-    if found := re.match(r"Error parsing (\S+): (invalid literal|could not).+: ('.*')", text):
-        return f"{found[1]} {found[3]}: give a {'whole ' * found[2].startswith('inv')}number"
+    for pattern, said in WORDS.items():
+        text = re.sub(pattern, said, text)
     return text
