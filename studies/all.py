@@ -25,7 +25,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with clear_errors(args) as terminal:
         terminal.several = True
         settings = setting_options(RunConfig(), dict.fromkeys(DIFFERENT, "swept by a study"))
-        options = read(Options, "all", __doc__ or "", args, settings)
+        defaults = {"values": "those of each study", "seeds": "those of each study"}
+        options = read(Options, "all", __doc__ or "", args, settings, defaults)
         for name in DIFFERENT:
             if name in options.settings or getattr(options, name, None) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: studies differ in it; leave it out")

@@ -13,6 +13,7 @@ from harness.conventions import LIKELIHOODS, conventions, find
 from studies.runner.answers import NEAR
 from studies.runner.cli import main
 from studies.runner.study import Axis, Source, Study, calibrated
+from studies.runner.terminal import counted
 
 AXIS = "convention"
 
@@ -75,9 +76,10 @@ def what_they_do(frame: frames.Frame) -> str:
     worst = theirs.dropna(subset="nats_lost").sort_values("nats_lost", ascending=False)[:5]
     grey = frame[(frame["likelihood"] == "bernoulli") & (frame["binarization"] == "none")]
     sentences = [
-        f"Pasted into this study ({size} latents, batches of {frame['batch_size'].max()}), a "
-        "formula keeps its reductions, its default weight and its range of pixels, and its beta is "
-        "that of this study's images, latents and batches; own_beta is that of its own.",
+        f"Pasted into this study ({counted(size, 'latent')}, batches of "
+        f"{frame['batch_size'].max()}), a formula keeps its reductions, its default weight and its "
+        "range of pixels, and its beta is that of this study's images, latents and batches; "
+        "own_beta is that of its own.",
         f"Within a factor of {NEAR:g} of the calibrated weight (calibration_ratio 1): "
         f"{', '.join(near.index) or 'none'}.",
         f"No latent is active with: {', '.join(dead.index) or 'none'}.",
@@ -123,7 +125,8 @@ def _paragraphs(frame: frames.Frame, name: str) -> list[str]:
         parts = [found.loss, f"beta {plain(row['beta'])} here{own}"]
     if (ratio := row["calibration_ratio"]) == ratio:
         parts.append(f"calibration ratio {plain(ratio)}")
-    parts.append(f"{row['active_units']:.1f} of {runs['latent_size'].max()} latents active")
+    latents = counted(runs["latent_size"].max(), "latent")
+    parts.append(f"{row['active_units']:.1f} of {latents} active")
     parts.append(f"rate {row['rate']:.2f} nats")
     parts += [f"{of} {row[of]:.4g}" for of in METRICS if "mse" in of and row[of] == row[of]]
     if (nats := row["binary/neg_elbo"]) == nats:

@@ -7,6 +7,7 @@ from harness.config import RunConfig
 from studies.runner import answers
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, TABLE, Axis, Study
+from studies.runner.terminal import counted
 
 AXIS = "kl_weight"
 
@@ -22,7 +23,7 @@ def best_weight(frame: frames.Frame) -> str:
     sentences = [
         f"{AXIS} = {best:.3g}: decoder variance {plain(row['decoder_variance'])} pixel², "
         f"calibration ratio {plain(row['calibration_ratio'])}, "
-        f"{row['active_units']:.1f} of {row['latent_size']:.0f} latents active."
+        f"{row['active_units']:.1f} of {counted(int(row['latent_size']), 'latent')} active."
     ]
     if BLOG_WEIGHT in [*ranking.not_distinguishable, *ranking.worse]:
 

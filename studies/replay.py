@@ -21,7 +21,7 @@ from harness.config import UserError
 from harness.errors import reading
 from studies.runner import stopping
 from studies.runner.cli import clear_errors, read
-from studies.runner.terminal import Terminal
+from studies.runner.terminal import Terminal, counted
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -84,7 +84,8 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     device = resolve_device("cpu" if as_recorded else options.device).type
     now = provenance.provenance(data, device)
     changed = differences(then, now)
-    run = f"{record.name!r} again: {record.config.epochs} epochs on {data.name}, on {device}"
+    epochs = counted(record.config.epochs, "epoch")
+    run = f"{record.name!r} again: {epochs} on {data.name}, on {device}"
     terminal.line(f"Training run {run}.")
     for line in changed or ["Code, versions, device and data are those of the record."]:
         terminal.line(f"  {' '.join(line.split())}")

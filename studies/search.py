@@ -44,6 +44,7 @@ from studies.runner.study import (
     source,
     with_variance,
 )
+from studies.runner.terminal import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -151,9 +152,9 @@ def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
         find=partial(find, proposer, options),
         start=start_words(NAME),
         words=command(start_words(NAME), data, replace(options, pruner=pruner), base),
-        sentence=f"{options.trials} configurations of {', '.join(searched)}, seeds: "
-        f"{options.seeds}, {base.epochs} epochs, minimising {' and '.join(objectives)}, pruner "
-        f"{pruner}, then {CONFIRMING} fresh seeds of the best and of the default",
+        sentence=f"{counted(options.trials, 'configuration')} of {', '.join(searched)}, seeds: "
+        f"{options.seeds}, {counted(base.epochs, 'epoch')}, minimising {' and '.join(objectives)}, "
+        f"pruner {pruner}, then {CONFIRMING} fresh seeds of the best and of the default",
         confirm=partial(confirm, proposer),
     )
 
@@ -287,8 +288,8 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     lowest = int(done.loc[(done[ACTIVE] > 0).idxmax(), "trial"])  # of all, where all collapsed
     row = table.set_index("configuration").loc[label]
     sentences = [
-        f"Of {len(trials) + diverged} configurations ({trials['pruned'].sum()} pruned, {diverged} "
-        f"diverged) trial {lowest} was the best{', the default' * (lowest in first)}.",
+        f"Of {counted(len(trials) + diverged, 'configuration')} ({trials['pruned'].sum()} pruned, "
+        f"{diverged} diverged) trial {lowest} was the best{', the default' * (lowest in first)}.",
         f"To quote: test neg_elbo of {label} is {tables.plus_minus(row, 'neg_elbo')} nats / image.",
         f"The saved model is that of {label} with the median seed, {best['seed']}.",
     ]
@@ -305,7 +306,8 @@ def find(proposer: TPE, options: SearchOptions, ended: Ended) -> Findings:
     if len(proposer.objectives) > 1:
         front = done[done["trial"].isin(trials.loc[trials["front"], "trial"])]
         caption = f"the front of rate and distortion; its knee is trial {lowest}."
-        sentences.append(f"{len(front)} trials are on {caption}")
+        are = "is" if len(front) == 1 else "are"
+        sentences.append(f"{counted(len(front), 'trial')} {are} on {caption}")
         figures["front"] = partial(plots.search_front, trials, lowest)
         exhibits["front"] = (front.sort_values("val/rate"), f"Trials of {caption}")
     rows = top.index[top["trial"].isin(first if label == _label(DEFAULT) else compared)]

@@ -33,8 +33,8 @@ class SweepOptions(Common):
     """Options of a sweep's command line.
 
     Attributes:
-        axis: a setting and its values, at most twice; the option of a network or a term that is
-            swept too comes second. The weight that --term gives a term is replaced.
+        axis: a setting and its values, NAME=VALUE,VALUE, at most twice; the option of a network or
+            a term that is swept too comes second. The weight that --term gives a term is replaced.
         seeds: repetitions of every point (3).
     """
 

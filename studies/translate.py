@@ -14,6 +14,7 @@ import tyro
 from harness.config import RunConfig, UserError
 from harness.conventions import Convention, Translation, conventions, find, translate
 from studies.runner.cli import clear_errors, read
+from studies.runner.terminal import counted
 
 JSON = ("beta", "decoder_variance", "laplace_scale", "equal_weights", "warnings")
 LISTED = ("name", "loss", "beta", "scale", "source")  # with --json, of each in the list
@@ -85,7 +86,8 @@ def text(found: Translation, convention: Convention) -> str:
     """Return a translation as lines of at most 80 columns, but for what is to be pasted."""
     shape = " x ".join(map(str, convention.shape))
     low, high = convention.pixels
-    of = f"images {shape}, {convention.latent_size} latents, batches of {convention.batch_size}"
+    latents = counted(convention.latent_size, "latent")
+    of = f"images {shape}, {latents}, batches of {convention.batch_size}"
     named = "" if ":" in convention.name else f"{convention.name}: "
     read_in = f"read in {convention.source}" if convention.source else ""
     lines = [f"{named}{convention.loss}", f"  {of}, pixels from {low:g} to {high:g}"]

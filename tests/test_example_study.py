@@ -28,7 +28,7 @@ def test_a_file_outside_the_package_is_a_whole_study(
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options, *places])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 values of learning_rate (0.001, 0.01) x 2 seeds = 4 runs of 1 epochs" in printed
+    assert "2 values of learning_rate (0.001, 0.01) x 2 seeds = 4 runs of 1 epoch " in printed
     assert "has the lowest validation neg_elbo of 2. " in printed
     runs = tracking.connect(tracking_uri).runs("learning_rate-digits")
     rates = [run.params["learning_rate"] for run in runs if run.tags["role"] == "run"]

@@ -103,6 +103,8 @@ def test_dry_runs_are_a_document(tmp_path, capfd):
         assert (study["tracking_uri"], study["storage"]) == (tracking_uri, storage)
         assert study["command"].startswith(f"python -m studies.{name} --dataset digits")
         assert "duration: not known" in study["estimate"]
+        assert study["disk"] == "not known (no finished run like these here)"
+        assert study["finished_runs"] == 0 < study["missing_runs"]
 
 
 def test_translations_and_their_list_are_documents(capfd):

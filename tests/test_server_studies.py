@@ -192,7 +192,7 @@ def test_down_at_the_end_and_delivered_at_the_next_start(
     code, errors = ended(study)
     assert code == 2
     last = errors.splitlines()[-1]
-    assert re.search(r"records of [1-4] runs wait in .*, and the same command delivers them", last)
+    assert re.search(r"records of [1-4] runs? wait in .*, and the same command delivers them", last)
     assert studies.waiting()
     server.start()
     code, errors = studies.run(tmp_path, proxy.uri)

@@ -125,6 +125,14 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(finished, capsy
     assert len(runs_of(finished.tracking_uri, "summary")) == 1
 
 
+def test_a_dry_run_counts_what_is_finished_and_missing(finished, capsys):
+    for more, done, missing in ((["--seeds", "3"], 6, 3), (["--fresh"], 0, 6)):
+        cli.main(kl_weight.STUDY, [*finished.arguments, "--dry-run", *more])
+        printed = capsys.readouterr().out
+        assert f"Runs: {done} are finished, {missing} are missing; nothing is refused." in printed
+        assert "(from 6 finished runs and the database here), and a report" in printed
+
+
 def refusal(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(kl_weight.STUDY, arguments)
@@ -140,15 +148,16 @@ def test_other_settings_are_refused_with_the_differences(finished, capsys):
 
 
 def test_a_lost_tracking_store_is_named(finished, tracking_uri, capsys):
-    printed = refusal([*finished.arguments, "--tracking-uri", tracking_uri], capsys)
+    for more in ([], ["--dry-run"]):
+        printed = refusal([*finished.arguments, "--tracking-uri", tracking_uri, *more], capsys)
     assert "has 6 runs of study 'kl_weight-digits', and --tracking-uri" in printed
 
 
 def test_a_study_whose_storage_is_another_is_refused(finished, tmp_path, capsys):
     other = f"sqlite:///{tmp_path}/optuna.db"
     arguments = [*finished.arguments, "--storage", other]
-    for _ in range(2):  # also once the storage is there
-        printed = refusal(arguments, capsys)
+    for more in (["--dry-run"], [], []):  # also once the storage is there
+        printed = refusal([*arguments, *more], capsys)
         assert f"has 7 runs of study '{NAME}', and --storage {other} has none of them" in printed
 
 

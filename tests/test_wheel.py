@@ -79,7 +79,7 @@ def test_a_study_writes_into_the_folder_where_it_is_started(installed, tmp_path)
     (packages,) = installed.parents[1].glob("lib/*/site-packages")
     before = sources(packages)
     command = (installed, "-m", "studies.kl_weight", *SMALL)
-    assert "2 runs of 1 epochs" in done(*command, "--dry-run", folder=tmp_path)
+    assert "2 runs of 1 epoch " in done(*command, "--dry-run", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     printed = " ".join(done(*command, folder=tmp_path).split())
     assert f"Report: {tmp_path}/reports/kl_weight-digits/report.html" in printed

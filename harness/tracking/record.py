@@ -200,7 +200,8 @@ def record(
                 samples = pictures.prior_samples(done.model, config.seed)
                 logs[place].picture("prior_samples", samples, last)
             logs[place].model(*done)
-            waited = f"{config.patience} epochs without a better val/{config.selection}"
+            epochs = f"{config.patience} epoch{'s' * (config.patience > 1)}"
+            waited = f"{epochs} without a better val/{config.selection}"
             reason = f"stopped at epoch {last}: {waited}" if last < config.epochs else ""
             logs[place].end(reason=reason)
             del logs[place]

@@ -178,9 +178,10 @@ class Spool:
         start, pause = time.monotonic(), 0.01
         while self._waits(keys) and not (self._away and wait_while_answering):
             if time.monotonic() - max(start, self._answered) > PATIENCE:
+                runs = len(self.undelivered())
                 raise UserError(
                     f"the MLflow server at {self.uri} does not answer ({self._away or 'busy'}); "
-                    f"records of {len(self.undelivered())} runs wait in {self.folder}, and the "
+                    f"records of {runs} run{'s' * (runs != 1)} wait in {self.folder}, and the "
                     "same command delivers them and goes on once the server is back"
                 )
             self._retry.set()

@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 
 import mlflow.artifacts
 import requests
+import sqlalchemy
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, ViewType
@@ -324,6 +325,16 @@ class Store:
                 config = RunConfig.from_json(saved.read_text("utf-8"))
         return Record(found.run_id, found.name, config, made, self.history(found.run_id))
 
+    def bytes_of_an_epoch(self) -> float:
+        """Return by how much each epoch that was trained has made the database longer."""
+        file = addresses.sqlite_file(self.uri)
+        assert file is not None  # a server has none here
+        query = "select count(*) from metrics where key = 'progress/epoch_seconds'"
+        engine = sqlalchemy.create_engine(schema.read_only(file), poolclass=sqlalchemy.NullPool)
+        with engine.connect() as connection:
+            epochs = connection.exec_driver_sql(query).scalar_one()
+        return max(0, file.stat().st_size - len(_empty_database())) / max(1, epochs)
+
     def call(self, call: Callable[..., Any], *values: object, **named: object) -> Any:  # noqa: ANN401
         """Make a call of MLflow that can be repeated, for PATIENCE seconds if a server is away."""
         return _call(self.uri, PATIENCE, partial(call, *values, **named), call.__name__)
@@ -396,11 +407,14 @@ def _number(run_id: str, metric: str, value: float) -> float:
 _servers: dict[tuple[int, str], Store] = {}  # by process and address: one spool each
 
 
-def connect(uri: str | None = None, *, write: bool = True, patience: float = 0) -> Store:
+def connect(
+    uri: str | None = None, *, write: bool = True, deliver: bool = True, patience: float = 0
+) -> Store:
     """Open a tracking store, creating a database that does not exist.
 
     No URI means MLFLOW_TRACKING_URI or `mlflow.db` in the repository. Without `write` a database
-    must exist; no file is made and no permission to write needed. A server that does not answer is
+    must exist; no file is made and no permission to write needed. Without `deliver` a server gets
+    no records of ended processes, and no log of a run either. A server that does not answer is
     waited for as many seconds as `patience`.
     """
     uri = addresses.tracking_address(uri)
@@ -408,6 +422,8 @@ def connect(uri: str | None = None, *, write: bool = True, patience: float = 0) 
         if (os.getpid(), uri) not in _servers:
             client, root = MlflowClient(uri), addresses.project_root()
             _call(uri, patience, client.search_experiments, "a request")
+            if not deliver:
+                return Store(client, uri, root)
             folder = root / "cache" / "spool" / re.sub(r"[^\w.-]+", "_", uri)
             store = Store(client, uri, root, Spool(folder, uri, client))
             _servers.setdefault((os.getpid(), uri), store)

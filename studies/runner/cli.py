@@ -9,10 +9,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field, make_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -33,8 +34,9 @@ from studies.runner.options import (
     setting_options,
     start_words,
 )
-from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own
+from studies.runner.study import KNOWN, Plan, Study, make_plan, read_own, shown_values
 from studies.runner.terminal import CLOSED, Terminal, drop, expected, reopen
+from studies.runner.usage import in_words, short_help
 
 if TYPE_CHECKING:
     from harness.data.dataset import Dataset
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 Given = TypeVar("Given")
 
 STOPPED = "Stopped. Finished runs are kept; the same command continues from here."
+
+MANY = 8  # values of an axis that the help lists whole
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
@@ -132,11 +136,11 @@ def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     few, many = (study.epochs(KNOWN[name]) for name in ("digits", "mnist"))
     notes["epochs"] = f"default: {few}; {many} for 10,000 training images or more"
     settings = setting_options(study.base, notes)
-    return read(Options, study.name, study.question, args, settings)
-
-
-def _names(listed: str) -> str:
-    return ", ".join(sorted(set(re.findall("'(.*?)'", listed)) - {"None"}))
+    values = [*shown_values(study.axis.values).values()]
+    if len(values) > MANY:
+        values = [*values[: MANY // 2], "...", f"{values[-1]}; {len(values)} values"]
+    of_study = {"seeds": str(study.seeds), "values": " ".join(values)}
+    return read(Options, study.name, study.question, args, settings, of_study)
 
 
 def read(
@@ -145,21 +149,28 @@ def read(
     question: str,
     args: Sequence[str] | None,
     settings: type | None = None,
+    defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> Given:
     """Return a dataclass of options from the command line of the study NAME; else UserError.
 
-    With a dataclass of `setting_options`, the field `settings` holds those that are given.
+    With a dataclass of `setting_options`, the field `settings` holds those that are given; then
+    --help is `short_help`, with the `defaults` that only this study has.
     """
     parsed: Any = options
     if settings is not None:
         nested = ("settings", settings, field(default_factory=settings))
         parsed = make_dataclass("Options", [nested], bases=(options,), frozen=True)
     args, printed = sys.argv[1:] if args is None else args, io.StringIO()
+    command = shlex.join(["python", *start_words(name)])
+    if settings is not None and {"-h", "--help"}.intersection(args):
+        print(short_help(command, question, options, settings, defaults))
+        sys.exit(0)
+    args = ["--help" if word == "--help-all" else word for word in args]
     try:
         with contextlib.redirect_stderr(printed):
             found = tyro.cli(
                 parsed,
-                prog=shlex.join(["python", *start_words(name)]),
+                prog=command,
                 description=question.strip(),
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
@@ -170,21 +181,11 @@ def read(
         # The message repeats arguments: it is that of addresses without their passwords.
         hide = partial(re.sub, "(?s)(?<==).*|^[^-].*", lambda m: addresses.without_secrets(m[0]))
         if (hidden := [*map(hide, args)]) != [*args]:
-            read(options, name, question, hidden, settings)
+            read(options, name, question, hidden, settings)  # raises
         # The message between the first two rules of tyro's box.
         text = " ".join(re.sub("[│╮]", " ", re.split("[─-]{5,}", printed.getvalue())[1]).split())
-        text = re.sub(
-            r"invalid choice (.+?) for argument '(\S+?)'\. Expected one of \((.*?)\)\.",
-            lambda found: f"{found[2]} {found[1]}: choose one of {_names(found[3])}",
-            text,
-        )
-        # Without the types that were tried one after the other.
-        text = re.sub(
-            r"Error parsing (\S+): no type matching (?:{None}\|)?(.+?) could be .+? \[(.*?)\].*",
-            lambda found: f"{found[1]} {found[3]}: give {found[2].strip('{}')}",
-            re.sub(r"Error parsing (\S+): invalid literal .+: ('.*')", r"\1 \2: give INT", text),
-        )
-        raise UserError(f"{text}; --help lists all options") from None
+        names = [one.name for part in (options, settings) if part for one in fields(part)]
+        raise UserError(f"{in_words(text, names)}; --help lists all options") from None
     if settings is None:
         return found
     chosen = {k: v for k, v in vars(found.settings).items() if v is not None}
@@ -237,7 +238,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     from harness.linear.pca import begin_pca
     from harness.training import engine
     from studies.runner import tryout
-    from studies.runner.run import check_study, run
+    from studies.runner.run import check_study, run, standing
 
     for config in plan.configs:
         engine.check_runs([config], data)
@@ -247,8 +248,11 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
         tryout.try_out(plan, data)
     check_study(plan, options)  # before a thread computes: Python cannot end while one does
     if options.dry_run:
-        estimate = expected(plan, kind, options.tracking_uri)
-        terminal.dry_run(options.tracking_uri, options.storage, estimate)
+        done, missing = standing(plan, options)
+        estimate = expected(plan, missing, kind, options.tracking_uri)
+        tracking = addresses.tracking_address(options.tracking_uri)
+        stores = tracking, addresses.storage_address(options.storage)
+        terminal.dry_run(stores, done, missing, estimate)
         return None
     if any(config.likelihood == "gaussian" for config in plan.configs):
         begin_pca(data)

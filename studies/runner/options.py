@@ -161,8 +161,16 @@ def setting_options(base: RunConfig, notes: Mapping[str, str]) -> type:
         if name == "terms":
             hint = arg(name="term", help=helps[name], metavar=FORMS[name])
             option = Annotated[kind, UseAppendAction, hint]
-        made.append((name, option, () if name == "terms" else None))
+        brief = notes.get(name, default).removeprefix("default: ")
+        brief = f"({brief.partition(',')[0]})" if name in notes and name != "epochs" else brief
+        unset = () if name == "terms" else None
+        made.append((name, option, field(default=unset, metadata={"default": brief})))
     return make_dataclass("Settings", made, frozen=True)
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written on a command line."""
+    return f"--{REPEATED.get(name, name).replace('_', '-')}"
 
 
 def terms() -> list[str]:
@@ -218,8 +226,7 @@ def read_named(name: str, given: Sequence[str]) -> dict[str, Any]:
         read = option_value(value)
         right = not isinstance(read, bool | str | tuple) if name == "terms" else True
         if not (key and equal and right and (name != "term_options" or (term and option))):
-            shown = REPEATED.get(name, name).replace("_", "-")
-            raise UserError(f"--{shown} {word}: write {FORMS[name]}")
+            raise UserError(f"{flag(name)} {word}: write {FORMS[name]}")
         if name == "term_options":
             found.setdefault(term, {})[option] = read
         else:
@@ -250,7 +257,7 @@ def arguments(options: Places, left_out: Container[str] = ()) -> list[str]:
     """Return the command line that gives options, but for those left out."""
     line = []
     for name, value in chosen(options, left_out).items():
-        option = f"--{REPEATED.get(name, name).replace('_', '-')}"
+        option = flag(name)
         given_words = [] if value is True else words(value)
         if name in REPEATED:
             line += [word for pair in given_words for word in (option, pair)]

@@ -345,6 +345,11 @@ def check_settings(
     return True
 
 
+def read_queue(storage: optuna.storages.RDBStorage, name: str, proposer: Proposer) -> Queue:
+    """Return a study that exists, to be read alone."""
+    return Queue(_Study(name, storage), storage, proposer, set)
+
+
 def open_queue(
     storage: optuna.storages.RDBStorage,
     name: str,

@@ -25,7 +25,15 @@ from studies.runner import stopping, workers
 from studies.runner.database import checked_address, has_study, open_storage, read_storage
 from studies.runner.options import Places
 from studies.runner.proposers import Cell, Listed, Proposer, Value, has_result, keys, part_of
-from studies.runner.queue import AFTER, REASSIGNED, Queue, check_settings, noted, open_queue
+from studies.runner.queue import (
+    AFTER,
+    REASSIGNED,
+    Queue,
+    check_settings,
+    noted,
+    open_queue,
+    read_queue,
+)
 from studies.runner.terminal import counted, size, stored
 
 if TYPE_CHECKING:
@@ -164,6 +172,27 @@ def check_study(plan: Plan, options: Places) -> None:
     _, url = _addresses(options)
     if not options.fresh and not addresses.is_new(url) and has_study(url, plan.name):
         check_settings(read_storage(url), plan.name, plan.proposer.settings)
+
+
+def standing(plan: Plan, options: Places) -> tuple[int, int]:
+    """Return how many runs are finished and missing, or raise UserError as a start would.
+
+    Nothing is written, and a server gets no records that wait for it.
+    """
+    tracking, url = _addresses(options)
+    storage = None if addresses.is_new(url) else read_storage(url)
+    new = addresses.is_new(tracking)
+    store = None if new else connect(tracking, write=False, deliver=False)
+    if store is not None:
+        store.check_home()
+    _check_results(plan, options, storage, store)
+    runs, seeds = len(plan.configs), plan.proposer.seeds
+    if storage is None or options.fresh or not has_study(url, plan.name):
+        return 0, runs
+    missing = read_queue(storage, plan.name, plan.proposer).left() * seeds
+    if missing:
+        missing += runs - plan.proposer.left([]) * seeds  # of the confirmation
+    return max(0, runs - missing), missing
 
 
 def _check_results(

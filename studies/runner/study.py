@@ -34,6 +34,7 @@ from studies.runner.options import (
     words,
 )
 from studies.runner.proposers import SELECTION, Cell, Listed, Proposer, repeated
+from studies.runner.terminal import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -370,7 +371,7 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         metric = "neg_elbo" if exact else "loss"
         table = tuple(column.replace("neg_elbo", metric) for column in study.table)
         study = replace(study, objective=f"val/{metric}", table=table)
-    texts = _distinct(values)
+    texts = shown_values(values)
     cells = list[Cell]()
     for (group, value), config in points.items():
         check_objective(study.name, config, study.objective, own)
@@ -388,11 +389,13 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         cells += repeated(label, {"group": group, "value": value}, config, range(seeds), params)
     varied = {"seed", axis.name, study.group}
     shared = {k: v for k, v in json.loads(base.to_json()).items() if k not in varied}
-    kind = f"values of {study.group}" if study.start else "groups"
-    groups = f" x {len(points) // len(values)} {kind}" if study.group else ""
+    of_group = f" of {study.group}" if study.start else ""
+    groups = counted(len(points) // len(values), "value" if study.start else "group")
+    groups = f" x {groups}{of_group}" if study.group else ""
     start = study.start or start_words(study.name)
     effective = replace(options, seeds=seeds, values=None if given is None else values)
-    epochs = " or ".join(dict.fromkeys(str(cell.config.epochs) for cell in cells))
+    numbers = [*dict.fromkeys(cell.config.epochs for cell in cells)]
+    epochs = " or ".join([*map(str, numbers[:-1]), counted(numbers[-1], "epoch")])
     return Plan(
         page=study.name,
         question=study.question,
@@ -404,8 +407,8 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         ),
         find=partial(_find, study),
         words=command(start, data, effective, base, study.columns),
-        sentence=f"{len(values)} values of {axis.name} ({', '.join(texts.values())}){groups} x "
-        f"{seeds} seeds = {len(cells)} runs of {epochs} epochs",
+        sentence=f"{counted(len(values), 'value')} of {axis.name} ({', '.join(texts.values())})"
+        f"{groups} x {counted(seeds, 'seed')} = {counted(len(cells), 'run')} of {epochs}",
         objective=study.objective,
         summary_key=f"refit={options.refit}" if options.refit else "",
         refit=options.refit,
@@ -461,7 +464,7 @@ def parts(configs: Iterable[RunConfig]) -> dict[str, dict[str, str]]:
     return {"parts": {part: registry.digest(t) for part, t in texts.items()}} if texts else {}
 
 
-def _distinct(values: Sequence[Any]) -> dict[Any, str]:
+def shown_values(values: Sequence[Any]) -> dict[Any, str]:
     """Write values in as few digits as distinguish them, but at least three."""
     for digits in range(3, 18):
         texts = [f"{v:.{digits}g}" if isinstance(v, float) else text(v) for v in values]

@@ -39,7 +39,7 @@ from harness.tracking.runs import NOTE, Epoch, Run, RunLog
 from harness.tracking.store import Store
 from studies.runner import answers
 from studies.runner.proposers import CELL, Listed, has_result, keys
-from studies.runner.terminal import records
+from studies.runner.terminal import counted, records
 
 if TYPE_CHECKING:
     from studies.runner.study import Plan, Study
@@ -329,7 +329,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def failed_metrics(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each error by which registered metrics failed."""
     counts = Counter(run.tags[FAILED] for run in runs if FAILED in run.tags)
-    return [f"Metrics failed in {n} of {len(runs)} runs: {why}." for why, n in counts.items()]
+    of = counted(len(runs), "run")
+    return [f"Metrics failed in {n} of {of}: {why}." for why, n in counts.items()]
 
 
 def compare_points(study: Study, found: Ended) -> Findings:

@@ -14,10 +14,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import rich.box
 import rich.console
@@ -157,13 +159,17 @@ class Terminal(logging.Handler):
         where = f"on {plan.source.name} ({pixels} {unit}), study {plan.name!r}"
         self.out.print(f"{plan.sentence} {where}")
 
-    def dry_run(self, tracking_uri: str | None, storage: str | None, estimate: str) -> None:
-        """Show the stores of a dry run and the estimated duration."""
-        tracking = addresses.without_secrets(addresses.tracking_address(tracking_uri))
-        storage = addresses.without_secrets(addresses.storage_address(storage))
-        stores = {"tracking_uri": tracking, "storage": storage}
-        self.study |= {"status": "planned", **stores, "estimate": estimate}
-        self.line(f"Tracking: {tracking}\nStorage: {storage}\n{estimate}")
+    def dry_run(
+        self, stores: Sequence[str], done: int, missing: int, expected: Mapping[str, str]
+    ) -> None:
+        """Show the stores of a dry run, what is finished and missing, and what that takes."""
+        tracking, storage = map(addresses.without_secrets, stores)
+        self.study |= {"status": "planned", "tracking_uri": tracking, "storage": storage}
+        self.study |= {"finished_runs": done, "missing_runs": missing, **expected}
+        self.line(f"Tracking: {tracking}\nStorage: {storage}")
+        is_done, is_missing = (f"{n} {'is' if n == 1 else 'are'}" for n in (done, missing))
+        self.line(f"Runs: {is_done} finished, {is_missing} missing; nothing is refused.")
+        self.line(f"Disk: {expected['disk']}\n{expected['estimate']}")
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -222,7 +228,10 @@ class Terminal(logging.Handler):
             is_command = "python " in sentence  # which would be pasted with its line breaks
             self._text(sentence, style=None if place else "bold", unbroken=is_command)
         if len(table):
-            self.out.print(_fitting(table, self.out, found["best_row"]))
+            fitting, left_out = _fitting(table, self.out, found["best_row"])
+            self.out.print(fitting)
+            if left_out:
+                self._text(f"Columns not shown: {', '.join(left_out)}; the report has them.\n")
         for warning in found["warnings"]:
             self._text(f"Warning: {warning}\n")
         paragraphs = found["answer"].split("\n\n")
@@ -307,9 +316,9 @@ def reports(home: Path, name: str) -> dict[Path, list[str]]:
 
 
 def size(*paths: Path | None) -> str:
-    """Return in words how many bytes some files, and those in folders, have: "14.2 MB"."""
+    """Return in words how many bytes some files, and those in folders, have."""
     files = (file for path in paths if path for file in (path, *path.rglob("*")))
-    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:,.1f} MB"
+    return in_bytes(sum(file.stat().st_size for file in files if file.is_file()))
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -320,28 +329,31 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("plain", _plain)
 
 
-def _fitting(frame: pd.DataFrame, out: rich.console.Console, best: int | None) -> Table:
-    """Return a table of as many columns as fit, with the best row marked."""
+def _fitting(
+    frame: pd.DataFrame, out: rich.console.Console, best: int | None
+) -> tuple[Table, list[str]]:
+    """Return a table of as many columns as fit, its best row marked, and the others' names."""
     from analysis import tables  # it loads pandas, which the plan does not need
 
-    cells = tables.cells(frame).drop(columns=[*HIDDEN], errors="ignore")
+    every = tables.cells(frame)
+    cells = every.drop(columns=[*HIDDEN], errors="ignore")
     for name in cells:
         brief = name in BRIEF
         cells[name] = [c.split(" ")[0] if brief else c.replace(" ± ", "±") for c in cells[name]]
     if best is not None:
         cells.iloc[best, 0] += " *"
     wide = out.options.update(max_width=1000)
-    for spare in ((), *SPARE):
+    for spare in ((), *SPARE, *cells.columns[:1:-1]):  # the first two stay
         cells = cells.drop(columns=spare, errors="ignore")
         shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for place, name in enumerate(cells):
             broken = name.replace("/", "/\n").replace("_", "_\n")
-            shown.add_column(broken, justify="right" if place else "left")
+            shown.add_column(broken, justify="right" if place else "left", overflow="fold")
         for place, row in enumerate(cells.itertuples(index=False)):
             shown.add_row(*row, style="bold" if place == best else None)
         if out.measure(shown, options=wide).maximum <= out.width:
             break
-    return shown
+    return shown, [name for name in every if name not in cells]
 
 
 def way(where: str) -> str:
@@ -352,13 +364,18 @@ def way(where: str) -> str:
     return f"{command} --backend-store-uri {shlex.quote(where)}, then http://127.0.0.1:5000"
 
 
-def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
-    """Estimate the duration of a plan from finished runs of its experiment on this machine."""
-    from harness.tracking import connect  # it loads MLflow, which --help does not need
+def expected(plan: Plan, missing: int, device: str, tracking_uri: str | None) -> dict[str, str]:
+    """Estimate duration and disk of missing runs from finished ones of their experiment here."""
+    from harness.tracking import connect  # MLflow, which --help does not need
 
-    address, each = addresses.tracking_address(tracking_uri), list[float]()
+    address = addresses.tracking_address(tracking_uri)
+    seconds, sizes, of_an_epoch = list[float](), list[int](), 0.0
+    if not missing:
+        none = "no run is missing"
+        return {"disk": f"nothing more, {none}", "estimate": f"duration: {none}."}
     if not addresses.is_server(address) and not addresses.is_new(address):  # a dry run creates none
-        client = connect(address, write=False).client
+        store = connect(address, write=False)
+        client, of_an_epoch = store.client, store.bytes_of_an_epoch()
         experiment = client.get_experiment_by_name(plan.experiment)
         ids = [experiment.experiment_id] if experiment else []
         test = f"tags.host = '{socket.gethostname()}' and attributes.status = 'FINISHED'"
@@ -368,12 +385,25 @@ def expected(plan: Plan, device: str, tracking_uri: str | None) -> str:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # another program's run
                 if like.items() <= params.items():
                     epochs = int(params["epochs"]) * int(params.get("stack_width", 1))
-                    each.append((info.end_time - info.start_time) / 1000 / epochs)
-    if not each:
-        return "duration: not known (no finished run like these here). Nothing was trained."
-    whole = duration(median(each) * sum(config.epochs for config in plan.configs))
-    basis = f"from {counted(len(each), 'finished run')} here"
-    return f"duration: about {whole} ({basis}). Nothing was trained."
+                    seconds.append((info.end_time - info.start_time) / 1000 / epochs)
+                    files = Path(url2pathname(urlsplit(info.artifact_uri).path)).rglob("*")
+                    sizes.append(sum(file.stat().st_size for file in files))
+    if not seconds:
+        unknown = "not known (no finished run like these here)"
+        return {"disk": unknown, "estimate": f"duration: {unknown}. Nothing was trained."}
+    left = sum(config.epochs for config in plan.configs) * missing / len(plan.configs)
+    whole, basis = duration(median(seconds) * left), f"from {counted(len(seconds), 'finished run')}"
+    disk = in_bytes(median(sizes) * missing + of_an_epoch * left)
+    return {
+        "disk": f"about {disk} ({basis} and the database here), and a report",
+        "estimate": f"duration: about {whole} ({basis} here). Nothing was trained.",
+    }
+
+
+def in_bytes(number: float) -> str:
+    """Return a number of bytes in words: "14 MB"."""
+    power = min(max(int(math.log10(max(number, 1)) // 3), 1), 3)
+    return f"{number / 1000**power:.{int(number < 9.95 * 1000**power)}f} {' kMG'[power]}B"
 
 
 def duration(seconds: float) -> str:

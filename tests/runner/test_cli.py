@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import pytest
 from harness import RunConfig
 from harness.errors import SummaryError, UserError
 from studies import all as all_studies
-from studies import kl_weight, search
-from studies.runner import cli, stopping
-from studies.runner.options import REPEATED, SETTINGS
+from studies import kl_weight, search, sweep
+from studies.runner import cli, stopping, usage
+from studies.runner.options import SETTINGS, Common, flag
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,6 +151,8 @@ def test_a_dry_run_names_both_stores_and_writes_nothing(tmp_path, capsys, monkey
     message = capsys.readouterr().out
     assert "2 values of kl_weight (0.5, 1) x 3 seeds = 6 runs" in message
     assert f"Tracking: {tracking_uri}\nStorage: {storage}\n" in message
+    assert "Runs: 0 are finished, 6 are missing; nothing is refused.\n" in message
+    assert "Disk: not known (no finished run like these here)\n" in message
     assert "duration: not known (no finished run like these here)" in " ".join(message.split())
     assert list(tmp_path.iterdir()) == []
 
@@ -177,19 +179,47 @@ OWN = replace(kl_weight.STUDY, base=RunConfig(hidden=(7, 5), learning_rate=0.5))
 
 
 @pytest.mark.parametrize(
-    ("command", "shown"),
+    ("command", "brief", "shown"),
     [
-        (partial(cli.main, OWN), ("(default: 7 5)", "(default: 0.5)", "(swept by this study)")),
-        (search.main, ("(default: 256 64)", "(searched, unless it is given)")),
-        (all_studies.main, ("(default: 256 64)", "(default: 0.001)", "(swept by a study)")),
+        (
+            partial(cli.main, OWN),
+            ("--hidden 7 5 ", "--learning-rate 0.5 ", "(default: 0 0.001 0.00215 0.00464 ... 10"),
+            ("(default: 7 5)", "(default: 0.5)", "(swept by this study)"),
+        ),
+        (
+            search.main,
+            ("--hidden 256 64 ", "(default: median; none with", "--kl-cycles (searched) "),
+            ("(default: 256 64)", "(searched, unless it is given)"),
+        ),
+        (
+            all_studies.main,
+            ("--batch-size 32 ", "--checkpoint-every 0 ", "--latent-size (swept by a study)"),
+            ("(default: 256 64)", "(default: 0.001)", "(swept by a study)"),
+        ),
+        (sweep.main, ("(default: 3) ", "NAME=VALUE,VALUE", "--label none "), ("(repeatable)",)),
     ],
 )
-def test_every_setting_is_an_option_and_the_help_shows_the_studys_value(command, shown, capsys):
-    command(["--help"])
-    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f"--{REPEATED.get(name, name).replace('_', '-')} " in printed for name in SETTINGS)
-    assert "--seed " not in printed
-    assert all(text in printed for text in shown)
+def test_every_setting_is_an_option_and_the_help_shows_the_studys_value(
+    command, brief, shown, capsys
+):
+    for word, texts in (("--help", brief), ("--help-all", shown)):
+        command([word])
+        printed = capsys.readouterr().out
+        lines = printed.splitlines()
+        if word == "--help":
+            assert len(lines) < 40
+            assert max(map(len, lines)) <= 80
+        printed = " ".join(printed.replace("│", " ").split())
+        names = [*SETTINGS, *(field.name for field in fields(Common) if field.name != "settings")]
+        assert all(f"{flag(name)} " in printed for name in names)
+        assert "--seed " not in printed
+        assert all(text in printed for text in texts)
+
+
+def test_every_group_of_the_help_has_options_and_no_option_is_in_two():
+    grouped = " ".join(usage.GROUPS.values()).split()
+    assert len({*grouped}) == len(grouped)
+    assert {*SETTINGS} < {*grouped} < {*SETTINGS, *(field.name for field in fields(Common))}
 
 
 def test_the_public_names_of_studies_load_nothing_heavy():

@@ -223,8 +223,24 @@ def test_a_table_that_is_too_wide_loses_columns_and_no_digits(width):
     printed = screen(width)
     assert "…" not in printed
     assert "calibrated weight" in printed
-    assert ("pca_" in printed) == (width > 80)
-    assert max(map(len, printed.split("It is so.")[0].splitlines())) <= width
+    table, missing = printed.split("\nColumns not shown: ")
+    left_out = missing.partition("; the report has them.\n")[0].split(", ")
+    assert ("pca_floor" in left_out) == ("pca_" not in table) == (width <= 80)
+    assert {"neg_elbo", "val/neg_elbo"} & {*left_out} == {"neg_elbo"}
+    assert max(map(len, table.splitlines())) <= width
+
+
+def test_columns_that_no_width_has_room_for_are_named_and_a_long_name_is_whole():
+    names = [f"metric_{'x' * i}" for i in range(12)]
+    table = pd.DataFrame({"condition": ["Q" * 90], **{name: [0.125] for name in names}})
+    out = StringIO()
+    log(out, 80).show(FOUND | {"best_row": 0, "table": terminal.records(table)})
+    printed = out.getvalue()
+    assert printed.count("Q") == 90
+    assert "…" not in printed
+    missing = printed.split("Columns not shown: ")[1].partition("; the report")[0].split(", ")
+    assert names[1:] == missing
+    assert "0.125" in printed
 
 
 @pytest.mark.parametrize("named", ["option", "environment"])
@@ -250,10 +266,23 @@ def test_no_link_shows_a_password():
 
 def test_the_stores_of_a_dry_run_are_named_without_passwords(capsys):
     stores = "sqlite:///m.db?password=secret", "postgresql+psycopg://me:secret@host/o"
-    Terminal().dry_run(*stores, "duration: not known")
+    Terminal().dry_run(stores, 1, 2, {"disk": "about 2 MB", "estimate": "duration: not known"})
     shown = "sqlite:///m.db", "postgresql+psycopg://host/o"
-    printed = capsys.readouterr().out
-    assert printed == f"Tracking: {shown[0]}\nStorage: {shown[1]}\nduration: not known\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Tracking: {shown[0]}",
+        f"Storage: {shown[1]}",
+        "Runs: 1 is finished, 2 are missing; nothing is refused.",
+        "Disk: about 2 MB",
+        "duration: not known",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0.0 kB"), (9_940, "9.9 kB"), (9_960, "10 kB"), (2.5e6, "2.5 MB"), (7e12, "7000 GB")],
+)
+def test_a_size_is_written_in_round_numbers(number, text):
+    assert terminal.in_bytes(number) == text
 
 
 @pytest.mark.parametrize(
@@ -269,7 +298,8 @@ def test_a_duration_is_estimated_from_finished_runs_of_the_experiment(tracking_u
     plan = SimpleNamespace(experiment="x-digits", configs=[config] * 4)
     unknown = "duration: not known (no finished run like these here). Nothing was trained."
     client = tracking.connect(tracking_uri).client
-    assert terminal.expected(plan, "cpu", tracking_uri) == unknown
+    nothing = {"disk": unknown[10:-22], "estimate": unknown}
+    assert terminal.expected(plan, 4, "cpu", tracking_uri) == nothing
     experiment = client.create_experiment("x-digits")
     params = {name: str(getattr(config, name)) for name in terminal.ALIKE}
     for changed in ({}, {}, {"device": "cuda"}, {"hidden": "(9,)"}):
@@ -277,12 +307,19 @@ def test_a_duration_is_estimated_from_finished_runs_of_the_experiment(tracking_u
         given = {**params, "device": "cpu", "epochs": "10", "stack_width": "3", **changed}
         for name, value in given.items():
             client.log_param(run, name, value)
+        client.log_text(run, "x" * 3_000_000, "model.txt")
         client.set_terminated(run, end_time=181_000)  # 60 s of each of three runs
-    assert terminal.expected(plan, "cpu", tracking_uri).startswith(
-        "duration: about 8 min (from 2 finished runs here)"
-    )
+    found = terminal.expected(plan, 4, "cpu", tracking_uri)
+    assert found["estimate"].startswith("duration: about 8 min (from 2 finished runs here)")
+    left = terminal.expected(plan, 1, "cpu", tracking_uri)
+    assert left["estimate"].startswith("duration: about 2 min (from 2 finished runs here)")
+    of_epochs = 20 * tracking.connect(tracking_uri).bytes_of_an_epoch()
+    for missing, each in ((4, found), (1, left)):
+        about = terminal.in_bytes(missing * (3_000_000 + of_epochs))
+        assert each["disk"].startswith(f"about {about} (from 2 finished runs and the database")
+    assert "no run is missing" in terminal.expected(plan, 0, "cpu", tracking_uri)["disk"]
     for uri in (f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:9"):
-        assert terminal.expected(plan, "cpu", uri) == unknown
+        assert terminal.expected(plan, 4, "cpu", uri) == nothing
     assert not (tmp_path / "none.db").exists()
 
 

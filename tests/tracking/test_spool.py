@@ -209,7 +209,7 @@ def test_runs_of_living_processes_are_left_alone(store, experiment, tmp_path, mo
     assert two.undelivered() == {ours.key} == two.complete()
     with monkeypatch.context() as patch:
         patch.setattr("harness.tracking.spool.PATIENCE", 0)
-        with pytest.raises(UserError, match="records of 1 runs wait in"):
+        with pytest.raises(UserError, match="records of 1 run wait in"):
             two.deliver({ours.key})
     one._locks[one._home].release()  # as the death of its process does
     two.deliver({ours.key})
