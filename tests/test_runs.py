@@ -269,7 +269,7 @@ def test_a_study_that_is_run_is_not_removed(two, capfd):
 
 def test_a_study_ends_with_what_it_wrote(finished):
     written = re.search(
-        r"\nWritten: (.+) of artifacts of 7 runs, (.+) of the report; .+ has .+ MB\n",
+        r"\nWritten: (.+) of artifacts of 7 runs, (.+) of the report; .+ has .+B\n",
         finished.printed,
     )
     places = (finished.folder / part for part in ("mlruns", f"reports/{NAME}"))
@@ -288,7 +288,7 @@ def test_a_copy_of_a_database_removes_no_artifacts_of_the_original(finished, tmp
     shutil.copy(finished.folder / "mlflow.db", tmp_path)
     code, text = shown([*removing(tmp_path), "--yes"], capfd)
     assert code == 0
-    assert f"7 runs with 0.0 MB of artifacts in sqlite:///{tmp_path}/mlflow.db\n" in text
+    assert f"7 runs with 0.0 kB of artifacts in sqlite:///{tmp_path}/mlflow.db\n" in text
     assert files(finished.folder) == before
 
 
