@@ -26,6 +26,7 @@ RATES = Study(
 SMALL = {"seeds": 1, "epochs": 1, "batch_size": 16}
 
 
+@pytest.mark.slow
 def test_a_study_of_tensors_is_trained_continued_and_replayed(tracking_uri, tmp_path, capsys):
     places = {"tracking_uri": tracking_uri, "storage": f"sqlite:///{tmp_path}/optuna.db"}
     again = partial(run, RATES, data=DATA, **SMALL, **places)

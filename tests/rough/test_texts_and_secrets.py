@@ -137,7 +137,7 @@ def test_a_terminal_obeys_no_text(capsys):
     plan = SimpleNamespace(name=NASTY, source=source, sentence=NASTY, experiment="e", command="c")
     outcome = SimpleNamespace(plan=plan, table=frame, folder=Path(NASTY[:30]))
     answered = ANSWERED | {"answer": NASTY, "verdict": [NASTY], "warnings": [NASTY]}
-    vars(outcome).update(answered, experiment_id="7", failures=[NASTY])
+    vars(outcome).update(answered, experiment_id="7", failures=[NASTY], written="")
     terminal = Terminal()
     terminal.out.width = 1000
     terminal.plan(plan, 64)
