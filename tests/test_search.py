@@ -249,6 +249,7 @@ def test_two_objectives_give_a_front_that_holds_the_lowest_neg_elbo(searched):
 # --- going on -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_trials_continue_and_the_trial_of_a_dead_process_is_repeated(
     searched, tmp_path, capsys
 ):
