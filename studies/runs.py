@@ -179,7 +179,10 @@ def remove(store: Store, name: str, options: RunsOptions, terminal: Terminal) ->
             raise UserError(f"nothing was removed: the answer is {answer!r}, not 'y'")
     trials.delete()
     for folder in folders:
-        shutil.rmtree(folder)
+        # Last the file by which the same command, repeated after a kill, finds the folder.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
+            (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+        folder.rmdir()
     (store.home / "reports" / f"{name}.lock").unlink(missing_ok=True)
     way = removal.remove(connect(store.uri), name, found)
     terminal.line(way or "Removed.")

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -274,6 +275,40 @@ def test_a_study_ends_with_what_it_wrote(finished):
     )
     places = (finished.folder / part for part in ("mlruns", f"reports/{NAME}"))
     assert written.groups() == tuple(map(size, places))
+
+
+# Kills the process at a file or folder that it removes, by number from the first removed tree on.
+KILLED = """
+import os, signal, sys
+left, begun = [int(sys.argv[2])], []
+def count(event, arguments):
+    if event == "shutil.rmtree" and sys.argv[1] in str(arguments[0]):
+        begun.append(True)
+    if event in ("os.remove", "os.rmdir") and begun:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+from studies.runs import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_a_removal_that_was_killed_is_completed_by_the_same_command(two):
+    def remove(kill_at: int) -> int:
+        words = [sys.executable, "-c", KILLED, NAME, str(kill_at), *removing(two), "--yes"]
+        return subprocess.run(words, capture_output=True, check=False).returncode
+
+    for number in (2, 12, 30, 45):
+        assert remove(number) == -signal.SIGKILL
+    assert remove(0) == 0
+    (left,) = connect(f"sqlite:///{two}/mlflow.db").runs(NAME, deleted=True)
+    assert left.tags["study"] == "other"
+    assert [path.name for path in (two / "mlruns" / NAME).iterdir()] == [left.run_id]
+    assert {path.name for path in (two / "reports").iterdir()} == {f"{NAME}-2"}
+    assert not (two / "cache" / "checkpoints" / NAME).exists()
+    assert optuna.get_all_study_names(f"sqlite:///{two}/optuna.db") == ["other"]
 
 
 @pytest.mark.parametrize("name", ["other", "../x"])
