@@ -26,13 +26,12 @@ def save_view(
     experiment_id: str,
     study: str,
     columns: Sequence[str],
-    settings: Sequence[str],
     run_id: str,
 ) -> None:
     """Save a view of the finished runs of a study, unless there is one.
 
     The columns that the given run has are shown in their order, and the first metric sorts. Runs
-    are grouped by the parameters `settings`, so that charts show means over seeds.
+    are grouped by their configuration, so that charts show means over seeds.
     """
     tag = f"{TAG}{study}"
     if tag in store.call(store.client.get_experiment, experiment_id).tags:
@@ -42,7 +41,7 @@ def save_view(
     known |= {name.removeprefix("test/"): f"metrics.`{name}`" for name in run.metrics}
     chosen = [known[name] for name in dict.fromkeys(columns) if name in known]
     order = next((c for c in chosen if c.startswith("metrics.")), "attributes.start_time")
-    keys = [{"mode": "param", "groupByData": name} for name in settings if name in run.params]
+    keys = [{"mode": "tag", "groupByData": "configuration"}]
     section = "learning curves"
     state = {
         "searchFilter": f"tags.study = '{study}' and {FINISHED}",
@@ -50,7 +49,7 @@ def save_view(
         "columnOrder": chosen,
         "orderByKey": order,
         "orderByAsc": True,
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys} if keys else None,
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
         "runsHiddenMode": "SHOWALL",
         "isAccordionReordered": True,  # keeps the order of the sections
         "compareRunSections": [{"uuid": section, "name": section, "display": True}],

@@ -299,7 +299,7 @@ def log_summary(outcome: Outcome, findings: Findings, found: Ended, run: RunLog)
     # First: a study whose summary is complete is not summarized again.
     axes = findings.ranking.keys if findings.ranking else ()
     columns = [*axes, found.plan.objective, *VIEWED, *outcome.table.columns]
-    save_view(store, outcome.experiment_id, found.plan.name, columns, axes, best["run_id"])
+    save_view(store, outcome.experiment_id, found.plan.name, columns, best["run_id"])
     log.info("writing the summary to MLflow, with the best run's model")
     run.dataset(found.data)
     table = tables.markdown(tables.cells(outcome.table))

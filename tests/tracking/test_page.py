@@ -62,7 +62,7 @@ def written(empty_database, tmp_path_factory) -> Written:
     tags = {"role": "summary", NOTE: note}
     store.start(experiment, uuid.uuid4().hex, "summary", tags, {}).end()
     runs = {run.name: run.run_id for run in store.runs("kl_weight-digits")}
-    save_view(store, experiment, STUDY, COLUMNS, ["kl_weight", "none"], runs["kl_weight=1 seed=0"])
+    save_view(store, experiment, STUDY, COLUMNS, runs["kl_weight=1 seed=0"])
     return Written(store, experiment, runs)
 
 
@@ -76,7 +76,7 @@ def test_a_view_has_the_columns_that_the_runs_have(written):
     ]
     assert state["columnOrder"] == state["selectedColumns"]
     assert state["orderByKey"] == "metrics.`val/neg_elbo`"
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "kl_weight"}]
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "configuration"}]
     assert state["compareRunCharts"][0]["metricKey"] == "val/neg_elbo"
     found = written.store.client.search_runs([written.experiment], state["searchFilter"])
     names = {run.info.run_name for run in found}
@@ -88,7 +88,7 @@ def test_a_view_that_was_changed_is_left_alone(written):
     experiment = store.experiment("other", "Why?")
     store.client.set_experiment_tag(experiment, f"{TAG}mine", "mine")
     for study in ("mine", "yours"):
-        save_view(store, experiment, study, ["mse"], [], next(iter(written.runs.values())))
+        save_view(store, experiment, study, ["mse"], next(iter(written.runs.values())))
     tags = store.client.get_experiment(experiment).tags
     assert tags[f"{TAG}mine"] == "mine"
     assert json.loads(tags[f"{TAG}yours"])["name"] == "yours"
