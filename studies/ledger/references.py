@@ -74,11 +74,6 @@ def claims(form: Form) -> Ledger:
     }
 
 
-def exact_claims() -> list[Claim]:
-    """Return every number of the brief's section 3."""
-    return [*claims(SHORT)["Exact, by linear algebra"]]
-
-
 def _claims(form: Form, row: Mapping[str, Any], known: dict[str, str]) -> Iterator[Claim]:
     # Of a row of the file; `known` are references by the name of their claim, in any row.
     central = f"central 95 % of all training batches of {form.blog_seeds} seeds"

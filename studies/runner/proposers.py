@@ -245,9 +245,8 @@ class TPE:
                 trial = study.ask(always)
             if trial.params.get("sigma", "fixed") == "fixed":
                 for name in space.keys() - always.keys():
-                    values = self.space[name]
-                    assert isinstance(values, Range)
-                    trial.suggest_float(name, values.low, values.high, log=values.log)
+                    low, high, log = self.space[name]
+                    trial.suggest_float(name, low, high, log=log)  # type: ignore[arg-type]
             new = [uuid4().hex for _ in range(self.seeds)]
             trial.set_user_attr(KEYS, new)
             made.update(new)
@@ -280,9 +279,8 @@ class TPE:
             failed = {row: End("FAILED", f"{during}: {why}") for row, why in diverged.items()}
             return {row: failed.get(row, other) for row in rows}
         warm = all(record.kl_warmup[row] == 1 for row in rows)  # else its KL weight is still low
-        if self.pruner == "none" or record.epoch not in self.judged or not warm:
-            return {}
-        if len(rows) < self.seeds:  # `patience` has stopped a seed, which has its result
+        stopped = len(rows) < self.seeds  # a seed by `patience`, which has its result
+        if self.pruner == "none" or record.epoch not in self.judged or not warm or stopped:
             return {}
         mean = sum(float(record.val["neg_elbo"][row]) for row in rows) / len(rows)
         if not report(mean, record.epoch):
@@ -296,19 +294,16 @@ class TPE:
         done = [final for final in finals if final is not None]
         if len(done) < len(finals):
             return None
-
-        def mean(name: str) -> float:
-            return sum(final[name] for final in done) / len(done)
-
-        attrs = {name: mean(name) for name in (SELECTION, ACTIVE)}
-        return Value([mean(name) for name in self.objectives], attrs)
+        names = {*self.objectives, SELECTION, ACTIVE}
+        means = {name: sum(final[name] for final in done) / len(done) for name in names}
+        attrs = {name: means[name] for name in (SELECTION, ACTIVE)}
+        return Value([means[name] for name in self.objectives], attrs)
 
 
 def _divergence(record: EpochRecord, row: int) -> str | None:
-    """Return why a run has diverged, if it has; neg_elbo must be finite to be compared."""
     from harness.tracking.record import divergence  # loads torch
 
-    value = float(record.val["neg_elbo"][row])
+    value = float(record.val["neg_elbo"][row])  # must be finite to be compared
     lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"
     return divergence(record, row) or lost
 

@@ -347,7 +347,7 @@ def open_queue(
             parts = there.get("parts", {}) | settings.get("parts", {})  # it may grow by values
             settings = there | ({"parts": parts} if parts else {})
         else:
-            ways = ["minimize"] * len(proposer.objectives)
+            ways: Any = ["minimize"] * len(proposer.objectives)
             optuna.create_study(
                 storage=storage, study_name=name, directions=ways, load_if_exists=True
             )
