@@ -154,16 +154,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         values = {name: plain(value) for name, value in vars(self).items()}
-        for name, what, known in (
-            ("model", "network", registry.NETWORKS),
-            ("likelihood", "likelihood", registry.LIKELIHOODS),
-        ):
-            if values[name] not in list(known):  # a list, for what has no hash
-                choices = f"one of {', '.join(known)}, or register a {what} of that name"
+        for name, kind in registry.SETTINGS.items():
+            known = [*registry.REGISTERED[kind]]  # a list, for what has no hash
+            if values[name] not in known:
+                choices = f"one of {', '.join(known)}, or register a {kind} of that name"
                 raise UserError(f"{name}={values[name]!r}: choose {choices}")
         if values["latent"] == "deterministic" and isinstance(values["kl_weight"], Default):
             values["kl_weight"] = 0.0
-        values |= {name: _checked(name, values[name], kind) for name, kind in _kinds().items()}
+        values |= {name: _checked(name, values[name], of) for name, of in _kinds().items()}
         weights = _named("terms", values["terms"], "weights")
         weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
         of_terms = _named("term_options", values["term_options"], "options of terms")

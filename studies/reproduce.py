@@ -53,8 +53,7 @@ def make_plan(
     wanted = required(ledger, gpu=form.full and device == "cuda")
     cells = list[Cell]()
     for runs in wanted:
-        identity = {"label": runs.label}
-        cells += repeated(runs.label, identity, runs.config, range(runs.seeds), params={})
+        cells += repeated(runs.label, {"label": runs.label}, runs.config, range(runs.seeds), {})
     each = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
     total = (
         f"{sum(map(len, ledger.values()))} claims, {'full' if form.full else 'short'} form; "

@@ -25,6 +25,7 @@ from studies.runner.proposers import (
     BASELINE,
     SELECTION,
     TPE,
+    Cell,
     Listed,
     Pruner,
     Range,
@@ -179,15 +180,11 @@ def confirm(proposer: TPE, study: optuna.Study) -> Listed:
         compared[trial.number] = proposer.configs(trial)[0]
     compared[DEFAULT] = proposer.configure(proposer.base, **proposer.default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
-    return Listed(
-        [
-            cell
-            for number, config in compared.items()
-            for label, params in [(_label(number), {"trial": number, "part": part})]
-            for cell in repeated(label, {"part": part, "label": label}, config, seeds, params)
-        ],
-        {},
-    )
+    cells = list[Cell]()
+    for number, config in compared.items():
+        label, params = _label(number), {"trial": number, "part": part}
+        cells += repeated(label, {"part": part, "label": label}, config, seeds, params)
+    return Listed(cells, {})
 
 
 def _label(number: int) -> str:

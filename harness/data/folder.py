@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from harness.data.dataset import PARTS, Dataset
 from harness.errors import UserError, one_line
@@ -96,25 +97,39 @@ def read_folder(path: Path, how: Reading) -> Dataset:
         names, found = _listed(path, left)
     except OSError as error:
         raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
-    pairs = [pair for part in found.values() for pair in part]
-    if not pairs:
+    if not (used := sum(map(len, found.values()))):
         raise _no_image(path, left)
     if left:
-        total = len(pairs) + sum(n for what, n in left.items() if not what.startswith("folder"))
+        total = used + sum(n for what, n in left.items() if not what.startswith("folder"))
         line = "folder:%s: %d of %d files used; left out: %s"
-        log.warning(line, path, len(pairs), total, _counted(left))
-    ends = np.cumsum([0, *map(len, found.values())]).tolist()
-    images, labels = read_pictures(pairs, how)
+        log.warning(line, path, used, total, _counted(left))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    data = Dataset.from_tensors(
-        f"folder-{name or 'images'}",
-        images,
-        labels if names else None,
-        rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
-        class_names=names,
-    )
-    report_equal(data)
+    data = from_pictures(f"folder-{name or 'images'}", found, names, how, labelled=bool(names))
     return replace(data, options=how._replace(image_size=[*data.image_shape[1:]]).options)
+
+
+def from_pictures(
+    name: str, parts: dict[str, Any], names: Sequence[str], how: Reading, *, labelled: bool = True
+) -> Dataset:
+    """Return the dataset of parts, sequences of (file or image, class), which it empties.
+
+    How many images of a part are equal to one of an earlier part is logged.
+    """
+    ends = np.cumsum([0, *map(len, parts.values())]).tolist()
+    rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
+    images, labels = read_pictures(ConcatDataset([*parts.values()]), how)
+    parts.clear()  # some hold their images, which are copied once more below
+    classes, names = labels if labelled else None, names if labels.max() < len(names) else ()
+    data = Dataset.from_tensors(name, images, classes, rows=rows, class_names=names)
+    seen, found = set[int](), list[str]()
+    for part in PARTS:
+        every = [hash(row.tobytes()) for row in getattr(data, part).images.numpy()]
+        count = sum(one in seen for one in every)
+        found += [f"{count} of {len(every)} of {part}"] * (count > 0)
+        seen.update(every)
+    if found:
+        log.warning("%s: images equal to one of an earlier part: %s", name, ", ".join(found))
+    return data
 
 
 def _no_image(folder: Path, left: Counter[str]) -> UserError:
@@ -219,7 +234,7 @@ class _Picture(NamedTuple):
         return " x ".join(map(str, self.pixels.shape[1:]))
 
 
-def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
+def read_pictures(pairs: ConcatDataset[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
     """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours, and labels (N,).
 
     The pairs, which several threads read, hold a file or an image, and its class. Without a size in
@@ -348,15 +363,3 @@ def _values(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
         both = np.asarray(picture.convert("LA" if grey else "RGBA"))
         return both[..., :-1], both[..., -1:]
     return np.atleast_3d(np.asarray(picture.convert("L" if grey else "RGB"))), None
-
-
-def report_equal(data: Dataset) -> None:
-    """Log how many images of a part are equal to one of an earlier part."""
-    seen, found = set[int](), list[str]()
-    for part in PARTS:
-        every = [hash(row.tobytes()) for row in getattr(data, part).images.numpy()]
-        count = sum(one in seen for one in every)
-        found += [f"{count} of {len(every)} of {part}"] * (count > 0)
-        seen.update(every)
-    if found:
-        log.warning("%s: images equal to one of an earlier part: %s", data.name, ", ".join(found))

@@ -96,7 +96,7 @@ class Common(Places):
             if registry.load(address, "metric") not in registry.METRICS:
                 raise UserError(f"--metric {address}: it is not registered; give FILE.py:NAME")
         given = dict(self.settings)
-        for name, kind in PARTS.items():
+        for name, kind in registry.SETTINGS.items():
             if name in given:
                 given[name] = registry.load(given[name], kind)
         if "terms" in given:
@@ -129,8 +129,6 @@ class Options(Common):
     refit: int = 0
 
 
-# Settings that name a part, which may be FILE.py:NAME.
-PARTS: Mapping[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 # Options of several words NAME=VALUE, or, of terms, one option each.
 NAMED = ("terms", "model_options", "term_options")
 REPEATED = {"terms": "term", "metric": "metric"}

@@ -19,7 +19,6 @@ from harness.errors import checked_text
 from harness.tracking.addresses import without_secrets
 from studies.runner.options import (
     ELSEWHERE,
-    PARTS,
     READ_WITH,
     SETTINGS,
     Places,
@@ -195,8 +194,8 @@ def read_value(name: str, word: str, like: Any) -> Any:  # noqa: ANN401 - of any
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
     """Set a field, an option of the network, the weight of a term or a term's option, by name."""
-    if name in PARTS:
-        value = registry.load(value, PARTS[name])
+    if name in registry.SETTINGS:
+        value = registry.load(value, registry.SETTINGS[name])
     if name in SETTINGS:
         return config.replace(**{name: value})
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
