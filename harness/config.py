@@ -163,7 +163,7 @@ class RunConfig:
             values["kl_weight"] = 0.0
         values |= {name: _checked(name, values[name], of) for name, of in _kinds().items()}
         weights = _named("terms", values["terms"], "weights")
-        weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
+        weights = {name: finite(f"terms[{name!r}]", w) for name, w in weights.items()}
         of_terms = _named("term_options", values["term_options"], "options of terms")
         of_terms = {n: _values(f"term_options[{n!r}]", o) for n, o in of_terms.items()}
         values |= {"terms": Options(weights), "term_options": Options(of_terms)}
@@ -329,19 +329,19 @@ def _checked(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401 - of any 
         if value not in get_args(kind):
             raise UserError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
     elif kind is int:
-        _whole(name, value, at_least=0 if name in FROM_ZERO else 1)
+        whole(name, value, at_least=0 if name in FROM_ZERO else 1)
     elif kind is float:
-        return _finite(name, value, "> 0" if name in POSITIVE else ">= 0")  # 1 and 1.0 are one run
+        return finite(name, value, "> 0" if name in POSITIVE else ">= 0")  # 1 and 1.0 are one run
     elif kind == tuple[int, ...]:
         if not isinstance(value, list | tuple):
             raise UserError(f"{name}={value!r}: give a list of whole numbers >= 1")
         for width in value:
-            _whole(name, width, at_least=1)
+            whole(name, width, at_least=1)
         return tuple(value)
     elif kind == tuple[float, float]:
         if not isinstance(value, list | tuple) or len(value) != 2:
             raise UserError(f"{name}={value!r}: give two numbers >= 0 and < 1")
-        return tuple(_finite(name, part, ">= 0") for part in value)
+        return tuple(finite(name, part, ">= 0") for part in value)
     return value
 
 
@@ -366,7 +366,7 @@ def _values(name: str, given: object) -> Options:
         each = value if isinstance(value, list | tuple) else [value]
         for part in each:
             if isinstance(part, int | float) and not isinstance(part, bool):
-                _finite(f"{name}[{option!r}]", part, "")
+                finite(f"{name}[{option!r}]", part)
             elif not isinstance(part, str | bool):
                 raise UserError(
                     f"{name}[{option!r}]={value!r}: give a number, a text, True, False or a list"
@@ -384,12 +384,14 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any setting
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _whole(name: str, value: object, at_least: int) -> None:
+def whole(name: str, value: object, at_least: int) -> None:
+    """Raise UserError for what is no whole number, or too low a one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise UserError(f"{name}={value!r}: give a whole number >= {at_least}")
 
 
-def _finite(name: str, value: object, sign: str) -> float:
+def finite(name: str, value: object, sign: str = "") -> float:
+    """Return a number as a float; else raise UserError. The sign is "", ">= 0" or "> 0"."""
     # A comparison, as math.isfinite overflows on a whole number without end.
     if (
         isinstance(value, int | float)

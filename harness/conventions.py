@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.config import RunConfig
+from harness.config import RunConfig, finite, whole
 from harness.errors import UserError
 
 Data = Literal["mse", "l1", "bce"]
@@ -78,17 +78,14 @@ class Convention:
         sizes = {"latent_size": self.latent_size, "batch_size": self.batch_size}
         sizes |= {"training_size": self.training_size} if self.weight_by else {}
         for name, value in [*sizes.items(), *(("shape", side) for side in self.shape or (0,))]:
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: give whole numbers >= 1")
+            whole(name, value, at_least=1)
         if not (len(self.pixels) == 2 and -math.inf < self.pixels[0] < self.pixels[1] < math.inf):
             raise UserError(f"pixels={self.pixels!r}: give the lowest and the highest value")
         if self.data == "bce" and tuple(self.pixels) != (0, 1):
             given = f"bce with pixels={self.pixels!r}"
             raise UserError(f"{given}: cross-entropy needs pixels from 0 to 1; give mse or l1")
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"weight={self.weight!r}: give a finite number >= 0")
-        if not 0 < self.factor < math.inf:
-            raise UserError(f"factor={self.factor!r} of {self.data}: give a finite number > 0")
+        finite("weight", self.weight, ">= 0")
+        finite("factor", self.factor, "> 0")
 
     @property
     def loss(self) -> str:

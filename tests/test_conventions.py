@@ -290,17 +290,17 @@ REFUSED = {
     "--loss mse:mean": "lacks a term; give [factor*]DATA:REDUCTION + weight*kl:REDUCTION",
     "--loss mse:mean+l1:sum": "'l1:sum' cannot be read",
     "--loss mse:mean+kl:sum+": "'' cannot be read",
-    "--loss 0*mse:mean+kl:sum": "factor=0.0 of mse",
+    "--loss 0*mse:mean+kl:sum": "factor=0.0: give a finite number > 0",
     "--loss bce:sum+kl:sum --pixels -1 1": "cross-entropy needs pixels from 0 to 1",
     "--loss kl": "or give a loss [factor*]DATA",
     "keras --pixels 0 255": "cross-entropy needs pixels from 0 to 1",
     "kera": "choose among keras",
     "blog --loss mse:mean+kl:sum": "give one of the two",
-    "blog --latent-size 0": "latent_size=0: give whole numbers >= 1",
-    "blog --shape 3 0 4": "shape=0: give whole numbers >= 1",
+    "blog --latent-size 0": "latent_size=0: give a whole number >= 1",
+    "blog --shape 3 0 4": "shape=0: give a whole number >= 1",
     "blog --weight -1": "weight=-1.0: give a finite number >= 0",
     "blog --pixels 1 1": "pixels=(1.0, 1.0): give the lowest and the highest value",
-    "pytorch_vae_2020 --training-size 0": "training_size=0: give whole numbers >= 1",
+    "pytorch_vae_2020 --training-size 0": "training_size=0: give a whole number >= 1",
 }
 
 

@@ -13,7 +13,7 @@ import docstring_parser
 from tyro.conf import UseAppendAction, arg
 
 from harness import registry
-from harness.config import RunConfig, UserError, checked_name
+from harness.config import RunConfig, UserError, checked_name, whole
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Places:
 
     def named(self, default: str) -> str:
         """Return the study's name; it and the numbers are checked."""
-        at_least(0, checkpoint_every=self.checkpoint_every)
-        at_least(1, workers=self.workers)
+        whole("checkpoint_every", self.checkpoint_every, at_least=0)
+        whole("workers", self.workers, at_least=1)
         return checked_name(default if self.study_name is None else self.study_name)
 
 
@@ -174,13 +174,6 @@ def flag(name: str) -> str:
 def terms() -> list[str]:
     """Return the names of all loss terms: the built-in and the registered ones."""
     return [*dict.fromkeys([*registry.BUILT_IN_TERMS, *registry.TERMS])]
-
-
-def at_least(least: int, **numbers: int) -> None:
-    """Raise UserError for a number that is too low."""
-    for name, value in numbers.items():
-        if value < least:
-            raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 def start_words(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness import registry
 from harness.config import Options as Named
-from harness.config import RunConfig, UserError, checked_name
+from harness.config import RunConfig, UserError, checked_name, whole
 from harness.errors import checked_text
 from harness.tracking.addresses import without_secrets
 from studies.runner.options import (
@@ -23,7 +23,6 @@ from studies.runner.options import (
     SETTINGS,
     Places,
     arguments,
-    at_least,
     chosen,
     option_value,
     read_named,
@@ -342,8 +341,8 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
     The user's own data, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
-    at_least(1, seeds=seeds)
-    at_least(0, refit=options.refit)
+    whole("seeds", seeds, at_least=1)
+    whole("refit", options.refit, at_least=0)
     asked = study
     axis, given = study.axis, options.values
     if study.start and given is not None:
