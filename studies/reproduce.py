@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import harness
 from analysis import frames
 from studies.ledger import references
-from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, required
+from studies.ledger.references import FAIL, NOT_RUN, PASS, Ledger, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
 from studies.runner.options import ELSEWHERE, Places, arguments, start_words
 from studies.runner.proposers import Cell, Listed, repeated

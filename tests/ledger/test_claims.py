@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from harness import RunConfig, load_dataset
-from studies.ledger.claims import Claim, Runs, decimals, required
 from studies.ledger.evidence import Evidence
-from studies.ledger.references import FULL, SHORT, claims
+from studies.ledger.references import FULL, SHORT, Claim, Runs, claims, decimals, required
 
 
 def nothing(evidence: Evidence) -> float:
