@@ -173,12 +173,7 @@ class Range(NamedTuple):
 
 
 Space = Mapping[str, Range | tuple[str, ...]]  # setting, or strength -> a range, or names
-Pruner = Literal["median", "hyperband", "none"]
-
-PRUNED = {
-    "median": "worse than the median of finished trials",
-    "hyperband": "not among the best third of its bracket",
-}
+Pruner = Literal["median", "none"]
 
 
 @dataclass
@@ -224,12 +219,6 @@ class TPE:
         number of trials: a search that is continued does not draw its first points again, and no
         two processes draw the same.
         """
-        pruners = {
-            "median": optuna.pruners.MedianPruner(),
-            "hyperband": optuna.pruners.HyperbandPruner(self.judged.start, self.base.epochs),
-            "none": optuna.pruners.NopPruner(),
-        }
-        study.pruner = pruners[self.pruner]
         if self._expected != len(trials):
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
         self._expected = len(trials) + count
@@ -285,7 +274,7 @@ class TPE:
         mean = sum(float(record.val["neg_elbo"][row]) for row in rows) / len(rows)
         if not report(mean, record.epoch):
             return {}
-        why = f"validation neg_elbo {mean:.2f} is {PRUNED[self.pruner]}"
+        why = f"validation neg_elbo {mean:.2f} is worse than the median of finished trials"
         end = End("KILLED", f"pruned at epoch {record.epoch}: {why}", pruned=True)
         return dict.fromkeys(rows, end)
 

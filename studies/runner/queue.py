@@ -209,7 +209,8 @@ class Queue:
         def report() -> bool:
             found = self._id(trial)
             self.storage.set_trial_intermediate_value(found, epoch, value)
-            return self.study.pruner.prune(self.study, self.storage.get_trial(found))
+            median = self.study.pruner  # Optuna's default
+            return median.prune(self.study, self.storage.get_trial(found))
 
         with suppress(optuna.exceptions.UpdateFinishedTrialError):  # as in `note`
             return database.retry(report, self.storage.url)
