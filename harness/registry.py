@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Output = Literal["sigmoid", "identity"]
 Kind = Literal["network", "likelihood", "term", "metric"]
 Function = TypeVar("Function", bound=Callable[..., Any])
-P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -172,13 +171,13 @@ TAKEN: dict[Kind, tuple[str, ...]] = {  # names of built-in parts
 }
 
 
-def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[[P], P]:
+def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[[T], T]:
     if not name.isidentifier():
         raise UserError(f"{kind} {name!r}: choose a name of letters, digits and _")
     if name in TAKEN[kind]:
         raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
 
-    def register(part: P) -> P:
+    def register(part: T) -> T:
         REGISTERED[kind][name] = made(part)
         return part
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from drawn import EIGENVALUES, gaussian
+from exact import linear_vae
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
@@ -14,7 +15,7 @@ from harness import RunConfig, UserError, load_dataset
 from harness.data.dataset import Dataset, Split, with_official_training
 from harness.linear.pca import PCA as Components
 from harness.linear.pca import pca, pixels
-from harness.linear.vae import LinearOptimum, linear_losses, linear_metrics, linear_vae
+from harness.linear.vae import LinearOptimum, linear_losses, linear_metrics
 from harness.metrics.evaluate import active_units, coefficients, evaluate, measure
 from harness.models.vae import VAE
 from harness.objective import kl_per_latent, with_decoder_variance

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from exact import linear_vae
 from real_stores import small_study
 from scipy.stats import multivariate_normal
 from torch import nn
@@ -23,7 +24,7 @@ from harness import Dataset, RunConfig, UserError, evaluate, load_dataset, load_
 from harness.data.dataset import split_rows
 from harness.data.table import read_table
 from harness.linear.pca import pca, pixels
-from harness.linear.vae import LinearOptimum, linear_losses, linear_vae
+from harness.linear.vae import LinearOptimum, linear_losses
 from harness.metrics.evaluate import coefficients, measure
 from harness.metrics.likelihood import importance_bounds
 from harness.metrics.quality import measure_quality
