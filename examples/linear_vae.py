@@ -24,11 +24,12 @@ def linear_vae(config: RunConfig, data: Dataset) -> VAE:
         )
     known, size = pca(data), config.latent_size
     best = LinearOptimum(known, size, variance)
-    posterior = best.posterior_variances
+    scale = np.where(best.active, known.variances, 1.0)[:size]
+    posterior = np.where(best.active[:size], variance / scale, 1.0)  # of the latents
     basis = known.components[:, :size]
     basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse
     columns = basis * np.sqrt(known.variances[:size] * (1 - posterior))
-    rows = (columns / np.where(best.active, known.variances, 1.0)[:size]).T
+    rows = (columns / scale).T
     model = build(config, data.image_shape, data.train.largest, data.columns).double()
     weights = {
         "encoder.1.weight": np.concatenate([rows, np.zeros_like(rows)]),

@@ -49,11 +49,6 @@ class LinearOptimum:
         return first & (self.known.variances > self.decoder_variance)
 
     @property
-    def posterior_variances(self) -> np.ndarray:
-        """s2 / lambda_i of an active latent, 1 of a collapsed one, shape (min(L, D),)."""
-        return 1 - self._gain[: self.latent_size]
-
-    @property
     def kl(self) -> np.ndarray:
         """KL of each latent, mean over the split, nats, shape (min(L, D),).
 
