@@ -6,11 +6,10 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pkgutil import resolve_name
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from harness import registry
 from harness.errors import UserError as UserError
@@ -33,6 +32,9 @@ NEEDS = {
     "lr_factor": ("lr_schedule", ("exponential", "steps")),
     "activation": ("model", ("mlp", "conv")),
 }
+
+FROM_ZERO = ("kl_warmup_epochs", "lr_warmup_epochs", "patience", "seed")
+POSITIVE = ("learning_rate", "adam_eps", "lr_factor")  # other numbers may be 0
 
 
 def checked_name(name: str, what: str = "study_name", longest: int = 100) -> str:
@@ -151,74 +153,50 @@ class RunConfig:
     term_options: Mapping[str, Mapping[str, Any]] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        for name in ("hidden", "channels", "lr_milestones"):
-            widths = getattr(self, name)
-            if not isinstance(widths, list | tuple):
-                raise UserError(f"{name}={widths!r}: give a list of whole numbers >= 1")
-            object.__setattr__(self, name, tuple(widths))
-            for width in widths:
-                _whole(name, width, at_least=1)
-        if self.model not in list(registry.NETWORKS):  # a list, for what has no hash
-            known = f"one of {', '.join(registry.NETWORKS)}, or register a network of that name"
-            raise UserError(f"model={self.model!r}: choose {known}")
-        if self.likelihood not in list(registry.LIKELIHOODS):
-            known = f"one of {', '.join(registry.LIKELIHOODS)}, or register one of that name"
-            raise UserError(f"likelihood={self.likelihood!r}: choose {known}")
-        for name, choices in _choices().items():
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
-        for name in ("latent_size", "kl_cycles", "batch_size", "epochs"):
-            _whole(name, getattr(self, name), at_least=1)
-        for name in ("kl_warmup_epochs", "lr_warmup_epochs", "patience", "seed"):
-            _whole(name, getattr(self, name), at_least=0)
-        if self.latent == "deterministic" and isinstance(self.kl_weight, Default):
-            object.__setattr__(self, "kl_weight", 0.0)
-        for sign, names in (
-            (">= 0", ("kl_weight", "free_bits", "momentum", "weight_decay", "clip_norm")),
-            ("> 0", ("learning_rate", "adam_eps", "lr_factor")),
-        ):
-            for name in names:
-                number = _finite(name, getattr(self, name), sign)
-                object.__setattr__(self, name, number)  # 1 and 1.0 are one run
-        betas = self.adam_betas
-        if not isinstance(betas, list | tuple) or len(betas) != 2:
-            raise UserError(f"adam_betas={betas!r}: give two numbers >= 0 and < 1")
-        numbers = tuple(_finite("adam_betas", beta, ">= 0") for beta in betas)
-        object.__setattr__(self, "adam_betas", numbers)
-        weights = _named("terms", self.terms, "weights")
-        weights = {name: _finite(f"terms[{name!r}]", w, "") for name, w in weights.items()}
-        object.__setattr__(self, "terms", Options(weights))
-        options = _values("model_options", self.model_options)
-        object.__setattr__(self, "model_options", options)
-        of_terms = _named("term_options", self.term_options, "options of terms")
+        values = {name: plain(value) for name, value in vars(self).items()}
+        for name, kind in registry.SETTINGS.items():
+            known = [*registry.REGISTERED[kind]]  # a list, for what has no hash
+            if values[name] not in known:
+                choices = f"one of {', '.join(known)}, or register a {kind} of that name"
+                raise UserError(f"{name}={values[name]!r}: choose {choices}")
+        if values["latent"] == "deterministic" and isinstance(values["kl_weight"], Default):
+            values["kl_weight"] = 0.0
+        values |= {name: _checked(name, values[name], of) for name, of in _kinds().items()}
+        weights = _named("terms", values["terms"], "weights")
+        weights = {name: finite(f"terms[{name!r}]", w) for name, w in weights.items()}
+        of_terms = _named("term_options", values["term_options"], "options of terms")
         of_terms = {n: _values(f"term_options[{n!r}]", o) for n, o in of_terms.items()}
-        object.__setattr__(self, "term_options", Options(of_terms))
+        values |= {"terms": Options(weights), "term_options": Options(of_terms)}
+        values["model_options"] = _values("model_options", values["model_options"])
+        vars(self).update(values)  # the fields are frozen
         self._check_together()
         self._check_update()
         self._check_options()
 
+    def _refuse(self, name: str, other: str, why: str) -> NoReturn:
+        given = f"{name}={getattr(self, name)!r} with {other}={getattr(self, other)!r}"
+        raise UserError(f"{given}{why}")
+
     def _check_together(self) -> None:
         if self.model == "conv" and not self.channels:
-            raise UserError("channels=() with model='conv': give at least one convolution")
+            self._refuse("channels", "model", ": give at least one convolution")
         if self.latent == "deterministic":
             for name, off in (("kl_weight", 0), ("free_bits", 0), ("sigma", "fixed")):
-                if (value := getattr(self, name)) != off:
-                    given = f"{name}={value!r} with latent='deterministic', which has no KL"
-                    raise UserError(f"{given} and no likelihood: set {name}={off!r}")
+                if getattr(self, name) != off:
+                    why = f", which has no KL and no likelihood: set {name}={off!r}"
+                    self._refuse(name, "latent", why)
         if not self.has_scale and self.sigma != "fixed":
-            given = f"sigma={self.sigma!r} with likelihood={self.likelihood!r}"
-            raise UserError(f"{given}, which has no variance or scale; set sigma='fixed'")
+            why = ", which has no variance or scale; set sigma='fixed'"
+            self._refuse("sigma", "likelihood", why)
         if self.likelihood != "bernoulli" and self.binarization != "none":
-            given = f"binarization={self.binarization!r} with likelihood={self.likelihood!r}"
-            raise UserError(f"{given}: binary pixels need likelihood='bernoulli'")
+            why = ": binary pixels need likelihood='bernoulli'"
+            self._refuse("binarization", "likelihood", why)
         if self.likelihood == "bernoulli" and self.dequantize != "none":
-            given = f"dequantize={self.dequantize!r} with likelihood='bernoulli'"
-            raise UserError(f"{given}: it needs a density; choose another likelihood")
+            why = ": it needs a density; choose another likelihood"
+            self._refuse("dequantize", "likelihood", why)
         if self.kl_cycles > 1 and self.kl_warmup_epochs * self.kl_cycles > self.epochs:
-            given = f"kl_warmup_epochs={self.kl_warmup_epochs} with kl_cycles={self.kl_cycles}"
-            raise UserError(f"{given}: every warm-up must end within epochs={self.epochs}")
+            why = f": every warm-up must end within epochs={self.epochs}"
+            self._refuse("kl_warmup_epochs", "kl_cycles", why)
 
     def _check_update(self) -> None:
         for name, value, allowed, fits in (
@@ -231,29 +209,27 @@ class RunConfig:
         if [*self.lr_milestones] != sorted(set(self.lr_milestones)):
             raise UserError(f"lr_milestones={self.lr_milestones!r}: give ascending epochs")
         if self.lr_warmup_epochs >= self.epochs:
-            given = f"lr_warmup_epochs={self.lr_warmup_epochs} with epochs={self.epochs}"
-            raise UserError(f"{given}: the warm-up must end before the last epoch")
+            why = ": the warm-up must end before the last epoch"
+            self._refuse("lr_warmup_epochs", "epochs", why)
         if self.patience > self.epochs:
-            given = f"patience={self.patience} with epochs={self.epochs}"
-            raise UserError(f"{given} never ends a training: give fewer epochs of patience, or 0")
+            why = " never ends a training: give fewer epochs of patience, or 0"
+            self._refuse("patience", "epochs", why)
         for name, (other, values) in NEEDS.items():
-            value, given = getattr(self, name), getattr(self, other)
-            if given not in values and value != RunConfig.__dataclass_fields__[name].default:
+            default = RunConfig.__dataclass_fields__[name].default
+            if getattr(self, other) not in values and getattr(self, name) != default:
                 allowed = " or ".join(f"{other}={v!r}" for v in values)
-                with_it = f"{name}={value!r} with {other}={given!r}"
-                raise UserError(f"{with_it} has no effect: leave it out, or give {allowed}")
-        given = f"lr_schedule={self.lr_schedule!r}"
+                self._refuse(name, other, f" has no effect: leave it out, or give {allowed}")
         if self.lr_schedule == "steps" and not self.lr_milestones:
-            raise UserError(f"{given} with lr_milestones=(): give at least one epoch")
+            self._refuse("lr_schedule", "lr_milestones", ": give at least one epoch")
         if self.lr_schedule in NEEDS["lr_factor"][1] and self.lr_factor == 1:
-            raise UserError(f"{given} with lr_factor=1.0 has no effect: give a factor below 1")
+            self._refuse("lr_schedule", "lr_factor", " has no effect: give a factor below 1")
 
     def _check_options(self) -> None:
         network, defaults = registry.NETWORKS[self.model], RunConfig.__dataclass_fields__
         for name in ("hidden", "channels") if self.model not in registry.BUILT_IN else ():
-            if (value := getattr(self, name)) != defaults[name].default:
-                given = f"{name}={value!r} with model={self.model!r}"
-                raise UserError(f"{given}: only a built-in network has it; give model_options")
+            if getattr(self, name) != defaults[name].default:
+                why = ": only a built-in network has it; give model_options"
+                self._refuse(name, "model", why)
         for option in self.model_options:
             if option in defaults or option in self.terms:
                 what = "fields of RunConfig" if option in defaults else "terms"
@@ -339,15 +315,34 @@ class RunConfig:
             raise UserError(f"configuration is not a JSON object ({type(values).__name__})")
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise UserError(f"configuration has unknown fields {unknown}, of another version")
-        with suppress(KeyError, TypeError):  # earlier versions took more, to no effect
-            values["patience"] = min(values["patience"], values["epochs"])
         return cls(**values)
 
 
 @cache
-def _choices() -> dict[str, tuple[str, ...]]:
-    kinds = get_type_hints(RunConfig).items()
-    return {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(RunConfig)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401 - of any kind
+    """Return a setting as its type has it."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
+    elif kind is int:
+        whole(name, value, at_least=0 if name in FROM_ZERO else 1)
+    elif kind is float:
+        return finite(name, value, "> 0" if name in POSITIVE else ">= 0")  # 1 and 1.0 are one run
+    elif kind == tuple[int, ...]:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name}={value!r}: give a list of whole numbers >= 1")
+        for width in value:
+            whole(name, width, at_least=1)
+        return tuple(value)
+    elif kind == tuple[float, float]:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise UserError(f"{name}={value!r}: give two numbers >= 0 and < 1")
+        return tuple(finite(name, part, ">= 0") for part in value)
+    return value
 
 
 def _known(
@@ -371,7 +366,7 @@ def _values(name: str, given: object) -> Options:
         each = value if isinstance(value, list | tuple) else [value]
         for part in each:
             if isinstance(part, int | float) and not isinstance(part, bool):
-                _finite(f"{name}[{option!r}]", part, "")
+                finite(f"{name}[{option!r}]", part)
             elif not isinstance(part, str | bool):
                 raise UserError(
                     f"{name}[{option!r}]={value!r}: give a number, a text, True, False or a list"
@@ -389,12 +384,14 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any setting
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _whole(name: str, value: object, at_least: int) -> None:
+def whole(name: str, value: object, at_least: int) -> None:
+    """Raise UserError for what is no whole number, or too low a one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise UserError(f"{name}={value!r}: give a whole number >= {at_least}")
 
 
-def _finite(name: str, value: object, sign: str) -> float:
+def finite(name: str, value: object, sign: str = "") -> float:
+    """Return a number as a float; else raise UserError. The sign is "", ">= 0" or "> 0"."""
     # A comparison, as math.isfinite overflows on a whole number without end.
     if (
         isinstance(value, int | float)

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from harness.config import RunConfig
+from harness.config import RunConfig, finite, whole
 from harness.errors import UserError
 
 Data = Literal["mse", "l1", "bce"]
@@ -28,7 +28,10 @@ Reduction = Literal["mean", "sum", "total"]
 KLNormalization = Literal["pixels", "batch", "latent", "sum"]
 
 LIKELIHOODS: dict[Data, Any] = {"mse": "gaussian", "l1": "laplace", "bce": "bernoulli"}
-FORM = "[factor*]DATA:REDUCTION + weight*kl:REDUCTION"
+FORM = (
+    "[factor*]DATA:REDUCTION + weight*kl:REDUCTION, where DATA is mse, l1 or bce, REDUCTION mean, "
+    "sum or total"
+)
 GREY = "cross-entropy is an exact ELBO of binary pixels at beta 1, and no likelihood of grey ones"
 
 
@@ -75,17 +78,14 @@ class Convention:
         sizes = {"latent_size": self.latent_size, "batch_size": self.batch_size}
         sizes |= {"training_size": self.training_size} if self.weight_by else {}
         for name, value in [*sizes.items(), *(("shape", side) for side in self.shape or (0,))]:
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: give whole numbers >= 1")
+            whole(name, value, at_least=1)
         if not (len(self.pixels) == 2 and -math.inf < self.pixels[0] < self.pixels[1] < math.inf):
             raise UserError(f"pixels={self.pixels!r}: give the lowest and the highest value")
         if self.data == "bce" and tuple(self.pixels) != (0, 1):
             given = f"bce with pixels={self.pixels!r}"
             raise UserError(f"{given}: cross-entropy needs pixels from 0 to 1; give mse or l1")
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"weight={self.weight!r}: give a finite number >= 0")
-        if not 0 < self.factor < math.inf:
-            raise UserError(f"factor={self.factor!r} of {self.data}: give a finite number > 0")
+        finite("weight", self.weight, ">= 0")
+        finite("factor", self.factor, "> 0")
 
     @property
     def loss(self) -> str:
@@ -230,7 +230,7 @@ def find(name: str, **given: Any) -> Convention:  # noqa: ANN401 - the arguments
 
 
 TERM = re.compile(
-    r"\s*(?:(?P<factor>[^*:\s]*)\s*\*)?\s*(?P<term>\w+)\s*(?::\s*(?P<reduction>\w+))?\s*"
+    r"((?P<factor>(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\*)?(?P<term>mse|l1|bce|kl):(?P<by>mean|sum|total)"
 )
 
 
@@ -238,41 +238,16 @@ def parse(loss: str) -> Convention:
     """Return the convention of a loss `[factor*]DATA:REDUCTION + weight*kl:REDUCTION`.
 
     DATA is mse, l1 or bce, and a reduction mean, sum or total, as in `Convention`. The two terms
-    have any order. A UserError names the place of what cannot be read.
+    have any order. A UserError names the term that cannot be read.
     """
-    found, at = dict[str, tuple[float, Any, Any]](), 0
-    while at <= len(loss) and len(found) < 3:
-        match = TERM.match(loss, at)
-        if match is None:
-            raise _unreadable(loss, at, f"give {FORM}")
-        term, reduction = match["term"], match["reduction"]
-        if term not in (*get_args(Data), "kl"):
-            raise _unreadable(loss, match.start("term"), f"{term!r}: give mse, l1, bce or kl")
-        if (kind := "kl" if term == "kl" else "data") in found:
-            raise _unreadable(loss, match.start("term"), f"a second term {term!r}: give {FORM}")
-        if reduction not in get_args(Reduction):
-            place = match.end("term") if reduction is None else match.start("reduction")
-            raise _unreadable(loss, place, f"give {term}:mean, {term}:sum or {term}:total")
-        found[kind] = _number(loss, match), term, reduction
-        at = match.end() + 1
-        if match.end() < len(loss) and loss[match.end()] != "+":
-            raise _unreadable(loss, match.end(), "join the two terms by +")
+    found = dict[str, tuple[float, Any, Any]]()
+    for term in re.split(r"(?<!e)\+", loss):
+        match = TERM.fullmatch("".join(term.split()))
+        kind = "kl" if match and match["term"] == "kl" else "data"
+        if match is None or kind in found:
+            raise UserError(f"loss {loss!r}: {term.strip()!r} cannot be read; give {FORM}")
+        found[kind] = float(match["factor"] or 1), match["term"], match["by"]
     if len(found) < 2:
-        raise _unreadable(loss, len(loss), f"give {FORM}")
+        raise UserError(f"loss {loss!r} lacks a term; give {FORM}")
     (factor, data, reduction), (weight, _, kl) = found["data"], found["kl"]
     return Convention(loss, data, reduction, kl, factor, weight)
-
-
-def _number(loss: str, match: re.Match[str]) -> float:
-    try:
-        number = float(match["factor"] or (1 if match["factor"] is None else ""))
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        given = f"factor {match['factor']!r}"
-        raise _unreadable(loss, match.start("factor"), f"{given}: give a finite number >= 0")
-    return number
-
-
-def _unreadable(loss: str, at: int, why: str) -> UserError:
-    return UserError(f"loss {loss!r}, character {at + 1}: {why}")

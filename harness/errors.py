@@ -12,11 +12,10 @@ CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
-NO_USERS = (
+NO_USERS = (  # folders of code that is not the user's
     *(Path(__file__).resolve().parents[1] / name for name in ("harness", "studies", "analysis")),
     Path(sysconfig.get_path("stdlib")),
 )
-"""Folders of code that is not the user's."""
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import subprocess
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -107,11 +106,6 @@ def threads() -> dict[str, int]:
     pools = threadpoolctl.threadpool_info()
     blas = [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
     return {"torch": torch.get_num_threads(), "blas": max(blas, default=1)}
-
-
-def blas_threads(count: int) -> AbstractContextManager[object]:
-    """Return a context in which linear algebra has so many threads."""
-    return threadpoolctl.threadpool_limits(count, user_api="blas")
 
 
 def dataset(data: Dataset) -> dict[str, Any]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Output = Literal["sigmoid", "identity"]
 Kind = Literal["network", "likelihood", "term", "metric"]
 Function = TypeVar("Function", bound=Callable[..., Any])
-P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -82,6 +81,10 @@ LIKELIHOODS = {  # by the name that `RunConfig.likelihood` takes
 BUILT_IN_LIKELIHOODS = tuple(LIKELIHOODS)
 TERMS: dict[str, Callable[..., Any]] = {}  # by the name that `RunConfig.terms` takes
 METRICS: dict[str, Metric] = {}
+REGISTERED: dict[Kind, dict[str, Any]] = {
+    **{"network": NETWORKS, "likelihood": LIKELIHOODS, "term": TERMS, "metric": METRICS}
+}
+SETTINGS: dict[str, Kind] = {"model": "network", "likelihood": "likelihood"}  # that name a part
 
 _files: dict[Path, str] = {}  # files that `load` has executed -> their text
 
@@ -168,14 +171,14 @@ TAKEN: dict[Kind, tuple[str, ...]] = {  # names of built-in parts
 }
 
 
-def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[[P], P]:
+def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[[T], T]:
     if not name.isidentifier():
         raise UserError(f"{kind} {name!r}: choose a name of letters, digits and _")
     if name in TAKEN[kind]:
         raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
 
-    def register(part: P) -> P:
-        _registered(kind)[name] = made(part)
+    def register(part: T) -> T:
+        REGISTERED[kind][name] = made(part)
         return part
 
     return register
@@ -203,7 +206,7 @@ def load(address: str, kind: Kind) -> str:
             sys.path.append(str(file.parent))
         _execute(text, str(file))
         _files[file] = text
-    if name not in _registered(kind):
+    if name not in REGISTERED[kind]:
         raise UserError(f"{kind} {address}: the file registers no {kind} of that name")
     return name
 
@@ -214,7 +217,7 @@ def restore(kind: Kind, name: str, text: str, trust: Callable[[str], bool]) -> N
     Nothing is done where the name is registered from the same text. `trust` gets the text and what
     it is, and returns whether it may be executed; otherwise that is a `UserError`.
     """
-    if name in _registered(kind) and source(kind, name) == text:
+    if name in REGISTERED[kind] and source(kind, name) == text:
         return
     if not text:
         raise UserError(f"{kind} {name!r}: its source was not stored; register it before")
@@ -222,7 +225,7 @@ def restore(kind: Kind, name: str, text: str, trust: Callable[[str], bool]) -> N
     if not trust(f"{text}\n\nThe {what}."):
         raise UserError(f"{what}: register the same code before, or allow it with trust (--trust)")
     _execute(text, f"<{kind} {name} of a stored run, {digest(text)}>")
-    if name not in _registered(kind):
+    if name not in REGISTERED[kind]:
         raise UserError(f"{what}: it does not register that name")
 
 
@@ -245,14 +248,9 @@ def _execute(text: str, file: str) -> None:
             sys.modules[module.__name__] = before
 
 
-def _registered(kind: Kind) -> dict[str, Any]:
-    known: dict[Kind, dict[str, Any]] = {"network": NETWORKS, "likelihood": LIKELIHOODS}
-    return (known | {"term": TERMS, "metric": METRICS})[kind]
-
-
 def source(kind: Kind, name: str) -> str:
     """Return the text of the file, or notebook cell, that defines a part, or ""."""
-    part = _registered(kind)[name]
+    part = REGISTERED[kind][name]
     if isinstance(part, Likelihood):
         file = part.file
     else:

@@ -71,6 +71,8 @@ def replay(run: str, data: Dataset | None = None, **options: Any) -> bool:
 
 
 def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None = None) -> bool:
+    import threadpoolctl
+
     from harness import provenance  # --help answers without PyTorch
     from harness.tracking.record import WALL_CLOCK
     from harness.tracking.store import connect
@@ -89,7 +91,7 @@ def _replayed(options: ReplayOptions, terminal: Terminal, data: Dataset | None =
     terminal.line(f"Training run {run}.")
     for line in changed or ["Code, versions, device and data are those of the record."]:
         terminal.line(f"  {' '.join(line.split())}")
-    with provenance.blas_threads(then["threads"]["blas"]):
+    with threadpoolctl.threadpool_limits(then["threads"]["blas"], user_api="blas"):
         values = retrain(record, data, device, terminal)
     logged = [value for value in record.values if value.metric not in WALL_CLOCK]
     exact = device == "cpu" and then["device"] == now["device"]
@@ -129,9 +131,7 @@ def load(record: Record, data_dir: Path, own: Dataset | None = None) -> Dataset:
     if dash and kind in OWN:
         place = name if kind == "torchvision" else data_dir
         with reading(f"dataset of run {record.run_id}, --data-dir {data_dir}"):
-            # Runs of an earlier version have no options; images of that size are kept as they are.
-            size = {"image_size": then["image_shape"][1:]} if "image_size" in OWN[kind] else {}
-            given = dict(then.get("options", size))
+            given = dict(then.get("options", {}))
             if kind == "array" and "label" in given:
                 given["label"] = Path(given["label"]).name  # a record chooses no folder
             data = harness.load_dataset(f"{kind}:{place}", data_dir, **given)

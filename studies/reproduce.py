@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import harness
 from analysis import frames
 from studies.ledger import references
-from studies.ledger.claims import FAIL, NOT_RUN, PASS, Ledger, required
+from studies.ledger.references import FAIL, NOT_RUN, PASS, Ledger, required
 from studies.runner.cli import clear_errors, execute_plan, read, start
 from studies.runner.options import ELSEWHERE, Places, arguments, start_words
 from studies.runner.proposers import Cell, Listed, repeated
@@ -53,8 +53,7 @@ def make_plan(
     wanted = required(ledger, gpu=form.full and device == "cuda")
     cells = list[Cell]()
     for runs in wanted:
-        identity = {"label": runs.label}
-        cells += repeated(runs.label, identity, runs.config, range(runs.seeds), params={})
+        cells += repeated(runs.label, {"label": runs.label}, runs.config, range(runs.seeds), {})
     each = [f"  {runs.label}: {runs.seeds} x {runs.config.epochs} epochs" for runs in wanted]
     total = (
         f"{sum(map(len, ledger.values()))} claims, {'full' if form.full else 'short'} form; "

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = "the command that started it"  # of runs of an earlier version, which do not have it
 LISTED = ("study", "dataset", "finished_runs", "status", "best", "date", "report")
 
 
@@ -124,7 +123,7 @@ def _study(store: Store, name: str, experiment_id: str, runs: Sequence[Run]) -> 
     of_study, order = f"tags.study = '{name}' and tags.role = 'run'", ["attributes.start_time DESC"]
     newest = store.call(store.client.search_runs, [experiment_id], of_study, 1, 1, order)[0]
     if is_left:
-        found["next_command"] = newest.data.tags.get("command") or UNKNOWN
+        found["next_command"] = newest.data.tags.get("command", "")
     began = datetime.fromtimestamp(newest.info.start_time / 1000, UTC)
     return found | {
         **{"study": name, "dataset": newest.data.params.get("dataset", "")},

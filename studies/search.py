@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import frames, plots, tables
 from harness import registry
-from harness.config import RunConfig, UserError, plain
+from harness.config import RunConfig, UserError, plain, whole
 from studies.runner.cli import clear_errors, execute, read
-from studies.runner.options import Common, arguments, at_least, setting_options, start_words
+from studies.runner.options import Common, arguments, setting_options, start_words
 from studies.runner.proposers import (
     ACTIVE,
     BASELINE,
     SELECTION,
     TPE,
+    Cell,
     Listed,
     Pruner,
     Range,
@@ -109,7 +110,8 @@ class SearchOptions(Common):
 
 def make_plan(options: SearchOptions, own: Dataset | None = None) -> Plan:
     """Return the plan of a search, on the user's own data if given; all settings are checked."""
-    at_least(1, trials=options.trials, seeds=options.seeds)
+    for name in ("trials", "seeds"):
+        whole(name, getattr(options, name), at_least=1)
     if options.multi_objective and options.pruner not in (None, "none"):
         raise UserError(
             f"pruner={options.pruner!r}: two objectives have no order to prune by; give "
@@ -179,15 +181,11 @@ def confirm(proposer: TPE, study: optuna.Study) -> Listed:
         compared[trial.number] = proposer.configs(trial)[0]
     compared[DEFAULT] = proposer.configure(proposer.base, **proposer.default)
     seeds = range(proposer.seeds, proposer.seeds + CONFIRMING)
-    return Listed(
-        [
-            cell
-            for number, config in compared.items()
-            for label, params in [(_label(number), {"trial": number, "part": part})]
-            for cell in repeated(label, {"part": part, "label": label}, config, seeds, params)
-        ],
-        {},
-    )
+    cells = list[Cell]()
+    for number, config in compared.items():
+        label, params = _label(number), {"trial": number, "part": part}
+        cells += repeated(label, {"part": part, "label": label}, config, seeds, params)
+    return Listed(cells, {})
 
 
 def _label(number: int) -> str:

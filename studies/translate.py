@@ -63,12 +63,6 @@ def main(args: Sequence[str] | None = None) -> None:
             for convention in () if options.json else every:
                 terminal.line(row(convention))
             return
-        if options.name and ":" in options.name:
-            raise UserError(f"convention {options.name!r}: give a loss with --loss")
-        if options.loss and ":" not in options.loss:
-            raise UserError(
-                f"--loss {options.loss!r}: give [factor*]DATA:REDUCTION + weight*kl:REDUCTION"
-            )
         found = translate(name, **given)
         terminal.document |= {key: asdict(found)[key] for key in JSON}
         if not options.json:

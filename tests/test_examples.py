@@ -99,3 +99,8 @@ def test_a_bar_counts_the_epochs_of_all_runs(tracked, tiny, tracking_uri, capsys
     assert "epoch" not in capsys.readouterr().err
     train(configs, tiny, device="cpu", progress=True, **more)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_the_exact_linear_vae_is_measured_as_any_model(capsys):
+    runpy.run_path(str(EXAMPLES / "linear_vae.py"), run_name="__main__")
+    assert re.fullmatch(r"-?\d+\.\d+ nats / image\n", capsys.readouterr().out)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 import torch
 
 from harness import provenance
@@ -172,7 +173,7 @@ def test_differences_of_versions_device_and_data_are_named(tiny, data):
 def test_threads_of_linear_algebra_are_used_as_recorded_and_given_back():
     before = provenance.threads()
     other = 1 + before["blas"] % 2
-    with provenance.blas_threads(other):
+    with threadpoolctl.threadpool_limits(other, user_api="blas"):
         assert provenance.threads() == before | {"blas": other}
     assert provenance.threads() == before
 

@@ -214,8 +214,8 @@ class Dataset:
         tensors = [tensor for part in splits for tensor in (part.images, part.labels)]
         about: list[Any] = [shape, largest, count, *map(len, splits), *filter(None, [known])]
         found = digest(*tensors, about=json.dumps(about))
-        more: dict[str, Any] = {"columns": known, "rounded": rounded}
-        return cls(name, shape, count, train, val, test, found, tuple(class_names), **more)
+        named = tuple(class_names)
+        return cls(name, shape, count, train, val, test, found, named, known, rounded=rounded)
 
     @property
     def has_classes(self) -> bool:

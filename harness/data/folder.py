@@ -1,6 +1,5 @@
 """Image files in a folder, in the layout of torchvision's ImageFolder, as a dataset."""
 
-import itertools
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from harness.data.dataset import PARTS, Dataset
 from harness.errors import UserError, one_line
@@ -55,9 +55,7 @@ class Reading(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Those that are no defaults, as they are recorded."""
-        return {
-            name: value for name, value in self._asdict().items() if value not in (None, "white")
-        }
+        return {k: v for k, v in self._asdict().items() if v not in (None, "white")}
 
 
 def reading(
@@ -66,30 +64,24 @@ def reading(
     """Return how images are read by these options of `load_dataset`."""
     if background not in BACKGROUNDS:
         raise UserError(f"background={background!r}: choose one of {', '.join(BACKGROUNDS)}")
-    return Reading(_size(image_size), _span(image_range), background)
-
-
-def _size(given: int | Sequence[int] | None) -> list[int] | None:
-    if given is None:
-        return None
-    sides = [given] if isinstance(given, int) else [*given] if isinstance(given, Sequence) else []
-    whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
-    if len(sides) not in (1, 2) or not whole:
-        allowed = f"height and width, or one number for both, from 1 to {LARGEST_SIDE} pixels"
-        raise UserError(f"image_size={given!r}: give {allowed}")
-    return [sides[0], sides[-1]]
-
-
-def _span(given: Sequence[float] | None) -> list[float] | None:
-    if given is None:
-        return None
-    try:
-        low, high = map(float, given)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not -math.inf < low < high < math.inf:
-        raise UserError(f"image_range={given!r}: give two numbers, the value of black and of white")
-    return [int(end) if end.is_integer() else end for end in (low, high)]
+    size, span = image_size, image_range
+    if size is not None:
+        sides = [*size] if isinstance(size, Sequence) else [size]
+        whole = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
+        if len(sides) not in (1, 2) or not whole:
+            allowed = f"height and width, or one number for both, from 1 to {LARGEST_SIDE} pixels"
+            raise UserError(f"image_size={size!r}: give {allowed}")
+        size = [sides[0], sides[-1]]
+    if span is not None:
+        try:
+            low, high = map(float, span)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            allowed = "two numbers, the value of black and of white"
+            raise UserError(f"image_range={span!r}: give {allowed}")
+        span = [int(end) if end.is_integer() else end for end in (low, high)]
+    return Reading(size, span, background)
 
 
 def read_folder(path: Path, how: Reading) -> Dataset:
@@ -105,25 +97,39 @@ def read_folder(path: Path, how: Reading) -> Dataset:
         names, found = _listed(path, left)
     except OSError as error:
         raise UserError(f"folder:{path}: it cannot be listed ({error}); make it readable") from None
-    pairs = [pair for part in found.values() for pair in part]
-    if not pairs:
+    if not (used := sum(map(len, found.values()))):
         raise _no_image(path, left)
     if left:
-        total = len(pairs) + sum(n for what, n in left.items() if not what.startswith("folder"))
+        total = used + sum(n for what, n in left.items() if not what.startswith("folder"))
         line = "folder:%s: %d of %d files used; left out: %s"
-        log.warning(line, path, len(pairs), total, _counted(left))
-    ends = np.cumsum([0, *map(len, found.values())]).tolist()
-    images, labels = read_pictures(pairs, how)
+        log.warning(line, path, used, total, _counted(left))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:50]
-    data = Dataset.from_tensors(
-        f"folder-{name or 'images'}",
-        images,
-        labels if names else None,
-        rows={part: range(a, b) for part, a, b in zip(found, ends, ends[1:], strict=False)},
-        class_names=names,
-    )
-    report_equal(data)
+    data = from_pictures(f"folder-{name or 'images'}", found, names, how, labelled=bool(names))
     return replace(data, options=how._replace(image_size=[*data.image_shape[1:]]).options)
+
+
+def from_pictures(
+    name: str, parts: dict[str, Any], names: Sequence[str], how: Reading, *, labelled: bool = True
+) -> Dataset:
+    """Return the dataset of parts, sequences of (file or image, class), which it empties.
+
+    How many images of a part are equal to one of an earlier part is logged.
+    """
+    ends = np.cumsum([0, *map(len, parts.values())]).tolist()
+    rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
+    images, labels = read_pictures(ConcatDataset([*parts.values()]), how)
+    parts.clear()  # some hold their images, which are copied once more below
+    classes, names = labels if labelled else None, names if labels.max() < len(names) else ()
+    data = Dataset.from_tensors(name, images, classes, rows=rows, class_names=names)
+    seen, found = set[int](), list[str]()
+    for part in PARTS:
+        every = [hash(row.tobytes()) for row in getattr(data, part).images.numpy()]
+        count = sum(one in seen for one in every)
+        found += [f"{count} of {len(every)} of {part}"] * (count > 0)
+        seen.update(every)
+    if found:
+        log.warning("%s: images equal to one of an earlier part: %s", name, ", ".join(found))
+    return data
 
 
 def _no_image(folder: Path, left: Counter[str]) -> UserError:
@@ -223,8 +229,12 @@ class _Picture(NamedTuple):
     name: str = ""
     label: int = 0
 
+    @property
+    def sides(self) -> str:
+        return " x ".join(map(str, self.pixels.shape[1:]))
 
-def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
+
+def read_pictures(pairs: ConcatDataset[tuple[Any, int]], how: Reading) -> tuple[Tensor, np.ndarray]:
     """Return images as one tensor of uint8 (N, C, H, W), C = 3 if any has colours, and labels (N,).
 
     The pairs, which several threads read, hold a file or an image, and its class. Without a size in
@@ -240,26 +250,22 @@ def read_pictures(pairs: Sequence[tuple[Any, int]], how: Reading) -> tuple[Tenso
             picture = _picture(image, how)._replace(name=name, label=label)
         except BROKEN as error:
             return f"{name} ({one_line(error)})"
-        height, width = picture.pixels.shape[1:]
-        if max(height, width) > LARGEST_SIDE:  # at once: many of them fill the memory
-            raise UserError(f"{name} has {height} x {width} pixels: {resize}")
+        if max(picture.pixels.shape) > LARGEST_SIDE:  # at once: many of them fill the memory
+            raise UserError(f"{name} has {picture.sides} pixels: {resize}")
         return picture
 
-    blocks = [range(i, min(i + BLOCK, len(pairs))) for i in range(0, len(pairs), BLOCK)]
     first, differ, labels = None, False, np.empty(len(pairs), np.int64)
     broken, deep, frames = list[str](), dict[str, tuple[float, float]](), dict[str, int]()
     with ThreadPool(os.cpu_count()) as pool:  # one blocked in a file does not hold up the end
-        every = pool.imap(lambda rows: [*map(read, rows)], blocks)
-        for i, one in enumerate(itertools.chain.from_iterable(every)):
+        for i, one in enumerate(pool.imap(read, range(len(pairs)), BLOCK)):
             if isinstance(one, str):
                 broken.append(one)
                 continue
             if first is None:
                 first, images = one, np.empty((len(pairs), *one.pixels.shape), np.uint8)
-            (height, width), (h, w) = one.pixels.shape[1:], first.pixels.shape[1:]
-            if (height, width) != (h, w):
-                sizes = f"{one.name} has {height} x {width} pixels, {first.name} {h} x {w}"
-                raise UserError(f"{sizes}: {resize}")
+            if one.pixels.shape[1:] != first.pixels.shape[1:]:
+                found = f"{one.name} has {one.sides} pixels, {first.name} {first.sides}"
+                raise UserError(f"{found}: {resize}")
             if len(one.pixels) > images.shape[1]:
                 images = images.repeat(3, axis=1)
             images[i], labels[i] = one.pixels, one.label
@@ -357,15 +363,3 @@ def _values(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
         both = np.asarray(picture.convert("LA" if grey else "RGBA"))
         return both[..., :-1], both[..., -1:]
     return np.atleast_3d(np.asarray(picture.convert("L" if grey else "RGB"))), None
-
-
-def report_equal(data: Dataset) -> None:
-    """Log how many images of a part are equal to one of an earlier part."""
-    seen, found = set[int](), list[str]()
-    for part in PARTS:
-        every = [hash(row.tobytes()) for row in getattr(data, part).images.numpy()]
-        count = sum(one in seen for one in every)
-        found += [f"{count} of {len(every)} of {part}"] * (count > 0)
-        seen.update(every)
-    if found:
-        log.warning("%s: images equal to one of an earlier part: %s", data.name, ", ".join(found))

@@ -4,13 +4,14 @@ import contextlib
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import UserError
+from harness.errors import UserError, one_line
 
 # Names of datasets -> classes in torchvision, which are also their folders.
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -20,11 +21,28 @@ PARTS = ("train", "t10k")
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 
+@contextlib.contextmanager
+def usable(name: str, folder: Path, files: str, what: str) -> Iterator[None]:
+    """Name a folder without usable data, and what helps; empty folders made meanwhile go."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except Exception as error:  # torchvision has many for files that are absent or cut short
+        for place in made:
+            with contextlib.suppress(OSError):  # never made, or not empty
+                place.rmdir()
+        raise UserError(
+            f"{name}: no usable data in {folder.resolve()} ({one_line(error)}). Put {files} (a "
+            f"broken file: delete it first), or name the folder that holds {what} with --data-dir."
+        ) from error
+
+
 def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     """Read images (N, 28, 28) and labels (N,) of an official part; download them if missing."""
     folder = root / TORCHVISION[name] / "raw"
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
+    names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
+    raw = f"{TORCHVISION[name]}/raw"
+    with usable(name, folder, f"the files {names} there", raw):
         images, labels = (_find(folder, f"{PARTS[0 if train else 1]}-{kind}") for kind in KINDS)
         if images is None or labels is None:
             import torchvision  # takes seconds
@@ -36,17 +54,6 @@ def read_official(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor
         if images.shape != (count, 28, 28) or labels.shape != (count,):
             found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
             raise ValueError(f"expected {count:,} images of 28 x 28 and labels, found {found}")
-    except Exception as error:  # torchvision has many for files that are absent or cut short
-        for place in made:
-            with contextlib.suppress(OSError):  # never made, or not empty
-                place.rmdir()
-        names = ", ".join(f"{part}-{kind}" for part in PARTS for kind in KINDS)
-        reason = str(error).strip().split("\n")[0] or "not an IDX file, or cut short"
-        raise UserError(
-            f"{name}: no usable data in {folder.resolve()} ({reason}). Put the files {names} there "
-            "(a broken file: delete it first), or name the folder that holds "
-            f"{TORCHVISION[name]}/raw with --data-dir."
-        ) from error
     return images, labels
 
 

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import ConcatDataset
-
 from harness.data.dataset import Dataset
-from harness.data.folder import Reading, read_pictures, report_equal
-from harness.errors import UserError, one_line
+from harness.data.folder import Reading, from_pictures
+from harness.data.mnist import usable
+from harness.errors import UserError
 
 Parts = dict[str, dict[str, Any]]  # official part -> the class's arguments for it
 
@@ -55,44 +53,32 @@ def read_torchvision(name: str, root: Path, how: Reading) -> Dataset:
         choice = f"did you mean {known[near[0]]}?" if near else f"choose one of {every}"
         raise UserError(f"torchvision:{name}: no such classification set; {choice}")
     parts, names = _parts(name, root)
-    ends = np.cumsum([0, *map(len, parts.values())]).tolist()
-    rows = {part: range(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
     try:
-        pairs: Any = ConcatDataset([*parts.values()])
-        images, labels = read_pictures(pairs, how)
+        data = from_pictures(f"torchvision-{name}", parts, names, how)
     except UserError as error:
         raise UserError(f"torchvision:{name} in {root.resolve()}: {error}") from None
-    del parts, pairs  # some hold their images, which are copied once more below
-    names = names if labels.max() < len(names) else []
-    data = Dataset.from_tensors(f"torchvision-{name}", images, labels, rows=rows, class_names=names)
-    report_equal(data)
     return replace(data, options=how.options)
 
 
 def _parts(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
     # Each part with labels, as a sequence of (image or file, label); names of the classes.
-    made = [place for place in (root, *root.parents) if not place.exists()]
     before = {*root.glob("*")}
     # Torchvision takes a set that is unpacked in part for whole: a file marks it until it is.
     marks = {part: root / f".{name}-{part}-unfinished" for part in SETS[name]}
-    try:
-        parts = {part: _part(name, root, part, marks[part]) for part in SETS[name]}
-        kept = [p for p, (pairs, _) in parts.items() if p == "train" or pairs[0][1] is not None]
-    except Exception as error:  # torchvision has many for files that are absent or cut short
-        new = {*root.glob("*")} - before
-        walked = [step for place in new for step in os.walk(place, topdown=False)]
-        if not any(files for *_, files in walked):  # nothing was unpacked
-            for mark in new & {*marks.values()}:
-                mark.unlink()
-        for folder in (*(Path(at) for at, *_ in walked), *made):
-            with contextlib.suppress(OSError):  # never made, or not empty
-                folder.rmdir()
-        reason = one_line(error)
-        raise UserError(
-            f"torchvision:{name}: no usable data in {root.resolve()} ({reason}). Put the set there "
-            "as torchvision arranges it (a broken file: delete it first), or name the folder that "
-            "holds it with --data-dir."
-        ) from error
+    with usable(f"torchvision:{name}", root, "the set there as torchvision arranges it", "it"):
+        try:
+            parts = {part: _part(name, root, part, marks[part]) for part in SETS[name]}
+            kept = [p for p, (pairs, _) in parts.items() if p == "train" or pairs[0][1] is not None]
+        except Exception:
+            new = {*root.glob("*")} - before
+            walked = [step for place in new for step in os.walk(place, topdown=False)]
+            if not any(files for *_, files in walked):  # nothing was unpacked
+                for mark in new & {*marks.values()}:
+                    mark.unlink()
+            for folder, *_ in walked:
+                with contextlib.suppress(OSError):  # not empty
+                    Path(folder).rmdir()
+            raise
     return {part: parts[part][0] for part in kept}, parts["train"][1]
 
 

@@ -1,4 +1,4 @@
-"""The exact linear VAE in closed form: metrics, losses and weights.
+"""The exact linear VAE in closed form: metrics and losses; `examples/linear_vae.py` has weights.
 
 With a linear encoder and decoder and a Gaussian decoder of variance s2 the VAE's optimum is
 probabilistic PCA (Tipping & Bishop 1999; Lucas et al. 2019, 1911.02469). Along a component i of the
@@ -21,10 +21,9 @@ import numpy as np
 import torch
 
 from harness import objective
-from harness.config import RunConfig, UserError
+from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.linear.pca import PCA, Moments, is_small, pca
-from harness.models.vae import VAE, build
 
 Loss = TypeVar("Loss", float, torch.Tensor)
 
@@ -48,11 +47,6 @@ class LinearOptimum:
         """Whether a component is one of the first L with lambda_i > s2, bool, shape (D,)."""
         first = np.arange(self._pixels) < self.latent_size
         return first & (self.known.variances > self.decoder_variance)
-
-    @property
-    def posterior_variances(self) -> np.ndarray:
-        """s2 / lambda_i of an active latent, 1 of a collapsed one, shape (min(L, D),)."""
-        return 1 - self._gain[: self.latent_size]
 
     @property
     def kl(self) -> np.ndarray:
@@ -212,33 +206,3 @@ def _has_optimum(config: RunConfig) -> bool:
 def _comparable(config: RunConfig) -> bool:
     plain = config.sigma == "fixed" and config.free_bits == 0 and not config.terms
     return plain and _has_optimum(config)
-
-
-def linear_vae(config: RunConfig, data: Dataset) -> VAE:
-    """Return the linear VAE that minimises a run's loss on the training split, in float64.
-
-    Latent i lies along principal component i; a collapsed latent has weights 0.
-    """
-    variance = objective.decoder_variance(config, data.pixels)
-    linear = config.model == "linear" and config.head == "gaussian" and config.free_bits == 0
-    if not linear or not variance > 0 or config.latent_size > data.pixels:  # NaN too
-        raise UserError(
-            "the exact optimum needs model='linear', head='gaussian', likelihood='gaussian', "
-            f"sigma='fixed', free_bits=0, kl_weight > 0 and at most {data.pixels} latents"
-        )
-    known, size = pca(data), config.latent_size
-    best = LinearOptimum(known, size, variance)
-    posterior = best.posterior_variances
-    basis = known.components[:, :size]
-    basis = np.pad(basis, [(0, 0), (0, size - basis.shape[1])])  # further latents collapse
-    columns = basis * np.sqrt(known.variances[:size] * (1 - posterior))
-    rows = (columns / np.where(best.active, known.variances, 1.0)[:size]).T
-    model = build(config, data.image_shape, data.train.largest, data.columns).double()
-    weights = {
-        "encoder.1.weight": np.concatenate([rows, np.zeros_like(rows)]),
-        "encoder.1.bias": np.concatenate([-rows @ known.mean, np.log(posterior)]),
-        "decoder.0.weight": columns,
-        "decoder.0.bias": known.mean,
-    }
-    model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
-    return model.eval()

@@ -18,8 +18,6 @@ from harness.errors import UserError
 from harness.models.vae import VAE, build, lay_out
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
-# Parts of a user that a model needs, by the setting that names them; their files are KIND.py.
-PARTS: dict[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 
 
 def put(file: Path, content: bytes) -> None:
@@ -56,7 +54,7 @@ def save_model(config: RunConfig, model: VAE, folder: Path) -> None:
     With a user's network or likelihood, its source too.
     """
     sources = registry.sources(config)
-    for setting, kind in PARTS.items():
+    for setting, kind in registry.SETTINGS.items():  # its files are KIND.py
         if (part := (kind, getattr(config, setting))) in sources:
             (folder / f"{kind}.py").write_text(sources[part], encoding="utf-8")
     metadata = {"image_shape": json.dumps(model.data_shape), "largest": json.dumps(model.largest)}
@@ -107,7 +105,7 @@ def _restore_parts(folder: Path, trust: Callable[[str], bool]) -> None:
     # Before the configuration is read, which is refused without them.
     try:
         config = json.loads((folder / CONFIG).read_text())
-        named = [(kind, config.get(setting)) for setting, kind in PARTS.items()]
+        named = [(kind, config.get(setting)) for setting, kind in registry.SETTINGS.items()]
     except (OSError, ValueError, RecursionError, AttributeError):
         return  # refused as a configuration
     for kind, name in named:

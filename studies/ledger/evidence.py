@@ -18,7 +18,7 @@ from harness.metrics.likelihood import likelihood_metrics
 from harness.models.vae import VAE
 from harness.tracking.record import TrackedRun
 from harness.tracking.runs import Run
-from studies.ledger.claims import NOT_RUN, Ledger, Runs
+from studies.ledger.references import NOT_RUN, Ledger, Runs
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""The claims of `references.toml`: the runs that they need, and their measures."""
+"""The claims of `references.toml`: the runs that they need, their measures, and how each is judged.
+
+A claim is a number that a source states, its measurement, and the values that pass.
+"""
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,12 +16,93 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.frames import class_errors, paired_difference
 from harness.config import RunConfig
-from studies.ledger.claims import Claim, Ledger, Runs, decimals
 
 if TYPE_CHECKING:
     from studies.ledger.evidence import Evidence
 
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 BLOG_EPOCHS = 176  # after which the blog prints its losses
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs that a claim is measured on: one configuration, several seeds.
+
+    The label identifies their trials: other settings need another. With `gpu` only the full form on
+    a GPU trains them, since a CPU would take a day.
+    """
+
+    label: str
+    config: RunConfig
+    seeds: int
+    gpu: bool = False
+
+
+Obtained = float | tuple[float, float]  # a range where the reference is a single draw from one
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number that a source states, and the obtained values that agree with it.
+
+    Attributes:
+        reference: the number, or words, as the source prints it.
+        within: a tolerance either way; limits, which may be infinite; or None where the number is
+            one draw, which the obtained range should hold.
+        reason: why this tolerance.
+        measure: (`Evidence`, *the runs of `needs`) -> the obtained value.
+        needs: runs that it is obtained from; none for linear algebra.
+        digits: decimals of the obtained value; None for one more than the reference has.
+    """
+
+    name: str
+    source: str
+    reference: str
+    within: float | tuple[float, float] | None
+    reason: str
+    measure: Callable[..., Obtained] = field(repr=False)
+    needs: tuple[Runs, ...] = ()
+    digits: int | None = None
+
+    @property
+    def tolerance(self) -> str:
+        """The values that pass, in words."""
+        if self.within is None:
+            return "inside the range"
+        if isinstance(self.within, tuple):
+            low, high = self.within
+            return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+        return f"± {self.within:.2g}"
+
+    def verdict(self, obtained: Obtained) -> str:
+        """Judge a number, which passes within the limits, or a range, if it overlaps them."""
+        if isinstance(self.within, tuple):
+            least, most = self.within
+        else:
+            value, half = float(self.reference), self.within or 0.0
+            least, most = value - half, value + half
+        low, high = obtained if isinstance(obtained, tuple) else (obtained, obtained)
+        return PASS if low <= most and high >= least else FAIL
+
+    def write(self, obtained: Obtained) -> str:
+        """Format an obtained value."""
+        digits = decimals(self.reference) + 1 if self.digits is None else self.digits
+        parts = obtained if isinstance(obtained, tuple) else (obtained,)
+        return " to ".join(f"{part:.{digits}f}" for part in parts)
+
+
+Ledger = Mapping[str, Sequence[Claim]]  # heading -> claims
+
+
+def decimals(number: str) -> int:
+    """Count the printed decimals of a number."""
+    return len(number.partition(".")[2])
+
+
+def required(ledger: Ledger, *, gpu: bool = True) -> list[Runs]:
+    """Return the runs that a ledger's claims need, each once, in the order of the claims."""
+    every = (runs for claims in ledger.values() for claim in claims for runs in claim.needs)
+    return [runs for runs in dict.fromkeys(every) if gpu or not runs.gpu]
 
 
 @dataclass(frozen=True)
@@ -72,11 +157,6 @@ def claims(form: Form) -> Ledger:
         heading: [c for row in section["claims"] for c in _claims(form, section | row, known)]
         for heading, section in tomllib.loads(file.read_text(encoding="utf-8")).items()
     }
-
-
-def exact_claims() -> list[Claim]:
-    """Return every number of the brief's section 3."""
-    return [*claims(SHORT)["Exact, by linear algebra"]]
 
 
 def _claims(form: Form, row: Mapping[str, Any], known: dict[str, str]) -> Iterator[Claim]:

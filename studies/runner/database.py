@@ -49,14 +49,12 @@ def checked_address(url: str | None) -> str:
     """Return the URL of Optuna's database; refuse one that cannot be used. Write nothing."""
     url = addresses.storage_address(url)
     schema.check_database(url, "--storage")
-    kind = url.partition("://")[0]
-    known = addresses.without_secrets(url)
-    if sqlite_file(url) is None and (kind not in POSTGRES or known == "***"):
-        raise UserError(
-            f"--storage {known}: studies are kept in SQLite or PostgreSQL; give sqlite:///FILE, or "
-            "postgresql+psycopg://USER@HOST/DATABASE, with %40 for each @ of a password"
-        )
     if sqlite_file(url) is None:
+        known = addresses.without_secrets(url)
+        if url.partition("://")[0] not in POSTGRES or known == "***":
+            give = "postgresql+psycopg://USER@HOST/DATABASE, with %40 for each @ of a password"
+            where = f"--storage {known}: studies are kept in SQLite or PostgreSQL"
+            raise UserError(f"{where}; give sqlite:///FILE, or {give}")
         with _connected(url) as connection:
             schema.check_tables(connection, url, "--storage")
     return url
@@ -67,9 +65,8 @@ def open_storage(url: str | None) -> optuna.storages.RDBStorage:
     url = checked_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seconds = heartbeat_seconds()
-    file = sqlite_file(url)
     try:
-        if file is not None and not file.exists():
+        if (file := sqlite_file(url)) and not file.exists():
             file.touch()  # with the rights of the umask, as SQLite's own are not
         with exclusive(url, "tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -144,12 +141,11 @@ def _lock_engine(url: str) -> sqlalchemy.Engine:
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    """Return the arguments of SQLAlchemy's engine; a lost connection is replaced."""
     if sqlite_file(url) is not None:
         return {"connect_args": {"timeout": 60}}
     given = sqlalchemy.make_url(url).query
     options = {name: value for name, value in CONNECTING.items() if name not in given}
-    return {"pool_pre_ping": True, "connect_args": options}
+    return {"pool_pre_ping": True, "connect_args": options}  # a lost connection is replaced
 
 
 @contextmanager

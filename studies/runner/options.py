@@ -13,7 +13,7 @@ import docstring_parser
 from tyro.conf import UseAppendAction, arg
 
 from harness import registry
-from harness.config import RunConfig, UserError, checked_name
+from harness.config import RunConfig, UserError, checked_name, whole
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Places:
 
     def named(self, default: str) -> str:
         """Return the study's name; it and the numbers are checked."""
-        at_least(0, checkpoint_every=self.checkpoint_every)
-        at_least(1, workers=self.workers)
+        whole("checkpoint_every", self.checkpoint_every, at_least=0)
+        whole("workers", self.workers, at_least=1)
         return checked_name(default if self.study_name is None else self.study_name)
 
 
@@ -96,7 +96,7 @@ class Common(Places):
             if registry.load(address, "metric") not in registry.METRICS:
                 raise UserError(f"--metric {address}: it is not registered; give FILE.py:NAME")
         given = dict(self.settings)
-        for name, kind in PARTS.items():
+        for name, kind in registry.SETTINGS.items():
             if name in given:
                 given[name] = registry.load(given[name], kind)
         if "terms" in given:
@@ -129,8 +129,6 @@ class Options(Common):
     refit: int = 0
 
 
-# Settings that name a part, which may be FILE.py:NAME.
-PARTS: Mapping[str, registry.Kind] = {"model": "network", "likelihood": "likelihood"}
 # Options of several words NAME=VALUE, or, of terms, one option each.
 NAMED = ("terms", "model_options", "term_options")
 REPEATED = {"terms": "term", "metric": "metric"}
@@ -176,13 +174,6 @@ def flag(name: str) -> str:
 def terms() -> list[str]:
     """Return the names of all loss terms: the built-in and the registered ones."""
     return [*dict.fromkeys([*registry.BUILT_IN_TERMS, *registry.TERMS])]
-
-
-def at_least(least: int, **numbers: int) -> None:
-    """Raise UserError for a number that is too low."""
-    for name, value in numbers.items():
-        if value < least:
-            raise UserError(f"{name}={value}: give a whole number >= {least}")
 
 
 def start_words(name: str) -> list[str]:

@@ -173,12 +173,7 @@ class Range(NamedTuple):
 
 
 Space = Mapping[str, Range | tuple[str, ...]]  # setting, or strength -> a range, or names
-Pruner = Literal["median", "hyperband", "none"]
-
-PRUNED = {
-    "median": "worse than the median of finished trials",
-    "hyperband": "not among the best third of its bracket",
-}
+Pruner = Literal["median", "none"]
 
 
 @dataclass
@@ -224,12 +219,6 @@ class TPE:
         number of trials: a search that is continued does not draw its first points again, and no
         two processes draw the same.
         """
-        pruners = {
-            "median": optuna.pruners.MedianPruner(),
-            "hyperband": optuna.pruners.HyperbandPruner(self.judged.start, self.base.epochs),
-            "none": optuna.pruners.NopPruner(),
-        }
-        study.pruner = pruners[self.pruner]
         if self._expected != len(trials):
             study.sampler = optuna.samplers.TPESampler(seed=len(trials))
         self._expected = len(trials) + count
@@ -245,9 +234,8 @@ class TPE:
                 trial = study.ask(always)
             if trial.params.get("sigma", "fixed") == "fixed":
                 for name in space.keys() - always.keys():
-                    values = self.space[name]
-                    assert isinstance(values, Range)
-                    trial.suggest_float(name, values.low, values.high, log=values.log)
+                    low, high, log = self.space[name]
+                    trial.suggest_float(name, low, high, log=log)  # type: ignore[arg-type]
             new = [uuid4().hex for _ in range(self.seeds)]
             trial.set_user_attr(KEYS, new)
             made.update(new)
@@ -280,14 +268,13 @@ class TPE:
             failed = {row: End("FAILED", f"{during}: {why}") for row, why in diverged.items()}
             return {row: failed.get(row, other) for row in rows}
         warm = all(record.kl_warmup[row] == 1 for row in rows)  # else its KL weight is still low
-        if self.pruner == "none" or record.epoch not in self.judged or not warm:
-            return {}
-        if len(rows) < self.seeds:  # `patience` has stopped a seed, which has its result
+        stopped = len(rows) < self.seeds  # a seed by `patience`, which has its result
+        if self.pruner == "none" or record.epoch not in self.judged or not warm or stopped:
             return {}
         mean = sum(float(record.val["neg_elbo"][row]) for row in rows) / len(rows)
         if not report(mean, record.epoch):
             return {}
-        why = f"validation neg_elbo {mean:.2f} is {PRUNED[self.pruner]}"
+        why = f"validation neg_elbo {mean:.2f} is worse than the median of finished trials"
         end = End("KILLED", f"pruned at epoch {record.epoch}: {why}", pruned=True)
         return dict.fromkeys(rows, end)
 
@@ -296,19 +283,16 @@ class TPE:
         done = [final for final in finals if final is not None]
         if len(done) < len(finals):
             return None
-
-        def mean(name: str) -> float:
-            return sum(final[name] for final in done) / len(done)
-
-        attrs = {name: mean(name) for name in (SELECTION, ACTIVE)}
-        return Value([mean(name) for name in self.objectives], attrs)
+        names = {*self.objectives, SELECTION, ACTIVE}
+        means = {name: sum(final[name] for final in done) / len(done) for name in names}
+        attrs = {name: means[name] for name in (SELECTION, ACTIVE)}
+        return Value([means[name] for name in self.objectives], attrs)
 
 
 def _divergence(record: EpochRecord, row: int) -> str | None:
-    """Return why a run has diverged, if it has; neg_elbo must be finite to be compared."""
     from harness.tracking.record import divergence  # loads torch
 
-    value = float(record.val["neg_elbo"][row])
+    value = float(record.val["neg_elbo"][row])  # must be finite to be compared
     lost = None if math.isfinite(value) else f"validation neg_elbo is {value}"
     return divergence(record, row) or lost
 

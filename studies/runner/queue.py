@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
@@ -27,7 +26,7 @@ from harness.config import RunConfig, UserError
 from harness.errors import reading
 from harness.tracking import End, addresses
 from studies.runner import database, stopping
-from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
+from studies.runner.proposers import DIVERGED, Proposer, Value, keys
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -38,26 +37,14 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
+# User attributes of a trial: the process that runs it ("": none), and its `Value` once trained.
 OWNER, RESULT = "process", "result"
-"""User attributes of a trial: the process that runs it ("": none), and its `Value` once trained."""
+LOST = "lost"  # of a study: the numbers of ended trials of whose runs one was deleted
 
-LOST = "lost"
-"""User attribute of a study: the numbers of ended trials of whose runs one was deleted."""
-
-AFTER = "/after"
-"""End of the name of a study's companion, which holds its confirmation and its summary."""
-
-KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
-
-FORMAT = 2
-"""Edition of studies: trials with keys, in a grid one trial per run."""
-
-LONGEST_WAIT = 15.0
-"""Seconds, at most, between two queries of a process that waits, and at least between messages."""
-
-DEFAULTS = json.loads(RunConfig().to_json())
-"""Settings of a study that was begun before the harness had them."""
-
+AFTER = "/after"  # ends the name of a study's companion, which holds confirmation and summary
+FORMAT = 2  # edition of studies: trials with keys, in a grid one trial per run
+DEFAULTS = json.loads(RunConfig().to_json())  # settings that a study did not have when it began
+LONGEST_WAIT = 15.0  # seconds, at most, between two queries, and at least between messages
 REASSIGNED = "trial reassigned: its process missed its heartbeats"
 
 
@@ -99,12 +86,7 @@ class Queue:
         """Return the trials in the named states, by default in any."""
         wanted = tuple(optuna.trial.TrialState[state] for state in states) or None
         get = partial(self.study.get_trials, deepcopy=False, states=wanted)
-        found = database.retry(get, self.storage.url)
-        for trial, (name, of) in product(found, KINDS.items()):
-            if not isinstance(value := trial.user_attrs.get(name, of()), of):
-                where = f"trial {trial.number} of study {self.study.study_name!r} in --storage"
-                raise UserError(f"{where}: {name} is {value!r}, no {of.__name__}")
-        return found
+        return database.retry(get, self.storage.url)
 
     def left(self) -> int:
         """Return how many trials have no result yet, running trials included."""
@@ -139,8 +121,7 @@ class Queue:
         """
 
         def take() -> tuple[list[FrozenTrial], dict[int, int]]:
-            found = self._reassign()
-            if not found:
+            if not (found := self._reassign()):
                 sharing = max(workers, len(set(self._others().values())) + 1)
                 trials = self.trials()
                 share = min(count, math.ceil(self.proposer.left(trials) / sharing))
@@ -228,12 +209,12 @@ class Queue:
         def report() -> bool:
             found = self._id(trial)
             self.storage.set_trial_intermediate_value(found, epoch, value)
-            return self.study.pruner.prune(self.study, self.storage.get_trial(found))
+            median = self.study.pruner  # Optuna's default
+            return median.prune(self.study, self.storage.get_trial(found))
 
-        try:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # as in `note`
             return database.retry(report, self.storage.url)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False  # reassigned: its result will be refused
+        return False
 
     def note(self, trial: FrozenTrial, value: Value) -> None:
         """Note the value of a trial before its runs are delivered, so that it can be adopted."""
@@ -251,10 +232,9 @@ class Queue:
         """
         values, attrs = value or (None, {})
         state = optuna.trial.TrialState.COMPLETE
-        if value is None and trial.number in self.pruned:
-            state = optuna.trial.TrialState.PRUNED
-        elif value is None:
-            state, attrs = optuna.trial.TrialState.FAIL, {DIVERGED: True}
+        if value is None:
+            pruned, states = trial.number in self.pruned, optuna.trial.TrialState
+            state, attrs = (states.PRUNED, {}) if pruned else (states.FAIL, {DIVERGED: True})
 
         def tell() -> None:
             found = self._id(trial)
@@ -269,11 +249,7 @@ class Queue:
         try:
             self._alone(tell)
         except optuna.exceptions.UpdateFinishedTrialError:
-            log.warning(
-                "trial %d was reassigned, for this process missed its heartbeats; its result is "
-                "discarded",
-                trial.number,
-            )
+            log.warning("%s; the result of trial %d is discarded", REASSIGNED, trial.number)
             return False
         finally:
             self._held.pop(trial.number, None)
@@ -359,19 +335,18 @@ def open_queue(
     """Create or continue a study."""
 
     def open_study() -> _Study:
+        settings = {**proposer.settings, "format": FORMAT}
         if check_settings(storage, name, proposer.settings):
-            study = _Study(name, storage)
-            settings = study.user_attrs["settings"]
-            there, here = settings.get("parts", {}), proposer.settings.get("parts", {})
-            if here.keys() - there.keys():  # of values of the axis by which the study grows
-                study.set_user_attr("settings", {**settings, "parts": {**there, **here}})
-            return study
-        directions = [optuna.study.StudyDirection.MINIMIZE] * len(proposer.objectives)
-        optuna.create_study(
-            storage=storage, study_name=name, directions=directions, load_if_exists=True
-        )
+            there = _Study(name, storage).user_attrs["settings"]
+            parts = there.get("parts", {}) | settings.get("parts", {})  # it may grow by values
+            settings = there | ({"parts": parts} if parts else {})
+        else:
+            ways: Any = ["minimize"] * len(proposer.objectives)
+            optuna.create_study(
+                storage=storage, study_name=name, directions=ways, load_if_exists=True
+            )
         study = _Study(name, storage)
-        study.set_user_attr("settings", {**proposer.settings, "format": FORMAT})
+        study.set_user_attr("settings", settings)
         return study
 
     study = database.alone(storage.url, name, open_study)

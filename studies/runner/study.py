@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness import registry
 from harness.config import Options as Named
-from harness.config import RunConfig, UserError, checked_name
+from harness.config import RunConfig, UserError, checked_name, whole
 from harness.errors import checked_text
 from harness.tracking.addresses import without_secrets
 from studies.runner.options import (
     ELSEWHERE,
-    PARTS,
     READ_WITH,
     SETTINGS,
     Places,
     arguments,
-    at_least,
     chosen,
     option_value,
     read_named,
@@ -195,8 +193,8 @@ def read_value(name: str, word: str, like: Any) -> Any:  # noqa: ANN401 - of any
 
 def with_named(config: RunConfig, name: str, value: Any) -> RunConfig:  # noqa: ANN401 - any kind
     """Set a field, an option of the network, the weight of a term or a term's option, by name."""
-    if name in PARTS:
-        value = registry.load(value, PARTS[name])
+    if name in registry.SETTINGS:
+        value = registry.load(value, registry.SETTINGS[name])
     if name in SETTINGS:
         return config.replace(**{name: value})
     allowed = registry.options_of(registry.NETWORKS[config.model].function)
@@ -343,8 +341,8 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
     The user's own data, if given, take the place of `options.dataset`.
     """
     seeds = study.seeds if options.seeds is None else options.seeds
-    at_least(1, seeds=seeds)
-    at_least(0, refit=options.refit)
+    whole("seeds", seeds, at_least=1)
+    whole("refit", options.refit, at_least=0)
     asked = study
     axis, given = study.axis, options.values
     if study.start and given is not None:

@@ -10,9 +10,16 @@ from harness import RunConfig
 from harness.linear.pca import pca
 from harness.linear.vae import LinearOptimum
 from harness.tracking.store import Run
-from studies.ledger.claims import Claim, Runs
 from studies.ledger.evidence import Evidence
-from studies.ledger.references import batch_range, best_ratio, gain, loss, relative_error
+from studies.ledger.references import (
+    Claim,
+    Runs,
+    batch_range,
+    best_ratio,
+    gain,
+    loss,
+    relative_error,
+)
 
 SMALL = RunConfig(hidden=(16,), epochs=2)
 WIDE = Runs("weight 0.1", SMALL.replace(kl_weight=0.1), 2)

@@ -17,8 +17,7 @@ from harness.data.dataset import Dataset
 from harness.tracking import page
 from harness.tracking.store import Run
 from studies import reproduce
-from studies.ledger.claims import Claim, Ledger, Runs
-from studies.ledger.references import Form, claims, loss
+from studies.ledger.references import Claim, Form, Ledger, Runs, claims, loss
 from studies.reproduce import ReproduceOptions, make_plan
 from studies.runner.run import run
 from studies.runner.summary import Outcome

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from exact import linear_vae
 
 from harness import streams
 from harness.config import RunConfig
 from harness.linear.pca import pca
-from harness.linear.vae import LinearOptimum, linear_vae
+from harness.linear.vae import LinearOptimum
 from harness.metrics.evaluate import batch_losses
 from harness.models.vae import build
 from harness.objective import beta, kl_per_latent

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from drawn import gaussian
+from exact import linear_vae
 from scipy.special import logsumexp
 from scipy.stats import bernoulli, multivariate_normal, norm
 from torch.nn.functional import logsigmoid
@@ -15,7 +16,6 @@ from torch.nn.functional import logsigmoid
 from harness.config import RunConfig
 from harness.data.dataset import Dataset, Split
 from harness.data.load import load_dataset
-from harness.linear.vae import linear_vae
 from harness.metrics import evaluate as evaluation
 from harness.metrics import likelihood
 from harness.metrics.evaluate import coefficients, evaluate, measure, posteriors

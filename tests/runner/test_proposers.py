@@ -270,9 +270,8 @@ def test_a_seed_that_diverges_ends_its_trial_before_it_is_pruned(queue, value):
     assert queue.pruned == set()
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(pruner, sqlite_url):
-    search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=6), pruner=pruner)
+def test_a_pruner_stops_the_bad_and_lets_the_good_go_on(sqlite_url):
+    search = replace(SEARCH, seeds=1, trials=99, base=BASE.replace(epochs=6))
     queue = queue_at(sqlite_url, search)
     for _ in range(2):
         trials = queue.take(6)
