@@ -75,9 +75,7 @@ def main() -> None:
         args.json.write_text(json.dumps(runs, indent=1))
 
 
-def measured(
-    home: Path, words: tuple[str, ...], data_dir: Path
-) -> tuple[Seconds, dict[str, float]]:
+def measured(home: Path, words: Sequence[str], data_dir: Path) -> tuple[Seconds, Times]:
     """Run a study once; return its seconds by kind of work, and those until some events."""
     (home / "samples").mkdir()
     shutil.copy(Path(__file__).with_name("sampler.py"), home / "sitecustomize.py")
