@@ -174,7 +174,9 @@ def retrain(
         stopping.check()
 
     more: dict[str, Any] = {"objective": objective, "on_epoch": on_epoch, "pictured": False}
-    recording.record([run], data, device, start, **more)
+    (result,) = recording.record([run], data, device, start, **more)
+    for number, metrics in enumerate(result.history, 1):  # whole, as earlier versions logged it
+        values |= {(name, number): value for name, value in metrics.items()}
     return values
 
 

@@ -66,6 +66,8 @@ def check_logged(store, logged, data):
     # The last values, at the step after the last epoch, are those of the best one.
     values = [v for v in store.history(logged.run_id) if v.metric == "val/mse"]
     assert [v.step for v in values] == [*range(1, last + 2)]
+    steps = {v.step for v in store.history(logged.run_id) if v.metric == "val/kl/1"}
+    assert steps == {1, 2, 4, 8, last, last + 1} - {*range(last + 2, 10)}
     assert values[-1].value == values[best - 1].value == logged.metrics["val/mse"]
     assert logged.metrics["val/neg_elbo"] == logged.metrics["best/val/neg_elbo"]
     loaded = load_run(logged.run_id, store.uri)

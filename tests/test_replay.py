@@ -142,6 +142,15 @@ def test_other_values_in_the_record_are_found_and_named(copied_stack, capsys):
     assert "most of all val/mse in epoch 2: 0.5 logged" in printed
 
 
+def test_a_record_of_an_earlier_version_is_compared_whole(copied_stack, capsys):
+    store, run_id = connect(copied_stack.uri), copied_stack.run(0).run_id
+    assert ("val/kl/3", 3) not in {value[:2] for value in store.history(run_id)}
+    store.client.log_metric(run_id, "val/kl/3", 5e3, step=3)
+    code, printed = copied_stack.replayed(0, capsys)
+    assert code == 1
+    assert "most of all val/kl/3 in epoch 3: 5000.0 logged" in printed
+
+
 def test_on_another_device_differences_are_shown_without_a_verdict(copied_stack, capsys):
     file = copied_stack.artifact(0, "provenance.json")
     made = json.loads(file.read_text())

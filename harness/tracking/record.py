@@ -157,7 +157,7 @@ def record(
                 times = (current.seconds, current.images_per_second)
                 metrics = histories[place][-1] | dict(zip(WALL_CLOCK, times, strict=True))
                 metrics["progress/kl_warmup"] = float(current.kl_warmup[row])
-                logs[place].metrics(metrics, current.epoch)
+                logs[place].epoch(metrics, current.epoch)
             due = current.epoch in picture_epochs(configs[0].epochs)
             if pictured and (due or current.stopped):
                 # A resumed run repeats its metrics; its model is of a later epoch.

@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 KEY = "run_key"  # tag with the key of a run, generated before the run is written
 NOTE = "mlflow.note.content"  # tag with the text that the page of a run or an experiment shows
 BATCH = 1000  # metric values of one request: MLflow's largest batch
+
+# Metrics of each latent and of each class: many, and read at the end of a run.
+EACH = re.compile(r"(train|val)/(kl|mse_class)/\d+")
 
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
@@ -104,10 +108,21 @@ class RunLog:
     ) -> None:
         self.key, self._put, self._batch = key, put, batch
         self._metrics: list[tuple[str, float, int, int]] = []
+        self._epoch, self._left_out = 0, dict[str, float]()
         self._write("create", time=time.time_ns() // 10**6, **create)
 
     def _write(self, kind: str, **values: object) -> None:
         self._put(self.key, {"kind": kind, **values})
+
+    def epoch(self, values: Mapping[str, float], epoch: int) -> None:
+        """Log the metrics of an epoch, those `EACH` at epochs 1, 2, 4, 8, ... and the last alone.
+
+        Whichever epoch is the last: what it left out is written by `end`.
+        """
+        is_due = epoch & (epoch - 1) == 0
+        left_out = {} if is_due else {k: v for k, v in values.items() if EACH.fullmatch(k)}
+        self._epoch, self._left_out = epoch, left_out
+        self.metrics({k: v for k, v in values.items() if k not in left_out}, epoch)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log the metrics of a step; they are written once a batch is full."""
@@ -163,7 +178,9 @@ class RunLog:
         self._write("tag", name=name, value=value)
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
-        """Write the metrics that are waiting and close the run: FINISHED, FAILED or KILLED."""
+        """Write the metrics that are left and close the run: FINISHED, FAILED or KILLED."""
+        left_out, self._left_out = self._left_out, {}  # once, if this fails and is repeated
+        self.metrics(left_out, self._epoch)
         self._flush()
         self._write("end", status=status, reason=reason, time=time.time_ns() // 10**6)
 

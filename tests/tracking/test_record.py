@@ -51,8 +51,10 @@ def test_a_run_is_logged_whole(store, tiny):
     config = SMALL.replace(epochs=10)
     finals, (run,) = trained(store, tiny, config)
     assert (run.status, run.name, run.key) == ("FINISHED", "run 0", KEYS[0])
-    for name in ("train/loss", "val/neg_elbo", "val/kl/1", "progress/epoch_seconds"):
+    for name in ("train/loss", "val/neg_elbo", "val/active_units", "progress/epoch_seconds"):
         assert steps(store, run, name) == [*range(1, 11)]
+    for name in ("train/kl/0", "val/kl/1", "train/mse_class/9", "val/mse_class/3"):
+        assert steps(store, run, name) == [1, 2, 4, 8, 10]
     for name in ("test/mse", "test/frechet", "test/neg_log_likelihood", "linear/mse", "best/epoch"):
         assert steps(store, run, name) == [10]
     assert run.params["hidden"] == "(16,)"
@@ -163,6 +165,8 @@ def test_the_judge_ends_runs_of_a_stack(store, tiny):
     assert [run.tags.get("reason") for run in runs] == [None, "tested", "pruned at epoch 2"]
     assert [run.tags.get("pruned") for run in runs] == [None, None, "true"]
     assert [len(steps(store, run, "val/mse")) for run in runs] == [5, 3, 2]
+    last = [[1, 2, 4, 5], [1, 2, 3], [1, 2]]
+    assert [steps(store, run, "val/kl/1") for run in runs] == last
     assert [final == {} for final in finals] == [False, True, True]
     assert seen == [(3, 0), (3, 1), (2, 1), (1, 0), (1, 0)]
     (alone,) = record.record(plan(SMALL), tiny, "cpu", log_in(store, "alone", "Why?"))
@@ -186,14 +190,15 @@ ENDS = {
 @pytest.mark.parametrize(("error", "status", "reason"), ENDS.values(), ids=ENDS)
 def test_whatever_interrupts_an_epoch_leaves_true_ends(store, tiny, error, status, reason):
     def on_epoch(current):
-        if current.epoch == 2:
+        if current.epoch == 3:
             raise error
 
     with pytest.raises(type(error)):
         trained(store, tiny, SMALL, WILD, on_epoch=on_epoch)
     first, second = store.runs("e")
     assert (first.status, first.tags["reason"]) == (status, reason)
-    assert steps(store, first, "val/mse") == [1, 2]
+    for name in ("val/mse", "val/kl/1"):
+        assert steps(store, first, name) == [1, 2, 3]
     assert second.tags["reason"].startswith("diverged in epoch 1: ")
 
 
@@ -239,6 +244,7 @@ def test_a_resumed_run_repeats_its_metrics_and_names_the_epoch(store, tiny, tmp_
     assert (stopped.status, run.status) == ("KILLED", "FINISHED")
     assert run.tags["resumed_from_epoch"] == "3"
     assert steps(store, run, "val/mse") == [1, 2, 3, 4, 5]
+    assert steps(store, run, "train/kl/0") == [1, 2, 4, 5]
     (whole,) = record.record(plan(SMALL), tiny, "cpu", log_in(store, "whole", "Why?"))
     assert (result.metrics, result.history) == (whole.metrics, whole.history)
     pictures = {name.split("+timestamp")[0] for name in files(store, run, "images")}
