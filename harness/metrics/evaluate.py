@@ -355,13 +355,14 @@ def on_all_cores(
     # Models with hooks cannot always be sent to another process.
     here = any(model.device.type != "cpu" or has_hooks(model) for _, model in runs)
     with Pool(1 if here else len(runs), (function, by_drawing)) as pool:
-        items = zip(runs, further or [()] * len(runs), strict=True)
+        # Plain tuples: workers would import a named one's module, `harness.tracking` with MLflow.
+        items = ((*run, *more) for run, more in zip(runs, further or [()] * len(runs), strict=True))
         found = dict(pool.map(_of_run, items))
     return [found[index] for index in range(len(runs))]
 
 
 def _of_run(function: Callable[..., R], by_drawing: Mapping[str, Any], item: Any) -> R:  # noqa: ANN401
-    (config, model), further = item
+    config, model, *further = item
     return function(config, frozen(model), by_drawing[config.drawing], *further)
 
 

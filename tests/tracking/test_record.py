@@ -1,6 +1,7 @@
 """The loop that trains and logs runs: what is logged, true ends, resumption, and a toy."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import toy
 
 import harness
 from harness import Checkpoints, RunConfig, UserError, load_run
+from harness.metrics import evaluate
 from harness.tracking import End, Planned, addresses, connect, record
 from harness.tracking.record import log_in
 from harness.training.engine import best_epoch
@@ -135,6 +137,18 @@ def test_a_plain_autoencoder_has_no_best_elbo(store, tiny):
     _, (run,) = trained(store, tiny, plain)
     assert run.status == "FINISHED"
     assert not any(name.startswith("best/") for name in run.metrics)
+
+
+def test_workers_measure_runs_without_mlflow(store, tiny):
+    torch.set_num_threads(2)
+
+    def measure(runs, data):
+        known = evaluate.as_measured(runs, data)
+        found = evaluate.on_all_cores(lambda *_: "mlflow" in sys.modules, runs, known)
+        assert found == [False, False]
+        return [{}, {}]
+
+    trained(store, tiny, SMALL, SMALL.replace(seed=1), measure=measure)
 
 
 # --- true ends -----------------------------------------------------------------------------------
