@@ -174,7 +174,8 @@ def retrain(
         stopping.check()
 
     more: dict[str, Any] = {"objective": objective, "on_epoch": on_epoch, "pictured": False}
-    recording.record([run], data, device, start, **more)
+    threads = record.threads_per_run if device == "cpu" else 1
+    recording.record([run], data, device, start, **more, threads_per_run=threads)
     return values
 
 
