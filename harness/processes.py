@@ -1,4 +1,4 @@
-"""A pool of clean worker processes, each on one thread, in any of which a run has the same bits."""
+"""A pool of clean worker processes, in any of which a run has the same bits."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ def available() -> int:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute as a worker does: on one thread, with denormals flushed."""
+def on_threads(count: int) -> Iterator[None]:
+    """Compute as a worker does: on so many threads, with denormals flushed."""
     threads = torch.get_num_threads()
     flushed = (torch.tensor(1e-38, dtype=torch.float32) * 1e-2).item() == 0  # there is no getter
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     torch.set_flush_denormal(True)  # Adam's moments decay into them
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushed)
+
+
+one_thread = functools.partial(on_threads, 1)
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -70,18 +73,19 @@ class Pool:
 
     A worker is a fork of a server without `__main__`, so scripts need no guard, and functions and
     modules that a script or a notebook cell defines are sent whole. A worker keeps `common`, the
-    first arguments of every function, for all maps, with what functions change in it. With one
-    core, and on other systems than Linux, functions are called in this process.
+    first arguments of every function, for all maps, with what functions change in it. Each computes
+    on so many `threads`, and there are no more workers than cores for them. With one worker, and on
+    other systems than Linux, functions are called in this process.
     """
 
-    def __init__(self, workers: int, common: tuple[Any, ...] = ()) -> None:
-        self._common = common
+    def __init__(self, workers: int, common: tuple[Any, ...] = (), threads: int = 1) -> None:
+        self._common, self._threads = common, threads
         self._workers: dict[Connection, Connection] = {}  # and their lifelines
         self._busy: dict[Connection, tuple[int, Any]] = {}
         self._closed = False
-        workers = min(workers, available())
+        workers = min(workers, available() // threads)
         if workers > 1 and sys.platform == "linux":
-            task = functools.partial(_work, sys.path, os.getcwd(), _dumps(common))
+            task = functools.partial(_work, threads, sys.path, os.getcwd(), _dumps(common))
             with _worker_lost():
                 self._workers.update(forkserver.fork() for _ in range(workers))
                 for worker in self._workers:
@@ -104,7 +108,7 @@ class Pool:
         left = enumerate(items)
         if not self._workers:
             for index, item in left:
-                with one_thread():
+                with on_threads(self._threads):
                     result = function(*self._common, item)
                 yield index, result
             return
@@ -170,23 +174,23 @@ def _reduced(tensor: Tensor) -> Any:  # noqa: ANN401 - as of __reduce_ex__
     return _map, (f"/proc/{os.getpid()}/fd/{file}", tensor.dtype, tuple(tensor.shape))
 
 
-@one_thread()
-def _work(path: list[str], folder: str, pickled: bytes, pool: Connection) -> None:
+def _work(threads: int, path: list[str], folder: str, pickled: bytes, pool: Connection) -> None:
     sys.path[:] = path
     os.chdir(folder)
     common: Any = None
-    while True:
-        task = pool.recv_bytes()
-        try:
-            common = common or pickle.loads(pickled)
-            function, item = pickle.loads(task)
-            answer = _dumps((function(*common, item), None))
-        except BaseException as error:
-            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-            answer = _pickled_error(error)
-        with contextlib.suppress(OSError):
-            print(end="", flush=True)  # what the function has printed
-        pool.send_bytes(answer)
+    with on_threads(threads):
+        while True:
+            task = pool.recv_bytes()
+            try:
+                common = common or pickle.loads(pickled)
+                function, item = pickle.loads(task)
+                answer = _dumps((function(*common, item), None))
+            except BaseException as error:
+                error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+                answer = _pickled_error(error)
+            with contextlib.suppress(OSError):
+                print(end="", flush=True)  # what the function has printed
+            pool.send_bytes(answer)
 
 
 def _pickled_error(error: BaseException) -> bytes:

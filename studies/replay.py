@@ -174,6 +174,7 @@ def retrain(
         stopping.check()
 
     more: dict[str, Any] = {"objective": objective, "on_epoch": on_epoch, "pictured": False}
+    more["threads_per_run"] = record.threads_per_run if device == "cpu" else 1
     (result,) = recording.record([run], data, device, start, **more)
     for number, metrics in enumerate(result.history, 1):  # whole, as earlier versions logged it
         values |= {(name, number): value for name, value in metrics.items()}

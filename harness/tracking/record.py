@@ -103,6 +103,7 @@ def record(
     train: Callable[..., Iterator[EpochRecord]] = engine.train,
     measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
     pictured: bool = True,
+    threads_per_run: int = 1,
 ) -> list[RunResult]:
     """Train one stack of runs (`harness.training.engine.together`) and log each of them.
 
@@ -130,6 +131,7 @@ def record(
         for row, run in enumerate(planned):
             params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
+            params |= {"threads_per_run": threads_per_run} if threads_per_run > 1 else {}
             of_run = run.tags | tags
             if len(data.image_shape) == 3 and (acts := objectives.acts_as(run.config, data.pixels)):
                 log.info(acts, extra={"progress": True})
@@ -149,7 +151,8 @@ def record(
                 for c in configs
             ]
             _log_pictures(logs.values(), untrained, data, epoch=0)
-        for current in train(configs, data, device, checkpoints=checkpoints):
+        more: dict[str, Any] = {"checkpoints": checkpoints, "threads_per_run": threads_per_run}
+        for current in train(configs, data, device, **more):
             for row, place in enumerate(current.rows):
                 if current.epoch == 1 and current.resumed[row]:
                     logs[place].tag("resumed_from_epoch", str(current.resumed[row]))
@@ -226,6 +229,7 @@ def train_and_evaluate(
     tracking_uri: str | None = None,
     device: str = "auto",
     progress: bool = False,
+    threads_per_run: int = 1,
 ) -> RunResult: ...
 @overload
 def train_and_evaluate(
@@ -236,6 +240,7 @@ def train_and_evaluate(
     tracking_uri: str | None = None,
     device: str = "auto",
     progress: bool = False,
+    threads_per_run: int = 1,
 ) -> list[RunResult]: ...
 def train_and_evaluate(
     configs: RunConfig | Sequence[RunConfig],
@@ -245,6 +250,7 @@ def train_and_evaluate(
     tracking_uri: str | None = None,
     device: str = "auto",
     progress: bool = False,
+    threads_per_run: int = 1,
 ) -> RunResult | list[RunResult]:
     """Train and evaluate runs as `harness.train_and_evaluate`, and log each of them to MLflow.
 
@@ -257,6 +263,7 @@ def train_and_evaluate(
         tracking_uri: None means MLFLOW_TRACKING_URI or `mlflow.db` in the repository.
         device: "auto", "cpu" or "cuda".
         progress: whether a bar of the epochs of all runs is shown, in a notebook too.
+        threads_per_run: as of `harness.train_and_evaluate`.
 
     Returns:
         One result, or results in the order of `configs`, with the metrics of
@@ -276,6 +283,7 @@ def train_and_evaluate(
         engine.check_runs([config], data)
         engine.resolve_device(device, config.precision)
     kind = engine.resolve_device(device).type
+    engine.check_threads(threads_per_run, kind)
     store = connect(tracking_uri)
     start = log_in(store, experiment, "Runs of `harness.tracking.train_and_evaluate`.")
     planned = [_planned(config, place, experiment) for place, config in enumerate(listed)]
@@ -283,7 +291,8 @@ def train_and_evaluate(
     with engine.progress_bar(listed, shown=progress) as advance:
         for rows in engine.together(listed, engine.STACK_WIDTH[kind]):
             stack = [planned[row] for row in rows]
-            trained = record(stack, data, kind, start, on_epoch=advance)
+            more: dict[str, Any] = {"on_epoch": advance, "threads_per_run": threads_per_run}
+            trained = record(stack, data, kind, start, **more)
             results |= dict(zip(rows, trained, strict=True))
     try:
         store.deliver()

@@ -95,6 +95,7 @@ class Record(NamedTuple):
     config: RunConfig
     made_with: dict[str, Any]
     values: list[Logged]
+    threads_per_run: int
 
 
 class RunLog:

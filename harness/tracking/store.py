@@ -323,7 +323,8 @@ class Store:
                 registry.restore(kind, name, text, trusting(trust=trust))
             with reading(f"{CONFIG} of run {run}"):
                 config = RunConfig.from_json(saved.read_text("utf-8"))
-        return Record(found.run_id, found.name, config, made, self.history(found.run_id))
+            threads = int(found.params.get("threads_per_run", 1))
+        return Record(found.run_id, found.name, config, made, self.history(found.run_id), threads)
 
     def bytes_of_an_epoch(self) -> float:
         """Return by how much each epoch that was trained has made the database longer."""

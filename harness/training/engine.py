@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness import objective, registry
+from harness import objective, processes, registry
 from harness.config import Precision, RunConfig
 from harness.data.dataset import Columns, Dataset
 from harness.data.mapped import Mapped
@@ -142,6 +142,7 @@ def train_and_evaluate(
     dtype: torch.dtype = ...,
     *,
     progress: bool = ...,
+    threads_per_run: int = ...,
 ) -> RunResult: ...
 
 
@@ -153,6 +154,7 @@ def train_and_evaluate(
     dtype: torch.dtype = ...,
     *,
     progress: bool = ...,
+    threads_per_run: int = ...,
 ) -> list[RunResult]: ...
 
 
@@ -163,6 +165,7 @@ def train_and_evaluate(
     dtype: torch.dtype = torch.float32,
     *,
     progress: bool = False,
+    threads_per_run: int = 1,
 ) -> RunResult | list[RunResult]:
     """Train and evaluate one run or a list of runs, in whose order results are returned.
 
@@ -172,21 +175,25 @@ def train_and_evaluate(
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: torch.float32 or torch.float64.
         progress: whether a bar of the epochs of all runs is shown.
+        threads_per_run: cores that train one run on a CPU, which decide its last bits. More than 1
+            pay for large networks of fewer runs than cores.
     """
     if isinstance(configs, RunConfig):
-        return train_and_evaluate([configs], data, device, dtype, progress=progress)[0]
+        more: dict[str, Any] = {"progress": progress, "threads_per_run": threads_per_run}
+        return train_and_evaluate([configs], data, device, dtype, **more)[0]
     results: dict[int, RunResult] = {}
     with progress_bar(configs, shown=progress) as advance:
         for rows in together(configs, STACK_WIDTH[resolve_device(device).type]):
             histories: list[list[dict[str, float]]] = [[] for _ in rows]
             done: dict[int, VAE] = {}
-            for record in train([configs[row] for row in rows], data, device, dtype):
+            chosen = [configs[row] for row in rows]
+            for record in train(chosen, data, device, dtype, threads_per_run=threads_per_run):
                 for s, place in enumerate(record.rows):
                     histories[place].append(flat_record(record, s))
                 done |= {record.rows[s]: record.model(s) for s in record.finished}
                 advance(record)
             models = [done[place] for place in range(len(rows))]
-            trained = [(configs[row], model) for row, model in zip(rows, models, strict=True)]
+            trained = list(zip(chosen, models, strict=True))
             finals, further = evaluate(trained, data), registered_metrics(trained, data)
             del record  # and with it the stack, before the next one takes a GPU's memory
             for s, row in enumerate(rows):
@@ -243,6 +250,7 @@ def train(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     checkpoints: Checkpoints | None = None,
+    threads_per_run: int = 1,
 ) -> Iterator[EpochRecord]:
     """Train runs and yield one record an epoch; the caller can drop runs.
 
@@ -253,7 +261,10 @@ def train(
     """
     check_runs(configs, data, dtype)
     target, last = resolve_device(device, configs[0].precision), configs[0].epochs
+    check_threads(threads_per_run, target.type)
     made = [made_with(c, data, target.type, dtype) if checkpoints else {} for c in configs]
+    for one in made:
+        one["threads_per_run"] = threads_per_run
     given = zip(configs, made, strict=True)
     runs = [checkpoints.load(*run) if checkpoints else Saved([], {}) for run in given]
     resumed = [len(run.epochs) for run in runs]
@@ -267,7 +278,7 @@ def train(
 
     # Hooks do not survive being sent to another process.
     here = target.type != "cpu" or any(has_hooks(state.model) for state in work.states.values())
-    with Pool(1 if here else len(work.states), (work,)) as pool:
+    with Pool(1 if here else len(work.states), (work,), threads_per_run) as pool:
         for epoch in range(1, last + 1):
             for row, trained in _train_epoch(work, resumed, pool, epoch):
                 runs[row].epochs.append(trained)
@@ -321,6 +332,16 @@ def check_runs(
         check_network(own, data.image_shape)
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"dtype={dtype}: choose torch.float32 or torch.float64")
+
+
+def check_threads(threads_per_run: int, device: str, sharing: int = 1) -> None:
+    """Raise a `UserError` for more threads than cores, which so many processes share."""
+    cores = processes.available() if device == "cpu" else 1
+    if not 1 <= threads_per_run <= (most := max(1, cores // sharing)):
+        where = f"{cores} core{'s' * (cores > 1)}" if device == "cpu" else "a GPU"
+        where += f" that {sharing} processes share" * (sharing > 1)
+        give = f"1 to {most}" if most > 1 else "1"
+        raise UserError(f"threads_per_run={threads_per_run} on {where}: give {give}")
 
 
 def check_data(configs: Sequence[RunConfig], data: Dataset) -> None:

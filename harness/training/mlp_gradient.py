@@ -48,13 +48,15 @@ class MLPGradient:
     def __init__(self, config: RunConfig, model: VAE) -> None:
         self.config, self.model = config, model
         batch, new = config.batch_size, next(model.parameters()).new_zeros
-        self.values = batch * model.pixels
+        # Numbers are tensors: on a CPU to make one of a Python number costs as much as a small sum.
+        number = next(model.parameters()).new_tensor
+        self.values, self.factor = number(batch * model.pixels), number(2 / (batch * model.pixels))
+        self.one, self.half, self.least = number(1.0), number(0.5), number(MIN_VARIANCE)
         self.encoder, self.decoder = _Layers(model.encoder, batch), _Layers(model.decoder, batch)
         self.z, self.std, self.scratch = (new(batch, model.latent_size) for _ in range(3))
         self.mean, self.second = self.encoder.outputs[-1].chunk(2, -1)
         self.by_mean, self.by_second = self.encoder.slopes[-1].chunk(2, -1)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, eps: Tensor, beta: Tensor) -> None:
         """Write the gradient for pixels x (B, D), normal noise eps (B, L) and the rate's weight."""
         relu, stochastic = self.config.head == "relu", self.config.latent == "stochastic"
@@ -65,9 +67,9 @@ class MLPGradient:
             self.z.copy_(self.mean)
         else:
             if relu:
-                torch.mul(self.second, self.second, out=self.std).add_(MIN_VARIANCE).sqrt_()
+                torch.mul(self.second, self.second, out=self.std).add_(self.least).sqrt_()
             else:
-                torch.mul(self.second, 0.5, out=self.std).exp_()
+                torch.mul(self.second, self.half, out=self.std).exp_()
             torch.addcmul(self.mean, self.std, eps, out=self.z)
         self._output_slope(self.decoder.forward(self.z), x)
         slope = self.decoder.backward(self.z, inputs=True)
@@ -89,7 +91,7 @@ class MLPGradient:
         if config.likelihood == "bernoulli":
             slope.div_(self.values)
             return
-        factor: Tensor | float = 2 / self.values
+        factor = self.factor
         if config.sigma != "fixed":  # 1 / (B D variance)
             mse = variance = slope.square().mean()
             if config.sigma == "learned":
@@ -109,12 +111,12 @@ class MLPGradient:
             weight = weight * (kl.mean(0, keepdim=True) > self.config.free_bits).to(kl.dtype)
         torch.addcmul(slope, weight, self.mean, out=self.by_mean)
         variance = torch.mul(self.std, self.std, out=self.scratch)
-        torch.sub(variance, 1, out=self.by_second).mul_(weight)
+        torch.sub(variance, self.one, out=self.by_second).mul_(weight)
         self.by_second.addcmul_(slope.mul_(eps), self.std)
         if self.config.head == "relu":  # ln(sigma^2 + min) by sigma
             self.by_second.mul_(self.second).div_(variance)
         else:
-            self.by_second.mul_(0.5)
+            self.by_second.mul_(self.half)
 
 
 class _Layers:

@@ -50,7 +50,7 @@ class Optimizer:
 
     def __init__(self, configs: Sequence[RunConfig], *buffers: Tensor, captured: bool) -> None:
         weights, gradient, first, second, counts = buffers
-        self._gradient, self._counts = gradient, counts
+        self._gradient, self._counts, self._one = gradient, counts, torch.ones_like(counts[0])
         limits = gradient.new_tensor([config.clip_norm for config in configs]).unsqueeze(1)
         self._limits = limits if configs[0].clip_norm else None
         alike: dict[object, list[int]] = {}
@@ -79,13 +79,12 @@ class Optimizer:
             else:
                 group.rate = rate
 
-    @torch.no_grad()
     def step(self) -> None:
         """Take a step; gradients longer than `clip_norm` are shortened in place."""
         if self._limits is not None:  # as torch.nn.utils.clip_grad_norm_
             norms = torch.linalg.vector_norm(self._gradient, dim=1, keepdim=True)
             self._gradient.mul_((self._limits / (norms + 1e-6)).clamp_(max=1.0))
-        self._counts.add_(1)
+        self._counts.add_(self._one)
         for group in self._groups:
             group.kernel(*group.tensors, lr=group.rate)
 

@@ -31,6 +31,7 @@ from harness.training.optimizer import Optimizer
 RANDOM = ("stochastic", "uniform")  # drawings of pixels that are new every epoch
 ALIGNED = 16  # numbers in 64 bytes of float32, a cache line and a vector register
 PART = 2**25  # bytes of the images that are read from a file at once, for some hundred steps
+CACHED = 2**18  # pixels that are made at once, 1 MB, which a core's cache holds
 MARGIN = 0.05  # of a GPU's memory left free, for metrics of finished runs and other programs
 WARM_UP = 3  # calls before one is captured, in which libraries choose their kernels
 
@@ -192,7 +193,10 @@ class Step:
         self.state, self.data = state, data[config.drawing]
         self.images = data["none"].train if config.drawing in RANDOM else self.data.train
         self.steps = len(self.images) // config.batch_size
-        self._x = state.join([new(config.batch_size, pixels) for _ in state.configs])
+        size = config.batch_size * pixels
+        several = len(state.rows) if state.stacked else min(self.steps, max(1, CACHED // size))
+        rows = new(several, -(-size // ALIGNED) * ALIGNED)[:, :size]
+        self._x = rows.unflatten(1, (config.batch_size, pixels))  # of runs, or of steps of one
         self._coefficients: Coefficients = state.join(
             [coefficients(c, pixels, self._x.device, self._x.dtype) for c in state.configs]
         )
@@ -302,25 +306,30 @@ class Step:
                         self._replay()
                 return
             gpus, may_draw = [self._x.device] if self._x.is_cuda else [], self._written is None
-            with torch.random.fork_rng(gpus, enabled=may_draw):
+            with torch.random.fork_rng(gpus, enabled=may_draw), torch.inference_mode(not may_draw):
                 if may_draw:  # layers draw the same numbers in every process
                     stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
                     torch.manual_seed(int(stream.integers(2**63)))
                 self.state.model.train()
                 for images, draw in parts:
                     each = (repeat(None) if part is None else part.unbind() for part in draw)
-                    for now in map(Draw, *each):
-                        self._take(images, now)
+                    steps = map(Draw, *each)
+                    for order in draw.order.split(len(self._x)):
+                        for x, now in zip(self._pixels(images, order), steps, strict=False):
+                            self._take(x, now)
                 self.state.model.eval()
 
-    def _take(self, images: Tensor, now: Draw) -> None:
+    def _pixels(self, images: Tensor, order: Tensor) -> Tensor:
+        grey = images.index_select(0, order.flatten())
+        x = self._x[: len(order)]
+        return x.copy_(grey.view(x.shape)).div_(self.data.train.largest)
+
+    def _take(self, x: Tensor, now: Draw) -> None:
         state = self.state
-        grey = images.index_select(0, now.order.flatten())
-        self._x.copy_(grey.view(self._x.shape)).div_(self.data.train.largest)
         if self._written is not None:
-            self._written(self._x, now.noise, now.betas)
+            self._written(x, now.noise, now.betas)
         else:
-            given = self._x.unflatten(-1, state.model.data_shape), now, self._coefficients
+            given = x.unflatten(-1, state.model.data_shape), now, self._coefficients
             if state.stacked:
                 slopes = state.lift(self._loss, gradient=True)(*given)
                 torch._foreach_copy_([self._slopes[n] for n in slopes], list(slopes.values()))
@@ -371,7 +380,8 @@ class Step:
 
     def _step(self) -> None:
         images, draw = self._laid_out
-        self._take(images, map_tensors(lambda every: every.index_select(0, self._now)[0], draw))
+        now = map_tensors(lambda every: every.index_select(0, self._now)[0], draw)
+        self._take(self._pixels(images, now.order), now)
         self._now.add_(1)
 
 

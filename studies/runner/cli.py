@@ -243,6 +243,7 @@ def execute_plan(plan: Plan, data: Dataset, options: Places, terminal: Terminal)
     for config in plan.configs:
         engine.check_runs([config], data)
         kind = engine.resolve_device(options.device, config.precision).type
+    engine.check_threads(options.threads_per_run, kind, options.workers)
     terminal.plan(plan, data.pixels, "pixels" if data.columns is None else "columns")
     if tryout.is_needed(plan):
         tryout.try_out(plan, data)

@@ -25,6 +25,8 @@ class Places:
         device: auto takes a GPU where there is one.
         workers: processes on this machine that share the study and its cores. Any number of
             machines share one, too, that start the same command with a --storage of PostgreSQL.
+        threads_per_run: cores that train one run on a CPU; more than 1 pay for large networks of
+            fewer runs than cores.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
@@ -40,6 +42,7 @@ class Places:
     data_dir: Path = Path("data")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
+    threads_per_run: int = 1
     study_name: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
@@ -53,11 +56,13 @@ class Places:
         """Return the study's name; it and the numbers are checked."""
         whole("checkpoint_every", self.checkpoint_every, at_least=0)
         whole("workers", self.workers, at_least=1)
+        whole("threads_per_run", self.threads_per_run, at_least=1)
         return checked_name(default if self.study_name is None else self.study_name)
 
 
 READ_WITH = ("image_size", "image_range", "background", "label")  # options of data
-ELSEWHERE = tuple(field.name for field in fields(Places))  # they do not change the results
+# They do not change the results; threads change bits.
+ELSEWHERE = tuple(field.name for field in fields(Places) if field.name != "threads_per_run")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import optuna
 
-from harness import provenance
+from harness import processes, provenance
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.tracking import Planned, addresses, connect, removal, schema
@@ -70,6 +70,7 @@ class Site:
     start: Callable[[Planned], RunLog]
     checkpoints: Checkpoints | None
     command: str = ""  # which continues the study: a tag of its runs
+    threads_per_run: int = 1
 
 
 def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outcome | None:
@@ -92,12 +93,16 @@ def run(plan: Plan, data: Dataset, options: Places, terminal: Terminal) -> Outco
     kept = Checkpoints(folder, options.checkpoint_every or 1)
     checkpoints = kept if options.checkpoint_every else None
     device = resolve_device(options.device).type
-    site = Site(plan, data, device, store, start, checkpoints, plan.vary(plan.name) or plan.command)
+    command, threads = plan.vary(plan.name) or plan.command, options.threads_per_run
+    site = Site(plan, data, device, store, start, checkpoints, command, threads)
     close_failed(queue, site)
     lose_deleted(queue, site)
     _compare_making(site)
     done, left = _counts(queue)
     steps = terminal.progress(done + left, left)
+    at_once = min(left, queue.proposer.at_once(STACK_WIDTH[device]) * queue.proposer.seeds)
+    if left and device == "cpu" and options.workers == 1 and not workers.started():
+        terminal.cores(at_once, threads, processes.available())
     if options.workers > 1:
         cache, counts = store.home / "cache", partial(_counts, queue)
         workers.train(options, plan.start, plan.name, cache, counts, steps.elsewhere)
@@ -333,6 +338,7 @@ def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps)
             on_epoch=on_epoch,
             checkpoints=site.checkpoints,
             objective=plan.objective,
+            threads_per_run=site.threads_per_run,
         )
         finals |= {row: one.metrics or None for row, one in zip(rows, found, strict=True)}
     recorded = []

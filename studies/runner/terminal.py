@@ -196,6 +196,14 @@ class Terminal(logging.Handler):
         elif not getattr(record, "progress", False) or self.is_due():
             self.line(f"{'':7}{record.getMessage()}")  # as far to the right as after a percentage
 
+    def cores(self, runs: int, threads: int, cores: int) -> None:
+        """Show that runs on so many threads each leave cores idle, if more threads would not."""
+        used, more = min(runs, cores // threads) * threads, cores // runs
+        if used < cores and more > threads:
+            are, every = ("is", "are")[used > 1], "all" if more * runs == cores else more * runs
+            given = f"{used} of {cores} cores {are} used: {counted(runs, 'run')}"
+            self.line(f"{given}; --threads-per-run {more} uses {every}, for large networks")
+
     def progress(self, runs: int, left: int) -> Steps:
         """Return what shows the training of the runs that are left, to be called every epoch."""
         if left < runs:

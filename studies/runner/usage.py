@@ -18,7 +18,8 @@ WIDTH = 80
 # Options that --help shows with their defaults alone; it describes the others.
 GROUPS: Mapping[str, str] = {
     "data": "data_dir image_size image_range background label",
-    "where": "device workers leave checkpoint_every storage tracking_uri study_name",
+    "where": "device workers threads_per_run leave checkpoint_every storage tracking_uri "
+    "study_name",
     "network": "model model_options hidden channels activation latent_size head latent",
     "loss": "kl_weight kl_normalization kl_warmup_epochs kl_cycles free_bits sigma likelihood "
     "binarization dequantize terms term_options",
