@@ -74,7 +74,8 @@ def learning_curves(
             note(panel, f"{outside} of {len(part)} runs end above, up to {part['end'].max():,.3g}")
         if group:
             named = f"{group} = {plain(name)}" if frames.is_numeric(part[group]) else name
-            panel.set_title(plain_text(f"{named}: best {plain(best)}"), fontsize="medium")
+            pad = 20 if panel.texts else 6  # above a note
+            panel.set_title(plain_text(f"{named}: best {plain(best)}"), fontsize="medium", pad=pad)
         panel.set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
         panel.locator_params(axis="x", integer=True)
     for panel in panels.flat[len(parts) :]:

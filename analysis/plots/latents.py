@@ -75,8 +75,11 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
     colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
     panel.bar(means.index, means, color=colors, width=0.8)
     bars = np.stack([np.minimum(halves, means).clip(0), halves])  # a KL divergence is not negative
-    width = min(1, 12 / len(means))  # lines of many latents would be one grey area
-    panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=width)
+    if len(means) <= 16:
+        panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=1)
+    else:  # lines of many latents would be one black area
+        look = {"step": "mid", "color": "black", "alpha": 0.15, "lw": 0}
+        panel.fill_between(means.index, means - bars[0], means + bars[1], **look)
     top = max(float((means + halves).max()) * 1.05, 1e-3)
     panel.set_ylim(0, max(top, panel.get_ylim()[1]))
     panel.set_xlim(0.3, len(means) + 0.7)
