@@ -99,8 +99,10 @@ def latent_scatter(places: frames.Frame) -> Figure:
     models = list(places["model"].unique())
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
-    figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
     classes = sorted(places["class"].unique())
+    beside = -(-len(classes) // (11 * rows))  # columns of the legend
+    width = 3.2 * columns + beside * (0.6 + 0.1 * max(len(str(name)) for name in classes))
+    figure, panels = canvas(width, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
     # Seaborn's palette "colorblind" has ten colours.
     palette = sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes))
     for panel, model in zip(panels.flat, models, strict=False):
@@ -119,5 +121,6 @@ def latent_scatter(places: frames.Frame) -> Figure:
         panel.set_axis_off()
     if len(classes) > 1:
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
+        look = {"markerscale": 4, "frameon": False, "ncols": beside}
+        figure.legend(handles, labels, loc="outside right upper", **look)
     return figure
