@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup study test test-all lint bench soak ui docs clean
+.PHONY: setup study test test-all lint notebooks bench soak ui docs clean
 
 setup: $(READY)
 
@@ -37,6 +37,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Of the studies in mlflow.db, or where MLFLOW_TRACKING_URI is.
+notebooks: $(READY)
+	$(BIN)/python -c 'import sys; from nbclient import execute; from nbformat import read, write; \
+		[write(execute(read(path, 4), record_timing=False), path) for path in sys.argv[1:]]' analysis/*.ipynb
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.throughput --data-dir $(or $(DATA_DIR),data)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from analysis import frames, plots
-from analysis.tables import over
+from analysis.tables import listed, over, plain
 from harness.config import RunConfig, UserError
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
@@ -42,7 +42,7 @@ METRICS = ("mse", "neg_elbo", "probe_accuracy", "active_units")
 def set_condition(config: RunConfig, name: str, data: Source) -> RunConfig:
     """Set a named condition."""
     if name not in CONDITIONS:
-        raise UserError(f"condition={name!r}: choose among {', '.join(CONDITIONS)}")
+        raise UserError(f"condition={name!r}: choose among {listed(CONDITIONS)}")
     changes = {"kl_weight": data.calibrated, **CONDITIONS[name]}
     weight = with_variance(config, changes["kl_weight"] / 2, data).kl_weight
     return config.replace(**{**changes, "kl_weight": weight})
@@ -60,7 +60,21 @@ def cost_and_gain(frame: frames.Frame) -> str:
         found = [f"{name} {gap}" for name, gap in gaps.items() if gap.seeds]
         if found:
             sentences.append(f"{first!r} less {second!r}: {', '.join(found)}.")
-    return " ".join(sentences)
+    return "\n\n".join([" ".join(sentences), *hidden_classes(frame)])
+
+
+def hidden_classes(frame: frames.Frame) -> list[str]:
+    """Return, of each condition without active latents in which a probe finds classes, why."""
+    known = frames.having(frame, "rate", "active_units", "probe_accuracy")
+    chance = 1 / max(1, len(frames.class_errors(frame)))
+    return [
+        f"{name!r} has a probe accuracy of {part['probe_accuracy'].mean():.2f} beside 0 active "
+        "latents: its posterior means depend on the class, but vary too little to count as active, "
+        "and the probe standardises them. The decoder is given a draw of z instead, which carries "
+        f"at most the rate, {plain(part['rate'].mean(), 2)} nats / image."
+        for name, part in known.groupby(AXIS, sort=False)
+        if part["active_units"].max() == 0 and part["probe_accuracy"].min() > 2 * chance
+    ]
 
 
 STUDY = Study(

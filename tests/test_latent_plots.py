@@ -83,6 +83,7 @@ def test_many_latents_of_different_numbers_and_runs_without_kl_can_be_drawn(fram
     few = frame[3:4].assign(latent_size=3, **{f"kl/{i}": np.nan for i in range(3, 10)})
     axes = plots.kl_per_latent(pd.concat([wide, plain, few]), "latent_size").axes
     assert [len(panel.patches) for panel in axes] == [3, 64]
+    assert [len(panel.containers) for panel in axes] == [2, 1]  # lines of 64 would be a slab
 
 
 def test_quality_lines_are_means_along_the_axis(frame):

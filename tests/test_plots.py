@@ -46,6 +46,16 @@ def test_the_plane_holds_every_run_and_its_lines_have_constant_neg_elbo(frame):
         assert np.ptp(np.add(*line.get_data())) < 1e-9
 
 
+def test_values_at_one_point_of_the_plane_have_one_label():
+    size, rate = [1, 2, 4, 8, 1, 2], [0.0, 0.01, 0.0, 0.02, 5.0, 9.0]
+    made = pd.DataFrame({"x": size, "part": [*"aaaabb"], "rate": rate})
+    made["distortion"] = [7.0, 7.0, 7.01, 7.0, 0.0, -2.0]
+    figure = plots.rate_distortion(made, "x", "part")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1 … 8", "1", "2"]
+    figure = plots.rate_distortion(made[1:], "x", "part")
+    assert figure.axes[0].texts[0].get_text() == "2, 4, 8"
+
+
 def test_the_calibrated_weight_is_marked_where_the_ratio_crosses_one(frame):
     made = frame.assign(kl_weight=[0.01, 0.01, 0.1, 0.1, 1.0, 1.0])
     made["calibration_ratio"] = [0.1, 0.1, 1.0, 1.0, 10.0, 10.0]

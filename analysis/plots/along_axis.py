@@ -76,8 +76,7 @@ def metrics_along_axis(frame: frames.Frame, axis: str, group: str = "") -> Figur
     for panel in panels[0]:
         panel.set_xlabel("")
     panels[1, 1].set_ylim(0, frame["latent_size"].max() * 1.05)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -93,7 +92,8 @@ def metrics_along_latent_size(frame: frames.Frame, group: str) -> Figure:
     for panel in figure.axes:
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
-    mse.legend(handles=[mse.get_lines()[-1]], frameon=False)
+    figure.legends.clear()
+    _legend(figure)
     return figure
 
 
@@ -119,7 +119,8 @@ def quality_along_axis(frame: frames.Frame, axis: str) -> Figure:
         empty_panel(right, "no Fréchet distances: they need\npictures of two classes")
     for panel in (left, right):
         if panel.get_lines():
-            panel.legend(frameon=False)
+            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.06), "ncols": 3}
+            panel.legend(frameon=False, fontsize=9, columnspacing=1, handlelength=1.5, **above)
     return figure
 
 
@@ -148,16 +149,19 @@ def conditions(frame: frames.Frame) -> Figure:
     shown = ("mse", "neg_elbo", "rate", "active_units", "probe_accuracy", "frechet")
     metrics = [metric for metric in shown if metric in frame]
     names = list(frame["condition"].unique())
-    figure, panels = canvas(3 * len(metrics), 4, columns=len(metrics), sharey=True)
+    columns = -(-len(metrics) // 2)
+    figure, panels = canvas(11, 6.5, rows=2, columns=columns, sharey=True, squeeze=False)
     means = frames.along_axis(frame, "condition", metrics)
-    for panel, metric in zip(panels, metrics, strict=True):
+    for panel, metric in zip(panels.flat, metrics, strict=False):
         bars = frames.bars(means, metric)
         panel.errorbar(means[metric], means.index, xerr=bars, fmt="o", color=COLORS[0], capsize=3)
         dots = frame["condition"].map(names.index) + 0.22
         panel.plot(frame[metric], dots, ".", color=COLORS[1], ms=4)
         panel.set_xlabel(label(metric))
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
+    for panel in panels.flat[len(metrics) :]:
+        panel.set_visible(False)
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].invert_yaxis()
     return figure
 
 
@@ -264,6 +268,13 @@ def _mean(
     x, y, (low, high) = means[axis], means[metric], frames.interval(means, metric)
     panel.fill_between(x, low.fillna(y), high.fillna(y), color=color, alpha=0.15, lw=0)
     panel.plot(x, y, style, color=color, label=name)
+
+
+def _legend(figure: Figure) -> None:
+    named = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes]
+    handles = {text: handle for pairs in named for handle, text in pairs}
+    place = {"loc": "outside upper center", "ncols": 5, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), **place)
 
 
 def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame, str]]:

@@ -44,12 +44,14 @@ def learning_curves(
         return empty_figure(f"no run has a {metric} by epoch")
     curves = known.pivot(index="epoch", columns="run_id", values="value")
     frame = frame[frame["run_id"].isin(curves.columns)].set_index("run_id")
-    exact = frame.get(f"linear/{metric.removeprefix('val/')}", np.nan)
-    frame = frame.assign(end=curves.ffill().iloc[-1], linear=exact)
+    linear = frame.get(f"linear/{metric.removeprefix('val/')}", np.nan)
+    frame = frame.assign(end=curves.ffill().iloc[-1], linear=linear)
     if "sigma" in frame:  # of a fitted variance it has another one
         frame["linear"] = frame["linear"].where(frame["sigma"] == "fixed")
     parts = [*frame.groupby(group or np.ndim, sort=False)]
     bests = [part.groupby(axis)["end"].mean().idxmin() for _, part in parts]
+    at_best = zip(bests, parts, strict=True)
+    exact = [part.loc[part[axis] == best, "linear"].mean() for best, (_, part) in at_best]
     values = frame[axis].drop_duplicates()
     colors = shades(values.sort_values() if frames.is_numeric(values) else values)
     rows = -(-len(parts) // 3)
@@ -57,7 +59,7 @@ def learning_curves(
     width, height = (4 * columns + 1, 3.4 * rows) if group else (9, 5)
     figure, panels = canvas(width, height, rows, columns, sharey=True, squeeze=False)
     low, top = curves.min().min(), top_of(curves[curves.index > 0.1 * curves.index[-1]].stack())
-    for panel, best, (name, part) in zip(panels.flat, bests, parts, strict=False):
+    for panel, best, linear, (name, part) in zip(panels.flat, bests, exact, parts, strict=False):
         for value, runs in part.groupby(axis, sort=False):
             look = {"color": COLORS[1] if value == best else colors[value]}
             look["zorder"] = 2 + (value == best)
@@ -66,7 +68,6 @@ def learning_curves(
                 panel.plot(curves[run].dropna(), ".-", **thin)
             # Over epochs that all have: it would jump where a run ends before the others.
             panel.plot(curves[runs.index].mean(axis=1, skipna=False), lw=1.8, **look)
-        linear = part.loc[part[axis] == best, "linear"].mean()
         if np.isfinite(linear):
             panel.axhline(linear, color=GREY, ls="--", lw=1.2)
             low, top = min(low, linear), max(top, linear)
@@ -74,7 +75,8 @@ def learning_curves(
             note(panel, f"{outside} of {len(part)} runs end above, up to {part['end'].max():,.3g}")
         if group:
             named = f"{group} = {plain(name)}" if frames.is_numeric(part[group]) else name
-            panel.set_title(plain_text(f"{named}: best {plain(best)}"), fontsize="medium")
+            pad = 20 if panel.texts else 6  # above a note
+            panel.set_title(plain_text(f"{named}: best {plain(best)}"), fontsize="medium", pad=pad)
         panel.set_xlim(0.5, max(2, curves.index[-1]) + 0.5)
         panel.locator_params(axis="x", integer=True)
     for panel in panels.flat[len(parts) :]:
@@ -85,7 +87,7 @@ def learning_curves(
     figure.supylabel(label(metric), fontsize="medium")
     named = plain_text("best of the group" if group else f"best: {plain(bests[0])}")
     panels[0, 0].plot([], [], color=COLORS[1], lw=1.8, label=named)
-    if frame["linear"].notna().any():
+    if np.isfinite(exact).any():
         panels[0, 0].plot([], [], "--", color=GREY, lw=1.2, label="linear (exact)")
     shown = {value: color for value, color in colors.items() if group or value != bests[0]}
     legend(figure, shown, label(axis), "-")

@@ -75,8 +75,11 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
     colors = [COLORS[0] if rank <= active else "#BBBBBB" for rank in means.index]
     panel.bar(means.index, means, color=colors, width=0.8)
     bars = np.stack([np.minimum(halves, means).clip(0), halves])  # a KL divergence is not negative
-    width = min(1, 12 / len(means))  # lines of many latents would be one grey area
-    panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=width)
+    if len(means) <= 16:
+        panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=1)
+    else:  # lines of many latents would be one black area
+        look = {"step": "mid", "color": "black", "alpha": 0.15, "lw": 0}
+        panel.fill_between(means.index, means - bars[0], means + bars[1], **look)
     top = max(float((means + halves).max()) * 1.05, 1e-3)
     panel.set_ylim(0, max(top, panel.get_ylim()[1]))
     panel.set_xlim(0.3, len(means) + 0.7)
@@ -96,8 +99,10 @@ def latent_scatter(places: frames.Frame) -> Figure:
     models = list(places["model"].unique())
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
-    figure, panels = canvas(3.2 * columns, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
     classes = sorted(places["class"].unique())
+    beside = -(-len(classes) // (11 * rows))  # columns of the legend
+    width = 3.2 * columns + beside * (0.6 + 0.1 * max(len(str(name)) for name in classes))
+    figure, panels = canvas(width, 3.1 * rows, rows=rows, columns=columns, squeeze=False)
     # Seaborn's palette "colorblind" has ten colours.
     palette = sns.color_palette("colorblind" if len(classes) <= 10 else "husl", len(classes))
     for panel, model in zip(panels.flat, models, strict=False):
@@ -116,5 +121,6 @@ def latent_scatter(places: frames.Frame) -> Figure:
         panel.set_axis_off()
     if len(classes) > 1:
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=4)
+        look = {"markerscale": 4, "frameon": False, "ncols": beside}
+        figure.legend(handles, labels, loc="outside right upper", **look)
     return figure

@@ -1,6 +1,7 @@
 """Figures of distortion against rate."""
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 
@@ -35,21 +36,21 @@ def rate_distortion(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     _iso_lines(panel, shown)
     keys = [group, axis] if group else [axis]
     means = frames.along_axis(frame, keys, ["rate", "distortion"])
+    if group:
+        _labels(panel, means, axis)
     names = means[keys[0]].unique()
     few = group and len(names) <= len(COLORS)
     colors = dict(zip(names, COLORS, strict=False)) if few else shades(names)
     for name, part in means.groupby(group or np.ndim, sort=False):
         panel.plot(part["rate"], part["distortion"], lw=1, color=colors[name] if group else GREY)
         for _, point in part.iterrows():
-            color, value = colors[point[keys[0]]], plain(point[axis])
+            color = colors[point[keys[0]]]
             runs = frame[np.logical_and.reduce([frame[key] == point[key] for key in keys])]
             panel.plot(runs["rate"], runs["distortion"], ".", color=color, ms=6, zorder=3)
             place = (point["rate"], point["distortion"])
             panel.plot(*place, "o", color=color, ms=9, mec="white", zorder=4)
-            if group:
-                panel.annotate(value, place, xytext=(5, 4), textcoords="offset points")
-            elif point[axis] not in set(shown[axis]):
-                note(panel, f"{axis} = {value} is beyond, at rate {point['rate']:.3g}")
+            if not group and point[axis] not in set(shown[axis]):
+                note(panel, f"{axis} = {plain(point[axis])} is beyond, at rate {place[0]:.3g}")
     panel.set(xlabel=label("rate"), ylabel=label("distortion"))
     title = f"{group}; numbers are {axis}" if group else label(axis)
     legend(figure, colors, title, "-" if group else "o")
@@ -69,6 +70,19 @@ def frontier(frame: frames.Frame, group: str) -> Figure:
     return figure
 
 
+def _labels(panel: Axes, means: frames.Frame, axis: str) -> None:
+    """Write values of the axis beside their points, those of points that lie together once."""
+    together = 0.03 * np.array([np.ptp(panel.get_xlim()), np.ptp(panel.get_ylim())])
+    named: dict[tuple[float, float], list[Any]] = {}
+    for _, (value, *place) in means[[axis, "rate", "distortion"]].iterrows():
+        near = (at for at in named if np.allclose(at, place, rtol=0, atol=together))
+        named.setdefault(next(near, tuple(place)), []).append(value)
+    for at, values in named.items():
+        values = [*map(plain, sorted({*values}))]
+        text = ", ".join(values) if len(values) < 4 else f"{values[0]} … {values[-1]}"
+        panel.annotate(text, at, xytext=(6, 5), textcoords="offset points")
+
+
 def _bounded(frame: frames.Frame, axis: str) -> frames.Frame:
     """Leave out weight 0 if its rate, which nothing bounds, is more than twice all others'."""
     if axis != "kl_weight" or frame[axis].nunique() < 2:
@@ -79,7 +93,7 @@ def _bounded(frame: frames.Frame, axis: str) -> frames.Frame:
 
 def _iso_lines(panel: Axes, frame: frames.Frame) -> None:
     """Draw lines of equal `neg_elbo` = distortion + rate behind the points."""
-    rates = np.array([0.0, frame["rate"].max() * 1.05])
+    rates = max(frame["rate"].max(), 1e-9) * np.array([-0.03, 1.05])
     low, high = frame["distortion"].min(), frame["distortion"].max()
     margin = 0.06 * (high - low) + 1e-9
     panel.set(xlim=tuple(rates), ylim=(low - margin, high + margin))

@@ -112,10 +112,9 @@ def top_of(values: Any) -> float:  # noqa: ANN401 - numbers
 
 
 def note(panel: Axes, text: str) -> None:
-    """Write a text into the upper right corner of a panel."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the lines behind it
-    look: dict[str, Any] = {"ha": "right", "va": "top", "color": GREY, "bbox": box}
-    panel.text(0.99, 0.99, text, transform=panel.transAxes, **look)
+    """Write a text above the right end of a panel, where no line crosses it."""
+    look: dict[str, Any] = {"ha": "right", "va": "bottom", "color": GREY}
+    panel.text(1, 1.01, text, transform=panel.transAxes, **look)
 
 
 def empty_figure(reason: str) -> Figure:

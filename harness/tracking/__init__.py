@@ -5,6 +5,7 @@ checked without importing MLflow or PyTorch.
 """
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lazy_loader
@@ -23,6 +24,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+# As MLflow is imported in a notebook; it shows no bar there.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 
 class Planned(NamedTuple):

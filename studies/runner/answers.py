@@ -164,8 +164,7 @@ def verdict(ranking: Ranking, following: str) -> list[str]:
     sure, equal = _power(ranking, _unit(name)), ranking.not_distinguishable
     if count > 1 < ranking.seeds:
         key = f"{ranking.keys[0]} = " * (len(ranking.keys) == 1)
-        texts = [of[value].removeprefix(key) for value in equal]
-        listed = ("; " if any("," in text for text in texts) else ", ").join(texts) or "none"
+        listed = tables.listed(of[value].removeprefix(key) for value in equal) or "none"
         if len(equal) > NAMED:
             listed = f"{len(equal)} of {count - 1} others"
         worse = {0: "none is worse", 1: "1 is worse"}.get(n := len(ranking.worse), f"{n} are worse")

@@ -136,7 +136,7 @@ def parse(study: Study, args: Sequence[str] | None = None) -> Options:
     few, many = (study.epochs(KNOWN[name]) for name in ("digits", "mnist"))
     notes["epochs"] = f"default: {few}; {many} for 10,000 training images or more"
     settings = setting_options(study.base, notes)
-    values = [*shown_values(study.axis.values).values()]
+    values = [*map(shlex.quote, shown_values(study.axis.values).values())]
     if len(values) > MANY:
         values = [*values[: MANY // 2], "...", f"{values[-1]}; {len(values)} values"]
     of_study = {"seeds": str(study.seeds), "values": " ".join(values)}

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from analysis.tables import listed
 from harness import registry
 from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name, whole
@@ -405,7 +406,7 @@ def make_plan(study: Study, options: Options, own: Dataset | None = None) -> Pla
         ),
         find=partial(_find, study),
         words=command(start, data, effective, base, study.columns),
-        sentence=f"{counted(len(values), 'value')} of {axis.name} ({', '.join(texts.values())})"
+        sentence=f"{counted(len(values), 'value')} of {axis.name} ({listed(texts.values())})"
         f"{groups} x {counted(seeds, 'seed')} = {counted(len(cells), 'run')} of {epochs}",
         objective=study.objective,
         summary_key=f"refit={options.refit}" if options.refit else "",

@@ -423,4 +423,4 @@ def duration(seconds: float) -> str:
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: "1 run", "2 runs"."""
-    return f"{number} {noun}{'s'[: number != 1]}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"

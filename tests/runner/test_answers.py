@@ -163,6 +163,24 @@ def test_cost_and_gain_are_paired_differences():
     assert "paired, 95 % intervals over 3 seeds" in printed
 
 
+def test_a_probe_that_reads_collapsed_latents_is_explained():
+    rows = [
+        {"condition": name, "seed": seed, "mse": 0.1, "neg_elbo": 0.0, "rate": 0.02}
+        | {"probe_accuracy": probe, "active_units": active, "latent_size": 10}
+        | {f"mse_class/{i}": 0.1 for i in range(10)}
+        for name, probe, active in (
+            (elbo_vs_mse.CALIBRATED_ELBO, 0.9, 10.0),
+            (elbo_vs_mse.BLOG_ELBO, 0.84, 0.0),
+            (elbo_vs_mse.BLOG, 0.1, 0.0),
+        )
+        for seed in range(3)
+    ]
+    *_, explained = elbo_vs_mse.cost_and_gain(pd.DataFrame(rows)).split("\n\n")
+    assert explained.startswith("'ELBO, weight 1' has a probe accuracy of 0.84 beside 0 active")
+    assert "ReLU" not in explained  # whose probe finds no more than chance does
+    assert explained.endswith("at most the rate, 0.02 nats / image.")
+
+
 @pytest.mark.parametrize("missing", list(elbo_vs_mse.CONDITIONS))
 def test_a_study_of_fewer_conditions_still_has_an_answer(missing):
     rows = [
