@@ -48,7 +48,6 @@ class Likelihood:
 
     kind: type | str  # as `likelihood` registers it, or its address
     has_scale: bool
-    file: str = ""  # with the source of a user's
 
     def load(self) -> Any:  # noqa: ANN401 - a class of `harness.parts.likelihoods`' protocol
         """Return the class."""
@@ -87,6 +86,7 @@ REGISTERED: dict[Kind, dict[str, Any]] = {
 SETTINGS: dict[str, Kind] = {"model": "network", "likelihood": "likelihood"}  # that name a part
 
 _files: dict[Path, str] = {}  # files that `load` has executed -> their text
+_registered_in: dict[tuple[Kind, str], str] = {}  # file, or notebook cell, of a part
 
 
 def network(name: str, *, output: Output = "sigmoid") -> Callable[[Function], Function]:
@@ -111,7 +111,6 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
     one that takes the output before the non-linearity, `has_scale = False` for one without scale.
     A second class of a name replaces the first.
     """
-    file = inspect.stack(0)[1].filename
 
     def made(kind: type) -> Likelihood:
         if not isinstance(kind, type):
@@ -121,7 +120,7 @@ def likelihood(name: str) -> Callable[[type[T]], type[T]]:
                 raise UserError(f"likelihood {name!r} has no {function}: give it that function")
         for flag, default in (("logits", False), ("has_scale", True)):
             setattr(kind, flag, bool(getattr(kind, flag, default)))
-        return Likelihood(kind, kind.has_scale, file)  # type: ignore[attr-defined]
+        return Likelihood(kind, kind.has_scale)  # type: ignore[attr-defined]
 
     return _registering("likelihood", name, made)
 
@@ -177,8 +176,11 @@ def _registering(kind: Kind, name: str, made: Callable[[Any], Any]) -> Callable[
     if name in TAKEN[kind]:
         raise UserError(f"{kind} {name!r}: choose a name that is none of {', '.join(TAKEN[kind])}")
 
+    file = inspect.stack(0)[2].filename  # of the caller of `network`, `likelihood`, ...
+
     def register(part: T) -> T:
         REGISTERED[kind][name] = made(part)
+        _registered_in[kind, name] = file
         return part
 
     return register
@@ -249,16 +251,8 @@ def _execute(text: str, file: str) -> None:
 
 
 def source(kind: Kind, name: str) -> str:
-    """Return the text of the file, or notebook cell, that defines a part, or ""."""
-    part = REGISTERED[kind][name]
-    if isinstance(part, Likelihood):
-        file = part.file
-    else:
-        function = inspect.unwrap(getattr(part, "function", part))
-        function = getattr(function, "func", function)  # of a partial
-        call = getattr(type(function).__call__, "__code__", None)
-        file = getattr(getattr(function, "__code__", None) or call, "co_filename", "")
-    text = "".join(linecache.getlines(file))
+    """Return the text of the file, or notebook cell, that registers a part, or ""."""
+    text = "".join(linecache.getlines(_registered_in.get((kind, name), "")))
     return text if text.endswith("\n") or not text else f"{text}\n"  # as linecache reads a file
 
 

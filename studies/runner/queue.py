@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
@@ -26,7 +27,7 @@ from harness.config import RunConfig, UserError
 from harness.errors import reading
 from harness.tracking import End, addresses
 from studies.runner import database, stopping
-from studies.runner.proposers import DIVERGED, Proposer, Value, keys
+from studies.runner.proposers import CELL, DIVERGED, KEYS, Proposer, Value, keys
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # User attributes of a trial: the process that runs it ("": none), and its `Value` once trained.
 OWNER, RESULT = "process", "result"
+KINDS = {CELL: dict, KEYS: list, OWNER: str, RESULT: dict}
 LOST = "lost"  # of a study: the numbers of ended trials of whose runs one was deleted
 
 AFTER = "/after"  # ends the name of a study's companion, which holds confirmation and summary
@@ -86,7 +88,12 @@ class Queue:
         """Return the trials in the named states, by default in any."""
         wanted = tuple(optuna.trial.TrialState[state] for state in states) or None
         get = partial(self.study.get_trials, deepcopy=False, states=wanted)
-        return database.retry(get, self.storage.url)
+        found = database.retry(get, self.storage.url)
+        for trial, (name, of) in product(found, KINDS.items()):
+            if not isinstance(value := trial.user_attrs.get(name, of()), of):
+                where = f"trial {trial.number} of study {self.study.study_name!r} in --storage"
+                raise UserError(f"{where}: {name} is {value!r}, no {of.__name__}")
+        return found
 
     def left(self) -> int:
         """Return how many trials have no result yet, running trials included."""

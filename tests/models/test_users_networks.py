@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -508,6 +509,8 @@ def test_a_source_is_the_same_whichever_way_its_file_was_executed(tmp_path, monk
 
 
 @pytest.mark.parametrize("function", [len, __import__("functools").partial(max, 1)])
-def test_a_part_without_a_source_has_an_empty_one(function):
+def test_the_source_of_a_part_is_the_file_that_registers_it(function):
     harness.term("mine")(function)
-    assert registry.source("term", "mine") == ""
+    assert registry.source("term", "mine") == Path(__file__).read_text()
+    exec(compile('harness.term("typed")(len)', "<stdin>", "exec"))
+    assert registry.source("term", "typed") == ""

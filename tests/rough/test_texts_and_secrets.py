@@ -347,7 +347,6 @@ def record_of(made: dict) -> SimpleNamespace:
         ({"name": "folder-x", "options": {"image_size": [1e9, "x"]}}, "image_size="),
         ({"name": "folder-x", "options": {"shape": 5}}, "'shape'"),
         ({"name": "folder-x", "options": [1]}, "TypeError"),
-        ({"name": "folder-x", "image_shape": 5}, "TypeError"),
     ],
 )
 def test_a_record_chooses_no_folder(made, why, tmp_path, monkeypatch):
