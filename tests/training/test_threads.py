@@ -12,7 +12,7 @@ from harness.tracking.record import log_in, record
 from harness.training.engine import check_threads, train
 from studies.replay import replay
 
-CONV = SMALL.replace(model="conv", channels=(16, 32), batch_size=32)
+CONV = SMALL.replace(model="conv", channels=(16, 32), batch_size=32, epochs=1)
 
 
 @pytest.fixture
