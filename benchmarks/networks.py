@@ -28,7 +28,7 @@ from harness.training.engine import resolve_device
 FILE = Path(__file__).with_name("users_networks.py")
 NAMES = (
     *("layer_norm", "residual_mlp", "group_norm", "upsampling", "tied", "attention", "recurrent"),
-    *("buffers", "dropout", "batch_norm", "branch", "spatial", "colour"),
+    *("buffers", "dropout", "batch_norm", "branch", "spatial"),
 )
 FOREVER = 10**6
 """Epochs of a training that is stopped from outside."""
@@ -65,8 +65,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = machine.parser("networks", __doc__)
-    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser, every = machine.parser("networks", __doc__), (*NAMES, "colour")
+    parser.add_argument("--networks", nargs="+", choices=every, default=every, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each; default: 5")
     parser.add_argument("--steps", type=int, default=300, help="of a turn; default: 300")
     parser.add_argument("--runs", type=int, default=8, help="of a stack; default: 8")
