@@ -59,6 +59,7 @@ def test_more_threads_than_cores_are_refused(four_cores, count, device, sharing,
     check_threads(1, device, sharing)
 
 
+@pytest.mark.slow
 def test_threads_are_recorded_where_they_are_not_1_and_replayed(
     tiny, four_cores, tracking_uri, capsys
 ):
