@@ -2,7 +2,8 @@
 
 `python -m benchmarks.networks --data-dir DIR` prints a section for benchmarks/RESULTS.md. The three
 take turns, the first uncounted, and a ratio is taken within a turn. On a CPU a stack is its runs on
-all cores, and a run alone and the plain loop have one thread.
+all cores, and a run alone and the plain loop have one thread, or those of `--threads N`. "colour"
+is the built-in convolutions on colour images of 64 x 64.
 """
 
 from __future__ import annotations
@@ -40,15 +41,22 @@ def main() -> None:
     device = resolve_device(args.device)
     data = load_dataset("mnist", args.data_dir)
     data = replace(data, train=data.train.head(32 * args.steps), val=data.val.head(100))
+    images = torch.randint(256, (32 * args.steps + 200, 3, 64, 64), dtype=torch.uint8)
+    parts = {"val": range(100), "test": range(100, 200), "train": range(200, len(images))}
+    colour = Dataset.from_tensors("colour", images, rows=parts)
     rows = []
     for name in args.networks:
-        registry.load(f"{FILE}:{name}", "network")
-        rates = measure(name, data, device, args)
+        if name == "colour":
+            rates = measure("conv", colour, device, args)
+        else:
+            registry.load(f"{FILE}:{name}", "network")
+            rates = measure(name, data, device, args)
         rows.append(row(name, *rates))
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     settings = (
         f"MNIST, L = 16, float32, batch 32, Adam; {args.repeats} interleaved turns of {args.steps} "
-        f"steps a run, stacks of {args.runs}; medians, and ranges of ratios within a turn."
+        f"steps a run, stacks of {args.runs}; threads of a run alone: {args.threads}; medians, and "
+        "ranges of ratios within a turn."
     )
     header = ["network", "alone", "stack", "plain loop", "stack / alone", "range"]
     header += ["alone / plain", "range"]
@@ -57,11 +65,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = machine.parser("networks", __doc__)
-    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser, every = machine.parser("networks", __doc__), (*NAMES, "colour")
+    parser.add_argument("--networks", nargs="+", choices=every, default=every, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each; default: 5")
     parser.add_argument("--steps", type=int, default=300, help="of a turn; default: 300")
     parser.add_argument("--runs", type=int, default=8, help="of a stack; default: 8")
+    parser.add_argument("--threads", type=int, default=1, help="of a run alone; default: 1")
     return parser.parse_args()
 
 
@@ -72,9 +81,9 @@ def measure(
     config = RunConfig(model=name, latent_size=16, epochs=FOREVER)
     stack = [config.replace(seed=seed) for seed in range(args.runs)]
     kinds = (
-        harness([config], data, device),
+        harness([config], data, device, args.threads),
         harness(stack, data, device),
-        plain(config, data, device),
+        plain(config, data, device, args.threads),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # attention in a stack is a loop over runs
@@ -85,21 +94,23 @@ def measure(
 
 
 def harness(
-    configs: list[RunConfig], data: Dataset, device: torch.device
+    configs: list[RunConfig], data: Dataset, device: torch.device, threads: int = 1
 ) -> Generator[float, None, None]:
     """Train runs of the harness; yield images per second, without evaluation."""
-    for record in train(configs, data, device.type):
+    for record in train(configs, data, device.type, threads_per_run=threads):
         yield record.images_per_second
 
 
-def plain(config: RunConfig, data: Dataset, device: torch.device) -> Generator[float, None, None]:
+def plain(
+    config: RunConfig, data: Dataset, device: torch.device, count: int
+) -> Generator[float, None, None]:
     """Train as a user would, data in memory and autograd; yield images per second."""
     model = build(config, data.image_shape).to(device).train()
     pixels = data.train.pixels(slice(None), torch.float32).unflatten(1, data.image_shape).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     threads = torch.get_num_threads()
     while True:
-        torch.set_num_threads(1)  # the faster choice for networks this small
+        torch.set_num_threads(count)
         start = time.perf_counter()
         for rows in torch.randperm(len(pixels), device=device).split(config.batch_size):
             optimizer.zero_grad()

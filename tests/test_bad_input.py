@@ -55,6 +55,8 @@ ARGUMENTS = [
     ("kl_weight", "--values inf", "kl_weight=inf"),
     ("kl_weight", "--values 1 x", "kl_weight=x: give a number"),
     ("kl_weight", "--workers x", "--workers 'x': give a whole number; --help"),
+    ("kl_weight", "--threads-per-run 0", "threads_per_run=0: give a whole number >= 1"),
+    ("kl_weight", "--threads-per-run 9999 --device cpu", "threads_per_run=9999 on "),
     ("kl_weight", "--values 1 1", "every value once"),
     ("kl_weight", "--seeds 0", "seeds=0: give a whole number >= 1"),
     ("kl_weight", "--latent-size 0", "latent_size=0: give a whole number >= 1"),

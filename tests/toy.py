@@ -17,7 +17,7 @@ class Mean(torch.nn.Module):
         self.data_shape, self.largest, self.columns = shape, 16, None
 
 
-def train_means(configs, data, device, checkpoints=None):
+def train_means(configs, data, device, checkpoints=None, threads_per_run=1):
     """Yield the epochs of a training as `harness.train` does."""
     images, val = (part.pixels(slice(None), torch.float32) for part in (data.train, data.val))
     for epoch in range(1, configs[0].epochs + 1):

@@ -337,7 +337,8 @@ def check_runs(
 def check_threads(threads_per_run: int, device: str, sharing: int = 1) -> None:
     """Raise a `UserError` for more threads than cores, which so many processes share."""
     cores = processes.available() if device == "cpu" else 1
-    if not 1 <= threads_per_run <= (most := max(1, cores // sharing)):
+    most = max(1, cores // sharing)
+    if not 1 <= threads_per_run <= most:
         where = f"{cores} core{'s' * (cores > 1)}" if device == "cpu" else "a GPU"
         where += f" that {sharing} processes share" * (sharing > 1)
         give = f"1 to {most}" if most > 1 else "1"

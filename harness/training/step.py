@@ -310,14 +310,15 @@ class Step:
                 if may_draw:  # layers draw the same numbers in every process
                     stream = streams.generator(self.state.configs[0].seed, "layers", epoch)
                     torch.manual_seed(int(stream.integers(2**63)))
-                self.state.model.train()
+                    self.state.model.train()
                 for images, draw in parts:
                     each = (repeat(None) if part is None else part.unbind() for part in draw)
                     steps = map(Draw, *each)
                     for order in draw.order.split(len(self._x)):
                         for x, now in zip(self._pixels(images, order), steps, strict=False):
                             self._take(x, now)
-                self.state.model.eval()
+                if may_draw:
+                    self.state.model.eval()
 
     def _pixels(self, images: Tensor, order: Tensor) -> Tensor:
         grey = images.index_select(0, order.flatten())

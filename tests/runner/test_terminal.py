@@ -154,6 +154,24 @@ def test_finished_runs_are_counted_before_training(left, line):
     assert out.getvalue() == line
 
 
+@pytest.mark.parametrize(
+    ("runs", "threads", "line"),
+    [
+        (2, 1, "2 of 8 cores are used: 2 runs; --threads-per-run 4 uses all"),
+        (1, 1, "1 of 8 cores is used: 1 run; --threads-per-run 8 uses all"),
+        (3, 1, "3 of 8 cores are used: 3 runs; --threads-per-run 2 uses 6"),
+        (2, 3, "6 of 8 cores are used: 2 runs; --threads-per-run 4 uses all"),
+        (5, 1, ""),  # no more threads fit
+        (2, 4, ""),
+        (9, 1, ""),
+    ],
+)
+def test_cores_that_more_threads_would_use_are_named(runs, threads, line):
+    out = StringIO()
+    log(out).cores(runs, threads, 8)
+    assert out.getvalue() == (f"{line}, for large networks\n" if line else "")
+
+
 def test_runs_that_other_processes_finish_count_once():
     out = StringIO()
     on_epoch = log(out).progress(4, 4)
