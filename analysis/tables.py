@@ -38,7 +38,7 @@ def decimals(metric: str) -> int:
 def plain(value: object, digits: int = 3) -> str:
     """Format a setting: a fraction in so many digits, whole numbers in all theirs, "-" for NaN."""
     if isinstance(value, list | tuple):
-        return ", ".join(plain(item, digits) for item in value)
+        return listed(plain(item, digits) for item in value)
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):

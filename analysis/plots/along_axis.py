@@ -13,6 +13,7 @@ from analysis.plots.planes import rate_distortion
 from analysis.plots.style import (
     COLORS,
     GREY,
+    LISTED,
     Axes,
     Figure,
     canvas,
@@ -281,7 +282,8 @@ def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame,
     """Yield name, runs and colour of each group; without groups, of all runs."""
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
-        yield f"{group} = {name}" if group and frames.is_numeric(part[group]) else name, part, color
+        number = group and frames.is_numeric(part[group])
+        yield f"{group} = {tables.plain(name)}" if number else name, part, color
 
 
 def _runs_and_means(panel: Axes, frame: frames.Frame, axis: str, metric: str, group: str) -> None:
@@ -330,6 +332,9 @@ def _scale(panel: Axes, frame: frames.Frame, axis: str) -> None:
     if (values == 0).any():
         panel.set_xscale("symlog", linthresh=positive.min(), linscale=0.4)
         panel.set_xlim(left=-positive.min() * 0.2)
+    if len(marks := values.unique()) <= LISTED:
+        panel.set_xticks(marks, [*map(tables.plain, marks)])
+        panel.minorticks_off()
 
 
 def _focus(panel: Axes, frame: frames.Frame, axis: str, metric: str) -> None:

@@ -72,6 +72,8 @@ def frontier(frame: frames.Frame, group: str) -> Figure:
 
 def _labels(panel: Axes, means: frames.Frame, axis: str) -> None:
     """Write values of the axis beside their points, those of points that lie together once."""
+    from matplotlib.patheffects import withStroke
+
     together = 0.03 * np.array([np.ptp(panel.get_xlim()), np.ptp(panel.get_ylim())])
     named: dict[tuple[float, float], list[Any]] = {}
     for _, (value, *place) in means[[axis, "rate", "distortion"]].iterrows():
@@ -80,7 +82,8 @@ def _labels(panel: Axes, means: frames.Frame, axis: str) -> None:
     for at, values in named.items():
         values = [*map(plain, sorted({*values}))]
         text = ", ".join(values) if len(values) < 4 else f"{values[0]} … {values[-1]}"
-        panel.annotate(text, at, xytext=(6, 5), textcoords="offset points")
+        written = panel.annotate(text, at, xytext=(6, 5), textcoords="offset points", zorder=5)
+        written.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over lines
 
 
 def _bounded(frame: frames.Frame, axis: str) -> frames.Frame:
