@@ -274,8 +274,9 @@ def _mean(
 def _legend(figure: Figure) -> None:
     named = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes]
     handles = {text: handle for pairs in named for handle, text in pairs}
-    place = {"loc": "outside upper center", "ncols": 5, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **place)
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside upper center", ncols=5, frameon=False
+    )
 
 
 def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame, str]]:

@@ -29,8 +29,7 @@ def kl_per_latent(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     shown = [(name, part, shown_values(part, axis)) for name, part in parts]
     columns = max(len(values) for *_, values in shown)
     size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
-    shared = {"squeeze": False, "sharey": "row"}
-    figure, panels = canvas(*size, rows=len(shown), columns=columns, **shared)
+    figure, panels = canvas(*size, len(shown), columns, squeeze=False, sharey="row")
     for row, (name, part, values) in zip(panels, shown, strict=True):
         best = frames.best_value(part, axis)
         for panel, value in zip(row, values, strict=False):
