@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from analysis import frames
-from harness.errors import printable
+from harness.errors import listed, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,18 +37,12 @@ def decimals(metric: str) -> int:
 def plain(value: object, digits: int = 3) -> str:
     """Format a setting: a fraction in so many digits, whole numbers in all theirs, "-" for NaN."""
     if isinstance(value, list | tuple):
-        return ", ".join(plain(item, digits) for item in value)
+        return listed(plain(item, digits) for item in value)
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):
         return "-"
     return f"{value:g}" if value.is_integer() else f"{value:.{digits}g}"
-
-
-def listed(texts: Iterable[str]) -> str:
-    """Join texts by commas, or by semicolons if one of them has a comma."""
-    texts = [*texts]
-    return ("; " if any("," in text for text in texts) else ", ").join(texts)
 
 
 def _with_intervals(means: pd.DataFrame, metric: str) -> list[str]:

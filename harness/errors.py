@@ -3,7 +3,7 @@
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,12 @@ NO_USERS = (  # folders of code that is not the user's
 def printable(text: str) -> str:
     """Return a text with its control characters, but for tabs and line breaks, as escapes."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Join texts by commas, or by semicolons if one of them has a comma."""
+    texts = [*texts]
+    return ("; " if any("," in text for text in texts) else ", ").join(texts)
 
 
 class UserError(ValueError):

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from analysis import frames, plots
-from analysis.tables import listed, over, plain
+from analysis.tables import over, plain
 from harness.config import RunConfig, UserError
+from harness.errors import listed
 from studies.runner.cli import main
 from studies.runner.study import BLOG_WEIGHT, Axis, Source, Study, with_variance
 

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom on a small study made here."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,17 @@ def test_without_a_study_a_notebook_says_which_command_to_run(tracking_uri, monk
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_defines_nothing_and_is_small(path):
+def test_a_notebook_is_stored_small_with_outputs_and_defines_nothing(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert path.stat().st_size < 400_000
+    nbformat.validate(notebook)
     outputs = [output for cell in code for output in cell.outputs]
     assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
+    assert shows_a_figure(notebook)
+    for output in outputs:
+        output.get("data", {}).pop("image/png", "")
+    assert not re.search(r"/(home|root|tmp|work|Users)\b", nbformat.writes(notebook))
     assert not any(
         line.startswith(("def ", "class ")) for cell in code for line in cell.source.split("\n")
     )

@@ -154,6 +154,7 @@ def test_columns_of_numbers_and_no_others_stand_right(page):
         ("2 (of 3)", False),
         ("1e-05", True),
         ("–", True),
+        ("-", True),
         ("9 %", True),
         ("nan", True),
     ]

@@ -13,6 +13,7 @@ from analysis.plots.planes import rate_distortion
 from analysis.plots.style import (
     COLORS,
     GREY,
+    LISTED,
     Axes,
     Figure,
     canvas,
@@ -273,15 +274,17 @@ def _mean(
 def _legend(figure: Figure) -> None:
     named = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes]
     handles = {text: handle for pairs in named for handle, text in pairs}
-    place = {"loc": "outside upper center", "ncols": 5, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **place)
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside upper center", ncols=5, frameon=False
+    )
 
 
 def _parts(frame: frames.Frame, group: str) -> Iterator[tuple[str, frames.Frame, str]]:
     """Yield name, runs and colour of each group; without groups, of all runs."""
     parts = frame.groupby(group, sort=False) if group else [("", frame)]
     for (name, part), color in zip(parts, cycle(COLORS), strict=False):
-        yield f"{group} = {name}" if group and frames.is_numeric(part[group]) else name, part, color
+        number = group and frames.is_numeric(part[group])
+        yield f"{group} = {tables.plain(name)}" if number else name, part, color
 
 
 def _runs_and_means(panel: Axes, frame: frames.Frame, axis: str, metric: str, group: str) -> None:
@@ -330,6 +333,9 @@ def _scale(panel: Axes, frame: frames.Frame, axis: str) -> None:
     if (values == 0).any():
         panel.set_xscale("symlog", linthresh=positive.min(), linscale=0.4)
         panel.set_xlim(left=-positive.min() * 0.2)
+    if len(marks := values.unique()) <= LISTED:
+        panel.set_xticks(marks, [*map(tables.plain, marks)])
+        panel.minorticks_off()
 
 
 def _focus(panel: Axes, frame: frames.Frame, axis: str, metric: str) -> None:

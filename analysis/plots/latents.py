@@ -9,9 +9,10 @@ from analysis.plots.style import COLORS, Axes, Figure, canvas, empty_figure, pla
 from analysis.tables import plain
 
 KL_CAPTION = (
-    "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval. "
-    "As many bars are dark as latents are active, that is, have a posterior mean whose variance is "
-    "over 0.01. A row has one scale; a value at which all latents have collapsed has no panel."
+    "Test KL of each latent, the largest of each run first: mean over seeds with 95 % interval, "
+    "of many latents its ends. As many bars are dark as latents are active, that is, have a "
+    "posterior mean whose variance is over 0.01. A row has one scale; a value at which all latents "
+    "have collapsed has no panel."
 )
 
 PANELS = 5  # values of an axis that have a panel of bars, at most
@@ -28,8 +29,7 @@ def kl_per_latent(frame: frames.Frame, axis: str, group: str = "") -> Figure:
     shown = [(name, part, shown_values(part, axis)) for name, part in parts]
     columns = max(len(values) for *_, values in shown)
     size = (2.5 * columns + 0.5, 2.8 * len(shown) + 0.2)
-    shared = {"squeeze": False, "sharey": "row"}
-    figure, panels = canvas(*size, rows=len(shown), columns=columns, **shared)
+    figure, panels = canvas(*size, len(shown), columns, squeeze=False, sharey="row")
     for row, (name, part, values) in zip(panels, shown, strict=True):
         best = frames.best_value(part, axis)
         for panel, value in zip(row, values, strict=False):
@@ -78,8 +78,8 @@ def _bars(panel: Axes, runs: frames.Frame) -> None:
     if len(means) <= 16:
         panel.errorbar(means.index, means, yerr=bars, fmt="none", color="black", elinewidth=1)
     else:  # lines of many latents would be one black area
-        look = {"step": "mid", "color": "black", "alpha": 0.15, "lw": 0}
-        panel.fill_between(means.index, means - bars[0], means + bars[1], **look)
+        for end in (means - bars[0], means + bars[1]):
+            panel.step(means.index, end, where="mid", color="black", lw=0.7)
     top = max(float((means + halves).max()) * 1.05, 1e-3)
     panel.set_ylim(0, max(top, panel.get_ylim()[1]))
     panel.set_xlim(0.3, len(means) + 0.7)

@@ -72,15 +72,19 @@ def frontier(frame: frames.Frame, group: str) -> Figure:
 
 def _labels(panel: Axes, means: frames.Frame, axis: str) -> None:
     """Write values of the axis beside their points, those of points that lie together once."""
+    from matplotlib.patheffects import withStroke
+
     together = 0.03 * np.array([np.ptp(panel.get_xlim()), np.ptp(panel.get_ylim())])
-    named: dict[tuple[float, float], list[Any]] = {}
+    look: dict[str, Any] = {"textcoords": "offset points", "zorder": 5}
+    named: dict[tuple[float, float], list[Any]] = {}  # first place -> value and place
     for _, (value, *place) in means[[axis, "rate", "distortion"]].iterrows():
         near = (at for at in named if np.allclose(at, place, rtol=0, atol=together))
-        named.setdefault(next(near, tuple(place)), []).append(value)
-    for at, values in named.items():
-        values = [*map(plain, sorted({*values}))]
+        named.setdefault(next(near, tuple(place)), []).append((value, place))
+    for points in named.values():
+        values = [*map(plain, sorted({value for value, _ in points}))]
         text = ", ".join(values) if len(values) < 4 else f"{values[0]} … {values[-1]}"
-        panel.annotate(text, at, xytext=(6, 5), textcoords="offset points")
+        written = panel.annotate(text, points[-1][1], xytext=(6, 5), **look)
+        written.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over lines
 
 
 def _bounded(frame: frames.Frame, axis: str) -> frames.Frame:

@@ -29,7 +29,7 @@ WIDE, SENTENCE = 112, 48  # characters of a row too wide for paper, of a cell br
 # Fields that summaries of earlier versions lack.
 LATER = {"verdict": (), "warnings": (), "best_row": None}
 # A cell of a column of numbers: a number, one with its interval, a dash, or nothing.
-NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+| \(\S+ to \S+\))?( %)?|–)?")
+NUMBER = re.compile(r"([-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)( ± \S+| \(\S+ to \S+\))?( %)?|[–-])?")
 
 
 def build(folder: Path) -> Path:

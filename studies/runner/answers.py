@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import frames, tables
 from analysis.comparisons import PROCEDURE, Ranking
+from harness.errors import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,11 +165,11 @@ def verdict(ranking: Ranking, following: str) -> list[str]:
     sure, equal = _power(ranking, _unit(name)), ranking.not_distinguishable
     if count > 1 < ranking.seeds:
         key = f"{ranking.keys[0]} = " * (len(ranking.keys) == 1)
-        listed = tables.listed(of[value].removeprefix(key) for value in equal) or "none"
+        shown = listed(of[value].removeprefix(key) for value in equal) or "none"
         if len(equal) > NAMED:
-            listed = f"{len(equal)} of {count - 1} others"
+            shown = f"{len(equal)} of {count - 1} others"
         worse = {0: "none is worse", 1: "1 is worse"}.get(n := len(ranking.worse), f"{n} are worse")
-        sure = f"not distinguishable from it: {listed}; {worse} ({BY}). {sure}"
+        sure = f"not distinguishable from it: {shown}; {worse} ({BY}). {sure}"
     return [f"Best: {best}{interval}.", f"How sure: {sure}", f"Next: {following}"]
 
 

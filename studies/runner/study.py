@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.tables import listed
 from harness import registry
 from harness.config import Options as Named
 from harness.config import RunConfig, UserError, checked_name, whole
-from harness.errors import checked_text
+from harness.errors import checked_text, listed
 from harness.tracking.addresses import without_secrets
 from studies.runner.options import (
     ELSEWHERE,
