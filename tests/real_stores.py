@@ -16,6 +16,7 @@ from filelock import FileLock
 from real_servers import MlflowServer, Proxy
 
 from harness import tracking
+from harness.metrics import frechet
 
 
 def once(name: str, make: Callable[[Path], None], temporary: pytest.TempPathFactory) -> Path:
@@ -45,11 +46,16 @@ def copy_home(there: Path, here: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return where studies in tests keep classifiers: not in the cache of the repository."""
-    folder = once("cache", lambda folder: None, tmp_path_factory)
+    """Return where studies in tests keep classifiers: not in the cache of the user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+
+    def make(folder: Path) -> None:  # other programs keep theirs: a list of fonts takes seconds
+        for kept in {"matplotlib", "uv"}.intersection(path.name for path in cache.glob("*")):
+            (folder / kept).symlink_to(cache / kept)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.tracking.record.project_root", lambda: folder)
-        yield folder / "cache" / "features"
+        patch.setenv("XDG_CACHE_HOME", str(once("cache", make, tmp_path_factory)))
+        yield frechet.user_cache()
 
 
 @pytest.fixture(scope="session")

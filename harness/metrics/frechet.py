@@ -11,16 +11,18 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from harness import streams
 from harness.config import RunConfig
@@ -95,6 +97,12 @@ class Classifier(nn.Module):
         return self.head(self.embed(images).relu())
 
 
+def user_cache() -> Path | None:
+    """Return the folder where studies keep classifiers, in XDG_CACHE_HOME or ~/.cache, if any."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return base / "vae-sweep-harness" if base.is_absolute() else None
+
+
 def classifier(data: Dataset, folder: Path | None = None) -> Classifier:
     """Return the classifier of a dataset's training split, from the folder if it is there."""
     if folder is None:
@@ -127,15 +135,20 @@ def _trained(data: Dataset) -> Classifier:
     log.info("training the classifier of the Fréchet distances on %s, once a dataset", data.name)
     net, train = _untrained(data), data.train.to(torch.device("cpu"))
     batches = list(itertools.islice(_batches(len(train)), STEPS))
-    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    # The function of torch.optim.Adam, which imports torch.compile at its first use, for seconds.
+    weights, lr = list(net.parameters()), LEARNING_RATE
+    moments = [[torch.zeros_like(weight) for weight in weights] for _ in range(2)]
+    counts = [torch.zeros(()) for _ in weights]
+    same: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    same |= {"amsgrad": False, "maximize": False, "foreach": False}
     with one_thread():
-        for rows in batches:
-            logits = net(_images(data, train, rows))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(logits, train.labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+        for left in range(len(batches), 0, -1):
+            rows = batches[-left]
+            loss = nn.functional.cross_entropy(net(_images(data, train, rows)), train.labels[rows])
+            gradients = list(torch.autograd.grad(loss, weights))
+            with torch.no_grad():
+                adam(weights, gradients, *moments, [], counts, lr=lr, **same)
+            lr *= 1 - 1 / left  # as LinearLR(optimizer, 1.0, 0.0, len(batches))
         _normalize(net, _images(data, train, slice(10 * BATCH)))
     return net
 

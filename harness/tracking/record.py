@@ -18,14 +18,13 @@ from harness.data.dataset import Dataset
 from harness.data.load import is_named
 from harness.errors import reading
 from harness.linear.vae import linear_metrics
-from harness.metrics import evaluate, pictures, quality
+from harness.metrics import evaluate, frechet, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
 from harness.tracking import End, Planned
 from harness.tracking.addresses import (
     default_tracking,
     is_locked,
-    project_root,
     sqlite_file,
     without_password,
     without_secrets,
@@ -81,7 +80,7 @@ def tags_of(made_with: Mapping[str, Any]) -> dict[str, str]:
 
 def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
     """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
-    found, folder = [], project_root() / "cache" / "features"
+    found, folder = [], frechet.user_cache()
     both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
     for run, ends, measured in zip(runs, *both, strict=True):
         named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}

@@ -115,3 +115,28 @@ def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path):
     (tmp_path / "taken").write_text("a file where the folder should be")
     net = classifier(tiny, tmp_path / "taken")
     assert same(net, classifier(tiny, tmp_path))
+
+
+def test_studies_keep_it_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert frechet.user_cache() == tmp_path / "vae-sweep-harness"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert frechet.user_cache() == tmp_path / ".cache" / "vae-sweep-harness"
+    monkeypatch.setenv("HOME", "nowhere")
+    assert frechet.user_cache() is None
+
+
+def test_it_is_trained_by_adam_at_a_rate_that_falls_to_zero(tiny, monkeypatch):
+    monkeypatch.setattr(frechet, "STEPS", 7)
+    monkeypatch.setattr(frechet, "_normalize", lambda net, images: None)
+    expected, train = frechet._untrained(tiny), tiny.train
+    optimizer = torch.optim.Adam(expected.parameters(), lr=frechet.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 7)
+    for rows, _ in zip(frechet._batches(len(train)), range(7), strict=False):
+        optimizer.zero_grad()
+        logits = expected(pixels(train, 1)[rows])
+        torch.nn.functional.cross_entropy(logits, train.labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    assert same(classifier(tiny), expected)
