@@ -165,7 +165,7 @@ def test_the_record_of_a_finished_run(store, begin, data):
         store.record(log.key)
     log.end()
     values = [("mse", 1, 0.5)]
-    assert store.record(log.key) == (id_of(store, log), "mine", CONFIG, made_with, values)
+    assert store.record(log.key) == (id_of(store, log), "mine", CONFIG, made_with, values, 1)
     with pytest.raises(UserError, match="is a summary; give a run of a configuration"):
         store.record(begin(role="summary").key)
 
