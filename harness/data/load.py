@@ -1,6 +1,7 @@
 """Datasets by name: the built-in ones, and those of the user's files."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,14 @@ def is_named(name: str) -> bool:
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
-    whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
+    # As sklearn.datasets.load_digits, whose import takes longer than that of PyTorch's core.
+    package = find_spec("sklearn")
+    assert package is not None  # a dependency
+    assert package.origin is not None
+    file = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",")
+    images = torch.from_numpy(rows[:, :-1].astype(np.uint8))
+    whole = Split(images, torch.from_numpy(rows[:, -1].astype(np.int64)), largest=16)
     train, val, test = _split(whole, 1280, 256)  # and 261 for testing
     return Dataset("digits", (1, 8, 8), 10, train, val, test, digest(images))
 

@@ -21,6 +21,7 @@ from harness.linear.vae import linear_metrics
 from harness.metrics import evaluate, frechet, pictures, quality
 from harness.models.files import load_model
 from harness.models.vae import VAE, build
+from harness.processes import one_thread
 from harness.tracking import End, Planned
 from harness.tracking.addresses import (
     default_tracking,
@@ -29,7 +30,7 @@ from harness.tracking.addresses import (
     without_password,
     without_secrets,
 )
-from harness.tracking.runs import DIFF, NOTE, PROVENANCE, RunLog, part_file
+from harness.tracking.runs import DIFF, NOTE, PICTURED, PROVENANCE, RunLog, part_file
 from harness.tracking.store import Store, connect, trusting
 from harness.training import engine
 from harness.training.checkpoint import Checkpoints
@@ -131,7 +132,7 @@ def record(
             params = parameters(run.config, data) | run.params
             params |= {"device": device, "stack_width": len(planned)}
             params |= {"threads_per_run": threads_per_run} if threads_per_run > 1 else {}
-            of_run = run.tags | tags
+            of_run = run.tags | tags | (PICTURED if pictured else {})
             if len(data.image_shape) == 3 and (acts := objectives.acts_as(run.config, data.pixels)):
                 log.info(acts, extra={"progress": True})
                 of_run |= {ACTS: acts}
@@ -199,7 +200,8 @@ def record(
                 text = "; ".join(f"{name}: {error}" for name, error in errors.items())
                 logs[place].tag(FAILED, text)
             if pictured:
-                samples = pictures.prior_samples(done.model, config.seed)
+                with one_thread():  # others wait longer than they compute
+                    samples = pictures.prior_samples(done.model, config.seed)
                 logs[place].picture("prior_samples", samples, last)
             logs[place].model(*done)
             epochs = f"{config.patience} epoch{'s' * (config.patience > 1)}"
@@ -443,4 +445,6 @@ def _log_pictures(
     measured = evaluate.as_measured(runs, data) if runs else {}
     for log, (config, model) in zip(logs, runs, strict=True):
         val = measured[config.drawing].val
-        log.picture("reconstructions", pictures.reconstructions([model], val), epoch)
+        with one_thread():
+            picture = pictures.reconstructions([model], val)
+        log.picture("reconstructions", picture, epoch)

@@ -41,6 +41,8 @@ BATCH = 1000  # metric values of one request: MLflow's largest batch
 # Metrics of each latent and of each class: many, and read at the end of a run.
 EACH = re.compile(r"(train|val)/(kl|mse_class)/\d+")
 
+PICTURED = {"mlflow.loggedImages": "True"}  # tag of a run with pictures, which MLflow shows then
+
 # Artifacts of every run: its provenance, and the changed files of a dirty tree.
 PROVENANCE, DIFF = "provenance.json", "provenance/diff.patch"
 
@@ -146,7 +148,7 @@ class RunLog:
         self._write("input", dataset={**named, "source_type": "code", "source": source})
 
     def picture(self, key: str, picture: np.ndarray, step: int) -> None:
-        """Log an image of a step; MLflow shows the steps of one key as a slider."""
+        """Log an image of a step of a run with the tags `PICTURED`; MLflow shows a slider."""
         # As `MlflowClient.log_image` does, which would name it anew at each delivery.
         name = f"{key}+step+{step}+timestamp+{time.time_ns() // 10**6}+{uuid.uuid4()}"
         image = Image.fromarray(picture)
@@ -154,9 +156,8 @@ class RunLog:
         small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
         with tempfile.TemporaryDirectory() as folder:
             image.save(Path(folder) / f"{name}.png")
-            small.save(Path(folder) / f"{name}+compressed.webp")
+            small.save(Path(folder) / f"{name}+compressed.webp", method=0)  # the fastest
             self.folder(Path(folder), "images")
-        self.tag("mlflow.loggedImages", "True")
 
     def folder(self, folder: Path, path: str | None = None) -> None:
         """Log every file of a folder as an artifact, below a path."""

@@ -53,11 +53,27 @@ for library in ("mlflow", "alembic"):
     logging.getLogger(library).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+def _write_little(connection: Any, record: object) -> None:  # noqa: ANN401 - of any driver
+    """Let SQLite write a database with a log seldom: a run changes a page for each of its metrics.
+
+    What is committed is in the log and survives this process. A machine that loses its power may
+    lose the last runs, which the same command trains again.
+    """
+    if isinstance(connection, sqlite3.Connection):
+        (mode,) = connection.execute("pragma journal_mode").fetchone()
+        if mode == "wal":
+            connection.execute("pragma synchronous=NORMAL")
+            connection.execute(f"pragma wal_autocheckpoint={LOG_PAGES}")
+
+
 log = logging.getLogger(__name__)
 _warn = cache(log.warning)  # once a text
 
 NAME = "made_as"  # tag of an experiment with the name that it was made with
 CONFIG = "model/config.json"  # artifact of a finished run
+PAGE, LOG_PAGES = 1024, 2**14  # bytes of a page of a new database; pages of its log, 16 MiB
 START = ["attributes.start_time ASC"]
 
 
@@ -454,6 +470,7 @@ def _empty_database() -> bytes:
     address = f"file:{os.urandom(8).hex()}?mode=memory&cache=shared"
     with closing(sqlite3.connect(address, uri=True)) as connection, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SQLAlchemy's about the pool of such an address
+        connection.execute(f"pragma page_size={PAGE}")
         _client(f"sqlite:///{address}&uri=true")
         return connection.serialize()
 

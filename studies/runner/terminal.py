@@ -114,9 +114,9 @@ class Steps:
         self._others += more
 
     def advance(self, runs: float, text: str) -> None:
-        """Count runs; show the text at every 10 %, or after `EVERY` seconds."""
+        """Count runs; show the text at once, at every 10 %, and after `EVERY` seconds."""
         before, self._share = self._share, min(1.0, round(self._share + runs / self._left, 9))
-        if int(10 * self._share) > int(10 * before) or self._terminal.is_due():
+        if not before or int(10 * self._share) > int(10 * before) or self._terminal.is_due():
             if 0 < self._share < 1:
                 rest = (time.monotonic() - self._start) * (1 / self._share - 1)
                 text = f"{text}, {duration(rest)} left"

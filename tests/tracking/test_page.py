@@ -20,7 +20,7 @@ from real_servers import free_port
 
 from harness.tracking import connect
 from harness.tracking.page import TAG, link, save_view
-from harness.tracking.runs import NOTE
+from harness.tracking.runs import NOTE, PICTURED
 from harness.tracking.store import Store
 
 CHROMIUM = shutil.which("chromium")
@@ -52,7 +52,7 @@ def written(empty_database, tmp_path_factory) -> Written:
     for weight in (0.02, 1.0):
         name, params = f"kl_weight={weight:g} seed=0", {"kl_weight": weight, "seed": 0}
         log = store.start(
-            experiment, uuid.uuid4().hex, name, {"role": "run", "study": STUDY}, params
+            experiment, uuid.uuid4().hex, name, {"role": "run", "study": STUDY, **PICTURED}, params
         )
         for epoch in range(3):
             log.metrics({"val/neg_elbo": weight / (epoch + 1), "test/mse": 0.1}, epoch)

@@ -63,6 +63,7 @@ def test_a_run_is_logged_whole(store, tiny):
     assert run.params["decoder_variance"] == "0.5"
     acts = "kl_weight 1 acts as a decoder standard deviation of 0.707 (180 grey levels of 255)"
     assert run.tags[record.ACTS] == acts
+    assert run.tags["mlflow.loggedImages"] == "True"
     assert run.tags["mlflow.note.content"].endswith(acts)
     named = {"dataset": "digits", "dataset_digest": tiny.digest, "device": "cpu"}
     assert {**named, "stack_width": "1", "point": "0"}.items() <= run.params.items()
