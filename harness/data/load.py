@@ -1,6 +1,7 @@
 """Datasets by name: the built-in ones, and those of the user's files."""
 
 from collections.abc import Sequence
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,11 @@ def is_named(name: str) -> bool:
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.from_numpy(source.images.astype(np.uint8)).flatten(1)
-    whole = Split(images, torch.from_numpy(source.target.astype(np.int64)), largest=16)
+    # The file of `sklearn.datasets.load_digits`, whose import takes a second.
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = torch.from_numpy(np.loadtxt(str(file), np.uint8, delimiter=","))
+    images = rows[:, :-1].contiguous()
+    whole = Split(images, rows[:, -1].long(), largest=16)
     train, val, test = _split(whole, 1280, 256)  # and 261 for testing
     return Dataset("digits", (1, 8, 8), 10, train, val, test, digest(images))
 
