@@ -27,13 +27,10 @@ serve()
 FIRST = ["harness.processes", "harness.training.engine"]
 LATER = ["harness.metrics.quality", "sklearn.neighbors", "sklearn.pipeline", "sklearn.linear_model"]
 
-# NumPy's threads would run before a fork. Blocks below 32 MB return to the heap, which keeps 128 MB:
-# where the kernel gives zeroed pages for each tensor, a likelihood takes 1.5 times as long.
-VARIABLES = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**27),
-}
+# NumPy's threads would run before a fork. Blocks below 32 MB are of the heap, which keeps 128 MB: a
+# likelihood takes 1.4 times as long if the kernel zeroes pages for each tensor.
+VARIABLES = {"OPENBLAS_NUM_THREADS": "1"}
+VARIABLES |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
 
 _lock = threading.Lock()
 _server: tuple[Connection, ...] = ()

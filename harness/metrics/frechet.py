@@ -136,19 +136,19 @@ def _trained(data: Dataset) -> Classifier:
     net, train = _untrained(data), data.train.to(torch.device("cpu"))
     batches = list(itertools.islice(_batches(len(train)), STEPS))
     # The function of torch.optim.Adam, which imports torch.compile at its first use, for seconds.
-    weights, lr = list[Tensor](net.parameters()), LEARNING_RATE
+    weights: list[Tensor] = [*net.parameters()]
+    lr = LEARNING_RATE
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     counts = [torch.zeros(()) for _ in weights]
     same: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     same |= {"amsgrad": False, "maximize": False, "foreach": False}
     with one_thread():
-        for left in range(len(batches), 0, -1):
-            rows = batches[-left]
+        for done, rows in enumerate(batches):
             loss = nn.functional.cross_entropy(net(_images(data, train, rows)), train.labels[rows])
-            gradients = list(torch.autograd.grad(loss, weights))
+            gradients = torch.autograd.grad(loss, weights)
             with torch.no_grad():
-                adam(weights, gradients, first, second, [], counts, lr=lr, **same)
-            lr *= 1 - 1 / left  # as LinearLR(optimizer, 1.0, 0.0, len(batches))
+                adam(weights, [*gradients], first, second, [], counts, lr=lr, **same)
+            lr *= 1 - 1 / (len(batches) - done)  # as LinearLR(optimizer, 1.0, 0.0, len(batches))
         _normalize(net, _images(data, train, slice(10 * BATCH)))
     return net
 

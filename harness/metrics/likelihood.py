@@ -198,8 +198,8 @@ def _log_density(model: VAE, x: Tensor, z: Tensor, variance: Tensor) -> Tensor:
     x = x.expand(len(z), *x.shape).flatten(0, 1)
     rows = max(1, CACHED_BYTES[z.device.type] // (model.pixels * z.itemsize))
     parts = zip(x.split(rows), output.split(rows), strict=True)
-    errors = [model.kind.error(seen, model.decoded(part)) for seen, part in parts]
-    error = torch.cat(errors).unflatten(0, z.shape[:2])
+    error = torch.cat([model.kind.error(seen, model.decoded(part)) for seen, part in parts])
+    error = error.unflatten(0, z.shape[:2])
     return -torch.as_tensor(model.kind.neg_log_density(error.double(), variance, model.pixels))
 
 
