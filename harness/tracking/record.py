@@ -5,7 +5,7 @@ import logging
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
@@ -80,15 +80,14 @@ def tags_of(made_with: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
-    """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
-    found, folder = [], project_root() / "cache" / "features"
-    both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
+def measure(runs: Sequence[Trained], data: Dataset) -> Iterator[Metrics]:
+    """Yield final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
+    folder = project_root() / "cache" / "features"
+    both = evaluate.evaluate(runs, data), quality.in_turn(runs, data, folder)
     for run, ends, measured in zip(runs, *both, strict=True):
         named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
         named |= {f"test/{name}": value for name, value in measured.items()}
-        found.append(named | linear_metrics(run.config, data))
-    return found
+        yield named | linear_metrics(run.config, data)
 
 
 def record(
@@ -102,7 +101,7 @@ def record(
     checkpoints: Checkpoints | None = None,
     objective: str = "val/neg_elbo",
     train: Callable[..., Iterator[EpochRecord]] = engine.train,
-    measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
+    measure: Callable[[Sequence[Trained], Dataset], Iterable[Metrics]] = measure,
     pictured: bool = True,
 ) -> list[RunResult]:
     """Train one stack of runs (`harness.training.engine.together`) and log each of them.
@@ -181,7 +180,8 @@ def record(
             finished |= zip(places, _trained(current, current.finished), strict=True)
             on_epoch(current)
         trained = list(finished.values())
-        finals, further = measure(trained, data), evaluate.registered_metrics(trained, data)
+        further = evaluate.registered_metrics(trained, data)
+        finals = measure(trained, data)  # of a run while that before it is written
         each = zip(finished, trained, finals, further, strict=True)
         for i, (place, done, final, (values, errors)) in enumerate(each, 1):
             log.info("writing finished runs: %d of %d", i, len(trained), extra={"progress": True})
