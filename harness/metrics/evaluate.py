@@ -347,7 +347,17 @@ def on_all_cores(
     by_drawing: Mapping[str, Any],
     further: Sequence[tuple[Any, ...]] | None = None,
 ) -> list[R]:
-    """Return `function(config, model, data of its drawing)` of each run, in their order.
+    """Return `function(config, model, data of its drawing)` of each run, in their order."""
+    return list(in_turn(function, runs, by_drawing, further))
+
+
+def in_turn(
+    function: Callable[..., R],
+    runs: Sequence[Run],
+    by_drawing: Mapping[str, Any],
+    further: Sequence[tuple[Any, ...]] | None = None,
+) -> Iterator[R]:
+    """Yield what `on_all_cores` returns, while later runs are computed.
 
     On a CPU each core computes one run at a time. The models are `frozen`; `further` arguments are
     those of each run.
@@ -357,8 +367,12 @@ def on_all_cores(
     with Pool(1 if here else len(runs), (function, by_drawing)) as pool:
         # Plain tuples: workers would import a named one's module, `harness.tracking` with MLflow.
         items = ((*run, *more) for run, more in zip(runs, further or [()] * len(runs), strict=True))
-        found = dict(pool.map(_of_run, items))
-    return [found[index] for index in range(len(runs))]
+        found, place = dict[int, R](), 0
+        for index, result in pool.map(_of_run, items):
+            found[index] = result
+            while place in found:
+                yield found.pop(place)
+                place += 1
 
 
 def _of_run(function: Callable[..., R], by_drawing: Mapping[str, Any], item: Any) -> R:  # noqa: ANN401

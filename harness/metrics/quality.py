@@ -1,20 +1,19 @@
 """Quality of finished runs' latents and images: all metrics that are computed once, at the end."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.config import RunConfig
 from harness.data.dataset import Dataset
-from harness.metrics import frechet, information, likelihood, probes
-from harness.metrics.evaluate import Run, as_measured, finite, on_all_cores, to_floats
+from harness.metrics import evaluate, frechet, information, likelihood, probes
+from harness.metrics.evaluate import Run, as_measured, finite, to_floats
 from harness.models.stack import kernels
 from harness.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
 
-@kernels()
 def measure_quality(
     runs: Sequence[Run], data: Dataset, folder: Path | None = None
 ) -> list[dict[str, float]]:
@@ -25,8 +24,20 @@ def measure_quality(
     distances if it holds no images. `folder` is where the classifier of the distances is kept;
     without one it is trained.
     """
+    return list(in_turn(runs, data, folder))
+
+
+def in_turn(
+    runs: Sequence[Run], data: Dataset, folder: Path | None = None
+) -> Iterator[dict[str, float]]:
+    """Yield what `measure_quality` returns, while later runs are measured."""
     if not runs:
-        return []
+        return
+    with kernels():
+        yield from _in_turn(runs, data, folder)
+
+
+def _in_turn(runs: Sequence[Run], data: Dataset, folder: Path | None) -> Iterator[dict[str, float]]:
     known = {  # the dataset by drawing, and the reference of its Fréchet distances
         kind: (
             drawn,
@@ -36,7 +47,7 @@ def measure_quality(
     }
     distances = "Fréchet distances, " if data.is_image else ""
     log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
-    return on_all_cores(_measured, runs, known)
+    yield from evaluate.in_turn(_measured, runs, known)
 
 
 def _measured(

@@ -5,7 +5,7 @@ import logging
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
@@ -79,15 +79,13 @@ def tags_of(made_with: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def measure(runs: Sequence[Trained], data: Dataset) -> list[Metrics]:
-    """Return final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
-    found, folder = [], frechet.user_cache()
-    both = evaluate.evaluate(runs, data), quality.measure_quality(runs, data, folder)
+def measure(runs: Sequence[Trained], data: Dataset) -> Iterator[Metrics]:
+    """Yield final metrics of runs and of their linear models, as `val/`, `test/` and `linear/`."""
+    both = evaluate.evaluate(runs, data), quality.in_turn(runs, data, frechet.user_cache())
     for run, ends, measured in zip(runs, *both, strict=True):
         named = {name: value for name, value in ends.items() if name.startswith(("val/", "test/"))}
         named |= {f"test/{name}": value for name, value in measured.items()}
-        found.append(named | linear_metrics(run.config, data))
-    return found
+        yield named | linear_metrics(run.config, data)
 
 
 def record(
@@ -101,7 +99,7 @@ def record(
     checkpoints: Checkpoints | None = None,
     objective: str = "val/neg_elbo",
     train: Callable[..., Iterator[EpochRecord]] = engine.train,
-    measure: Callable[[Sequence[Trained], Dataset], list[Metrics]] = measure,
+    measure: Callable[[Sequence[Trained], Dataset], Iterable[Metrics]] = measure,
     pictured: bool = True,
     threads_per_run: int = 1,
 ) -> list[RunResult]:
@@ -183,7 +181,8 @@ def record(
             finished |= zip(places, _trained(current, current.finished), strict=True)
             on_epoch(current)
         trained = list(finished.values())
-        finals, further = measure(trained, data), evaluate.registered_metrics(trained, data)
+        further = evaluate.registered_metrics(trained, data)
+        finals = measure(trained, data)  # of a run while that before it is written
         each = zip(finished, trained, finals, further, strict=True)
         for i, (place, done, final, (values, errors)) in enumerate(each, 1):
             log.info("writing finished runs: %d of %d", i, len(trained), extra={"progress": True})

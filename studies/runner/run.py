@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -295,7 +297,7 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
     """
     left, finished, failed = queue.left(), 0, len(queue.failed_keys())
     recorded: list[Recorded] = []
-    with queue.working():
+    with queue.working(), _long_lived():
         while True:
             count = queue.proposer.at_once(STACK_WIDTH[site.device])
             trials = queue.take(count, workers.started() or 1)
@@ -315,6 +317,16 @@ def work(queue: Queue, site: Site, steps: Steps, *, leave: bool = False) -> None
                 return
             finished += _finish(queue, site, recorded)
             stopping.check()  # after the runs that have ended are finished
+
+
+@contextmanager
+def _long_lived() -> Iterator[None]:
+    """Spare the garbage collector all objects there are: a fifth of the time of MLflow's writes."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def train(queue: Queue, site: Site, trials: Sequence[FrozenTrial], steps: Steps) -> list[Recorded]:
