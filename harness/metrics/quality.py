@@ -33,21 +33,15 @@ def in_turn(
     """Yield what `measure_quality` returns, while later runs are measured."""
     if not runs:
         return
+    has_classifier = data.is_image and data.has_classes
     with kernels():
-        yield from _in_turn(runs, data, folder)
-
-
-def _in_turn(runs: Sequence[Run], data: Dataset, folder: Path | None) -> Iterator[dict[str, float]]:
-    known = {  # the dataset by drawing, and the reference of its Fréchet distances
-        kind: (
-            drawn,
-            frechet.reference(drawn, folder) if data.is_image and data.has_classes else None,
-        )
-        for kind, drawn in as_measured(runs, data).items()
-    }
-    distances = "Fréchet distances, " if data.is_image else ""
-    log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
-    yield from evaluate.in_turn(_measured, runs, known)
+        known = {  # the dataset by drawing, and the reference of its Fréchet distances
+            kind: (drawn, frechet.reference(drawn, folder) if has_classifier else None)
+            for kind, drawn in as_measured(runs, data).items()
+        }
+        distances = "Fréchet distances, " if data.is_image else ""
+        log.info("measuring finished runs (log-likelihood, %sprobes)", distances)
+        yield from evaluate.in_turn(_measured, runs, known)
 
 
 def _measured(
