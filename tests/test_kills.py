@@ -190,7 +190,7 @@ def test_a_study_that_is_killed_at_random_moments_gets_done(place, alone):
 
 def test_stopped_by_its_user_and_by_a_scheduler_it_gets_done(place, alone):
     # Before the first epoch; in the last or later it would be too late to stop anything.
-    middle = alone.steps.index("set_tag")  # of the first picture
+    middle = alone.steps.index("log_artifacts")  # of the first picture
     for by, code in stopping.CODES.items():
         ended = in_child(place.notes, place.start, middle, by)
         assert ended.code == code
