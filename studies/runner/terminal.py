@@ -117,7 +117,7 @@ class Steps:
         """Count runs; show the text at once, at every 10 %, and after `EVERY` seconds."""
         before, self._share = self._share, min(1.0, round(self._share + runs / self._left, 9))
         if not before or int(10 * self._share) > int(10 * before) or self._terminal.is_due():
-            if 0 < self._share < 1:
+            if 0.01 < self._share < 1:  # below, most of the time was the start
                 rest = (time.monotonic() - self._start) * (1 / self._share - 1)
                 text = f"{text}, {duration(rest)} left"
             self._terminal.line(f"{100 * self._share:3.0f} %  {text}")
