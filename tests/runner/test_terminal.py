@@ -61,10 +61,12 @@ def test_a_log_has_a_line_now_and_then_though_nothing_begins(monkeypatch):
     shown = log(out)
     on_epoch = shown.progress(1000, 1000)
     with shown.shown():
-        on_epoch.advance(1, "epoch 1")
+        on_epoch.advance(1, "epoch 1")  # too early for an estimate
+        on_epoch.advance(19, "epoch 20")
         count("measuring", 1, 2)
-    first, second = out.getvalue().splitlines()
-    assert re.fullmatch(r"  0 %  epoch 1, .* left", first)
+    start, first, second = out.getvalue().splitlines()
+    assert start == "  0 %  epoch 1"
+    assert re.fullmatch(r"  2 %  epoch 20, .* left", first)
     assert second == "       measuring: 1 of 2"
 
 
