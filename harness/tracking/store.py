@@ -62,11 +62,14 @@ def _write_little(connection: Any, record: object) -> None:  # noqa: ANN401 - of
     lose the last runs, which the same command trains again.
     """
     if isinstance(connection, sqlite3.Connection):
-        (mode,) = connection.execute("pragma journal_mode").fetchone()
-        if mode == "wal":
+        file = connection.execute("pragma database_list").fetchone()[2]
+        is_ours = os.path.realpath(file) in _written
+        if is_ours and connection.execute("pragma journal_mode").fetchone() == ("wal",):
             connection.execute("pragma synchronous=NORMAL")
             connection.execute(f"pragma wal_autocheckpoint={LOG_PAGES}")
 
+
+_written = set[str]()  # databases that this process writes
 
 log = logging.getLogger(__name__)
 _warn = cache(log.warning)  # once a text
@@ -459,6 +462,7 @@ def connect(
                 new.replace(database)  # whole or not at all, even after a kill
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("pragma journal_mode=WAL")  # halves the cost of a write
+            _written.add(os.path.realpath(database))
             return Store(_client(uri), uri, database.parent)
     except Exception as error:  # any driver's: SQLAlchemy's, MLflow's
         raise addresses.unusable(uri, "--tracking-uri", error) from error

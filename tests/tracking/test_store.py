@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 
 from harness import RunConfig, UserError, load_run
@@ -217,6 +218,18 @@ def test_an_experiment_is_made_once_with_its_question_and_artifacts_beside_the_d
     experiment = store.client.get_experiment(first)
     assert experiment.tags["mlflow.note.content"] == "Why?"
     assert experiment.artifact_location == (tmp_path / "mlruns" / "e").as_uri()
+
+
+def test_other_databases_of_this_process_keep_their_settings(store, tmp_path):
+    def settings(engine):
+        with engine.connect() as connection:
+            names = ("journal_mode", "synchronous", "wal_autocheckpoint")
+            return [connection.exec_driver_sql(f"pragma {name}").scalar() for name in names]
+
+    file = tmp_path / "other.db"
+    sqlite3.connect(file).execute("pragma journal_mode=WAL").connection.close()
+    assert settings(sqlalchemy.create_engine(f"sqlite:///{file}")) == ["wal", 2, 1000]
+    assert settings(store.client._tracking_client.store.engine) == ["wal", 1, 2**14]
 
 
 def test_a_deleted_experiment_is_one_clear_error(store):
