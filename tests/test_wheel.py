@@ -84,7 +84,7 @@ def test_a_study_writes_into_the_folder_where_it_is_started(installed, tmp_path)
     printed = " ".join(done(*command, folder=tmp_path).split())
     assert f"Report: {tmp_path}/reports/kl_weight-digits/report.html" in printed
     written = {path.name for path in tmp_path.iterdir() if path.suffix not in (".lock",)}
-    expected = {"mlflow.db", "optuna.db", "mlruns", "reports", "cache"}
+    expected = {"mlflow.db", "optuna.db", "mlruns", "reports"}
     assert expected <= written <= expected | {"mlflow.db-wal", "mlflow.db-shm"}
     assert sources(packages) == before
 

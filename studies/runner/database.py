@@ -30,14 +30,16 @@ from studies.runner import stopping
 
 Result = TypeVar("Result")
 
+SILENCE = 60  # seconds after which PostgreSQL takes locks from a process that is stopped
+
 # Options of libpq, unless the URL has them.
 CONNECTING = {
     "connect_timeout": "4",  # seconds for each address of a host; localhost has two
     "keepalives_idle": "30",
     "tcp_user_timeout": "20000",  # ms, after which a connection into the void is closed
-    "options": "-c timezone=utc",  # Optuna's heartbeats have no time zone
+    # Optuna's heartbeats have no time zone, and its transactions lock the rows of trials.
+    "options": f"-c timezone=utc -c idle_in_transaction_session_timeout={SILENCE}s",
 }
-SILENCE = 60  # seconds after which PostgreSQL takes a lock from a process that is stopped
 BEAT = "VAE_SWEEP_BEAT"  # variable with the seconds between heartbeats, the same for all processes
 MISSED = 6  # heartbeats that a process may miss before its trials are reassigned
 POSTGRES = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")  # kinds of URL of psycopg

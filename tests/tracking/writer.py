@@ -22,7 +22,7 @@ EPOCHS = 3
 
 
 def write_run(put, experiment: str, key: str, *, end: bool = True) -> RunLog:
-    """Write a run, of 10 writes in a spool."""
+    """Write a run, of 9 writes in a spool."""
     tags, params = {"study": "s", "role": "run", "place": "1"}, {"seed": "0"}
     create = {"experiment": experiment, "name": "a run", "tags": tags, "params": params}
     log = RunLog(put, key, create)
