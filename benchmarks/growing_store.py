@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis import frames
@@ -41,7 +41,7 @@ def main() -> None:
             new, kept = seeds * len(VALUES), (size(home) - before) / 1000
             there += new
             seconds, cpu, written = (cost / new for cost in costs)
-            read = measured(lambda: frames.load_study("kl_weight", "digits", address(home)))[0]
+            read = measured(lambda: read_all(home, args.runs, runs))[0]  # noqa: B023
             words = ("--values", "0.02", "1", "--seeds", "2", "--study-name", f"at-{runs}")
             small = measured(lambda: study(home, *words))[0]  # noqa: B023
             there += 4
@@ -51,6 +51,13 @@ def main() -> None:
     print("\n".join(machine.hardware(resolve_device("cpu"), "mlflow", "optuna")))
     print("Runs of 2 epochs on digits; n = 1.\n")
     print(machine.table(HEADER, rows))
+
+
+def read_all(home: Path, numbers: Sequence[int], last: int) -> None:
+    """Read the runs of all large studies so far as frames."""
+    for number in numbers:
+        if number <= last:
+            frames.load_study(f"to-{number}", tracking_uri=address(home))
 
 
 def study(home: Path, *words: str) -> None:
