@@ -176,7 +176,7 @@ def train_and_evaluate(
         dtype: torch.float32 or torch.float64.
         progress: whether a bar of the epochs of all runs is shown.
         threads_per_run: cores that train one run on a CPU, which decide its last bits. More than 1
-            pay for large networks of fewer runs than cores.
+            are meant for large networks of fewer runs than cores (their gain is not measured).
     """
     if isinstance(configs, RunConfig):
         more: dict[str, Any] = {"progress": progress, "threads_per_run": threads_per_run}

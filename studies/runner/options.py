@@ -25,8 +25,8 @@ class Places:
         device: auto takes a GPU where there is one.
         workers: processes on this machine that share the study and its cores. Any number of
             machines share one, too, that start the same command with a --storage of PostgreSQL.
-        threads_per_run: cores that train one run on a CPU; more than 1 pay for large networks of
-            fewer runs than cores.
+        threads_per_run: cores that train one run on a CPU; more than 1 are meant for large
+            networks of fewer runs than cores.
         study_name: name in Optuna and MLflow (STUDY-DATASET).
         storage: Optuna storage URL (optuna.db in the repository).
         tracking_uri: MLflow tracking URI (MLFLOW_TRACKING_URI, or mlflow.db in the repository).
